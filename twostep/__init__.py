@@ -1,0 +1,63 @@
+"""Two-step text-to-image: progressive adversarial diffusion distillation (arXiv 2402.13929), open from data to picture.
+
+The names below are the public ones. They are loaded when first touched, so that `import twostep` stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from twostep.errors import TwostepError
+
+if TYPE_CHECKING:
+    from twostep.contract import Contract
+    from twostep.diffusion.flow import solve
+    from twostep.diffusion.prediction import Prediction
+    from twostep.diffusion.schedule import NoiseSchedule
+    from twostep.models.bundle import Bundle
+    from twostep.models.bundle import load_bundle as load
+    from twostep.pipeline import Request, Result, generate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bundle",
+    "Contract",
+    "NoiseSchedule",
+    "Prediction",
+    "Request",
+    "Result",
+    "TwostepError",
+    "__version__",
+    "generate",
+    "load",
+    "solve",
+]
+
+_HOMES = {
+    "Bundle": ("twostep.models.bundle", "Bundle"),
+    "Contract": ("twostep.contract", "Contract"),
+    "NoiseSchedule": ("twostep.diffusion.schedule", "NoiseSchedule"),
+    "Prediction": ("twostep.diffusion.prediction", "Prediction"),
+    "Request": ("twostep.pipeline", "Request"),
+    "Result": ("twostep.pipeline", "Result"),
+    "generate": ("twostep.pipeline", "generate"),
+    "load": ("twostep.models.bundle", "load_bundle"),
+    "solve": ("twostep.diffusion.flow", "solve"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its room when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'twostep' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)

@@ -1,0 +1,44 @@
+"""The mathematics of the diffusion flow: schedule, prediction types, grids of times, steps.
+
+Everything rests on x_t = alpha_t x0 + sigma_t eps (eq 1 of arXiv 2402.13929) with integer times t in 0..T:
+t = 0 is clean, t = T is pure noise. Teacher, student and sampler are the same `solve` with many or few times.
+This room knows tensors only: no networks, no text, no files.
+"""
+
+from twostep.diffusion.flow import Denoise, FlowError, solve, step
+from twostep.diffusion.grid import GridError, landing, trailing_times
+from twostep.diffusion.prediction import (
+    Prediction,
+    PredictionType,
+    PredictionTypeError,
+    eps_to_x0,
+    guide,
+    prediction_from_output,
+    to_v,
+    v_to_eps,
+    v_to_x0,
+    x0_to_eps,
+)
+from twostep.diffusion.schedule import NoiseSchedule, ScheduleError
+
+__all__ = [
+    "Denoise",
+    "FlowError",
+    "GridError",
+    "NoiseSchedule",
+    "Prediction",
+    "PredictionType",
+    "PredictionTypeError",
+    "ScheduleError",
+    "eps_to_x0",
+    "guide",
+    "landing",
+    "prediction_from_output",
+    "solve",
+    "step",
+    "to_v",
+    "trailing_times",
+    "v_to_eps",
+    "v_to_x0",
+    "x0_to_eps",
+]

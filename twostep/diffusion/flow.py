@@ -1,0 +1,67 @@
+"""One step along the flow, and many.
+
+A step re-mixes a prediction at a lower time: x_s = alpha_s x0 + sigma_s eps (eq 5 of arXiv 2402.13929). This is DDIM
+with eta 0 (arXiv 2010.02502) and the Euler step in the coordinates x / alpha, sigma / alpha. `solve` takes such steps
+from time to time; it knows neither guidance nor conditioning, both live in the `denoise` it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twostep.diffusion.prediction import Prediction
+from twostep.diffusion.schedule import NoiseSchedule
+from twostep.errors import TwostepError
+
+Denoise = Callable[[Tensor, Tensor], Prediction]
+"""(x_t, t) -> Prediction, with everything else closed over; t is one integer per item, 1..T."""
+
+
+class FlowError(TwostepError):
+    """Times that cannot be walked: too few, rising, or not one per item."""
+
+
+def step(prediction: Prediction, s: Int[Tensor, " batch"], schedule: NoiseSchedule) -> Float[Tensor, "batch *shape"]:
+    """Return x_s = alpha_s x0 + sigma_s eps, eq 5 of arXiv 2402.13929; at s = 0 this is x0 itself."""
+    alpha, sigma = schedule.coefficients(s, prediction.x0)
+    return alpha * prediction.x0 + sigma * prediction.eps
+
+
+def solve(
+    denoise: Denoise,
+    x: Float[Tensor, "batch *shape"],
+    times: Int[Tensor, "points batch"],
+    schedule: NoiseSchedule,
+    on_step: Callable[[int, Prediction], None] | None = None,
+) -> Float[Tensor, "batch *shape"]:
+    """Follow the flow from times[0] to times[-1] with one network call per interval and return x at the last time.
+
+    Each item has its own falling times; over an interval where they stand still it is left as it is. At t = T
+    x must be pure noise (eq 24 of arXiv 2402.13929). `on_step(i, prediction)` is called after the i-th network call.
+    Raises FlowError for fewer than two points, for rising times, or if there is not one column per item.
+    """
+    _check_times(times, x)
+    for i, (t, s) in enumerate(pairwise(times)):
+        # An item that has arrived at 0 waits there: it is fed a legal time and its answer is dropped.
+        prediction = denoise(x, t.clamp(min=1))
+        waits = (t == s).to(x.device).view(-1, *[1] * (x.ndim - 1))
+        x = torch.where(waits, x, step(prediction, s, schedule))
+        if on_step is not None:
+            on_step(i, prediction)
+    return x
+
+
+def _check_times(times: Tensor, x: Tensor) -> None:
+    """Refuse times that `solve` cannot walk."""
+    if times.ndim != 2 or len(times) < 2 or times.shape[1] != len(x):
+        raise FlowError(
+            f"times must be [points, batch] with at least 2 points and batch {len(x)}; got {list(times.shape)}. "
+            "Append the landing time, usually 0, and repeat the grid for every item."
+        )
+    if bool((times[1:] > times[:-1]).any()):
+        raise FlowError(f"times must fall from point to point, noise to clean; got {times[:, 0].tolist()} for item 0.")

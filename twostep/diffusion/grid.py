@@ -1,0 +1,58 @@
+"""Which times a sampler visits, and where a step lands.
+
+The trailing grid of N steps is the N times T k / N, k = N..1, rounded half to even (section 3.5 of arXiv 2402.13929);
+the last step lands on 0. Grids nest: every time of N steps is one of 2N steps. These are times in 1..T; the index
+a network is fed is one less. Fractions stay exact until the last rounding, otherwise the nesting would break.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from twostep.errors import TwostepError
+
+
+class GridError(TwostepError):
+    """A number of steps, or a time, for which there is no grid."""
+
+
+def trailing_times(num_steps: int, num_times: int = 1000) -> tuple[int, ...]:
+    """List the times of the trailing grid, falling from T, without the landing 0; GridError outside 1..T steps."""
+    if not 1 <= num_steps <= num_times:
+        raise GridError(f"a grid needs 1 to {num_times} steps, one time each; got {num_steps}.")
+    return tuple(round(Fraction(num_times * k, num_steps)) for k in range(num_steps, 0, -1))
+
+
+def landing(t: Int[Tensor, " batch"], grid_steps: int, num_times: int = 1000) -> Int[Tensor, " batch"]:
+    """Return where one step of the grid of `grid_steps` lands from each t: a grid spacing lower, never below 0.
+
+    t may also lie on a finer grid (section 3.7.1 of arXiv 2402.13929: the 2-step student starts at 250, 500,
+    750 and 1000; from 250 it lands on 0, from 750 on 250). Raises GridError for a time outside 0..T.
+    """
+    if t.numel() and not 0 <= int(t.min()) <= int(t.max()) <= num_times:
+        raise GridError(f"times must lie in 0..{num_times}; got {int(t.min())}..{int(t.max())}.")
+    table = torch.tensor(_landings(grid_steps, num_times), dtype=t.dtype, device=t.device)
+    return table[t.to(torch.int64)]
+
+
+@lru_cache(maxsize=64)
+def _landings(grid_steps: int, num_times: int) -> tuple[int, ...]:
+    """Tabulate the landing of every t in 0..T."""
+    trailing_times(grid_steps, num_times)
+    spacing = Fraction(num_times, grid_steps)
+    table = [max(0, round(t - spacing)) for t in range(num_times + 1)]
+    # A rounded t stands for the exact point T k / M of the coarsest grid that holds it, so coarse overwrites fine;
+    # subtracting the spacing from the rounded t itself would miss the next grid point by one here and there.
+    refinements = [grid_steps]
+    while refinements[-1] * 2 <= num_times:
+        refinements.append(refinements[-1] * 2)
+    for points in reversed(refinements):
+        for k in range(1, points + 1):
+            exact = Fraction(num_times * k, points)
+            table[round(exact)] = max(0, round(exact - spacing))
+    return tuple(table)
