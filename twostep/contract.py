@@ -1,0 +1,243 @@
+"""What a checkpoint says of itself: how it must be sampled, and where it comes from.
+
+A few-step student is right only at its own number of steps, its own times, its own prediction type and without
+guidance; files that do not say so are sampled wrongly. The contract travels as JSON in safetensors metadata (key
+`twostep.contract`), in the model folder and in every PNG. It knows neither tensors nor networks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from twostep.errors import TwostepError
+
+METADATA_KEY = "twostep.contract"
+"""Where the contract lies in safetensors metadata and in PNG text."""
+
+TOP_TIME = 1000
+"""T, the time of pure noise; trained times lie in 1..T."""
+
+Role = Literal["teacher", "student"]
+PredictionType = Literal["eps", "x0", "v"]  # as in the diffusion room, restated so that a contract reads without torch
+Spacing = Literal["trailing"]
+
+
+class ContractError(TwostepError):
+    """A contract that is missing or makes no sense, or a request that its checkpoint cannot honour."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How to sample a checkpoint, and where it comes from; ContractError if the values contradict each other."""
+
+    name: str
+    role: Role
+    steps: int
+    trained_times: tuple[int, ...]
+    prediction_type: PredictionType
+    spacing: Spacing
+    guidance: float
+    sizes: tuple[tuple[int, int], ...]
+    base: str
+    lora_rank: int | None
+    lora_alpha: float | None
+    recipe: str
+    version: str
+
+    def __post_init__(self) -> None:
+        """Refuse values that no checkpoint can mean."""
+        rules = [
+            ("name", bool(self.name.strip()), "a name that is not empty"),
+            ("role", self.role in get_args(Role), "teacher or student"),
+            ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
+            ("trained_times", all(1 <= t <= TOP_TIME for t in self.trained_times), f"times from 1 to {TOP_TIME}"),
+            ("trained_times", self.role == "teacher" or bool(self.trained_times), "at least one time for a student"),
+            ("prediction_type", self.prediction_type in get_args(PredictionType), "eps, x0 or v"),
+            ("spacing", self.spacing in get_args(Spacing), "trailing"),
+            ("guidance", math.isfinite(self.guidance) and self.guidance >= 1, "a finite number, 1 (none) or more"),
+            ("guidance", self.role == "teacher" or self.guidance == 1, "1 for a student: its guidance is distilled in"),
+            ("sizes", bool(self.sizes), "at least one [width, height]"),
+            ("sizes", all(min(size) >= 1 for size in self.sizes), "widths and heights of at least one pixel"),
+            ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "a rank of at least 1, or null"),
+            (
+                "lora_alpha",
+                (self.lora_alpha is None) == (self.lora_rank is None),
+                "a number if and only if lora_rank is",
+            ),
+        ]
+        for field, holds, expected in rules:
+            if not holds:
+                raise _wrong_value(field, getattr(self, field), expected)
+
+    def to_json(self) -> str:
+        """Write the contract as indented JSON, fields in the order of this class."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Contract:
+        """Read what `to_json` wrote; ContractError names the field that is missing, unknown or wrong."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ContractError(
+                f"the contract is not JSON: {error}. It starts with {text[:40]!r}; take it anew from the checkpoint."
+            ) from error
+        if not isinstance(values, dict):
+            raise ContractError(f"the contract must be a JSON object with named fields; got {_shown(values)}.")
+        _check_names(values)
+        return cls(**{field.name: _READERS[field.name](field.name, values[field.name]) for field in fields(cls)})
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the contract as safetensors metadata, one key with the JSON."""
+        return {METADATA_KEY: self.to_json()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str] | None) -> Contract:
+        """Read the contract out of a file's safetensors metadata; ContractError if there is none in it."""
+        if metadata is None or METADATA_KEY not in metadata:
+            found = ", ".join(sorted(metadata)) if metadata else "no metadata at all"
+            raise ContractError(
+                f"this file carries no sampling contract: expected the metadata key {METADATA_KEY!r}, found {found}. "
+                "It was not written by twostep, or another tool dropped its metadata; use the original file."
+            )
+        return cls.from_json(metadata[METADATA_KEY])
+
+    def check(self, steps: int | None, guidance: float | None, width: int | None, height: int | None) -> list[str]:
+        """Compare a request with the contract; None means "as the checkpoint wants it".
+
+        Returns warnings for what has no effect or harms; raises ContractError for what cannot be honoured.
+        """
+        self._check_size(width, height)
+        return [*self._check_steps(steps), *self._check_guidance(guidance)]
+
+    def _check_steps(self, steps: int | None) -> list[str]:
+        if steps is None:
+            return []
+        if self.role == "student" and steps != self.steps:
+            raise ContractError(
+                f"{self.name} draws in exactly {_counted(self.steps)}; asked for {steps}. It never saw the times of "
+                "another grid. Load the student that was trained for it, or leave the steps out."
+            )
+        if not 1 <= steps <= TOP_TIME:
+            raise ContractError(f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; asked for {steps}.")
+        if 2 * steps < self.steps:
+            return [
+                f"{self.name} is a teacher meant for about {self.steps} steps; with {steps} its pictures stay blurred. "
+                "Few steps are what the students are for."
+            ]
+        return []
+
+    def _check_guidance(self, guidance: float | None) -> list[str]:
+        if guidance is None:
+            return []
+        if not math.isfinite(guidance) or guidance < 0:
+            raise ContractError(f"guidance must be a finite number of at least 0; asked for {guidance}.")
+        if self.role == "student" and guidance > 1:
+            return [
+                f"guidance {guidance:g} has no effect: {self.name} is a student, its teacher's guidance was distilled "
+                "into it, and it runs once per step. Leave guidance out, or use the teacher."
+            ]
+        if self.role == "teacher" and guidance <= 1 < self.guidance:
+            return [
+                f"guidance {guidance:g} switches guidance off: {self.name} then follows the prompt only loosely. "
+                f"It was made for {self.guidance:g}."
+            ]
+        return []
+
+    def _check_size(self, width: int | None, height: int | None) -> None:
+        if not any(width in (None, w) and height in (None, h) for w, h in self.sizes):
+            asked = "x".join("any" if pixels is None else str(pixels) for pixels in (width, height))
+            known = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+            raise ContractError(f"{self.name} draws {known} (width x height in pixels); asked for {asked}.")
+
+
+def _check_names(values: Mapping[str, object]) -> None:
+    """Refuse unknown and missing fields."""
+    known = [field.name for field in fields(Contract)]
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a contract has {', '.join(known)}."
+            raise ContractError(
+                f"the contract has an unknown field {name!r}; {hint} "
+                f"It was written by twostep {values.get('version', 'of unknown version')}: a newer one may be needed."
+            )
+    missing = [name for name in known if name not in values]
+    if missing:
+        raise ContractError(f"the contract lacks {', '.join(missing)}. Take it anew from the checkpoint or its recipe.")
+
+
+def _wrong_value(field: str, given: object, expected: str) -> ContractError:
+    """Say which field is wrong, how, and what it should be."""
+    return ContractError(
+        f"the contract's {field} must be {expected}; got {_shown(given)}. Take it anew from its source."
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _counted(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def _text(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _wrong_value(field, value, "text")
+    return value
+
+
+def _whole(field: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong_value(field, value, "a whole number")
+    return value
+
+
+def _number(field: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _wrong_value(field, value, "a number")
+    return float(value)
+
+
+def _whole_or_none(field: str, value: object) -> int | None:
+    return None if value is None else _whole(field, value)
+
+
+def _number_or_none(field: str, value: object) -> float | None:
+    return None if value is None else _number(field, value)
+
+
+def _times(field: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise _wrong_value(field, value, "a list of whole numbers")
+    return tuple(_whole(field, item) for item in value)
+
+
+def _sizes(field: str, value: object) -> tuple[tuple[int, int], ...]:
+    if not isinstance(value, list) or not all(isinstance(size, list) and len(size) == 2 for size in value):
+        raise _wrong_value(field, value, "a list of [width, height]")
+    return tuple((_whole(field, width), _whole(field, height)) for width, height in value)
+
+
+_READERS: dict[str, Callable[[str, object], Any]] = {
+    "name": _text,
+    "role": _text,
+    "steps": _whole,
+    "trained_times": _times,
+    "prediction_type": _text,
+    "spacing": _text,
+    "guidance": _number,
+    "sizes": _sizes,
+    "base": _text,
+    "lora_rank": _whole_or_none,
+    "lora_alpha": _number_or_none,
+    "recipe": _text,
+    "version": _text,
+}
