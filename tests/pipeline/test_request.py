@@ -1,0 +1,52 @@
+"""Requests refuse what no model could honour, and say what would be right."""
+
+import pytest
+
+from twostep.pipeline import Request, RequestError
+
+WRONG = [
+    ({"num_images": 0}, "at least one image"),
+    ({"num_images": 1.5}, "whole number"),
+    ({"seed": -1}, "from 0 up"),
+    ({"seed": True}, "from 0 up"),
+    ({"seed": 2**63}, "below 2\\*\\*63"),
+    ({"seed": 2**63 - 1, "num_images": 2}, "below 2\\*\\*63"),
+    ({"steps": 0}, "take the model's own"),
+    ({"width": 0}, "take the model's own"),
+    ({"height": -64}, "take the model's own"),
+    ({"guidance": -1.0}, "from 0 up"),
+    ({"guidance": float("nan")}, "from 0 up"),
+    ({"guidance": float("inf")}, "from 0 up"),
+    ({"negative_prompt": None}, "expected text"),
+]
+
+
+@pytest.mark.parametrize(("values", "lesson"), WRONG)
+def test_impossible_value_is_refused_with_advice(values: dict[str, object], lesson: str) -> None:
+    with pytest.raises(RequestError, match=lesson):
+        Request("a fox", **values)
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(RequestError, match="UTF-8"):
+        Request("a \udcff fox")
+
+
+def test_list_of_prompts_is_refused() -> None:
+    with pytest.raises(RequestError, match="one request each"):
+        Request(["a fox", "an owl"])
+
+
+def test_largest_seed_is_allowed() -> None:
+    assert Request("a fox", seed=2**63 - 2, num_images=2).seeds == [2**63 - 2, 2**63 - 1]
+
+
+def test_json_round_trip() -> None:
+    request = Request('a "fox", größer', num_images=3, seed=5, guidance=4.5, width=64)
+    assert Request.from_json(request.to_json()) == request
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"prompt": "a", "colour": 1}', '{"prompt": "a", "seed": -1}'])
+def test_foreign_json_is_refused(text: str) -> None:
+    with pytest.raises(RequestError):
+        Request.from_json(text)

@@ -1,0 +1,42 @@
+"""The command line: thin verbs over the library.
+
+Each verb reads its flags, calls one function of a room below, and prints. torch and everything that needs it are
+imported inside the verbs, so that help and recipes answer at once. Every `TwostepError` becomes one red line.
+"""
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from twostep.cli import draw, recipes
+from twostep.errors import TwostepError
+
+
+class _Verbs(TyperGroup):
+    """The group of all verbs: what the caller can put right is printed in one line, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TwostepError as error:
+            Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    help="Distil a text-to-image diffusion model into one that draws in 8, 4, 2 or 1 steps, and draw with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for verb in (draw.generate, draw.info, draw.demo, recipes.recipes, recipes.recipe):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    app()
