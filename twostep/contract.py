@@ -51,24 +51,19 @@ class Contract:
 
     def __post_init__(self) -> None:
         """Refuse values that no checkpoint can mean."""
+        lora_goes_together = (self.lora_alpha is None) == (self.lora_rank is None)
         rules = [
             ("name", bool(self.name.strip()), "a name that is not empty"),
-            ("role", self.role in get_args(Role), "teacher or student"),
             ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
             ("trained_times", all(1 <= t <= TOP_TIME for t in self.trained_times), f"times from 1 to {TOP_TIME}"),
             ("trained_times", self.role == "teacher" or bool(self.trained_times), "at least one time for a student"),
-            ("prediction_type", self.prediction_type in get_args(PredictionType), "eps, x0 or v"),
-            ("spacing", self.spacing in get_args(Spacing), "trailing"),
             ("guidance", math.isfinite(self.guidance) and self.guidance >= 1, "a finite number, 1 (none) or more"),
             ("guidance", self.role == "teacher" or self.guidance == 1, "1 for a student: its guidance is distilled in"),
             ("sizes", bool(self.sizes), "at least one [width, height]"),
             ("sizes", all(min(size) >= 1 for size in self.sizes), "widths and heights of at least one pixel"),
             ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "a rank of at least 1, or null"),
-            (
-                "lora_alpha",
-                (self.lora_alpha is None) == (self.lora_rank is None),
-                "a number if and only if lora_rank is",
-            ),
+            ("lora_alpha", lora_goes_together, f"a number exactly if lora_rank is one (it is {self.lora_rank})"),
+            ("lora_alpha", self.lora_alpha is None or math.isfinite(self.lora_alpha), "a finite number"),
         ]
         for field, holds, expected in rules:
             if not holds:
@@ -214,6 +209,15 @@ def _number_or_none(field: str, value: object) -> float | None:
     return None if value is None else _number(field, value)
 
 
+def _one_of(*choices: str) -> Callable[[str, object], str]:
+    def read(field: str, value: object) -> str:
+        if value not in choices:
+            raise _wrong_value(field, value, " or ".join(choices))
+        return str(value)
+
+    return read
+
+
 def _times(field: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise _wrong_value(field, value, "a list of whole numbers")
@@ -228,11 +232,11 @@ def _sizes(field: str, value: object) -> tuple[tuple[int, int], ...]:
 
 _READERS: dict[str, Callable[[str, object], Any]] = {
     "name": _text,
-    "role": _text,
+    "role": _one_of(*get_args(Role)),
     "steps": _whole,
     "trained_times": _times,
-    "prediction_type": _text,
-    "spacing": _text,
+    "prediction_type": _one_of(*get_args(PredictionType)),
+    "spacing": _one_of(*get_args(Spacing)),
     "guidance": _number,
     "sizes": _sizes,
     "base": _text,
