@@ -1,0 +1,239 @@
+"""The contract: round trips, every way a file can be wrong, every way a request can break it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+from typing import get_args
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from twostep import contract as contract_module
+from twostep.contract import METADATA_KEY, Contract, ContractError
+from twostep.diffusion import NoiseSchedule, PredictionType
+from twostep.errors import TwostepError
+
+STUDENT = Contract(
+    name="nano-2step",
+    role="student",
+    steps=2,
+    trained_times=(1000, 750, 500, 250),
+    prediction_type="eps",
+    spacing="trailing",
+    guidance=1.0,
+    sizes=((64, 64), (96, 64)),
+    base="nano",
+    lora_rank=None,
+    lora_alpha=None,
+    recipe="nano",
+    version="0.1.0",
+)
+TEACHER = replace(STUDENT, name="nano", role="teacher", steps=32, trained_times=(), guidance=4.0)
+LORA = replace(STUDENT, lora_rank=64, lora_alpha=32.0)
+
+
+def changed(**values):
+    """A student's JSON with some fields replaced, or dropped where the value is Ellipsis."""
+    fields = json.loads(STUDENT.to_json()) | values
+    return json.dumps({name: value for name, value in fields.items() if value is not ...})
+
+
+@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA])
+def test_json_and_metadata_come_back_equal(contract):
+    assert Contract.from_json(contract.to_json()) == contract
+    assert Contract.from_metadata(contract.to_metadata() | {"format": "pt"}) == contract
+
+
+def test_it_survives_a_safetensors_file(tmp_path):
+    path = tmp_path / "nano_2step_unet.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, metadata=STUDENT.to_metadata())
+    with safe_open(path, framework="pt") as file:
+        assert Contract.from_metadata(file.metadata()) == STUDENT
+
+
+def test_a_whole_number_of_guidance_is_read_as_a_number():
+    found = Contract.from_json(changed(guidance=4, role="teacher"))
+    assert found.guidance == 4.0 and isinstance(found.guidance, float)
+
+
+def test_it_is_frozen_and_hashable():
+    with pytest.raises(FrozenInstanceError):
+        STUDENT.steps = 4
+    assert len({STUDENT, replace(STUDENT), TEACHER}) == 2
+
+
+def test_reading_a_contract_loads_no_torch():
+    code = "import sys, twostep.contract; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_its_prediction_types_and_top_time_are_those_of_the_flow():
+    assert get_args(contract_module.PredictionType) == get_args(PredictionType)
+    assert NoiseSchedule.scaled_linear().num_times == contract_module.TOP_TIME
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "modelspec.title": "x"}])
+def test_a_foreign_file_is_told_apart(metadata):
+    with pytest.raises(ContractError, match="no sampling contract") as caught:
+        Contract.from_metadata(metadata)
+    assert (", ".join(sorted(metadata)) if metadata else "no metadata at all") in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", changed()[:40]])
+def test_broken_json_is_shown(text):
+    with pytest.raises(ContractError, match="not JSON") as caught:
+        Contract.from_metadata({METADATA_KEY: text})
+    assert repr(text[:40]) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"nano"'])
+def test_other_json_is_refused(text):
+    with pytest.raises(ContractError, match="must be a JSON object"):
+        Contract.from_json(text)
+
+
+@pytest.mark.parametrize("field", list(json.loads(STUDENT.to_json())))
+def test_every_missing_field_is_named(field):
+    with pytest.raises(ContractError, match=f"lacks {field}"):
+        Contract.from_json(changed(**{field: ...}))
+
+
+def test_an_unknown_field_gets_the_nearest_name_and_the_writer():
+    with pytest.raises(ContractError, match=r"unknown field 'step'; did you mean 'steps'.*twostep 9.9"):
+        Contract.from_json(changed(step=2, version="9.9"))
+    with pytest.raises(ContractError, match="unknown field 'qqq'; a contract has name, role"):
+        Contract.from_json(changed(qqq=2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("name", 3, "text"),
+        ("name", " ", "not empty"),
+        ("role", "pupil", "teacher or student"),
+        ("steps", "2", "a whole number"),
+        ("steps", True, "a whole number"),
+        ("steps", 2.0, "a whole number"),
+        ("steps", 0, "from 1 to 1000"),
+        ("steps", 1001, "from 1 to 1000"),
+        ("trained_times", 500, "a list of whole numbers"),
+        ("trained_times", [500.5], "a whole number"),
+        ("trained_times", [0, 500], "times from 1 to 1000"),
+        ("trained_times", [1001], "times from 1 to 1000"),
+        ("trained_times", [], "at least one time for a student"),
+        ("prediction_type", "epsilon", "eps or x0 or v"),
+        ("spacing", "leading", "trailing"),
+        ("role", None, "teacher or student"),
+        ("prediction_type", ["eps"], "eps or x0 or v"),
+        ("guidance", "4", "a number"),
+        ("guidance", True, "a number"),
+        ("guidance", 0.5, "1 (none) or more"),
+        ("guidance", float("nan"), "a finite number"),
+        ("guidance", float("inf"), "a finite number"),
+        ("guidance", 4.0, "distilled in"),
+        ("sizes", "64x64", "a list of [width, height]"),
+        ("sizes", [64, 64], "a list of [width, height]"),
+        ("sizes", [[64, 64, 3]], "a list of [width, height]"),
+        ("sizes", [[64, "64"]], "a whole number"),
+        ("sizes", [[64, 0]], "at least one pixel"),
+        ("sizes", [], "at least one [width, height]"),
+        ("base", None, "text"),
+        ("lora_rank", "64", "a whole number"),
+        ("lora_rank", 64, "lora_alpha must be a number exactly if lora_rank is one (it is 64)"),
+        ("lora_alpha", "64", "a number"),
+        ("lora_alpha", 64.0, "exactly if lora_rank is one (it is None)"),
+        ("recipe", [], "text"),
+        ("version", 1, "text"),
+    ],
+)
+def test_every_wrong_value_is_named_with_what_was_expected(field, value, expected):
+    with pytest.raises(ContractError) as caught:
+        Contract.from_json(changed(**{field: value}))
+    message = str(caught.value)
+    assert field in message and expected in message and (repr(value) in message or isinstance(value, list))
+
+
+def test_a_lora_needs_a_rank_and_a_finite_alpha():
+    with pytest.raises(ContractError, match="rank of at least 1"):
+        replace(LORA, lora_rank=0)
+    with pytest.raises(ContractError, match="lora_alpha must be a finite number"):
+        replace(LORA, lora_alpha=float("nan"))
+
+
+def test_a_long_wrong_value_is_cut():
+    with pytest.raises(ContractError) as caught:
+        Contract.from_json(changed(name=["x" * 500]))
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA])
+def test_what_the_checkpoint_wants_passes_without_a_word(contract):
+    assert contract.check(None, None, None, None) == []
+    assert contract.check(contract.steps, contract.guidance, 64, 64) == []
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1, 3, 4, 32])
+def test_a_student_refuses_another_number_of_steps(steps):
+    with pytest.raises(ContractError, match=f"nano-2step draws in exactly 2 steps; asked for {steps}.*student"):
+        STUDENT.check(steps, None, None, None)
+    assert issubclass(ContractError, TwostepError)
+
+
+def test_a_single_step_is_counted_in_the_singular():
+    with pytest.raises(ContractError, match="exactly 1 step; asked for 2"):
+        replace(STUDENT, steps=1).check(2, None, None, None)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_switching_guidance_off_suits_a_student(guidance):
+    assert STUDENT.check(None, guidance, None, None) == []
+
+
+def test_a_student_says_why_guidance_has_no_effect():
+    (warning,) = STUDENT.check(2, 7.5, 64, 64)
+    assert "7.5 has no effect" in warning and "distilled" in warning and "teacher" in warning
+
+
+@pytest.mark.parametrize("guidance", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("contract", [STUDENT, TEACHER])
+def test_impossible_guidance_is_refused(contract, guidance):
+    with pytest.raises(ContractError, match=f"at least 0; asked for {guidance}"):
+        contract.check(None, guidance, None, None)
+
+
+def test_a_teacher_takes_any_number_of_steps_but_warns_of_few():
+    assert TEACHER.check(16, None, None, None) == [] == TEACHER.check(1000, None, None, None)
+    (warning,) = TEACHER.check(4, None, None, None)
+    assert "about 32 steps" in warning and "with 4" in warning and "students" in warning
+
+
+@pytest.mark.parametrize("steps", [0, -4, 1001])
+def test_a_teacher_refuses_impossible_steps(steps):
+    with pytest.raises(ContractError, match=f"1 to 1000 steps, 32 by default; asked for {steps}"):
+        TEACHER.check(steps, None, None, None)
+
+
+def test_a_teacher_warns_that_guidance_is_off_unless_it_was_made_so():
+    (warning,) = TEACHER.check(None, 1.0, None, None)
+    assert "switches guidance off" in warning and "made for 4" in warning
+    assert replace(TEACHER, guidance=1.0).check(None, 1.0, None, None) == []
+
+
+def test_two_warnings_come_together():
+    assert len(TEACHER.check(2, 0.0, 64, 64)) == 2
+
+
+def test_one_side_of_a_size_is_enough_where_it_fits():
+    assert STUDENT.check(None, None, 96, None) == [] == STUDENT.check(None, None, None, 64)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "asked"),
+    [(128, 128, "128x128"), (64, 96, "64x96"), (65, None, "65xany"), (None, 96, "anyx96"), (0, 64, "0x64")],
+)
+def test_an_unsupported_size_lists_those_there_are(width, height, asked):
+    with pytest.raises(ContractError, match=f"draws 64x64, 96x64.*asked for {asked}"):
+        STUDENT.check(None, None, width, height)
