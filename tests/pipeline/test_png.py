@@ -93,7 +93,7 @@ def test_folder_that_cannot_be_written_is_one_clear_error(result: Result, tmp_pa
     file = tmp_path / "file"
     file.write_text("not a folder")
     for folder in (file, file / "below"):
-        with pytest.raises(OutputError, match="cannot write to .*Choose a folder"):
+        with pytest.raises(OutputError, match=r"cannot write to .*Choose a folder"):
             save_images(result, folder)
     assert list(tmp_path.iterdir()) == [file]
 

@@ -151,7 +151,7 @@ def _times(result: Result, loading_seconds: float) -> str:
 
 def _contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each."""
-    table = Table("contract", *(Text(contract.name) for contract in contracts))
+    table = Table("contract", *(contract.name for contract in contracts))
     described = [_describe(contract) for contract in contracts]
     for label in described[0]:
         table.add_row(label, *(Text(values[label]) for values in described))

@@ -19,7 +19,6 @@ from twostep.contract import Contract
 from twostep.diffusion import Denoise, Prediction, solve, trailing_times
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
-from twostep.models.denoiser import guided
 from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Request, Result
 
 MAX_BATCH = 16
@@ -107,10 +106,10 @@ def _conditioned(bundle: Bundle, request: Request, plan: _Plan) -> Callable[[int
     encoded = bundle.text.conditioning(prompts, plan.width, plan.height)
 
     def denoise_for(num_images: int) -> Denoise:
-        prompt = encoded[[0] * num_images]
+        prompt = encoded[:1].expand(num_images)
         if plan.guidance == 1:
-            return lambda x_t, t: bundle.denoiser(x_t, t, prompt)
-        return guided(bundle.denoiser, prompt, encoded[[1] * num_images], plan.guidance)
+            return bundle.denoiser.given(prompt)
+        return bundle.denoiser.guided(prompt, encoded[1:].expand(num_images), plan.guidance)
 
     return denoise_for
 
