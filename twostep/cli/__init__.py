@@ -35,8 +35,3 @@ app = typer.Typer(
 )
 for verb in (draw.generate, draw.info, draw.demo, recipes.recipes, recipes.recipe):
     app.command()(verb)
-
-
-def main() -> None:
-    """Run the command line; the entry point of the package."""
-    app()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from twostep.contract import Contract
@@ -134,7 +134,7 @@ def _draw(model: str, steps: int, requests: Sequence[Request], *, warm_up: bool 
 
     name = bundle.contract.name
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
 
         def on_step(step: Step) -> None:
@@ -151,7 +151,7 @@ def _times(result: Result, loading_seconds: float) -> str:
 
 def _contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each."""
-    table = Table("contract", *(contract.name for contract in contracts))
+    table = Table("contract", *(Column(contract.name, overflow="fold") for contract in contracts))
     described = [_describe(contract) for contract in contracts]
     for label in described[0]:
         table.add_row(label, *(Text(values[label]) for values in described))
