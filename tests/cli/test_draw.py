@@ -1,6 +1,7 @@
 """generate, info and demo as a user runs them, with good input and bad."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,6 @@ BAD_FLAGS = [
     (("--size", "64"), "such as 64x64"),
     (("--size", "128x128"), "64x64"),
     (("--guidance", "nan"), "from 0 up"),
-    (("--steps", 3), "8, 4, 2"),
-    (("--steps", 0), "8, 4, 2"),
 ]
 
 
@@ -75,6 +74,23 @@ def test_bad_flag_is_one_clean_line(run, model: Path, tmp_path: Path, flags, les
     answer = run("generate", PROMPT, "--model", model, "-o", tmp_path / "out", *flags)
     assert_one_clean_line(answer, lesson)
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_steps_without_a_student_list_those_there_are(run, model: Path, tmp_path: Path, steps: int) -> None:
+    answer = run("generate", PROMPT, "--model", model, "--steps", steps, "-o", tmp_path / "out")
+    assert_one_clean_line(answer)
+    named = re.findall(r"\d+", answer.stderr.replace(str(model), ""))
+    assert {str(steps), "8", "4", "2", "1"} <= set(named), answer.stderr
+
+
+def test_steps_default_to_two_where_there_is_a_two_step_student(
+    run, model: Path, student_file: Path, tmp_path: Path
+) -> None:
+    for which, expected in ((model, 2), (student_file, 4)):
+        out = tmp_path / str(expected)
+        assert run("generate", PROMPT, "--model", which, "-o", out).exit_code == 0
+        assert read_provenance(next(out.glob("*.png"))).contract.steps == expected
 
 
 @pytest.mark.parametrize("verb", [("generate", PROMPT), ("demo",)])

@@ -154,7 +154,7 @@ def test_one_step_student_lands_on_its_own_prediction(
     steps: list[Progress] = []
     generate(one_step, Request(PROMPT, seed=6), on_step=steps.append)
     shape = one_step.latent_shape(64, 64)
-    conditioning = one_step.text.conditioning([PROMPT], 64, 64)
+    conditioning = one_step.conditioning([PROMPT], 64, 64)
     with torch.inference_mode():
         expected = one_step.denoiser(initial_noise(6, shape)[None], torch.tensor([1000]), conditioning).x0
     torch.testing.assert_close(steps[-1].prediction.x0, expected)

@@ -45,7 +45,10 @@ class SizeError(TwostepError):
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: _Model = "nano",
-    steps: Annotated[int, typer.Option(help="Picks the student; the teacher's own count picks the teacher.")] = 2,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Picks the student, or with its own count the teacher; 2 where there is a choice."),
+    ] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images, from the seeds that follow.")] = 1,
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")] = None,
@@ -65,7 +68,7 @@ def generate(
         height=height,
     )
     prepare_folder(out)
-    [result], loading_seconds = _draw(model, steps, [request])
+    [result], loading_seconds = _draw(model, _default_steps(model) if steps is None else steps, [request])
     for path in save_images(result, out):
         typer.echo(path)
     for warning in result.warnings:
@@ -113,6 +116,14 @@ def demo(
     write_atomically(out, encode_png(contact_sheet(rows, labels * _DEMO_SEEDS, scale=scale), {}))
     Console().print(_speed_table(list(drawn.values())))
     typer.echo(out)
+
+
+def _default_steps(model: str) -> int:
+    """Two, where the model has a student for it; otherwise what its first contract says."""
+    from twostep.models.bundle import read_contracts
+
+    offered = [contract.steps for contract in read_contracts(model)]
+    return 2 if 2 in offered else offered[0]
 
 
 def _draw(model: str, steps: int, requests: Sequence[Request], *, warm_up: bool = False) -> tuple[list[Result], float]:

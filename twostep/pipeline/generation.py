@@ -103,7 +103,7 @@ def _plan(contract: Contract, request: Request) -> _Plan:
 def _conditioned(bundle: Bundle, request: Request, plan: _Plan) -> Callable[[int], Denoise]:
     """Encode the text once; the answer makes a denoiser for any number of images of it."""
     prompts = [request.prompt] if plan.guidance == 1 else [request.prompt, request.negative_prompt]
-    encoded = bundle.text.conditioning(prompts, plan.width, plan.height)
+    encoded = bundle.conditioning(prompts, plan.width, plan.height)
 
     def denoise_for(num_images: int) -> Denoise:
         prompt = encoded[:1].expand(num_images)
