@@ -1,0 +1,44 @@
+"""The committed sample of drawings, and a judge that has seen them for a few seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from twostep.data.emoji import EmojiSet, load_emoji
+from twostep.evaluate.judge import Judge
+from twostep.evaluate.train_judge import JudgeRecipe, train_judge
+
+SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"
+
+QUICK = JudgeRecipe(
+    name="quick",
+    channels=(16, 24, 32),
+    iterations=60,
+    batch_size=32,
+    learning_rate=1e-2,
+    warmup_iterations=10,
+    ema_decay=0.9,
+    num_held_out=2,
+    checkpoint_every=30,
+    log_every=10,
+)
+
+
+@pytest.fixture(scope="session")
+def emoji() -> EmojiSet:
+    return load_emoji(SAMPLE)
+
+
+@pytest.fixture(scope="session")
+def quick_run(emoji: EmojiSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished short training."""
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    train_judge(QUICK, emoji, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def quick_judge(quick_run: Path) -> Judge:
+    from twostep.evaluate.judge import load_judge
+
+    return load_judge(quick_run / "judge.safetensors")
