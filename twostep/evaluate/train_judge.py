@@ -46,9 +46,9 @@ class JudgeRecipe(Settings):
 
     name: str = Field("nano-judge", description="what the judge says it comes from")
     channels: tuple[int, ...] = Field((32, 64, 112, 160), min_length=1, description="widths; each halves the picture")
-    iterations: int = Field(1600, gt=0, description="number of optimiser steps")
+    iterations: int = Field(2100, gt=0, description="number of optimiser steps")
     batch_size: int = Field(64, gt=1, description="pictures per step")
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(4e-3, gt=0, description="peak learning rate of AdamW")
     warmup_iterations: int = Field(100, ge=0, description="linear warm-up; then a cosine to zero")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay, of convolutions and heads")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
@@ -180,7 +180,7 @@ def _loss(
         for logits, label in zip((verdict.concept, verdict.style, verdict.background), labels, strict=True)
     )
     blur = (verdict.blur_pixels.float() - blur_pixels).square().mean()
-    return concept + 0.5 * style + 0.5 * background + blur
+    return concept + style + 0.5 * background + blur
 
 
 def _decay(iteration: int, recipe: JudgeRecipe) -> float:

@@ -1,0 +1,312 @@
+"""The table of the nano models: teacher, students, and what the teacher alone does with as few evaluations.
+
+    python benchmarks/nano_table.py --out runs/table [--mse DIR]
+
+Draws every evaluation picture in float32 with the same noise for all, judges it, and writes table.md, table.json and
+sheet.png. Pictures are cached by a hash of weights, sampler, prompts and seeds: the same command goes on where it was
+stopped, and after a new training draws only what has changed. Guidance counts as two evaluations a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import DPMSolverMultistepScheduler
+from nano_table_text import checks, to_markdown
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twostep.contract import Contract
+from twostep.data.emoji import EmojiSet, load_emoji
+from twostep.diffusion import Denoise, NoiseSchedule, guide, solve, trailing_times
+from twostep.evaluate.judge import Judge, load_judge
+from twostep.evaluate.prompts import FIRST_SEED, Task, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
+from twostep.evaluate.report import Report, evaluate
+from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.contact_sheet import contact_sheet
+from twostep.pipeline.generation import initial_noise
+
+CHUNK = 128
+SHEET_COLUMNS = 16
+NUM_REAL_PER_PROMPT = 4
+TEACHER_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How one row of the table is drawn: solver, steps, guidance (1 is none)."""
+
+    solver: str
+    steps: int
+    guidance: float
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations per picture."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what it is called, how it is drawn, and how to load what draws it."""
+
+    key: str
+    label: str
+    sampler: Sampler
+    load: Callable[[], Bundle]
+    with_diversity: bool = True
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the table says of one row, as plain values; `distance` is Frechet in the judge's features."""
+
+    key: str
+    label: str
+    steps: int
+    evaluations: int
+    complete: dict[str, Any]
+    incomplete: dict[str, Any]
+    diversity: dict[str, Any] | None
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for table, sheet and cache.")] = Path("runs/table"),
+    model: Annotated[str, typer.Option(help="A built-in name or a model folder.")] = "nano",
+    mse: Annotated[
+        Path | None, typer.Option(help="Folder of *_{2,1}step_unet.safetensors trained by MSE only.")
+    ] = None,
+    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
+    judge_path: Annotated[Path | None, typer.Option("--judge", help="Another judge.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first prompts of each set, to try it out.")] = None,
+) -> None:
+    """Draw, judge, and write the table."""
+    began = time.monotonic()
+    emoji = load_emoji(emoji_path)
+    judge = load_judge(judge_path) if judge_path else load_judge()
+    tasks = {
+        "complete": complete_tasks(emoji.concepts)[:limit],
+        "incomplete": incomplete_tasks(emoji.concepts)[:limit],
+        "diversity": repeated_tasks(emoji.concepts)[:limit],
+    }
+    pictures: dict[str, dict[str, Tensor]] = {}
+    rows = [*model_rows(model), *mse_rows(model, mse)]
+    for row in rows:
+        pictures[row.key] = draw_row(row, tasks, out / "cache")
+    figures = [*judge_rows(rows, pictures, tasks, judge, emoji), judge_real(pictures, tasks, judge, emoji)]
+    write_sheet(rows, pictures, tasks["complete"], out / "sheet.png")
+    claims = checks([asdict(figure) for figure in figures])
+    text = to_markdown([asdict(figure) for figure in figures], claims, judge.origin.accuracy if judge.origin else {})
+    (out / "table.md").write_text(text)
+    record = {"rows": [asdict(figure) for figure in figures], "checks": claims}
+    (out / "table.json").write_text(json.dumps(record, indent=2))
+    typer.echo(text)
+    typer.echo(f"{time.monotonic() - began:.0f} s in all; {out / 'table.md'}, table.json, sheet.png")
+
+
+def model_rows(model: str) -> list[Row]:
+    """Teacher, its students, and the teacher at few steps with two solvers."""
+    teacher = load_bundle(model, steps=TEACHER_STEPS)
+    scale = teacher.contract.guidance
+
+    def load_teacher() -> Bundle:
+        return teacher
+
+    rows = [Row("teacher", f"teacher, {TEACHER_STEPS} steps", Sampler("euler", TEACHER_STEPS, scale), load_teacher)]
+    for steps in sorted(teacher.students, reverse=True):
+        sampler = Sampler("euler", steps, 1.0)
+        rows.append(
+            Row(f"student-{steps}", f"student, {_steps(steps)}", sampler, lambda n=steps: load_bundle(model, steps=n))
+        )
+    for solver, name in (("euler", "Euler"), ("dpm", "DPM-Solver++ 2M")):
+        # A second-order solver has nothing to go by in its first step: at one step the two are the same.
+        for steps in (4, 2, 1) if solver == "euler" else (4, 2):
+            label = f"teacher, {_steps(steps)}, guidance, {name}"
+            rows.append(Row(f"{solver}-{steps}-guided", label, Sampler(solver, steps, scale), load_teacher, False))
+    label = "teacher, 1 step, no guidance, Euler"
+    return [*rows, Row("euler-1", label, Sampler("euler", 1, 1.0), load_teacher, False)]
+
+
+def mse_rows(model: str, folder: Path | None) -> list[Row]:
+    """Students that were distilled by MSE alone, if there are any."""
+    rows = []
+    for steps in (2, 1) if folder else ():
+        for path in sorted(folder.glob(f"*_{steps}step_unet.safetensors")) if folder else ():
+            sampler = Sampler("euler", steps, 1.0)
+            label = f"student by MSE alone, {_steps(steps)}"
+            rows.append(Row(f"mse-{steps}", label, sampler, lambda p=path, n=steps: _load_student(model, p, n)))
+    return rows
+
+
+def _load_student(model: str, path: Path, steps: int) -> Bundle:
+    """Put the weights of a student file into the student of as many steps that the model has."""
+    bundle = load_bundle(model, steps=steps)
+    with safe_open(path, "pt") as file:
+        contract = Contract.from_metadata(file.metadata() or {})
+    weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+    bundle.denoiser.network.load_state_dict(weights)
+    return replace(bundle, denoiser=replace(bundle.denoiser, prediction_type=contract.prediction_type))
+
+
+def draw_row(row: Row, tasks: dict[str, list[Task]], cache: Path) -> dict[str, Tensor]:
+    """Draw all sets of a row, or read them from the cache; pictures are uint8 as a PNG would hold them."""
+    cache.mkdir(parents=True, exist_ok=True)
+    bundle = row.load()
+    weights = _weights_digest(bundle)
+    names = [name for name in tasks if row.with_diversity or name != "diversity"]
+    began = time.monotonic()
+    drawn = {name: _draw_set(bundle, row.sampler, tasks[name], weights, cache) for name in names}
+    typer.echo(f"{row.label}: {sum(map(len, drawn.values()))} pictures, {time.monotonic() - began:.0f} s")
+    return drawn
+
+
+def _draw_set(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task], weights: str, cache: Path) -> Tensor:
+    chunks = []
+    for start in range(0, len(tasks), CHUNK):
+        chunk = tasks[start : start + CHUNK]
+        wish = json.dumps([weights, asdict(sampler), [(task.prompt, task.seed) for task in chunk]])
+        path = cache / f"{hashlib.sha256(wish.encode()).hexdigest()[:32]}.safetensors"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            save_file({"pictures": draw(bundle, sampler, chunk)}, partial)
+            partial.replace(path)
+        chunks.append(load_file(path)["pictures"])
+    return torch.cat(chunks)
+
+
+@torch.inference_mode()
+def draw(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task]) -> Tensor:
+    """Draw one picture per task in one batch, each from the noise of its own seed."""
+    width, height = bundle.contract.sizes[0]
+    conditioning = bundle.text.conditioning([task.prompt for task in tasks], width, height)
+    denoise: Denoise = lambda x_t, t: bundle.denoiser(x_t, t, conditioning)  # noqa: E731 - closes over the prompts
+    if sampler.guidance > 1:
+        empty = bundle.text.conditioning([""] * len(tasks), width, height)
+        conditional = denoise
+        denoise = lambda x_t, t: guide(  # noqa: E731
+            conditional(x_t, t), bundle.denoiser(x_t, t, empty), sampler.guidance
+        )
+    shape = bundle.latent_shape(width, height)
+    noise = torch.stack([initial_noise(task.seed, shape) for task in tasks])
+    follow = solve_dpm if sampler.solver == "dpm" else solve_euler
+    latents = follow(denoise, noise, sampler.steps, bundle.denoiser.schedule)
+    pixels = bundle.codec.decode(latents)
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def solve_euler(denoise: Denoise, noise: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
+    """Follow the flow along the trailing grid, as the package does."""
+    times = torch.tensor([*trailing_times(steps, schedule.num_times), 0])
+    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule)
+
+
+def solve_dpm(denoise: Denoise, noise: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
+    """Follow the flow with diffusers' DPM-Solver++ 2M on the same grid (arXiv 2211.01095)."""
+    betas = 1 - (schedule.alphas[1:] / schedule.alphas[:-1]).square()
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=schedule.num_times,
+        trained_betas=betas.tolist(),
+        timestep_spacing="trailing",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        prediction_type="epsilon",
+    )
+    scheduler.set_timesteps(steps)
+    x = noise
+    for index in scheduler.timesteps:
+        eps = denoise(x, torch.full((len(x),), int(index) + 1)).eps
+        x = scheduler.step(eps, index, x).prev_sample
+    return x
+
+
+def judge_rows(
+    rows: Sequence[Row],
+    pictures: dict[str, dict[str, Tensor]],
+    tasks: dict[str, list[Task]],
+    judge: Judge,
+    emoji: EmojiSet,
+) -> list[Figures]:
+    """Judge every row against its prompts, the teacher's pictures and real ones."""
+    statistics = {
+        name: (judge.statistics(to_float(pictures["teacher"][name])), judge.statistics(_real(tasks[name], emoji)))
+        for name in ("complete", "incomplete")
+    }
+
+    def report(row: Row, name: str) -> Report:
+        reference, real = statistics.get(name, (None, None))
+        wishes = [task.attributes for task in tasks[name]]
+        return evaluate(to_float(pictures[row.key][name]), wishes, judge, reference=reference, real=real)
+
+    return [
+        Figures(
+            row.key,
+            row.label,
+            row.sampler.steps,
+            row.sampler.num_evaluations,
+            report(row, "complete").to_dict(),
+            report(row, "incomplete").to_dict(),
+            report(row, "diversity").to_dict() if row.with_diversity else None,
+        )
+        for row in rows
+    ]
+
+
+def judge_real(
+    pictures: dict[str, dict[str, Tensor]], tasks: dict[str, list[Task]], judge: Judge, emoji: EmojiSet
+) -> Figures:
+    """Judge real pictures for the same prompts: what a perfect model would get, the judge's own errors included."""
+    reports = {}
+    for name, wanted in tasks.items():
+        reference = judge.statistics(to_float(pictures["teacher"][name]))
+        real = judge.statistics(_real(wanted, emoji))
+        wishes = [task.attributes for task in wanted]
+        drawn = real_pictures(wishes, emoji, seed=FIRST_SEED - 1)
+        reports[name] = evaluate(drawn, wishes, judge, reference=reference, real=real).to_dict()
+    return Figures("real", "real drawings", 0, 0, reports["complete"], reports["incomplete"], reports["diversity"])
+
+
+def _real(tasks: Sequence[Task], emoji: EmojiSet) -> Tensor:
+    wishes = [task.attributes for task in tasks]
+    return torch.cat([real_pictures(wishes, emoji, seed=FIRST_SEED + turn) for turn in range(NUM_REAL_PER_PROMPT)])
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """Bring 8-bit pictures to -1..1."""
+    return pictures.float() / 127.5 - 1
+
+
+def write_sheet(rows: Sequence[Row], pictures: dict[str, dict[str, Tensor]], tasks: Sequence[Task], path: Path) -> None:
+    """Lay the same prompts of every row out, from the same noise."""
+    chosen = list(range(0, len(tasks), max(1, len(tasks) // SHEET_COLUMNS)))[:SHEET_COLUMNS]
+    lines = [
+        (row.label, [Image.fromarray(pictures[row.key]["complete"][i].permute(1, 2, 0).numpy()) for i in chosen])
+        for row in rows
+    ]
+    contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(path)
+
+
+def _weights_digest(bundle: Bundle) -> str:
+    digest = hashlib.sha256(bundle.denoiser.prediction_type.encode())
+    for part in (bundle.denoiser.network, bundle.codec.vae, *bundle.text.encoders):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
