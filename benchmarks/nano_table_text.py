@@ -53,8 +53,7 @@ def to_markdown(rows: Sequence[Figures], claims: Sequence[Check], accuracy: dict
         "real drawings. Diversity is the mean distance between seeds of one prompt, in features / in pixels, in "
         f"brackets as shares of the teacher's. Samples: {teacher['complete']['num_images']} complete, "
         f"{teacher['incomplete']['num_images']} incomplete; few samples bias Frechet distances upwards, for all rows "
-        "alike. Guidance counts as two evaluations a step. Below three steps DPM-Solver++ 2M takes no second-order step "
-        "and is Euler.",
+        "alike. Guidance counts as two evaluations a step. Below three steps DPM-Solver++ 2M is Euler.",
         "The judge's own accuracy on held-out placements and backgrounds: "
         + ", ".join(f"{name} {value:.4g}" for name, value in accuracy.items())
         + ".",
