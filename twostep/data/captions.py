@@ -1,0 +1,130 @@
+"""Captions of the emoji set: words for a drawing, often incomplete on purpose.
+
+A caption may leave out the style, the background or both, say only the subgroup ("a bird, 3d"), or say nothing at all.
+So one prompt has many right pictures, and a distilled student has modes to keep or to lose.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from twostep.errors import TwostepError
+
+STYLES: dict[str, str] = {
+    "flat": "fluent-emoji-flat",
+    "3d": "fluent-emoji",
+    "noto": "noto",
+    "twemoji": "twemoji",
+}
+"""Word of each drawing style -> the icon set it comes from."""
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 58, 58),
+    "orange": (240, 140, 50),
+    "yellow": (248, 214, 72),
+    "green": (78, 168, 88),
+    "teal": (38, 150, 150),
+    "blue": (58, 108, 220),
+    "purple": (130, 78, 190),
+    "pink": (246, 162, 192),
+    "brown": (130, 86, 56),
+    "gray": (142, 142, 146),
+    "black": (24, 24, 28),
+    "white": (250, 250, 250),
+}
+"""Name of each background -> its colour, RGB in 0..255."""
+
+
+class CaptionError(TwostepError):
+    """A caption was asked for a style or background that the set does not have."""
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a caption says of a picture; None where it says nothing.
+
+    `names` are the words of a concept, the usual one first, or those of its subgroup.
+    """
+
+    names: tuple[str, ...] = ()
+    style: str | None = None
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.style, STYLES), (self.background, BACKGROUNDS)):
+            if value is not None and value not in known:
+                raise CaptionError(f"'{value}' is none of {', '.join(known)}; use one of these.")
+
+
+@dataclass(frozen=True)
+class Omission:
+    """How often a caption leaves something out, as probabilities in 0..1."""
+
+    everything: float = 0.1
+    style: float = 0.2
+    background: float = 0.2
+    concept: float = 0.05
+    subgroup_instead: float = 0.12
+
+    def apply(self, names: tuple[str, ...], subgroup: str, style: str, background: str, rng: Random) -> Attributes:
+        """Return what is left to be said of a picture with these attributes."""
+        if rng.random() < self.everything:
+            return Attributes()
+        draw = rng.random()
+        if draw < self.concept:
+            names = ()
+        elif draw < self.concept + self.subgroup_instead:
+            names = (subgroup,)
+        return Attributes(
+            names,
+            None if rng.random() < self.style else style,
+            None if rng.random() < self.background else background,
+        )
+
+
+def caption(attributes: Attributes, rng: Random) -> str:
+    """Return one of the ways to say these attributes: "a flat red apple on a blue background".
+
+    The usual name of a concept comes up in three of four captions, its synonyms share the rest.
+    No attributes at all give the empty caption.
+    """
+    if attributes == Attributes():
+        return ""
+    noun = _name(attributes.names, rng)
+    style, background = attributes.style, attributes.background
+    form = rng.randrange(4)
+    if form == 0:
+        place = f"on a {background} background" if background else ""
+        return _join(" ", with_article(_join(" ", style, noun)), place)
+    if form == 1:
+        return _join(", ", with_article(noun), style, background and f"{background} background")
+    if form == 2:
+        manner = f"in {style} style" if style else ""
+        return _join(" ", with_article(noun), manner, background and f"on {background}")
+    return _join(", ", background and f"{background} background", _join(" ", style, noun))
+
+
+def complete_caption(name: str, style: str, background: str) -> str:
+    """Return the plain full caption of evaluation: "a 3d red apple on a blue background"."""
+    return f"{with_article(f'{style} {name}')} on a {background} background"
+
+
+def vocabulary_corpus(names: Sequence[tuple[str, ...]], subgroups: Sequence[str]) -> list[str]:
+    """Return texts that hold every word a caption of these concepts can hold."""
+    words = [*subgroups, *STYLES, *BACKGROUNDS, *(name for group in names for name in group)]
+    return [*words, "a an on in of with the style background picture drawing emoji ,"]
+
+
+def with_article(words: str) -> str:
+    """Put "a" or "an" before the words."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _name(names: tuple[str, ...], rng: Random) -> str:
+    if not names:
+        return rng.choice(("picture", "drawing", "emoji"))
+    return names[0] if len(names) == 1 or rng.random() < 0.75 else rng.choice(names[1:])
+
+
+def _join(separator: str, *parts: str | None) -> str:
+    return separator.join(part for part in parts if part)

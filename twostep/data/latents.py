@@ -1,0 +1,92 @@
+"""The emoji set as latents: composited and encoded once, captioned anew every time one is drawn.
+
+So neither drawings nor codec are needed while a denoiser trains.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float16, Int, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twostep.data.captions import BACKGROUNDS, Attributes, Omission, caption
+from twostep.data.emoji import EmojiError, EmojiSet, Placement, compose
+from twostep.models.codec import Codec
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """Latents of composited drawings, and what is on each: row of `labels` = concept, style, background."""
+
+    latents: Float16[Tensor, "count c h w"]
+    labels: UInt8[Tensor, "count 3"]
+    names: tuple[tuple[tuple[str, ...], str], ...]
+    styles: tuple[str, ...]
+    omission: Omission = Omission()
+
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Float[Tensor, "count c h w"], list[str]]:
+        """Return random latents with captions that often say less than there is."""
+        rows = torch.randint(len(self.latents), (count,), generator=tensors)
+        return self.latents[rows].float(), [self._caption(row, words) for row in rows.tolist()]
+
+    def _caption(self, row: int, words: random.Random) -> str:
+        concept, style, background = self.labels[row].tolist()
+        names, subgroup = self.names[concept]
+        said: Attributes = self.omission.apply(
+            names, subgroup, self.styles[style], list(BACKGROUNDS)[background], words
+        )
+        return caption(said, words)
+
+    def save(self, path: Path) -> None:
+        """Write the cache to one safetensors file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = json.dumps({"names": self.names, "styles": self.styles})
+        save_file({"latents": self.latents, "labels": self.labels}, path, {"twostep.latents": words})
+
+
+def load_latents(path: Path) -> LatentCache:
+    """Read a cache written by `LatentCache.save`; EmojiError where it is missing, damaged or holds NaN."""
+    try:
+        with safe_open(path, "pt") as file:
+            words = json.loads((file.metadata() or {})["twostep.latents"])
+            latents, labels = file.get_tensor("latents"), file.get_tensor("labels")
+    except (FileNotFoundError, SafetensorError, KeyError) as error:
+        raise EmojiError(f"{path} is no latent cache ({error!r}). Delete it; it is built again from drawings.") from error
+    if not torch.isfinite(latents).all():
+        raise EmojiError(f"{path} holds values that are no numbers. Delete it; it is built again from drawings.")
+    names = tuple((tuple(group), subgroup) for group, subgroup in words["names"])
+    return LatentCache(latents, labels, names, tuple(words["styles"]))
+
+
+def cache_latents(
+    emoji: EmojiSet,
+    codec: Codec,
+    *,
+    variants: int = 96,
+    seed: int = 0,
+    on_variant: Callable[[int, int], None] = lambda done, total: None,
+) -> LatentCache:
+    """Composite every drawing `variants` times, each on a random background, and encode it."""
+    num_concepts, num_styles = emoji.drawings.shape[:2]
+    drawings = emoji.drawings.flatten(0, 1)
+    concept, style = torch.meshgrid(torch.arange(num_concepts), torch.arange(num_styles), indexing="ij")
+    generator = torch.Generator().manual_seed(seed)
+    latents, labels = [], []
+    for variant in range(variants):
+        background: Int[Tensor, " drawings"] = torch.randint(len(BACKGROUNDS), (len(drawings),), generator=generator)
+        pictures = compose(drawings, background, Placement(), generator)
+        latents += [codec.encode(batch).half() for batch in pictures.split(128)]
+        labels.append(torch.stack([concept.flatten(), style.flatten(), background], dim=1).to(torch.uint8))
+        on_variant(variant + 1, variants)
+    names = tuple((concept.names, concept.subgroup) for concept in emoji.concepts)
+    return LatentCache(torch.cat(latents), torch.cat(labels), names, emoji.styles)

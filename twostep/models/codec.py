@@ -1,0 +1,47 @@
+"""Media <-> latents. A codec is all that a denoiser's owner needs to know of pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """Encodes media to scaled latents and decodes them again."""
+
+    def encode(self, media: Tensor) -> Tensor:
+        """Return the latents of media in -1..1."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the media in -1..1 of latents."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCodec:
+    """An SDXL-type autoencoder: pictures [batch, 3, height, width] in -1..1 <-> latents of about unit variance."""
+
+    vae: AutoencoderKL
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels wide and high one latent is."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
+        """Return the scaled mean of the posterior."""
+        latents: Tensor = self.vae.encode(media).latent_dist.mean * self.vae.config.scaling_factor
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:
+        """Return pictures, cut off at -1 and 1."""
+        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pictures.clamp(-1, 1)

@@ -1,0 +1,76 @@
+"""A network with its schedule and prediction type: (x_t, t, conditioning) -> Prediction.
+
+Times are those of `diffusion` (1..T); the network is fed t - 1. Feeding T - 1 together with pure noise is the fixed
+schedule of arXiv 2402.13929, section 3.5. Training loops, adapters and samplers are unknown here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, guide, prediction_from_output
+from twostep.models.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """An SDXL-type UNet that answers in x0 and eps, whatever it predicts."""
+
+    network: UNet2DConditionModel
+    schedule: NoiseSchedule
+    prediction_type: PredictionType = "eps"
+
+    def __call__(
+        self, x_t: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
+    ) -> Prediction:
+        """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
+        output = self.network(
+            x_t, t - 1, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False
+        )[0]
+        alpha, sigma = self.schedule.coefficients(t, x_t)
+        return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
+
+    def given(self, conditioning: Conditioning) -> Denoise:
+        """Close over the conditioning, as `solve` wants it."""
+        return lambda x_t, t: self(x_t, t, conditioning)
+
+    def guided(self, conditioning: Conditioning, unconditional: Conditioning, scale: float) -> Denoise:
+        """Close over both conditionings with classifier-free guidance (arXiv 2207.12598), both in one call."""
+        if scale == 1:
+            return self.given(conditioning)
+        both = Conditioning.cat([unconditional, conditioning])
+
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            answer = self(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            (x0_without, x0_with), (eps_without, eps_with) = answer.x0.chunk(2), answer.eps.chunk(2)
+            return guide(Prediction(x0_with, eps_with), Prediction(x0_without, eps_without), scale)
+
+        return denoise
+
+
+def encoder_features(
+    network: UNet2DConditionModel,
+    x_t: Float[Tensor, "batch c h w"],
+    t: Int[Tensor, " batch"],
+    conditioning: Conditioning,
+) -> Float[Tensor, "batch features fh fw"]:
+    """Run the UNet's encoder and mid-block alone, at times t in 0..T; the decoder need not exist."""
+    embedding = network.time_embedding(network.get_time_embed(sample=x_t, timestep=(t - 1).clamp(min=0)))
+    embedding = embedding + network.get_aug_embed(
+        emb=embedding, encoder_hidden_states=conditioning.text, added_cond_kwargs=_added(conditioning)
+    )
+    hidden = network.conv_in(x_t)
+    for block in network.down_blocks:
+        text = {"encoder_hidden_states": conditioning.text} if getattr(block, "has_cross_attention", False) else {}
+        hidden, _ = block(hidden_states=hidden, temb=embedding, **text)
+    features: Tensor = network.mid_block(hidden, embedding, encoder_hidden_states=conditioning.text)
+    return features
+
+
+def _added(conditioning: Conditioning) -> dict[str, Tensor]:
+    return {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}

@@ -1,0 +1,44 @@
+"""SDXL's two text encoders as one: captions -> text embeddings, pooled embedding; and the words they do not know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoders:
+    """Two CLIP text encoders; the penultimate layers of both, and the pooled projection of the second."""
+
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+
+    def encode(
+        self, prompts: Sequence[str]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]:
+        """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
+        layers, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(encoder.device)
+            answer = encoder(tokens, output_hidden_states=True)
+            layers.append(answer.hidden_states[-2])
+            pooled = answer[0]
+        assert pooled is not None
+        return torch.cat(layers, dim=-1), pooled
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
+        return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]

@@ -1,0 +1,92 @@
+"""The folder of a run: `run.toml`, `log.jsonl`, `checkpoints/`, `samples/`. The same command again resumes.
+
+Files appear whole or not at all: each is written beside its place and renamed.
+"""
+
+import errno
+import json
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twostep.errors import TwostepError
+from twostep.runs.recipe import Settings
+
+
+class RunError(TwostepError):
+    """A run folder holds another run, is damaged, or cannot be written."""
+
+
+class RunFolder:
+    """One run's folder; opening it creates it, or finds the run that is to be resumed."""
+
+    def __init__(self, path: Path, recipe: Settings) -> None:
+        """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot be written."""
+        self.path = path
+        record = path / "run.json"
+        resolved = recipe.model_dump_json(indent=2)
+        if record.exists() and record.read_text() != resolved:
+            raise RunError(f"{path} holds a run of another recipe. Give another --out, or delete that folder.")
+        with _writing(path):
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (path / "samples").mkdir(exist_ok=True)
+        if not record.exists():
+            with write_whole(record) as file:
+                file.write(resolved.encode())
+
+    def log(self, **values: Any) -> None:
+        """Append one line of JSON to log.jsonl, stamped with the time."""
+        line = json.dumps({"time": round(time.time(), 3), **values})
+        with _writing(self.path), (self.path / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint; the old one of that name stands until the new one is whole."""
+        with write_whole(self.checkpoint(name)) as file:
+            torch.save(state, file)
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """Read a checkpoint, None if there is none yet; RunError if it is damaged."""
+        path = self.checkpoint(name)
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise RunError(f"{path} is damaged ({error}). Delete it; the run starts this part again.") from error
+        return state
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the path of the checkpoint of that name."""
+        return self.path / "checkpoints" / f"{name}.pt"
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Any]:
+    """Open a file for binary writing that takes its place at `path` only when it is whole and on disk."""
+    partial = path.with_name(path.name + ".partial")
+    with _writing(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = "the disk is full; free some space" if error.errno == errno.ENOSPC else "give another place"
+        raise RunError(f"{path} cannot be written ({error.strerror}): {full}. What was saved before is whole.") from error
