@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from twostep.cli import draw, recipes
+from twostep.cli import draw, recipes, train
+from twostep.cli.evaluate import evaluate_command
 from twostep.errors import TwostepError
 
 
@@ -33,5 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (draw.generate, draw.info, draw.demo, recipes.recipes, recipes.recipe):
+for verb in (draw.generate, draw.info, draw.demo, recipes.recipes, recipes.recipe, train.pretrain, train.distill):
     app.command()(verb)
+app.command("evaluate")(evaluate_command)
+app.add_typer(train.data, name="data")

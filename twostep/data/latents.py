@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ class LatentCache:
     labels: UInt8[Tensor, "count 3"]
     names: tuple[tuple[tuple[str, ...], str], ...]
     styles: tuple[str, ...]
-    omission: Omission = Omission()
+    omission: Omission = field(default_factory=Omission)
 
     def draw(
         self, count: int, tensors: torch.Generator, words: random.Random
@@ -61,7 +61,9 @@ def load_latents(path: Path) -> LatentCache:
             words = json.loads((file.metadata() or {})["twostep.latents"])
             latents, labels = file.get_tensor("latents"), file.get_tensor("labels")
     except (FileNotFoundError, SafetensorError, KeyError) as error:
-        raise EmojiError(f"{path} is no latent cache ({error!r}). Delete it; it is built again from drawings.") from error
+        raise EmojiError(
+            f"{path} is no latent cache ({error!r}). Delete it; it is built again from drawings."
+        ) from error
     if not torch.isfinite(latents).all():
         raise EmojiError(f"{path} holds values that are no numbers. Delete it; it is built again from drawings.")
     names = tuple((tuple(group), subgroup) for group, subgroup in words["names"])

@@ -44,6 +44,7 @@ class JudgeTrainingError(TwostepError):
 class JudgeRecipe(Settings):
     """How a judge is built and trained."""
 
+    part: Literal["judge"] = Field("judge", description="which part of the model this recipe trains")
     name: str = Field("nano-judge", description="what the judge says it comes from")
     channels: tuple[int, ...] = Field((32, 64, 112, 160), min_length=1, description="widths; each halves the picture")
     iterations: int = Field(2100, gt=0, description="number of optimiser steps")

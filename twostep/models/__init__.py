@@ -1,4 +1,4 @@
 """Models: networks as denoisers, codecs and text encoders, and the bundle that holds them as loaded from disk.
 
-Here, and nowhere below, diffusers and transformers are known. How a model is trained or asked is no matter of this room.
+Here, and nowhere below, diffusers and transformers are known. How a model is trained or asked is not.
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class Codec(Protocol):
 class ImageCodec:
     """An SDXL-type autoencoder: pictures [batch, 3, height, width] in -1..1 <-> latents of about unit variance."""
 
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
 
     @property
     def pixels_per_latent(self) -> int:
@@ -36,9 +36,10 @@ class ImageCodec:
 
     @torch.no_grad()
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
-        """Return the scaled mean of the posterior."""
-        latents: Tensor = self.vae.encode(media).latent_dist.mean * self.vae.config.scaling_factor
-        return latents
+        """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
+        encoded = self.vae.encode(media)
+        latents: Tensor = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
+        return latents * float(self.vae.config.scaling_factor)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:

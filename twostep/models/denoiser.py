@@ -29,9 +29,9 @@ class Denoiser:
         self, x_t: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
     ) -> Prediction:
         """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
-        output = self.network(
-            x_t, t - 1, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False
-        )[0]
+        output = self.network(x_t, t - 1, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False)[
+            0
+        ]
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
 
@@ -51,6 +51,10 @@ class Denoiser:
             return guide(Prediction(x0_with, eps_with), Prediction(x0_without, eps_without), scale)
 
         return denoise
+
+
+Network = UNet2DConditionModel
+"""The class of every denoising network here."""
 
 
 def encoder_features(

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from twostep.models.conditioning import Conditioning, image_sizes
+
 
 @dataclass(frozen=True, eq=False)
 class TextEncoders:
@@ -37,6 +39,11 @@ class TextEncoders:
             pooled = answer[0]
         assert pooled is not None
         return torch.cat(layers, dim=-1), pooled
+
+    def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
+        """Encode prompts for uncropped pictures of this size in pixels."""
+        text, pooled = self.encode(prompts)
+        return Conditioning(text, pooled, image_sizes(len(text), width, height).to(text.device, text.dtype))
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""

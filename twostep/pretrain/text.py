@@ -6,6 +6,8 @@ Both encoders' pooled outputs are matched with one small image tower, which is t
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,15 +18,17 @@ from twostep.data.captions import BACKGROUNDS, Omission, caption, vocabulary_cor
 from twostep.data.emoji import EmojiSet, Placement, compose
 from twostep.models.nano import TEXT_WIDTHS, build_text_encoders
 from twostep.models.text import TextEncoders
-from twostep.pretrain.loop import Draw, LoopSettings, OnIteration, train
+from twostep.pretrain.loop import DescentSettings, train
 from twostep.runs.folder import RunFolder
+from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings
 
 
 class TextSettings(Settings):
     """The recipe part of the text encoders."""
 
-    loop: LoopSettings
+    part: Literal["text"] = Field(description="which part of the model this recipe trains")
+    loop: DescentSettings
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
 
 
@@ -37,7 +41,7 @@ class ContrastivePair(nn.Module):
         self.text = text
         self.encoders = nn.ModuleList(text.encoders)
         widths = (3, 32, 64, 128, 192)
-        blocks = [_halve(before, after) for before, after in zip(widths, widths[1:], strict=False)]
+        blocks = [_halve(before, after) for before, after in pairwise(widths)]
         self.tower = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 192, TEXT_WIDTHS[1]))
         self.first_projection = nn.Linear(TEXT_WIDTHS[0], TEXT_WIDTHS[1], bias=False)
 
@@ -67,7 +71,7 @@ def train_text(
     settings: TextSettings,
     folder: RunFolder,
     *,
-    on_iteration: OnIteration = lambda iteration, loss: None,
+    on_iteration: OnIteration = silent,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> TextEncoders:
     """Train both text encoders on captions of composited drawings, and return them frozen."""
@@ -95,7 +99,7 @@ def train_text(
         answer: Tensor = pair(nn.functional.avg_pool2d(pictures, 2), captions, settings.temperature)
         return answer
 
-    train(pair, loss, settings.loop, folder=folder, name="text", on_iteration=on_iteration, on_checkpoint=on_checkpoint)
+    train(pair, loss, settings.loop, folder, "text", on_iteration=on_iteration, on_checkpoint=on_checkpoint)
     for encoder in pair.text.encoders:
         encoder.requires_grad_(False).eval()
     return pair.text

@@ -1,0 +1,196 @@
+"""The verbs that make things: the emoji set, the parts of the nano model, the students."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from twostep.runs.recipe import RecipeError, find_recipe
+
+Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
+Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
+Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
+Emoji = Annotated[Path, typer.Option(help="The emoji set, from `twostep data emoji`.")]
+OnProgress = Callable[[int, int, str], None]
+
+data = typer.Typer(help="Build data sets.", no_args_is_help=True)
+
+
+@data.command()
+def emoji(
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("runs/emoji.safetensors"),
+    cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path("runs/npm"),
+) -> None:
+    """Fetch four emoji sets from npm by name and render the concepts of the nano models (once; about a minute)."""
+    from twostep.data.emoji import build_emoji, built_in_concepts
+
+    with progress_bar("drawings") as advance:
+        built = build_emoji(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
+    built.save(out)
+    typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
+
+
+def pretrain(
+    recipe: Recipe,
+    out: Out,
+    override: Override = None,
+    emoji: Emoji = Path("runs/emoji.safetensors"),
+) -> None:
+    """Train a part of the nano model: its autoencoder, text encoders, teacher or judge, as the recipe says."""
+    part = tomllib.loads(find_recipe(recipe).read_text()).get("part")
+    if part not in _PARTS:
+        raise RecipeError(f"{recipe} trains {part!r}; `twostep pretrain` trains {', '.join(_PARTS)}.")
+    with progress_bar(str(part)) as advance:
+        written = _PARTS[part](recipe, override or [], out, emoji, advance)
+    typer.echo(f"written: {written}")
+
+
+def distill(
+    recipe: Recipe,
+    out: Out,
+    override: Override = None,
+    emoji: Emoji = Path("runs/emoji.safetensors"),
+) -> None:
+    """Distil a teacher into students of few steps, by the phases of the recipe."""
+    from twostep import __version__
+    from twostep.data.emoji import load_emoji
+    from twostep.data.latents import cache_latents, load_latents
+    from twostep.distill import DistillRecipe, distil
+    from twostep.models.bundle import load_bundle
+    from twostep.runs.folder import RunFolder
+    from twostep.runs.recipe import load_recipe
+
+    settings = load_recipe(recipe, DistillRecipe, override or [])
+    folder, teacher = RunFolder(out, settings), load_bundle(settings.model)
+    cache = out / "latents.safetensors"
+    with progress_bar("distil") as advance:
+        if not cache.exists():
+            latents = cache_latents(
+                load_emoji(emoji),
+                teacher.codec,
+                variants=settings.variants,
+                on_variant=lambda done, total: advance(done, total, "latents"),
+            )
+            latents.save(cache)
+        written = distil(
+            settings,
+            teacher,
+            load_latents(cache),
+            folder,
+            version=__version__,
+            recipe_name=Path(recipe).stem,
+            on_iteration=lambda phase, done, figures: advance(
+                done, phase.iterations, f"{phase.name} {_spoken(figures)}"
+            ),
+        )
+    for path in written.values():
+        typer.echo(f"written: {path}")
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[OnProgress]:
+    """Show a bar with counts and the time that remains; yields what moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clocks, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=f"{title} {text}".strip()
+        )
+
+
+def _pretrain_vae(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
+    from twostep.data.emoji import load_emoji
+    from twostep.models.bundle import save_codec
+    from twostep.pretrain.autoencoder import VaeSettings, train_vae
+    from twostep.runs.folder import RunFolder
+    from twostep.runs.recipe import load_recipe
+
+    settings = load_recipe(recipe, VaeSettings, override)
+    codec = train_vae(
+        load_emoji(emoji), settings, RunFolder(out, settings), on_iteration=_counter(advance, settings.loop.iterations)
+    )
+    save_codec(codec, out / "model")
+    return out / "model"
+
+
+def _pretrain_text(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
+    from twostep.data.emoji import load_emoji
+    from twostep.models.bundle import save_text
+    from twostep.pretrain.text import TextSettings, train_text
+    from twostep.runs.folder import RunFolder
+    from twostep.runs.recipe import load_recipe
+
+    settings = load_recipe(recipe, TextSettings, override)
+    text = train_text(
+        load_emoji(emoji), settings, RunFolder(out, settings), on_iteration=_counter(advance, settings.loop.iterations)
+    )
+    save_text(text, out / "model")
+    return out / "model"
+
+
+def _pretrain_teacher(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
+    from twostep import __version__
+    from twostep.data.emoji import load_emoji
+    from twostep.data.latents import cache_latents, load_latents
+    from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle
+    from twostep.models.denoiser import Denoiser
+    from twostep.models.nano import teacher_contract
+    from twostep.pretrain.teacher import TeacherSettings, train_teacher
+    from twostep.runs.folder import RunFolder
+    from twostep.runs.recipe import load_recipe
+
+    settings = load_recipe(recipe, TeacherSettings, override)
+    folder = RunFolder(out, settings)
+    codec, text = load_codec(settings.autoencoder), load_text(settings.text_encoders)
+    if not (out / "latents.safetensors").exists():
+        cache_latents(
+            load_emoji(emoji), codec, variants=settings.variants, on_variant=lambda i, n: advance(i, n, "latents")
+        ).save(out / "latents.safetensors")
+    contract = teacher_contract("nano", Path(recipe).stem, __version__, settings.guidance)
+
+    def keep(iteration: int, denoiser: Denoiser) -> None:
+        save_bundle(Bundle(denoiser, codec, text, contract), out / "model")
+
+    train_teacher(
+        load_latents(out / "latents.safetensors"),
+        text,
+        settings,
+        folder,
+        on_iteration=_counter(advance, settings.loop.iterations),
+        on_checkpoint=keep,
+    )
+    return out / "model"
+
+
+def _pretrain_judge(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
+    from twostep.data.emoji import load_emoji
+    from twostep.evaluate.train_judge import JudgeRecipe, train_judge
+    from twostep.runs.recipe import load_recipe
+
+    settings = load_recipe(recipe, JudgeRecipe, override)
+    train_judge(settings, load_emoji(emoji), out, lambda done, total, loss: advance(done, total, f"loss {loss:.3f}"))
+    return out / "judge.safetensors"
+
+
+def _counter(advance: OnProgress, total: int) -> Callable[[int, dict[str, float]], None]:
+    return lambda done, figures: advance(done, total, _spoken(figures))
+
+
+def _spoken(figures: dict[str, float]) -> str:
+    return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+
+
+_PARTS: dict[Any, Callable[[str, list[str], Path, Path, OnProgress], Path]] = {
+    "vae": _pretrain_vae,
+    "text": _pretrain_text,
+    "teacher": _pretrain_teacher,
+    "judge": _pretrain_judge,
+}

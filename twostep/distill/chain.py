@@ -1,0 +1,134 @@
+"""The chain of phases: hands students on as teachers, writes them down, shows them beside the first teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from twostep.contract import Contract
+from twostep.diffusion import Denoise, solve, trailing_times
+from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.trainer import Lesson, Source, train_phase
+from twostep.distill.transition import trained_times
+from twostep.models.bundle import Bundle, save_student
+from twostep.models.contact_sheet import contact_sheet
+from twostep.models.denoiser import Denoiser
+from twostep.runs.folder import RunFolder, write_whole
+
+OnPhase = Callable[[Phase, int, dict[str, float]], None]
+
+
+def distil(
+    recipe: DistillRecipe,
+    teacher: Bundle,
+    source: Source,
+    folder: RunFolder,
+    *,
+    version: str,
+    recipe_name: str,
+    on_iteration: OnPhase = lambda phase, iteration, figures: None,
+) -> dict[int, Path]:
+    """Run every phase in order and return the released students' files by their steps; the same call resumes.
+
+    Raises TrainingError or RunError; what was finished before stays in the folder.
+    """
+    finished: dict[int, Denoiser] = {}
+    student = teacher.denoiser
+    width, height = teacher.contract.sizes[0]
+    written: dict[int, Path] = {}
+    for phase in recipe.phases:
+        # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
+        lesson = Lesson(
+            source=source,
+            encode=lambda captions: teacher.text.conditioning(captions, width, height),
+            teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
+            student=_trainable(student, phase),
+        )
+        if phase.objective == "convert":
+            lesson = replace(lesson, teacher=_frozen(student))
+        _train_or_load(phase, lesson, folder, teacher, recipe, on_iteration)
+        student = finished[phase.student_steps] = lesson.student
+        if phase.student_steps in recipe.release:
+            contract = student_contract(teacher.contract, phase, version, recipe_name)
+            weights = student.network.state_dict()
+            written[phase.student_steps] = save_student(weights, contract, folder.path / "model")
+    return written
+
+
+def student_contract(teacher: Contract, phase: Phase, version: str, recipe_name: str) -> Contract:
+    """Return what the student of this phase says of itself."""
+    return replace(
+        teacher,
+        name=f"{teacher.name}-{phase.student_steps}step",
+        role="student",
+        steps=phase.student_steps,
+        trained_times=trained_times(phase.student_steps),
+        prediction_type=phase.prediction_type,
+        guidance=1.0,
+        base=teacher.name,
+        recipe=recipe_name,
+        version=version,
+    )
+
+
+def _train_or_load(
+    phase: Phase, lesson: Lesson, folder: RunFolder, teacher: Bundle, recipe: DistillRecipe, on_iteration: OnPhase
+) -> None:
+    """Train the phase, or take over its weights where the run has finished it before."""
+    finished = folder.load(f"{phase.name}-finished")
+    if finished is not None:
+        lesson.student.network.load_state_dict(finished["weights"])
+        return
+
+    def show(iteration: int) -> None:
+        sheet = sample_sheet(teacher, lesson.student, phase.student_steps, recipe.sample_prompts)
+        with write_whole(folder.path / "samples" / f"{phase.name}-{iteration:06d}.png") as file:
+            sheet.save(file, format="PNG")
+
+    train_phase(
+        phase,
+        lesson,
+        folder,
+        on_iteration=lambda iteration, figures: on_iteration(phase, iteration, figures),
+        on_checkpoint=show,
+    )
+    folder.save(f"{phase.name}-finished", {"weights": lesson.student.network.state_dict()})
+
+
+@torch.no_grad()
+def sample_sheet(teacher: Bundle, student: Denoiser, student_steps: int, prompts: tuple[str, ...]) -> Image.Image:
+    """Draw the prompts from the same noise by the teacher with guidance, and by the student in its own steps."""
+    width, height = teacher.contract.sizes[0]
+    conditioning = teacher.text.conditioning(prompts, width, height)
+    empty = teacher.text.conditioning([""], width, height).expand(len(prompts))
+    noise = torch.randn(len(prompts), *teacher.latent_shape(width, height), generator=torch.Generator().manual_seed(0))
+    guided = teacher.denoiser.guided(conditioning, empty, teacher.contract.guidance)
+    rows = [
+        (f"teacher {teacher.contract.steps}", _draw(teacher, guided, noise, teacher.contract.steps)),
+        (f"student {student_steps}", _draw(teacher, student.given(conditioning), noise, student_steps)),
+    ]
+    return contact_sheet(rows, scale=2)
+
+
+def _draw(bundle: Bundle, denoise: Denoise, noise: Tensor, num_steps: int) -> list[Image.Image]:
+    times = torch.tensor([*trailing_times(num_steps), 0])[:, None].expand(-1, len(noise))
+    pictures = bundle.codec.decode(solve(denoise, noise, times, bundle.denoiser.schedule))
+    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def _frozen(denoiser: Denoiser) -> Denoiser:
+    denoiser.network.requires_grad_(False).eval()
+    return denoiser
+
+
+def _trainable(denoiser: Denoiser, phase: Phase) -> Denoiser:
+    """Copy a denoiser to be trained, with the prediction type that the phase asks for."""
+    network = copy.deepcopy(denoiser.network).requires_grad_(True)
+    return replace(denoiser, network=network, prediction_type=phase.prediction_type)

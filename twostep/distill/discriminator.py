@@ -1,0 +1,62 @@
+"""The discriminator: the teacher's encoder and mid-block, fully trained, and a small head (sections 3.2 to 3.4).
+
+Conditional: D(x_t, x_s, t, s, c) judges the pair, and so whether the student keeps to the teacher's flow.
+Unconditional: D'(x_s, s, c) judges the landing alone, and lets the student leave the flow where it must.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from twostep.models.conditioning import Conditioning
+from twostep.models.denoiser import Network, encoder_features
+
+HEAD_BLOCKS = 2
+
+
+class Discriminator(nn.Module):
+    """An encoder that starts as the teacher's, without a decoder, and a head that gives one logit per item."""
+
+    def __init__(self, teacher: Network, *, pairs: bool) -> None:
+        """Copy the teacher's encoder; `pairs` tells whether x_t is judged together with x_s."""
+        super().__init__()
+        self.pairs = pairs
+        self.encoder = copy.deepcopy(teacher).requires_grad_(True)
+        del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
+        width = self.encoder.config.block_out_channels[-1]
+        blocks = [_halve((2 if pairs and i == 0 else 1) * width, width) for i in range(HEAD_BLOCKS)]
+        self.head = nn.Sequential(*blocks, nn.Conv2d(width, 1, 1))
+
+    def features(
+        self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
+    ) -> Float[Tensor, "batch width fh fw"]:
+        """Return the mid-block's features of x at time t."""
+        return encoder_features(self.encoder, x, t, conditioning)
+
+    def judge(
+        self, before: Float[Tensor, "batch width fh fw"] | None, after: Float[Tensor, "batch width fh fw"]
+    ) -> Float[Tensor, " batch"]:
+        """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
+        both = after if before is None else torch.cat([before, after], dim=1)
+        logits: Tensor = self.head(both).float().mean(dim=(1, 2, 3))
+        return logits
+
+
+def discriminator_loss(real: Float[Tensor, " batch"], fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Return the non-saturating loss of the discriminator, -log D(real) - log(1 - D(fake)) (eq 11)."""
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+def student_loss(fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Return the non-saturating loss of the student, -log D(fake) (eq 12)."""
+    return softplus(-fake).mean()
+
+
+def _halve(before: int, after: int) -> nn.Sequential:
+    groups = 32 if after % 32 == 0 else 16
+    return nn.Sequential(nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(groups, after), nn.SiLU())

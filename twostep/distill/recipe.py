@@ -1,0 +1,73 @@
+"""What a distillation recipe says: a list of phases, each with its student, its teacher and its objective."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from twostep.diffusion import PredictionType
+from twostep.runs.loop import LoopSettings
+from twostep.runs.recipe import Settings
+
+Objective = Literal["mse", "conditional", "unconditional", "convert"]
+
+
+class Phase(LoopSettings):
+    """One phase of one stage: who learns from whom, judged how, for how long."""
+
+    student_steps: int = Field(gt=0, description="steps of the student that is trained")
+    teacher_steps: int = Field(gt=0, description="steps of the model that teaches; a multiple of student_steps")
+    objective: Objective = Field(description="mse | conditional | unconditional | convert (to x0, eq 27-29)")
+    guidance: float = Field(1.0, ge=1, description="guidance of the teacher; only in the first stage above 1")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
+    discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
+    early_weight: int = Field(1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)")
+
+    @model_validator(mode="after")
+    def _grids_nest(self) -> Self:
+        if self.teacher_steps % self.student_steps:
+            raise ValueError(
+                f"teacher_steps {self.teacher_steps} is no multiple of student_steps {self.student_steps}; "
+                "the student's times must be among the teacher's"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The phase's name in the log and the checkpoints: "4-unconditional"."""
+        return f"{self.student_steps}-{self.objective}"
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the student predicts: x0 at one step, since an eps error at T is 14.6 times larger in x0."""
+        return "x0" if self.student_steps == 1 else "eps"
+
+    @property
+    def noises_the_judged(self) -> bool:
+        """Whether the discriminator sees clean landings noised to t* (section 3.7.2): with 2 steps and 1."""
+        return self.student_steps <= 2
+
+
+class DistillRecipe(Settings):
+    """A chain of phases from a teacher to its students."""
+
+    model: str = Field("nano", description="teacher: a built-in name or a model folder")
+    variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
+    release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
+    sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
+    phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
+
+    @model_validator(mode="after")
+    def _every_teacher_exists(self) -> Self:
+        known: set[int] = set()
+        for phase in self.phases:
+            learned = phase.teacher_steps in known or phase.teacher_steps == max(known, default=phase.teacher_steps)
+            if known and not learned and phase.objective != "convert":
+                raise ValueError(
+                    f"phase {phase.name} learns from a {phase.teacher_steps}-step student that no phase before it "
+                    f"makes; there are {sorted(known, reverse=True)}"
+                )
+            known.add(phase.student_steps)
+        return self

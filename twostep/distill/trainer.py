@@ -1,0 +1,219 @@
+"""One phase of training: draws transitions, lets the objective judge them, steps the optimisers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from twostep.diffusion import Denoise, landing
+from twostep.distill.discriminator import Discriminator, discriminator_loss, student_loss
+from twostep.distill.recipe import Phase
+from twostep.distill.transition import (
+    Transition,
+    draw_noised_times,
+    draw_times,
+    noise_landed,
+    student_landing,
+    teacher_landing,
+)
+from twostep.models.conditioning import Conditioning
+from twostep.models.denoiser import Denoiser
+from twostep.runs.folder import RunFolder
+from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, repeat, silent
+
+
+class Source(Protocol):
+    """Where training latents and their captions come from."""
+
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, list[str]]:
+        """Return `count` latents and captions."""
+        ...
+
+
+class Encode(Protocol):
+    """Captions -> conditioning."""
+
+    def __call__(self, captions: list[str]) -> Conditioning:
+        """Encode a batch of captions."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a phase needs beside its settings: data, text, and the two models."""
+
+    source: Source
+    encode: Encode
+    teacher: Denoiser
+    student: Denoiser
+
+
+def train_phase(
+    phase: Phase,
+    lesson: Lesson,
+    folder: RunFolder,
+    *,
+    on_iteration: OnIteration = silent,
+    on_checkpoint: Callable[[int], None] = lambda iteration: None,
+) -> None:
+    """Train the student of `lesson` in place; its averaged weights are what it keeps.
+
+    Raises TrainingError when a loss stops being a number; the checkpoint before that is kept.
+    """
+    judged = phase.objective in ("conditional", "unconditional")
+    trainer = AdversarialTrainer(phase, lesson) if judged else RegressionTrainer(phase, lesson)
+
+    def keep(iteration: int) -> None:
+        with trainer.average.applied():
+            on_checkpoint(iteration)
+
+    repeat(
+        trainer.iterate,
+        phase,
+        folder,
+        phase.name,
+        trainer.state,
+        on_iteration=on_iteration,
+        on_checkpoint=keep,
+    )
+    lesson.student.network.load_state_dict(trainer.average.weights)
+
+
+class RegressionTrainer:
+    """MSE against the teacher: on x_s (first stage), or on x0 at the same time (conversion of the prediction type)."""
+
+    def __init__(self, phase: Phase, lesson: Lesson) -> None:
+        """Make the optimiser, Adam (0.9, 0.999), and the average."""
+        self.phase, self.lesson = phase, lesson
+        network = lesson.student.network
+        self.optimiser = torch.optim.AdamW(
+            network.parameters(), lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=True
+        )
+        self.average = Average(network, phase.ema_decay)
+        self.state: dict[str, Stateful] = {"student": network, "optimiser": self.optimiser, "average": self.average}
+
+    def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
+        """Take one step down the squared error."""
+        phase, lesson = self.phase, self.lesson
+        with phase.autocast():
+            x_t, t, s, conditioning, teach = _draw_start(phase, lesson, draw)
+            if phase.objective == "convert":
+                with torch.no_grad():
+                    target = teach(x_t, t).x0
+                reached = lesson.student(x_t, t, conditioning).x0
+            else:
+                target = teacher_landing(
+                    teach, x_t, t, phase.student_steps, phase.teacher_steps, lesson.student.schedule
+                )
+                reached = student_landing(lesson.student, x_t, t, s, conditioning)
+            loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
+        descend(loss, self.optimiser, lesson.student.network, phase, iteration)
+        self.average.update()
+        return {"loss": loss.item()}
+
+
+class AdversarialTrainer:
+    """Student against discriminator, one step each on the same transitions (section 3.2; 1:1 is our choice)."""
+
+    def __init__(self, phase: Phase, lesson: Lesson) -> None:
+        """Make a fresh discriminator from the teacher, and Adam (0, 0.99) for both."""
+        self.phase, self.lesson = phase, lesson
+        network = lesson.student.network
+        torch.manual_seed(phase.seed)
+        self.discriminator = Discriminator(lesson.teacher.network, pairs=phase.objective == "conditional")
+        self.optimiser = _adam(network, phase.learning_rate, phase)
+        rate = phase.discriminator_learning_rate or phase.learning_rate
+        self.discriminator_optimiser = _adam(self.discriminator, rate, phase)
+        self.average = Average(network, phase.ema_decay)
+        self.state: dict[str, Stateful] = {
+            "student": network,
+            "discriminator": self.discriminator,
+            "optimiser": self.optimiser,
+            "discriminator_optimiser": self.discriminator_optimiser,
+            "average": self.average,
+        }
+
+    def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
+        """Take one step of the discriminator, then one of the student."""
+        phase, student = self.phase, self.lesson.student
+        with phase.autocast():
+            x_t, t, s, conditioning, teach = _draw_start(phase, self.lesson, draw)
+            real = teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, student.schedule)
+            fake = student_landing(student, x_t, t, s, conditioning)
+            seen_at = draw_noised_times(s, phase.early_weight, draw.tensors) if phase.noises_the_judged else s
+            eps = torch.randn(x_t.shape, generator=draw.tensors)
+            real, fake = (noise_landed(x, s, seen_at, eps, student.schedule) for x in (real, fake))
+            judged = Transition(x_t, fake, t, seen_at, conditioning)
+            real_logits, fake_logits = self._judge_both(judged, real)
+            loss = finite(discriminator_loss(real_logits, fake_logits), "discriminator", iteration, phase)
+        descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
+        with phase.autocast():
+            against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
+        descend(against, self.optimiser, student.network, phase, iteration)
+        self.average.update()
+        accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
+        gap = (real_logits - fake_logits).mean()
+        return {
+            "student": against.item(),
+            "discriminator": loss.item(),
+            "accuracy": accuracy.item(),
+            "gap": gap.item(),
+        }
+
+    def _judge_both(self, judged: Transition, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge real and fake in one batch; x_t is the same for both and is looked at once."""
+        parts, times = [real, judged.x_s.detach()], [judged.s, judged.s]
+        if self.discriminator.pairs:
+            parts, times = [*parts, judged.x_t], [*times, judged.t]
+        conditioning = Conditioning.cat([judged.conditioning] * len(parts))
+        seen = self.discriminator.features(torch.cat(parts), torch.cat(times), conditioning).chunk(len(parts))
+        before = seen[2] if self.discriminator.pairs else None
+        return self.discriminator.judge(before, seen[0]), self.discriminator.judge(before, seen[1])
+
+    def _judge_fake(self, judged: Transition) -> Tensor:
+        """Judge the student's landing with gradients that reach the student and nothing else."""
+        self.discriminator.requires_grad_(False)
+        before = None
+        if self.discriminator.pairs:
+            with torch.no_grad():
+                before = self.discriminator.features(judged.x_t, judged.t, judged.conditioning)
+        logits = self.discriminator.judge(
+            before, self.discriminator.features(judged.x_s, judged.s, judged.conditioning)
+        )
+        self.discriminator.requires_grad_(True)
+        return logits
+
+
+def descend(loss: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module, phase: Phase, iteration: int) -> None:
+    """Take one clipped step, with warm-up."""
+    share = min(1.0, (iteration + 1) / max(1, phase.warmup_iterations))
+    for group in optimiser.param_groups:
+        group["lr"] = group.setdefault("peak", group["lr"]) * share
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), phase.gradient_clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def _adam(network: nn.Module, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        network.parameters(), lr=learning_rate, betas=(0.0, 0.99), weight_decay=phase.weight_decay, fused=True
+    )
+
+
+def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]:
+    """Draw x_t at trained times t, where the student is to land, and the teacher for these captions."""
+    x0, captions = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
+    with torch.no_grad():
+        conditioning = lesson.encode(captions)
+        unconditional = lesson.encode([""]).expand(len(x0)) if phase.guidance > 1 else conditioning
+    t = draw_times(phase.student_steps, len(x0), draw.tensors)
+    eps = torch.randn(x0.shape, generator=draw.tensors)
+    x_t = lesson.student.schedule.add_noise(x0, eps, t)
+    teach = lesson.teacher.guided(conditioning, unconditional, phase.guidance)
+    return x_t, t, landing(t, phase.student_steps), conditioning, teach

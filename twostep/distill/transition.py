@@ -1,0 +1,87 @@
+"""Pairs of transitions: from the same x_t, where the teacher lands in n steps and where the student lands in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twostep.diffusion import Denoise, NoiseSchedule, landing, solve, step, trailing_times
+from twostep.models.conditioning import Conditioning
+from twostep.models.denoiser import Denoiser
+
+EARLIEST_TIMES = (250, 500, 750, 1000)
+"""The times that students of 4, 2 and 1 steps train on, so that they also start from partial noise (section 3.7.1)."""
+
+NOISED_TIMES = (10, 250, 500, 750)
+"""t*: times to which clean landings are noised before they are judged (section 3.7.2)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """One step as a fact that can be judged: from x_t at t to x_s at s < t."""
+
+    x_t: Float[Tensor, "batch c h w"]
+    x_s: Float[Tensor, "batch c h w"]
+    t: Int[Tensor, " batch"]
+    s: Int[Tensor, " batch"]
+    conditioning: Conditioning
+
+
+def trained_times(student_steps: int) -> tuple[int, ...]:
+    """Return the times a student of so many steps trains on."""
+    return trailing_times(student_steps) if student_steps > len(EARLIEST_TIMES) else EARLIEST_TIMES[::-1]
+
+
+def draw_times(student_steps: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """Draw one trained time per item."""
+    times = torch.tensor(trained_times(student_steps))
+    return times[torch.randint(len(times), (count,), generator=generator)]
+
+
+def teacher_landing(
+    teach: Denoise,
+    x_t: Float[Tensor, "batch c h w"],
+    t: Int[Tensor, " batch"],
+    student_steps: int,
+    teacher_steps: int,
+    schedule: NoiseSchedule,
+) -> Float[Tensor, "batch c h w"]:
+    """Let the teacher walk n = teacher_steps / student_steps steps of its own grid, never below the student's s."""
+    times = [t]
+    for _ in range(teacher_steps // student_steps):
+        times.append(landing(times[-1], teacher_steps))
+    with torch.no_grad():
+        return solve(teach, x_t, torch.stack(times), schedule)
+
+
+def student_landing(
+    student: Denoiser,
+    x_t: Float[Tensor, "batch c h w"],
+    t: Int[Tensor, " batch"],
+    s: Int[Tensor, " batch"],
+    conditioning: Conditioning,
+) -> Float[Tensor, "batch c h w"]:
+    """Let the student take its one step."""
+    return step(student(x_t, t, conditioning), s, student.schedule)
+
+
+def draw_noised_times(s: Int[Tensor, " batch"], early_weight: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
+    """Return s, but a random t* where it is 0; `early_weight` is the weight of t* = 10 against 1 for the others."""
+    weights = torch.tensor([early_weight, 1, 1, 1], dtype=torch.float32)
+    drawn = torch.tensor(NOISED_TIMES)[torch.multinomial(weights, len(s), replacement=True, generator=generator)]
+    return torch.where(s == 0, drawn, s)
+
+
+def noise_landed(
+    x_s: Float[Tensor, "batch c h w"],
+    s: Int[Tensor, " batch"],
+    noised: Int[Tensor, " batch"],
+    eps: Float[Tensor, "batch c h w"],
+    schedule: NoiseSchedule,
+) -> Float[Tensor, "batch c h w"]:
+    """Noise what landed on 0 to its t*; the rest stays as it is."""
+    landed = (s == 0).view(-1, 1, 1, 1)
+    return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)

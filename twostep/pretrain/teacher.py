@@ -1,0 +1,74 @@
+"""The nano teacher: eps prediction on cached latents, weighted by min-SNR (arXiv 2303.09556).
+
+Here, unlike in distillation, the top time keeps its grain of signal (x_T = alpha_T x0 + sigma_T eps): a network that
+predicts eps can only learn x0 there from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twostep.data.latents import LatentCache
+from twostep.diffusion import NoiseSchedule
+from twostep.models.denoiser import Denoiser
+from twostep.models.nano import PIXELS, build_unet
+from twostep.models.text import TextEncoders
+from twostep.pretrain.loop import DescentSettings, train
+from twostep.runs.folder import RunFolder
+from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.recipe import Settings
+
+
+class TeacherSettings(Settings):
+    """The recipe part of the teacher."""
+
+    part: Literal["teacher"] = Field(description="which part of the model this recipe trains")
+    loop: DescentSettings
+    autoencoder: Path = Field(Path("runs/nano-vae/model"), description="folder that holds `vae`")
+    text_encoders: Path = Field(Path("runs/nano-text/model"), description="folder that holds the text encoders")
+    variants: int = Field(96, gt=0, description="composites of every drawing in the cache of latents")
+    snr_limit: float = Field(5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr")
+    guidance: float = Field(3.0, ge=1, description="guidance scale that the teacher recommends")
+
+
+def train_teacher(
+    latents: LatentCache,
+    text: TextEncoders,
+    settings: TeacherSettings,
+    folder: RunFolder,
+    *,
+    on_iteration: OnIteration = silent,
+    on_checkpoint: Callable[[int, Denoiser], None] = lambda iteration, denoiser: None,
+) -> Denoiser:
+    """Train the UNet to predict the noise on captioned latents; returns it with averaged weights."""
+    torch.manual_seed(settings.loop.seed)
+    denoiser = Denoiser(build_unet(), NoiseSchedule.scaled_linear())
+
+    def loss(iteration: int, draw: Draw) -> Tensor:
+        x0, captions = latents.draw(settings.loop.batch_size, draw.tensors, draw.words)
+        with torch.no_grad():
+            conditioning = text.conditioning(captions, PIXELS, PIXELS)
+        t = torch.randint(1, denoiser.schedule.num_times + 1, (len(x0),), generator=draw.tensors)
+        eps = torch.randn(x0.shape, generator=draw.tensors)
+        alpha, sigma = denoiser.schedule.coefficients(t, x0)
+        predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
+        snr = (alpha / sigma) ** 2
+        weight = snr.clamp(max=settings.snr_limit) / snr
+        return (weight * (predicted.eps - eps) ** 2).mean()
+
+    train(
+        denoiser.network,
+        loss,
+        settings.loop,
+        folder,
+        "teacher",
+        on_iteration=on_iteration,
+        on_checkpoint=lambda iteration: on_checkpoint(iteration, denoiser),
+    )
+    return denoiser

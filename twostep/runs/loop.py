@@ -1,0 +1,160 @@
+"""The loop under every training: iterate, log, checkpoint, resume. What an iteration does is its caller's matter.
+
+Every iteration seeds its own randomness from (seed, iteration), so a resumed run draws what the uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from twostep.errors import TwostepError
+from twostep.runs.folder import RunFolder
+from twostep.runs.recipe import Settings
+
+
+class TrainingError(TwostepError):
+    """Training cannot go on: a loss is no number any more."""
+
+
+class LoopSettings(Settings):
+    """How often, from which seed, and how often something is kept."""
+
+    iterations: int = Field(gt=0, description="number of iterations")
+    batch_size: int = Field(gt=0, description="examples per iteration")
+    learning_rate: float = Field(gt=0, description="peak learning rate of every optimiser")
+    warmup_iterations: int = Field(100, ge=0, description="iterations of linear warm-up")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights that are kept")
+    precision: str = Field("bf16", pattern="^(fp32|bf16)$", description="autocast precision of forward passes")
+    checkpoint_every: int = Field(500, gt=0, description="iterations between checkpoints")
+    log_every: int = Field(50, gt=0, description="iterations between lines of the log")
+    seed: int = Field(0, ge=0, lt=2**20, description="seed of everything random")
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of forward passes."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+
+
+class Stateful(Protocol):
+    """What can be kept and brought back: networks, optimisers, averages."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take the state over."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The randomness of one iteration: for tensors, and for words."""
+
+    tensors: torch.Generator
+    words: random.Random
+
+    @classmethod
+    def at(cls, seed: int, iteration: int) -> Draw:
+        """Return the randomness that belongs to this iteration of a run, whatever happened before it."""
+        # Mixed, because torch's generator reads only 32 bits of a seed.
+        number = random.Random(f"{seed}/{iteration}").getrandbits(31)
+        return cls(torch.Generator().manual_seed(number), random.Random(number))
+
+
+class Average:
+    """An exponential moving average of a network's weights; it follows quickly at first."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        """Start from the network's weights."""
+        self.network, self.decay, self.num_updates = network, decay, 0
+        self.weights = {key: value.detach().clone() for key, value in network.state_dict().items()}
+
+    def update(self) -> None:
+        """Take in the network's present weights."""
+        self.num_updates += 1
+        decay = min(self.decay, self.num_updates / (self.num_updates + 10))
+        current = self.network.state_dict()
+        floats = [key for key, value in self.weights.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.weights[key] for key in floats], [current[key] for key in floats], 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights and the number of updates."""
+        return {"weights": self.weights, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Take over what `state_dict` returned."""
+        self.num_updates = state_dict["num_updates"]
+        for key, value in state_dict["weights"].items():
+            self.weights[key].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the network has the averaged weights; after it, its own again."""
+        own = {key: value.clone() for key, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.weights)
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(own)
+
+
+Iterate = Callable[[int, Draw], dict[str, float]]
+OnIteration = Callable[[int, dict[str, float]], None]
+
+
+def silent(iteration: int, figures: dict[str, float]) -> None:
+    """Show nothing of an iteration."""
+
+
+def repeat(
+    iterate: Iterate,
+    settings: LoopSettings,
+    folder: RunFolder,
+    name: str,
+    state: Mapping[str, Stateful],
+    *,
+    on_iteration: OnIteration = silent,
+    on_checkpoint: Callable[[int], None] = lambda iteration: None,
+) -> None:
+    """Call `iterate(iteration, draw) -> figures` until the recipe's iterations are done.
+
+    `state` is kept in the checkpoint `name` and brought back when the same run starts again.
+    """
+    kept = folder.load(name)
+    start = 0 if kept is None else int(kept["iteration"])
+    if kept is not None:
+        for key, holder in state.items():
+            holder.load_state_dict(kept[key])
+    began, sums, counted = time.monotonic(), dict[str, float](), 0
+    for iteration in range(start, settings.iterations):
+        figures = iterate(iteration, Draw.at(settings.seed, iteration))
+        done, counted = iteration + 1, counted + 1
+        sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
+        on_iteration(done, figures)
+        if done % settings.log_every == 0:
+            means = {key: value / counted for key, value in sums.items()}
+            seconds = round((time.monotonic() - began) / (done - start), 4)
+            folder.log(part=name, iteration=done, **means, seconds_per_iteration=seconds)
+            sums, counted = {}, 0
+        if done % settings.checkpoint_every == 0 or done == settings.iterations:
+            folder.save(name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}})
+            on_checkpoint(done)
+
+
+def finite(loss: Tensor, what: str, iteration: int, settings: LoopSettings) -> Tensor:
+    """Return the loss, or raise TrainingError if it is NaN or infinite."""
+    if torch.isfinite(loss).all():
+        return loss
+    raise TrainingError(
+        f"The {what} loss is {loss.item()} at iteration {iteration}. The last checkpoint is whole: lower learning_rate "
+        f"(now {settings.learning_rate}) or set precision to fp32 under another --out, and run the command again."
+    )
