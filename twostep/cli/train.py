@@ -68,7 +68,7 @@ def distill(
     from twostep.runs.recipe import load_recipe
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
-    folder, teacher = RunFolder(out, settings), load_bundle(settings.model)
+    folder, teacher = RunFolder(out, settings), load_bundle(settings.model, steps=settings.model_steps)
     cache = out / "latents.safetensors"
     with progress_bar("distil") as advance:
         if not cache.exists():

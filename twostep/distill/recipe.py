@@ -54,6 +54,7 @@ class DistillRecipe(Settings):
     """A chain of phases from a teacher to its students."""
 
     model: str = Field("nano", description="teacher: a built-in name or a model folder")
+    model_steps: int | None = Field(None, gt=0, description="start from that model's student of so many steps")
     variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
@@ -61,7 +62,7 @@ class DistillRecipe(Settings):
 
     @model_validator(mode="after")
     def _every_teacher_exists(self) -> Self:
-        known: set[int] = set()
+        known: set[int] = set() if self.model_steps is None else {self.model_steps}
         for phase in self.phases:
             learned = phase.teacher_steps in known or phase.teacher_steps == max(known, default=phase.teacher_steps)
             if known and not learned and phase.objective != "convert":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, repeat, silent
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where training latents and their captions come from."""
 
@@ -35,6 +36,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Encode(Protocol):
     """Captions -> conditioning."""
 

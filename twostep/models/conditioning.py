@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Text embeddings, pooled embedding and SDXL's sizes in pixels: original (h, w), crop (top, left), target (h, w)."""
+    """Text embeddings, pooled embedding, SDXL's sizes in pixels: original (h, w), crop (top, left), target (h, w)."""
 
     text: Float[Tensor, "batch tokens width"]
     pooled: Float[Tensor, "batch pooled"]

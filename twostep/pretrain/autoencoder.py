@@ -44,14 +44,14 @@ def train_vae(
     def loss(iteration: int, draw: Draw) -> Tensor:
         chosen = torch.randint(len(pictures), (settings.loop.batch_size,), generator=draw.tensors)
         crops = random_crop(pictures[chosen], settings.crop_pixels, draw).contiguous(memory_format=torch.channels_last)
-        latents = vae.encode(crops).latents.float()
+        latents: Tensor = vae.encode(crops).latents.float()
         noise = torch.randn(latents.shape, generator=draw.tensors)
         decoded = vae.decode(latents + settings.jitter * noise).sample.float()
         mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-        moments = (mean**2 + (deviation - 1) ** 2).mean()
-        off = decoded - crops
+        moments: Tensor = (mean**2 + (deviation - 1) ** 2).mean()
         pixels: Tensor = off.abs().mean() + settings.edge_weight * _edges(off)
-        return pixels + settings.moment_weight * moments
+        held: Tensor = settings.moment_weight * moments
+        return pixels + held
 
     train(vae, loss, settings.loop, folder, "vae", on_iteration=on_iteration)
     return ImageCodec(vae.to(memory_format=torch.contiguous_format).eval())

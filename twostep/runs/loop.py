@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class LoopSettings(Settings):
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """What can be kept and brought back: networks, optimisers, averages."""
 

@@ -1,0 +1,128 @@
+"""The trainer: objectives are learned, gradients stay where they belong, and resuming changes nothing."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from twostep.distill.discriminator import Discriminator
+from twostep.distill.recipe import Phase
+from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer, train_phase
+from twostep.models.bundle import Bundle
+from twostep.runs.folder import RunFolder
+from twostep.runs.loop import Draw, TrainingError
+
+
+def phase(**changes: object) -> Phase:
+    values = {
+        "student_steps": 4,
+        "teacher_steps": 8,
+        "objective": "conditional",
+        "iterations": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-4,
+        "warmup_iterations": 1,
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "ema_decay": 0.5,
+    }
+    return Phase.model_validate(values | changes)
+
+
+def lesson(teacher: Bundle, source: object, prediction_type: str = "eps") -> Lesson:
+    student = copy.deepcopy(teacher.denoiser.network).requires_grad_(True)
+    return Lesson(
+        source,
+        lambda captions: teacher.text.conditioning(captions, 64, 64),
+        teacher.denoiser,
+        type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type),
+    )
+
+
+def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("objective", ["mse", "convert"])
+def test_regression_lowers_its_loss(objective: str, teacher: Bundle, source: object) -> None:
+    settings = phase(objective=objective, student_steps=1, teacher_steps=2, learning_rate=1e-3)
+    trainer = RegressionTrainer(settings, lesson(teacher, source, "x0"))
+    losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(12)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("objective", ["conditional", "unconditional"])
+def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
+    objective: str, teacher: Bundle, source: object
+) -> None:
+    settings = phase(objective=objective, learning_rate=1e-12, discriminator_learning_rate=1e-3)
+    pupil = lesson(teacher, source)
+    with torch.no_grad():
+        pupil.student.network.conv_out.bias += 0.5
+    trainer = AdversarialTrainer(settings, pupil)
+    gaps = [trainer.iterate(i, Draw.at(0, 0))["gap"] for i in range(10)]
+    assert gaps[-1] > gaps[0] + 0.5
+
+
+def test_gradients_reach_neither_teacher_nor_foreign_networks(teacher: Bundle, source: object) -> None:
+    pupil = lesson(teacher, source)
+    before = weights(teacher.denoiser.network)
+    trainer = AdversarialTrainer(phase(), pupil)
+    start, judge = weights(pupil.student.network), weights(trainer.discriminator)
+    trainer.iterate(0, Draw.at(0, 0))
+    assert all(torch.equal(value, before[key]) for key, value in teacher.denoiser.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.denoiser.network.parameters())
+    assert any(not torch.equal(value, start[key]) for key, value in pupil.student.network.state_dict().items())
+    changed = [key for key, value in trainer.discriminator.state_dict().items() if not torch.equal(value, judge[key])]
+    assert any(key.startswith("encoder.conv_in") for key in changed)
+    assert any(key.startswith("encoder.mid_block") for key in changed)
+    assert any(key.startswith("head") for key in changed)
+
+
+def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(teacher: Bundle) -> None:
+    judge = Discriminator(teacher.denoiser.network, pairs=True)
+    names = dict(judge.encoder.named_parameters())
+    own = dict(teacher.denoiser.network.named_parameters())
+    assert all(torch.equal(value, own[key]) for key, value in names.items())
+    assert not any(key.startswith(("up_blocks", "conv_out")) for key in names)
+
+
+@pytest.mark.parametrize("objective", ["mse", "conditional", "unconditional"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    objective: str, teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(iteration: int, figures: dict[str, float]) -> None:
+        if iteration == 3:
+            raise Killed
+
+    settings = phase(objective=objective, student_steps=2, teacher_steps=4)
+    whole = lesson(teacher, source)
+    train_phase(settings, whole, RunFolder(tmp_path / "whole", settings))
+    with pytest.raises(Killed):
+        train_phase(settings, lesson(teacher, source), RunFolder(tmp_path / "cut", settings), on_iteration=die)
+    resumed = lesson(teacher, source)
+    train_phase(settings, resumed, RunFolder(tmp_path / "cut", settings))
+    expected = whole.student.network.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.student.network.state_dict().items())
+
+
+def test_nan_stops_the_run_and_leaves_the_last_checkpoint(teacher: Bundle, source: object, tmp_path: Path) -> None:
+    class Poisoned:
+        def draw(self, count: int, tensors: torch.Generator, words: object) -> tuple[torch.Tensor, list[str]]:
+            latents, captions = source.draw(count, tensors, words)
+            self.calls = getattr(self, "calls", 0) + 1
+            return latents * (float("nan") if self.calls > 3 else 1), captions
+
+    settings = phase()
+    folder = RunFolder(tmp_path / "run", settings)
+    with pytest.raises(TrainingError, match=r"discriminator loss is nan at iteration 3.*learning_rate"):
+        train_phase(settings, lesson(teacher, Poisoned()), folder)
+    kept = folder.load(settings.name)
+    assert kept is not None
+    assert kept["iteration"] == 2
+    assert all(torch.isfinite(value).all() for value in kept["average"]["weights"].values())

@@ -1,0 +1,62 @@
+"""Recipes: what is built in is valid, and what is wrong is told with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from twostep.distill.recipe import DistillRecipe
+from twostep.evaluate.train_judge import JudgeRecipe
+from twostep.pretrain.autoencoder import VaeSettings
+from twostep.pretrain.teacher import TeacherSettings
+from twostep.pretrain.text import TextSettings
+from twostep.runs.recipe import RecipeError, load_recipe, recipe_names
+
+OWNERS = {
+    "nano": DistillRecipe,
+    "nano-quick": DistillRecipe,
+    "nano-vae": VaeSettings,
+    "nano-text": TextSettings,
+    "nano-teacher": TeacherSettings,
+    "nano-judge": JudgeRecipe,
+}
+
+
+def test_every_built_in_recipe_is_valid() -> None:
+    assert set(recipe_names()) == set(OWNERS)
+    for name, owner in OWNERS.items():
+        load_recipe(name, owner)
+
+
+def test_an_override_reaches_into_lists() -> None:
+    recipe = load_recipe("nano", DistillRecipe, ["phases.1.learning_rate=3e-7", "model=other"])
+    assert recipe.phases[1].learning_rate == 3e-7
+    assert recipe.model == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("phases.0.learning_rte=1", "Did you mean 'learning_rate'"),
+        ("phases.99.learning_rate=1", "no position"),
+        ("phases", "no override"),
+        ("phases.0.iterations=0", "phases.0.iterations"),
+        ("phases.0.objective=lcm", "phases.0.objective"),
+        ("phases.0.student_steps=33", "no multiple"),
+        ("phases.2.teacher_steps=16", "no phase before it"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("nano", DistillRecipe, [override])
+
+
+def test_a_missing_recipe_lists_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"Did you mean 'nano-vae'.*nano-teacher"):
+        load_recipe("nano-vea", VaeSettings)
+
+
+def test_broken_toml_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("loop = [")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(path, VaeSettings)
