@@ -94,7 +94,7 @@ def caption(attributes: Attributes, rng: Random) -> str:
     style, background = attributes.style, attributes.background
     form = rng.randrange(4)
     if form == 0:
-        place = f"on a {background} background" if background else ""
+        place = f"on {with_article(background)} background" if background else ""
         return _join(" ", with_article(_join(" ", style, noun)), place)
     if form == 1:
         return _join(", ", with_article(noun), style, background and f"{background} background")
@@ -106,7 +106,7 @@ def caption(attributes: Attributes, rng: Random) -> str:
 
 def complete_caption(name: str, style: str, background: str) -> str:
     """Return the plain full caption of evaluation: "a 3d red apple on a blue background"."""
-    return f"{with_article(f'{style} {name}')} on a {background} background"
+    return f"{with_article(f'{style} {name}')} on {with_article(background)} background"
 
 
 def vocabulary_corpus(names: Sequence[tuple[str, ...]], subgroups: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -26,7 +26,7 @@ class Phase(LoopSettings):
     early_weight: int = Field(1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)")
 
     @model_validator(mode="after")
-    def _grids_nest(self) -> Self:
+    def _grids_nest(self) -> "Phase":
         if self.teacher_steps % self.student_steps:
             raise ValueError(
                 f"teacher_steps {self.teacher_steps} is no multiple of student_steps {self.student_steps}; "
@@ -61,7 +61,7 @@ class DistillRecipe(Settings):
     phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
 
     @model_validator(mode="after")
-    def _every_teacher_exists(self) -> Self:
+    def _every_teacher_exists(self) -> "DistillRecipe":
         known: set[int] = set() if self.model_steps is None else {self.model_steps}
         for phase in self.phases:
             learned = phase.teacher_steps in known or phase.teacher_steps == max(known, default=phase.teacher_steps)

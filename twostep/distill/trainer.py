@@ -103,16 +103,8 @@ class RegressionTrainer:
         """Take one step down the squared error."""
         phase, lesson = self.phase, self.lesson
         with phase.autocast():
-            x_t, t, s, conditioning, teach = _draw_start(phase, lesson, draw)
-            if phase.objective == "convert":
-                with torch.no_grad():
-                    target = teach(x_t, t).x0
-                reached = lesson.student(x_t, t, conditioning).x0
-            else:
-                target = teacher_landing(
-                    teach, x_t, t, phase.student_steps, phase.teacher_steps, lesson.student.schedule
-                )
-                reached = student_landing(lesson.student, x_t, t, s, conditioning)
+            start = _draw_start(phase, lesson, draw)
+            target, reached = _convert(lesson, start) if phase.objective == "convert" else _follow(phase, lesson, start)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
         descend(loss, self.optimiser, lesson.student.network, phase, iteration)
         self.average.update()
@@ -208,7 +200,25 @@ def _adam(network: nn.Module, learning_rate: float, phase: Phase) -> torch.optim
     )
 
 
-def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]:
+_Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]
+
+
+def _convert(lesson: Lesson, start: _Start) -> tuple[Tensor, Tensor]:
+    """Return x0 as the frozen eps copy sees it, and as the student does (eq 27-29)."""
+    x_t, t, _, conditioning, teach = start
+    with torch.no_grad():
+        target = teach(x_t, t).x0
+    return target, lesson.student(x_t, t, conditioning).x0
+
+
+def _follow(phase: Phase, lesson: Lesson, start: _Start) -> tuple[Tensor, Tensor]:
+    """Return where the teacher lands in its steps, and where the student does in one."""
+    x_t, t, s, conditioning, teach = start
+    target = teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, lesson.student.schedule)
+    return target, student_landing(lesson.student, x_t, t, s, conditioning)
+
+
+def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
     """Draw x_t at trained times t, where the student is to land, and the teacher for these captions."""
     x0, captions = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
     with torch.no_grad():

@@ -46,12 +46,11 @@ def train_vae(
         crops = random_crop(pictures[chosen], settings.crop_pixels, draw).contiguous(memory_format=torch.channels_last)
         latents: Tensor = vae.encode(crops).latents.float()
         noise = torch.randn(latents.shape, generator=draw.tensors)
-        decoded = vae.decode(latents + settings.jitter * noise).sample.float()
+        off: Tensor = vae.decode(latents + settings.jitter * noise).sample.float() - crops
         mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
         moments: Tensor = (mean**2 + (deviation - 1) ** 2).mean()
-        pixels: Tensor = off.abs().mean() + settings.edge_weight * _edges(off)
-        held: Tensor = settings.moment_weight * moments
-        return pixels + held
+        penalties: Tensor = settings.edge_weight * _edges(off) + settings.moment_weight * moments
+        return off.abs().mean() + penalties
 
     train(vae, loss, settings.loop, folder, "vae", on_iteration=on_iteration)
     return ImageCodec(vae.to(memory_format=torch.contiguous_format).eval())
