@@ -49,7 +49,7 @@ def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_regression_lowers_its_loss(objective: str, teacher: Bundle, source: object) -> None:
     settings = phase(objective=objective, student_steps=1, teacher_steps=2, learning_rate=1e-3)
     trainer = RegressionTrainer(settings, lesson(teacher, source, "x0"))
-    losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(12)]
+    losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(60)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -62,7 +62,7 @@ def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
     with torch.no_grad():
         pupil.student.network.conv_out.bias += 0.5
     trainer = AdversarialTrainer(settings, pupil)
-    gaps = [trainer.iterate(i, Draw.at(0, 0))["gap"] for i in range(10)]
+    gaps = [trainer.iterate(i, Draw.at(0, 0))["gap"] for i in range(40)]
     assert gaps[-1] > gaps[0] + 0.5
 
 
