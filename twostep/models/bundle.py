@@ -107,6 +107,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
     )
     with _no_progress_bar():
         pipeline.save_pretrained(folder)
+    _drop_derived(folder / "vae" / "config.json")
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
 
 
@@ -202,6 +203,7 @@ def load_text(folder: Path) -> TextEncoders:
 def save_codec(codec: ImageCodec, folder: Path) -> None:
     """Write the autoencoder in the layout of a model folder."""
     codec.vae.save_pretrained(folder / "vae")
+    _drop_derived(folder / "vae" / "config.json")
 
 
 def save_text(text: TextEncoders, folder: Path) -> None:
@@ -210,6 +212,14 @@ def save_text(text: TextEncoders, folder: Path) -> None:
         tokenizer.save_pretrained(folder / f"tokenizer{name}")
         with _no_progress_bar():
             encoder.save_pretrained(folder / f"text_encoder{name}")
+
+
+def _drop_derived(path: Path) -> None:
+    """Take out of a tiny autoencoder's config what diffusers derives on loading, and otherwise warns of."""
+    config = json.loads(path.read_text())
+    if config["_class_name"] == "AutoencoderTiny":
+        config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2))
 
 
 def _expect(path: Path) -> None:

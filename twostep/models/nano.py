@@ -7,13 +7,13 @@ and the tiny autoencoder class (without norms it learns faster and draws in mill
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from tokenizers import Tokenizer, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.contract import Contract
@@ -79,18 +79,38 @@ def build_text_encoders(corpus: Sequence[str]) -> TextEncoders:
 
 def build_tokenizer(corpus: Sequence[str]) -> CLIPTokenizer:
     """Train a CLIP tokenizer: bytes, bytes that end a word, and the merges that make whole words of the corpus."""
-    pattern = CLIPTokenizer()
-    trained = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    trained.normalizer = pattern.backend_tokenizer.normalizer
-    trained.pre_tokenizer = pattern.backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=20_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    # Twice, because a pair must be seen more than once to be merged.
-    trained.train_from_iterator([*corpus, *corpus], trainer)
-    merges = _merges(trained)
+    splitter = CLIPTokenizer().backend_tokenizer
+    texts = [splitter.normalizer.normalize_str(text) for text in corpus]
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text)})
+    merges = learn_merges(words)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the byte-pair merges (arXiv 1508.07909) that leave every word one token.
+
+    The tokenizers library breaks ties by the order of a hash map, so the same corpus gave another vocabulary each time.
+    """
+    pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        pieces = [_merge(word, best) for word in pieces]
+    return merges
+
+
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in word:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def teacher_contract(name: str, recipe: str, version: str, guidance: float) -> Contract:
@@ -121,10 +141,6 @@ def random_bundle(seed: int = 0, corpus: Sequence[str] = (TEST_CORPUS,)) -> Bund
         network.requires_grad_(False).eval()
     contract = teacher_contract("random", "none", "none", guidance=4.0)
     return Bundle(Denoiser(unet, NoiseSchedule.scaled_linear()), ImageCodec(vae), text, contract)
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:

@@ -1,4 +1,7 @@
-"""How this room trains: AdamW, warm-up and cosine decay, clipped gradients, averaged weights."""
+"""How this room trains: AdamW, clipped gradients, averaged weights; warm-up, a long constant rate, a decay at the end.
+
+A run that is to be made longer can start again from any checkpoint before the decay: until there it is the same run.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ class DescentSettings(LoopSettings):
     """What one network's descent needs beside the loop."""
 
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    decay_share: float = Field(0.25, gt=0, le=1, description="share of the iterations over which the rate decays")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
 
@@ -63,9 +67,10 @@ def train(
     network.load_state_dict(average.weights)
 
 
-def decay(iteration: int, settings: LoopSettings) -> float:
-    """Return the share of the peak learning rate: linear warm-up, then a cosine down to a fiftieth."""
+def decay(iteration: int, settings: DescentSettings) -> float:
+    """Return the share of the peak learning rate: linear warm-up, constant, and a cosine down to a fiftieth."""
     if iteration < settings.warmup_iterations:
         return (iteration + 1) / settings.warmup_iterations
-    progress = (iteration - settings.warmup_iterations) / max(1, settings.iterations - settings.warmup_iterations)
+    num_decaying = settings.decay_share * settings.iterations
+    progress = max(0.0, 1 - (settings.iterations - iteration) / num_decaying)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from twostep.errors import TwostepError
@@ -29,8 +30,8 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Settings) -> None:
         """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot be written."""
         self.path = path
-        record = path / "run.json"
-        resolved = recipe.model_dump_json(indent=2)
+        record = path / "run.toml"
+        resolved = tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
         if record.exists() and record.read_text() != resolved:
             raise RunError(f"{path} holds a run of another recipe. Give another --out, or delete that folder.")
         with _writing(path):

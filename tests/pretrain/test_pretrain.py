@@ -1,0 +1,104 @@
+"""Pretraining of every part on the committed sample: losses fall, a resumed run equals an uninterrupted one."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twostep.data.emoji import EmojiSet, load_emoji
+from twostep.data.latents import cache_latents
+from twostep.models.nano import random_bundle
+from twostep.pretrain.autoencoder import VaeSettings, train_vae
+from twostep.pretrain.loop import DescentSettings, decay
+from twostep.pretrain.teacher import TeacherSettings, train_teacher
+from twostep.pretrain.text import TextSettings, train_text
+from twostep.runs.folder import RunFolder
+from twostep.runs.loop import TrainingError
+
+SAMPLE = Path(__file__).parents[1] / "data" / "emoji_sample.safetensors"
+Weights = dict[str, torch.Tensor]
+Run = Callable[..., Weights]
+
+
+def loop(**changes: Any) -> dict[str, Any]:
+    values = {
+        "iterations": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_iterations": 1,
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "ema_decay": 0.5,
+    }
+    return values | changes
+
+
+@pytest.fixture(scope="module")
+def emoji() -> EmojiSet:
+    return load_emoji(SAMPLE)
+
+
+def run_vae(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
+    settings = VaeSettings.model_validate({"part": "vae", "num_pictures": 8, "loop": loop(**changes)})
+    return train_vae(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration).vae.state_dict()
+
+
+def run_text(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
+    settings = TextSettings.model_validate({"part": "text", "loop": loop(**changes)})
+    text = train_text(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration)
+    return text.encoders[1].state_dict()
+
+
+def run_teacher(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
+    random = random_bundle()
+    settings = TeacherSettings.model_validate({"part": "teacher", "loop": loop(**changes)})
+    latents = cache_latents(emoji, random.codec, variants=1)
+    folder = RunFolder(folder, settings)
+    return train_teacher(latents, random.text, settings, folder, on_iteration=on_iteration).network.state_dict()
+
+
+RUNS = pytest.mark.parametrize("run", [run_vae, run_text, run_teacher])
+
+
+@RUNS
+def test_the_loss_falls(run: Run, emoji: EmojiSet, tmp_path: Path) -> None:
+    losses: list[float] = []
+    run(emoji, tmp_path, lambda i, figures: losses.append(figures["loss"]), iterations=40, batch_size=16)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@RUNS
+def test_interrupted_and_resumed_equals_uninterrupted(run: Run, emoji: EmojiSet, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(iteration: int, figures: dict[str, float]) -> None:
+        if iteration == 3:
+            raise Killed
+
+    def nothing(iteration: int, figures: dict[str, float]) -> None:
+        return None
+
+    whole = run(emoji, tmp_path / "whole", nothing)
+    with pytest.raises(Killed):
+        run(emoji, tmp_path / "cut", die)
+    resumed = run(emoji, tmp_path / "cut", nothing)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_a_loss_that_explodes_is_told_with_what_to_do(emoji: EmojiSet, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"vae loss is nan at iteration \d+.*lower learning_rate"):
+        run_vae(emoji, tmp_path, lambda i, figures: None, learning_rate=1e30)
+
+
+def test_the_rate_warms_up_stays_and_decays() -> None:
+    settings = DescentSettings.model_validate(loop(iterations=1000, warmup_iterations=100))
+    rates = [decay(i, settings) for i in range(1000)]
+    assert rates[0] == 0.01
+    assert rates[100] == rates[749] == 1.0
+    assert rates[-1] < 0.03
+    assert all(after <= before for before, after in pairwise(rates[750:]))
