@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from twostep.distill import DistillRecipe, distil
-from twostep.models.bundle import Bundle, load_bundle, save_bundle
+from twostep.models.bundle import Bundle, load_bundle
 from twostep.runs.folder import RunFolder
 
 SHARED = {
@@ -36,7 +36,6 @@ def test_the_whole_chain_runs_and_its_students_load(teacher: Bundle, source: obj
     folder = RunFolder(tmp_path / "run", RECIPE)
     written = distil(RECIPE, teacher, source, folder, version="0", recipe_name="test")
     assert sorted(written) == [1, 2, 4]
-    save_bundle(teacher, tmp_path / "run" / "model")
     one = load_bundle(tmp_path / "run" / "model", steps=1)
     assert one.contract.prediction_type == one.denoiser.prediction_type == "x0"
     assert one.contract.trained_times == (1000, 750, 500, 250)

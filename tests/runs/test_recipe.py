@@ -14,6 +14,7 @@ from twostep.runs.recipe import RecipeError, load_recipe, recipe_names
 OWNERS = {
     "nano": DistillRecipe,
     "nano-quick": DistillRecipe,
+    "nano-mse": DistillRecipe,
     "nano-vae": VaeSettings,
     "nano-text": TextSettings,
     "nano-teacher": TeacherSettings,
@@ -43,6 +44,7 @@ def test_an_override_reaches_into_lists() -> None:
         ("phases.0.objective=lcm", "phases.0.objective"),
         ("phases.0.student_steps=33", "no multiple"),
         ("phases.2.teacher_steps=16", "no phase before it"),
+        ("phases.2.objective=conditional", "two phases train the same"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:

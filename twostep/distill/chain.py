@@ -16,7 +16,7 @@ from twostep.diffusion import Denoise, solve, trailing_times
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Lesson, Source, train_phase
 from twostep.distill.transition import trained_times
-from twostep.models.bundle import Bundle, save_student
+from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser
 from twostep.runs.folder import RunFolder, write_whole
@@ -36,8 +36,12 @@ def distil(
 ) -> dict[int, Path]:
     """Run every phase in order and return the released students' files by their steps; the same call resumes.
 
+    `folder/model` becomes a whole model: the teacher, if that is where the chain starts, and the released students.
+
     Raises TrainingError or RunError; what was finished before stays in the folder.
     """
+    if teacher.contract.role == "teacher":
+        save_bundle(teacher, folder.path / "model")
     finished: dict[int, Denoiser] = {}
     student = teacher.denoiser
     width, height = teacher.contract.sizes[0]
@@ -65,13 +69,12 @@ def student_contract(teacher: Contract, phase: Phase, version: str, recipe_name:
     """Return what the student of this phase says of itself."""
     return replace(
         teacher,
-        name=f"{teacher.name}-{phase.student_steps}step",
+        name=f"{teacher.base}-{phase.student_steps}step",
         role="student",
         steps=phase.student_steps,
         trained_times=trained_times(phase.student_steps),
         prediction_type=phase.prediction_type,
         guidance=1.0,
-        base=teacher.name,
         recipe=recipe_name,
         version=version,
     )

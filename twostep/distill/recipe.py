@@ -71,4 +71,7 @@ class DistillRecipe(Settings):
                     f"makes; there are {sorted(known, reverse=True)}"
                 )
             known.add(phase.student_steps)
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two phases train the same student with the same objective: {', '.join(names)}")
         return self
