@@ -158,3 +158,9 @@ def test_one_step_student_lands_on_its_own_prediction(
     with torch.inference_mode():
         expected = one_step.denoiser(initial_noise(6, shape)[None], torch.tensor([1000]), conditioning).x0
     torch.testing.assert_close(steps[-1].prediction.x0, expected)
+
+
+def test_a_prompt_over_the_limit_is_cut_and_says_so(student: Bundle) -> None:
+    result = generate(student, Request("a red apple on a blue background " * 4))
+    assert any("too long" in warning for warning in result.warnings)
+    assert not generate(student, Request(PROMPT)).warnings

@@ -45,6 +45,11 @@ class TextEncoders:
         text, pooled = self.encode(prompts)
         return Conditioning(text, pooled, image_sizes(len(text), width, height).to(text.device, text.dtype))
 
+    def num_excess_tokens(self, prompt: str) -> int:
+        """Return how many tokens at the end of the prompt are cut off."""
+        tokenizer = self.tokenizers[0]
+        return max(0, len(tokenizer(prompt, verbose=False).input_ids) - int(tokenizer.model_max_length))
+
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))

@@ -165,6 +165,9 @@ def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
     if request.negative_prompt and request.guidance == 1:
         texts.pop()
         warnings.append("the negative prompt has no effect: it acts through guidance, and there is none here.")
+    excess = bundle.text.num_excess_tokens(request.prompt)
+    if excess:
+        warnings.append(f"the prompt is too long: its last {excess} token(s) are cut off. Say it in fewer words.")
     unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
     if unknown:
         warnings.append(
