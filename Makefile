@@ -8,7 +8,7 @@ READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint
+.PHONY: help setup demo test test-all weights lint
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -30,6 +30,10 @@ test: setup ## Run the tests that take minutes, in two processes.
 
 test-all: setup ## Run every test, the slow ones too.
 	$(PYTEST)
+
+weights: ## Put the result of `twostep distill nano --out runs/nano` into the package.
+	cp -r runs/nano/model/. twostep/weights/nano/
+	rm -f twostep/weights/nano/students/*_32step_unet.safetensors
 
 lint: setup ## Check style, types, and who imports whom.
 	$(BIN)/ruff check .
