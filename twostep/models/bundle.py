@@ -229,7 +229,7 @@ def _expect(path: Path) -> None:
 
 
 def _half(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).half()
+    return copy.deepcopy(network).half().to(memory_format=torch.contiguous_format)
 
 
 @contextmanager

@@ -40,10 +40,10 @@ class ImageCodec:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
         encoded = self.vae.encode(media)
         latents: Tensor = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
-        return latents * float(self.vae.config.scaling_factor)
+        return (latents * float(self.vae.config.scaling_factor)).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Return pictures, cut off at -1 and 1."""
         pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return pictures.clamp(-1, 1)
+        return pictures.clamp(-1, 1).contiguous()
