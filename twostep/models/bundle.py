@@ -229,7 +229,10 @@ def _expect(path: Path) -> None:
 
 
 def _half(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).half().to(memory_format=torch.contiguous_format)
+    half = copy.deepcopy(network).half()
+    for parameter in half.parameters():
+        parameter.data = parameter.data.contiguous()
+    return half
 
 
 @contextmanager
