@@ -7,20 +7,24 @@ import pytest
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.train_judge import JudgeRecipe, train_judge
+from twostep.runs.descent import DescentSettings
 
 SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"
 
 QUICK = JudgeRecipe(
     name="quick",
     channels=(24, 48, 64),
-    iterations=120,
-    batch_size=32,
-    learning_rate=5e-3,
-    warmup_iterations=10,
-    ema_decay=0.8,
     num_held_out=2,
-    checkpoint_every=50,
-    log_every=20,
+    loop=DescentSettings(
+        iterations=120,
+        batch_size=32,
+        learning_rate=5e-3,
+        warmup_iterations=10,
+        decay_share=1.0,
+        ema_decay=0.8,
+        checkpoint_every=50,
+        log_every=20,
+    ),
 )
 
 

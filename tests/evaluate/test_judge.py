@@ -9,11 +9,16 @@ import torch
 from twostep.data.emoji import EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
-from twostep.evaluate.train_judge import JudgeRecipe, JudgeTrainingError, measure_accuracy, train_judge
+from twostep.evaluate.train_judge import JudgeRecipe, measure_accuracy, train_judge
 from twostep.runs.folder import RunError
+from twostep.runs.loop import TrainingError
 from twostep.runs.recipe import load_recipe
 
 from .conftest import QUICK
+
+
+def _with_loop(**changes: float) -> JudgeRecipe:
+    return QUICK.model_copy(update={"loop": QUICK.loop.model_copy(update=changes)})
 
 
 def test_it_learns_the_sample_in_seconds(quick_judge: Judge):
@@ -36,14 +41,14 @@ def test_a_killed_run_resumes_to_the_same_judge(emoji: EmojiSet, quick_run: Path
     class Killed(Exception):
         pass
 
-    def kill(done: int, total: int, loss: float) -> None:
+    def kill(done: int, figures: dict[str, float]) -> None:
         if done == 70:
             raise Killed
 
     with pytest.raises(Killed):
         train_judge(QUICK, emoji, tmp_path / "run", kill)
     seen: list[int] = []
-    resumed = train_judge(QUICK, emoji, tmp_path / "run", lambda done, total, loss: seen.append(done))
+    resumed = train_judge(QUICK, emoji, tmp_path / "run", lambda done, figures: seen.append(done))
     whole = load_judge(quick_run / "judge.safetensors")
     assert seen == list(range(51, 121))
     for name, tensor in whole.state_dict().items():
@@ -52,18 +57,18 @@ def test_a_killed_run_resumes_to_the_same_judge(emoji: EmojiSet, quick_run: Path
 
 def test_a_finished_run_is_not_trained_again(emoji: EmojiSet, quick_run: Path):
     seen: list[int] = []
-    train_judge(QUICK, emoji, quick_run, lambda done, total, loss: seen.append(done))
+    train_judge(QUICK, emoji, quick_run, lambda done, figures: seen.append(done))
     assert seen == []
 
 
 def test_the_folder_of_another_recipe_is_refused(emoji: EmojiSet, quick_run: Path):
     with pytest.raises(RunError, match="another recipe"):
-        train_judge(QUICK.model_copy(update={"seed": 1}), emoji, quick_run)
+        train_judge(_with_loop(seed=1), emoji, quick_run)
 
 
 def test_a_loss_that_is_no_number_stops_the_training(emoji: EmojiSet, tmp_path: Path):
-    broken = QUICK.model_copy(update={"learning_rate": 1e30, "warmup_iterations": 0})
-    with pytest.raises(JudgeTrainingError, match="lower learning_rate"):
+    broken = _with_loop(learning_rate=1e30, warmup_iterations=0)
+    with pytest.raises(TrainingError, match="lower learning_rate"):
         train_judge(broken, emoji, tmp_path / "run")
 
 

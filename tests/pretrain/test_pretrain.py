@@ -12,9 +12,9 @@ from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.data.latents import cache_latents
 from twostep.models.nano import random_bundle
 from twostep.pretrain.autoencoder import VaeSettings, train_vae
-from twostep.pretrain.loop import DescentSettings, decay
 from twostep.pretrain.teacher import TeacherSettings, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
+from twostep.runs.descent import DescentSettings, decay
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import TrainingError
 

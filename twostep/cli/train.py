@@ -176,7 +176,7 @@ def _pretrain_judge(recipe: str, override: list[str], out: Path, emoji: Path, ad
     from twostep.runs.recipe import load_recipe
 
     settings = load_recipe(recipe, JudgeRecipe, override)
-    train_judge(settings, load_emoji(emoji), out, lambda done, total, loss: advance(done, total, f"loss {loss:.3f}"))
+    train_judge(settings, load_emoji(emoji), out, _counter(advance, settings.loop.iterations))
     return out / "judge.safetensors"
 
 

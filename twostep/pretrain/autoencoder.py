@@ -15,7 +15,7 @@ from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import EmojiSet, Placement, compose
 from twostep.models.codec import ImageCodec
 from twostep.models.nano import PIXELS, build_vae
-from twostep.pretrain.loop import DescentSettings, train
+from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings

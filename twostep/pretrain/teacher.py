@@ -19,7 +19,7 @@ from twostep.diffusion import NoiseSchedule
 from twostep.models.denoiser import Denoiser
 from twostep.models.nano import PIXELS, build_unet
 from twostep.models.text import TextEncoders
-from twostep.pretrain.loop import DescentSettings, train
+from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings

@@ -18,7 +18,7 @@ from twostep.data.captions import BACKGROUNDS, Omission, caption, vocabulary_cor
 from twostep.data.emoji import EmojiSet, Placement, compose
 from twostep.models.nano import TEXT_WIDTHS, build_text_encoders
 from twostep.models.text import TextEncoders
-from twostep.pretrain.loop import DescentSettings, train
+from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings

@@ -1,1 +1,4 @@
-"""Runs: a recipe read and checked, and the folder that a run writes; it knows nothing of networks."""
+"""Runs: a recipe read and checked, the folder that a run writes, and the loop under every training.
+
+It knows nothing of what is trained.
+"""
