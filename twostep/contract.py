@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from twostep.errors import TwostepError
 
 METADATA_KEY = "twostep.contract"
-"""Where the contract lies in safetensors metadata and in PNG text."""
+"""Where the contract lies in safetensors metadata; in a PNG it is part of the chunk `twostep`."""
 
 TOP_TIME = 1000
 """T, the time of pure noise; trained times lie in 1..T."""

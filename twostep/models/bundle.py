@@ -90,7 +90,8 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bund
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a teacher as a diffusers folder of fp16 weights with its contract; any SDXL pipeline loads it."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    with _quiet_transformers():
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline(
         vae=_half(bundle.codec.vae),
@@ -105,7 +106,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
-    with _no_progress_bar():
+    with _quiet_transformers():
         pipeline.save_pretrained(folder)
     _drop_derived(folder / "vae" / "config.json")
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
@@ -191,7 +192,7 @@ def load_text(folder: Path) -> TextEncoders:
     """Load the text encoders of a model folder, frozen and in float32."""
     _expect(folder / "text_encoder" / "config.json")
     tokenizers = tuple(CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
-    with _no_progress_bar():
+    with _quiet_transformers():
         encoders = (
             CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
             CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval(),
@@ -211,7 +212,7 @@ def save_text(text: TextEncoders, folder: Path) -> None:
     """Write text encoders and tokenizers in the layout of a model folder."""
     for name, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=True):
         tokenizer.save_pretrained(folder / f"tokenizer{name}")
-        with _no_progress_bar():
+        with _quiet_transformers():
             encoder.save_pretrained(folder / f"text_encoder{name}")
 
 
@@ -236,12 +237,14 @@ def _half(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing a progress bar for every small file; its setting is put back."""
-    shown = logging.is_progress_bar_enabled()
+def _quiet_transformers() -> Iterator[None]:
+    """Keep it from drawing a bar for every small file, and from asking for torchvision, which nothing here uses."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
