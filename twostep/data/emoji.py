@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from twostep.data.captions import BACKGROUNDS, STYLES
 from twostep.errors import TwostepError
+from twostep.runs.folder import write_whole
 
 DRAWING_PIXELS = 128
 PICTURE_PIXELS = 64
@@ -59,8 +60,8 @@ class EmojiSet:
         """Write the set to one safetensors file."""
         listing = [[c.icon, c.subgroup, list(c.names)] for c in self.concepts]
         metadata = {"twostep.emoji": json.dumps({"concepts": listing, "styles": self.styles})}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"drawings": self.drawings.contiguous()}, path, metadata)
+        with write_whole(path) as file:
+            file.write(save({"drawings": self.drawings.contiguous()}, metadata))
 
 
 def load_emoji(path: Path) -> EmojiSet:

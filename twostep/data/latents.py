@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Float16, Int, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from twostep.data.captions import BACKGROUNDS, Attributes, Omission, caption
 from twostep.data.emoji import EmojiError, EmojiSet, Placement, compose
 from twostep.models.codec import Codec
+from twostep.runs.folder import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,9 @@ class LatentCache:
 
     def save(self, path: Path) -> None:
         """Write the cache to one safetensors file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         words = json.dumps({"names": self.names, "styles": self.styles})
-        save_file({"latents": self.latents, "labels": self.labels}, path, {"twostep.latents": words})
+        with write_whole(path) as file:
+            file.write(save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words}))
 
 
 def load_latents(path: Path) -> LatentCache:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import PICTURE_PIXELS, Concept, EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
+from twostep.runs.folder import write_whole
 
 BUILT_IN = Path(__file__).parent.parent / "weights" / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""
@@ -131,8 +132,8 @@ class Judge(nn.Module):
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in self.state_dict().items()}
         if self.real is not None:
             tensors |= {"real.mean": self.real.mean.float(), "real.covariance": self.real.covariance.float()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path, {_METADATA_KEY: self._describe()})
+        with write_whole(path) as file:
+            file.write(save({name: t.contiguous() for name, t in tensors.items()}, {_METADATA_KEY: self._describe()}))
 
     def _describe(self) -> str:
         description = {

@@ -115,7 +115,6 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
 def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
     """Write a student's UNet beside its teacher's folder: fp16, diffusers' names, the contract in the metadata."""
     path = folder / "students" / f"{contract.base}_{contract.steps}step_unet.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as file:
         file.write(save({key: value.half() for key, value in weights.items()}, contract.to_metadata()))
     return path

@@ -73,6 +73,7 @@ def write_whole(path: Path) -> Iterator[Any]:
     """Open a file for binary writing that takes its place at `path` only when it is whole and on disk."""
     partial = path.with_name(path.name + ".partial")
     with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
                 yield file
