@@ -108,7 +108,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
     )
     with _quiet_transformers():
         pipeline.save_pretrained(folder)
-    _drop_derived(folder / "vae" / "config.json")
+    _clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
 
 
@@ -204,7 +204,7 @@ def load_text(folder: Path) -> TextEncoders:
 def save_codec(codec: ImageCodec, folder: Path) -> None:
     """Write the autoencoder in the layout of a model folder."""
     codec.vae.save_pretrained(folder / "vae")
-    _drop_derived(folder / "vae" / "config.json")
+    _clean_configs(folder)
 
 
 def save_text(text: TextEncoders, folder: Path) -> None:
@@ -215,12 +215,16 @@ def save_text(text: TextEncoders, folder: Path) -> None:
             encoder.save_pretrained(folder / f"text_encoder{name}")
 
 
-def _drop_derived(path: Path) -> None:
-    """Take out of a tiny autoencoder's config what diffusers derives on loading, and otherwise warns of."""
-    config = json.loads(path.read_text())
-    if config["_class_name"] == "AutoencoderTiny":
-        config.pop("block_out_channels", None)
-    path.write_text(json.dumps(config, indent=2))
+def _clean_configs(folder: Path) -> None:
+    """Take out of the configs of UNet and autoencoder where they were loaded from, and what loading warns of."""
+    for path in (folder / "unet" / "config.json", folder / "vae" / "config.json"):
+        if path.exists():
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            if config["_class_name"] == "AutoencoderTiny":
+                # diffusers derives it, and warns where it is given.
+                config.pop("block_out_channels", None)
+            path.write_text(json.dumps(config, indent=2))
 
 
 def _expect(path: Path) -> None:
