@@ -1,0 +1,46 @@
+"""What README and docs tell people to type: every `twostep` line parses, and the quick ones run as they stand."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from twostep.cli import app
+
+ROOT = Path(__file__).parents[2]
+LONG = ("pretrain", "distill", "data")
+
+
+def commands() -> list[str]:
+    texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for path in texts for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("twostep ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_documented_command_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    if words[0] in LONG:
+        words = [*words, "--help"]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, answer.output
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "apple.png").stat().st_size > 500
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    targets = re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= set(targets)
+    assert all(f"\n{target}:" in makefile for target in targets)
