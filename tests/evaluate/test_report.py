@@ -46,21 +46,25 @@ def test_right_wishes_score_all(foxes: torch.Tensor, judge: Judge):
     assert report.concept.share == report.style.share == report.background.share == 1
 
 
-def test_the_distance_to_itself_is_zero_and_blur_is_far(emoji: EmojiSet, judge: Judge):
+def test_the_distance_to_itself_is_zero_and_more_blur_is_farther(emoji: EmojiSet, judge: Judge):
     from twostep.evaluate.degradation import blur
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 96)]
     pictures = real_pictures(wishes, emoji)
     reference = judge.statistics(pictures)
     same = evaluate(pictures, wishes, judge, reference=reference)
-    blurred = evaluate(blur(pictures, torch.full((96,), 1.2)), wishes, judge, reference=reference)
+    mild, strong = (
+        evaluate(blur(pictures, torch.full((96,), pixels)), wishes, judge, reference=reference) for pixels in (1.2, 2.4)
+    )
     assert same.frechet_to_reference == pytest.approx(0, abs=1e-6)
     assert same.frechet_to_real is None
     again = evaluate(real_pictures(wishes, emoji, seed=1), wishes, judge, reference=reference)
-    assert blurred.frechet_to_reference is not None
+    # Other placements of the same drawings lie nearer than blurred ones in the same places, and more blur lies farther.
     assert again.frechet_to_reference is not None
-    assert blurred.frechet_to_reference > 2 * again.frechet_to_reference
-    assert blurred.mean_blur_pixels > same.mean_blur_pixels
+    assert mild.frechet_to_reference is not None
+    assert strong.frechet_to_reference is not None
+    assert again.frechet_to_reference < mild.frechet_to_reference < strong.frechet_to_reference
+    assert same.mean_blur_pixels < mild.mean_blur_pixels < strong.mean_blur_pixels
 
 
 def test_diversity_is_measured_between_pictures_of_one_wish(foxes: torch.Tensor, judge: Judge):

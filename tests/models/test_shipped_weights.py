@@ -72,7 +72,7 @@ def test_they_draw_what_they_are_asked(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [8, 2])
 def test_vanilla_diffusers_loads_them_and_draws(steps: int) -> None:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(NANO, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(NANO, torch_dtype=torch.float32, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     if steps == 2:
         weights = load_file(NANO / "students" / "nano_2step_unet.safetensors")
