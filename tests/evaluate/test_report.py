@@ -49,21 +49,22 @@ def test_right_wishes_score_all(foxes: torch.Tensor, judge: Judge):
 def test_the_distance_to_itself_is_zero_and_more_blur_is_farther(emoji: EmojiSet, judge: Judge):
     from twostep.evaluate.degradation import blur
 
-    wishes = [task.attributes for task in complete_tasks(emoji.concepts, 96)]
+    wishes = [task.attributes for task in complete_tasks(emoji.concepts, 192)]
     pictures = real_pictures(wishes, emoji)
     reference = judge.statistics(pictures)
     same = evaluate(pictures, wishes, judge, reference=reference)
     mild, strong = (
-        evaluate(blur(pictures, torch.full((96,), pixels)), wishes, judge, reference=reference) for pixels in (1.2, 2.4)
+        evaluate(blur(pictures, torch.full((192,), pixels)), wishes, judge, reference=reference)
+        for pixels in (1.2, 2.4)
     )
     assert same.frechet_to_reference == pytest.approx(0, abs=1e-6)
     assert same.frechet_to_real is None
     again = evaluate(real_pictures(wishes, emoji, seed=1), wishes, judge, reference=reference)
-    # Other placements of the same drawings lie nearer than blurred ones in the same places, and more blur lies farther.
+    # Other placements of the same drawings lie far nearer than blurred ones in the same places; few samples hide that.
     assert again.frechet_to_reference is not None
     assert mild.frechet_to_reference is not None
     assert strong.frechet_to_reference is not None
-    assert again.frechet_to_reference < mild.frechet_to_reference < strong.frechet_to_reference
+    assert 2 * again.frechet_to_reference < mild.frechet_to_reference < strong.frechet_to_reference
     assert same.mean_blur_pixels < mild.mean_blur_pixels < strong.mean_blur_pixels
 
 

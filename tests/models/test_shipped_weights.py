@@ -7,29 +7,26 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from twostep.evaluate.judge import load_judge
+from twostep.evaluate import attributes_from_prompt, evaluate, load_judge
 from twostep.models.bundle import WEIGHTS, load_bundle, read_contracts
 from twostep.pipeline import Request, generate
 
 NANO = WEIGHTS / "nano"
-PROMPTS = {
-    "a 3d strawberry on a blue background": ("strawberry", "3d", "blue"),
-    "a flat sunflower on a brown background": ("sunflower", "flat", "brown"),
-    "a twemoji pizza on a purple background": ("pizza", "twemoji", "purple"),
-    "a noto watermelon on a white background": ("watermelon", "noto", "white"),
-}
+PROMPTS = (
+    "a 3d strawberry on a blue background",
+    "a flat sunflower on a brown background",
+    "a twemoji pizza on a purple background",
+    "a noto watermelon on a white background",
+)
 
 
 def num_right(pictures: torch.Tensor, prompts: list[str]) -> int:
-    """Count the prompts of whose three attributes the judge sees every one."""
+    """Count the pictures without any fault that the judge sees; one with two faults counts as two."""
     judge = load_judge()
-    verdict = judge.judge(pictures)
-    seen = zip(verdict.concept.argmax(1), verdict.style.argmax(1), verdict.background.argmax(1), strict=True)
-    named = [
-        (judge.classes.concepts[concept].names[0], judge.classes.styles[style], judge.classes.backgrounds[background])
-        for concept, style, background in seen
-    ]
-    return sum(PROMPTS[prompt] == right for prompt, right in zip(prompts, named, strict=True))
+    report = evaluate(pictures, [attributes_from_prompt(prompt, judge.classes.concepts) for prompt in prompts], judge)
+    scores = (report.concept, report.style, report.background)
+    assert all(score.num_asked == len(prompts) for score in scores)
+    return len(prompts) - sum(score.num_asked - score.num_right for score in scores)
 
 
 def to_tensor(pictures: list) -> torch.Tensor:

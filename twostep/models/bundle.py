@@ -216,15 +216,14 @@ def save_text(text: TextEncoders, folder: Path) -> None:
 
 
 def _clean_configs(folder: Path) -> None:
-    """Take out of the configs of UNet and autoencoder where they were loaded from, and what loading warns of."""
-    for path in (folder / "unet" / "config.json", folder / "vae" / "config.json"):
-        if path.exists():
-            config = json.loads(path.read_text())
-            config.pop("_name_or_path", None)
-            if config["_class_name"] == "AutoencoderTiny":
-                # diffusers derives it, and warns where it is given.
-                config.pop("block_out_channels", None)
-            path.write_text(json.dumps(config, indent=2))
+    """Take out of a model's configs where its parts were loaded from, and what loading warns of."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        if config.get("_class_name") == "AutoencoderTiny":
+            # diffusers derives it, and warns where it is given.
+            config.pop("block_out_channels", None)
+        path.write_text(json.dumps(config, indent=2))
 
 
 def _expect(path: Path) -> None:
@@ -234,8 +233,7 @@ def _expect(path: Path) -> None:
 
 def _half(network: nn.Module) -> nn.Module:
     half = copy.deepcopy(network).half()
-    for parameter in half.parameters():
-        parameter.data = parameter.data.contiguous()
+    half.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return half
 
 

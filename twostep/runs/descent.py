@@ -1,4 +1,6 @@
-"""The descent of everything that is trained by itself: AdamW, clipped gradients, averaged weights; warm-up, a long constant rate, a decay at the end.
+"""The descent of everything that is trained by itself: AdamW, clipped gradients, averaged weights.
+
+The rate warms up, stays constant for long, and decays at the end.
 
 A run that is to be made longer can start again from any checkpoint before the decay: until there it is the same run.
 """
