@@ -89,9 +89,19 @@ def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(tea
     assert not any(key.startswith(("up_blocks", "conv_out")) for key in names)
 
 
-@pytest.mark.parametrize("objective", ["mse", "conditional", "unconditional"])
+def test_batches_that_are_used_again_are_drawn_and_taught_once(teacher: Bundle, source: object) -> None:
+    trainer = RegressionTrainer(phase(objective="mse", iterations=6, reuse=3), lesson(teacher, source))
+    taught = [trainer._taught(i, Draw.at(0, i)) for i in range(6)]
+    assert taught[0] is taught[2] is taught[4]
+    assert taught[1] is taught[3] is taught[5]
+    assert not torch.equal(taught[0][1], taught[1][1])
+    late = RegressionTrainer(trainer.phase, trainer.lesson)._taught(5, Draw.at(0, 5))
+    assert torch.equal(late[1], taught[5][1])
+
+
+@pytest.mark.parametrize(("objective", "reuse"), [("mse", 1), ("mse", 2), ("conditional", 1), ("unconditional", 1)])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    objective: str, teacher: Bundle, source: object, tmp_path: Path
+    objective: str, reuse: int, teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
     class Killed(Exception):
         pass
@@ -100,7 +110,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         if iteration == 3:
             raise Killed
 
-    settings = phase(objective=objective, student_steps=2, teacher_steps=4)
+    settings = phase(objective=objective, student_steps=2, teacher_steps=4, reuse=reuse, decay_share=0.5)
     whole = lesson(teacher, source)
     train_phase(settings, whole, RunFolder(tmp_path / "whole", settings))
     with pytest.raises(Killed):

@@ -14,9 +14,9 @@ from twostep.models.nano import random_bundle
 from twostep.pretrain.autoencoder import VaeSettings, train_vae
 from twostep.pretrain.teacher import TeacherSettings, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
-from twostep.runs.descent import DescentSettings, decay
+from twostep.runs.descent import DescentSettings
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import TrainingError
+from twostep.runs.loop import TrainingError, rate_share
 
 SAMPLE = Path(__file__).parents[1] / "data" / "emoji_sample.safetensors"
 Weights = dict[str, torch.Tensor]
@@ -97,7 +97,7 @@ def test_a_loss_that_explodes_is_told_with_what_to_do(emoji: EmojiSet, tmp_path:
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
     settings = DescentSettings.model_validate(loop(iterations=1000, warmup_iterations=100))
-    rates = [decay(i, settings) for i in range(1000)]
+    rates = [rate_share(i, settings) for i in range(1000)]
     assert rates[0] == 0.01
     assert rates[100] == rates[749] == 1.0
     assert rates[-1] < 0.03

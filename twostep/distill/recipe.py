@@ -23,6 +23,7 @@ class Phase(LoopSettings):
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
+    reuse: int = Field(1, ge=1, description="times each batch, kept in memory with the teacher's answer, is used")
     early_weight: int = Field(1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)")
 
     @model_validator(mode="after")
@@ -32,6 +33,12 @@ class Phase(LoopSettings):
                 f"teacher_steps {self.teacher_steps} is no multiple of student_steps {self.student_steps}; "
                 "the student's times must be among the teacher's"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_fixed_answers_are_kept(self) -> "Phase":
+        if self.reuse > 1 and self.objective not in ("mse", "convert"):
+            raise ValueError(f"reuse {self.reuse} with objective {self.objective}: only mse and convert keep answers")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from twostep.distill.transition import (
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, repeat, silent
+from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, rate_share, repeat, silent
 
 
 @runtime_checkable
@@ -98,17 +99,33 @@ class RegressionTrainer:
         )
         self.average = Average(network, phase.ema_decay)
         self.state: dict[str, Stateful] = {"student": network, "optimiser": self.optimiser, "average": self.average}
+        self._kept: dict[int, tuple[_Start, Tensor]] = {}
 
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
         """Take one step down the squared error."""
         phase, lesson = self.phase, self.lesson
         with phase.autocast():
-            start = _draw_start(phase, lesson, draw)
-            target, reached = _convert(lesson, start) if phase.objective == "convert" else _follow(phase, lesson, start)
+            start, target = self._taught(iteration, draw)
+            reached = _reached(phase, lesson, start)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
         descend(loss, self.optimiser, lesson.student.network, phase, iteration)
         self.average.update()
         return {"loss": loss.item()}
+
+    def _taught(self, iteration: int, draw: Draw) -> tuple[_Start, Tensor]:
+        """Return a batch and the teacher's answer, which is asked for once and kept where batches are used again.
+
+        Which batch it is depends on the iteration alone, so a resumed run asks again and gets the same.
+        """
+        number = iteration % math.ceil(self.phase.iterations / self.phase.reuse)
+        taught = self._kept.get(number)
+        if taught is None:
+            first = draw if number == iteration else Draw.at(self.phase.seed, number)
+            start = _draw_start(self.phase, self.lesson, first)
+            taught = start, _target(self.phase, self.lesson, start)
+            if self.phase.reuse > 1:
+                self._kept[number] = taught
+        return taught
 
 
 class AdversarialTrainer:
@@ -184,8 +201,8 @@ class AdversarialTrainer:
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module, phase: Phase, iteration: int) -> None:
-    """Take one clipped step, with warm-up."""
-    share = min(1.0, (iteration + 1) / max(1, phase.warmup_iterations))
+    """Take one clipped step at the rate of this iteration."""
+    share = rate_share(iteration, phase)
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     loss.backward()
@@ -203,19 +220,21 @@ def _adam(network: nn.Module, learning_rate: float, phase: Phase) -> torch.optim
 _Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]
 
 
-def _convert(lesson: Lesson, start: _Start) -> tuple[Tensor, Tensor]:
-    """Return x0 as the frozen eps copy sees it, and as the student does (eq 27-29)."""
-    x_t, t, _, conditioning, teach = start
-    with torch.no_grad():
-        target = teach(x_t, t).x0
-    return target, lesson.student(x_t, t, conditioning).x0
+def _target(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
+    """Return where the teacher lands in its steps, or for a conversion x0 as the frozen eps copy sees it (eq 27-29)."""
+    x_t, t, _, _, teach = start
+    if phase.objective == "convert":
+        with torch.no_grad():
+            return teach(x_t, t).x0
+    return teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, lesson.student.schedule)
 
 
-def _follow(phase: Phase, lesson: Lesson, start: _Start) -> tuple[Tensor, Tensor]:
-    """Return where the teacher lands in its steps, and where the student does in one."""
-    x_t, t, s, conditioning, teach = start
-    target = teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, lesson.student.schedule)
-    return target, student_landing(lesson.student, x_t, t, s, conditioning)
+def _reached(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
+    """Return what the student makes of the same start."""
+    x_t, t, s, conditioning, _ = start
+    if phase.objective == "convert":
+        return lesson.student(x_t, t, conditioning).x0
+    return student_landing(lesson.student, x_t, t, s, conditioning)
 
 
 def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:

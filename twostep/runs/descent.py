@@ -7,7 +7,6 @@ A run that is to be made longer can start again from any checkpoint before the d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Average, Draw, LoopSettings, OnIteration, Stateful, finite, repeat, silent
+from twostep.runs.loop import Average, Draw, LoopSettings, OnIteration, Stateful, finite, rate_share, repeat, silent
 
 
 class DescentSettings(LoopSettings):
@@ -50,7 +49,7 @@ def train(
 
     def iterate(iteration: int, draw: Draw) -> dict[str, float]:
         for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * decay(iteration, settings)
+            group["lr"] = settings.learning_rate * rate_share(iteration, settings)
         with settings.autocast():
             value = finite(loss(iteration, draw), name, iteration, settings)
         value.backward()
@@ -68,11 +67,3 @@ def train(
     repeat(iterate, settings, folder, name, state, on_iteration=on_iteration, on_checkpoint=keep)
     network.load_state_dict(average.weights)
 
-
-def decay(iteration: int, settings: DescentSettings) -> float:
-    """Return the share of the peak learning rate: linear warm-up, constant, and a cosine down to a fiftieth."""
-    if iteration < settings.warmup_iterations:
-        return (iteration + 1) / settings.warmup_iterations
-    num_decaying = settings.decay_share * settings.iterations
-    progress = max(0.0, 1 - (settings.iterations - iteration) / num_decaying)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))

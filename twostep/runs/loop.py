@@ -5,6 +5,7 @@ Every iteration seeds its own randomness from (seed, iteration), so a resumed ru
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ class LoopSettings(Settings):
     batch_size: int = Field(gt=0, description="examples per iteration")
     learning_rate: float = Field(gt=0, description="peak learning rate of every optimiser")
     warmup_iterations: int = Field(100, ge=0, description="iterations of linear warm-up")
+    decay_share: float = Field(0.0, ge=0, le=1, description="share of the iterations over which the rate decays")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights that are kept")
     precision: str = Field("bf16", pattern="^(fp32|bf16)$", description="autocast precision of forward passes")
     checkpoint_every: int = Field(500, gt=0, description="iterations between checkpoints")
@@ -109,6 +111,17 @@ class Average:
             yield
         finally:
             self.network.load_state_dict(own)
+
+
+def rate_share(iteration: int, settings: LoopSettings) -> float:
+    """Return the share of the peak learning rate: linear warm-up, constant, and a cosine down to a fiftieth."""
+    if iteration < settings.warmup_iterations:
+        return (iteration + 1) / settings.warmup_iterations
+    num_decaying = settings.decay_share * settings.iterations
+    if num_decaying == 0:
+        return 1.0
+    progress = max(0.0, 1 - (settings.iterations - iteration) / num_decaying)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 Iterate = Callable[[int, Draw], dict[str, float]]
