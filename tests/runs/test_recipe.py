@@ -43,6 +43,7 @@ def test_an_override_reaches_into_lists() -> None:
         ("phases.0.iterations=0", "phases.0.iterations"),
         ("phases.0.objective=lcm", "phases.0.objective"),
         ("phases.0.student_steps=33", "no multiple"),
+        ("phases.3.guidance=2", "of a student, into which"),
         ("phases.1.reuse=2", "only mse and convert"),
         ("phases.2.teacher_steps=16", "no phase before it"),
         ("phases.2.objective=conditional", "two phases train the same"),

@@ -19,7 +19,9 @@ class Phase(LoopSettings):
     student_steps: int = Field(gt=0, description="steps of the student that is trained")
     teacher_steps: int = Field(gt=0, description="steps of the model that teaches; a multiple of student_steps")
     objective: Objective = Field(description="mse | conditional | unconditional | convert (to x0, eq 27-29)")
-    guidance: float = Field(1.0, ge=1, description="guidance of the teacher; only in the first stage above 1")
+    guidance: float = Field(
+        1.0, ge=1, description="guidance of the teacher; above 1 only where the model itself teaches"
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
@@ -71,11 +73,16 @@ class DistillRecipe(Settings):
     def _every_teacher_exists(self) -> "DistillRecipe":
         known: set[int] = set() if self.model_steps is None else {self.model_steps}
         for phase in self.phases:
-            learned = phase.teacher_steps in known or phase.teacher_steps == max(known, default=phase.teacher_steps)
-            if known and not learned and phase.objective != "convert":
+            made = phase.teacher_steps in known
+            if not made and phase.teacher_steps < max(known, default=0) and phase.objective != "convert":
                 raise ValueError(
                     f"phase {phase.name} learns from a {phase.teacher_steps}-step student that no phase before it "
-                    f"makes; there are {sorted(known, reverse=True)}"
+                    f"makes; there are {sorted(known, reverse=True)}, and above them the model itself"
+                )
+            if phase.guidance > 1 and (made or self.model_steps is not None or phase.objective == "convert"):
+                raise ValueError(
+                    f"phase {phase.name} asks for guidance {phase.guidance:g} of a student, into which it was already "
+                    "distilled; leave it out"
                 )
             known.add(phase.student_steps)
         names = [phase.name for phase in self.phases]
