@@ -1,11 +1,13 @@
 """The chain: every phase hands its student on, and what is released loads and says how to sample it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from twostep.distill import DistillRecipe, distil
 from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.lora import add_lora
 from twostep.runs.folder import RunFolder
 
 SHARED = {
@@ -55,3 +57,49 @@ def test_conversion_keeps_the_students_x0(teacher: Bundle) -> None:
     as_x0 = type(teacher.denoiser)(teacher.denoiser.network, teacher.denoiser.schedule, "x0")(x, t, conditioning)
     assert torch.allclose(as_x0.x0, as_eps.eps)
     assert not torch.allclose(as_x0.x0, as_eps.x0)
+
+
+LORAS = DistillRecipe.model_validate(
+    {
+        "release": [8, 4],
+        "sample_prompts": ["a red fox"],
+        "phases": [
+            {"student_steps": 32, "teacher_steps": 128, "objective": "mse", "guidance": 3.0, "lora_rank": 4, **SHARED},
+            {"student_steps": 8, "teacher_steps": 32, "objective": "conditional", "lora_rank": 4, **SHARED},
+            {"student_steps": 4, "teacher_steps": 8, "objective": "unconditional", "lora_rank": 4, **SHARED},
+            {"student_steps": 2, "teacher_steps": 8, "objective": "unconditional", **SHARED},
+        ],
+    }
+)
+
+
+def test_a_chain_of_loras_shares_one_base_and_leaves_it_as_it_was(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    base = {key: value.clone() for key, value in teacher.denoiser.network.state_dict().items()}
+    written = distil(LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test")
+    assert list(teacher.denoiser.network.state_dict()) == list(base)
+    assert all(torch.equal(value, base[key]) for key, value in teacher.denoiser.network.state_dict().items())
+    assert {steps: path.name for steps, path in written.items()} == {
+        8: "random_8step_lora.safetensors",
+        4: "random_4step_lora.safetensors",
+    }
+    before = {steps: path.read_bytes() for steps, path in written.items()}
+    again = distil(LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test")
+    assert {steps: path.read_bytes() for steps, path in again.items()} == before
+
+
+def test_a_released_lora_loads_as_what_was_trained(teacher: Bundle, source: object, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", LORAS)
+    written = distil(LORAS, teacher, source, folder, version="0", recipe_name="test")
+    loaded = load_bundle(written[4])
+    assert (loaded.contract.lora_rank, loaded.contract.lora_alpha) == (4, 4.0)
+    assert list(loaded.denoiser.network.state_dict()) == list(teacher.denoiser.network.state_dict())
+    kept = folder.load("4-unconditional-lora-finished")
+    assert kept is not None
+    lora = add_lora(teacher.denoiser.network, "check", rank=4)
+    lora.load_state_dict(kept["weights"])
+    t, x = torch.tensor([1000]), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    conditioning = teacher.text.conditioning(["a red fox"], 64, 64)
+    expected = replace(teacher.denoiser, lora="check")(x, t, conditioning).eps
+    torch.testing.assert_close(loaded.denoiser(x, t, conditioning).eps, expected, atol=5e-3, rtol=5e-3)  # fp16

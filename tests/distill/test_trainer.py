@@ -82,7 +82,7 @@ def test_gradients_reach_neither_teacher_nor_foreign_networks(teacher: Bundle, s
 
 
 def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(teacher: Bundle) -> None:
-    judge = Discriminator(teacher.denoiser.network, pairs=True)
+    judge = Discriminator(teacher.denoiser, pairs=True)
     names = dict(judge.encoder.named_parameters())
     own = dict(teacher.denoiser.network.named_parameters())
     assert all(torch.equal(value, own[key]) for key, value in names.items())

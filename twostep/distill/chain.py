@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,11 @@ from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser
+from twostep.models.lora import Lora, add_lora, remove_loras
 from twostep.runs.folder import RunFolder, write_whole
+
+_RUNNING = "student"
+"""The name of the LoRA that is trained; those of finished students, which teach, are called "8-step"."""
 
 OnPhase = Callable[[Phase, int, dict[str, float]], None]
 
@@ -42,6 +45,22 @@ def distil(
     """
     if teacher.contract.role == "teacher":
         save_bundle(teacher, folder.path / "model")
+    try:
+        return _follow(recipe, teacher, source, folder, version, recipe_name, on_iteration)
+    finally:
+        remove_loras(teacher.denoiser.network)
+
+
+def _follow(
+    recipe: DistillRecipe,
+    teacher: Bundle,
+    source: Source,
+    folder: RunFolder,
+    version: str,
+    recipe_name: str,
+    on_iteration: OnPhase,
+) -> dict[int, Path]:
+    """Run the phases in order; LoRA phases leave adapters on the network that they start from."""
     finished: dict[int, Denoiser] = {}
     student = teacher.denoiser
     width, height = teacher.contract.sizes[0]
@@ -52,16 +71,16 @@ def distil(
             source=source,
             encode=lambda captions: teacher.text.conditioning(captions, width, height),
             teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
-            student=_trainable(student, phase),
+            student=_learner(student, phase),
         )
         if phase.objective == "convert":
             lesson = replace(lesson, teacher=_frozen(student))
         _train_or_load(phase, lesson, folder, teacher, recipe, on_iteration)
-        student = finished[phase.student_steps] = lesson.student
+        student = lesson.student
+        finished[phase.student_steps] = _kept(student, phase)
         if phase.student_steps in recipe.release:
             contract = student_contract(teacher.contract, phase, version, recipe_name)
-            weights = student.network.state_dict()
-            written[phase.student_steps] = save_student(weights, contract, folder.path / "model")
+            written[phase.student_steps] = save_student(lesson.trained.state_dict(), contract, folder.path / "model")
     return written
 
 
@@ -75,6 +94,8 @@ def student_contract(teacher: Contract, phase: Phase, version: str, recipe_name:
         trained_times=trained_times(phase.student_steps),
         prediction_type=phase.prediction_type,
         guidance=1.0,
+        lora_rank=phase.lora_rank,
+        lora_alpha=None if phase.lora_rank is None else float(phase.lora_rank),
         recipe=recipe_name,
         version=version,
     )
@@ -86,7 +107,7 @@ def _train_or_load(
     """Train the phase, or take over its weights where the run has finished it before."""
     finished = folder.load(f"{phase.name}-finished")
     if finished is not None:
-        lesson.student.network.load_state_dict(finished["weights"])
+        lesson.trained.load_state_dict(finished["weights"])
         return
 
     def show(iteration: int) -> None:
@@ -101,7 +122,7 @@ def _train_or_load(
         on_iteration=lambda iteration, figures: on_iteration(phase, iteration, figures),
         on_checkpoint=show,
     )
-    folder.save(f"{phase.name}-finished", {"weights": lesson.student.network.state_dict()})
+    folder.save(f"{phase.name}-finished", {"weights": lesson.trained.state_dict()})
 
 
 @torch.no_grad()
@@ -131,7 +152,30 @@ def _frozen(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def _trainable(denoiser: Denoiser, phase: Phase) -> Denoiser:
-    """Copy a denoiser to be trained, with the prediction type that the phase asks for."""
-    network = copy.deepcopy(denoiser.network).requires_grad_(True)
-    return replace(denoiser, network=network, prediction_type=phase.prediction_type)
+def _learner(student: Denoiser, phase: Phase) -> Denoiser:
+    """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that merged in."""
+    if phase.lora_rank is None:
+        network = student.standalone().requires_grad_(True)
+        return replace(student, network=network, lora=None, prediction_type=phase.prediction_type)
+    if student.lora is None:
+        add_lora(student.network, _RUNNING, rank=phase.lora_rank)
+    _only_trainable(Lora(student.network, _RUNNING))
+    return replace(student, lora=_RUNNING)
+
+
+def _kept(student: Denoiser, phase: Phase) -> Denoiser:
+    """Return the student as it is now, to teach later: a LoRA that runs on is copied to a frozen one beside it."""
+    if student.lora is None or phase.lora_rank is None:
+        return student
+    name = f"{phase.student_steps}-step"
+    kept = Lora(student.network, name)
+    if name not in student.network.peft_config:
+        kept = add_lora(student.network, name, rank=phase.lora_rank)
+    kept.load_state_dict(Lora(student.network, student.lora).state_dict())
+    return replace(student, lora=name)
+
+
+def _only_trainable(lora: Lora) -> None:
+    lora.network.requires_grad_(False)
+    for parameter in lora.parameters():
+        parameter.requires_grad_(True)

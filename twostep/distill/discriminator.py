@@ -6,15 +6,13 @@ Unconditional: D'(x_s, s, c) judges the landing alone, and lets the student leav
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from twostep.models.conditioning import Conditioning
-from twostep.models.denoiser import Network, encoder_features
+from twostep.models.denoiser import Denoiser, encoder_features
 
 HEAD_BLOCKS = 1
 """Halvings in the head. The paper does not say; on nano's 4x4 mid-block one learns faster than two (docs/log.md)."""
@@ -23,11 +21,11 @@ HEAD_BLOCKS = 1
 class Discriminator(nn.Module):
     """An encoder that starts as the teacher's, without a decoder, and a head that gives one logit per item."""
 
-    def __init__(self, teacher: Network, *, pairs: bool) -> None:
+    def __init__(self, teacher: Denoiser, *, pairs: bool) -> None:
         """Copy the teacher's encoder; `pairs` tells whether x_t is judged together with x_s."""
         super().__init__()
         self.pairs = pairs
-        self.encoder = copy.deepcopy(teacher).requires_grad_(True)
+        self.encoder = teacher.standalone().requires_grad_(True)
         del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
         width = self.encoder.config.block_out_channels[-1]
         blocks = [_halve((2 if pairs and i == 0 else 1) * width, width) for i in range(HEAD_BLOCKS)]

@@ -22,6 +22,7 @@ class Phase(LoopSettings):
     guidance: float = Field(
         1.0, ge=1, description="guidance of the teacher; above 1 only where the model itself teaches"
     )
+    lora_rank: int | None = Field(None, gt=0, description="train a LoRA of this rank; the whole UNet where not given")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
@@ -43,10 +44,18 @@ class Phase(LoopSettings):
             raise ValueError(f"reuse {self.reuse} with objective {self.objective}: only mse and convert keep answers")
         return self
 
+    @model_validator(mode="after")
+    def _no_lora_for_one_step(self) -> "Phase":
+        if self.lora_rank is not None and self.student_steps == 1:
+            raise ValueError(
+                "a 1-step student predicts x0, which no LoRA turns an eps network into; leave out lora_rank"
+            )
+        return self
+
     @property
     def name(self) -> str:
-        """The phase's name in the log and the checkpoints: "4-unconditional"."""
-        return f"{self.student_steps}-{self.objective}"
+        """The phase's name in the log and the checkpoints: "4-unconditional", "4-conditional-lora"."""
+        return f"{self.student_steps}-{self.objective}{'' if self.lora_rank is None else '-lora'}"
 
     @property
     def prediction_type(self) -> PredictionType:

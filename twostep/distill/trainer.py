@@ -24,6 +24,7 @@ from twostep.distill.transition import (
 )
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
+from twostep.models.lora import Lora
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, rate_share, repeat, silent
 
@@ -55,6 +56,12 @@ class Lesson:
     teacher: Denoiser
     student: Denoiser
 
+    @property
+    def trained(self) -> nn.Module | Lora:
+        """What learns: the student's LoRA if it has one, or else its network."""
+        network, lora = self.student.network, self.student.lora
+        return network if lora is None else Lora(network, lora)
+
 
 def train_phase(
     phase: Phase,
@@ -84,7 +91,7 @@ def train_phase(
         on_iteration=on_iteration,
         on_checkpoint=keep,
     )
-    lesson.student.network.load_state_dict(trainer.average.weights)
+    lesson.trained.load_state_dict(trainer.average.weights)
 
 
 class RegressionTrainer:
@@ -93,12 +100,12 @@ class RegressionTrainer:
     def __init__(self, phase: Phase, lesson: Lesson) -> None:
         """Make the optimiser, Adam (0.9, 0.999), and the average."""
         self.phase, self.lesson = phase, lesson
-        network = lesson.student.network
+        trained = lesson.trained
         self.optimiser = torch.optim.AdamW(
-            network.parameters(), lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=True
+            trained.parameters(), lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=True
         )
-        self.average = Average(network, phase.ema_decay)
-        self.state: dict[str, Stateful] = {"student": network, "optimiser": self.optimiser, "average": self.average}
+        self.average = Average(trained, phase.ema_decay)
+        self.state: dict[str, Stateful] = {"student": trained, "optimiser": self.optimiser, "average": self.average}
         self._kept: dict[int, tuple[_Start, Tensor]] = {}
 
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
@@ -108,7 +115,7 @@ class RegressionTrainer:
             start, target = self._taught(iteration, draw)
             reached = _reached(phase, lesson, start)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
-        descend(loss, self.optimiser, lesson.student.network, phase, iteration)
+        descend(loss, self.optimiser, lesson.trained, phase, iteration)
         self.average.update()
         return {"loss": loss.item()}
 
@@ -134,15 +141,15 @@ class AdversarialTrainer:
     def __init__(self, phase: Phase, lesson: Lesson) -> None:
         """Make a fresh discriminator from the teacher, and Adam (0, 0.99) for both."""
         self.phase, self.lesson = phase, lesson
-        network = lesson.student.network
+        trained = lesson.trained
         torch.manual_seed(phase.seed)
-        self.discriminator = Discriminator(lesson.teacher.network, pairs=phase.objective == "conditional")
-        self.optimiser = _adam(network, phase.learning_rate, phase)
+        self.discriminator = Discriminator(lesson.teacher, pairs=phase.objective == "conditional")
+        self.optimiser = _adam(trained, phase.learning_rate, phase)
         rate = phase.discriminator_learning_rate or phase.learning_rate
         self.discriminator_optimiser = _adam(self.discriminator, rate, phase)
-        self.average = Average(network, phase.ema_decay)
+        self.average = Average(trained, phase.ema_decay)
         self.state: dict[str, Stateful] = {
-            "student": network,
+            "student": trained,
             "discriminator": self.discriminator,
             "optimiser": self.optimiser,
             "discriminator_optimiser": self.discriminator_optimiser,
@@ -165,7 +172,7 @@ class AdversarialTrainer:
         descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
         with phase.autocast():
             against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
-        descend(against, self.optimiser, student.network, phase, iteration)
+        descend(against, self.optimiser, self.lesson.trained, phase, iteration)
         self.average.update()
         accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         gap = (real_logits - fake_logits).mean()
@@ -200,20 +207,22 @@ class AdversarialTrainer:
         return logits
 
 
-def descend(loss: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module, phase: Phase, iteration: int) -> None:
+def descend(
+    loss: Tensor, optimiser: torch.optim.Optimizer, trained: nn.Module | Lora, phase: Phase, iteration: int
+) -> None:
     """Take one clipped step at the rate of this iteration."""
     share = rate_share(iteration, phase)
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), phase.gradient_clip)
+    nn.utils.clip_grad_norm_(trained.parameters(), phase.gradient_clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 
 
-def _adam(network: nn.Module, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
+def _adam(trained: nn.Module | Lora, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        network.parameters(), lr=learning_rate, betas=(0.0, 0.99), weight_decay=phase.weight_decay, fused=True
+        trained.parameters(), lr=learning_rate, betas=(0.0, 0.99), weight_decay=phase.weight_decay, fused=True
     )
 
 

@@ -27,11 +27,13 @@ from twostep.errors import TwostepError
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
+from twostep.models.lora import LoraError, add_lora, merge
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 CONTRACT_FILE = "twostep.json"
+LORA_PREFIX = "unet."
 
 
 class ModelError(TwostepError):
@@ -74,7 +76,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bund
     network = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     if contract.role == "student":
         file = path if path.is_file() else _student_files(folder)[contract.steps]
-        _load_weights(network, file)
+        network = _load_weights(network, file, contract)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     schedule = NoiseSchedule.scaled_linear(
         scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"]
@@ -113,8 +115,14 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
 
 
 def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
-    """Write a student's UNet beside its teacher's folder: fp16, diffusers' names, the contract in the metadata."""
-    path = folder / "students" / f"{contract.base}_{contract.steps}step_unet.safetensors"
+    """Write a student's UNet or LoRA into its teacher's folder: fp16, the contract in the metadata.
+
+    A UNet has diffusers' names; a LoRA those that diffusers' `load_lora_weights` reads.
+    """
+    kind = "unet" if contract.lora_rank is None else "lora"
+    path = folder / "students" / f"{contract.base}_{contract.steps}step_{kind}.safetensors"
+    if contract.lora_rank is not None:
+        weights = {f"{LORA_PREFIX}{key}": value for key, value in weights.items()}
     with write_whole(path) as file:
         file.write(save({key: value.half() for key, value in weights.items()}, contract.to_metadata()))
     return path
@@ -169,12 +177,18 @@ def _base_folder(path: Path, contract: Contract) -> Path:
     )
 
 
-def _load_weights(network: UNet2DConditionModel, path: Path) -> None:
+def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract) -> UNet2DConditionModel:
+    """Return the network with a student's weights: its own, or its LoRA's merged into the base's."""
     weights: dict[str, Tensor] = load_file(path)
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
+        if contract.lora_rank is None:
+            network.load_state_dict(weights)
+            return network
+        lora = add_lora(network, "student", rank=contract.lora_rank, alpha=contract.lora_alpha)
+        lora.load_state_dict({key.removeprefix(LORA_PREFIX): value for key, value in weights.items()})
+    except (RuntimeError, LoraError) as error:
         raise ModelError(f"{path} does not fit the UNet of its base: {str(error).splitlines()[-1].strip()}") from error
+    return merge(network, lora.name)
 
 
 def load_codec(folder: Path) -> ImageCodec:

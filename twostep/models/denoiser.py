@@ -15,25 +15,35 @@ from torch import Tensor
 
 from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, guide, prediction_from_output
 from twostep.models.conditioning import Conditioning
+from twostep.models.lora import activate, merge
 
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """An SDXL-type UNet that answers in x0 and eps, whatever it predicts."""
+    """An SDXL-type UNet that answers in x0 and eps, whatever it predicts.
+
+    Several denoisers may share one network, each with another LoRA of it at work, or, as `lora` None, with none.
+    """
 
     network: UNet2DConditionModel
     schedule: NoiseSchedule
     prediction_type: PredictionType = "eps"
+    lora: str | None = None
 
     def __call__(
         self, x_t: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
     ) -> Prediction:
         """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
+        activate(self.network, self.lora)
         output = self.network(x_t, t - 1, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False)[
             0
         ]
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
+
+    def standalone(self) -> UNet2DConditionModel:
+        """Return a copy of the network that computes the same by itself: with its LoRA merged in, and none on it."""
+        return merge(self.network, self.lora)
 
     def given(self, conditioning: Conditioning) -> Denoise:
         """Close over the conditioning, as `solve` wants it."""

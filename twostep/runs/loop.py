@@ -77,18 +77,18 @@ class Draw:
 
 
 class Average:
-    """An exponential moving average of a network's weights; it follows quickly at first."""
+    """An exponential moving average of weights in training, a network's or a LoRA's; it follows quickly at first."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        """Start from the network's weights."""
-        self.network, self.decay, self.num_updates = network, decay, 0
-        self.weights = {key: value.detach().clone() for key, value in network.state_dict().items()}
+    def __init__(self, trained: Stateful, decay: float) -> None:
+        """Start from the weights as they are."""
+        self.trained, self.decay, self.num_updates = trained, decay, 0
+        self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
 
     def update(self) -> None:
-        """Take in the network's present weights."""
+        """Take in the present weights."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + 10))
-        current = self.network.state_dict()
+        current = self.trained.state_dict()
         floats = [key for key, value in self.weights.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.weights[key] for key in floats], [current[key] for key in floats], 1 - decay)
 
@@ -104,13 +104,13 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the network has the averaged weights; after it, its own again."""
-        own = {key: value.clone() for key, value in self.network.state_dict().items()}
-        self.network.load_state_dict(self.weights)
+        """Within it what is trained has the averaged weights; after it, its own again."""
+        own = {key: value.clone() for key, value in self.trained.state_dict().items()}
+        self.trained.load_state_dict(self.weights)
         try:
             yield
         finally:
-            self.network.load_state_dict(own)
+            self.trained.load_state_dict(own)
 
 
 def rate_share(iteration: int, settings: LoopSettings) -> float:

@@ -1,0 +1,111 @@
+"""LoRA: it reaches what the paper says, changes nothing at first, trains alone, and merges into the same function."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from twostep.models.bundle import Bundle
+from twostep.models.lora import LoraError, activate, add_lora, merge, remove_loras
+from twostep.models.nano import random_bundle
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    return random_bundle()
+
+
+def answer(bundle: Bundle, lora: str | None = None) -> torch.Tensor:
+    x_t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    conditioning = bundle.conditioning(["a red fox", ""], 64, 64)
+    return replace(bundle.denoiser, lora=lora)(x_t, torch.tensor([1000, 400]), conditioning).eps
+
+
+def shake(lora, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_on_sdxl_it_reaches_what_the_paper_says() -> None:
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**SDXL)
+        lora = add_lora(network, "student", rank=64)
+    parameters = list(lora.parameters())
+    assert len(parameters) == 2 * 788
+    assert sum(parameter.numel() for parameter in parameters) == 196_751_360
+    assert sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) == 196_751_360
+
+
+def test_fresh_it_changes_nothing_and_shaken_it_does(bundle: Bundle) -> None:
+    before = answer(bundle)
+    lora = add_lora(bundle.denoiser.network, "student", rank=4)
+    torch.testing.assert_close(answer(bundle, "student"), before)
+    shake(lora)
+    assert not torch.allclose(answer(bundle, "student"), before, atol=1e-2)
+    torch.testing.assert_close(answer(bundle), before)
+
+
+def test_switching_between_forward_and_backward_loses_no_gradient(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    teacher, student = add_lora(network, "teacher", rank=4), add_lora(network, "student", rank=4)
+    shake(student)
+    shake(teacher, 2)
+    loss = answer(bundle, "student").square().mean()
+    activate(network, "teacher")
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in student.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_merged_it_is_the_same_function_and_a_plain_network(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    plain = list(network.state_dict())
+    shake(add_lora(network, "student", rank=4, alpha=2.0))
+    expected = answer(bundle, "student")
+    merged = replace(bundle.denoiser, network=merge(network, "student"))
+    assert list(merged.network.state_dict()) == plain
+    torch.testing.assert_close(answer(replace(bundle, denoiser=merged)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_taken_off_it_leaves_the_base_as_it_was(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    shake(add_lora(network, "student", rank=4))
+    remove_loras(network)
+    assert list(network.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_its_weights_travel_between_adapters_and_nothing_else_fits(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    one, other = add_lora(network, "one", rank=4), add_lora(network, "other", rank=4)
+    shake(one)
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(answer(bundle, "other"), answer(bundle, "one"))
+    assert not torch.allclose(answer(bundle, "other"), answer(bundle), atol=1e-2)
+    state = copy.copy(one.state_dict())
+    state.pop(next(iter(state)))
+    with pytest.raises(LoraError, match="1 keys differ"):
+        other.load_state_dict(state)
+    with pytest.raises(LoraError, match="another rank"):
+        add_lora(network, "wide", rank=8).load_state_dict(one.state_dict())
+    with pytest.raises(LoraError, match=r"called 'ghost'.*one.*other"):
+        activate(network, "ghost")

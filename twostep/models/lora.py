@@ -1,0 +1,123 @@
+"""LoRA (arXiv 2106.09685) on a UNet: several adapters on one frozen base, one of them or none at work at a time.
+
+W' = W + alpha / rank * B A. B starts at zero, so a fresh adapter changes nothing. Which layers get one is section 3.6
+of arXiv 2402.13929: every convolution and linear layer but the first, the last, and the embedding of time that all
+blocks share. What an adapter is trained for is unknown here.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from twostep.errors import TwostepError
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+"""Ends of the names of the layers that get an adapter: on SDXL 788 of them, 196,751,360 parameters at rank 64."""
+
+
+class LoraError(TwostepError):
+    """An adapter that is not there, or weights that do not fit it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """One adapter on a network, as a thing of its own: it can be trained, kept, averaged and brought back."""
+
+    network: UNet2DConditionModel
+    name: str
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the adapter's parameters and nothing of the base."""
+        found = f".{self.name}."
+        return (parameter for key, parameter in self.network.named_parameters() if found in f"{key}.")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the adapter's weights by PEFT's names, which do not depend on the adapter's own."""
+        state: dict[str, Tensor] = get_peft_model_state_dict(self.network, adapter_name=self.name)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take weights over; LoraError where a key is missing, foreign, or of another shape."""
+        own = self.state_dict()
+        if wrong := sorted(set(own) ^ set(state_dict)):
+            raise LoraError(f"These weights are of another LoRA: {len(wrong)} keys differ, the first is {wrong[0]}.")
+        for key, value in state_dict.items():
+            if own[key].shape != value.shape:
+                raise LoraError(f"{key} is {list(value.shape)}, expected {list(own[key].shape)}: another rank or base.")
+        set_peft_model_state_dict(self.network, state_dict, adapter_name=self.name)
+
+    def activate(self) -> None:
+        """Let this adapter alone work in what the network computes from now on."""
+        activate(self.network, self.name)
+
+
+def add_lora(network: UNet2DConditionModel, name: str, *, rank: int, alpha: float | None = None) -> Lora:
+    """Put an adapter on every target, at zero and at work; alpha is the rank if not given.
+
+    The base and every other adapter are frozen; this one can be trained.
+    """
+    network.requires_grad_(False)
+    settings = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(TARGETS))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # PEFT wants to make sure that several adapters are meant; they are.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        network.add_adapter(settings, adapter_name=name)
+    activate(network, name)
+    return Lora(network, name)
+
+
+def remove_loras(network: UNet2DConditionModel) -> None:
+    """Take every adapter off; the base is as it was before the first."""
+    if getattr(network, "peft_config", None):
+        network.unload_lora()
+        network.peft_config = {}
+
+
+def activate(network: UNet2DConditionModel, name: str | None) -> None:
+    """Let one adapter work, or none; which parameters can be trained is left as it is.
+
+    PEFT freezes what it switches off, and a parameter frozen between forward and backward gets no gradient. Does
+    nothing where that is how things stand, so it may be called before every forward.
+    """
+    layers = list(_layers(network))
+    if all(_works(layer, name) for layer in layers):
+        return
+    there = sorted(getattr(network, "peft_config", None) or {})
+    if name is not None and name not in there:
+        raise LoraError(f"There is no LoRA called {name!r} on this network; there are {there or 'none'}.")
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(name is not None)
+        if name is not None:
+            layer.set_adapter(name)
+    network.requires_grad_(False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+
+
+def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
+    """Return a copy of the network without any adapters, with the weights of this one, if one is named, in its own."""
+    merged = copy.deepcopy(network)
+    if name is not None:
+        merged.fuse_lora(adapter_names=[name])
+    remove_loras(merged)
+    return merged
+
+
+def _works(layer: BaseTunerLayer, name: str | None) -> bool:
+    return layer.disable_adapters if name is None else not layer.disable_adapters and layer.active_adapters == [name]
+
+
+def _layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
+    return (module for module in network.modules() if isinstance(module, BaseTunerLayer))
