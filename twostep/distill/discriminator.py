@@ -14,6 +14,9 @@ from torch.nn.functional import softplus
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser, encoder_features
 
+R1_SIGMA = 0.01
+"""Standard deviation of the noise in the approximated R1 penalty."""
+
 HEAD_BLOCKS = 1
 """Halvings in the head. The paper does not say; on nano's 4x4 mid-block one learns faster than two (docs/log.md)."""
 
@@ -49,6 +52,14 @@ class Discriminator(nn.Module):
 def discriminator_loss(real: Float[Tensor, " batch"], fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
     """Return the non-saturating loss of the discriminator, -log D(real) - log(1 - D(fake)) (eq 11)."""
     return softplus(-real).mean() + softplus(fake).mean()
+
+
+def r1_penalty(real: Float[Tensor, " batch"], shaken: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Return the approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv 2501.08316).
+
+    Both are logits of the very tensor that the discriminator is shown, the second with R1_SIGMA of noise on it.
+    """
+    return (real - shaken).square().mean()
 
 
 def student_loss(fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:

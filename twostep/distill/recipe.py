@@ -25,6 +25,7 @@ class Phase(LoopSettings):
     lora_rank: int | None = Field(None, gt=0, description="train a LoRA of this rank; the whole UNet where not given")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
+    r1_weight: float = Field(0.0, ge=0, description="weight of the approximated R1 penalty; 100 in arXiv 2501.08316")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
     reuse: int = Field(1, ge=1, description="times each batch, kept in memory with the teacher's answer, is used")
     early_weight: int = Field(1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.diffusion import Denoise, landing
-from twostep.distill.discriminator import Discriminator, discriminator_loss, student_loss
+from twostep.distill.discriminator import R1_SIGMA, Discriminator, discriminator_loss, r1_penalty, student_loss
 from twostep.distill.recipe import Phase
 from twostep.distill.transition import (
     Transition,
@@ -115,9 +115,9 @@ class RegressionTrainer:
             start, target = self._taught(iteration, draw)
             reached = _reached(phase, lesson, start)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
-        descend(loss, self.optimiser, lesson.trained, phase, iteration)
+        norm = descend(loss, self.optimiser, lesson.trained, phase, iteration)
         self.average.update()
-        return {"loss": loss.item()}
+        return {"loss": loss.item(), "gradient": norm}
 
     def _taught(self, iteration: int, draw: Draw) -> tuple[_Start, Tensor]:
         """Return a batch and the teacher's answer, which is asked for once and kept where batches are used again.
@@ -167,12 +167,18 @@ class AdversarialTrainer:
             eps = torch.randn(x_t.shape, generator=draw.tensors)
             real, fake = (noise_landed(x, s, seen_at, eps, student.schedule) for x in (real, fake))
             judged = Transition(x_t, fake, t, seen_at, conditioning)
-            real_logits, fake_logits = self._judge_both(judged, real)
-            loss = finite(discriminator_loss(real_logits, fake_logits), "discriminator", iteration, phase)
-        descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
+            landings = [real, fake.detach()]
+            if phase.r1_weight > 0:
+                landings.append(real + R1_SIGMA * torch.randn(real.shape, generator=draw.tensors))
+            real_logits, fake_logits, *shaken_logits = self._judge(judged, landings)
+            loss = discriminator_loss(real_logits, fake_logits)
+            for logits in shaken_logits:
+                loss = loss + phase.r1_weight * r1_penalty(real_logits, logits)
+            finite(loss, "discriminator", iteration, phase)
+        strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
         with phase.autocast():
             against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
-        descend(against, self.optimiser, self.lesson.trained, phase, iteration)
+        push = descend(against, self.optimiser, self.lesson.trained, phase, iteration)
         self.average.update()
         accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         gap = (real_logits - fake_logits).mean()
@@ -181,17 +187,19 @@ class AdversarialTrainer:
             "discriminator": loss.item(),
             "accuracy": accuracy.item(),
             "gap": gap.item(),
+            "student_gradient": push,
+            "discriminator_gradient": strain,
         }
 
-    def _judge_both(self, judged: Transition, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge real and fake in one batch; x_t is the same for both and is looked at once."""
-        parts, times = [real, judged.x_s.detach()], [judged.s, judged.s]
+    def _judge(self, judged: Transition, landings: list[Tensor]) -> list[Tensor]:
+        """Judge landings from the same x_t in one batch; x_t is looked at once."""
+        parts, times = list(landings), [judged.s] * len(landings)
         if self.discriminator.pairs:
             parts, times = [*parts, judged.x_t], [*times, judged.t]
         conditioning = Conditioning.cat([judged.conditioning] * len(parts))
         seen = self.discriminator.features(torch.cat(parts), torch.cat(times), conditioning).chunk(len(parts))
-        before = seen[2] if self.discriminator.pairs else None
-        return self.discriminator.judge(before, seen[0]), self.discriminator.judge(before, seen[1])
+        before = seen[-1] if self.discriminator.pairs else None
+        return [self.discriminator.judge(before, after) for after in seen[: len(landings)]]
 
     def _judge_fake(self, judged: Transition) -> Tensor:
         """Judge the student's landing with gradients that reach the student and nothing else."""
@@ -209,15 +217,16 @@ class AdversarialTrainer:
 
 def descend(
     loss: Tensor, optimiser: torch.optim.Optimizer, trained: nn.Module | Lora, phase: Phase, iteration: int
-) -> None:
-    """Take one clipped step at the rate of this iteration."""
+) -> float:
+    """Take one clipped step at the rate of this iteration; returns the gradient's norm before clipping."""
     share = rate_share(iteration, phase)
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     loss.backward()
-    nn.utils.clip_grad_norm_(trained.parameters(), phase.gradient_clip)
+    norm = nn.utils.clip_grad_norm_(trained.parameters(), phase.gradient_clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
+    return norm.item()
 
 
 def _adam(trained: nn.Module | Lora, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
