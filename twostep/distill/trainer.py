@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,17 +47,49 @@ class Encode(Protocol):
         ...
 
 
+@runtime_checkable
+class Trainable(Stateful, Protocol):
+    """What an optimiser can work on, and a checkpoint keep: a network, or a LoRA on one."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what learns."""
+        ...
+
+
+@runtime_checkable
+class Judging(Trainable, Protocol):
+    """A discriminator, of pictures or of anything else that has an encoder: a module with these two ways of looking."""
+
+    pairs: bool
+
+    def features(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return what the encoder makes of x at time t."""
+        ...
+
+    def judge(self, before: Tensor | None, after: Tensor) -> Tensor:
+        """Return one logit per item."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool, /) -> Any:
+        """Switch learning on or off."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What a phase needs beside its settings: data, text, and the two models."""
+    """What a phase needs beside its settings: data, text, the two models, and how to make a discriminator of one.
+
+    `discriminator(teacher, pairs=...)` is called once a phase.
+    """
 
     source: Source
     encode: Encode
     teacher: Denoiser
     student: Denoiser
+    discriminator: Callable[..., Judging] = Discriminator
 
     @property
-    def trained(self) -> nn.Module | Lora:
+    def trained(self) -> Trainable:
         """What learns: the student's LoRA if it has one, or else its network."""
         network, lora = self.student.network, self.student.lora
         return network if lora is None else Lora(network, lora)
@@ -143,7 +175,7 @@ class AdversarialTrainer:
         self.phase, self.lesson = phase, lesson
         trained = lesson.trained
         torch.manual_seed(phase.seed)
-        self.discriminator = Discriminator(lesson.teacher, pairs=phase.objective == "conditional")
+        self.discriminator = lesson.discriminator(lesson.teacher, pairs=phase.objective == "conditional")
         self.optimiser = _adam(trained, phase.learning_rate, phase)
         rate = phase.discriminator_learning_rate or phase.learning_rate
         self.discriminator_optimiser = _adam(self.discriminator, rate, phase)
@@ -215,9 +247,7 @@ class AdversarialTrainer:
         return logits
 
 
-def descend(
-    loss: Tensor, optimiser: torch.optim.Optimizer, trained: nn.Module | Lora, phase: Phase, iteration: int
-) -> float:
+def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, iteration: int) -> float:
     """Take one clipped step at the rate of this iteration; returns the gradient's norm before clipping."""
     share = rate_share(iteration, phase)
     for group in optimiser.param_groups:
@@ -229,7 +259,7 @@ def descend(
     return norm.item()
 
 
-def _adam(trained: nn.Module | Lora, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
+def _adam(trained: Trainable, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         trained.parameters(), lr=learning_rate, betas=(0.0, 0.99), weight_decay=phase.weight_decay, fused=True
     )
