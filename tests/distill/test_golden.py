@@ -12,7 +12,31 @@ from twostep.runs.loop import Draw
 
 from .test_trainer import lesson, phase
 
-GOLDEN: dict[str, dict[str, float]] = {}
+GOLDEN: dict[str, dict[str, float]] = {
+    "32-mse": {"loss": 3.138e-4, "gradient": 0.013784},
+    "8-conditional": {
+        "student": 0.38524,
+        "discriminator": 1.39680,
+        "gap": -0.0064279,
+        "student_gradient": 0.22557,
+        "discriminator_gradient": 1.27930,
+    },
+    "2-unconditional": {
+        "student": 0.93962,
+        "discriminator": 1.39554,
+        "gap": -0.012964,
+        "student_gradient": 1.35252,
+        "discriminator_gradient": 0.90632,
+    },
+    "1-convert": {"loss": 7.75653, "gradient": 5.42107},
+    "1-unconditional": {
+        "student": 1.39606,
+        "discriminator": 1.36935,
+        "gap": 0.070875,
+        "student_gradient": 6.96501,
+        "discriminator_gradient": 8.72542,
+    },
+}
 
 
 def third_iteration(settings: Phase, teacher: Bundle, source: object) -> dict[str, float]:
@@ -20,7 +44,9 @@ def third_iteration(settings: Phase, teacher: Bundle, source: object) -> dict[st
     trainer = (AdversarialTrainer if adversarial else RegressionTrainer)(
         settings, lesson(teacher, source, settings.prediction_type)
     )
-    return [trainer.iterate(i, Draw.at(settings.seed, i)) for i in range(3)][-1]
+    figures = [trainer.iterate(i, Draw.at(settings.seed, i)) for i in range(3)][-1]
+    # A count of signs: one logit near zero would tip it on another machine.
+    return {name: value for name, value in figures.items() if name != "accuracy"}
 
 
 SETTINGS = {
