@@ -72,17 +72,19 @@ class PointDiscriminator(nn.Module):
 
 
 class Ring:
-    """Where training points come from: eight spots on a ring, without captions."""
+    """Where training points come from: eight spots on a ring, without words."""
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, list[str]]:
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
         angle = torch.randint(SPOTS, (count,), generator=tensors) * (2 * math.pi / SPOTS)
         centres = RADIUS * torch.stack([angle.cos(), angle.sin()], dim=1)
-        return (centres + SPREAD * torch.randn(count, 2, generator=tensors))[:, :, None, None], [""] * count
+        return (centres + SPREAD * torch.randn(count, 2, generator=tensors))[:, :, None, None], no_words(count)
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        return like
 
 
-def no_words(captions: list[str]) -> Conditioning:
+def no_words(count: int) -> Conditioning:
     """Return a conditioning that says nothing."""
-    count = len(captions)
     return Conditioning(torch.zeros(count, 1, 1), torch.zeros(count, 1), torch.zeros(count, 6))
 
 
@@ -94,10 +96,10 @@ def train_teacher(iterations: int) -> Denoiser:
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
     generator, ring = torch.Generator().manual_seed(0), Ring()
     for _ in range(iterations):
-        x0, captions = ring.draw(512, generator, random.Random(0))
+        x0, conditioning = ring.draw(512, generator, random.Random(0))
         t = torch.randint(1, 1001, (len(x0),), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        loss = (denoiser(denoiser.schedule.add_noise(x0, eps, t), t, no_words(captions)).eps - eps).square().mean()
+        loss = (denoiser(denoiser.schedule.add_noise(x0, eps, t), t, conditioning).eps - eps).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -127,9 +129,9 @@ def distil(teacher: Denoiser, chain: list[Phase], runs: Path) -> dict[int, Denoi
     finished, student = {32: teacher}, teacher
     for phase in chain:
         network = copy.deepcopy(student.network).requires_grad_(True)
-        learner = replace(student, network=network, prediction_type=phase.prediction_type)
+        learner = replace(student, network=network, prediction_type=phase.predicts(student.prediction_type))
         taught_by = student if phase.objective == "convert" else finished[phase.teacher_steps]
-        lesson = Lesson(Ring(), no_words, taught_by, learner, PointDiscriminator)
+        lesson = Lesson(Ring(), taught_by, learner, PointDiscriminator)
         train_phase(phase, lesson, RunFolder(runs / phase.name, phase))
         learner.network.requires_grad_(False)
         student = finished[phase.student_steps] = learner
@@ -141,7 +143,7 @@ def flow(denoiser: Denoiser, noise: Tensor, steps: int) -> Tensor:
     path = [noise.flatten(1)]
     times = torch.tensor([*trailing_times(steps), 0])[:, None].expand(-1, len(noise))
     with torch.no_grad():
-        given = denoiser.given(no_words([""] * len(noise)))
+        given = denoiser.given(no_words(len(noise)))
         for here, there in itertools.pairwise(times):
             noise = solve(given, noise, torch.stack([here, there]), denoiser.schedule)
             path.append(noise.flatten(1))

@@ -7,21 +7,30 @@ import torch
 from torch import Tensor
 
 from twostep.models.bundle import Bundle
+from twostep.models.conditioning import Conditioning
 from twostep.models.nano import random_bundle
+from twostep.models.text import TextEncoders
 
 
 class Handful:
     """Sixteen latents of noise with two captions."""
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, list[str]]:
+    def __init__(self, text: TextEncoders) -> None:
+        self.text = text
+
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
         latents = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(3))
         rows = torch.randint(16, (count,), generator=tensors)
-        return latents[rows], [words.choice(("a red fox", "")) for _ in range(count)]
+        captions = [words.choice(("a red fox", "")) for _ in range(count)]
+        return latents[rows], self.text.conditioning(captions, 64, 64)
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        return self.text.conditioning([""], 64, 64).expand(len(like))
 
 
 @pytest.fixture
-def source() -> Handful:
-    return Handful()
+def source(teacher: Bundle) -> Handful:
+    return Handful(teacher.text)
 
 
 @pytest.fixture

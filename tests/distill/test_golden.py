@@ -42,7 +42,7 @@ GOLDEN: dict[str, dict[str, float]] = {
 def third_iteration(settings: Phase, teacher: Bundle, source: object) -> dict[str, float]:
     adversarial = settings.objective in ("conditional", "unconditional")
     trainer = (AdversarialTrainer if adversarial else RegressionTrainer)(
-        settings, lesson(teacher, source, settings.prediction_type)
+        settings, lesson(teacher, source, settings.predicts("eps"))
     )
     figures = [trainer.iterate(i, Draw.at(settings.seed, i)) for i in range(3)][-1]
     # A count of signs: one logit near zero would tip it on another machine.

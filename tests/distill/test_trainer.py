@@ -10,6 +10,7 @@ from twostep.distill.discriminator import Discriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer, train_phase
 from twostep.models.bundle import Bundle
+from twostep.models.conditioning import Conditioning
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, TrainingError
 
@@ -35,7 +36,6 @@ def lesson(teacher: Bundle, source: object, prediction_type: str = "eps") -> Les
     student = copy.deepcopy(teacher.denoiser.network).requires_grad_(True)
     return Lesson(
         source,
-        lambda captions: teacher.text.conditioning(captions, 64, 64),
         teacher.denoiser,
         type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type),
     )
@@ -136,10 +136,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 def test_nan_stops_the_run_and_leaves_the_last_checkpoint(teacher: Bundle, source: object, tmp_path: Path) -> None:
     class Poisoned:
-        def draw(self, count: int, tensors: torch.Generator, words: object) -> tuple[torch.Tensor, list[str]]:
-            latents, captions = source.draw(count, tensors, words)
+        def draw(self, count: int, tensors: torch.Generator, words: object) -> tuple[torch.Tensor, Conditioning]:
+            latents, conditioning = source.draw(count, tensors, words)
             self.calls = getattr(self, "calls", 0) + 1
-            return latents * (float("nan") if self.calls > 3 else 1), captions
+            return latents * (float("nan") if self.calls > 3 else 1), conditioning
 
     settings = phase()
     folder = RunFolder(tmp_path / "run", settings)

@@ -8,7 +8,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 from safetensors.torch import load_file
 
 from twostep.evaluate import attributes_from_prompt, evaluate, load_judge
-from twostep.models.bundle import WEIGHTS, load_bundle, read_contracts
+from twostep.models.bundle import load_bundle
+from twostep.models.folder import WEIGHTS, read_contracts
 from twostep.pipeline import Request, generate
 
 NANO = WEIGHTS / "nano"

@@ -12,6 +12,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep.cli import draw, recipes, train
+from twostep.cli.cache import cache
 from twostep.cli.evaluate import evaluate_command
 from twostep.errors import TwostepError
 
@@ -34,7 +35,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (draw.generate, draw.info, draw.demo, recipes.recipes, recipes.recipe, train.pretrain, train.distill):
+for verb in (
+    draw.generate,
+    draw.info,
+    draw.demo,
+    recipes.recipes,
+    recipes.recipe,
+    train.pretrain,
+    cache,
+    train.distill,
+):
     app.command()(verb)
 app.command("evaluate")(evaluate_command)
 app.add_typer(train.data, name="data")

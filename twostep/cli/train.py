@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,11 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twostep.runs.recipe import RecipeError, find_recipe
 
+if TYPE_CHECKING:
+    from twostep.data.source import EmojiSource
+    from twostep.distill import DistillRecipe
+    from twostep.models.bundle import Bundle
+
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
 Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
 Emoji = Annotated[Path, typer.Option(help="The emoji set, from `twostep data emoji`.")]
-OnProgress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int | None, str], None]
 
 data = typer.Typer(help="Build data sets.", no_args_is_help=True)
 
@@ -60,8 +65,7 @@ def distill(
 ) -> None:
     """Distil a teacher into students of few steps, by the phases of the recipe."""
     from twostep import __version__
-    from twostep.data.emoji import load_emoji
-    from twostep.data.latents import cache_latents, load_latents
+    from twostep.data.cache import load_cache
     from twostep.distill import DistillRecipe, distil
     from twostep.models.bundle import load_bundle
     from twostep.runs.folder import RunFolder
@@ -69,20 +73,11 @@ def distill(
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
     folder, teacher = RunFolder(out, settings), load_bundle(settings.model, steps=settings.model_steps)
-    cache = out / "latents.safetensors"
     with progress_bar("distil") as advance:
-        if not cache.exists():
-            latents = cache_latents(
-                load_emoji(emoji),
-                teacher.codec,
-                variants=settings.variants,
-                on_variant=lambda done, total: advance(done, total, "latents"),
-            )
-            latents.save(cache)
         written = distil(
             settings,
             teacher,
-            load_latents(cache),
+            load_cache(settings.data, teacher) if settings.data else _drawings(settings, teacher, out, emoji, advance),
             folder,
             version=__version__,
             recipe_name=Path(recipe).stem,
@@ -92,6 +87,23 @@ def distill(
         )
     for path in written.values():
         typer.echo(f"written: {path}")
+
+
+def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, advance: OnProgress) -> EmojiSource:
+    """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
+    from twostep.data.emoji import load_emoji
+    from twostep.data.latents import cache_latents, load_latents
+    from twostep.data.source import EmojiSource
+
+    path = out / "latents.safetensors"
+    if not path.exists():
+        cache_latents(
+            load_emoji(emoji),
+            teacher.codec,
+            variants=settings.variants,
+            on_variant=lambda done, total: advance(done, total, "latents"),
+        ).save(path)
+    return EmojiSource(load_latents(path), teacher.text, *teacher.contract.sizes[0])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.contract import Contract
-from twostep.diffusion import Denoise, solve, trailing_times
+from twostep.diffusion import Denoise, PredictionType, solve, trailing_times
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Lesson, Source, train_phase
 from twostep.distill.transition import trained_times
@@ -19,7 +19,9 @@ from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser
 from twostep.models.lora import Lora, add_lora, remove_loras
+from twostep.models.probe import check_prediction_type
 from twostep.runs.folder import RunFolder, write_whole
+from twostep.runs.loop import Draw
 
 _RUNNING = "student"
 """The name of the LoRA that is trained; those of finished students, which teach, are called "8-step"."""
@@ -41,9 +43,15 @@ def distil(
 
     `folder/model` becomes a whole model: the teacher, if that is where the chain starts, and the released students.
 
-    Raises TrainingError or RunError; what was finished before stays in the folder.
+    Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
+    predicts something else than its contract, or the recipe, says.
     """
+    if recipe.prediction_type is not None:
+        teacher = _predicting(teacher, recipe.prediction_type)
     if teacher.contract.role == "teacher":
+        draw = Draw.at(0, 0)
+        probe = check_prediction_type(teacher.denoiser, *source.draw(4, draw.tensors, draw.words))
+        folder.log(part="probe", found=probe.found, sureness=probe.sureness)
         save_bundle(teacher, folder.path / "model")
     try:
         return _follow(recipe, teacher, source, folder, version, recipe_name, on_iteration)
@@ -63,13 +71,11 @@ def _follow(
     """Run the phases in order; LoRA phases leave adapters on the network that they start from."""
     finished: dict[int, Denoiser] = {}
     student = teacher.denoiser
-    width, height = teacher.contract.sizes[0]
     written: dict[int, Path] = {}
     for phase in recipe.phases:
         # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
         lesson = Lesson(
             source=source,
-            encode=lambda captions: teacher.text.conditioning(captions, width, height),
             teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
             student=_learner(student, phase),
         )
@@ -79,12 +85,19 @@ def _follow(
         student = lesson.student
         finished[phase.student_steps] = _kept(student, phase)
         if phase.student_steps in recipe.release:
-            contract = student_contract(teacher.contract, phase, version, recipe_name)
+            contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
             written[phase.student_steps] = save_student(lesson.trained.state_dict(), contract, folder.path / "model")
     return written
 
 
-def student_contract(teacher: Contract, phase: Phase, version: str, recipe_name: str) -> Contract:
+def _predicting(teacher: Bundle, prediction_type: PredictionType) -> Bundle:
+    denoiser = replace(teacher.denoiser, prediction_type=prediction_type)
+    return replace(teacher, denoiser=denoiser, contract=replace(teacher.contract, prediction_type=prediction_type))
+
+
+def student_contract(
+    teacher: Contract, phase: Phase, prediction_type: PredictionType, version: str, recipe_name: str
+) -> Contract:
     """Return what the student of this phase says of itself."""
     return replace(
         teacher,
@@ -92,7 +105,7 @@ def student_contract(teacher: Contract, phase: Phase, version: str, recipe_name:
         role="student",
         steps=phase.student_steps,
         trained_times=trained_times(phase.student_steps),
-        prediction_type=phase.prediction_type,
+        prediction_type=prediction_type,
         guidance=1.0,
         lora_rank=phase.lora_rank,
         lora_alpha=None if phase.lora_rank is None else float(phase.lora_rank),
@@ -156,7 +169,7 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
     """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that merged in."""
     if phase.lora_rank is None:
         network = student.standalone().requires_grad_(True)
-        return replace(student, network=network, lora=None, prediction_type=phase.prediction_type)
+        return replace(student, network=network, lora=None, prediction_type=phase.predicts(student.prediction_type))
     if student.lora is None:
         add_lora(student.network, _RUNNING, rank=phase.lora_rank)
     _only_trainable(Lora(student.network, _RUNNING))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -58,10 +59,9 @@ class Phase(LoopSettings):
         """The phase's name in the log and the checkpoints: "4-unconditional", "4-conditional-lora"."""
         return f"{self.student_steps}-{self.objective}{'' if self.lora_rank is None else '-lora'}"
 
-    @property
-    def prediction_type(self) -> PredictionType:
-        """What the student predicts: x0 at one step, since an eps error at T is 14.6 times larger in x0."""
-        return "x0" if self.student_steps == 1 else "eps"
+    def predicts(self, before: PredictionType) -> PredictionType:
+        """Return what the student predicts: as the last one, but x0 at one step, where eps errors grow 14.6 times."""
+        return "x0" if self.objective == "convert" or (self.student_steps == 1 and before == "eps") else before
 
     @property
     def noises_the_judged(self) -> bool:
@@ -74,6 +74,10 @@ class DistillRecipe(Settings):
 
     model: str = Field("nano", description="teacher: a built-in name or a model folder")
     model_steps: int | None = Field(None, gt=0, description="start from that model's student of so many steps")
+    prediction_type: PredictionType | None = Field(
+        None, description="what the teacher predicts, if its config is wrong"
+    )
+    data: Path | None = Field(None, description="folder made by `twostep cache`; the built-in drawings if not given")
     variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")

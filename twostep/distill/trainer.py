@@ -31,19 +31,14 @@ from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, rate
 
 @runtime_checkable
 class Source(Protocol):
-    """Where training latents and their captions come from."""
+    """Where training latents and what they are conditioned on come from."""
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, list[str]]:
-        """Return `count` latents and captions."""
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+        """Return `count` latents of one size and their conditioning."""
         ...
 
-
-@runtime_checkable
-class Encode(Protocol):
-    """Captions -> conditioning."""
-
-    def __call__(self, captions: list[str]) -> Conditioning:
-        """Encode a batch of captions."""
+    def empty(self, like: Conditioning) -> Conditioning:
+        """Return the conditioning of the empty prompt for as many items of the same sizes."""
         ...
 
 
@@ -77,13 +72,12 @@ class Judging(Trainable, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What a phase needs beside its settings: data, text, the two models, and how to make a discriminator of one.
+    """What a phase needs beside its settings: data, the two models, and how to make a discriminator of one.
 
     `discriminator(teacher, pairs=...)` is called once a phase.
     """
 
     source: Source
-    encode: Encode
     teacher: Denoiser
     student: Denoiser
     discriminator: Callable[..., Judging] = Discriminator
@@ -286,11 +280,9 @@ def _reached(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
 
 
 def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
-    """Draw x_t at trained times t, where the student is to land, and the teacher for these captions."""
-    x0, captions = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
-    with torch.no_grad():
-        conditioning = lesson.encode(captions)
-        unconditional = lesson.encode([""]).expand(len(x0)) if phase.guidance > 1 else conditioning
+    """Draw x_t at trained times t, where the student is to land, and the teacher for this conditioning."""
+    x0, conditioning = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
+    unconditional = lesson.source.empty(conditioning) if phase.guidance > 1 else conditioning
     t = draw_times(phase.student_steps, len(x0), draw.tensors)
     eps = torch.randn(x0.shape, generator=draw.tensors)
     x_t = lesson.student.schedule.add_noise(x0, eps, t)

@@ -12,32 +12,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
-from twostep.contract import Contract, ContractError
+from twostep.contract import TOP_TIME, Contract
 from twostep.diffusion import NoiseSchedule
-from twostep.errors import TwostepError
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
+from twostep.models.folder import (
+    CONTRACT_FILE,
+    INDEX_FILE,
+    PREDICTION_TYPES,
+    ModelError,
+    base_folder,
+    find_model,
+    read_contracts,
+    read_json,
+    student_files,
+    weights_variant,
+)
 from twostep.models.lora import LoraError, add_lora, merge
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
-CONTRACT_FILE = "twostep.json"
 LORA_PREFIX = "unet."
-
-
-class ModelError(TwostepError):
-    """Something that is no model, is damaged, or has no student of that many steps."""
+EncoderT = TypeVar("EncoderT", CLIPTextModel, CLIPTextModelWithProjection)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,21 +78,21 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bund
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
     if contract is None:
         raise ModelError(f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}.")
-    folder = path if path.is_dir() else _base_folder(path, contracts[0])
-    network = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    if contract.role == "student":
-        file = path if path.is_file() else _student_files(folder)[contract.steps]
-        network = _load_weights(network, file, contract)
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    schedule = NoiseSchedule.scaled_linear(
-        scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"]
+    folder = path if path.is_dir() else base_folder(path, contracts[0])
+    unet = folder / "unet"
+    network = UNet2DConditionModel.from_pretrained(
+        unet, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(unet)
     )
+    if contract.role == "student":
+        file = path if path.is_file() else student_files(folder)[contract.steps]
+        network = _load_weights(network, file, contract)
+    schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
         codec=load_codec(folder),
         text=load_text(folder),
         contract=contract,
-        students=tuple(sorted(_student_files(folder), reverse=True)),
+        students=tuple(sorted(student_files(folder), reverse=True)),
     )
 
 
@@ -103,9 +109,13 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         tokenizer_2=bundle.text.tokenizers[1],
         unet=_half(bundle.denoiser.network),
         scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing"
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            timestep_spacing="trailing",
+            prediction_type=next(k for k, v in PREDICTION_TYPES.items() if v == bundle.contract.prediction_type),
         ),
-        force_zeros_for_empty_prompt=False,
+        force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
         add_watermarker=False,
     )
     with _quiet_transformers():
@@ -128,55 +138,6 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
     return path
 
 
-def read_contracts(model: str | Path) -> list[Contract]:
-    """Read the contracts of a model without its weights: the teacher's first, then the students' by falling steps."""
-    path = find_model(model)
-    if path.is_file():
-        return [_file_contract(path)]
-    try:
-        teacher = Contract.from_json((path / CONTRACT_FILE).read_text(encoding="utf-8"))
-    except ContractError as error:
-        raise ModelError(f"{path / CONTRACT_FILE}: {error}") from error
-    students = [_file_contract(file) for file in _student_files(path).values()]
-    return [teacher, *sorted(students, key=lambda contract: -contract.steps)]
-
-
-def find_model(model: str | Path) -> Path:
-    """Return the folder or .safetensors file of a model; raises `ModelError`."""
-    built_in = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONTRACT_FILE}"))
-    path = WEIGHTS / str(model) if str(model) in built_in else Path(model)
-    if path.is_file() or (path / CONTRACT_FILE).is_file():
-        return path
-    problem = f"has no {CONTRACT_FILE}, so it is no model folder" if path.is_dir() else "does not exist"
-    names = ", ".join(built_in) or "none"
-    raise ModelError(f"{path} {problem}. Give a model folder, a .safetensors file or a built-in name ({names}).")
-
-
-def _student_files(folder: Path) -> dict[int, Path]:
-    return {_file_contract(file).steps: file for file in sorted(folder.glob("students/*_unet.safetensors"))}
-
-
-def _file_contract(path: Path) -> Contract:
-    try:
-        with safe_open(path, "pt") as file:
-            return Contract.from_metadata(file.metadata())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
-    except ContractError as error:
-        raise ModelError(f"{path}: {error}") from error
-
-
-def _base_folder(path: Path, contract: Contract) -> Path:
-    """Find the folder with the parts that a student's file leaves out."""
-    for folder in (path.parent.parent, WEIGHTS / contract.base):
-        if (folder / CONTRACT_FILE).is_file():
-            return folder
-    raise ModelError(
-        f"{path} holds only the UNet of a student of {contract.base}, and {contract.base} is not built in. "
-        f"Put it into the folder `students` of that model."
-    )
-
-
 def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract) -> UNet2DConditionModel:
     """Return the network with a student's weights: its own, or its LoRA's merged into the base's."""
     weights: dict[str, Tensor] = load_file(path)
@@ -191,28 +152,54 @@ def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract)
     return merge(network, lora.name)
 
 
+def load_schedule(folder: Path) -> NoiseSchedule:
+    """Read the noise schedule of a model folder; ModelError for one that this project's times do not fit."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    kind, num_times = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    if kind not in ("scaled_linear", "linear") or num_times != TOP_TIME or config.get("rescale_betas_zero_snr"):
+        zero_snr = ", rescaled to zero SNR" if config.get("rescale_betas_zero_snr") else ""
+        raise ModelError(
+            f"{folder} has the schedule {kind!r} over {num_times} times{zero_snr}; only scaled_linear and linear betas "
+            f"over {TOP_TIME} times are known."
+        )
+    make = NoiseSchedule.scaled_linear if kind == "scaled_linear" else NoiseSchedule.linear
+    return make(num_times, config["beta_start"], config["beta_end"])
+
+
 def load_codec(folder: Path) -> ImageCodec:
     """Load the autoencoder of a model folder, frozen and in float32."""
-    _expect(folder / "vae" / "config.json")
-    kind = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
-    autoencoder = AutoencoderTiny if kind == "AutoencoderTiny" else AutoencoderKL
-    vae = autoencoder.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    part = folder / "vae"
+    tiny = read_json(part / "config.json")["_class_name"] == "AutoencoderTiny"
+    vae = (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(
+        part, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(part)
+    )
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     return ImageCodec(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
 def load_text(folder: Path) -> TextEncoders:
-    """Load the text encoders of a model folder, frozen and in float32."""
-    _expect(folder / "text_encoder" / "config.json")
+    """Load the text encoders of a model folder, frozen and in float32.
+
+    SDXL's own index says that the empty prompt is all zeros; where there is no index it is encoded like any other.
+    """
+    index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
+    encoders = (
+        _load_encoder(CLIPTextModel, folder / "text_encoder"),
+        _load_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2"),
+    )
     tokenizers = tuple(CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    return TextEncoders(
+        (tokenizers[0], tokenizers[1]), encoders, zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", False))
+    )
+
+
+def _load_encoder(kind: type[EncoderT], folder: Path) -> EncoderT:
+    read_json(folder / "config.json")
     with _quiet_transformers():
-        encoders = (
-            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval(),
-            CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval(),
+        encoder = kind.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
         )
-    for encoder in encoders:
-        encoder.requires_grad_(False)
-    return TextEncoders((tokenizers[0], tokenizers[1]), encoders)
+    return encoder.eval().requires_grad_(False)
 
 
 def save_codec(codec: ImageCodec, folder: Path) -> None:
@@ -238,11 +225,6 @@ def _clean_configs(folder: Path) -> None:
             # diffusers derives it, and warns where it is given.
             config.pop("block_out_channels", None)
         path.write_text(json.dumps(config, indent=2))
-
-
-def _expect(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist. Train or fetch that part first; the recipe names where it is sought.")
 
 
 def _half(network: nn.Module) -> nn.Module:

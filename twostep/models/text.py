@@ -16,10 +16,14 @@ from twostep.models.conditioning import Conditioning, image_sizes
 
 @dataclass(frozen=True, eq=False)
 class TextEncoders:
-    """Two CLIP text encoders; the penultimate layers of both, and the pooled projection of the second."""
+    """Two CLIP text encoders; the penultimate layers of both, and the pooled projection of the second.
+
+    `zeros_for_empty`: the empty prompt is all zeros, as SDXL was trained, instead of what the encoders make of it.
+    """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    zeros_for_empty: bool = False
 
     def encode(
         self, prompts: Sequence[str]
@@ -38,7 +42,11 @@ class TextEncoders:
             layers.append(answer.hidden_states[-2])
             pooled = answer[0]
         assert pooled is not None
-        return torch.cat(layers, dim=-1), pooled
+        text = torch.cat(layers, dim=-1)
+        if self.zeros_for_empty:
+            said = torch.tensor([prompt != "" for prompt in prompts], device=text.device)
+            text, pooled = text * said[:, None, None], pooled * said[:, None]
+        return text, pooled
 
     def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
         """Encode prompts for uncropped pictures of this size in pixels."""

@@ -1,0 +1,62 @@
+"""The probe: a network that knows the noise is found out, whichever way it says it."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from twostep.models.bundle import load_bundle
+from twostep.models.conditioning import Conditioning
+from twostep.models.denoiser import Denoiser
+from twostep.models.folder import ModelError
+from twostep.models.nano import random_bundle
+from twostep.models.probe import SURE, check_prediction_type, probe_prediction_type
+
+TEACHER = load_bundle("nano")
+
+
+class Restated(UNet2DConditionModel):
+    """The nano teacher's network, answering in another prediction type."""
+
+    def forward(self, x_t: Tensor, index: Tensor, text: Tensor, **options: object) -> tuple[Tensor]:
+        (eps,) = super().forward(x_t, index, text, **options)
+        alpha, sigma = TEACHER.denoiser.schedule.coefficients(index + 1, x_t)
+        x0 = (x_t - sigma * eps) / alpha
+        return ({"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[self.said_in],)
+
+
+def restated(said_in: str) -> Denoiser:
+    network = copy.deepcopy(TEACHER.denoiser.network)
+    network.__class__, network.said_in = Restated, said_in
+    return Denoiser(network, TEACHER.denoiser.schedule, "eps")
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Tensor, Conditioning]:
+    prompts = ["a 3d red apple on a blue background", "a flat fox on a green background"]
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
+    return TEACHER.codec.encode(pictures), TEACHER.conditioning(prompts, 64, 64)
+
+
+@pytest.mark.parametrize("said_in", ["eps", "x0", "v"])
+def test_it_is_found_out_whatever_the_config_says(said_in: str, known: tuple[Tensor, Conditioning]) -> None:
+    denoiser = restated(said_in)
+    probe = probe_prediction_type(denoiser, *known)
+    assert probe.found == said_in
+    assert probe.sureness > SURE
+    if said_in == "eps":
+        assert check_prediction_type(denoiser, *known).found == "eps"
+    else:
+        with pytest.raises(ModelError, match=f'prediction_type = "{said_in}"'):
+            check_prediction_type(denoiser, *known)
+
+
+def test_a_network_that_knows_nothing_is_not_judged(known: tuple[Tensor, Conditioning]) -> None:
+    x0, _ = known
+    stranger = random_bundle()
+    conditioning = stranger.conditioning(["a red fox", ""], 64, 64)
+    for kind in ("eps", "v"):
+        assert check_prediction_type(replace(stranger.denoiser, prediction_type=kind), x0, conditioning).sureness < SURE

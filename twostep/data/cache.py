@@ -1,0 +1,221 @@
+"""The cache that training draws from: latents and text embeddings in shards, made once and by parts.
+
+A folder holds `cache.json` (what made it), `empty.safetensors` (the empty prompt) and shards of at most 256 items of
+one size. A shard is whole or not there and knows the names of its items, so the same command goes on where a killed one
+stopped. What could not be used is in `skipped.jsonl` with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from twostep.data.pictures import DataError
+from twostep.models.bundle import Bundle
+from twostep.models.conditioning import Conditioning
+from twostep.runs.folder import write_whole
+
+SHARD_ITEMS = 256
+METADATA_KEY = "twostep.cache"
+
+OnItem = Callable[[int, int], None]
+"""Told the number of items that are done, and how many of them were skipped."""
+
+
+class CacheWriter:
+    """Collects items by size, writes them in shards, and knows what the folder holds already."""
+
+    def __init__(self, bundle: Bundle, folder: Path, made_by: dict[str, Any], on_item: OnItem) -> None:
+        """Open or begin the folder; DataError if something else made it."""
+        self.folder, self.on_item = folder, on_item
+        made_by = {"format": 1, **made_by, **fingerprints(bundle)}
+        record = folder / "cache.json"
+        if record.is_file():
+            _compare(json.loads(record.read_text()), made_by, folder)
+        else:
+            with torch.no_grad():
+                empty = bundle.conditioning([""], *made_by["sizes"][0])
+            with write_whole(folder / "empty.safetensors") as file:
+                file.write(save({"text": empty.text.half(), "pooled": empty.pooled.half()}))
+            with write_whole(record) as file:
+                file.write(json.dumps(made_by, indent=2).encode())
+        shards = [_read_shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+        self.num_shards = len(shards)
+        self.skipped = dict(_read_skipped(folder))
+        self.num_cached = sum(len(shard.names) for shard in shards)
+        self.known = {name for shard in shards for name in shard.names} | set(self.skipped)
+        self._waiting: dict[tuple[int, int], list[tuple[str, dict[str, Tensor]]]] = {}
+
+    def add(self, names: Sequence[str], latents: Float[Tensor, "n c h w"], conditioning: Conditioning) -> None:
+        """Take items of one size in; those with values that are no numbers are skipped by name."""
+        for i, name in enumerate(names):
+            item = {
+                "latents": latents[i].half(),
+                "text": conditioning.text[i].half(),
+                "pooled": conditioning.pooled[i].half(),
+                "sizes": conditioning.sizes[i].float(),
+            }
+            if not all(torch.isfinite(value).all() for value in item.values()):
+                self.skip(name, "its latents or embeddings hold values that are no numbers in 16 bits")
+                continue
+            waiting = self._waiting.setdefault((latents.shape[3], latents.shape[2]), [])
+            waiting.append((name, item))
+            self.num_cached += 1
+            self.on_item(self.num_cached + len(self.skipped), len(self.skipped))
+            if len(waiting) == SHARD_ITEMS:
+                self._write(waiting)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Write down that an item cannot be used, and why."""
+        self.skipped[name] = reason
+        with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        self.on_item(self.num_cached + len(self.skipped), len(self.skipped))
+
+    def close(self) -> CacheWriter:
+        """Write what still waits; DataError if there is nothing at all."""
+        for waiting in self._waiting.values():
+            if waiting:
+                self._write(waiting)
+        if self.num_cached == 0:
+            first = next(iter(self.skipped.items()), ("nothing", "the source is empty"))
+            raise DataError(
+                f"Nothing could be cached: {len(self.skipped)} items were skipped, {first[0]} because {first[1]}. "
+                f"All are named in {self.folder / 'skipped.jsonl'}; delete the folder to begin anew."
+            )
+        return self
+
+    def _write(self, waiting: list[tuple[str, dict[str, Tensor]]]) -> None:
+        tensors = {key: torch.stack([item[key] for _, item in waiting]) for key in waiting[0][1]}
+        names = json.dumps([name for name, _ in waiting])
+        with write_whole(self.folder / f"shard-{self.num_shards:05d}.safetensors") as file:
+            file.write(save(tensors, {METADATA_KEY: names}))
+        self.num_shards += 1
+        waiting.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One file of items that are all of one size."""
+
+    path: Path
+    names: tuple[str, ...]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class CachedSource:
+    """What the trainer draws from: a batch is of one size, and sizes come up as often as they are in the cache."""
+
+    shards: dict[tuple[int, int], list[Shard]]
+    empty_text: Float[Tensor, "1 tokens width"]
+    empty_pooled: Float[Tensor, "1 pooled"]
+    _files: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return sum(len(shard.names) for shards in self.shards.values() for shard in shards)
+
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+        """Return random items of one random size; DataError names an item whose values are no numbers."""
+        sizes = list(self.shards)
+        counts = [sum(len(shard.names) for shard in self.shards[size]) for size in sizes]
+        chosen = int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=tensors))
+        rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
+        items = [self._item(self.shards[sizes[chosen]], row) for row in rows]
+        latents, text, pooled, told = (
+            torch.stack([item[key] for item in items]).float() for key in ("latents", "text", "pooled", "sizes")
+        )
+        return latents, Conditioning(text, pooled, told)
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        """Return the empty prompt for as many items, with the same sizes."""
+        count = len(like)
+        return Conditioning(self.empty_text.expand(count, -1, -1), self.empty_pooled.expand(count, -1), like.sizes)
+
+    def _item(self, shards: list[Shard], row: int) -> dict[str, Tensor]:
+        ends = list(accumulate(len(shard.names) for shard in shards))
+        position = bisect_right(ends, row)
+        shard, row = shards[position], row - (ends[position] - len(shards[position].names))
+        if shard.path not in self._files:
+            self._files[shard.path] = safe_open(shard.path, "pt")
+        file = self._files[shard.path]
+        item = {key: file.get_slice(key)[row] for key in ("latents", "text", "pooled", "sizes")}
+        if not all(torch.isfinite(value).all() for value in item.values()):
+            raise DataError(
+                f"{shard.path} holds values that are no numbers for {shard.names[row]}. Delete that shard and run "
+                "`twostep cache` again; it makes what is missing."
+            )
+        return item
+
+
+def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
+    """Open a cache for training this model; DataError if it is damaged, or another codec or text encoder made it."""
+    record = folder / "cache.json"
+    if not record.is_file():
+        raise DataError(f"{folder} is no cache: it has no cache.json. Make one with `twostep cache`.")
+    _compare(json.loads(record.read_text()), {"format": 1, **fingerprints(bundle)}, folder)
+    shards: dict[tuple[int, int], list[Shard]] = {}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        shard = _read_shard(path)
+        shards.setdefault(shard.size, []).append(shard)
+    if not shards:
+        raise DataError(f"{folder} holds no shards yet. Run `twostep cache` again; it goes on where it stopped.")
+    with safe_open(folder / "empty.safetensors", "pt") as file:
+        return CachedSource(shards, file.get_tensor("text").float(), file.get_tensor("pooled").float())
+
+
+def fingerprints(bundle: Bundle) -> dict[str, str]:
+    """Return what tells one autoencoder, and one pair of text encoders, from any other."""
+    return {"autoencoder": _fingerprint([bundle.codec.vae]), "text_encoders": _fingerprint(bundle.text.encoders)}
+
+
+def _fingerprint(networks: Iterable[nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _compare(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{folder} was made with other {key.replace('_', ' ')} ({found.get(key)}, not {value}). "
+                "Make a cache of its own for this model and these settings."
+            )
+
+
+def _read_shard(path: Path) -> Shard:
+    try:
+        with safe_open(path, "pt") as file:
+            names = tuple(json.loads((file.metadata() or {})[METADATA_KEY]))
+            height, width = file.get_slice("latents").get_shape()[2:]
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}). Delete it and run `twostep cache` again.") from error
+    return Shard(path, names, (width, height))
+
+
+def _read_skipped(folder: Path) -> Iterator[tuple[str, str]]:
+    path = folder / "skipped.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the half line of a killed run; its item is looked at again
+        yield values["name"], values["reason"]

@@ -1,0 +1,73 @@
+"""What a network predicts, found by asking it: configs of merges and single files are often wrong about it.
+
+A known latent is noised, denoised as if the network predicted eps, v or x0, and compared. Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twostep.diffusion import PredictionType
+from twostep.models.conditioning import Conditioning
+from twostep.models.denoiser import Denoiser
+from twostep.models.folder import ModelError
+
+TIMES = (200, 500, 800)
+SURE = 2.0
+"""How many times larger the next best error must be for an answer to count."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Mean squared errors of x0 by prediction type, relative to the latents' own mean square."""
+
+    errors: dict[PredictionType, float]
+
+    @property
+    def found(self) -> PredictionType:
+        """The type that explains the network best."""
+        return min(self.errors, key=lambda kind: self.errors[kind])
+
+    @property
+    def sureness(self) -> float:
+        """How many times larger the error of the next best type is; below `SURE` nothing is known."""
+        best, second, *_ = sorted(self.errors.values())
+        return second / max(best, 1e-12)
+
+    def __str__(self) -> str:
+        """Say what was found and how sure it is."""
+        listed = ", ".join(f"{kind} {error:.3g}" for kind, error in self.errors.items())
+        return f"it predicts {self.found} ({self.sureness:.1f} times nearer than the next; errors of x0: {listed})"
+
+
+@torch.no_grad()
+def probe_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], conditioning: Conditioning) -> Probe:
+    """Denoise known latents as if the network predicted each type; four latents are enough."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(x0.shape, generator=generator)
+    errors: dict[PredictionType, float] = {}
+    for kind in get_args(PredictionType):
+        asked = replace(denoiser, prediction_type=kind)
+        off = 0.0
+        for time in TIMES:
+            t = torch.full((len(x0),), time)
+            found = asked(denoiser.schedule.add_noise(x0, eps, t), t, conditioning).x0
+            off += (found - x0).square().mean().item() / len(TIMES)
+        errors[kind] = off / x0.square().mean().item()
+    return Probe(errors)
+
+
+def check_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], conditioning: Conditioning) -> Probe:
+    """Probe a teacher; ModelError where the network surely predicts something else than its config says."""
+    probe = probe_prediction_type(denoiser, x0, conditioning)
+    if probe.found != denoiser.prediction_type and probe.sureness >= SURE:
+        raise ModelError(
+            f"The teacher's config says that it predicts {denoiser.prediction_type}, but {probe}. Put "
+            f'prediction_type = "{probe.found}" into the recipe, or correct its scheduler_config.json.'
+        )
+    return probe
