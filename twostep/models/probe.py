@@ -17,7 +17,7 @@ from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import ModelError
 
-TIMES = (200, 500, 800)
+TIMES = (200, 400, 600)
 SURE = 2.0
 """How many times larger the next best error must be for an answer to count."""
 
