@@ -3,11 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from twostep.distill import DistillRecipe, distil
+from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.lora import add_lora
+from twostep.models.lora import Lora, add_lora
 from twostep.runs.folder import RunFolder
 
 SHARED = {
@@ -103,3 +105,55 @@ def test_a_released_lora_loads_as_what_was_trained(teacher: Bundle, source: obje
     conditioning = teacher.text.conditioning(["a red fox"], 64, 64)
     expected = replace(teacher.denoiser, lora="check")(x, t, conditioning).eps
     torch.testing.assert_close(loaded.denoiser(x, t, conditioning).eps, expected, atol=5e-3, rtol=5e-3)  # fp16
+
+
+def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alone(
+    teacher: Bundle, source: object
+) -> None:
+    network = teacher.denoiser.network
+    add_lora(network, "8-step", rank=4)
+    kept, running = Lora(network, "8-step"), add_lora(network, "student", rank=4)
+    with torch.no_grad():
+        for parameter in kept.parameters():
+            parameter.add_(0.05)
+    taught = replace(teacher.denoiser, lora="8-step")
+    judge = LoraDiscriminator(taught, pairs=True, rank=4)
+    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1000, 500])
+    conditioning = teacher.text.conditioning(["a red fox", ""], 64, 64)
+    torch.testing.assert_close(
+        judge.features(x, t, conditioning), Discriminator(taught, pairs=True).features(x, t, conditioning)
+    )
+    assert all(parameter.requires_grad for parameter in running.parameters())
+    judge.judge(judge.features(x, t, conditioning), judge.features(x, t, conditioning)).sum().backward()
+    assert all(parameter.grad is not None for parameter in judge.lora.parameters())
+    others = [*kept.parameters(), *running.parameters()]
+    assert all(parameter.grad is None for parameter in others)
+    state = judge.state_dict()
+    again = LoraDiscriminator(taught, pairs=True, rank=4)
+    again.load_state_dict(state)
+    assert all(torch.equal(value, state["head"][key]) for key, value in again.head.state_dict().items())
+
+
+def test_a_whole_phase_on_one_base_resumes_bit_for_bit(teacher: Bundle, source: object, tmp_path: Path) -> None:
+    phases = [
+        {
+            **{"student_steps": 4, "teacher_steps": 8, "objective": "conditional", "lora_rank": 4},
+            **{"discriminator_lora": True, "gradient_checkpointing": True},
+            **(SHARED | {"iterations": 4, "checkpoint_every": 2}),
+        }
+    ]
+    recipe = DistillRecipe.model_validate({"release": [4], "sample_prompts": ["a red fox"], "phases": phases})
+
+    class Killed(Exception):
+        pass
+
+    def die(phase: object, iteration: int, figures: object) -> None:
+        if iteration == 3:
+            raise Killed
+
+    options = {"version": "0", "recipe_name": "test"}
+    whole = distil(recipe, teacher, source, RunFolder(tmp_path / "whole", recipe), **options)
+    with pytest.raises(Killed):
+        distil(recipe, teacher, source, RunFolder(tmp_path / "cut", recipe), on_iteration=die, **options)
+    resumed = distil(recipe, teacher, source, RunFolder(tmp_path / "cut", recipe), **options)
+    assert resumed[4].read_bytes() == whole[4].read_bytes()

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from twostep.models.bundle import Bundle
-from twostep.models.lora import LoraError, activate, add_lora, merge, remove_loras
+from twostep.models.lora import LoraError, activate, active, add_lora, checkpoint_gradients, merge, remove_loras
 from twostep.models.nano import random_bundle
 
 SDXL = {
@@ -109,3 +109,35 @@ def test_its_weights_travel_between_adapters_and_nothing_else_fits(bundle: Bundl
         add_lora(network, "wide", rank=8).load_state_dict(one.state_dict())
     with pytest.raises(LoraError, match=r"called 'ghost'.*one.*other"):
         activate(network, "ghost")
+
+
+def test_for_an_encoder_the_decoder_is_left_out(bundle: Bundle) -> None:
+    names = list(add_lora(bundle.denoiser.network, "judge", rank=4, encoder_only=True).state_dict())
+    assert names
+    assert all(key.startswith(("down_blocks.", "mid_block.")) for key in names)
+
+
+def test_blocks_are_computed_anew_with_the_adapter_they_were_computed_with(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    student, teacher = add_lora(network, "student", rank=4), add_lora(network, "teacher", rank=4)
+    shake(student)
+    shake(teacher, 2)
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+
+    def gradients() -> list[torch.Tensor]:
+        loss = answer(bundle, "student").square().mean()
+        activate(network, "teacher")
+        loss.backward()
+        found = [parameter.grad.clone() for parameter in student.parameters()]
+        for parameter in student.parameters():
+            parameter.grad = None
+        return found
+
+    expected = gradients()
+    checkpoint_gradients(network)
+    found = gradients()
+    assert active(network) == "student"  # so blocks really were computed anew
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(parameter.grad is None for parameter in teacher.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.diffusion import Denoise, PredictionType, solve, trailing_times
+from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
-from twostep.distill.trainer import Lesson, Source, train_phase
+from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.contact_sheet import contact_sheet
-from twostep.models.denoiser import Denoiser
-from twostep.models.lora import Lora, add_lora, remove_loras
+from twostep.models.denoiser import Denoiser, Network
+from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_loras
 from twostep.models.probe import check_prediction_type
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw
@@ -78,6 +80,7 @@ def _follow(
             source=source,
             teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
             student=_learner(student, phase),
+            discriminator=_discriminator(phase),
         )
         if phase.objective == "convert":
             lesson = replace(lesson, teacher=_frozen(student))
@@ -169,11 +172,20 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
     """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that merged in."""
     if phase.lora_rank is None:
         network = student.standalone().requires_grad_(True)
+        _checkpoint(network, phase)
         return replace(student, network=network, lora=None, prediction_type=phase.predicts(student.prediction_type))
     if student.lora is None:
         add_lora(student.network, _RUNNING, rank=phase.lora_rank)
     _only_trainable(Lora(student.network, _RUNNING))
+    _checkpoint(student.network, phase)
     return replace(student, lora=_RUNNING)
+
+
+def _discriminator(phase: Phase) -> Callable[..., Judging]:
+    """Return what makes the phase's discriminator of its teacher."""
+    if phase.discriminator_lora and phase.lora_rank is not None:
+        return partial(LoraDiscriminator, rank=phase.lora_rank)
+    return Discriminator
 
 
 def _kept(student: Denoiser, phase: Phase) -> Denoiser:
@@ -186,6 +198,13 @@ def _kept(student: Denoiser, phase: Phase) -> Denoiser:
         kept = add_lora(student.network, name, rank=phase.lora_rank)
     kept.load_state_dict(Lora(student.network, student.lora).state_dict())
     return replace(student, lora=name)
+
+
+def _checkpoint(network: Network, phase: Phase) -> None:
+    if phase.gradient_checkpointing:
+        checkpoint_gradients(network)
+    else:
+        network.disable_gradient_checkpointing()
 
 
 def _only_trainable(lora: Lora) -> None:

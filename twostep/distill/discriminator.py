@@ -6,6 +6,9 @@ Unconditional: D'(x_s, s, c) judges the landing alone, and lets the student leav
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch.nn.functional import softplus
 
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser, encoder_features
+from twostep.models.lora import Lora, add_lora, remove_lora
 
 R1_SIGMA = 0.01
 """Standard deviation of the noise in the approximated R1 penalty."""
@@ -30,9 +34,7 @@ class Discriminator(nn.Module):
         self.pairs = pairs
         self.encoder = teacher.standalone().requires_grad_(True)
         del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
-        width = self.encoder.config.block_out_channels[-1]
-        blocks = [_halve((2 if pairs and i == 0 else 1) * width, width) for i in range(HEAD_BLOCKS)]
-        self.head = nn.Sequential(*blocks, nn.Conv2d(width, 1, 1))
+        self.head = _head(self.encoder.config.block_out_channels[-1], pairs)
 
     def features(
         self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
@@ -44,9 +46,61 @@ class Discriminator(nn.Module):
         self, before: Float[Tensor, "batch width fh fw"] | None, after: Float[Tensor, "batch width fh fw"]
     ) -> Float[Tensor, " batch"]:
         """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
-        both = after if before is None else torch.cat([before, after], dim=1)
-        logits: Tensor = self.head(both).float().mean(dim=(1, 2, 3))
-        return logits
+        return _logits(self.head, before, after)
+
+
+class LoraDiscriminator:
+    """The same on a shared base: its encoder is an adapter beside the student's, so the base is there only once.
+
+    It starts as the teacher's encoder, its own adapter included. Not a module, since the base is not its own.
+    """
+
+    NAME = "discriminator"
+
+    def __init__(self, teacher: Denoiser, *, pairs: bool, rank: int) -> None:
+        """Put the adapter on the teacher's network; whatever could be trained there still can."""
+        self.pairs, network = pairs, teacher.network
+        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        remove_lora(network, self.NAME)
+        self.lora = add_lora(network, self.NAME, rank=rank, encoder_only=True)
+        if teacher.lora is not None:
+            taught = Lora(network, teacher.lora).state_dict()
+            self.lora.load_state_dict({key: taught[key] for key in self.lora.state_dict()})
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        self.head = _head(network.config.block_out_channels[-1], pairs)
+
+    def features(
+        self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
+    ) -> Float[Tensor, "batch width fh fw"]:
+        """Return the mid-block's features of x at time t."""
+        self.lora.activate()
+        return encoder_features(self.lora.network, x, t, conditioning)
+
+    def judge(
+        self, before: Float[Tensor, "batch width fh fw"] | None, after: Float[Tensor, "batch width fh fw"]
+    ) -> Float[Tensor, " batch"]:
+        """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
+        return _logits(self.head, before, after)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the adapter's parameters and the head's."""
+        yield from self.lora.parameters()
+        yield from self.head.parameters()
+
+    def requires_grad_(self, requires_grad: bool) -> None:
+        """Switch learning on or off."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the adapter's weights and the head's."""
+        return {"lora": self.lora.state_dict(), "head": self.head.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.lora.load_state_dict(state_dict["lora"])
+        self.head.load_state_dict(state_dict["head"])
 
 
 def discriminator_loss(real: Float[Tensor, " batch"], fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -65,6 +119,17 @@ def r1_penalty(real: Float[Tensor, " batch"], shaken: Float[Tensor, " batch"]) -
 def student_loss(fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
     """Return the non-saturating loss of the student, -log D(fake) (eq 12)."""
     return softplus(-fake).mean()
+
+
+def _head(width: int, pairs: bool) -> nn.Sequential:
+    blocks = [_halve((2 if pairs and i == 0 else 1) * width, width) for i in range(HEAD_BLOCKS)]
+    return nn.Sequential(*blocks, nn.Conv2d(width, 1, 1))
+
+
+def _logits(head: nn.Sequential, before: Tensor | None, after: Tensor) -> Tensor:
+    both = after if before is None else torch.cat([before, after], dim=1)
+    logits: Tensor = head(both).float().mean(dim=(1, 2, 3))
+    return logits
 
 
 def _halve(before: int, after: int) -> nn.Sequential:

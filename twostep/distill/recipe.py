@@ -26,8 +26,10 @@ class Phase(LoopSettings):
     lora_rank: int | None = Field(None, gt=0, description="train a LoRA of this rank; the whole UNet where not given")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
+    discriminator_lora: bool = Field(False, description="its encoder as a LoRA on the shared base: needs lora_rank")
     r1_weight: float = Field(0.0, ge=0, description="weight of the approximated R1 penalty; 100 in arXiv 2501.08316")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, about a third slower")
     reuse: int = Field(1, ge=1, description="times each batch, kept in memory with the teacher's answer, is used")
     early_weight: int = Field(1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)")
 
@@ -52,6 +54,12 @@ class Phase(LoopSettings):
             raise ValueError(
                 "a 1-step student predicts x0, which no LoRA turns an eps network into; leave out lora_rank"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_base_for_both(self) -> "Phase":
+        if self.discriminator_lora and self.lora_rank is None:
+            raise ValueError("discriminator_lora without lora_rank: only LoRA students share a base with it")
         return self
 
     @property

@@ -1,0 +1,140 @@
+"""Two iterations of distillation on the real SDXL architecture, on a CPU with less memory than three copies take.
+
+    python benchmarks/full_size_distill.py [--pixels 256] [--iterations 2]
+
+The weights are random, for the real ones are not needed to know memory and time. One frozen base carries a teacher, a
+student and a discriminator as adapters, as the recipes of LoRA phases have it; batch 1, fp32, blocks recomputed in the
+backward pass. Prints seconds per iteration and the peak of resident memory, beside the arithmetic for three networks.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from functools import partial
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from twostep.diffusion import NoiseSchedule
+from twostep.distill.discriminator import LoraDiscriminator
+from twostep.distill.recipe import Phase
+from twostep.distill.trainer import AdversarialTrainer, Lesson
+from twostep.models.conditioning import Conditioning, image_sizes
+from twostep.models.denoiser import Denoiser
+from twostep.models.lora import add_lora, checkpoint_gradients
+from twostep.runs.loop import Draw
+
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+ENCODER_PARAMETERS = 1_243_367_040
+GIB = 2**30
+
+
+class RandomLatents:
+    """A source of noise in the shapes of SDXL's latents and embeddings."""
+
+    def __init__(self, pixels: int) -> None:
+        """Remember the size of the pictures that these latents would be of."""
+        self.pixels = pixels
+
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+        """Return `count` latents and embeddings."""
+        side = self.pixels // 8
+        latents = torch.randn(count, 4, side, side, generator=tensors)
+        text, pooled = torch.randn(count, 77, 2048, generator=tensors), torch.randn(count, 1280, generator=tensors)
+        return latents, Conditioning(text, pooled, image_sizes(count, self.pixels, self.pixels))
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        """Return embeddings of zeros."""
+        return Conditioning(torch.zeros_like(like.text), torch.zeros_like(like.pooled), like.sizes)
+
+
+def random_sdxl() -> UNet2DConditionModel:
+    """Return the architecture with small random weights, made in place: 2,567,463,684 parameters, 9.6 GiB in fp32."""
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**SDXL)
+    network.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in network.modules():
+            normalises = isinstance(module, nn.GroupNorm | nn.LayerNorm)
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias":
+                    parameter.zero_()
+                elif normalises:
+                    parameter.fill_(1)
+                else:
+                    parameter.normal_(0, 0.02, generator=generator)
+    return network.requires_grad_(False).eval()
+
+
+def peak() -> float:
+    """Return the peak of resident memory in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def main(
+    pixels: Annotated[int, typer.Option(help="Side of the pictures.")] = 256,
+    iterations: Annotated[int, typer.Option(help="Iterations of each of the two phases.")] = 2,
+    rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 64,
+) -> None:
+    """Run iterations of the conditional and of the unconditional phase, 8 steps from 32, and report."""
+    began = time.monotonic()
+    network = random_sdxl()
+    total = sum(parameter.numel() for parameter in network.parameters())
+    typer.echo(f"base: {total:,} parameters, {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB")
+    schedule = NoiseSchedule.scaled_linear()
+    add_lora(network, "32-step", rank=rank)
+    student = add_lora(network, "student", rank=rank)
+    checkpoint_gradients(network)
+    for objective in ("conditional", "unconditional"):
+        phase = Phase.model_validate(
+            {
+                **{"student_steps": 8, "teacher_steps": 32, "objective": objective, "lora_rank": rank},
+                **{"iterations": iterations, "batch_size": 1, "learning_rate": 1e-6, "precision": "fp32"},
+                **{"discriminator_lora": True, "gradient_checkpointing": True},
+            }
+        )
+        for parameter in student.parameters():
+            parameter.requires_grad_(True)
+        trainer = AdversarialTrainer(
+            phase,
+            Lesson(
+                RandomLatents(pixels),
+                Denoiser(network, schedule, lora="32-step"),
+                Denoiser(network, schedule, lora="student"),
+                partial(LoraDiscriminator, rank=rank),
+            ),
+        )
+        for iteration in range(iterations):
+            began = time.monotonic()
+            figures = trainer.iterate(iteration, Draw.at(0, iteration))
+            told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            typer.echo(f"{objective} {iteration + 1}: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB; {told}")
+    # Weights, gradients and two moments of Adam for what is trained; weights alone for what is not.
+    separate = 4 * (total + 4 * total + 4 * ENCODER_PARAMETERS) / GIB
+    frozen = 4 * (2 * total + ENCODER_PARAMETERS) / GIB
+    typer.echo(f"measured peak: {peak():.1f} GiB")
+    typer.echo(
+        f"three networks, the weights alone: {frozen:.1f} GiB; student and discriminator trained: {separate:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
