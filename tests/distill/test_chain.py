@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from twostep.distill import DistillRecipe, distil
+from twostep.distill.chain import find_device
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.lora import Lora, add_lora
 from twostep.runs.folder import RunFolder
+from twostep.runs.recipe import RecipeError
 
 SHARED = {
     "iterations": 1,
@@ -59,6 +61,13 @@ def test_conversion_keeps_the_students_x0(teacher: Bundle) -> None:
     as_x0 = type(teacher.denoiser)(teacher.denoiser.network, teacher.denoiser.schedule, "x0")(x, t, conditioning)
     assert torch.allclose(as_x0.x0, as_eps.eps)
     assert not torch.allclose(as_x0.x0, as_eps.x0)
+
+
+def test_a_device_that_is_not_here_is_told() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    with pytest.raises(RecipeError, match='device "nowhere" is not to be had'):
+        find_device("nowhere")
 
 
 LORAS = DistillRecipe.model_validate(

@@ -24,6 +24,7 @@ from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_lor
 from twostep.models.probe import check_prediction_type
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw
+from twostep.runs.recipe import RecipeError
 
 _RUNNING = "student"
 """The name of the LoRA that is trained; those of finished students, which teach, are called "8-step"."""
@@ -43,16 +44,20 @@ def distil(
 ) -> dict[int, Path]:
     """Run every phase in order and return the released students' files by their steps; the same call resumes.
 
-    `folder/model` becomes a whole model: the teacher, if that is where the chain starts, and the released students.
+    The teacher is moved to the recipe's device. `folder/model` becomes a whole model: the teacher, if that is where the
+    chain starts, and the released students.
 
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
     """
+    device = find_device(recipe.device)
+    teacher = teacher.to(device)
     if recipe.prediction_type is not None:
         teacher = _predicting(teacher, recipe.prediction_type)
     if teacher.contract.role == "teacher":
         draw = Draw.at(0, 0)
-        probe = check_prediction_type(teacher.denoiser, *source.draw(4, draw.tensors, draw.words))
+        x0, conditioning = source.draw(4, draw.tensors, draw.words)
+        probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness)
         save_bundle(teacher, folder.path / "model")
     try:
@@ -91,6 +96,18 @@ def _follow(
             contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
             written[phase.student_steps] = save_student(lesson.trained.state_dict(), contract, folder.path / "model")
     return written
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name, "auto" being the accelerator if there is one; RecipeError if it is not here."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".') from error
+    return torch.device(name)
 
 
 def _predicting(teacher: Bundle, prediction_type: PredictionType) -> Bundle:
@@ -148,6 +165,7 @@ def sample_sheet(teacher: Bundle, student: Denoiser, student_steps: int, prompts
     conditioning = teacher.text.conditioning(prompts, width, height)
     empty = teacher.text.conditioning([""], width, height).expand(len(prompts))
     noise = torch.randn(len(prompts), *teacher.latent_shape(width, height), generator=torch.Generator().manual_seed(0))
+    noise = noise.to(conditioning.text.device)
     guided = teacher.denoiser.guided(conditioning, empty, teacher.contract.guidance)
     rows = [
         (f"teacher {teacher.contract.steps}", _draw(teacher, guided, noise, teacher.contract.steps)),
@@ -159,7 +177,7 @@ def sample_sheet(teacher: Bundle, student: Denoiser, student_steps: int, prompts
 def _draw(bundle: Bundle, denoise: Denoise, noise: Tensor, num_steps: int) -> list[Image.Image]:
     times = torch.tensor([*trailing_times(num_steps), 0])[:, None].expand(-1, len(noise))
     pictures = bundle.codec.decode(solve(denoise, noise, times, bundle.denoiser.schedule))
-    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 

@@ -34,7 +34,7 @@ class Discriminator(nn.Module):
         self.pairs = pairs
         self.encoder = teacher.standalone().requires_grad_(True)
         del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
-        self.head = _head(self.encoder.config.block_out_channels[-1], pairs)
+        self.head = _head(self.encoder.config.block_out_channels[-1], pairs).to(self.encoder.device)
 
     def features(
         self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
@@ -68,7 +68,7 @@ class LoraDiscriminator:
             self.lora.load_state_dict({key: taught[key] for key in self.lora.state_dict()})
         for parameter in trainable:
             parameter.requires_grad_(True)
-        self.head = _head(network.config.block_out_channels[-1], pairs)
+        self.head = _head(network.config.block_out_channels[-1], pairs).to(network.device)
 
     def features(
         self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning

@@ -81,6 +81,7 @@ class DistillRecipe(Settings):
     """A chain of phases from a teacher to its students."""
 
     model: str = Field("nano", description="teacher: a built-in name or a model folder")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one")
     model_steps: int | None = Field(None, gt=0, description="start from that model's student of so many steps")
     prediction_type: PredictionType | None = Field(
         None, description="what the teacher predicts, if its config is wrong"

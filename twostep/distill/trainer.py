@@ -88,6 +88,12 @@ class Lesson:
         network, lora = self.student.network, self.student.lora
         return network if lora is None else Lora(network, lora)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the student is, and everything goes; randomness is drawn on the CPU, so it is the same everywhere."""
+        parameter = next(iter(self.student.network.parameters()))
+        return parameter.device
+
 
 def train_phase(
     phase: Phase,
@@ -137,7 +143,7 @@ class RegressionTrainer:
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
         """Take one step down the squared error."""
         phase, lesson = self.phase, self.lesson
-        with phase.autocast():
+        with phase.autocast(lesson.device.type):
             start, target = self._taught(iteration, draw)
             reached = _reached(phase, lesson, start)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
@@ -185,24 +191,25 @@ class AdversarialTrainer:
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
         """Take one step of the discriminator, then one of the student."""
         phase, student = self.phase, self.lesson.student
-        with phase.autocast():
+        with phase.autocast(self.lesson.device.type):
             x_t, t, s, conditioning, teach = _draw_start(phase, self.lesson, draw)
             real = teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, student.schedule)
             fake = student_landing(student, x_t, t, s, conditioning)
             seen_at = draw_noised_times(s, phase.early_weight, draw.tensors) if phase.noises_the_judged else s
-            eps = torch.randn(x_t.shape, generator=draw.tensors)
+            eps = torch.randn(x_t.shape, generator=draw.tensors).to(x_t.device)
             real, fake = (noise_landed(x, s, seen_at, eps, student.schedule) for x in (real, fake))
             judged = Transition(x_t, fake, t, seen_at, conditioning)
             landings = [real, fake.detach()]
             if phase.r1_weight > 0:
-                landings.append(real + R1_SIGMA * torch.randn(real.shape, generator=draw.tensors))
+                shake = torch.randn(real.shape, generator=draw.tensors).to(real.device)
+                landings.append(real + R1_SIGMA * shake)
             real_logits, fake_logits, *shaken_logits = self._judge(judged, landings)
             loss = discriminator_loss(real_logits, fake_logits)
             for logits in shaken_logits:
                 loss = loss + phase.r1_weight * r1_penalty(real_logits, logits)
             finite(loss, "discriminator", iteration, phase)
         strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
-        with phase.autocast():
+        with phase.autocast(self.lesson.device.type):
             against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
         push = descend(against, self.optimiser, self.lesson.trained, phase, iteration)
         self.average.update()
@@ -282,9 +289,10 @@ def _reached(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
 def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
     """Draw x_t at trained times t, where the student is to land, and the teacher for this conditioning."""
     x0, conditioning = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
-    unconditional = lesson.source.empty(conditioning) if phase.guidance > 1 else conditioning
+    x0, conditioning = x0.to(lesson.device), conditioning.to(lesson.device)
+    unconditional = lesson.source.empty(conditioning).to(lesson.device) if phase.guidance > 1 else conditioning
     t = draw_times(phase.student_steps, len(x0), draw.tensors)
-    eps = torch.randn(x0.shape, generator=draw.tensors)
+    eps = torch.randn(x0.shape, generator=draw.tensors).to(x0.device)
     x_t = lesson.student.schedule.add_noise(x0, eps, t)
     teach = lesson.teacher.guided(conditioning, unconditional, phase.guidance)
     return x_t, t, landing(t, phase.student_steps), conditioning, teach

@@ -83,5 +83,5 @@ def noise_landed(
     schedule: NoiseSchedule,
 ) -> Float[Tensor, "batch c h w"]:
     """Noise what landed on 0 to its t*; the rest stays as it is."""
-    landed = (s == 0).view(-1, 1, 1, 1)
+    landed = (s == 0).to(x_s.device).view(-1, 1, 1, 1)
     return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)

@@ -60,6 +60,12 @@ class Bundle:
         """Encode prompts for uncropped pictures of this size in pixels."""
         return self.text.conditioning(prompts, width, height)
 
+    def to(self, device: torch.device) -> Bundle:
+        """Move every network to a device, in place; returns the bundle."""
+        for network in (self.denoiser.network, self.codec.vae, *self.text.encoders):
+            network.to(device)
+        return self
+
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a picture of this size in pixels."""
         pixels = self.codec.pixels_per_latent

@@ -35,6 +35,10 @@ class Conditioning:
             torch.cat([part.sizes for part in parts]),
         )
 
+    def to(self, device: torch.device) -> Conditioning:
+        """Return the same on a device."""
+        return Conditioning(self.text.to(device), self.pooled.to(device), self.sizes.to(device))
+
     def expand(self, count: int) -> Conditioning:
         """Repeat a single item `count` times."""
         return Conditioning(

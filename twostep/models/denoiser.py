@@ -35,7 +35,8 @@ class Denoiser:
     ) -> Prediction:
         """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
         activate(self.network, self.lora)
-        output = self.network(x_t, t - 1, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False)[
+        index = t.to(x_t.device) - 1
+        output = self.network(x_t, index, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False)[
             0
         ]
         alpha, sigma = self.schedule.coefficients(t, x_t)
@@ -74,7 +75,8 @@ def encoder_features(
     conditioning: Conditioning,
 ) -> Float[Tensor, "batch features fh fw"]:
     """Run the UNet's encoder and mid-block alone, at times t in 0..T; the decoder need not exist."""
-    embedding = network.time_embedding(network.get_time_embed(sample=x_t, timestep=(t - 1).clamp(min=0)))
+    index = (t.to(x_t.device) - 1).clamp(min=0)
+    embedding = network.time_embedding(network.get_time_embed(sample=x_t, timestep=index))
     embedding = embedding + network.get_aug_embed(
         emb=embedding, encoder_hidden_states=conditioning.text, added_cond_kwargs=_added(conditioning)
     )

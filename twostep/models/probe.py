@@ -49,7 +49,7 @@ class Probe:
 def probe_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], conditioning: Conditioning) -> Probe:
     """Denoise known latents as if the network predicted each type; four latents are enough."""
     generator = torch.Generator().manual_seed(0)
-    eps = torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     errors: dict[PredictionType, float] = {}
     for kind in get_args(PredictionType):
         asked = replace(denoiser, prediction_type=kind)
