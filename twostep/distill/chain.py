@@ -20,7 +20,7 @@ from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser, Network
-from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_loras
+from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_lora, remove_loras
 from twostep.models.probe import check_prediction_type
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw
@@ -79,7 +79,7 @@ def _follow(
     finished: dict[int, Denoiser] = {}
     student = teacher.denoiser
     written: dict[int, Path] = {}
-    for phase in recipe.phases:
+    for position, phase in enumerate(recipe.phases):
         # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
         lesson = Lesson(
             source=source,
@@ -91,7 +91,11 @@ def _follow(
             lesson = replace(lesson, teacher=_frozen(student))
         _train_or_load(phase, lesson, folder, teacher, recipe, on_iteration)
         student = lesson.student
-        finished[phase.student_steps] = _kept(student, phase)
+        needed = {later.teacher_steps for later in recipe.phases[position + 1 :]}
+        if phase.student_steps in needed:
+            finished[phase.student_steps] = _kept(student, phase)
+        for steps in finished.keys() - needed:
+            _forget(finished.pop(steps))
         if phase.student_steps in recipe.release:
             contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
             written[phase.student_steps] = save_student(lesson.trained.state_dict(), contract, folder.path / "model")
@@ -216,6 +220,12 @@ def _kept(student: Denoiser, phase: Phase) -> Denoiser:
         kept = add_lora(student.network, name, rank=phase.lora_rank)
     kept.load_state_dict(Lora(student.network, student.lora).state_dict())
     return replace(student, lora=name)
+
+
+def _forget(student: Denoiser) -> None:
+    """Take the adapter of a student that teaches no more off its network."""
+    if student.lora not in (None, _RUNNING):
+        remove_lora(student.network, str(student.lora))
 
 
 def _checkpoint(network: Network, phase: Phase) -> None:

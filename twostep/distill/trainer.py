@@ -91,7 +91,7 @@ class Lesson:
     @property
     def device(self) -> torch.device:
         """Where the student is, and everything goes; randomness is drawn on the CPU, so it is the same everywhere."""
-        parameter = next(iter(self.student.network.parameters()))
+        parameter: Tensor = next(iter(self.student.network.parameters()))
         return parameter.device
 
 
