@@ -26,7 +26,17 @@ from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.lora import Lora
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Average, Draw, OnIteration, Stateful, finite, rate_share, repeat, silent
+from twostep.runs.loop import (
+    Average,
+    Draw,
+    OnIteration,
+    Stateful,
+    finite,
+    rate_share,
+    repeat,
+    silent,
+    training_attention,
+)
 
 
 @runtime_checkable
@@ -253,7 +263,8 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, 
     share = rate_share(iteration, phase)
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
-    loss.backward()
+    with training_attention(loss.device.type):
+        loss.backward()
     norm = nn.utils.clip_grad_norm_(trained.parameters(), phase.gradient_clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
