@@ -34,7 +34,7 @@ class Discriminator(nn.Module):
         self.pairs = pairs
         self.encoder = teacher.standalone().requires_grad_(True)
         del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
-        self.head = _head(self.encoder.config.block_out_channels[-1], pairs).to(self.encoder.device)
+        self.head = _head(self.encoder.config.block_out_channels[-1], pairs, self.encoder.device)
 
     def features(
         self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
@@ -68,7 +68,7 @@ class LoraDiscriminator:
             self.lora.load_state_dict({key: taught[key] for key in self.lora.state_dict()})
         for parameter in trainable:
             parameter.requires_grad_(True)
-        self.head = _head(network.config.block_out_channels[-1], pairs).to(network.device)
+        self.head = _head(network.config.block_out_channels[-1], pairs, network.device)
 
     def features(
         self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
@@ -121,9 +121,11 @@ def student_loss(fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
     return softplus(-fake).mean()
 
 
-def _head(width: int, pairs: bool) -> nn.Sequential:
+def _head(width: int, pairs: bool, device: torch.device) -> nn.Sequential:
+    """Make the head on the CPU, so that it starts the same wherever it is then moved."""
     blocks = [_halve((2 if pairs and i == 0 else 1) * width, width) for i in range(HEAD_BLOCKS)]
-    return nn.Sequential(*blocks, nn.Conv2d(width, 1, 1))
+    head = nn.Sequential(*blocks, nn.Conv2d(width, 1, 1))
+    return head if device.type == "cpu" else head.to(device)
 
 
 def _logits(head: nn.Sequential, before: Tensor | None, after: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Phase(LoopSettings):
 
     @model_validator(mode="after")
     def _only_fixed_answers_are_kept(self) -> "Phase":
-        if self.reuse > 1 and self.objective not in ("mse", "convert"):
+        if self.reuse > 1 and self.judges:
             raise ValueError(f"reuse {self.reuse} with objective {self.objective}: only mse and convert keep answers")
         return self
 
@@ -70,6 +70,11 @@ class Phase(LoopSettings):
     def predicts(self, before: PredictionType) -> PredictionType:
         """Return what the student predicts: as the last one, but x0 at one step, where eps errors grow 14.6 times."""
         return "x0" if self.objective == "convert" or (self.student_steps == 1 and before == "eps") else before
+
+    @property
+    def judges(self) -> bool:
+        """Whether a discriminator judges the student."""
+        return self.objective in ("conditional", "unconditional")
 
     @property
     def noises_the_judged(self) -> bool:

@@ -117,8 +117,7 @@ def train_phase(
 
     Raises TrainingError when a loss stops being a number; the checkpoint before that is kept.
     """
-    judged = phase.objective in ("conditional", "unconditional")
-    trainer = AdversarialTrainer(phase, lesson) if judged else RegressionTrainer(phase, lesson)
+    trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
 
     def keep(iteration: int) -> None:
         with trainer.average.applied():
