@@ -44,6 +44,7 @@ for verb in (
     train.pretrain,
     cache,
     train.distill,
+    train.report,
 ):
     app.command()(verb)
 app.command("evaluate")(evaluate_command)

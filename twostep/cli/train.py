@@ -89,6 +89,13 @@ def distill(
         typer.echo(f"written: {path}")
 
 
+def report(run: Annotated[Path, typer.Argument(help="The folder of a `twostep distill`.")]) -> None:
+    """Make one HTML page of a run: curves, grids, contracts, recipe; also of one that still goes on."""
+    from twostep.distill.report import write_report
+
+    typer.echo(f"written: {write_report(run)}")
+
+
 def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, advance: OnProgress) -> EmojiSource:
     """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
     from twostep.data.emoji import load_emoji

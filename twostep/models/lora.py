@@ -92,7 +92,10 @@ def add_lora(
 def remove_lora(network: UNet2DConditionModel, name: str) -> None:
     """Take one adapter off, if it is there."""
     if name in (getattr(network, "peft_config", None) or {}):
-        network.delete_adapters(name)
+        with warnings.catch_warnings():
+            # PEFT says which one it puts to work instead; every forward pass chooses its own.
+            warnings.filterwarnings("ignore", message="Adapter .* was active")
+            network.delete_adapters(name)
 
 
 def remove_loras(network: UNet2DConditionModel) -> None:
