@@ -63,6 +63,22 @@ def test_conversion_keeps_the_students_x0(teacher: Bundle) -> None:
     assert not torch.allclose(as_x0.x0, as_eps.x0)
 
 
+def test_a_student_teaches_in_its_own_steps_without_guidance(teacher: Bundle, source: object, tmp_path: Path) -> None:
+    contract = replace(teacher.contract, role="student", steps=8, guidance=1.0, trained_times=(1000,))
+    student = replace(teacher, contract=contract)
+
+    def chain(**phase: object) -> None:
+        phases = [{"student_steps": 4, "teacher_steps": 8, "objective": "mse", **SHARED, **phase}]
+        recipe = DistillRecipe.model_validate({"release": [], "sample_prompts": ["x"], "phases": phases})
+        distil(recipe, student, source, RunFolder(tmp_path / str(phase), recipe), version="0", recipe_name="test")
+
+    chain()
+    with pytest.raises(RecipeError, match="wants 32 steps of random, which draws in exactly 8"):
+        chain(teacher_steps=32)
+    with pytest.raises(RecipeError, match="guidance 2 of random, a student"):
+        chain(guidance=2.0)
+
+
 def test_a_device_that_is_not_here_is_told() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type in ("cpu", "cuda", "mps", "xpu")

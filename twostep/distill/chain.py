@@ -50,6 +50,8 @@ def distil(
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
     """
+    if teacher.contract.role == "student":
+        _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
     teacher = teacher.to(device)
     if recipe.prediction_type is not None:
@@ -100,6 +102,23 @@ def _follow(
             contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
             written[phase.student_steps] = save_student(lesson.trained.state_dict(), contract, folder.path / "model")
     return written
+
+
+def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
+    """Refuse what only a teacher of many steps could do: RecipeError."""
+    made = {contract.steps}
+    for phase in recipe.phases:
+        if phase.teacher_steps not in made and phase.objective != "convert":
+            raise RecipeError(
+                f"phase {phase.name} wants {phase.teacher_steps} steps of {contract.name}, which draws in exactly "
+                f"{contract.steps}. Start from its teacher, or let the phase learn from {max(made)} steps."
+            )
+        if phase.guidance > 1:
+            raise RecipeError(
+                f"phase {phase.name} asks for guidance {phase.guidance:g} of {contract.name}, a student: guidance was "
+                "distilled into it already; leave it out."
+            )
+        made.add(phase.student_steps)
 
 
 def find_device(name: str) -> torch.device:
