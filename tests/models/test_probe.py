@@ -14,7 +14,7 @@ from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import ModelError
 from twostep.models.nano import random_bundle
-from twostep.models.probe import SURE, check_prediction_type, probe_prediction_type
+from twostep.models.probe import check_prediction_type, probe_prediction_type
 
 TEACHER = load_bundle("nano")
 
@@ -52,7 +52,7 @@ def test_it_is_found_out_whatever_the_config_says(said_in: str, known: tuple[Ten
     denoiser = restated(said_in)
     probe = probe_prediction_type(denoiser, *known)
     assert probe.found == said_in
-    assert probe.sureness > SURE
+    assert probe.is_sure
     if said_in == "eps":
         assert check_prediction_type(denoiser, *known).found == "eps"
     else:
@@ -65,4 +65,6 @@ def test_a_network_that_knows_nothing_is_not_judged(known: tuple[Tensor, Conditi
     stranger = random_bundle()
     conditioning = stranger.conditioning(["a red fox", ""], 64, 64)
     for kind in ("eps", "v"):
-        assert check_prediction_type(replace(stranger.denoiser, prediction_type=kind), x0, conditioning).sureness < SURE
+        assert not check_prediction_type(replace(stranger.denoiser, prediction_type=kind), x0, conditioning).is_sure
+        nothing = check_prediction_type(replace(stranger.denoiser, prediction_type=kind), 0.01 * x0, conditioning)
+        assert not nothing.is_sure

@@ -60,7 +60,7 @@ def distil(
         draw = Draw.at(0, 0)
         x0, conditioning = source.draw(4, draw.tensors, draw.words)
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
-        folder.log(part="probe", found=probe.found, sureness=probe.sureness)
+        folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
         save_bundle(teacher, folder.path / "model")
     try:
         return _follow(recipe, teacher, source, folder, version, recipe_name, on_iteration)

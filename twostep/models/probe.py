@@ -21,6 +21,9 @@ TIMES = (200, 400, 600)
 SURE = 2.0
 """How many times larger the next best error must be for an answer to count."""
 
+KNOWS = 0.5
+"""The largest relative error of a network that knows these latents at all; answering zero has 1."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -35,9 +38,14 @@ class Probe:
 
     @property
     def sureness(self) -> float:
-        """How many times larger the error of the next best type is; below `SURE` nothing is known."""
+        """How many times larger the error of the next best type is."""
         best, second, *_ = sorted(self.errors.values())
         return second / max(best, 1e-12)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the network knows the latents in one way, and only in one."""
+        return min(self.errors.values()) <= KNOWS and self.sureness >= SURE
 
     def __str__(self) -> str:
         """Say what was found and how sure it is."""
@@ -65,7 +73,7 @@ def probe_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], 
 def check_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], conditioning: Conditioning) -> Probe:
     """Probe a teacher; ModelError where the network surely predicts something else than its config says."""
     probe = probe_prediction_type(denoiser, x0, conditioning)
-    if probe.found != denoiser.prediction_type and probe.sureness >= SURE:
+    if probe.found != denoiser.prediction_type and probe.is_sure:
         raise ModelError(
             f"The teacher's config says that it predicts {denoiser.prediction_type}, but {probe}. Put "
             f'prediction_type = "{probe.found}" into the recipe, or correct its scheduler_config.json.'
