@@ -218,9 +218,12 @@ class AdversarialTrainer:
                 loss = loss + phase.r1_weight * r1_penalty(real_logits, logits)
             finite(loss, "discriminator", iteration, phase)
         strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
+        # Off until the backward pass is over, in which blocks may be computed anew.
+        self.discriminator.requires_grad_(False)
         with phase.autocast(self.lesson.device.type):
             against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
         push = descend(against, self.optimiser, self.lesson.trained, phase, iteration)
+        self.discriminator.requires_grad_(True)
         self.average.update()
         accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         gap = (real_logits - fake_logits).mean()
@@ -244,17 +247,13 @@ class AdversarialTrainer:
         return [self.discriminator.judge(before, after) for after in seen[: len(landings)]]
 
     def _judge_fake(self, judged: Transition) -> Tensor:
-        """Judge the student's landing with gradients that reach the student and nothing else."""
-        self.discriminator.requires_grad_(False)
+        """Judge the student's landing, of x_t without gradient."""
         before = None
         if self.discriminator.pairs:
             with torch.no_grad():
                 before = self.discriminator.features(judged.x_t, judged.t, judged.conditioning)
-        logits = self.discriminator.judge(
-            before, self.discriminator.features(judged.x_s, judged.s, judged.conditioning)
-        )
-        self.discriminator.requires_grad_(True)
-        return logits
+        after = self.discriminator.features(judged.x_s, judged.s, judged.conditioning)
+        return self.discriminator.judge(before, after)
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, iteration: int) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -81,7 +82,9 @@ def add_lora(
         target_modules=list(TARGETS),
         exclude_modules=DECODER if encoder_only else None,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # A starts at random: the same in every run, and nobody else's randomness is moved on.
+        torch.manual_seed(0)
         # PEFT wants to make sure that several adapters are meant; they are.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         network.add_adapter(settings, adapter_name=name)
