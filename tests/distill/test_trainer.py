@@ -141,6 +141,9 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(teacher: Bundle, sourc
             self.calls = getattr(self, "calls", 0) + 1
             return latents * (float("nan") if self.calls > 3 else 1), conditioning
 
+        def empty(self, like: Conditioning) -> Conditioning:
+            return source.empty(like)
+
     settings = phase()
     folder = RunFolder(tmp_path / "run", settings)
     with pytest.raises(TrainingError, match=r"discriminator loss is nan at iteration 3.*learning_rate"):

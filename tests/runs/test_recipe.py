@@ -14,6 +14,7 @@ from twostep.runs.recipe import RecipeError, load_recipe, recipe_names
 OWNERS = {
     "nano": DistillRecipe,
     "nano-quick": DistillRecipe,
+    "nano-lora": DistillRecipe,
     "nano-mse": DistillRecipe,
     "nano-vae": VaeSettings,
     "nano-text": TextSettings,
@@ -43,10 +44,10 @@ def test_an_override_reaches_into_lists() -> None:
         ("phases.0.iterations=0", "phases.0.iterations"),
         ("phases.0.objective=lcm", "phases.0.objective"),
         ("phases.0.student_steps=33", "no multiple"),
-        ("phases.3.guidance=2", "of a student, into which"),
-        ("phases.1.reuse=2", "only mse and convert"),
-        ("phases.2.teacher_steps=16", "no phase before it"),
-        ("phases.2.objective=conditional", "two phases train the same"),
+        ("phases.5.guidance=2", "of a student, into which"),
+        ("phases.2.reuse=2", "only mse and convert"),
+        ("phases.5.teacher_steps=16", "no phase before it"),
+        ("phases.6.objective=conditional", "two phases train the same"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
