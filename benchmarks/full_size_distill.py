@@ -9,10 +9,12 @@ backward pass. Prints seconds per iteration and the peak of resident memory, bes
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 import time
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -29,19 +31,7 @@ from twostep.models.denoiser import Denoiser
 from twostep.models.lora import add_lora, checkpoint_gradients
 from twostep.runs.loop import Draw
 
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
+SDXL = Path(__file__).with_name("sdxl_unet.json")
 ENCODER_PARAMETERS = 1_243_367_040
 GIB = 2**30
 
@@ -68,7 +58,7 @@ class RandomLatents:
 def random_sdxl() -> UNet2DConditionModel:
     """Return the architecture with small random weights, made in place: 2,567,463,684 parameters, 9.6 GiB in fp32."""
     with torch.device("meta"):
-        network = UNet2DConditionModel(**SDXL)
+        network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
     network.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -111,8 +101,7 @@ def main(
                 **{"discriminator_lora": True, "gradient_checkpointing": True},
             }
         )
-        for parameter in student.parameters():
-            parameter.requires_grad_(True)
+        student.requires_grad_(True)
         trainer = AdversarialTrainer(
             phase,
             Lesson(

@@ -28,13 +28,12 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.data.emoji import EmojiSet, load_emoji
-from twostep.diffusion import Denoise, NoiseSchedule, guide, solve, trailing_times
+from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.prompts import FIRST_SEED, Task, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 from twostep.evaluate.report import Report, evaluate
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contact_sheet import contact_sheet
-from twostep.pipeline.generation import initial_noise
 
 CHUNK = 128
 DECODE_CHUNK = 16
@@ -199,17 +198,11 @@ def draw(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task]) -> Tensor:
         )
     shape = bundle.latent_shape(width, height)
     noise = torch.stack([initial_noise(task.seed, shape) for task in tasks])
-    follow = solve_dpm if sampler.solver == "dpm" else solve_euler
+    follow = solve_dpm if sampler.solver == "dpm" else sample
     latents = follow(denoise, noise, sampler.steps, bundle.denoiser.schedule)
     # Small batches stay in the processor's cache: decoding is three times as fast so.
     pixels = torch.cat([bundle.codec.decode(part) for part in torch.split(latents, DECODE_CHUNK)])
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def solve_euler(denoise: Denoise, noise: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
-    """Follow the flow along the trailing grid, as the package does."""
-    times = torch.tensor([*trailing_times(steps, schedule.num_times), 0])
-    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule)
 
 
 def solve_dpm(denoise: Denoise, noise: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.diffusion import trailing_times
-from twostep.models.bundle import Bundle
 from twostep.models.nano import random_bundle
+
+from ..vanilla import assemble
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder in the documented layout, written without the package's own writer."""
     folder = tmp_path_factory.mktemp("models") / "random"
     teacher = random_bundle()
-    save_pipeline(teacher, folder)
+    assemble(teacher, timestep_spacing="trailing").save_pretrained(folder)
     (folder / "twostep.json").write_text(teacher.contract.to_json())
     (folder / "students").mkdir()
     for steps in (8, 4, 2, 1):
@@ -48,20 +48,3 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def student_file(model: Path) -> Path:
     return model / "students" / "random_4step_unet.safetensors"
-
-
-def save_pipeline(bundle: Bundle, folder: Path) -> None:
-    """Save as diffusers does."""
-    StableDiffusionXLPipeline(
-        vae=bundle.codec.vae,
-        text_encoder=bundle.text.encoders[0],
-        text_encoder_2=bundle.text.encoders[1],
-        tokenizer=bundle.text.tokenizers[0],
-        tokenizer_2=bundle.text.tokenizers[1],
-        unet=bundle.denoiser.network,
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing"
-        ),
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    ).save_pretrained(folder)

@@ -40,8 +40,7 @@ GOLDEN: dict[str, dict[str, float]] = {
 
 
 def third_iteration(settings: Phase, teacher: Bundle, source: object) -> dict[str, float]:
-    adversarial = settings.objective in ("conditional", "unconditional")
-    trainer = (AdversarialTrainer if adversarial else RegressionTrainer)(
+    trainer = (AdversarialTrainer if settings.judges else RegressionTrainer)(
         settings, lesson(teacher, source, settings.predicts("eps"))
     )
     figures = [trainer.iterate(i, Draw.at(settings.seed, i)) for i in range(3)][-1]

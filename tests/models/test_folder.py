@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
 from twostep.models.folder import ModelError, find_model, read_contracts
 from twostep.models.nano import random_bundle
+
+from ..vanilla import assemble
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +21,8 @@ def bundle() -> Bundle:
 @pytest.fixture
 def vanilla(bundle: Bundle, tmp_path: Path) -> Path:
     """A folder as diffusers writes it: no contract, another spacing, zeros for the empty prompt."""
-    StableDiffusionXLPipeline(
-        vae=bundle.codec.vae,
-        text_encoder=bundle.text.encoders[0],
-        text_encoder_2=bundle.text.encoders[1],
-        tokenizer=bundle.text.tokenizers[0],
-        tokenizer_2=bundle.text.tokenizers[1],
-        unet=bundle.denoiser.network,
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"
-        ),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    ).save_pretrained(tmp_path / "mine")
+    pipeline = assemble(bundle, zeros_for_empty=True, prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "mine")
     return tmp_path / "mine"
 
 

@@ -1,7 +1,9 @@
 """LoRA: it reaches what the paper says, changes nothing at first, trains alone, and merges into the same function."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +13,7 @@ from twostep.models.bundle import Bundle
 from twostep.models.lora import LoraError, activate, active, add_lora, checkpoint_gradients, merge, remove_loras
 from twostep.models.nano import random_bundle
 
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
+SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
 
 
 @pytest.fixture
@@ -46,7 +36,7 @@ def shake(lora, seed: int = 1) -> None:
 
 def test_on_sdxl_it_reaches_what_the_paper_says() -> None:
     with torch.device("meta"):
-        network = UNet2DConditionModel(**SDXL)
+        network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
         lora = add_lora(network, "student", rank=64)
     parameters = list(lora.parameters())
     assert len(parameters) == 2 * 788

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from twostep.diffusion import solve, trailing_times
+from twostep.diffusion import sample
 from twostep.models.bundle import load_bundle
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
@@ -41,9 +41,8 @@ def known() -> tuple[Tensor, Conditioning]:
     conditioning = TEACHER.conditioning(["a 3d red apple on a blue background", "a flat fox"], 64, 64)
     empty = TEACHER.conditioning([""], 64, 64).expand(2)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    times = torch.tensor([*trailing_times(8), 0])[:, None].expand(-1, 2)
     with torch.no_grad():
-        latents = solve(TEACHER.denoiser.guided(conditioning, empty, 3.0), noise, times, TEACHER.denoiser.schedule)
+        latents = sample(TEACHER.denoiser.guided(conditioning, empty, 3.0), noise, 8, TEACHER.denoiser.schedule)
     return latents, conditioning
 
 

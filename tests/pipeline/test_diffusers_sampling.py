@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from twostep.models.bundle import Bundle
 from twostep.pipeline import Request, generate, initial_noise
+
+from ..vanilla import assemble
 
 PROMPT = "a 3d red apple on a blue background"
 SEED = 11
@@ -20,27 +21,10 @@ SEED = 11
 def vanilla(bundle: Bundle, steps: int, guidance: float, *, corrected_start: bool = True) -> torch.Tensor:
     """Sample with StableDiffusionXLPipeline as its users would: Euler, trailing, guidance as asked."""
     prediction_type = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[bundle.denoiser.prediction_type]
-    scheduler = EulerDiscreteScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        timestep_spacing="trailing",
-        prediction_type=prediction_type,
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=bundle.codec.vae,
-        text_encoder=bundle.text.encoders[0],
-        text_encoder_2=bundle.text.encoders[1],
-        tokenizer=bundle.text.tokenizers[0],
-        tokenizer_2=bundle.text.tokenizers[1],
-        unet=bundle.denoiser.network,
-        scheduler=scheduler,
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
+    pipeline = assemble(bundle, timestep_spacing="trailing", prediction_type=prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     noise = initial_noise(SEED, bundle.latent_shape(64, 64))[None]
-    top = scheduler.sigmas.max()
+    top = pipeline.scheduler.sigmas.max()
     start = top / (top**2 + 1).sqrt()
     assert start.item() == pytest.approx(0.99767, abs=1e-5)
     return pipeline(

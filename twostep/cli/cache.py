@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -34,8 +35,8 @@ def cache(
     from twostep.models.bundle import load_bundle
 
     prompts = _read_prompts(source)
-    if prompts is None:
-        next(find_entries(source))  # an empty or missing source is told before a model loads
+    entries = find_entries(source) if prompts is None else iter(())
+    first = list(islice(entries, 1))  # so an empty or missing source is told before a model loads
     bundle = load_bundle(model)
     with progress_bar("cache") as advance:
 
@@ -44,7 +45,7 @@ def cache(
 
         if prompts is None:
             written = cache_pictures(
-                find_entries(source),
+                chain(first, entries),
                 bundle,
                 out,
                 sizes=bundle.contract.sizes[:1] if square else bundle.contract.sizes,

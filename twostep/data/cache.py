@@ -13,6 +13,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -127,15 +128,15 @@ class CachedSource:
 
     def __len__(self) -> int:
         """Return the number of items."""
-        return sum(len(shard.names) for shards in self.shards.values() for shard in shards)
+        return sum(ends[-1] for ends in self._ends.values())
 
     def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
         """Return random items of one random size; DataError names an item whose values are no numbers."""
         sizes = list(self.shards)
-        counts = [sum(len(shard.names) for shard in self.shards[size]) for size in sizes]
+        counts = [self._ends[size][-1] for size in sizes]
         chosen = int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=tensors))
         rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
-        items = [self._item(self.shards[sizes[chosen]], row) for row in rows]
+        items = [self._item(sizes[chosen], row) for row in rows]
         latents, text, pooled, told = (
             torch.stack([item[key] for item in items]).float() for key in ("latents", "text", "pooled", "sizes")
         )
@@ -146,10 +147,15 @@ class CachedSource:
         count = len(like)
         return Conditioning(self.empty_text.expand(count, -1, -1), self.empty_pooled.expand(count, -1), like.sizes)
 
-    def _item(self, shards: list[Shard], row: int) -> dict[str, Tensor]:
-        ends = list(accumulate(len(shard.names) for shard in shards))
-        position = bisect_right(ends, row)
-        shard, row = shards[position], row - (ends[position] - len(shards[position].names))
+    @cached_property
+    def _ends(self) -> dict[tuple[int, int], list[int]]:
+        """By size, the number of items up to the end of each shard."""
+        return {size: list(accumulate(len(shard.names) for shard in shards)) for size, shards in self.shards.items()}
+
+    def _item(self, size: tuple[int, int], row: int) -> dict[str, Tensor]:
+        position = bisect_right(self._ends[size], row)
+        shard = self.shards[size][position]
+        row -= self._ends[size][position] - len(shard.names)
         if shard.path not in self._files:
             self._files[shard.path] = safe_open(shard.path, "pt")
         file = self._files[shard.path]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twostep.data.cache import CacheWriter, OnItem
 from twostep.data.pictures import DataError, Demands, Entry, UnusablePictureError, cut, read_picture
-from twostep.diffusion import solve, trailing_times
+from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import Bundle
 from twostep.models.conditioning import Conditioning
 
@@ -76,13 +76,12 @@ def cache_prompts(
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         shape = bundle.latent_shape(width, height)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, _ in batch])
+        noise = torch.stack([initial_noise(k, shape) for k, _ in batch])
         with torch.no_grad():
             conditioning = bundle.conditioning([prompt for _, prompt in batch], width, height)
             empty = bundle.conditioning([""], width, height).expand(len(batch))
-            times = torch.tensor([*trailing_times(steps), 0])[:, None].expand(-1, len(batch))
             denoise = bundle.denoiser.guided(conditioning, empty, guidance)
-            latents = solve(denoise, noise, times, bundle.denoiser.schedule)
+            latents = sample(denoise, noise, steps, bundle.denoiser.schedule)
         writer.add([_prompt_name(k, prompt) for k, prompt in batch], latents, conditioning)
     return writer.close()
 

@@ -5,7 +5,7 @@ t = 0 is clean, t = T is pure noise. Teacher, student and sampler are the same `
 This room knows tensors only: no networks, no text, no files.
 """
 
-from twostep.diffusion.flow import Denoise, FlowError, solve, step
+from twostep.diffusion.flow import Denoise, FlowError, initial_noise, sample, solve, step
 from twostep.diffusion.grid import GridError, landing, trailing_times
 from twostep.diffusion.prediction import (
     Prediction,
@@ -32,8 +32,10 @@ __all__ = [
     "ScheduleError",
     "eps_to_x0",
     "guide",
+    "initial_noise",
     "landing",
     "prediction_from_output",
+    "sample",
     "solve",
     "step",
     "to_v",

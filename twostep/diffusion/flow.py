@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twostep.diffusion.grid import trailing_times
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import NoiseSchedule
 from twostep.errors import TwostepError
@@ -54,6 +55,23 @@ def solve(
         if on_step is not None:
             on_step(i, prediction)
     return x
+
+
+def sample(
+    denoise: Denoise,
+    noise: Float[Tensor, "batch *shape"],
+    num_steps: int,
+    schedule: NoiseSchedule,
+    on_step: Callable[[int, Prediction], None] | None = None,
+) -> Float[Tensor, "batch *shape"]:
+    """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
+    times = torch.tensor([*trailing_times(num_steps, schedule.num_times), 0])
+    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
+
+
+def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    """Draw the pure noise of one image: float32 from a generator of its own on the CPU, so the same on every device."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
 def _check_times(times: Tensor, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.contract import Contract
-from twostep.diffusion import Denoise, PredictionType, solve, trailing_times
+from twostep.diffusion import Denoise, PredictionType, sample
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
@@ -50,6 +51,39 @@ def distil(
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
     """
+    teacher = _prepare(recipe, teacher, source, folder)
+    finished: dict[int, Denoiser] = {}
+    student = teacher.denoiser
+    written: dict[int, Path] = {}
+    with ExitStack() as leaving:
+        leaving.callback(remove_loras, teacher.denoiser.network)
+        for position, phase in enumerate(recipe.phases):
+            # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
+            lesson = Lesson(
+                source=source,
+                teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
+                student=_learner(student, phase),
+                discriminator=_discriminator(phase),
+            )
+            if phase.objective == "convert":
+                lesson = replace(lesson, teacher=_frozen(student))
+            _train_or_load(phase, lesson, folder, teacher, recipe, on_iteration)
+            student = lesson.student
+            needed = {later.teacher_steps for later in recipe.phases[position + 1 :]}
+            if phase.student_steps in needed:
+                finished[phase.student_steps] = _kept(student, phase)
+            for steps in finished.keys() - needed:
+                _forget(finished.pop(steps))
+            if phase.student_steps in recipe.release:
+                contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
+                written[phase.student_steps] = save_student(
+                    lesson.trained.state_dict(), contract, folder.path / "model"
+                )
+    return written
+
+
+def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder) -> Bundle:
+    """Check that the teacher can teach what is asked, put it where it runs, and begin the model that is to be made."""
     if teacher.contract.role == "student":
         _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
@@ -62,46 +96,7 @@ def distil(
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
         save_bundle(teacher, folder.path / "model")
-    try:
-        return _follow(recipe, teacher, source, folder, version, recipe_name, on_iteration)
-    finally:
-        remove_loras(teacher.denoiser.network)
-
-
-def _follow(
-    recipe: DistillRecipe,
-    teacher: Bundle,
-    source: Source,
-    folder: RunFolder,
-    version: str,
-    recipe_name: str,
-    on_iteration: OnPhase,
-) -> dict[int, Path]:
-    """Run the phases in order; LoRA phases leave adapters on the network that they start from."""
-    finished: dict[int, Denoiser] = {}
-    student = teacher.denoiser
-    written: dict[int, Path] = {}
-    for position, phase in enumerate(recipe.phases):
-        # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
-        lesson = Lesson(
-            source=source,
-            teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
-            student=_learner(student, phase),
-            discriminator=_discriminator(phase),
-        )
-        if phase.objective == "convert":
-            lesson = replace(lesson, teacher=_frozen(student))
-        _train_or_load(phase, lesson, folder, teacher, recipe, on_iteration)
-        student = lesson.student
-        needed = {later.teacher_steps for later in recipe.phases[position + 1 :]}
-        if phase.student_steps in needed:
-            finished[phase.student_steps] = _kept(student, phase)
-        for steps in finished.keys() - needed:
-            _forget(finished.pop(steps))
-        if phase.student_steps in recipe.release:
-            contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
-            written[phase.student_steps] = save_student(lesson.trained.state_dict(), contract, folder.path / "model")
-    return written
+    return teacher
 
 
 def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
@@ -198,8 +193,7 @@ def sample_sheet(teacher: Bundle, student: Denoiser, student_steps: int, prompts
 
 
 def _draw(bundle: Bundle, denoise: Denoise, noise: Tensor, num_steps: int) -> list[Image.Image]:
-    times = torch.tensor([*trailing_times(num_steps), 0])[:, None].expand(-1, len(noise))
-    pictures = bundle.codec.decode(solve(denoise, noise, times, bundle.denoiser.schedule))
+    pictures = bundle.codec.decode(sample(denoise, noise, num_steps, bundle.denoiser.schedule))
     pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
@@ -217,7 +211,8 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
         return replace(student, network=network, lora=None, prediction_type=phase.predicts(student.prediction_type))
     if student.lora is None:
         add_lora(student.network, _RUNNING, rank=phase.lora_rank)
-    _only_trainable(Lora(student.network, _RUNNING))
+    student.network.requires_grad_(False)
+    Lora(student.network, _RUNNING).requires_grad_(True)
     _checkpoint(student.network, phase)
     return replace(student, lora=_RUNNING)
 
@@ -252,9 +247,3 @@ def _checkpoint(network: Network, phase: Phase) -> None:
         checkpoint_gradients(network)
     else:
         network.disable_gradient_checkpointing()
-
-
-def _only_trainable(lora: Lora) -> None:
-    lora.network.requires_grad_(False)
-    for parameter in lora.parameters():
-        parameter.requires_grad_(True)

@@ -90,8 +90,8 @@ class LoraDiscriminator:
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Switch learning on or off."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad)
+        self.lora.requires_grad_(requires_grad)
+        self.head.requires_grad_(requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapter's weights and the head's."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from twostep.contract import Contract
+from twostep.distill.recipe import Phase
 from twostep.models.folder import file_contract
 from twostep.runs.folder import RunError, write_whole
 
@@ -95,12 +96,8 @@ def _read_parts(folder: Path) -> list[Part]:
 
 
 def _iterations(recipe: str) -> dict[str, int]:
-    phases = tomllib.loads(recipe).get("phases", [])
-    endings = ["" if phase.get("lora_rank") is None else "-lora" for phase in phases]
-    return {
-        f"{phase['student_steps']}-{phase['objective']}{ending}": phase["iterations"]
-        for phase, ending in zip(phases, endings, strict=True)
-    }
+    phases = [Phase.model_validate(phase) for phase in tomllib.loads(recipe).get("phases", [])]
+    return {phase.name: phase.iterations for phase in phases}
 
 
 def _overview(parts: Sequence[Part], wanted: dict[str, int]) -> str:

@@ -142,9 +142,7 @@ class RegressionTrainer:
         """Make the optimiser, Adam (0.9, 0.999), and the average."""
         self.phase, self.lesson = phase, lesson
         trained = lesson.trained
-        self.optimiser = torch.optim.AdamW(
-            trained.parameters(), lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=True
-        )
+        self.optimiser = _adam(trained, phase.learning_rate, (0.9, 0.999), phase)
         self.average = Average(trained, phase.ema_decay)
         self.state: dict[str, Stateful] = {"student": trained, "optimiser": self.optimiser, "average": self.average}
         self._kept: dict[int, tuple[_Start, Tensor]] = {}
@@ -185,9 +183,9 @@ class AdversarialTrainer:
         trained = lesson.trained
         torch.manual_seed(phase.seed)
         self.discriminator = lesson.discriminator(lesson.teacher, pairs=phase.objective == "conditional")
-        self.optimiser = _adam(trained, phase.learning_rate, phase)
+        self.optimiser = _adam(trained, phase.learning_rate, (0.0, 0.99), phase)
         rate = phase.discriminator_learning_rate or phase.learning_rate
-        self.discriminator_optimiser = _adam(self.discriminator, rate, phase)
+        self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
         self.average = Average(trained, phase.ema_decay)
         self.state: dict[str, Stateful] = {
             "student": trained,
@@ -269,9 +267,9 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, 
     return norm.item()
 
 
-def _adam(trained: Trainable, learning_rate: float, phase: Phase) -> torch.optim.Optimizer:
+def _adam(trained: Trainable, learning_rate: float, betas: tuple[float, float], phase: Phase) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        trained.parameters(), lr=learning_rate, betas=(0.0, 0.99), weight_decay=phase.weight_decay, fused=True
+        trained.parameters(), lr=learning_rate, betas=betas, weight_decay=phase.weight_decay, fused=True
     )
 
 

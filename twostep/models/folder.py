@@ -158,7 +158,7 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(hub_id, ignore_patterns=[*_PICKLES, "*/*.msgpack"]))
+        found = Path(snapshot_download(hub_id, ignore_patterns=list(_PICKLES)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"{hub_id} is neither a folder here nor to be had from the hub ({str(error).splitlines()[0]}). "

@@ -48,6 +48,11 @@ class Lora:
         found = f".{self.name}."
         return (parameter for key, parameter in self.network.named_parameters() if found in f"{key}.")
 
+    def requires_grad_(self, requires_grad: bool) -> None:
+        """Switch the adapter's learning on or off; the base is left as it is."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapter's weights by PEFT's names, which do not depend on the adapter's own."""
         state: dict[str, Tensor] = get_peft_model_state_dict(self.network, adapter_name=self.name)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twostep.diffusion import PredictionType
+from twostep.diffusion import PredictionType, prediction_from_output
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import ModelError
@@ -58,15 +58,16 @@ def probe_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], 
     """Denoise known latents as if the network predicted each type; four latents are enough."""
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-    errors: dict[PredictionType, float] = {}
-    for kind in get_args(PredictionType):
-        asked = replace(denoiser, prediction_type=kind)
-        off = 0.0
-        for time in TIMES:
-            t = torch.full((len(x0),), time)
-            found = asked(denoiser.schedule.add_noise(x0, eps, t), t, conditioning).x0
-            off += (found - x0).square().mean().item() / len(TIMES)
-        errors[kind] = off / x0.square().mean().item()
+    raw = replace(denoiser, prediction_type="eps")
+    errors: dict[PredictionType, float] = dict.fromkeys(get_args(PredictionType), 0.0)
+    for time in TIMES:
+        t = torch.full((len(x0),), time)
+        x_t = denoiser.schedule.add_noise(x0, eps, t)
+        alpha, sigma = denoiser.schedule.coefficients(t, x_t)
+        output = raw(x_t, t, conditioning).eps  # taken for eps, an answer stays as the network gave it
+        for kind in errors:
+            found = prediction_from_output(output, x_t, alpha, sigma, kind).x0
+            errors[kind] += (found - x0).square().mean().item() / len(TIMES) / x0.square().mean().item()
     return Probe(errors)
 
 

@@ -10,7 +10,8 @@ from twostep.pipeline.png import OutputError, Provenance, ProvenanceError, read_
 from twostep.pipeline.request import Request, RequestError, Result
 
 if TYPE_CHECKING:
-    from twostep.pipeline.generation import GenerationError, Progress, generate, initial_noise
+    from twostep.diffusion import initial_noise
+    from twostep.pipeline.generation import GenerationError, Progress, generate
 
 __all__ = [
     "GenerationError",

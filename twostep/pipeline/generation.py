@@ -1,6 +1,6 @@
 """From a request to pictures.
 
-Text is encoded once, each image starts from its own noise, `solve` follows the flow along the trailing grid of the
+Text is encoded once, each image starts from its own noise, `sample` follows the flow along the trailing grid of the
 contract, and the codec turns latents into pixels. A student is sampled by the same lines as its teacher, with fewer
 times. This module keeps no state between two calls, and knows nothing of files, servers or progress bars.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.contract import Contract
-from twostep.diffusion import Denoise, Prediction, solve, trailing_times
+from twostep.diffusion import Denoise, Prediction, initial_noise, sample
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
 from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Request, Result
@@ -81,11 +81,6 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     return Result(images, request.seeds, seconds, warnings, bundle.contract, request)
 
 
-def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
-    """Draw the pure noise of one image: float32 from a generator of its own on the CPU, so the same on every device."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-
-
 def _plan(contract: Contract, request: Request) -> _Plan:
     """Settle a request that the contract has checked; a student's guidance is distilled into it, so it gets none."""
     wish = contract.guidance if request.guidance is None else request.guidance
@@ -118,11 +113,9 @@ def _denoise(
     bundle: Bundle, plan: _Plan, denoise: Denoise, seeds: list[int], report: Callable[[int, Prediction], None]
 ) -> Float[Tensor, "batch channels height width"]:
     """Follow the flow from the noise of these seeds to clean latents."""
-    schedule = bundle.denoiser.schedule
     shape = bundle.latent_shape(plan.width, plan.height)
     noise = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(bundle.denoiser.network.device)
-    times = torch.tensor([*trailing_times(plan.steps, schedule.num_times), 0])
-    latents = solve(denoise, noise, times[:, None].expand(-1, len(seeds)), schedule, report)
+    latents = sample(denoise, noise, plan.steps, bundle.denoiser.schedule, report)
     return _finite(latents, "latents", seeds)
 
 
