@@ -21,6 +21,7 @@ import torch
 import typer
 from diffusers import DPMSolverMultistepScheduler
 from nano_table_text import checks, to_markdown
+from nano_tasks import FIRST_SEED, Task, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,6 @@ from twostep.contract import Contract
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
 from twostep.evaluate.judge import Judge, load_judge
-from twostep.evaluate.prompts import FIRST_SEED, Task, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 from twostep.evaluate.report import Report, evaluate
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contact_sheet import contact_sheet

@@ -1,8 +1,16 @@
-"""A bundle as its parts in diffusers' own pipeline, put together without the package's writer."""
+"""A bundle as others keep it: in diffusers' own pipeline, and in one file; without the package's writers."""
 
+import re
+from pathlib import Path
+
+import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from torch import Tensor
 
 from twostep.models.bundle import Bundle
+from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
+from twostep.models.single_file import NAMES
 
 
 def assemble(bundle: Bundle, *, zeros_for_empty: bool = False, **scheduler: object) -> StableDiffusionXLPipeline:
@@ -20,3 +28,27 @@ def assemble(bundle: Bundle, *, zeros_for_empty: bool = False, **scheduler: obje
         force_zeros_for_empty_prompt=zeros_for_empty,
         add_watermarker=False,
     )
+
+
+def write_single_file(bundle: Bundle, path: Path, metadata: dict[str, str] | None = None, **more: Tensor) -> None:
+    """Write a whole checkpoint into one file, in fp16 and by the old names; `more` are further keys."""
+    parts = {UNET: bundle.denoiser.network, VAE: bundle.codec.vae}
+    parts |= {CLIP_L: bundle.text.encoders[0], CLIP_G: bundle.text.encoders[1]}
+    weights = dict(more)
+    for part, network in parts.items():
+        state = network.state_dict()
+        named = {name: state[key] for key, name in NAMES[part](state).items()}
+        named = _stacked(named) if part == CLIP_G else named
+        weights |= {part + name: value.half().contiguous() for name, value in named.items()}
+    for key in [key for key in weights if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key)]:
+        weights[key] = weights[key][:, :, None, None]
+    save_file(weights, path, metadata)
+
+
+def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep q, k and v in one, and the projection the other way round, as open_clip does."""
+    stacked = {key: value for key, value in weights.items() if not re.search(r"attn\.[qkv]_proj", key)}
+    for key in (key for key in weights if ".attn.q_proj." in key):
+        whole = torch.cat([weights[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+        stacked[key.replace("q_proj.", "in_proj_")] = whole
+    return stacked | {"text_projection": weights["text_projection"].T}

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from train_judge import JudgeRecipe, train_judge
 
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.evaluate.judge import Judge, load_judge
-from twostep.evaluate.train_judge import JudgeRecipe, train_judge
 from twostep.runs.descent import DescentSettings
 
 SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from nano_tasks import complete_tasks, real_pictures
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from twostep.cli.evaluate import evaluate_command
 from twostep.contract import Contract
 from twostep.data.emoji import EmojiSet
-from twostep.evaluate.prompts import complete_tasks, real_pictures
 from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request
 from twostep.pipeline.request import Result as Drawn

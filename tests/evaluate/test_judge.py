@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_judge import JudgeRecipe, measure_accuracy, train_judge
 
 from twostep.data.emoji import EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
-from twostep.evaluate.train_judge import JudgeRecipe, measure_accuracy, train_judge
 from twostep.runs.folder import RunError
 from twostep.runs.loop import TrainingError
 from twostep.runs.recipe import load_recipe
 
 from .conftest import QUICK
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "judge.toml"
 
 
 def _with_loop(**changes: float) -> JudgeRecipe:
@@ -91,8 +93,8 @@ def test_the_verdict_does_not_depend_on_the_batch(quick_judge: Judge):
 
 
 def test_it_sees_blur(emoji: EmojiSet, judge: Judge):
-    from twostep.evaluate.degradation import blur
-    from twostep.evaluate.prompts import complete_tasks, real_pictures
+    from degradation import blur
+    from nano_tasks import complete_tasks, real_pictures
 
     pictures = real_pictures([task.attributes for task in complete_tasks(emoji.concepts, 64)], emoji)
     blurred = blur(pictures, torch.full((64,), 1.2))
@@ -128,7 +130,7 @@ def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: Emo
 
 
 def test_the_committed_recipe_is_accepted():
-    assert load_recipe("nano-judge", JudgeRecipe).name == "nano-judge"
+    assert load_recipe(COMMITTED, JudgeRecipe).name == "nano-judge"
 
 
 def test_the_built_in_judge_is_small_and_states_its_accuracy(judge: Judge):
@@ -142,7 +144,8 @@ def test_the_built_in_judge_is_small_and_states_its_accuracy(judge: Judge):
 
 def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet, judge: Judge):
     """It never saw these half-sized drawings; what it states of itself must hold for them too."""
-    from twostep.evaluate.prompts import complete_tasks, real_pictures
+    from nano_tasks import complete_tasks, real_pictures
+
     from twostep.evaluate.report import evaluate
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]

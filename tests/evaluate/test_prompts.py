@@ -3,19 +3,12 @@
 from random import Random
 
 import pytest
+from nano_tasks import FIRST_SEED, PromptError, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 
 from twostep.data.captions import BACKGROUNDS, STYLES, Attributes, Omission, caption, complete_caption
 from twostep.data.emoji import EmojiSet, built_in_concepts
 from twostep.evaluate.judge import Judge
-from twostep.evaluate.prompts import (
-    FIRST_SEED,
-    PromptError,
-    attributes_from_prompt,
-    complete_tasks,
-    incomplete_tasks,
-    real_pictures,
-    repeated_tasks,
-)
+from twostep.evaluate.prompts import attributes_from_prompt
 
 CONCEPTS = built_in_concepts()
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from nano_tasks import complete_tasks, real_pictures
 
 from twostep.data.captions import Attributes
 from twostep.data.emoji import EmojiSet
 from twostep.evaluate.frechet import FrechetError
 from twostep.evaluate.judge import Judge, JudgeError
-from twostep.evaluate.prompts import complete_tasks, real_pictures
 from twostep.evaluate.report import EvaluationError, evaluate
 
 FOX, APPLE = Attributes(("fox",), "flat", "blue"), Attributes(("red apple",), "3d", "green")
@@ -47,7 +47,7 @@ def test_right_wishes_score_all(foxes: torch.Tensor, judge: Judge):
 
 
 def test_the_distance_to_itself_is_zero_and_more_blur_is_farther(emoji: EmojiSet, judge: Judge):
-    from twostep.evaluate.degradation import blur
+    from degradation import blur
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 192)]
     pictures = real_pictures(wishes, emoji)

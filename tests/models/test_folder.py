@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.folder import ModelError, find_model, read_contracts
+from twostep.models.contracts import read_contracts
+from twostep.models.folder import ModelError, find_model
 from twostep.models.nano import random_bundle
 
 from ..vanilla import assemble

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from twostep.evaluate import attributes_from_prompt, evaluate, load_judge
 from twostep.models.bundle import load_bundle
-from twostep.models.folder import WEIGHTS, read_contracts
+from twostep.models.contracts import read_contracts
+from twostep.models.folder import WEIGHTS
 from twostep.pipeline import Request, generate
 
 NANO = WEIGHTS / "nano"

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from twostep.distill.recipe import DistillRecipe
-from twostep.evaluate.train_judge import JudgeRecipe
 from twostep.pretrain.autoencoder import VaeSettings
 from twostep.pretrain.teacher import TeacherSettings
 from twostep.pretrain.text import TextSettings
@@ -19,7 +18,6 @@ OWNERS = {
     "nano-vae": VaeSettings,
     "nano-text": TextSettings,
     "nano-teacher": TeacherSettings,
-    "nano-judge": JudgeRecipe,
 }
 
 

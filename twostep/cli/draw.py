@@ -81,7 +81,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the contracts as a JSON list.")] = False,
 ) -> None:
     """Print what a model says of itself: how each of its checkpoints must be sampled."""
-    from twostep.models.folder import read_contracts
+    from twostep.models.contracts import read_contracts
 
     contracts = read_contracts(model)
     if as_json:
@@ -97,7 +97,7 @@ def demo(
 ) -> None:
     """Draw a gallery of the 2-step student beside its teacher, from the same noise, and time every student."""
     from twostep.models.contact_sheet import contact_sheet
-    from twostep.models.folder import read_contracts
+    from twostep.models.contracts import read_contracts
 
     prepare_folder(out.parent)
     counts = sorted({contract.steps for contract in read_contracts(model)}, reverse=True)
@@ -120,7 +120,7 @@ def demo(
 
 def _default_steps(model: str) -> int:
     """Two, where the model has a student for it; otherwise what its first contract says."""
-    from twostep.models.folder import read_contracts
+    from twostep.models.contracts import read_contracts
 
     offered = [contract.steps for contract in read_contracts(model)]
     return 2 if 2 in offered else offered[0]

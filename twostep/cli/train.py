@@ -48,7 +48,7 @@ def pretrain(
     override: Override = None,
     emoji: Emoji = Path("runs/emoji.safetensors"),
 ) -> None:
-    """Train a part of the nano model: its autoencoder, text encoders, teacher or judge, as the recipe says."""
+    """Train a part of the nano model: its autoencoder, text encoders or teacher, as the recipe says."""
     part = tomllib.loads(find_recipe(recipe).read_text()).get("part")
     if part not in _PARTS:
         raise RecipeError(f"{recipe} trains {part!r}; `twostep pretrain` trains {', '.join(_PARTS)}.")
@@ -189,16 +189,6 @@ def _pretrain_teacher(recipe: str, override: list[str], out: Path, emoji: Path, 
     return out / "model"
 
 
-def _pretrain_judge(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
-    from twostep.data.emoji import load_emoji
-    from twostep.evaluate.train_judge import JudgeRecipe, train_judge
-    from twostep.runs.recipe import load_recipe
-
-    settings = load_recipe(recipe, JudgeRecipe, override)
-    train_judge(settings, load_emoji(emoji), out, _counter(advance, settings.loop.iterations))
-    return out / "judge.safetensors"
-
-
 def _counter(advance: OnProgress, total: int) -> Callable[[int, dict[str, float]], None]:
     return lambda done, figures: advance(done, total, _spoken(figures))
 
@@ -211,5 +201,4 @@ _PARTS: dict[Any, Callable[[str, list[str], Path, Path, OnProgress], Path]] = {
     "vae": _pretrain_vae,
     "text": _pretrain_text,
     "teacher": _pretrain_teacher,
-    "judge": _pretrain_judge,
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 from twostep.contract import Contract
 from twostep.distill.recipe import Phase
-from twostep.models.folder import file_contract
+from twostep.models.contracts import file_contract
 from twostep.runs.folder import RunError, write_whole
 
 WIDTH, HEIGHT = 280, 90

@@ -2,8 +2,8 @@
 
 It sees 64x64 pictures and names concept, style and background; from the same features it estimates how blurred a
 picture is, so that features (and with them the Frechet distance) do not become blind to blur. Convolutions with batch
-normalisation, mean over the picture, linear heads. It was shown real drawings only (`train_judge`), never generated
-pictures, and knows nothing of prompts, pipelines or models.
+normalisation, mean over the picture, linear heads. It was shown real drawings only, never generated pictures
+(benchmarks/train_judge.py), and knows nothing of prompts, pipelines or models.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Judge(nn.Module):
 def load_judge(path: Path = BUILT_IN) -> Judge:
     """Read a judge written by `Judge.save`, in fp32 and ready to judge; JudgeError where the file is none."""
     if not path.is_file():
-        raise JudgeError(f"There is no judge at {path}. Train one with: twostep pretrain nano-judge")
+        raise JudgeError(f"There is no judge at {path}. The repository trains one: python benchmarks/train_judge.py")
     try:
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[_METADATA_KEY])
@@ -160,7 +160,7 @@ def load_judge(path: Path = BUILT_IN) -> Judge:
         reason = str(error).splitlines()[0]
         raise JudgeError(
             f"{path} is no judge, or a damaged one ({type(error).__name__}: {reason}). "
-            "Give a file that `twostep pretrain nano-judge` wrote."
+            "Give a file that benchmarks/train_judge.py wrote."
         ) from error
 
 

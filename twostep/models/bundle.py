@@ -25,20 +25,12 @@ from twostep.contract import TOP_TIME, Contract
 from twostep.diffusion import NoiseSchedule
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
+from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contracts, student_files
 from twostep.models.denoiser import Denoiser
-from twostep.models.folder import (
-    CONTRACT_FILE,
-    INDEX_FILE,
-    PREDICTION_TYPES,
-    ModelError,
-    base_folder,
-    find_model,
-    read_contracts,
-    read_json,
-    student_files,
-    weights_variant,
-)
+from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
+from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
 from twostep.models.lora import LoraError, add_lora, merge
+from twostep.models.single_file import SingleFile, find_single_file
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
 
@@ -84,19 +76,17 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bund
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
     if contract is None:
         raise ModelError(f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}.")
-    folder = path if path.is_dir() else base_folder(path, contracts[0])
-    unet = folder / "unet"
-    network = UNet2DConditionModel.from_pretrained(
-        unet, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(unet)
-    )
+    single = find_single_file(path) if path.is_file() and contract.role == "teacher" else None
+    folder = path if path.is_dir() else single.folder if single else base_folder(path, contracts[0])
+    network = _load_unet(folder / "unet", single)
     if contract.role == "student":
         file = path if path.is_file() else student_files(folder)[contract.steps]
         network = _load_weights(network, file, contract)
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
-        codec=load_codec(folder),
-        text=load_text(folder),
+        codec=load_codec(folder, single),
+        text=load_text(folder, single),
         contract=contract,
         students=tuple(sorted(student_files(folder), reverse=True)),
     )
@@ -172,26 +162,41 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     return make(num_times, config["beta_start"], config["beta_end"])
 
 
-def load_codec(folder: Path) -> ImageCodec:
-    """Load the autoencoder of a model folder, frozen and in float32."""
+def load_codec(folder: Path, single: SingleFile | None = None) -> ImageCodec:
+    """Load the autoencoder of a model folder, frozen and in float32; its weights may be in a single file."""
     part = folder / "vae"
-    tiny = read_json(part / "config.json")["_class_name"] == "AutoencoderTiny"
-    vae = (AutoencoderTiny if tiny else AutoencoderKL).from_pretrained(
-        part, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(part)
-    )
+    config = read_json(part / "config.json")
+    if single is not None:
+        with torch.device("meta"):
+            empty = AutoencoderKL.from_config(config)
+        vae = single.fill(empty, VAE)
+    else:
+        vae = (AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL).from_pretrained(
+            part, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(part)
+        )
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     return ImageCodec(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
-def load_text(folder: Path) -> TextEncoders:
+def _load_unet(folder: Path, single: SingleFile | None) -> UNet2DConditionModel:
+    if single is None:
+        return UNet2DConditionModel.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
+        )
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(read_json(folder / "config.json"))
+    return single.fill(network, UNET)
+
+
+def load_text(folder: Path, single: SingleFile | None = None) -> TextEncoders:
     """Load the text encoders of a model folder, frozen and in float32.
 
     SDXL's own index says that the empty prompt is all zeros; where there is no index it is encoded like any other.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     encoders = (
-        _load_encoder(CLIPTextModel, folder / "text_encoder"),
-        _load_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2"),
+        _load_encoder(CLIPTextModel, folder / "text_encoder", CLIP_L, single),
+        _load_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2", CLIP_G, single),
     )
     tokenizers = tuple(CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
     return TextEncoders(
@@ -199,8 +204,11 @@ def load_text(folder: Path) -> TextEncoders:
     )
 
 
-def _load_encoder(kind: type[EncoderT], folder: Path) -> EncoderT:
+def _load_encoder(kind: type[EncoderT], folder: Path, part: str, single: SingleFile | None) -> EncoderT:
     read_json(folder / "config.json")
+    if single is not None:
+        empty = kind(kind.config_class.from_pretrained(folder))
+        return single.fill(empty, part).eval().requires_grad_(False)
     with _quiet_transformers():
         encoder = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)

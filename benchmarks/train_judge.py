@@ -1,5 +1,7 @@
 """Training of the judge: cross-entropy of concept, style and background, and the squared error of the blur.
 
+    python benchmarks/train_judge.py --out runs/judge [-o loop.seed=1]
+
 It learns from real drawings only, composited and mildly damaged anew in every iteration. There is one drawing per
 concept and style, so *held out* means: placements, backgrounds and damage that were never drawn in training, not
 drawings that were never seen.
@@ -9,23 +11,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import torch
+import typer
+from degradation import Degradation, degrade
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from twostep import __version__
+from twostep.cli.train import progress_bar
 from twostep.data.captions import BACKGROUNDS
-from twostep.data.emoji import EmojiSet, Placement, compose
-from twostep.evaluate.degradation import Degradation, degrade
+from twostep.data.emoji import EmojiSet, Placement, compose, load_emoji
 from twostep.evaluate.judge import Classes, Judge, Origin, Verdict, load_judge
 from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw, OnIteration, silent
-from twostep.runs.recipe import Settings
+from twostep.runs.recipe import Settings, load_recipe
+
+RECIPE = Path(__file__).with_name("judge.toml")
 
 _HELD_OUT = -1
 """The iteration whose randomness is kept for held-out pictures: training never gets there."""
@@ -34,7 +40,6 @@ _HELD_OUT = -1
 class JudgeRecipe(Settings):
     """How a judge is built and trained."""
 
-    part: Literal["judge"] = Field("judge", description="which part of the model this recipe trains")
     name: str = Field("nano-judge", description="what the judge says it comes from")
     channels: tuple[int, ...] = Field((32, 64, 112, 160), min_length=1, description="widths; each halves the picture")
     loop: DescentSettings
@@ -132,3 +137,24 @@ def _loss(
 def _initialise(module: torch.nn.Module) -> None:
     if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
         module.reset_parameters()
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Run folder; the same again resumes.")] = Path("runs/judge"),
+    recipe: Annotated[Path, typer.Option(help="What to train, and for how long.")] = Path(__file__).with_name(
+        "judge.toml"
+    ),
+    override: Annotated[list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")] = None,
+    emoji: Annotated[Path, typer.Option(help="The drawings.")] = Path("runs/emoji.safetensors"),
+) -> None:
+    """Train, measure, and write judge.safetensors."""
+    settings = load_recipe(recipe, JudgeRecipe, override or [])
+    with progress_bar("judge") as advance:
+        judge = train_judge(
+            settings, load_emoji(emoji), out, lambda done, figures: advance(done, settings.loop.iterations, "")
+        )
+    typer.echo(f"{out / 'judge.safetensors'}: {judge.origin.accuracy if judge.origin else ''}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+"""What the nano models are asked when they are evaluated: fixed prompts and held-out seeds.
+
+Complete prompts name concept, style and background, so every picture has one right answer. Incomplete ones leave
+something open, so that there is something to be diverse about. Both follow from the list of concepts alone: the same
+concepts give the same prompts everywhere. Seeds start at FIRST_SEED; training draws its noise from none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twostep.data.captions import BACKGROUNDS, STYLES, Attributes, caption, complete_caption
+from twostep.data.emoji import Concept, EmojiSet, Placement, compose
+from twostep.errors import TwostepError
+
+FIRST_SEED = 1_000_000
+"""Seeds from here on are held out for evaluation."""
+
+NUM_COMPLETE = 512
+NUM_DIVERSITY_PROMPTS = 64
+NUM_SEEDS_PER_PROMPT = 4
+
+
+class PromptError(TwostepError):
+    """There are too few concepts for the evaluation that was asked for."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to be drawn and judged: the prompt, what it says, and the seed of its noise."""
+
+    prompt: str
+    attributes: Attributes
+    seed: int
+
+
+def complete_tasks(concepts: Sequence[Concept], count: int = NUM_COMPLETE) -> list[Task]:
+    """Return `count` different complete prompts, one seed each.
+
+    Every concept comes up in every style before any repeats, on changing backgrounds. Raises PromptError if so few
+    concepts do not give so many prompts.
+    """
+    most = len(concepts) * len(STYLES) * len(BACKGROUNDS)
+    if not 0 < count <= most:
+        raise PromptError(f"{count} complete prompts were asked for; {len(concepts)} concepts give 1 to {most}.")
+    styles, backgrounds = list(STYLES), list(BACKGROUNDS)
+    tasks = []
+    for index in range(count):
+        turn, place = divmod(index, len(concepts))
+        # Neighbours in the list are alike (all animals first): a stride spreads a last, incomplete turn over all.
+        number = _spread(len(concepts))[place]
+        style = styles[(number + turn) % len(styles)]
+        background = backgrounds[(5 * number + 3 * (turn % len(styles)) + turn // len(styles)) % len(backgrounds)]
+        names = concepts[number].names
+        prompt = complete_caption(names[0], style, background)
+        tasks.append(Task(prompt, Attributes(names, style, background), FIRST_SEED + index))
+    return tasks
+
+
+def repeated_tasks(concepts: Sequence[Concept]) -> list[Task]:
+    """Return 64 complete prompts with 4 seeds each, those of a prompt side by side, for diversity."""
+    tasks = complete_tasks(concepts, NUM_DIVERSITY_PROMPTS)
+    return _with_seeds([(task.prompt, task.attributes) for task in tasks], FIRST_SEED + 10_000)
+
+
+def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
+    """Return 64 different incomplete prompts with 4 seeds each, those of a prompt side by side.
+
+    Every combination of what can be left out is there, down to the empty prompt.
+    """
+    chosen: dict[Attributes, str] = {}
+    for round_number in range(64):
+        for attributes in _incomplete(concepts, round_number):
+            if len(chosen) < NUM_DIVERSITY_PROMPTS and attributes not in chosen:
+                chosen[attributes] = caption(attributes, Random(len(chosen)))
+    if len(chosen) < NUM_DIVERSITY_PROMPTS:
+        raise PromptError(f"{len(concepts)} concepts give only {len(chosen)} incomplete prompts; use more concepts.")
+    return _with_seeds([(prompt, attributes) for attributes, prompt in chosen.items()], FIRST_SEED + 20_000)
+
+
+def real_pictures(
+    attributes: Sequence[Attributes], emoji: EmojiSet, *, seed: int = FIRST_SEED
+) -> Float[Tensor, "batch 3 64 64"]:
+    """Compose one real picture for each wish, with whatever it leaves open drawn at random."""
+    generator, rng = torch.Generator().manual_seed(seed), Random(seed)
+    chosen = [_fitting_drawing(wish, emoji, rng) for wish in attributes]
+    concept, style = torch.tensor(chosen).T
+    names = list(BACKGROUNDS)
+    background = torch.tensor([names.index(wish.background or rng.choice(names)) for wish in attributes])
+    return compose(emoji.drawings[concept, style], background, Placement(), generator)
+
+
+def _spread(count: int) -> list[int]:
+    return sorted(range(count), key=lambda number: (number * 0.6180339887498949) % 1)
+
+
+def _with_seeds(prompts: Sequence[tuple[str, Attributes]], first_seed: int) -> list[Task]:
+    return [
+        Task(prompt, attributes, first_seed + NUM_SEEDS_PER_PROMPT * index + repeat)
+        for index, (prompt, attributes) in enumerate(prompts)
+        for repeat in range(NUM_SEEDS_PER_PROMPT)
+    ]
+
+
+def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attributes]:
+    """Yield one wish for each way of leaving something out, other ones in every round."""
+    subgroups = list(dict.fromkeys(concept.subgroup for concept in concepts))
+    styles, backgrounds = list(STYLES), list(BACKGROUNDS)
+    spread = _spread(len(concepts))
+    style = styles[round_number % len(styles)]
+    for place, (with_style, with_background) in enumerate(((False, False), (True, False), (False, True), (True, True))):
+        step = 4 * round_number + place
+        background = backgrounds[(5 * step) % len(backgrounds)] if with_background else None
+        manner = style if with_style else None
+        subgroup = subgroups[(round_number + 3 * place) % len(subgroups)]
+        yield Attributes((subgroup,), manner, background)
+        yield Attributes((), manner, background)
+        if not (with_style and with_background):
+            yield Attributes(concepts[spread[step % len(spread)]].names, manner, background)
+
+
+def _fitting_drawing(wish: Attributes, emoji: EmojiSet, rng: Random) -> tuple[int, int]:
+    fitting = [
+        number
+        for number, concept in enumerate(emoji.concepts)
+        if not wish.names or wish.names[0] in concept.names or wish.names == (concept.subgroup,)
+    ]
+    if not fitting:
+        raise PromptError(f"no drawing shows {wish.names[0]!r}; use the emoji set that the prompts were made for.")
+    style = emoji.styles.index(wish.style) if wish.style else rng.randrange(len(emoji.styles))
+    return rng.choice(fitting), style

@@ -1,0 +1,117 @@
+"""What a model says of itself, read without loading any weights.
+
+Folders of ours carry a contract in `twostep.json`, students one in their metadata; for any other SDXL folder or single
+file one is derived from its configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType
+from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, find_model, read_json
+from twostep.models.single_file import find_single_file
+from twostep.models.sizes import sizes_around
+
+PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 32, 6.0
+"""For a teacher that says nothing of itself: what section 3.6 of arXiv 2402.13929 used on SDXL."""
+
+
+def read_contracts(model: str | Path) -> list[Contract]:
+    """Read the contracts of a model: the teacher's first, then the students' by falling steps; ModelError."""
+    path = find_model(model)
+    if path.is_file():
+        return [file_contract(path) if _carries_contract(path) else _single_file_contract(path)]
+    students = [file_contract(file) for file in student_files(path).values()]
+    return [_folder_contract(path), *sorted(students, key=lambda contract: -contract.steps)]
+
+
+def student_files(folder: Path) -> dict[int, Path]:
+    """Return the UNets of the students in a model folder by their steps."""
+    return {file_contract(file).steps: file for file in sorted(folder.glob("students/*_unet.safetensors"))}
+
+
+def file_contract(path: Path) -> Contract:
+    """Read the contract in a student's file."""
+    try:
+        return Contract.from_metadata(_metadata(path))
+    except ContractError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _carries_contract(path: Path) -> bool:
+    return METADATA_KEY in _metadata(path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+
+
+def _single_file_contract(path: Path) -> Contract:
+    """Say of a whole checkpoint in one file what the configs that fit it tell, and the file itself."""
+    single = find_single_file(path)
+    told = _derived_contract(single.folder)
+    kind = single.prediction_type or told.prediction_type
+    return replace(told, name=path.stem, base=path.stem, prediction_type=kind)
+
+
+def base_folder(path: Path, contract: Contract) -> Path:
+    """Find the folder with the parts that a student's file leaves out."""
+    for folder in (path.parent.parent, WEIGHTS / contract.base):
+        if (folder / CONTRACT_FILE).is_file():
+            return folder
+    raise ModelError(
+        f"{path} holds only the UNet of a student of {contract.base}, and {contract.base} is not built in. "
+        f"Put it into the folder `students` of that model."
+    )
+
+
+def _folder_contract(folder: Path) -> Contract:
+    if not (folder / CONTRACT_FILE).is_file():
+        return _derived_contract(folder)
+    try:
+        return Contract.from_json((folder / CONTRACT_FILE).read_text(encoding="utf-8"))
+    except ContractError as error:
+        raise ModelError(f"{folder / CONTRACT_FILE}: {error}") from error
+
+
+def _derived_contract(folder: Path) -> Contract:
+    """Say of a teacher what its configs tell; how many steps and how much guidance it likes, they do not."""
+    kind = read_json(folder / INDEX_FILE).get("_class_name", "nothing")
+    unet, vae = read_json(folder / "unet" / "config.json"), read_json(folder / "vae" / "config.json")
+    if not str(kind).startswith("StableDiffusionXL") or unet.get("addition_embed_type") != "text_time":
+        raise ModelError(
+            f"{folder} is a {kind} whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
+            "SDXL base or fine-tune (StableDiffusionXLPipeline, 'text_time'); nothing else is distilled here."
+        )
+    if unet.get("in_channels") != unet.get("out_channels"):
+        raise ModelError(f"{folder} takes {unet.get('in_channels')} channels: an inpainting UNet is no teacher here.")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    said = scheduler.get("prediction_type", "epsilon")
+    if said not in PREDICTION_TYPES:
+        raise ModelError(f"{folder} predicts {said!r}; known are {', '.join(PREDICTION_TYPES)}.")
+    pixels = 2 ** (len(vae["block_out_channels"]) - 1)
+    multiple = pixels * 2 ** (len(unet["block_out_channels"]) - 1)
+    return Contract(
+        name=folder.resolve().name,
+        role="teacher",
+        steps=DEFAULT_STEPS,
+        trained_times=(),
+        prediction_type=PREDICTION_TYPES[said],
+        spacing="trailing",
+        guidance=DEFAULT_GUIDANCE,
+        sizes=sizes_around(unet["sample_size"] * pixels, max(multiple, 64)),
+        base=folder.resolve().name,
+        lora_rank=None,
+        lora_alpha=None,
+        recipe="",
+        version="",
+    )

@@ -1,0 +1,136 @@
+"""Names of weights in single files: diffusers' names <-> those of the first latent diffusion code.
+
+ComfyUI, A1111 and Civitai keep SDXL in one file by the old names. Everything follows from the networks' own keys, so
+small models have names too; every key has exactly one. Files and configs are unknown here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+UNET, VAE, CLIP_L, CLIP_G = (
+    *("model.diffusion_model.", "first_stage_model."),
+    *("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+)
+"""Where a single file keeps the parts."""
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_VAE_WORDS = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "resnets": "block",
+}
+_CLIP_G_WORDS = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "text_projection.weight": "text_projection",
+}
+
+
+def unet_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return the old name of every key of a UNet2DConditionModel, without `UNET` before it."""
+    known = list(keys)
+    # Where an attention stands between resnet and upsampler, the upsampler is the third of its block.
+    attentive = {m[1] for key in known if (m := re.match(r"up_blocks\.(\d+)\.attentions", key))}
+    stride = 1 + max(int(m[1]) for key in known if (m := re.match(r"up_blocks\.0\.resnets\.(\d+)", key)))
+    return {key: _unet_name(key, stride, attentive) for key in known}
+
+
+def _unet_name(key: str, stride: int, attentive: set[str]) -> str:
+    found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", key)
+    if found is None:
+        return _inside(_replaced(key, _UNET_ENDS), "middle_block")
+    way, block, kind, place, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    if kind == "downsamplers":
+        return f"input_blocks.{stride * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{stride * block + stride - 1}.{2 if str(block) in attentive else 1}.{rest}"
+    number = stride * block + place + (1 if way == "down" else 0)
+    side = "input" if way == "down" else "output"
+    return _inside(f"{side}_blocks.{number}.{0 if kind == 'resnets' else 1}.{rest}", f"{side}_blocks")
+
+
+def _inside(name: str, blocks: str) -> str:
+    """Rename what is inside a resnet; layers of attentions have the same names in both."""
+    found = re.match(rf"({blocks}\.(?:\d+\.)+)(\w+)\.(weight|bias)$", name)
+    return name if found is None or found[2] not in _RESNET else f"{found[1]}{_RESNET[found[2]]}.{found[3]}"
+
+
+def vae_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return the old name of every key of an AutoencoderKL, without `VAE` before it."""
+    known = list(keys)
+    last = max(int(m[1]) for key in known if (m := re.match(r"decoder\.up_blocks\.(\d+)", key)))
+
+    def name(key: str) -> str:
+        key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", key)
+        return _replaced(key.replace("down_blocks", "down"), _VAE_WORDS)
+
+    return {key: name(key) for key in known}
+
+
+def clip_l_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return the name in the file of every key of a CLIPTextModel; newer transformers dropped its first word."""
+    return {key: key if key.startswith("text_model.") else f"text_model.{key}" for key in keys}
+
+
+def clip_g_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return open_clip's name of every key of a CLIPTextModelWithProjection; q, k and v still apart."""
+    return {key: _replaced(key, _CLIP_G_WORDS) for key in keys}
+
+
+def split(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take q, k and v apart, which open_clip keeps stacked, and turn its projection round."""
+    apart: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if found := re.fullmatch(r"(.*\.attn\.)in_proj_(weight|bias)", key):
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                apart[f"{found[1]}{letter}_proj.{found[2]}"] = part
+        else:
+            apart[key] = value.T.contiguous() if key == "text_projection" else value
+    return apart
+
+
+def _replaced(key: str, words: dict[str, str]) -> str:
+    """Replace whole words, or sequences of words, between dots."""
+    for word, other in words.items():
+        key = re.sub(rf"(^|\.){re.escape(word)}(?=\.|$)", rf"\g<1>{other}", key)
+    return key

@@ -1,0 +1,99 @@
+"""SDXL in one .safetensors, as ComfyUI, A1111 and Civitai keep it: what the file is, and its weights by part.
+
+Such a file has no configs. They, and the tokenizers, come from a model folder of the same name beside it, or else from
+SDXL's own on the hub; its weights are never fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from twostep.contract import PredictionType
+from twostep.models.folder import INDEX_FILE, ModelError, fetch
+from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, split, unet_names, vae_names
+
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
+    UNET: unet_names,
+    VAE: vae_names,
+    CLIP_L: clip_l_names,
+    CLIP_G: clip_g_names,
+}
+_LEFT_OUT = ("position_ids", "logit_scale")
+"""Ends of keys that some files have and no network needs."""
+
+_KINDS = {
+    "conditioner.embedders.0.model.": "an SDXL refiner",
+    "cond_stage_model.transformer.": "a Stable Diffusion 1 checkpoint",
+    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint",
+    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
+    "model.diffusion_model.double_blocks.": "a Flux checkpoint",
+    "double_blocks.": "a Flux network",
+    "lora_": "a LoRA",
+    "unet.": "a LoRA",
+    "input_blocks.": "a UNet alone",
+    "down_blocks.": "a UNet alone",
+    UNET: "a UNet without the text encoders of SDXL",
+}
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """An SDXL checkpoint in one file, its weights still on disk."""
+
+    path: Path
+    folder: Path
+
+    @property
+    def prediction_type(self) -> PredictionType | None:
+        """What the file says that it predicts; most say nothing. ModelError for a zero-SNR schedule."""
+        with safe_open(self.path, "pt") as file:
+            keys, said = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
+        if "ztsnr" in keys:
+            raise ModelError(f"{self.path} was trained on a zero-SNR schedule, which is not known here.")
+        return "v" if "v_pred" in keys or said.startswith("v") else None
+
+    def fill(self, network: NetworkT, part: str) -> NetworkT:
+        """Give a network its weights in float32; ModelError unless every key is accounted for."""
+        with safe_open(self.path, "pt") as file:
+            keys = [key for key in list(file.keys()) if key.startswith(part)]
+            found = {key.removeprefix(part): file.get_tensor(key) for key in keys}
+        found = {key: value for key, value in found.items() if not key.endswith(_LEFT_OUT)}
+        if part == CLIP_G:
+            found = split(found)
+        expected, names = network.state_dict(), NAMES[part](network.state_dict())
+        if wrong := sorted(set(found) ^ set(names.values())):
+            raise ModelError(f"{self.path}: {len(wrong)} weights of {part}* are missing or foreign, as {wrong[0]}.")
+        weights = {key: _shaped(found[name], expected[key]) for key, name in names.items()}
+        try:
+            network.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{self.path} has other sizes than {self.folder}: {str(error).splitlines()[1]}") from error
+        return network
+
+
+def find_single_file(path: Path) -> SingleFile:
+    """Return the checkpoint with the folder of its configs; ModelError says what else the file is."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    for start, kind in _KINDS.items():
+        if start != UNET and any(key.startswith(start) for key in keys):
+            raise ModelError(f"{path} is {kind}. Expected a twostep student, or a whole SDXL checkpoint.")
+    if not all(any(key.startswith(part) for key in keys) for part in NAMES):
+        kind = next((kind for start, kind in _KINDS.items() if any(key.startswith(start) for key in keys)), "no model")
+        raise ModelError(f"{path} is {kind} ({keys[0] if keys else 'empty'}). Expected a whole SDXL checkpoint.")
+    beside = path.with_suffix("")
+    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=("*.json", "*.txt")))
+
+
+def _shaped(value: Tensor, like: Tensor) -> Tensor:
+    """Return the weight in float32; what is a 1x1 convolution in the file may be a linear layer here."""
+    flat = value.float()
+    return flat.reshape(like.shape) if value.dim() == 4 and like.dim() == 2 and value.shape[2:] == (1, 1) else flat
