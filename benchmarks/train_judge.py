@@ -141,9 +141,7 @@ def _initialise(module: torch.nn.Module) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="Run folder; the same again resumes.")] = Path("runs/judge"),
-    recipe: Annotated[Path, typer.Option(help="What to train, and for how long.")] = Path(__file__).with_name(
-        "judge.toml"
-    ),
+    recipe: Annotated[Path, typer.Option(help="What to train, and for how long.")] = RECIPE,
     override: Annotated[list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")] = None,
     emoji: Annotated[Path, typer.Option(help="The drawings.")] = Path("runs/emoji.safetensors"),
 ) -> None:
