@@ -9,17 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from twostep.contract import Contract
-from twostep.diffusion import Denoise, PredictionType, sample
+from twostep.diffusion import PredictionType
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
+from twostep.distill.examples import Examples
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, save_bundle, save_student
-from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser, Network
 from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_lora, remove_loras
 from twostep.models.probe import check_prediction_type
@@ -53,7 +51,7 @@ def distil(
     """
     teacher = _prepare(recipe, teacher, source, folder)
     finished: dict[int, Denoiser] = {}
-    student = teacher.denoiser
+    student, examples = teacher.denoiser, Examples(teacher, recipe.sample_prompts)
     written: dict[int, Path] = {}
     with ExitStack() as leaving:
         leaving.callback(remove_loras, teacher.denoiser.network)
@@ -67,7 +65,7 @@ def distil(
             )
             if phase.objective == "convert":
                 lesson = replace(lesson, teacher=_frozen(student))
-            _train_or_load(phase, lesson, folder, teacher, recipe, on_iteration)
+            _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
             student = lesson.student
             needed = {later.teacher_steps for later in recipe.phases[position + 1 :]}
             if phase.student_steps in needed:
@@ -153,7 +151,7 @@ def student_contract(
 
 
 def _train_or_load(
-    phase: Phase, lesson: Lesson, folder: RunFolder, teacher: Bundle, recipe: DistillRecipe, on_iteration: OnPhase
+    phase: Phase, lesson: Lesson, folder: RunFolder, examples: Examples, recipe: DistillRecipe, on_iteration: OnPhase
 ) -> None:
     """Train the phase, or take over its weights where the run has finished it before."""
     finished = folder.load(f"{phase.name}-finished")
@@ -161,41 +159,21 @@ def _train_or_load(
         lesson.trained.load_state_dict(finished["weights"])
         return
 
-    def show(iteration: int) -> None:
-        sheet = sample_sheet(teacher, lesson.student, phase.student_steps, recipe.sample_prompts)
+    def show(iteration: int) -> dict[str, float]:
+        sheet, looks = examples.show(lesson.student, phase.student_steps)
         with write_whole(folder.path / "samples" / f"{phase.name}-{iteration:06d}.png") as file:
             sheet.save(file, format="PNG")
+        return looks
 
     train_phase(
         phase,
         lesson,
         folder,
+        health=recipe.health,
         on_iteration=lambda iteration, figures: on_iteration(phase, iteration, figures),
         on_checkpoint=show,
     )
     folder.save(f"{phase.name}-finished", {"weights": lesson.trained.state_dict()})
-
-
-@torch.no_grad()
-def sample_sheet(teacher: Bundle, student: Denoiser, student_steps: int, prompts: tuple[str, ...]) -> Image.Image:
-    """Draw the prompts from the same noise by the teacher with guidance, and by the student in its own steps."""
-    width, height = teacher.contract.sizes[0]
-    conditioning = teacher.text.conditioning(prompts, width, height)
-    empty = teacher.text.conditioning([""], width, height).expand(len(prompts))
-    noise = torch.randn(len(prompts), *teacher.latent_shape(width, height), generator=torch.Generator().manual_seed(0))
-    noise = noise.to(conditioning.text.device)
-    guided = teacher.denoiser.guided(conditioning, empty, teacher.contract.guidance)
-    rows = [
-        (f"teacher {teacher.contract.steps}", _draw(teacher, guided, noise, teacher.contract.steps)),
-        (f"student {student_steps}", _draw(teacher, student.given(conditioning), noise, student_steps)),
-    ]
-    return contact_sheet(rows, scale=2)
-
-
-def _draw(bundle: Bundle, denoise: Denoise, noise: Tensor, num_steps: int) -> list[Image.Image]:
-    pictures = bundle.codec.decode(sample(denoise, noise, num_steps, bundle.denoiser.schedule))
-    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
 
 
 def _frozen(denoiser: Denoiser) -> Denoiser:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from twostep.diffusion import PredictionType
+from twostep.distill.health import Health
 from twostep.runs.loop import LoopSettings
 from twostep.runs.recipe import Settings
 
@@ -95,6 +96,7 @@ class DistillRecipe(Settings):
     variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
+    health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
     phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
 
     @model_validator(mode="after")

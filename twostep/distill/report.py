@@ -21,7 +21,8 @@ from twostep.models.contracts import file_contract
 from twostep.runs.folder import RunError, write_whole
 
 WIDTH, HEIGHT = 280, 90
-NOT_CURVES = {"time", "part", "iteration", "seconds_per_iteration"}
+PACE = "seconds_per_iteration"
+NOT_CURVES = {"time", "part", "iteration", "trouble", PACE}
 
 STYLE = """
 :root { color-scheme: light dark; --line: #4269d0; --rule: #8884; --quiet: #888; }
@@ -87,7 +88,7 @@ def _read_parts(folder: Path) -> list[Part]:
     told: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
         if "iteration" in line:
-            told.setdefault(line["part"], {})[line["iteration"]] = line
+            told.setdefault(line["part"], {}).setdefault(line["iteration"], {}).update(line)
     parts = []
     for name, by_iteration in told.items():
         grids = sorted((folder / "samples").glob(f"{name}-[0-9]*.png"))
@@ -105,7 +106,7 @@ def _overview(parts: Sequence[Part], wanted: dict[str, int]) -> str:
     rows = []
     for name, iterations in wanted.items():
         part = done.get(name)
-        seconds = part.lines[-1].get("seconds_per_iteration", 0.0) if part else 0.0
+        seconds = next((line[PACE] for line in reversed(part.lines) if PACE in line), 0.0) if part else 0.0
         reached = part.iteration if part else 0
         minutes = f"{seconds * reached / 60:.1f}" if part else ""
         pace = f"{seconds:.2f}" if part else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from twostep.diffusion import Denoise, landing
 from twostep.distill.discriminator import R1_SIGMA, Discriminator, discriminator_loss, r1_penalty, student_loss
+from twostep.distill.health import Health, Monitor
 from twostep.distill.recipe import Phase
 from twostep.distill.transition import (
     Transition,
@@ -31,12 +33,15 @@ from twostep.runs.loop import (
     Draw,
     OnIteration,
     Stateful,
+    TrainingError,
     finite,
     rate_share,
     repeat,
     silent,
     training_attention,
 )
+
+WARNING = Health()
 
 
 @runtime_checkable
@@ -110,28 +115,58 @@ def train_phase(
     lesson: Lesson,
     folder: RunFolder,
     *,
+    health: Health = WARNING,
     on_iteration: OnIteration = silent,
-    on_checkpoint: Callable[[int], None] = lambda iteration: None,
+    on_checkpoint: Callable[[int], dict[str, float]] = lambda iteration: {},
 ) -> None:
     """Train the student of `lesson` in place; its averaged weights are what it keeps.
 
-    Raises TrainingError when a loss stops being a number; the checkpoint before that is kept.
+    `on_checkpoint` sees the student with those and returns how it looks (`health.measure`). Raises TrainingError when
+    a loss stops being a number, or health asks for a pause; the checkpoint before that is kept.
     """
     trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+    monitor = Monitor(health)
+    if kept := folder.load(f"{phase.name}-health"):
+        monitor.load_state_dict(kept)
+    paused: list[str] = []
+
+    def iterate(iteration: int, draw: Draw) -> dict[str, float]:
+        if paused:
+            raise TrainingError(f"{phase.name} paused at iteration {iteration}: {paused[0]}. The same command goes on.")
+        trainer.rate = monitor.rate
+        figures = trainer.iterate(iteration, draw)
+        monitor.see(figures)
+        return figures
 
     def keep(iteration: int) -> None:
         with trainer.average.applied():
-            on_checkpoint(iteration)
+            looks = on_checkpoint(iteration)
+        trouble = "; ".join(monitor.symptoms(looks))
+        folder.log(part=phase.name, iteration=iteration, **looks, **({"trouble": trouble} if trouble else {}))
+        if trouble and health.action == "rollback":
+            raise TrainingError(f"{phase.name} is ill at iteration {iteration}: {trouble}.")
+        if trouble:
+            warnings.warn(f"{phase.name}, iteration {iteration}: {trouble}", stacklevel=2)
+            paused.extend([trouble] if health.action == "pause" else [])
 
-    repeat(
-        trainer.iterate,
-        phase,
-        folder,
-        phase.name,
-        trainer.state,
-        on_iteration=on_iteration,
-        on_checkpoint=keep,
-    )
+    while True:
+        try:
+            repeat(
+                iterate,
+                phase,
+                folder,
+                phase.name,
+                trainer.state,
+                keep_start=health.action == "rollback",
+                on_iteration=on_iteration,
+                on_checkpoint=keep,
+            )
+            break
+        except TrainingError as error:
+            if not monitor.roll_back():
+                raise
+            folder.log(part=phase.name, rolled_back=str(error), rate=monitor.rate)
+            folder.save(f"{phase.name}-health", monitor.state_dict())
     lesson.trained.load_state_dict(trainer.average.weights)
 
 
@@ -145,6 +180,7 @@ class RegressionTrainer:
         self.optimiser = _adam(trained, phase.learning_rate, (0.9, 0.999), phase)
         self.average = Average(trained, phase.ema_decay)
         self.state: dict[str, Stateful] = {"student": trained, "optimiser": self.optimiser, "average": self.average}
+        self.rate = 1.0
         self._kept: dict[int, tuple[_Start, Tensor]] = {}
 
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
@@ -154,7 +190,7 @@ class RegressionTrainer:
             start, target = self._taught(iteration, draw)
             reached = _reached(phase, lesson, start)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
-        norm = descend(loss, self.optimiser, lesson.trained, phase, iteration)
+        norm = descend(loss, self.optimiser, lesson.trained, phase, self.rate * rate_share(iteration, phase))
         self.average.update()
         return {"loss": loss.item(), "gradient": norm}
 
@@ -187,6 +223,7 @@ class AdversarialTrainer:
         rate = phase.discriminator_learning_rate or phase.learning_rate
         self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
         self.average = Average(trained, phase.ema_decay)
+        self.rate = 1.0
         self.state: dict[str, Stateful] = {
             "student": trained,
             "discriminator": self.discriminator,
@@ -215,12 +252,13 @@ class AdversarialTrainer:
             for logits in shaken_logits:
                 loss = loss + phase.r1_weight * r1_penalty(real_logits, logits)
             finite(loss, "discriminator", iteration, phase)
-        strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, iteration)
+        share = self.rate * rate_share(iteration, phase)
+        strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, share)
         # Off until the backward pass is over, in which blocks may be computed anew.
         self.discriminator.requires_grad_(False)
         with phase.autocast(self.lesson.device.type):
             against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
-        push = descend(against, self.optimiser, self.lesson.trained, phase, iteration)
+        push = descend(against, self.optimiser, self.lesson.trained, phase, share)
         self.discriminator.requires_grad_(True)
         self.average.update()
         accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
@@ -254,9 +292,8 @@ class AdversarialTrainer:
         return self.discriminator.judge(before, after)
 
 
-def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, iteration: int) -> float:
-    """Take one clipped step at the rate of this iteration; returns the gradient's norm before clipping."""
-    share = rate_share(iteration, phase)
+def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, share: float) -> float:
+    """Take one clipped step at this share of the peak rate; returns the gradient's norm before clipping."""
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     with training_attention(loss.device.type):

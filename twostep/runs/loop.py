@@ -148,18 +148,22 @@ def repeat(
     name: str,
     state: Mapping[str, Stateful],
     *,
+    keep_start: bool = False,
     on_iteration: OnIteration = silent,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
     """Call `iterate(iteration, draw) -> figures` until the recipe's iterations are done.
 
-    `state` is kept in the checkpoint `name` and brought back when the same run starts again.
+    `state` is kept in the checkpoint `name` and brought back when the same run starts again; `on_checkpoint` comes
+    before that, so what it refuses by raising is not kept. `keep_start` also keeps the state before the first iteration.
     """
     kept = folder.load(name)
     start = 0 if kept is None else int(kept["iteration"])
     if kept is not None:
         for key, holder in state.items():
             holder.load_state_dict(kept[key])
+    elif keep_start:
+        folder.save(name, {"iteration": 0, **{key: holder.state_dict() for key, holder in state.items()}})
     began, sums, counted = time.monotonic(), dict[str, float](), 0
     for iteration in range(start, settings.iterations):
         figures = iterate(iteration, Draw.at(settings.seed, iteration))
@@ -172,8 +176,8 @@ def repeat(
             folder.log(part=name, iteration=done, **means, seconds_per_iteration=seconds)
             sums, counted = {}, 0
         if done % settings.checkpoint_every == 0 or done == settings.iterations:
-            folder.save(name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}})
             on_checkpoint(done)
+            folder.save(name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}})
 
 
 def finite(loss: Tensor, what: str, iteration: int, settings: LoopSettings) -> Tensor:

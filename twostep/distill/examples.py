@@ -1,0 +1,61 @@
+"""What a run shows of itself: fixed prompts from fixed noise, by the teacher once, by students at every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from twostep.diffusion import Denoise, sample
+from twostep.distill.health import measure
+from twostep.models.bundle import Bundle
+from twostep.models.conditioning import Conditioning
+from twostep.models.contact_sheet import contact_sheet
+from twostep.models.denoiser import Denoiser
+
+NUM_SEEDS = 2
+"""Pictures of every prompt: the least that shows whether seeds differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The prompts of a run at the teacher's first size; the sheet shows the first seed, the measures use all."""
+
+    teacher: Bundle
+    prompts: tuple[str, ...]
+
+    def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
+        """Return teacher above student as a sheet, and how the student's looks compare (`health.measure`)."""
+        own = self._draw(student.given(self._conditioning), student_steps)
+        rows = [(f"teacher {self.teacher.contract.steps}", self._of_teacher), (f"student {student_steps}", own)]
+        sheet = contact_sheet([(label, _images(pictures[0])) for label, pictures in rows], scale=2)
+        return sheet, measure(own, self._of_teacher)
+
+    @cached_property
+    def _conditioning(self) -> Conditioning:
+        width, height = self.teacher.contract.sizes[0]
+        return self.teacher.text.conditioning(self.prompts * NUM_SEEDS, width, height)
+
+    @cached_property
+    def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
+        width, height = self.teacher.contract.sizes[0]
+        empty = self.teacher.text.conditioning([""], width, height).expand(len(self._conditioning))
+        guided = self.teacher.denoiser.guided(self._conditioning, empty, self.teacher.contract.guidance)
+        return self._draw(guided, self.teacher.contract.steps)
+
+    @torch.no_grad()
+    def _draw(self, denoise: Denoise, num_steps: int) -> Float[Tensor, "seeds prompts 3 height width"]:
+        shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
+        noise = torch.randn(len(self._conditioning), *shape, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(self._conditioning.text.device)
+        pictures = self.teacher.codec.decode(sample(denoise, noise, num_steps, self.teacher.denoiser.schedule))
+        return pictures.unflatten(0, (NUM_SEEDS, len(self.prompts)))
+
+
+def _images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
