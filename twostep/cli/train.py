@@ -103,17 +103,17 @@ def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, 
     from twostep.data.emoji import load_emoji
     from twostep.data.latents import cache_latents, load_latents
     from twostep.data.source import EmojiSource
-    from twostep.runs.devices import first_goes_ahead
+    from twostep.runs.devices import place, wait
 
     path = out / "latents.safetensors"
-    with first_goes_ahead():
-        if not path.exists():
-            cache_latents(
-                load_emoji(emoji),
-                teacher.codec,
-                variants=settings.variants,
-                on_variant=lambda done, total: advance(done, total, "latents"),
-            ).save(path)
+    if place().first and not path.exists():
+        cache_latents(
+            load_emoji(emoji),
+            teacher.codec,
+            variants=settings.variants,
+            on_variant=lambda done, total: advance(done, total, "latents"),
+        ).save(path)
+    wait()
     return EmojiSource(load_latents(path), teacher.text, *teacher.contract.sizes[0])
 
 

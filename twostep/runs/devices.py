@@ -57,16 +57,6 @@ def wait() -> None:
         distributed.barrier()
 
 
-@contextmanager
-def first_goes_ahead() -> Iterator[None]:
-    """Let the first process do something before the others do, which then find it done."""
-    if not place().first:
-        wait()
-    yield
-    if place().first:
-        wait()
-
-
 def average(tensors: Sequence[Tensor]) -> None:
     """Put the mean over all processes into tensors, in place and in one message."""
     if place().count == 1 or not tensors:
