@@ -45,9 +45,8 @@ def test_the_teacher_ends_where_the_student_lands(student: int, teacher: int) ->
 
 def test_only_clean_landings_are_noised() -> None:
     s = torch.tensor([0, 0, 0, 250, 500])
-    noised = draw_noised_times(s, 1, torch.Generator().manual_seed(0))
-    assert noised[3:].tolist() == [250, 500]
-    assert set(noised[:3].tolist()) <= set(NOISED_TIMES)
+    noised = draw_noised_times(5, 1, torch.Generator().manual_seed(0))
+    assert set(noised.tolist()) <= set(NOISED_TIMES)
     x, eps = torch.randn(2, 5, 4, 2, 2)
     after = noise_landed(x, s, noised, eps, SCHEDULE)
     assert torch.equal(after[3:], x[3:])
@@ -55,5 +54,5 @@ def test_only_clean_landings_are_noised() -> None:
 
 
 def test_the_early_weight_favours_the_lowest_time() -> None:
-    drawn = draw_noised_times(torch.zeros(4000, dtype=torch.long), 5, torch.Generator().manual_seed(0))
+    drawn = draw_noised_times(4000, 5, torch.Generator().manual_seed(0))
     assert 0.59 < (drawn == 10).float().mean() < 0.66

@@ -67,13 +67,15 @@ def distill(
     from twostep import __version__
     from twostep.data.cache import load_cache
     from twostep.distill import DistillRecipe, distil
+    from twostep.distill.chain import find_device
     from twostep.models.bundle import load_bundle
+    from twostep.runs.devices import joined
     from twostep.runs.folder import RunFolder
     from twostep.runs.recipe import load_recipe
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
-    folder, teacher = RunFolder(out, settings), load_bundle(settings.model, steps=settings.model_steps)
-    with progress_bar("distil") as advance:
+    with joined(find_device(settings.device)) as place, progress_bar("distil", shown=place.first) as advance:
+        folder, teacher = RunFolder(out, settings), load_bundle(settings.model, steps=settings.model_steps)
         written = distil(
             settings,
             teacher,
@@ -85,7 +87,7 @@ def distill(
                 done, phase.iterations, f"{phase.name} {_spoken(figures)}"
             ),
         )
-    for path in written.values():
+    for path in written.values() if place.first else ():
         typer.echo(f"written: {path}")
 
 
@@ -101,24 +103,26 @@ def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, 
     from twostep.data.emoji import load_emoji
     from twostep.data.latents import cache_latents, load_latents
     from twostep.data.source import EmojiSource
+    from twostep.runs.devices import place, wait
 
     path = out / "latents.safetensors"
-    if not path.exists():
+    if place().first and not path.exists():
         cache_latents(
             load_emoji(emoji),
             teacher.codec,
             variants=settings.variants,
             on_variant=lambda done, total: advance(done, total, "latents"),
         ).save(path)
+    wait()
     return EmojiSource(load_latents(path), teacher.text, *teacher.contract.sizes[0])
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[OnProgress]:
+def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
     """Show a bar with counts and the time that remains; yields what moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     clocks = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True)) as bar:
+    with Progress(*columns, *clocks, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total, text: bar.update(
             task, completed=done, total=total, description=f"{title} {text}".strip()

@@ -21,6 +21,7 @@ from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.denoiser import Denoiser, Network
 from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_lora, remove_loras
 from twostep.models.probe import check_prediction_type
+from twostep.runs.devices import place, wait
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw
 from twostep.runs.recipe import RecipeError
@@ -85,6 +86,8 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     if teacher.contract.role == "student":
         _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
+    _check_shares(recipe, device)
+    folder.log(part="devices", device=device.type, processes=place().count)
     teacher = teacher.to(device)
     if recipe.prediction_type is not None:
         teacher = _predicting(teacher, recipe.prediction_type)
@@ -93,8 +96,22 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
         x0, conditioning = source.draw(4, draw.tensors, draw.words)
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
-        save_bundle(teacher, folder.path / "model")
+        if place().first:
+            save_bundle(teacher, folder.path / "model")
     return teacher
+
+
+def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
+    """Refuse what several processes cannot do alike: RecipeError."""
+    count = place().count
+    if count > 1 and device.index is not None:
+        raise RecipeError(f'device "{device}" is one for {count} processes; "{device.type}" gives each its own.')
+    for phase in recipe.phases:
+        if phase.batch_size % count:
+            raise RecipeError(
+                f"phase {phase.name} has batch_size {phase.batch_size}, which {count} processes cannot share alike. "
+                f"batch_size counts the examples of all of them: give a multiple of {count}, or start fewer processes."
+            )
 
 
 def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
@@ -155,6 +172,7 @@ def _train_or_load(
 ) -> None:
     """Train the phase, or take over its weights where the run has finished it before."""
     finished = folder.load(f"{phase.name}-finished")
+    wait()  # so that nobody finds what another has just finished
     if finished is not None:
         lesson.trained.load_state_dict(finished["weights"])
         return

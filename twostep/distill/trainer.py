@@ -27,6 +27,7 @@ from twostep.distill.transition import (
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.lora import Lora
+from twostep.runs.devices import average, place
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import (
     Average,
@@ -134,9 +135,11 @@ def train_phase(
         if paused:
             raise TrainingError(f"{phase.name} paused at iteration {iteration}: {paused[0]}. The same command goes on.")
         trainer.rate = monitor.rate
-        figures = trainer.iterate(iteration, draw)
+        return trainer.iterate(iteration, draw)
+
+    def tell(iteration: int, figures: dict[str, float]) -> None:
         monitor.see(figures)
-        return figures
+        on_iteration(iteration, figures)
 
     def keep(iteration: int) -> None:
         with trainer.average.applied():
@@ -158,7 +161,7 @@ def train_phase(
                 phase.name,
                 trainer.state,
                 keep_start=health.action == "rollback",
-                on_iteration=on_iteration,
+                on_iteration=tell,
                 on_checkpoint=keep,
             )
             break
@@ -239,14 +242,16 @@ class AdversarialTrainer:
             x_t, t, s, conditioning, teach = _draw_start(phase, self.lesson, draw)
             real = teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, student.schedule)
             fake = student_landing(student, x_t, t, s, conditioning)
-            seen_at = draw_noised_times(s, phase.early_weight, draw.tensors) if phase.noises_the_judged else s
-            eps = torch.randn(x_t.shape, generator=draw.tensors).to(x_t.device)
+            seen_at = s
+            if phase.noises_the_judged:
+                noised = draw_noised_times(phase.batch_size, phase.early_weight, draw.tensors)
+                seen_at = torch.where(s == 0, noised[place().share(phase.batch_size)], s)
+            eps = _draw_noise(x_t, phase, draw)
             real, fake = (noise_landed(x, s, seen_at, eps, student.schedule) for x in (real, fake))
             judged = Transition(x_t, fake, t, seen_at, conditioning)
             landings = [real, fake.detach()]
             if phase.r1_weight > 0:
-                shake = torch.randn(real.shape, generator=draw.tensors).to(real.device)
-                landings.append(real + R1_SIGMA * shake)
+                landings.append(real + R1_SIGMA * _draw_noise(real, phase, draw))
             real_logits, fake_logits, *shaken_logits = self._judge(judged, landings)
             loss = discriminator_loss(real_logits, fake_logits)
             for logits in shaken_logits:
@@ -293,11 +298,12 @@ class AdversarialTrainer:
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, share: float) -> float:
-    """Take one clipped step at this share of the peak rate; returns the gradient's norm before clipping."""
+    """Take one clipped step of all processes at this share of the peak rate; returns the norm before clipping."""
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     with training_attention(loss.device.type):
         loss.backward()
+    average([parameter.grad for parameter in trained.parameters() if parameter.grad is not None])
     norm = nn.utils.clip_grad_norm_(trained.parameters(), phase.gradient_clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -332,11 +338,18 @@ def _reached(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
 
 def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
     """Draw x_t at trained times t, where the student is to land, and the teacher for this conditioning."""
+    mine = place().share(phase.batch_size)
     x0, conditioning = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
-    x0, conditioning = x0.to(lesson.device), conditioning.to(lesson.device)
+    x0, conditioning = x0[mine].to(lesson.device), conditioning[mine].to(lesson.device)
     unconditional = lesson.source.empty(conditioning).to(lesson.device) if phase.guidance > 1 else conditioning
-    t = draw_times(phase.student_steps, len(x0), draw.tensors)
-    eps = torch.randn(x0.shape, generator=draw.tensors).to(x0.device)
+    t = draw_times(phase.student_steps, phase.batch_size, draw.tensors)[mine]
+    eps = _draw_noise(x0, phase, draw)
     x_t = lesson.student.schedule.add_noise(x0, eps, t)
     teach = lesson.teacher.guided(conditioning, unconditional, phase.guidance)
     return x_t, t, landing(t, phase.student_steps), conditioning, teach
+
+
+def _draw_noise(like: Tensor, phase: Phase, draw: Draw) -> Tensor:
+    """Draw the whole batch's noise and return this process's share."""
+    noise = torch.randn(phase.batch_size, *like.shape[1:], generator=draw.tensors)
+    return noise[place().share(phase.batch_size)].to(like.device)

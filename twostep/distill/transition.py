@@ -68,11 +68,10 @@ def student_landing(
     return step(student(x_t, t, conditioning), s, student.schedule)
 
 
-def draw_noised_times(s: Int[Tensor, " batch"], early_weight: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
-    """Return s, but a random t* where it is 0; `early_weight` is the weight of t* = 10 against 1 for the others."""
+def draw_noised_times(count: int, early_weight: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """Draw one t* per item; `early_weight` is the weight of t* = 10 against 1 for the others."""
     weights = torch.tensor([early_weight, 1, 1, 1], dtype=torch.float32)
-    drawn = torch.tensor(NOISED_TIMES)[torch.multinomial(weights, len(s), replacement=True, generator=generator)]
-    return torch.where(s == 0, drawn, s)
+    return torch.tensor(NOISED_TIMES)[torch.multinomial(weights, count, replacement=True, generator=generator)]
 
 
 def noise_landed(

@@ -17,6 +17,7 @@ import tomli_w
 import torch
 
 from twostep.errors import TwostepError
+from twostep.runs.devices import place
 from twostep.runs.recipe import Settings
 
 
@@ -25,7 +26,10 @@ class RunError(TwostepError):
 
 
 class RunFolder:
-    """One run's folder; opening it creates it, or finds the run that is to be resumed."""
+    """One run's folder; opening it creates it, or finds the run that is to be resumed.
+
+    Of several processes that train as one all read it, and the first writes.
+    """
 
     def __init__(self, path: Path, recipe: Settings) -> None:
         """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot be written."""
@@ -43,14 +47,17 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Append one line of JSON to log.jsonl, stamped with the time."""
+        if not place().first:
+            return
         line = json.dumps({"time": round(time.time(), 3), **values})
         with _writing(self.path), (self.path / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a checkpoint; the old one of that name stands until the new one is whole."""
-        with write_whole(self.checkpoint(name)) as file:
-            torch.save(state, file)
+        if place().first:
+            with write_whole(self.checkpoint(name)) as file:
+                torch.save(state, file)
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Read a checkpoint, None if there is none yet; RunError if it is damaged."""
@@ -70,7 +77,14 @@ class RunFolder:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Any]:
-    """Open a file for binary writing that takes its place at `path` only when it is whole and on disk."""
+    """Open a file for binary writing that takes its place at `path` only when it is whole and on disk.
+
+    What any but the first of several processes writes is thrown away.
+    """
+    if not place().first:
+        with open(os.devnull, "wb") as nowhere:
+            yield nowhere
+        return
     partial = path.with_name(path.name + ".partial")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

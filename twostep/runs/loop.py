@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
+from twostep.runs.devices import average, averaged
 from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import Settings
 
@@ -166,7 +167,7 @@ def repeat(
         folder.save(name, {"iteration": 0, **{key: holder.state_dict() for key, holder in state.items()}})
     began, sums, counted = time.monotonic(), dict[str, float](), 0
     for iteration in range(start, settings.iterations):
-        figures = iterate(iteration, Draw.at(settings.seed, iteration))
+        figures = averaged(iterate(iteration, Draw.at(settings.seed, iteration)))
         done, counted = iteration + 1, counted + 1
         sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
         on_iteration(done, figures)
@@ -181,10 +182,12 @@ def repeat(
 
 
 def finite(loss: Tensor, what: str, iteration: int, settings: LoopSettings) -> Tensor:
-    """Return the loss, or raise TrainingError if it is NaN or infinite."""
-    if torch.isfinite(loss).all():
+    """Return the loss, or raise TrainingError if it is NaN or infinite, in every process if it is in one."""
+    mean = loss.detach().clone()
+    average([mean])
+    if torch.isfinite(mean).all():
         return loss
     raise TrainingError(
-        f"The {what} loss is {loss.item()} at iteration {iteration}. The last checkpoint is whole: lower learning_rate "
+        f"The {what} loss is {mean.item()} at iteration {iteration}. The last checkpoint is whole: lower learning_rate "
         f"(now {settings.learning_rate}) or set precision to fp32 under another --out, and run the command again."
     )

@@ -1,0 +1,78 @@
+"""Several processes, one device each, that train as one: the same weights everywhere, of every batch a share.
+
+Everybody draws the whole batch's randomness and keeps a share, so how many there are changes figures by rounding only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is; a run of one process is the first of one."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """Return which items of a batch are this process's."""
+        size = batch_size // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+def place() -> Place:
+    """Return the place of this process among those that were joined."""
+    if distributed.is_available() and distributed.is_initialized():
+        return Place(distributed.get_rank(), distributed.get_world_size())
+    return Place()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Place]:
+    """Within it this process is one of all that `accelerate launch` or torchrun started; alone it stays alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device.type not in ("cuda", "xpu"))
+    yield place()
+    if place().count > 1:
+        distributed.destroy_process_group()
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if place().count > 1:
+        distributed.barrier()
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over all processes into tensors, in place and in one message."""
+    if place().count == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= place().count
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def averaged(figures: dict[str, float]) -> dict[str, float]:
+    """Return the means of figures over all processes."""
+    if place().count == 1:
+        return figures
+    device = "cpu" if distributed.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    means = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    average([means])
+    return dict(zip(figures, means.tolist(), strict=True))
