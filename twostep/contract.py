@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from twostep.errors import TwostepError
 
@@ -85,7 +85,14 @@ class Contract:
         if not isinstance(values, dict):
             raise ContractError(f"the contract must be a JSON object with named fields; got {_shown(values)}.")
         _check_names(values)
-        return cls(**{field.name: _READERS[field.name](field.name, values[field.name]) for field in fields(cls)})
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field, said = str(problem["loc"][0]), problem["msg"].removeprefix("Input should be ")
+            raise _wrong_value(field, values[field], said.replace("Tuple should have", "pairs with")) from error
 
     def to_metadata(self) -> dict[str, str]:
         """Return the contract as safetensors metadata, one key with the JSON."""
@@ -181,67 +188,3 @@ def _shown(value: object) -> str:
 
 def _counted(steps: int) -> str:
     return f"{steps} step" if steps == 1 else f"{steps} steps"
-
-
-def _text(field: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _wrong_value(field, value, "text")
-    return value
-
-
-def _whole(field: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong_value(field, value, "a whole number")
-    return value
-
-
-def _number(field: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _wrong_value(field, value, "a number")
-    return float(value)
-
-
-def _whole_or_none(field: str, value: object) -> int | None:
-    return None if value is None else _whole(field, value)
-
-
-def _number_or_none(field: str, value: object) -> float | None:
-    return None if value is None else _number(field, value)
-
-
-def _one_of(*choices: str) -> Callable[[str, object], str]:
-    def read(field: str, value: object) -> str:
-        if value not in choices:
-            raise _wrong_value(field, value, " or ".join(choices))
-        return str(value)
-
-    return read
-
-
-def _times(field: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise _wrong_value(field, value, "a list of whole numbers")
-    return tuple(_whole(field, item) for item in value)
-
-
-def _sizes(field: str, value: object) -> tuple[tuple[int, int], ...]:
-    if not isinstance(value, list) or not all(isinstance(size, list) and len(size) == 2 for size in value):
-        raise _wrong_value(field, value, "a list of [width, height]")
-    return tuple((_whole(field, width), _whole(field, height)) for width, height in value)
-
-
-_READERS: dict[str, Callable[[str, object], Any]] = {
-    "name": _text,
-    "role": _one_of(*get_args(Role)),
-    "steps": _whole,
-    "trained_times": _times,
-    "prediction_type": _one_of(*get_args(PredictionType)),
-    "spacing": _one_of(*get_args(Spacing)),
-    "guidance": _number,
-    "sizes": _sizes,
-    "base": _text,
-    "lora_rank": _whole_or_none,
-    "lora_alpha": _number_or_none,
-    "recipe": _text,
-    "version": _text,
-}
