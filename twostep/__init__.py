@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from twostep.diffusion.schedule import NoiseSchedule
     from twostep.models.bundle import Bundle
     from twostep.models.bundle import load_bundle as load
-    from twostep.pipeline import Request, Result, generate
+    from twostep.pipeline.generation import generate
+    from twostep.pipeline.request import Request, Result
 
 __version__ = "0.1.0"
 
@@ -40,9 +41,9 @@ _HOMES = {
     "Contract": ("twostep.contract", "Contract"),
     "NoiseSchedule": ("twostep.diffusion.schedule", "NoiseSchedule"),
     "Prediction": ("twostep.diffusion.prediction", "Prediction"),
-    "Request": ("twostep.pipeline", "Request"),
-    "Result": ("twostep.pipeline", "Result"),
-    "generate": ("twostep.pipeline", "generate"),
+    "Request": ("twostep.pipeline.request", "Request"),
+    "Result": ("twostep.pipeline.request", "Result"),
+    "generate": ("twostep.pipeline.generation", "generate"),
     "load": ("twostep.models.bundle", "load_bundle"),
     "solve": ("twostep.diffusion.flow", "solve"),
 }

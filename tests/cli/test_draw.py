@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from twostep.cli.draw import DEMO_PROMPTS
-from twostep.pipeline import read_provenance
+from twostep.pipeline.png import read_provenance
 
 PROMPT = "a 3d red apple on a blue background"
 

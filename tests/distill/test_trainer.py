@@ -34,11 +34,7 @@ def phase(**changes: object) -> Phase:
 
 def lesson(teacher: Bundle, source: object, prediction_type: str = "eps") -> Lesson:
     student = copy.deepcopy(teacher.denoiser.network).requires_grad_(True)
-    return Lesson(
-        source,
-        teacher.denoiser,
-        type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type),
-    )
+    return Lesson(source, teacher.denoiser, type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type))
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:

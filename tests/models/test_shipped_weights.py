@@ -7,11 +7,14 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from twostep.evaluate import attributes_from_prompt, evaluate, load_judge
+from twostep.evaluate.judge import load_judge
+from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.evaluate.report import evaluate
 from twostep.models.bundle import load_bundle
 from twostep.models.contracts import read_contracts
 from twostep.models.folder import WEIGHTS
-from twostep.pipeline import Request, generate
+from twostep.pipeline.generation import generate
+from twostep.pipeline.request import Request
 
 NANO = WEIGHTS / "nano"
 PROMPTS = (

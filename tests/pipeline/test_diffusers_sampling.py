@@ -9,8 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from twostep.diffusion import initial_noise
 from twostep.models.bundle import Bundle
-from twostep.pipeline import Request, generate, initial_noise
+from twostep.pipeline.generation import generate
+from twostep.pipeline.request import Request
 
 from ..vanilla import assemble
 

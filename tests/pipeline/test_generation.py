@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from twostep.contract import ContractError
-from twostep.diffusion import GridError
+from twostep.diffusion import GridError, initial_noise
 from twostep.models.bundle import Bundle
-from twostep.pipeline import GenerationError, Progress, Request, generate, initial_noise
-from twostep.pipeline.generation import MAX_BATCH
+from twostep.pipeline.generation import MAX_BATCH, GenerationError, Progress, generate
+from twostep.pipeline.request import Request
 
 PROMPT = "a 3d red apple on a blue background"
 

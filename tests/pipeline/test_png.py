@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from twostep.models.bundle import Bundle
-from twostep.pipeline import OutputError, ProvenanceError, Request, Result, generate, read_provenance, save_images
+from twostep.pipeline.generation import generate
+from twostep.pipeline.png import OutputError, ProvenanceError, read_provenance, save_images
+from twostep.pipeline.request import Request, Result
 
 PROMPT = 'a "red" apple, 3d: größer'
 
@@ -80,9 +82,7 @@ def test_nothing_is_overwritten(result: Result, tmp_path: Path) -> None:
 
 def test_names_stay_in_the_folder(result: Result, tmp_path: Path) -> None:
     odd = replace(
-        result,
-        contract=replace(result.contract, name="../../up"),
-        request=replace(result.request, prompt="../" * 200),
+        result, contract=replace(result.contract, name="../../up"), request=replace(result.request, prompt="../" * 200)
     )
     paths = save_images(odd, tmp_path / "out")
     assert {path.parent for path in paths} == {tmp_path / "out"}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from twostep.pipeline import Request, RequestError
+from twostep.pipeline.request import Request, RequestError
 
 WRONG = [
     ({"num_images": 0}, "at least one image"),
@@ -46,7 +46,7 @@ def test_wrong_types_are_refused_in_production_too() -> None:
     """The type checker of these tests would be faster, so a bare interpreter asks; torch is not needed for it."""
     code = f"""
 import sys
-from twostep.pipeline import Request, RequestError
+from twostep.pipeline.request import Request, RequestError
 for arguments in {WRONG_TYPES}:
     try:
         eval(f"Request({{arguments}})")

@@ -32,8 +32,9 @@ def evaluate_command(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Score pictures against their prompts: concept, style, background, distance to real ones, diversity."""
-    from twostep.evaluate import attributes_from_prompt, evaluate, load_judge
-    from twostep.evaluate.judge import BUILT_IN
+    from twostep.evaluate.judge import BUILT_IN, load_judge
+    from twostep.evaluate.prompts import attributes_from_prompt
+    from twostep.evaluate.report import evaluate
     from twostep.runs.folder import write_whole
 
     referee = load_judge(judge or BUILT_IN)

@@ -43,10 +43,7 @@ def emoji(
 
 
 def pretrain(
-    recipe: Recipe,
-    out: Out,
-    override: Override = None,
-    emoji: Emoji = Path("runs/emoji.safetensors"),
+    recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")
 ) -> None:
     """Train a part of the nano model: its autoencoder, text encoders or teacher, as the recipe says."""
     part = tomllib.loads(find_recipe(recipe).read_text()).get("part")
@@ -57,12 +54,7 @@ def pretrain(
     typer.echo(f"written: {written}")
 
 
-def distill(
-    recipe: Recipe,
-    out: Out,
-    override: Override = None,
-    emoji: Emoji = Path("runs/emoji.safetensors"),
-) -> None:
+def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")) -> None:
     """Distil a teacher into students of few steps, by the phases of the recipe."""
     from twostep import __version__
     from twostep.data.cache import load_cache

@@ -10,12 +10,7 @@ from random import Random
 
 from twostep.errors import TwostepError
 
-STYLES: dict[str, str] = {
-    "flat": "fluent-emoji-flat",
-    "3d": "fluent-emoji",
-    "noto": "noto",
-    "twemoji": "twemoji",
-}
+STYLES: dict[str, str] = {"flat": "fluent-emoji-flat", "3d": "fluent-emoji", "noto": "noto", "twemoji": "twemoji"}
 """Word of each drawing style -> the icon set it comes from."""
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -76,9 +71,7 @@ class Omission:
         elif draw < self.concept + self.subgroup_instead:
             names = (subgroup,)
         return Attributes(
-            names,
-            None if rng.random() < self.style else style,
-            None if rng.random() < self.background else background,
+            names, None if rng.random() < self.style else style, None if rng.random() < self.background else background
         )
 
 
