@@ -34,6 +34,8 @@ from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.report import Report, evaluate
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contact_sheet import contact_sheet
+from twostep.models.contracts import file_contract
+from twostep.models.folder import find_model
 
 CHUNK = 128
 DECODE_CHUNK = 16
@@ -100,7 +102,7 @@ def main(
         "diversity": repeated_tasks(emoji.concepts)[:limit],
     }
     pictures: dict[str, dict[str, Tensor]] = {}
-    rows = [*model_rows(model), *mse_rows(model, mse)]
+    rows = [*model_rows(model), *lora_rows(model), *mse_rows(model, mse)]
     for row in rows:
         pictures[row.key] = draw_row(row, tasks, out / "cache")
     figures = [*judge_rows(rows, pictures, tasks, judge, emoji), judge_real(pictures, tasks, judge, emoji)]
@@ -135,6 +137,20 @@ def model_rows(model: str) -> list[Row]:
             rows.append(Row(f"{solver}-{steps}-guided", label, Sampler(solver, steps, scale), load_teacher, False))
     label = "teacher, 1 step, no guidance, Euler"
     return [*rows, Row("euler-1", label, Sampler("euler", 1, 1.0), load_teacher, False)]
+
+
+def lora_rows(model: str) -> list[Row]:
+    """The students that the model also has as LoRAs."""
+    contracts = {path: file_contract(path) for path in (find_model(model) / "students").glob("*_lora.safetensors")}
+    return [
+        Row(
+            f"lora-{contract.steps}",
+            f"LoRA of rank {contract.lora_rank}, {_steps(contract.steps)}",
+            Sampler("euler", contract.steps, 1.0),
+            lambda p=path: load_bundle(p),
+        )
+        for path, contract in sorted(contracts.items(), key=lambda item: -item[1].steps)
+    ]
 
 
 def mse_rows(model: str, folder: Path | None) -> list[Row]:

@@ -19,6 +19,8 @@ _RIVALS = {
 }
 """For each student: the teacher at as many evaluations, then at as many steps."""
 _LEAST_DIVERSITY = {"diversity": 0.8, "incomplete": 0.7}
+_LORA_STEPS, _LORA_POINTS = (8, 4), 0.05
+"""Where a LoRA is to keep up with the whole UNet, and how far behind it may be."""
 _KINDS = ("feature_diversity", "pixel_diversity")
 
 
@@ -36,6 +38,7 @@ def checks(rows: Sequence[Figures]) -> list[Check]:
             found += _student_checks(student, teacher, bounds)
             found += [check for key in _RIVALS[steps] for check in _beats(student, by_key.get(key))]
             found += _beats_mse(student, by_key.get(f"mse-{steps}"))
+            found += _lora_checks(student, by_key.get(f"lora-{steps}"))
     return found
 
 
@@ -98,6 +101,13 @@ def _beats_mse(student: Figures, rival: Figures | None) -> list[Check]:
     distance, other = (row["incomplete"]["frechet_to_reference"] for row in (student, rival))
     claim = f"{student['label']} against {rival['label']}: Frechet distance to the teacher, incomplete prompts"
     return [_check(claim, distance, distance < other, f"below {other:.4g}")]
+
+
+def _lora_checks(student: Figures, lora: Figures | None) -> list[Check]:
+    if lora is None or student["steps"] not in _LORA_STEPS:
+        return []
+    least = _share(student, "concept") - _LORA_POINTS
+    return [_at_least(f"{lora['label']} against the whole UNet: concept", _share(lora, "concept"), least)]
 
 
 def _line(row: Figures, teacher: Figures) -> str:

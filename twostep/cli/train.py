@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -46,12 +46,14 @@ def pretrain(
     recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")
 ) -> None:
     """Train a part of the nano model: its autoencoder, text encoders or teacher, as the recipe says."""
+    from twostep.pretrain.parts import PARTS
+
     part = tomllib.loads(find_recipe(recipe).read_text()).get("part")
-    if part not in _PARTS:
-        raise RecipeError(f"{recipe} trains {part!r}; `twostep pretrain` trains {', '.join(_PARTS)}.")
+    if part not in PARTS:
+        raise RecipeError(f"{recipe} trains {part!r}; `twostep pretrain` trains {', '.join(PARTS)}.")
     with progress_bar(str(part)) as advance:
-        written = _PARTS[part](recipe, override or [], out, emoji, advance)
-    typer.echo(f"written: {written}")
+        PARTS[part](recipe, override or [], out, emoji, advance)
+    typer.echo(f"written: {out / 'model'}")
 
 
 def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")) -> None:
@@ -121,80 +123,5 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
         )
 
 
-def _pretrain_vae(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
-    from twostep.data.emoji import load_emoji
-    from twostep.models.bundle import save_codec
-    from twostep.pretrain.autoencoder import VaeSettings, train_vae
-    from twostep.runs.folder import RunFolder
-    from twostep.runs.recipe import load_recipe
-
-    settings = load_recipe(recipe, VaeSettings, override)
-    codec = train_vae(
-        load_emoji(emoji), settings, RunFolder(out, settings), on_iteration=_counter(advance, settings.loop.iterations)
-    )
-    save_codec(codec, out / "model")
-    return out / "model"
-
-
-def _pretrain_text(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
-    from twostep.data.emoji import load_emoji
-    from twostep.models.bundle import save_text
-    from twostep.pretrain.text import TextSettings, train_text
-    from twostep.runs.folder import RunFolder
-    from twostep.runs.recipe import load_recipe
-
-    settings = load_recipe(recipe, TextSettings, override)
-    text = train_text(
-        load_emoji(emoji), settings, RunFolder(out, settings), on_iteration=_counter(advance, settings.loop.iterations)
-    )
-    save_text(text, out / "model")
-    return out / "model"
-
-
-def _pretrain_teacher(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> Path:
-    from twostep import __version__
-    from twostep.data.emoji import load_emoji
-    from twostep.data.latents import cache_latents, load_latents
-    from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle
-    from twostep.models.denoiser import Denoiser
-    from twostep.models.nano import teacher_contract
-    from twostep.pretrain.teacher import TeacherSettings, train_teacher
-    from twostep.runs.folder import RunFolder
-    from twostep.runs.recipe import load_recipe
-
-    settings = load_recipe(recipe, TeacherSettings, override)
-    folder = RunFolder(out, settings)
-    codec, text = load_codec(settings.autoencoder), load_text(settings.text_encoders)
-    if not (out / "latents.safetensors").exists():
-        cache_latents(
-            load_emoji(emoji), codec, variants=settings.variants, on_variant=lambda i, n: advance(i, n, "latents")
-        ).save(out / "latents.safetensors")
-    contract = teacher_contract("nano", Path(recipe).stem, __version__, settings.guidance)
-
-    def keep(iteration: int, denoiser: Denoiser) -> None:
-        save_bundle(Bundle(denoiser, codec, text, contract), out / "model")
-
-    train_teacher(
-        load_latents(out / "latents.safetensors"),
-        text,
-        settings,
-        folder,
-        on_iteration=_counter(advance, settings.loop.iterations),
-        on_checkpoint=keep,
-    )
-    return out / "model"
-
-
-def _counter(advance: OnProgress, total: int) -> Callable[[int, dict[str, float]], None]:
-    return lambda done, figures: advance(done, total, _spoken(figures))
-
-
 def _spoken(figures: dict[str, float]) -> str:
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
-
-
-_PARTS: dict[Any, Callable[[str, list[str], Path, Path, OnProgress], Path]] = {
-    "vae": _pretrain_vae,
-    "text": _pretrain_text,
-    "teacher": _pretrain_teacher,
-}

@@ -68,12 +68,14 @@ def distil(
                 lesson = replace(lesson, teacher=_frozen(student))
             _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
             student = lesson.student
-            needed = {later.teacher_steps for later in recipe.phases[position + 1 :]}
+            rest = recipe.phases[position + 1 :]
+            needed = {later.teacher_steps for later in rest}
             if phase.student_steps in needed:
                 finished[phase.student_steps] = _kept(student, phase)
             for steps in finished.keys() - needed:
                 _forget(finished.pop(steps))
-            if phase.student_steps in recipe.release:
+            is_last = all(later.student_steps != phase.student_steps for later in rest)
+            if is_last and phase.student_steps in recipe.release:
                 contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
                 written[phase.student_steps] = save_student(
                     lesson.trained.state_dict(), contract, folder.path / "model"

@@ -53,7 +53,8 @@ class Examples:
         noise = torch.randn(len(self._conditioning), *shape, generator=torch.Generator().manual_seed(0))
         noise = noise.to(self._conditioning.text.device)
         pictures = self.teacher.codec.decode(sample(denoise, noise, num_steps, self.teacher.denoiser.schedule))
-        return pictures.unflatten(0, (NUM_SEEDS, len(self.prompts)))
+        apart: Tensor = pictures.unflatten(0, (NUM_SEEDS, len(self.prompts)))
+        return apart
 
 
 def _images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:

@@ -27,7 +27,8 @@ def find_model(model: str | Path) -> Path:
     Raises `ModelError` with what was found instead.
     """
     built_in = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONTRACT_FILE}"))
-    path = WEIGHTS / str(model) if str(model) in built_in else Path(model)
+    students = {path.stem: path for path in WEIGHTS.glob("*/students/*.safetensors")}
+    path = WEIGHTS / str(model) if str(model) in built_in else students.get(str(model), Path(model))
     if path.is_file() or any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE)):
         return path
     if not path.exists() and _HUB_ID.fullmatch(str(model)):
@@ -35,7 +36,7 @@ def find_model(model: str | Path) -> Path:
     problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
     raise ModelError(
         f"{path} {problem if path.is_dir() else 'does not exist'}. Give a model folder, a .safetensors file, "
-        f"a hub id (owner/name) or a built-in name ({', '.join(built_in) or 'none'})."
+        f"a hub id (owner/name) or a built-in name ({', '.join([*built_in, *sorted(students)])})."
     )
 
 
