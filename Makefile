@@ -31,8 +31,9 @@ test: setup ## Run the tests that take minutes, in two processes.
 test-all: setup ## Run every test, the slow ones too.
 	$(PYTEST)
 
-weights: ## Put the result of `twostep distill nano --out runs/nano` into the package.
+weights: ## Put the results of `twostep distill nano` and `nano-lora`, under runs/, into the package.
 	cp -r runs/nano/model/. twostep/weights/nano/
+	cp runs/nano-lora/model/students/*_lora.safetensors twostep/weights/nano/students/
 	rm -f twostep/weights/nano/students/*_32step_unet.safetensors
 
 lint: setup ## Check style, types, and who imports whom.

@@ -52,9 +52,26 @@ def test_there_is_a_teacher_with_four_students() -> None:
     assert contracts[-1].prediction_type == "x0"
 
 
+def test_the_students_of_8_4_and_2_steps_are_there_as_small_loras_as_well() -> None:
+    files = {path.stem: path.stat().st_size for path in NANO.rglob("*_lora.safetensors")}
+    assert set(files) == {f"nano_{steps}step_lora" for steps in (8, 4, 2)}
+    assert max(files.values()) <= 2e6
+    for name in files:
+        (contract,) = read_contracts(name)
+        assert (contract.lora_rank, contract.recipe, contract.guidance) == (12, "nano-lora", 1.0)
+
+
+@pytest.mark.parametrize("steps", [8, 4, 2])
+def test_the_loras_draw_what_they_are_asked(steps: int) -> None:
+    bundle = load_bundle(f"nano_{steps}step_lora")
+    drawn = [image for prompt in PROMPTS for image in generate(bundle, Request(prompt, num_images=4, seed=5)).images]
+    assert num_right(to_tensor(drawn), [prompt for prompt in PROMPTS for _ in range(4)]) >= 10
+
+
 def test_they_are_fp16_and_below_80_megabytes() -> None:
     files = list(NANO.rglob("*.safetensors"))
-    assert sum(file.stat().st_size for file in NANO.rglob("*")) < 80e6
+    loras = set(NANO.rglob("*_lora.safetensors"))
+    assert sum(file.stat().st_size for file in set(NANO.rglob("*")) - loras) < 80e6
     networks = [file for file in files if file.name != "judge.safetensors"]
     assert {tensor.dtype for file in networks for tensor in load_file(file).values() if tensor.ndim} == {torch.float16}
 
