@@ -22,7 +22,7 @@ from twostep.errors import TwostepError
 FIRST_SEED = 1_000_000
 """Seeds from here on are held out for evaluation."""
 
-NUM_COMPLETE = 512
+NUM_COMPLETE = 1024
 NUM_DIVERSITY_PROMPTS = 64
 NUM_SEEDS_PER_PROMPT = 4
 

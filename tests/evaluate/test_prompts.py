@@ -42,8 +42,8 @@ def test_what_is_no_concept_is_unknown(prompt: str):
 
 def test_complete_prompts_are_many_different_and_balanced():
     tasks = complete_tasks(CONCEPTS)
-    assert len({task.prompt for task in tasks}) == len(tasks) == 512
-    assert len({task.seed for task in tasks}) == 512
+    assert len({task.prompt for task in tasks}) == len(tasks) == 1024
+    assert len({task.seed for task in tasks}) == 1024
     assert min(task.seed for task in tasks) == FIRST_SEED
     for concept in CONCEPTS:
         wishes = [task.attributes for task in tasks if task.attributes.names == concept.names]
