@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +23,9 @@ from diffusers import DPMSolverMultistepScheduler
 from nano_table_text import checks, to_markdown
 from nano_tasks import FIRST_SEED, Task, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twostep.contract import Contract
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
 from twostep.evaluate.judge import Judge, load_judge
@@ -102,7 +100,7 @@ def main(
         "diversity": repeated_tasks(emoji.concepts)[:limit],
     }
     pictures: dict[str, dict[str, Tensor]] = {}
-    rows = [*model_rows(model), *lora_rows(model), *mse_rows(model, mse)]
+    rows = [*model_rows(model), *lora_rows(model), *mse_rows(mse)]
     for row in rows:
         pictures[row.key] = draw_row(row, tasks, out / "cache")
     figures = [*judge_rows(rows, pictures, tasks, judge, emoji), judge_real(pictures, tasks, judge, emoji)]
@@ -153,25 +151,15 @@ def lora_rows(model: str) -> list[Row]:
     ]
 
 
-def mse_rows(model: str, folder: Path | None) -> list[Row]:
+def mse_rows(folder: Path | None) -> list[Row]:
     """Students that were distilled by MSE alone, if there are any."""
     rows = []
     for steps in (2, 1) if folder else ():
         for path in sorted(folder.glob(f"*_{steps}step_unet.safetensors")) if folder else ():
             sampler = Sampler("euler", steps, 1.0)
             label = f"student by MSE alone, {_steps(steps)}"
-            rows.append(Row(f"mse-{steps}", label, sampler, lambda p=path, n=steps: _load_student(model, p, n)))
+            rows.append(Row(f"mse-{steps}", label, sampler, lambda p=path: load_bundle(p)))
     return rows
-
-
-def _load_student(model: str, path: Path, steps: int) -> Bundle:
-    """Put the weights of a student file into the student of as many steps that the model has."""
-    bundle = load_bundle(model, steps=steps)
-    with safe_open(path, "pt") as file:
-        contract = Contract.from_metadata(file.metadata() or {})
-    weights = {name: tensor.float() for name, tensor in load_file(path).items()}
-    bundle.denoiser.network.load_state_dict(weights)
-    return replace(bundle, denoiser=replace(bundle.denoiser, prediction_type=contract.prediction_type))
 
 
 def draw_row(row: Row, tasks: dict[str, list[Task]], cache: Path) -> dict[str, Tensor]:

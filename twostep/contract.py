@@ -12,9 +12,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 from twostep.errors import TwostepError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 METADATA_KEY = "twostep.contract"
 """Where the contract lies in safetensors metadata; in a PNG it is part of the chunk `twostep`."""
@@ -85,10 +89,10 @@ class Contract:
         if not isinstance(values, dict):
             raise ContractError(f"the contract must be a JSON object with named fields; got {_shown(values)}.")
         _check_names(values)
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json(text, strict=True)
+            return _reader().validate_json(text, strict=True)
         except ValidationError as error:
             problem = error.errors()[0]
             field, said = str(problem["loc"][0]), problem["msg"].removeprefix("Input should be ")
@@ -156,6 +160,14 @@ class Contract:
             asked = "x".join("any" if pixels is None else str(pixels) for pixels in (width, height))
             known = ", ".join(f"{w}x{h}" for w, h in self.sizes)
             raise ContractError(f"{self.name} draws {known} (width x height in pixels); asked for {asked}.")
+
+
+@cache
+def _reader() -> TypeAdapter[Contract]:
+    """Return what reads contracts; making it takes a hundred times as long as reading one."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Contract)
 
 
 def _check_names(values: Mapping[str, object]) -> None:

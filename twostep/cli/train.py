@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from twostep.runs.progress import OnProgress, spoken
 from twostep.runs.recipe import RecipeError, find_recipe
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path 
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
 Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
 Emoji = Annotated[Path, typer.Option(help="The emoji set, from `twostep data emoji`.")]
-OnProgress = Callable[[int, int | None, str], None]
 
 data = typer.Typer(help="Build data sets.", no_args_is_help=True)
 
@@ -78,7 +78,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
             version=__version__,
             recipe_name=Path(recipe).stem,
             on_iteration=lambda phase, done, figures: advance(
-                done, phase.iterations, f"{phase.name} {_spoken(figures)}"
+                done, phase.iterations, f"{phase.name} {spoken(figures)}"
             ),
         )
     for path in written.values() if place.first else ():
@@ -94,21 +94,17 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a `twostep di
 
 def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, advance: OnProgress) -> EmojiSource:
     """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
-    from twostep.data.emoji import load_emoji
-    from twostep.data.latents import cache_latents, load_latents
+    from twostep.data.latents import find_latents
     from twostep.data.source import EmojiSource
-    from twostep.runs.devices import place, wait
 
-    path = out / "latents.safetensors"
-    if place().first and not path.exists():
-        cache_latents(
-            load_emoji(emoji),
-            teacher.codec,
-            variants=settings.variants,
-            on_variant=lambda done, total: advance(done, total, "latents"),
-        ).save(path)
-    wait()
-    return EmojiSource(load_latents(path), teacher.text, *teacher.contract.sizes[0])
+    latents = find_latents(
+        out / "latents.safetensors",
+        emoji,
+        teacher.codec,
+        variants=settings.variants,
+        on_variant=lambda done, total: advance(done, total, "latents"),
+    )
+    return EmojiSource(latents, teacher.text, *teacher.contract.sizes[0])
 
 
 @contextmanager
@@ -121,7 +117,3 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
         yield lambda done, total, text: bar.update(
             task, completed=done, total=total, description=f"{title} {text}".strip()
         )
-
-
-def _spoken(figures: dict[str, float]) -> str:
-    return " ".join(f"{key} {value:.3f}" for key, value in figures.items())

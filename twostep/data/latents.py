@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from twostep.data.captions import BACKGROUNDS, Attributes, Omission, caption
-from twostep.data.emoji import EmojiError, EmojiSet, Placement, compose
+from twostep.data.emoji import EmojiError, EmojiSet, Placement, compose, load_emoji
 from twostep.models.codec import Codec
+from twostep.runs.devices import place, wait
 from twostep.runs.folder import write_whole
 
 
@@ -69,6 +70,16 @@ def load_latents(path: Path) -> LatentCache:
         raise EmojiError(f"{path} holds values that are no numbers. Delete it; it is built again from drawings.")
     names = tuple((tuple(group), subgroup) for group, subgroup in words["names"])
     return LatentCache(latents, labels, names, tuple(words["styles"]))
+
+
+def find_latents(
+    path: Path, drawings: Path, codec: Codec, *, variants: int, on_variant: Callable[[int, int], None]
+) -> LatentCache:
+    """Read the cache at `path`, made there of the emoji set at `drawings` by the first process if it is not there."""
+    if place().first and not path.exists():
+        cache_latents(load_emoji(drawings), codec, variants=variants, on_variant=on_variant).save(path)
+    wait()
+    return load_latents(path)
 
 
 def cache_latents(

@@ -303,8 +303,9 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, 
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     with training_attention(loss.device.type):
         loss.backward()
-    average([parameter.grad for parameter in trained.parameters() if parameter.grad is not None])
-    norm = nn.utils.clip_grad_norm_(trained.parameters(), phase.gradient_clip)
+    parameters = list(trained.parameters())  # finding those of a LoRA walks the whole network
+    average([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = nn.utils.clip_grad_norm_(parameters, phase.gradient_clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm.item()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -78,7 +78,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bund
         raise ModelError(f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}.")
     single = find_single_file(path) if path.is_file() and contract.role == "teacher" else None
     folder = path if path.is_dir() else single.folder if single else base_folder(path, contracts[0])
-    network = _load_unet(folder / "unet", single)
+    network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, single)
     if contract.role == "student":
         file = path if path.is_file() else student_files(folder)[contract.steps]
         network = _load_weights(network, file, contract)
@@ -164,28 +164,22 @@ def load_schedule(folder: Path) -> NoiseSchedule:
 
 def load_codec(folder: Path, single: SingleFile | None = None) -> ImageCodec:
     """Load the autoencoder of a model folder, frozen and in float32; its weights may be in a single file."""
-    part = folder / "vae"
-    config = read_json(part / "config.json")
-    if single is not None:
-        with torch.device("meta"):
-            empty = AutoencoderKL.from_config(config)
-        vae = single.fill(empty, VAE)
-    else:
-        vae = (AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL).from_pretrained(
-            part, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(part)
-        )
+    # No single file holds a tiny one.
+    tiny = single is None and read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
+    vae = _load_network(AutoencoderTiny if tiny else AutoencoderKL, folder / "vae", VAE, single)
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     return ImageCodec(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
-def _load_unet(folder: Path, single: SingleFile | None) -> UNet2DConditionModel:
+def _load_network(kind: Any, folder: Path, part: str, single: SingleFile | None) -> Any:
+    """Load a network of diffusers by its config, with the weights beside that or the part of a single file."""
     if single is None:
-        return UNet2DConditionModel.from_pretrained(
+        return kind.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
         )
     with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(read_json(folder / "config.json"))
-    return single.fill(network, UNET)
+        network = kind.from_config(read_json(folder / "config.json"))
+    return single.fill(network, part)
 
 
 def load_text(folder: Path, single: SingleFile | None = None) -> TextEncoders:

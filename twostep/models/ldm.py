@@ -78,7 +78,7 @@ def unet_names(keys: Iterable[str]) -> dict[str, str]:
 def _unet_name(key: str, stride: int, attentive: set[str]) -> str:
     found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", key)
     if found is None:
-        return _inside(_replaced(key, _UNET_ENDS), "middle_block")
+        return _inside(_replaced(key, _UNET_ENDS))
     way, block, kind, place, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
     if kind == "downsamplers":
         return f"input_blocks.{stride * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
@@ -86,12 +86,12 @@ def _unet_name(key: str, stride: int, attentive: set[str]) -> str:
         return f"output_blocks.{stride * block + stride - 1}.{2 if str(block) in attentive else 1}.{rest}"
     number = stride * block + place + (1 if way == "down" else 0)
     side = "input" if way == "down" else "output"
-    return _inside(f"{side}_blocks.{number}.{0 if kind == 'resnets' else 1}.{rest}", f"{side}_blocks")
+    return _inside(f"{side}_blocks.{number}.{0 if kind == 'resnets' else 1}.{rest}")
 
 
-def _inside(name: str, blocks: str) -> str:
+def _inside(name: str) -> str:
     """Rename what is inside a resnet; layers of attentions have the same names in both."""
-    found = re.match(rf"({blocks}\.(?:\d+\.)+)(\w+)\.(weight|bias)$", name)
+    found = re.match(r"((?:input_blocks|middle_block|output_blocks)\.(?:\d+\.)+)(\w+)\.(weight|bias)$", name)
     return name if found is None or found[2] not in _RESNET else f"{found[1]}{_RESNET[found[2]]}.{found[3]}"
 
 

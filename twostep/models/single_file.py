@@ -39,8 +39,9 @@ _KINDS = {
     "unet.": "a LoRA",
     "input_blocks.": "a UNet alone",
     "down_blocks.": "a UNet alone",
-    UNET: "a UNet without the text encoders of SDXL",
 }
+"""What a file with such keys is, whatever else is in it."""
+
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
@@ -83,12 +84,13 @@ def find_single_file(path: Path) -> SingleFile:
     """Return the checkpoint with the folder of its configs; ModelError says what else the file is."""
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
-    for start, kind in _KINDS.items():
-        if start != UNET and any(key.startswith(start) for key in keys):
-            raise ModelError(f"{path} is {kind}. Expected a twostep student, or a whole SDXL checkpoint.")
-    if not all(any(key.startswith(part) for key in keys) for part in NAMES):
-        kind = next((kind for start, kind in _KINDS.items() if any(key.startswith(start) for key in keys)), "no model")
-        raise ModelError(f"{path} is {kind} ({keys[0] if keys else 'empty'}). Expected a whole SDXL checkpoint.")
+    parts = [part for part in NAMES if any(key.startswith(part) for key in keys)]
+    kind = next((kind for start, kind in _KINDS.items() if any(key.startswith(start) for key in keys)), None)
+    if kind is None and len(parts) < len(NAMES):
+        kind = "a UNet without the text encoders of SDXL" if UNET in parts else "no model"
+    if kind is not None:
+        seen = keys[0] if keys else "nothing"
+        raise ModelError(f"{path} is {kind} (it holds {seen}). Expected a twostep student, or a whole SDXL checkpoint.")
     beside = path.with_suffix("")
     return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=("*.json", "*.txt")))
 

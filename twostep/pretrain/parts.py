@@ -10,17 +10,15 @@ from pathlib import Path
 
 from twostep import __version__
 from twostep.data.emoji import load_emoji
-from twostep.data.latents import cache_latents, load_latents
+from twostep.data.latents import find_latents
 from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle, save_codec, save_text
 from twostep.models.nano import teacher_contract
 from twostep.pretrain.autoencoder import VaeSettings, train_vae
 from twostep.pretrain.teacher import TeacherSettings, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
 from twostep.runs.folder import RunFolder
+from twostep.runs.progress import OnProgress, spoken
 from twostep.runs.recipe import load_recipe
-
-OnProgress = Callable[[int, int | None, str], None]
-"""Called with what is done, of how many, and a word on it."""
 
 TrainPart = Callable[[str, list[str], Path, Path, OnProgress], None]
 """(recipe, overrides, run folder, emoji set, progress): trains, and writes `model` into the run's folder."""
@@ -43,14 +41,18 @@ def train_text_part(recipe: str, override: list[str], out: Path, emoji: Path, ad
 def train_teacher_part(recipe: str, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
     """Train the denoiser, and write the whole teacher with every checkpoint."""
     settings = load_recipe(recipe, TeacherSettings, override)
-    folder, latents = RunFolder(out, settings), out / "latents.safetensors"
+    folder = RunFolder(out, settings)
     codec, text = load_codec(settings.autoencoder), load_text(settings.text_encoders)
-    if not latents.exists():
-        drawings, tell = load_emoji(emoji), lambda done, total: advance(done, total, "latents")
-        cache_latents(drawings, codec, variants=settings.variants, on_variant=tell).save(latents)
+    latents = find_latents(
+        out / "latents.safetensors",
+        emoji,
+        codec,
+        variants=settings.variants,
+        on_variant=lambda done, total: advance(done, total, "latents"),
+    )
     contract = teacher_contract("nano", Path(recipe).stem, __version__, settings.guidance)
     train_teacher(
-        load_latents(latents),
+        latents,
         text,
         settings,
         folder,
@@ -63,4 +65,4 @@ PARTS: dict[str, TrainPart] = {"vae": train_vae_part, "text": train_text_part, "
 
 
 def _counter(advance: OnProgress, total: int) -> Callable[[int, dict[str, float]], None]:
-    return lambda done, figures: advance(done, total, " ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    return lambda done, figures: advance(done, total, spoken(figures))

@@ -158,13 +158,14 @@ def repeat(
     `state` is kept in the checkpoint `name` and brought back when the same run starts again; `on_checkpoint` comes
     before that, so what it refuses by raising is not kept. `keep_start` also keeps the state before the first iteration.
     """
-    kept = folder.load(name)
-    start = 0 if kept is None else int(kept["iteration"])
-    if kept is not None:
-        for key, holder in state.items():
-            holder.load_state_dict(kept[key])
-    elif keep_start:
-        folder.save(name, {"iteration": 0, **{key: holder.state_dict() for key, holder in state.items()}})
+
+    def keep(done: int) -> None:
+        folder.save(name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}})
+
+    start = _bring_back(folder, name, state)
+    if start is None and keep_start:
+        keep(0)
+    start = start or 0
     began, sums, counted = time.monotonic(), dict[str, float](), 0
     for iteration in range(start, settings.iterations):
         figures = averaged(iterate(iteration, Draw.at(settings.seed, iteration)))
@@ -178,7 +179,17 @@ def repeat(
             sums, counted = {}, 0
         if done % settings.checkpoint_every == 0 or done == settings.iterations:
             on_checkpoint(done)
-            folder.save(name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}})
+            keep(done)
+
+
+def _bring_back(folder: RunFolder, name: str, state: Mapping[str, Stateful]) -> int | None:
+    """Restore the checkpoint and return its iteration, None if there is none; what was read is not held on to."""
+    kept = folder.load(name)
+    if kept is None:
+        return None
+    for key, holder in state.items():
+        holder.load_state_dict(kept[key])
+    return int(kept["iteration"])
 
 
 def finite(loss: Tensor, what: str, iteration: int, settings: LoopSettings) -> Tensor:
