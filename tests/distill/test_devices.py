@@ -154,7 +154,7 @@ def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 def run_chain(folder: Path, model: Path, *, count: int) -> Path:
     recipe = write_recipe(folder, model, CHAIN)
     assert distill(recipe, count=count).succeed().count("written:") == 2
-    assert [line["processes"] for line in lines(recipe.with_suffix("")) if line["part"] == "devices"] == [count]
+    assert [line["processes"] for line in lines(recipe.with_suffix("")) if line["part"] == "environment"] == [count]
     return recipe.with_suffix("")
 
 
@@ -260,7 +260,7 @@ def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written:") == 1
     log = lines(recipe.with_suffix(""))
-    assert [line["part"] for line in log] == ["devices", "probe", "4-mse", "4-mse"]
+    assert [line["part"] for line in log] == ["environment", "probe", "4-mse", "4-mse"]
     assert "loss" in log[2] and "diversity" in log[3]
     assert log[0]["processes"] == 2
 

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from twostep.distill import distil
 from twostep.distill.report import write_report
@@ -50,6 +51,14 @@ def test_one_page_holds_everything_and_needs_nothing(run: Path) -> None:
     assert "random-4step" in page.texts
     assert any('"lora_rank": 4' in text for text in page.texts)
     assert any("student_steps = 8" in text for text in page.texts)
+    assert torch.__version__ in page.texts
+
+
+def test_of_a_resumed_run_every_environment_is_shown_once(run: Path) -> None:
+    lines = [{"part": "environment", "time": i, "machine": machine} for i, machine in enumerate(("a", "b", "a", "<b>"))]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = Outline(write_report(run).read_text())
+    assert [text for text in page.texts if text in ("a", "b", "<b>")] == ["a", "b", "<b>"]
 
 
 def test_curves_show_what_was_logged(run: Path) -> None:

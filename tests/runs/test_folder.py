@@ -1,6 +1,8 @@
 """Run folders: whole files or none, and no two recipes in one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,26 @@ def test_the_log_is_one_json_a_line(tmp_path: Path) -> None:
     folder.log(part="a", loss=0.25)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [0.5, 0.25]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from twostep.runs.folder import RunFolder
+from twostep.runs.loop import LoopSettings
+
+folder = RunFolder(Path(sys.argv[1]), LoopSettings(iterations=1, batch_size=1, learning_rate=1.0))
+print("here", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_on_one_folder_are_told_and_a_killed_one_leaves_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
+        with pytest.raises(RunError, match="Another process is at work in"):
+            RunFolder(tmp_path / "run", SETTINGS)
+        other.kill()
+    RunFolder(tmp_path / "run", SETTINGS).save("a", {})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from twostep.runs.devices import place, wait
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw
 from twostep.runs.recipe import RecipeError
+from twostep.runs.trackers import track
 
 _RUNNING = "student"
 """The name of the LoRA that is trained; those of finished students, which teach, are called "8-step"."""
@@ -88,8 +91,9 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     if teacher.contract.role == "student":
         _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
+    track(folder, recipe.trackers)
     _check_shares(recipe, device)
-    folder.log(part="devices", device=device.type, processes=place().count)
+    folder.log(part="environment", device=device.type, processes=place().count, **_environment(device))
     teacher = teacher.to(device)
     if recipe.prediction_type is not None:
         teacher = _predicting(teacher, recipe.prediction_type)
@@ -101,6 +105,13 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
         if place().first:
             save_bundle(teacher, folder.path / "model")
     return teacher
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """Say what a run runs on, to read beside its times and figures."""
+    names = ("twostep", "torch", "diffusers", "transformers", "peft")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"machine": card, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:

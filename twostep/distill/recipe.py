@@ -11,6 +11,7 @@ from twostep.diffusion import PredictionType
 from twostep.distill.health import Health
 from twostep.runs.loop import LoopSettings
 from twostep.runs.recipe import Settings
+from twostep.runs.trackers import Tracker
 
 Objective = Literal["mse", "conditional", "unconditional", "convert"]
 
@@ -96,6 +97,7 @@ class DistillRecipe(Settings):
     variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
+    trackers: tuple[Tracker, ...] = Field((), description="tensorboard, wandb: told every logged figure, if installed")
     health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
     phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
 

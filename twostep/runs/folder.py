@@ -8,13 +8,14 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from filelock import FileLock, Timeout
 
 from twostep.errors import TwostepError
 from twostep.runs.devices import place
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Settings) -> None:
         """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot be written."""
         self.path = path
+        self.hear: Callable[[dict[str, Any]], None] = lambda values: None
         record = path / "run.toml"
         resolved = tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
         if record.exists() and record.read_text() != resolved:
@@ -41,6 +43,13 @@ class RunFolder:
         with _writing(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (path / "samples").mkdir(exist_ok=True)
+        # Held until this folder is forgotten or the process ends, however it ends.
+        self._lock = FileLock(path / "run.lock", is_singleton=True)
+        try:
+            if place().first:
+                self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise RunError(f"Another process is at work in {path}. Wait for it, or give another --out.") from error
         if not record.exists():
             with write_whole(record) as file:
                 file.write(resolved.encode())
@@ -52,6 +61,7 @@ class RunFolder:
         line = json.dumps({"time": round(time.time(), 3), **values})
         with _writing(self.path), (self.path / "log.jsonl").open("a") as file:
             file.write(line + "\n")
+        self.hear(values)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a checkpoint; the old one of that name stands until the new one is whole."""
