@@ -10,7 +10,16 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from twostep.models.bundle import Bundle
-from twostep.models.lora import LoraError, activate, active, add_lora, checkpoint_gradients, merge, remove_loras
+from twostep.models.lora import (
+    LoraError,
+    activate,
+    active,
+    add_lora,
+    checkpoint_gradients,
+    merge,
+    remove_lora,
+    remove_loras,
+)
 from twostep.models.nano import random_bundle
 
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
@@ -63,6 +72,30 @@ def test_switching_between_forward_and_backward_loses_no_gradient(bundle: Bundle
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_switching_is_right_after_adapters_came_and_went_and_copies_switch_apart(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    plain = answer(bundle)
+    shake(add_lora(network, "judge", rank=4, encoder_only=True))
+    judged = answer(bundle, "judge")
+    shake(add_lora(network, "student", rank=4), 2)
+    taught = answer(bundle, "student")
+    add_lora(network, "passing", rank=4)
+    activate(network, "passing")
+    remove_lora(network, "passing")
+    twin = replace(bundle, denoiser=replace(bundle.denoiser, network=copy.deepcopy(network)))
+    activate(twin.denoiser.network, "judge")
+    network.disable_adapters()
+    for one in (bundle, twin):
+        for lora, expected in (("student", taught), (None, plain), ("judge", judged), ("student", taught)):
+            torch.testing.assert_close(answer(one, lora), expected)
+            assert active(one.denoiser.network) == lora
+    remove_loras(network)
+    torch.testing.assert_close(answer(bundle), plain)
+    with pytest.raises(LoraError, match=r"called 'student'.*there are none"):
+        activate(network, "student")
+    torch.testing.assert_close(answer(twin, "student"), taught)
 
 
 def test_merged_it_is_the_same_function_and_a_plain_network(bundle: Bundle) -> None:

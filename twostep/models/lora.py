@@ -116,29 +116,19 @@ def remove_loras(network: UNet2DConditionModel) -> None:
 def activate(network: UNet2DConditionModel, name: str | None) -> None:
     """Let one adapter work, or none; which parameters can be trained is left as it is.
 
-    PEFT freezes what it switches off, and a parameter frozen between forward and backward gets no gradient. Does
-    nothing where that is how things stand, so it may be called before every forward.
+    Costs next to nothing, so it may be called before every forward. LoraError for a name that is not there.
     """
-    layers = list(_layers(network))
-    if all(_works(layer, name) for layer in layers):
-        return
-    there = sorted(getattr(network, "peft_config", None) or {})
+    there = getattr(network, "peft_config", None) or {}
     if name is not None and name not in there:
-        raise LoraError(f"There is no LoRA called {name!r} on this network; there are {there or 'none'}.")
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for layer in layers:
-        layer.enable_adapters(name is not None)
-        if name is not None:
-            layer.set_adapter(name)
-    network.requires_grad_(False)
-    for parameter in trainable:
-        parameter.requires_grad_(True)
+        raise LoraError(f"There is no LoRA called {name!r} on this network; there are {sorted(there) or 'none'}.")
+    if there:
+        _working(network)[:] = [] if name is None else [name]
 
 
 def active(network: UNet2DConditionModel) -> str | None:
     """Return the name of the adapter that works, None if none does."""
     layer = next(_layers(network), None)
-    return None if layer is None or layer.disable_adapters else str(layer.active_adapters[0])
+    return None if layer is None or layer.disable_adapters else next(iter(layer.active_adapters), None)
 
 
 def checkpoint_gradients(network: UNet2DConditionModel) -> None:
@@ -169,8 +159,28 @@ def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionMod
     return merged
 
 
-def _works(layer: BaseTunerLayer, name: str | None) -> bool:
-    return layer.disable_adapters if name is None else not layer.disable_adapters and layer.active_adapters == [name]
+class _Working(list[str]):
+    """The names of the adapters at work: one list that all layers of a network hold, so writing in it switches all."""
+
+
+def _working(network: UNet2DConditionModel) -> _Working:
+    """Return the network's list, given to every layer anew where adapters came or went, for then PEFT makes others.
+
+    PEFT freezes what it switches off, and a parameter frozen between forward and backward gets no gradient.
+    """
+    layers = _layers(network)
+    first = next(layers)
+    if isinstance(first.active_adapter, _Working) and not first.disable_adapters:
+        return first.active_adapter
+    learning = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    working = _Working()
+    for layer in (first, *layers):
+        layer.enable_adapters(True)
+        layer.set_adapter(working)
+        assert layer.active_adapters is working, "this PEFT copies the list of active adapters; use another version"
+    for parameter, learns in learning:
+        parameter.requires_grad_(learns)
+    return working
 
 
 def _layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
