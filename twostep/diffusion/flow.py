@@ -81,5 +81,5 @@ def _check_times(times: Tensor, x: Tensor) -> None:
             f"times must be [points, batch] with at least 2 points and batch {len(x)}; got {list(times.shape)}. "
             "Append the landing time, usually 0, and repeat the grid for every item."
         )
-    if bool((times[1:] > times[:-1]).any()):
+    if not bool((times[1:] <= times[:-1]).all()):
         raise FlowError(f"times must fall from point to point, noise to clean; got {times[:, 0].tolist()} for item 0.")

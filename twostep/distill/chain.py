@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -54,36 +54,46 @@ def distil(
     predicts something else than its contract, or the recipe, says.
     """
     teacher = _prepare(recipe, teacher, source, folder)
-    finished: dict[int, Denoiser] = {}
-    student, examples = teacher.denoiser, Examples(teacher, recipe.sample_prompts)
+    examples = Examples(teacher, recipe.sample_prompts)
     written: dict[int, Path] = {}
     with ExitStack() as leaving:
         leaving.callback(remove_loras, teacher.denoiser.network)
-        for position, phase in enumerate(recipe.phases):
-            # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
-            lesson = Lesson(
-                source=source,
-                teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
-                student=_learner(student, phase),
-                discriminator=_discriminator(phase),
-            )
-            if phase.objective == "convert":
-                lesson = replace(lesson, teacher=_frozen(student))
+        for phase, lesson, is_last in lessons(recipe, teacher, source):
             _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
-            student = lesson.student
-            rest = recipe.phases[position + 1 :]
-            needed = {later.teacher_steps for later in rest}
-            if phase.student_steps in needed:
-                finished[phase.student_steps] = _kept(student, phase)
-            for steps in finished.keys() - needed:
-                _forget(finished.pop(steps))
-            is_last = all(later.student_steps != phase.student_steps for later in rest)
             if is_last and phase.student_steps in recipe.release:
-                contract = student_contract(teacher.contract, phase, student.prediction_type, version, recipe_name)
+                predicts = lesson.student.prediction_type
+                contract = student_contract(teacher.contract, phase, predicts, version, recipe_name)
                 written[phase.student_steps] = save_student(
                     lesson.trained.state_dict(), contract, folder.path / "model"
                 )
     return written
+
+
+def lessons(recipe: DistillRecipe, teacher: Bundle, source: Source) -> Iterator[tuple[Phase, Lesson, bool]]:
+    """Yield every phase with its lesson, and whether no later one trains a student of so many steps.
+
+    Whoever asks for the next phase has trained that student: it goes on, and teaches what learns from it.
+    """
+    finished: dict[int, Denoiser] = {}
+    student = teacher.denoiser
+    for position, phase in enumerate(recipe.phases):
+        # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
+        lesson = Lesson(
+            source=source,
+            teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
+            student=_learner(student, phase),
+            discriminator=_discriminator(phase),
+        )
+        if phase.objective == "convert":
+            lesson = replace(lesson, teacher=_frozen(student))
+        rest = recipe.phases[position + 1 :]
+        yield phase, lesson, all(later.student_steps != phase.student_steps for later in rest)
+        student = lesson.student
+        needed = {later.teacher_steps for later in rest}
+        if phase.student_steps in needed:
+            finished[phase.student_steps] = _kept(student, phase)
+        for steps in finished.keys() - needed:
+            _forget(finished.pop(steps))
 
 
 def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder) -> Bundle:
