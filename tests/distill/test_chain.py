@@ -1,5 +1,6 @@
 """The chain: every phase hands its student on, and what is released loads and says how to sample it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from twostep.distill.chain import find_device
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.lora import Lora, add_lora
+from twostep.models.nano import random_bundle
 from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import RecipeError
 
@@ -183,3 +185,24 @@ def test_a_whole_phase_on_one_base_resumes_bit_for_bit(teacher: Bundle, source: 
         distil(recipe, teacher, source, RunFolder(tmp_path / "cut", recipe), on_iteration=die, **options)
     resumed = distil(recipe, teacher, source, RunFolder(tmp_path / "cut", recipe), **options)
     assert resumed[4].read_bytes() == whole[4].read_bytes()
+
+
+def test_a_base_of_16_bits_holds_loras_of_32_and_whole_students_too(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    expected = _losses(LORAS, random_bundle(), source, tmp_path / "fp32")
+    half = LORAS.model_copy(update={"base_precision": "bf16"})
+    found = _losses(half, teacher, source, tmp_path / "bf16")
+    assert teacher.denoiser.network.dtype == torch.bfloat16
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.05)
+    for path in (tmp_path / "bf16" / "checkpoints").glob("*-finished.pt"):
+        kept = torch.load(path, weights_only=True)["weights"]
+        assert {value.dtype for value in kept.values()} == {torch.float32}, path
+    assert {value.dtype for value in teacher.text.encoders[0].state_dict().values()} == {torch.float32}
+
+
+def _losses(recipe: DistillRecipe, teacher: Bundle, source: object, out: Path) -> list[float]:
+    distil(recipe, teacher, source, RunFolder(out, recipe), version="0", recipe_name="test")
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line[name] for line in lines for name in ("loss", "student", "discriminator") if name in line]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -108,9 +109,48 @@ def test_batches_that_are_used_again_are_drawn_and_taught_once(teacher: Bundle, 
     assert torch.equal(late[1], taught[5][1])
 
 
-@pytest.mark.parametrize(("objective", "reuse"), [("mse", 1), ("mse", 2), ("conditional", 1), ("unconditional", 1)])
+def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(teacher: Bundle, source: object) -> None:
+    figures, calls = [], []
+    for checkpointing in (False, True):
+        trainer = AdversarialTrainer(phase(gradient_checkpointing=checkpointing), lesson(teacher, source))
+        calls.append(Mock(return_value=None))
+        trainer.discriminator.encoder.down_blocks[0].resnets[0].register_forward_pre_hook(calls[-1])
+        figures.append([trainer.iterate(i, Draw.at(0, i)) for i in range(2)])
+    assert [call.call_count for call in calls] == [
+        6,
+        10,
+    ]  # of the three looks of an iteration, that at x_t alone has no backward pass
+    assert figures[1] == [pytest.approx(before, rel=1e-4) for before in figures[0]]
+
+
+def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(teacher: Bundle, source: object) -> None:
+    def learn(optimiser: str) -> tuple[float, float]:
+        settings = phase(objective="mse", student_steps=1, teacher_steps=2, learning_rate=1e-3, optimiser=optimiser)
+        trainer = RegressionTrainer(settings, lesson(teacher, source))
+        losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(30)]
+        state = trainer.optimiser.state.values()
+        return losses[-1] / losses[0], sum(
+            value.numel() * value.element_size() for kept in state for value in kept.values() if torch.is_tensor(value)
+        )
+
+    (whole, of_32), (eighth, of_8) = learn("adamw"), learn("adamw8bit")
+    assert of_8 < 0.3 * of_32
+    assert whole < 0.9
+    assert eighth < whole + 0.05
+
+
+@pytest.mark.parametrize(
+    ("objective", "reuse", "optimiser"),
+    [
+        ("mse", 1, "adamw"),
+        ("mse", 2, "adamw"),
+        ("conditional", 1, "adamw"),
+        ("unconditional", 1, "adamw"),
+        ("unconditional", 1, "adamw8bit"),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
-    objective: str, reuse: int, teacher: Bundle, source: object, tmp_path: Path
+    objective: str, reuse: int, optimiser: str, teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
     class Killed(Exception):
         pass
@@ -119,7 +159,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         if iteration == 3:
             raise Killed
 
-    settings = phase(objective=objective, student_steps=2, teacher_steps=4, reuse=reuse, decay_share=0.5)
+    shape = {"student_steps": 2, "teacher_steps": 4, "decay_share": 0.5}
+    settings = phase(objective=objective, reuse=reuse, optimiser=optimiser, **shape)
     whole = lesson(teacher, source)
     train_phase(settings, whole, RunFolder(tmp_path / "whole", settings))
     with pytest.raises(Killed):

@@ -47,8 +47,8 @@ def distil(
 ) -> dict[int, Path]:
     """Run every phase in order and return the released students' files by their steps; the same call resumes.
 
-    The teacher is moved to the recipe's device. `folder/model` becomes a whole model: the teacher, if that is where the
-    chain starts, and the released students.
+    The teacher is moved to the recipe's device and its UNet to base_precision. `folder/model` becomes a whole model:
+    the teacher, if that is where the chain starts, and the released students.
 
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
@@ -104,16 +104,18 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     track(folder, recipe.trackers)
     _check_shares(recipe, device)
     folder.log(part="environment", device=device.type, processes=place().count, **_environment(device))
-    teacher = teacher.to(device)
     if recipe.prediction_type is not None:
         teacher = _predicting(teacher, recipe.prediction_type)
+    if teacher.contract.role == "teacher" and place().first:
+        save_bundle(teacher, folder.path / "model")  # before it moves, for this makes copies
+    teacher = teacher.to(device)
     if teacher.contract.role == "teacher":
         draw = Draw.at(0, 0)
         x0, conditioning = source.draw(4, draw.tensors, draw.words)
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
-        if place().first:
-            save_bundle(teacher, folder.path / "model")
+    if recipe.base_precision == "bf16":
+        teacher.denoiser.network.to(torch.bfloat16)
     return teacher
 
 

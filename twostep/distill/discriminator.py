@@ -130,7 +130,7 @@ def _head(width: int, pairs: bool, device: torch.device) -> nn.Sequential:
 
 def _logits(head: nn.Sequential, before: Tensor | None, after: Tensor) -> Tensor:
     both = after if before is None else torch.cat([before, after], dim=1)
-    logits: Tensor = head(both).float().mean(dim=(1, 2, 3))
+    logits: Tensor = head(both.float()).float().mean(dim=(1, 2, 3))
     return logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,9 @@ from twostep.models.denoiser import Denoiser
 NUM_SEEDS = 2
 """Pictures of every prompt: the least that shows whether seeds differ."""
 
+AT_ONCE = 4
+"""Pictures drawn together, and decoded one by one, for training has left little memory."""
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -30,7 +34,7 @@ class Examples:
 
     def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
         """Return teacher above student as a sheet, and how the student's looks compare (`health.measure`)."""
-        own = self._draw(student.given(self._conditioning), student_steps)
+        own = self._draw(student.given, student_steps)
         rows = [(f"teacher {self.teacher.contract.steps}", self._of_teacher), (f"student {student_steps}", own)]
         sheet = contact_sheet([(label, _images(pictures[0])) for label, pictures in rows], scale=2)
         return sheet, measure(own, self._of_teacher)
@@ -43,17 +47,25 @@ class Examples:
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
         width, height = self.teacher.contract.sizes[0]
-        empty = self.teacher.text.conditioning([""], width, height).expand(len(self._conditioning))
-        guided = self.teacher.denoiser.guided(self._conditioning, empty, self.teacher.contract.guidance)
+        empty = self.teacher.text.conditioning([""], width, height)
+
+        def guided(asked: Conditioning) -> Denoise:
+            return self.teacher.denoiser.guided(asked, empty.expand(len(asked)), self.teacher.contract.guidance)
+
         return self._draw(guided, self.teacher.contract.steps)
 
     @torch.no_grad()
-    def _draw(self, denoise: Denoise, num_steps: int) -> Float[Tensor, "seeds prompts 3 height width"]:
+    def _draw(
+        self, given: Callable[[Conditioning], Denoise], num_steps: int
+    ) -> Float[Tensor, "seeds prompts 3 height width"]:
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
         noise = torch.randn(len(self._conditioning), *shape, generator=torch.Generator().manual_seed(0))
-        noise = noise.to(self._conditioning.text.device)
-        pictures = self.teacher.codec.decode(sample(denoise, noise, num_steps, self.teacher.denoiser.schedule))
-        apart: Tensor = pictures.unflatten(0, (NUM_SEEDS, len(self.prompts)))
+        schedule, pictures = self.teacher.denoiser.schedule, []
+        for start in range(0, len(noise), AT_ONCE):
+            asked = self._conditioning[start : start + AT_ONCE]
+            latents = sample(given(asked), noise[start : start + AT_ONCE].to(asked.text.device), num_steps, schedule)
+            pictures += [self.teacher.codec.decode(latent).cpu() for latent in latents.split(1)]
+        apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, len(self.prompts)))
         return apart
 
 

@@ -26,6 +26,7 @@ class Phase(LoopSettings):
         1.0, ge=1, description="guidance of the teacher; above 1 only where the model itself teaches"
     )
     lora_rank: int | None = Field(None, gt=0, description="train a LoRA of this rank; the whole UNet where not given")
+    optimiser: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     discriminator_learning_rate: float | None = Field(None, gt=0, description="as learning_rate where not given")
     discriminator_lora: bool = Field(False, description="its encoder as a LoRA on the shared base: needs lora_rank")
@@ -97,6 +98,9 @@ class DistillRecipe(Settings):
     variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
+    base_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="weights of the teacher, and so of the base that LoRAs share; what is trained is fp32"
+    )
     trackers: tuple[Tracker, ...] = Field((), description="tensorboard, wandb: told every logged figure, if installed")
     health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
     phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")

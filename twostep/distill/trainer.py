@@ -26,7 +26,7 @@ from twostep.distill.transition import (
 )
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
-from twostep.models.lora import Lora
+from twostep.models.lora import Lora, checkpoint_gradients
 from twostep.runs.devices import average, place
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import (
@@ -41,6 +41,7 @@ from twostep.runs.loop import (
     silent,
     training_attention,
 )
+from twostep.runs.recipe import RecipeError
 
 WARNING = Health()
 
@@ -222,6 +223,8 @@ class AdversarialTrainer:
         trained = lesson.trained
         torch.manual_seed(phase.seed)
         self.discriminator = lesson.discriminator(lesson.teacher, pairs=phase.objective == "conditional")
+        if phase.gradient_checkpointing and isinstance(self.discriminator, Discriminator):
+            checkpoint_gradients(self.discriminator.encoder)  # a shared base does so already
         self.optimiser = _adam(trained, phase.learning_rate, (0.0, 0.99), phase)
         rate = phase.discriminator_learning_rate or phase.learning_rate
         self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
@@ -312,9 +315,15 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, 
 
 
 def _adam(trained: Trainable, learning_rate: float, betas: tuple[float, float], phase: Phase) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        trained.parameters(), lr=learning_rate, betas=betas, weight_decay=phase.weight_decay, fused=True
-    )
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": phase.weight_decay}
+    if phase.optimiser == "adamw":
+        return torch.optim.AdamW(trained.parameters(), **settings, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise RecipeError(f'optimiser "{phase.optimiser}" needs `pip install twostep[eight-bit]`.') from error
+    eight_bit: torch.optim.Optimizer = AdamW8bit(trained.parameters(), **settings)
+    return eight_bit
 
 
 _Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]

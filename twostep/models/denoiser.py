@@ -36,9 +36,8 @@ class Denoiser:
         """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
         activate(self.network, self.lora)
         index = t.to(x_t.device) - 1
-        output = self.network(x_t, index, conditioning.text, added_cond_kwargs=_added(conditioning), return_dict=False)[
-            0
-        ]
+        x, text = _fed(self.network, x_t, conditioning.text)
+        output = self.network(x, index, text, added_cond_kwargs=_added(conditioning), return_dict=False)[0]
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
 
@@ -76,16 +75,22 @@ def encoder_features(
 ) -> Float[Tensor, "batch features fh fw"]:
     """Run the UNet's encoder and mid-block alone, at times t in 0..T; the decoder need not exist."""
     index = (t.to(x_t.device) - 1).clamp(min=0)
-    embedding = network.time_embedding(network.get_time_embed(sample=x_t, timestep=index))
+    x, text = _fed(network, x_t, conditioning.text)
+    embedding = network.time_embedding(network.get_time_embed(sample=x, timestep=index))
     embedding = embedding + network.get_aug_embed(
-        emb=embedding, encoder_hidden_states=conditioning.text, added_cond_kwargs=_added(conditioning)
+        emb=embedding, encoder_hidden_states=text, added_cond_kwargs=_added(conditioning)
     )
-    hidden = network.conv_in(x_t)
+    hidden = network.conv_in(x)
     for block in network.down_blocks:
-        text = {"encoder_hidden_states": conditioning.text} if getattr(block, "has_cross_attention", False) else {}
-        hidden, _ = block(hidden_states=hidden, temb=embedding, **text)
-    features: Tensor = network.mid_block(hidden, embedding, encoder_hidden_states=conditioning.text)
+        told = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        hidden, _ = block(hidden_states=hidden, temb=embedding, **told)
+    features: Tensor = network.mid_block(hidden, embedding, encoder_hidden_states=text)
     return features
+
+
+def _fed(network: UNet2DConditionModel, *inputs: Tensor) -> list[Tensor]:
+    """Return inputs in the precision of the network's weights; SDXL's sizes stay exact, for it embeds them itself."""
+    return [x.to(network.conv_in.weight.dtype) for x in inputs]
 
 
 def _added(conditioning: Conditioning) -> dict[str, Tensor]:

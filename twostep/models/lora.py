@@ -94,7 +94,10 @@ def add_lora(
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         network.add_adapter(settings, adapter_name=name)
     activate(network, name)
-    return Lora(network, name)
+    lora = Lora(network, name)
+    for parameter in lora.parameters():
+        parameter.data = parameter.data.float()  # whatever the precision of the base
+    return lora
 
 
 def remove_lora(network: UNet2DConditionModel, name: str) -> None:
@@ -150,8 +153,8 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
 
 
 def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
-    """Return a copy of the network without any adapters, with the weights of this one, if one is named, in its own."""
-    merged = copy.deepcopy(network)
+    """Return a float32 copy of the network without adapters, the weights of this one, if one is named, in its own."""
+    merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
     if name is not None:
         merged.fuse_lora(adapter_names=[name])
