@@ -1,12 +1,14 @@
 """A random nano teacher and a handful of random latents: real networks, seconds."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, save_bundle
 from twostep.models.conditioning import Conditioning
 from twostep.models.nano import random_bundle
 from twostep.models.text import TextEncoders
@@ -36,3 +38,11 @@ def source(teacher: Bundle) -> Handful:
 @pytest.fixture
 def teacher() -> Bundle:
     return random_bundle()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a teacher with random weights that draws in few steps."""
+    folder, teacher = tmp_path_factory.mktemp("model"), random_bundle()
+    save_bundle(replace(teacher, contract=replace(teacher.contract, steps=2)), folder)
+    return folder
