@@ -27,6 +27,7 @@ from twostep.runs.devices import place, wait
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw
 from twostep.runs.recipe import RecipeError
+from twostep.runs.shards import gathered, shard
 from twostep.runs.trackers import track
 
 _RUNNING = "student"
@@ -64,7 +65,7 @@ def distil(
                 predicts = lesson.student.prediction_type
                 contract = student_contract(teacher.contract, phase, predicts, version, recipe_name)
                 written[phase.student_steps] = save_student(
-                    lesson.trained.state_dict(), contract, folder.path / "model"
+                    gathered(lesson.trained.state_dict()), contract, folder.path / "model"
                 )
     return written
 
@@ -82,13 +83,16 @@ def lessons(recipe: DistillRecipe, teacher: Bundle, source: Source) -> Iterator[
             source=source,
             teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
             student=_learner(student, phase),
-            discriminator=_discriminator(phase),
+            discriminator=_discriminator(phase, recipe.shard),
         )
         if phase.objective == "convert":
             lesson = replace(lesson, teacher=_frozen(student))
         rest = recipe.phases[position + 1 :]
         yield phase, lesson, all(later.student_steps != phase.student_steps for later in rest)
         student = lesson.student
+        if recipe.shard and student.lora is None and any(later.lora_rank for later in rest):
+            # A LoRA is put on what is whole.
+            student = replace(student, network=student.standalone())
         needed = {later.teacher_steps for later in rest}
         if phase.student_steps in needed:
             finished[phase.student_steps] = _kept(student, phase)
@@ -131,6 +135,8 @@ def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
     count = place().count
     if count > 1 and device.index is not None:
         raise RecipeError(f'device "{device}" is one for {count} processes; "{device.type}" gives each its own.')
+    if recipe.shard and count == 1:
+        raise RecipeError("shard spreads networks over processes, and this is one: start several, or -o shard=false.")
     for phase in recipe.phases:
         if phase.batch_size % count:
             raise RecipeError(
@@ -200,6 +206,9 @@ def _train_or_load(
     wait()  # so that nobody finds what another has just finished
     if finished is not None:
         lesson.trained.load_state_dict(finished["weights"])
+    if recipe.shard and phase.lora_rank is None:
+        shard(lesson.student.network)
+    if finished is not None:
         return
 
     def show(iteration: int) -> dict[str, float]:
@@ -216,7 +225,7 @@ def _train_or_load(
         on_iteration=lambda iteration, figures: on_iteration(phase, iteration, figures),
         on_checkpoint=show,
     )
-    folder.save(f"{phase.name}-finished", {"weights": lesson.trained.state_dict()})
+    folder.save(f"{phase.name}-finished", {"weights": gathered(lesson.trained.state_dict())})
 
 
 def _frozen(denoiser: Denoiser) -> Denoiser:
@@ -238,11 +247,11 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
     return replace(student, lora=_RUNNING)
 
 
-def _discriminator(phase: Phase) -> Callable[..., Judging]:
+def _discriminator(phase: Phase, sharded: bool) -> Callable[..., Judging]:
     """Return what makes the phase's discriminator of its teacher."""
     if phase.discriminator_lora and phase.lora_rank is not None:
         return partial(LoraDiscriminator, rank=phase.lora_rank)
-    return Discriminator
+    return partial(Discriminator, sharded=sharded and phase.lora_rank is None)
 
 
 def _kept(student: Denoiser, phase: Phase) -> Denoiser:

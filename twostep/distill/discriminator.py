@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser, encoder_features
 from twostep.models.lora import Lora, add_lora, remove_lora
+from twostep.runs.shards import shard
 
 R1_SIGMA = 0.01
 """Standard deviation of the noise in the approximated R1 penalty."""
@@ -28,13 +29,15 @@ HEAD_BLOCKS = 1
 class Discriminator(nn.Module):
     """An encoder that starts as the teacher's, without a decoder, and a head that gives one logit per item."""
 
-    def __init__(self, teacher: Denoiser, *, pairs: bool) -> None:
+    def __init__(self, teacher: Denoiser, *, pairs: bool, sharded: bool = False) -> None:
         """Copy the teacher's encoder; `pairs` tells whether x_t is judged together with x_s."""
         super().__init__()
         self.pairs = pairs
         self.encoder = teacher.standalone().requires_grad_(True)
         del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
         self.head = _head(self.encoder.config.block_out_channels[-1], pairs, self.encoder.device)
+        if sharded:
+            shard(self, methods=("features", "judge"))
 
     def features(
         self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning

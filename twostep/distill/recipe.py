@@ -94,6 +94,7 @@ class DistillRecipe(Settings):
     prediction_type: PredictionType | None = Field(
         None, description="what the teacher predicts, if its config is wrong"
     )
+    shard: bool = Field(False, description="spread what whole-UNet phases train over the processes (FSDP)")
     data: Path | None = Field(None, description="folder made by `twostep cache`; the built-in drawings if not given")
     variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")

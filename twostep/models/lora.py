@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from twostep.errors import TwostepError
@@ -154,6 +155,11 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
 
 def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
     """Return a float32 copy of the network without adapters, the weights of this one, if one is named, in its own."""
+    if isinstance(next(network.parameters()), DTensor):  # in shards, which no adapter is put on
+        with torch.device("meta"):
+            whole = UNet2DConditionModel.from_config(network.config)
+        whole.load_state_dict({key: value.full_tensor() for key, value in network.state_dict().items()}, assign=True)
+        return whole.eval()
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
     if name is not None:

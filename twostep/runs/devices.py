@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def joined(device: torch.device) -> Iterator[Place]:
         distributed.destroy_process_group()
 
 
+def device_type() -> str:
+    """Return where joined processes exchange tensors: "cpu", or the accelerator."""
+    return "cpu" if distributed.get_backend() == "gloo" else str(torch.accelerator.current_accelerator())
+
+
 def wait() -> None:
     """Wait until every process is here."""
     if place().count > 1:
@@ -58,7 +64,8 @@ def wait() -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over all processes into tensors, in place and in one message."""
+    """Put the mean over all processes into tensors, in place and in one message; shards have it already."""
+    tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     if place().count == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -72,7 +79,6 @@ def averaged(figures: dict[str, float]) -> dict[str, float]:
     """Return the means of figures over all processes."""
     if place().count == 1:
         return figures
-    device = "cpu" if distributed.get_backend() == "gloo" else torch.accelerator.current_accelerator()
-    means = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
+    means = torch.tensor(list(figures.values()), dtype=torch.float64, device=device_type())
     average([means])
     return dict(zip(figures, means.tolist(), strict=True))

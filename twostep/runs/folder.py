@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 from twostep.errors import TwostepError
 from twostep.runs.devices import place
 from twostep.runs.recipe import Settings
+from twostep.runs.shards import load_shards, save_shards
 
 
 class RunError(TwostepError):
@@ -64,10 +66,15 @@ class RunFolder:
         self.hear(values)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint; the old one of that name stands until the new one is whole."""
+        """Write a checkpoint; the old one of that name stands until the new one is whole. Every process must call it."""
+        path, shards = self.checkpoint(name), self._shards(name, state)
+        with _writing(shards):
+            state = save_shards(state, shards)
         if place().first:
-            with write_whole(self.checkpoint(name)) as file:
+            with write_whole(path) as file:
                 torch.save(state, file)
+            for old in set(path.parent.glob(f"{name}.*.shards")) - {shards}:
+                shutil.rmtree(old, ignore_errors=True)
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Read a checkpoint, None if there is none yet; RunError if it is damaged."""
@@ -76,13 +83,16 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            return load_shards(state, self._shards(name, state))
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise RunError(f"{path} is damaged ({error}). Delete it; the run starts this part again.") from error
-        return state
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of the checkpoint of that name."""
         return self.path / "checkpoints" / f"{name}.pt"
+
+    def _shards(self, name: str, state: dict[str, Any]) -> Path:
+        return self.path / "checkpoints" / f"{name}.{state.get('iteration')}.shards"
 
 
 @contextmanager
