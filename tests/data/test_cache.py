@@ -28,7 +28,7 @@ def fill(pictures: Path, bundle: Bundle, folder: Path, **options: object) -> Cac
 def items(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in folder.glob("shard-*.safetensors"):
-        names = cache_module._read_shard(path).names
+        names = cache_module.read_shard(path).names
         found |= dict(zip(names, load_file(path)["latents"], strict=True))
     return found
 
@@ -87,7 +87,7 @@ def test_killed_it_goes_on_and_holds_everything_once(
     fill(pictures, bundle, tmp_path / "whole")
     whole, resumed = items(tmp_path / "whole"), items(tmp_path / "cut")
     assert set(whole) == set(resumed)
-    assert sum(len(cache_module._read_shard(path).names) for path in (tmp_path / "cut").glob("shard-*")) == 5
+    assert sum(len(cache_module.read_shard(path).names) for path in (tmp_path / "cut").glob("shard-*")) == 5
     # A batch of another composition rounds differently.
     assert all(torch.allclose(whole[name], resumed[name], atol=2e-3) for name in whole)
 
@@ -127,7 +127,7 @@ def test_damage_is_told(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
         load_cache(tmp_path, bundle)
     fill(pictures, bundle, tmp_path / "cache")
     path = sorted((tmp_path / "cache").glob("shard-*"))[0]
-    shard = cache_module._read_shard(path)
+    shard = cache_module.read_shard(path)
     tensors = load_file(path)
     tensors["latents"][0, 0, 0, 0] = float("nan")
     save_file(tensors, path, {"twostep.cache": json.dumps(shard.names)})

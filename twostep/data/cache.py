@@ -53,7 +53,7 @@ class CacheWriter:
                 file.write(save({"text": empty.text.half(), "pooled": empty.pooled.half()}))
             with write_whole(record) as file:
                 file.write(json.dumps(made_by, indent=2).encode())
-        shards = [_read_shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+        shards = [read_shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.num_shards = len(shards)
         self.skipped = dict(_read_skipped(folder))
         self.num_cached = sum(len(shard.names) for shard in shards)
@@ -176,7 +176,7 @@ def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
     _compare(json.loads(record.read_text()), {"format": 1, **fingerprints(bundle)}, folder)
     shards: dict[tuple[int, int], list[Shard]] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
-        shard = _read_shard(path)
+        shard = read_shard(path)
         shards.setdefault(shard.size, []).append(shard)
     if not shards:
         raise DataError(f"{folder} holds no shards yet. Run `twostep cache` again; it goes on where it stopped.")
@@ -207,7 +207,8 @@ def _compare(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> N
             )
 
 
-def _read_shard(path: Path) -> Shard:
+def read_shard(path: Path) -> Shard:
+    """Read what a shard holds, without its values; DataError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             names = tuple(json.loads((file.metadata() or {})[METADATA_KEY]))

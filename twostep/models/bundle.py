@@ -27,14 +27,16 @@ from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
 from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contracts, student_files
 from twostep.models.denoiser import Denoiser
-from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
+from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
 from twostep.models.lora import LoraError, add_lora, merge
-from twostep.models.single_file import SingleFile, find_single_file
+from twostep.models.single_file import Outline, SingleFile, find_single_file
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
 
 LORA_PREFIX = "unet."
+Weights = SingleFile | Outline | None
+"""Where weights are that do not lie beside their configs."""
 EncoderT = TypeVar("EncoderT", CLIPTextModel, CLIPTextModelWithProjection)
 
 
@@ -64,13 +66,13 @@ class Bundle:
         return int(self.denoiser.network.config.in_channels), height // pixels, width // pixels
 
 
-def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bundle:
+def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline: bool = False) -> Bundle:
     """Load a built-in model, a model folder or a student's .safetensors; `steps` picks the student.
 
-    None is the teacher, or the file's own student. Raises `ModelError` where there is no model or no such student,
-    and lists those there are.
+    None is the teacher, or the file's own student. `outline` reads configs alone and leaves the weights at random.
+    Raises `ModelError` where there is no model or no such student, and lists those there are.
     """
-    path = find_model(model)
+    path = find_model(model, only=CONFIGS if outline else None)
     contracts = read_contracts(path)
     offered = [contract.steps for contract in contracts]
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
@@ -78,15 +80,16 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None) -> Bund
         raise ModelError(f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}.")
     single = find_single_file(path) if path.is_file() and contract.role == "teacher" else None
     folder = path if path.is_dir() else single.folder if single else base_folder(path, contracts[0])
-    network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, single)
-    if contract.role == "student":
+    source = Outline() if outline else single
+    network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, source)
+    if contract.role == "student" and not outline:
         file = path if path.is_file() else student_files(folder)[contract.steps]
         network = _load_weights(network, file, contract)
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
-        codec=load_codec(folder, single),
-        text=load_text(folder, single),
+        codec=load_codec(folder, source),
+        text=load_text(folder, source),
         contract=contract,
         students=tuple(sorted(student_files(folder), reverse=True)),
     )
@@ -162,27 +165,26 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     return make(num_times, config["beta_start"], config["beta_end"])
 
 
-def load_codec(folder: Path, single: SingleFile | None = None) -> ImageCodec:
+def load_codec(folder: Path, single: Weights = None) -> ImageCodec:
     """Load the autoencoder of a model folder, frozen and in float32; its weights may be in a single file."""
-    # No single file holds a tiny one.
-    tiny = single is None and read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
+    tiny = read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
     vae = _load_network(AutoencoderTiny if tiny else AutoencoderKL, folder / "vae", VAE, single)
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     return ImageCodec(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
-def _load_network(kind: Any, folder: Path, part: str, single: SingleFile | None) -> Any:
+def _load_network(kind: Any, folder: Path, part: str, single: Weights) -> Any:
     """Load a network of diffusers by its config, with the weights beside that or the part of a single file."""
     if single is None:
         return kind.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
         )
-    with torch.device("meta"):
+    with torch.device(single.made_on):
         network = kind.from_config(read_json(folder / "config.json"))
     return single.fill(network, part)
 
 
-def load_text(folder: Path, single: SingleFile | None = None) -> TextEncoders:
+def load_text(folder: Path, single: Weights = None) -> TextEncoders:
     """Load the text encoders of a model folder, frozen and in float32.
 
     SDXL's own index says that the empty prompt is all zeros; where there is no index it is encoded like any other.
@@ -198,7 +200,7 @@ def load_text(folder: Path, single: SingleFile | None = None) -> TextEncoders:
     )
 
 
-def _load_encoder(kind: type[EncoderT], folder: Path, part: str, single: SingleFile | None) -> EncoderT:
+def _load_encoder(kind: type[EncoderT], folder: Path, part: str, single: Weights) -> EncoderT:
     read_json(folder / "config.json")
     if single is not None:
         empty = kind(kind.config_class.from_pretrained(folder))

@@ -12,6 +12,8 @@ from twostep.errors import TwostepError
 WEIGHTS = Path(__file__).parent.parent / "weights"
 CONTRACT_FILE = "twostep.json"
 INDEX_FILE = "model_index.json"
+CONFIGS = ("*.json", "*.txt")
+"""What of a hub repository is no weights: configs and tokenizers."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.xml")
@@ -21,8 +23,8 @@ class ModelError(TwostepError):
     """Something that is no model, is damaged, or has no student of that many steps."""
 
 
-def find_model(model: str | Path) -> Path:
-    """Return the folder or .safetensors file of a model; a hub id is fetched, or taken from the cache when offline.
+def find_model(model: str | Path, *, only: tuple[str, ...] | None = None) -> Path:
+    """Return the folder or .safetensors file of a model; a hub id, or what of it is asked for, is fetched or cached.
 
     Raises `ModelError` with what was found instead.
     """
@@ -32,7 +34,7 @@ def find_model(model: str | Path) -> Path:
     if path.is_file() or any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE)):
         return path
     if not path.exists() and _HUB_ID.fullmatch(str(model)):
-        return fetch(str(model))
+        return fetch(str(model), only=only)
     problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
     raise ModelError(
         f"{path} {problem if path.is_dir() else 'does not exist'}. Give a model folder, a .safetensors file, "

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from twostep.contract import PredictionType
-from twostep.models.folder import INDEX_FILE, ModelError, fetch
+from twostep.models.folder import CONFIGS, INDEX_FILE, ModelError, fetch
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, split, unet_names, vae_names
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -51,6 +51,7 @@ class SingleFile:
 
     path: Path
     folder: Path
+    made_on = "meta"
 
     @property
     def prediction_type(self) -> PredictionType | None:
@@ -80,6 +81,16 @@ class SingleFile:
         return network
 
 
+class Outline:
+    """Stands for weights where only the shapes of networks are wanted."""
+
+    made_on = "cpu"
+
+    def fill(self, network: NetworkT, part: str) -> NetworkT:
+        """Return the network as it was made, in float32."""
+        return network.float()
+
+
 def find_single_file(path: Path) -> SingleFile:
     """Return the checkpoint with the folder of its configs; ModelError says what else the file is."""
     with safe_open(path, "pt") as file:
@@ -92,7 +103,7 @@ def find_single_file(path: Path) -> SingleFile:
         seen = keys[0] if keys else "nothing"
         raise ModelError(f"{path} is {kind} (it holds {seen}). Expected a twostep student, or a whole SDXL checkpoint.")
     beside = path.with_suffix("")
-    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=("*.json", "*.txt")))
+    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
 
 
 def _shaped(value: Tensor, like: Tensor) -> Tensor:
