@@ -43,6 +43,7 @@ for verb in (
     recipes.recipe,
     train.pretrain,
     cache,
+    train.plan,
     train.distill,
     train.report,
 ):

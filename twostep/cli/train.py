@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +56,49 @@ def pretrain(
     with progress_bar(str(part)) as advance:
         PARTS[part](recipe, override or [], out, emoji, advance)
     typer.echo(f"written: {out / 'model'}")
+
+
+def _size(text: str) -> float:
+    found = re.fullmatch(r"([\d.]+)G(i?)B", text)
+    if found is None:
+        raise typer.BadParameter(f"{text} is no size; write 24GB, or 22.5GiB.")
+    return float(found[1]) * (2**30 if found[2] else 1e9)
+
+
+def plan(
+    recipe: Recipe,
+    override: Override = None,
+    memory: Annotated[
+        float | None, typer.Option(parser=_size, help="What there is, as 24GB; too little fails.")
+    ] = None,
+) -> None:
+    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk; no weights are loaded."""
+    from twostep.distill import DistillRecipe
+    from twostep.distill.plan import advise
+    from twostep.distill.plan import plan as make_plan
+    from twostep.runs.recipe import load_recipe
+
+    settings, limit = load_recipe(recipe, DistillRecipe, override or []), memory or math.inf
+    phases, item_bytes, num_items = make_plan(settings)
+    for planned in phases:
+        phase = planned.phase
+        trained = ", ".join(f"{role} {count:,}" for role, count in planned.trained.items())
+        parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size)
+        typer.echo(f"{phase.name}: {phase.iterations} iterations of {phase.batch_size}; trained: {trained}")
+        typer.echo(f"  teacher: {planned.evaluations:g} evaluations per example and iteration")
+        typer.echo(f"  {planned.peak / 2**30:.2f} GiB: {parts}")
+        typer.echo(f"  {planned.pictures / 2**30:.2f} GiB while a checkpoint's pictures are drawn")
+    count = f" x {num_items:,} = {item_bytes * num_items / 2**30:.2f} GiB" if num_items else " an item"
+    typer.echo(f"data: {item_bytes:,} bytes{count}")
+    worst = max(range(len(phases)), key=lambda i: phases[i].highest)
+    if phases[worst].highest <= limit:
+        return
+    large = ", ".join(planned.phase.name for planned in phases if planned.highest > limit)
+    typer.echo(f"{limit / 2**30:.2f} GiB are too little for {large}. {phases[worst].phase.name} would take:")
+    for change, peak in advise(settings, worst):
+        told = ", ".join(f"{key} = {value}" for key, value in change.items())
+        typer.echo(f"  {peak / 2**30:.2f} GiB with {told}{' (fits)' if peak <= limit else ''}")
+    raise typer.Exit(1)
 
 
 def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")) -> None:

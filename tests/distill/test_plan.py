@@ -1,0 +1,161 @@
+"""Plans against what happens: nano phases against torch's own allocator, SDXL's size against a recorded run."""
+
+import gc
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPTextConfig
+from typer.testing import CliRunner
+
+from twostep.cli import app
+from twostep.distill import DistillRecipe
+from twostep.distill.chain import lessons
+from twostep.distill.plan import advise, plan
+from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
+from twostep.models.bundle import load_bundle
+from twostep.models.folder import WEIGHTS
+from twostep.models.nano import random_bundle
+from twostep.runs.loop import Draw
+
+from .conftest import Handful
+
+GIB = 2**30
+SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
+SHARED = {"iterations": 1, "batch_size": 16, "learning_rate": 1e-4, "precision": "fp32"}
+LORA = {"lora_rank": 12, "discriminator_lora": True}
+
+
+def recipe(*phases: dict, **settings: object) -> DistillRecipe:
+    values = [{**SHARED, "student_steps": 8, "teacher_steps": 32, **phase} for phase in phases]
+    return DistillRecipe.model_validate({"sample_prompts": ["a red fox"], "phases": values, **settings})
+
+
+def allocated(settings: DistillRecipe) -> int:
+    """The most bytes of torch's CPU allocator while the last phase is prepared and taught for two iterations."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        teacher = random_bundle()
+        for phase, lesson, _ in lessons(settings, teacher, Handful(teacher.text)):
+            if phase is settings.phases[-1]:
+                trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+                for iteration in range(2):
+                    trainer.iterate(iteration, Draw.at(0, iteration))
+    living = highest = 0
+    for event in profiler.profiler.kineto_results.events():
+        living += event.nbytes() if event.name() == "[memory]" else 0
+        highest = max(highest, living)
+    return highest
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [{"objective": "mse", "guidance": 3.0}],
+        [{"objective": "mse", "lora_rank": 12, "precision": "bf16"}],
+        [{"objective": "conditional", "precision": "bf16"}],
+        [{"objective": "mse", **LORA}, {"objective": "unconditional", "gradient_checkpointing": True, **LORA}],
+        [{"objective": "mse"}, {"objective": "convert", "student_steps": 1, "teacher_steps": 8}],
+    ],
+    ids=lambda phases: "-".join(str(value) for value in phases[-1].values()),
+)
+def test_a_nano_phase_takes_what_was_planned(phases: list[dict]) -> None:
+    settings = recipe(*phases)
+    planned = plan(settings)[0][-1]
+    assert planned.peak == pytest.approx(allocated(settings), rel=0.2)
+    assert sum(planned.memory.values()) == planned.peak
+
+
+def test_evaluations_parameters_and_bytes_are_counted() -> None:
+    guided = {"objective": "mse", "guidance": 3.0, "reuse": 2, "iterations": 10}
+    (first, second), item_bytes, num_items = plan(recipe(guided, {"objective": "conditional"}))
+    assert (first.evaluations, second.evaluations) == (4 * 2 / 2, 4)
+    teacher = load_bundle("nano")
+    whole = sum(parameter.numel() for parameter in teacher.denoiser.network.parameters())
+    assert first.trained == {"student": whole}
+    assert second.memory["student moments"] == 2 * second.memory["student weights"] == 2 * 4 * whole
+    assert first.memory["kept batches"] > 4 * 16 * 20 * 160 * 4  # four more batches of text alone, in float32
+    assert (item_bytes, num_items) == (2 * 4 * 16 * 16 + 3, 0)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configs of SDXL's UNet for 256 px, an autoencoder and encoders of little weight; no weights."""
+    folder = tmp_path_factory.mktemp("models") / "sdxl"
+    shutil.copytree(WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students"))
+    (folder / "unet" / "config.json").write_text(SDXL.read_text())
+    with torch.device("meta"):
+        vae = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
+    vae.save_config(folder / "vae")
+    for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
+        sizes = {"hidden_size": width, "projection_dim": width, "num_hidden_layers": 1, "vocab_size": 1070}
+        config = CLIPTextConfig(**sizes, intermediate_size=64, num_attention_heads=4)
+        config.save_pretrained(folder / name)
+    for name in ("tokenizer", "tokenizer_2"):
+        path = folder / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
+    contract = replace(random_bundle().contract, sizes=((256, 256),))
+    (folder / "twostep.json").write_text(contract.to_json())
+    return folder
+
+
+@pytest.mark.slow
+def test_sdxl_takes_what_was_planned(sdxl: Path) -> None:
+    shared = {"lora_rank": 64, "batch_size": 1, "gradient_checkpointing": True, "discriminator_lora": True}
+    first = {"student_steps": 32, "teacher_steps": 128, "objective": "mse", **shared}
+    settings = recipe(first, {"objective": "conditional", **shared}, model=str(sdxl))
+    ((planned,), *_) = plan(settings, only=1)
+    assert planned.trained["student"] == 196_751_360
+    measured = 17.4 * GIB  # benchmarks/full_size_distill.py, base, finished student, student, discriminator
+    assert planned.peak == pytest.approx(measured, rel=0.2)
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
+    base = sum(parameter.numel() for parameter in network.parameters())
+    assert planned.memory["frozen weights"] > 4 * (base + 196_751_360)
+
+
+def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
+    folder = shutil.copytree(WEIGHTS / "nano", tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
+    phase = {"objective": "mse", "batch_size": 2}
+    assert plan(recipe(phase, model=str(folder)))[0][0].peak == plan(recipe(phase))[0][0].peak
+
+
+def test_advice_puts_the_best_first_and_all_together_last() -> None:
+    settings = recipe({"objective": "conditional"})
+    *found, (together, least) = advise(settings, 0)
+    peaks = [peak for _, peak in found]
+    assert peaks == sorted(peaks) and least < peaks[0] < plan(settings)[0][0].highest
+    assert together == {key: value for change, _ in found for key, value in change.items()}
+    change, peak = next(entry for entry in found if "batch_size" in entry[0])
+    halved = recipe({"objective": "conditional", **change})
+    assert peak == plan(halved)[0][0].highest
+
+
+def test_too_little_memory_fails_with_advice() -> None:
+    answer = CliRunner().invoke(app, ["plan", "nano-quick", "--memory", "0.1GB"])
+    assert answer.exit_code == 1
+    assert "4-conditional would take" in answer.output and "gradient_checkpointing = True" in answer.output
+    enough = CliRunner().invoke(app, ["plan", "nano-quick", "--memory", "1GiB"])
+    assert enough.exit_code == 0, enough.output
+    assert "discriminator 3,996,497" in enough.output and "would take" not in enough.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["no-such-recipe"], "There is no recipe 'no-such-recipe'"),
+        (["nano-quick", "-o", "phases.0.teacher_steps=7"], "no multiple of student_steps"),
+        (["nano-quick", "-o", "model=nowhere"], "nowhere does not exist"),
+        (["nano-quick", "--memory", "much"], "much is no size"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(words: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    answer = CliRunner().invoke(app, ["plan", *words])
+    assert answer.exit_code != 0 and told in answer.output

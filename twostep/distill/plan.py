@@ -1,0 +1,214 @@
+"""What a run will take, told before it starts: its phases are walked through on tensors without memory.
+
+The trainer itself takes one iteration of every kind of phase, and the storages that live at its peak are added up. What
+torch's kernels take inside themselves, and the process for itself (half a GiB), is unknown here.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from twostep.data.cache import read_shard
+from twostep.distill.chain import find_device, lessons
+from twostep.distill.discriminator import LoraDiscriminator
+from twostep.distill.examples import Examples
+from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
+from twostep.models.bundle import load_bundle
+from twostep.models.conditioning import Conditioning
+from twostep.models.lora import remove_lora
+from twostep.runs.loop import Draw
+
+_TELLING = {"objective", "batch_size", "precision", "lora_rank", "discriminator_lora", "r1_weight", "reuse"}
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase: the teacher's evaluations per example, trained parameters by role, bytes by what they are for.
+
+    `peak` is the most bytes at once in an iteration, `pictures` while a checkpoint's are drawn.
+    """
+
+    phase: Phase
+    evaluations: float
+    trained: dict[str, int]
+    memory: dict[str, int]
+    peak: int
+    pictures: int
+
+    @property
+    def highest(self) -> int:
+        """The larger of the two peaks."""
+        return max(self.peak, self.pictures)
+
+
+def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhasePlan], int, int]:
+    """Return the plan of all phases or one, bytes of an item of data, and how many items there are (0 if unknown).
+
+    Raises ModelError where not even the model's configs are to be had.
+    """
+    shards = [read_shard(path) for path in sorted(recipe.data.glob("shard-*.safetensors"))] if recipe.data else []
+    is_cpu = "cpu" in (find_device("auto").type if recipe.device == "auto" else recipe.device)
+    planned, known = [], dict[str, tuple[dict[str, int], int, int]]()
+    with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _Elsewhere():
+        # Copying a network asks where its weights lie, which is nowhere here.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
+        size = teacher.contract.sizes[0]
+        shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
+        blank = _Blank(max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape), told)
+        drawing = _draw(Examples(teacher, recipe.sample_prompts), meter)
+        for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank)):
+            if only in (None, position):
+                gc.collect()
+                standing = meter.living
+                kind = f"{phase.model_dump(include=_TELLING)} {phase.guidance > 1} {phase.gradient_checkpointing}"
+                known[kind] = known.get(kind) or _measure(phase, lesson, meter)
+                planned.append(_planned(phase, standing, *known[kind], drawing))
+    num_values = math.prod(blank.latents) + (told.text.numel() + told.pooled.numel() if recipe.data else 0)
+    return planned, 2 * num_values + (24 if recipe.data else 3), sum(len(shard.names) for shard in shards)
+
+
+def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
+    """Return changes that make a phase smaller, with its peak after each: the best first, and all together last."""
+    phase = recipe.phases[position]
+    rank, prompts = phase.lora_rank, recipe.sample_prompts
+    changes: list[tuple[bool, dict[str, Any]]] = [
+        (len(prompts) > 1, {"sample_prompts": prompts[:1]}),
+        (phase.batch_size > 1, {"batch_size": phase.batch_size // 2}),
+        (not phase.gradient_checkpointing, {"gradient_checkpointing": True}),
+        (phase.precision == "fp32", {"precision": "bf16"}),
+        (phase.student_steps > 1 and rank != 1, {"lora_rank": rank // 2 if rank else 64}),
+        (rank is not None and phase.judges and not phase.discriminator_lora, {"discriminator_lora": True}),
+    ]
+    useful = [change for helps, change in changes if helps]
+    together = {key: value for change in useful for key, value in change.items()}
+    *peaks, least = [(change, _changed_peak(recipe, position, change)) for change in (*useful, together)]
+    return [*sorted(peaks, key=lambda found: found[1]), least]
+
+
+def _changed_peak(recipe: DistillRecipe, position: int, change: dict[str, Any]) -> int:
+    """Return a phase's peak if it is changed so, and with it all that train a LoRA, or a whole UNet, as it does."""
+    phases, chosen = list(recipe.phases), recipe.phases[position]
+    for i, phase in enumerate(phases):
+        if i == position or (phase.student_steps > 1 and (phase.lora_rank is None) == (chosen.lora_rank is None)):
+            phases[i] = phase.model_copy(update=change)
+    (changed,), *_ = plan(recipe.model_copy(update={**change, "phases": tuple(phases)}), only=position)
+    return changed.highest
+
+
+def _planned(phase: Phase, standing: int, trained: dict[str, int], added: int, kept: int, drawing: int) -> PhasePlan:
+    num_steps = 1 if phase.objective == "convert" else phase.teacher_steps // phase.student_steps
+    kept *= math.ceil(phase.iterations / phase.reuse) - 1
+    own = 4 * trained["student"]
+    memory = {"frozen weights": standing - own, "kept batches": kept, "student average": own}
+    for role, count in trained.items():
+        memory |= {f"{role} weights": 4 * count, f"{role} moments": 8 * count}
+    pictures = sum(memory.values()) + own + drawing  # beside the averaged weights, the student's own are put aside
+    memory["gradients, of one at a time"] = 4 * max(trained.values())
+    peak = standing + added + kept
+    memory["activations"] = max(0, peak - sum(memory.values()))
+    evaluations = num_steps * (2 if phase.guidance > 1 else 1) / phase.reuse
+    return PhasePlan(phase, evaluations, trained, memory, peak, pictures)
+
+
+def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int], int, int]:
+    """Return parameters by role, and what an iteration after the first adds at its peak, and leaves behind."""
+    before = meter.living
+    # A teacher keeps nothing but latents from one of its evaluations to the next, so one will do.
+    phase = phase.model_copy(update={"teacher_steps": phase.student_steps})
+    trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+    learning: dict[str, tuple[Any, torch.optim.Optimizer]] = {"student": (lesson.trained, trainer.optimiser)}
+    if isinstance(trainer, AdversarialTrainer):
+        learning["discriminator"] = trainer.discriminator, trainer.discriminator_optimiser
+    for trained, optimiser in learning.values():
+        for parameter in trained.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad()
+    meter.peak = standing = meter.living
+    trainer.iterate(0, Draw.at(0, 0))
+    kept = meter.living - standing if phase.reuse > 1 else 0
+    counts = {role: sum(p.numel() for p in trained.parameters()) for role, (trained, _) in learning.items()}
+    remove_lora(lesson.teacher.network, LoraDiscriminator.NAME)
+    return counts, meter.peak - before, kept
+
+
+def _draw(examples: Examples, meter: _Meter) -> int:
+    """Return what drawing adds: all prompts at once, by the teacher with its guidance."""
+    before = meter.peak = meter.living
+    told = examples._conditioning
+    examples._draw(examples.teacher.denoiser.guided(told, told, examples.teacher.contract.guidance), 1)
+    return meter.peak - before
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """A source of nothing, in the shapes of what a run draws."""
+
+    latents: tuple[int, ...]
+    told: Conditioning
+
+    def draw(self, count: int, tensors: object, words: object) -> tuple[Tensor, Conditioning]:
+        return torch.empty(count, *self.latents), Conditioning.cat([self.told] * count)
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        return Conditioning.cat([self.told] * len(like))
+
+
+class _Meter(FakeTensorMode):
+    """Within it tensors have no values, whoever asks for one is told 1, and the bytes that live are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living = self.peak = 0
+        self._known = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        kwargs = {key: None if key == "generator" else value for key, value in (kwargs or {}).items()}
+        answer = super().__torch_dispatch__(func, types, args, kwargs)
+        # While torch remembers what it has converted, no module can be moved.
+        self.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)):
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.living += storage.nbytes()
+                self.peak = max(self.peak, self.living)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return answer
+
+    def __deepcopy__(self, memo: object) -> _Meter:
+        return self  # the weights of a network that is copied know it
+
+    def _free(self, key: int, num_bytes: int) -> None:
+        self._known.remove(key)
+        self.living -= num_bytes
+
+
+class _Elsewhere(TorchFunctionMode):
+    """Off the CPU, for which tensors on it stand here, attention is fused and norms are computed in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.group_norm, functional.layer_norm):
+            args = args[0].float(), *args[1:]
+        is_attention = func is functional.scaled_dot_product_attention
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if is_attention else nullcontext():
+            return func(*args, **(kwargs or {}))
