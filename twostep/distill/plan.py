@@ -10,16 +10,18 @@ import gc
 import math
 import warnings
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from twostep.data.cache import read_shard
@@ -64,7 +66,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
     shards = [read_shard(path) for path in sorted(recipe.data.glob("shard-*.safetensors"))] if recipe.data else []
     is_cpu = "cpu" in (find_device("auto").type if recipe.device == "auto" else recipe.device)
     planned, known = [], dict[str, tuple[dict[str, int], int, int]]()
-    with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _Elsewhere():
+    with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _elsewhere():
         # Copying a network asks where its weights lie, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
@@ -203,12 +205,21 @@ class _Meter(FakeTensorMode):
         self.living -= num_bytes
 
 
-class _Elsewhere(TorchFunctionMode):
-    """Off the CPU, for which tensors on it stand here, attention is fused and norms are computed in float32."""
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Compute as off the CPU, for which tensors on it stand here: attention fused, norms in float32.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (functional.group_norm, functional.layer_norm):
-            args = args[0].float(), *args[1:]
-        is_attention = func is functional.scaled_dot_product_attention
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if is_attention else nullcontext():
-            return func(*args, **(kwargs or {}))
+    A mode of torch's would not do, for it is off in backward passes, in which blocks are computed anew.
+    """
+    attend, *norms = functional.scaled_dot_product_attention, functional.group_norm, functional.layer_norm
+
+    def fused(*args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return attend(*args, **kwargs)
+
+    with ExitStack() as patched:
+        patched.enter_context(patch.object(functional, "scaled_dot_product_attention", fused))
+        for norm in norms:
+            exact = partial(lambda norm, x, *args, **kwargs: norm(x.float(), *args, **kwargs), norm)
+            patched.enter_context(patch.object(functional, norm.__name__, exact))
+        yield
