@@ -89,12 +89,13 @@ class Launch:
     def said(self) -> list[str]:
         return [path.read_text() for path in self.outputs]
 
-    def kill_at(self, log: Path, part: str, iteration: int) -> None:
-        """Kill all as soon as the log has that iteration."""
+    def kill_at(self, log: Path, part: str, iteration: int, *, delay_seconds: float = 0.0) -> None:
+        """Kill all as soon as the log has that iteration, or a moment later."""
         mark = f'"part": "{part}", "iteration": {iteration},'
         while not (log.exists() and mark in log.read_text()):
             assert all(process.is_alive() for process in self.processes), self.said()
             time.sleep(0.02)
+        time.sleep(delay_seconds)
         for process in self.processes:
             os.kill(process.pid, signal.SIGKILL)
         assert self.finish() == [-signal.SIGKILL] * len(self.processes)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from twostep.distill import DistillRecipe, distil
 from twostep.distill.chain import find_device
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.contracts import file_contract
 from twostep.models.lora import Lora, add_lora
 from twostep.models.nano import random_bundle
 from twostep.runs.folder import RunFolder
@@ -206,3 +208,32 @@ def _losses(recipe: DistillRecipe, teacher: Bundle, source: object, out: Path) -
     distil(recipe, teacher, source, RunFolder(out, recipe), version="0", recipe_name="test")
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [line[name] for line in lines for name in ("loss", "student", "discriminator") if name in line]
+
+
+def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teacher(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    style = add_lora(random_bundle().denoiser.network, "x", rank=4, targets=("to_q", "to_v")).state_dict()
+    style = {f"unet.{key}": value + 0.05 for key, value in style.items()}
+    save_file(style, tmp_path / "ink.safetensors")
+    phases = [{"student_steps": 2, "teacher_steps": 4, "lora_rank": 4, **SHARED}]
+    phases = [{**phase, "objective": objective} for phase in phases for objective in ("mse", "unconditional")]
+    values = {"release": [2], "sample_prompts": ["x"], "style_lora": str(tmp_path / "ink.safetensors")}
+    recipe = DistillRecipe.model_validate({**values, "start_steps": 2, "phases": phases})
+    start = random_bundle().denoiser
+    with torch.no_grad():
+        start.network.conv_out.bias += 0.1
+    before = {key: value.clone() for key, value in start.network.state_dict().items()}
+    folder = RunFolder(tmp_path / "run", recipe)
+    (written,) = distil(recipe, teacher, source, folder, version="0", recipe_name="test", start=start).values()
+    found, contract = load_file(written), file_contract(written)
+    assert (contract.name, contract.base, contract.lora_rank) == ("ink-2step", "random-2step", 4)
+    assert found.keys() == style.keys()
+    assert not (folder.path / "model" / "unet").exists()  # a teacher with a style is no base of anything
+    changes = [(found[key].float() - value).abs().max() for key, value in style.items()]
+    assert 0 < max(changes) < 0.01
+    assert all(torch.equal(value, before[key]) for key, value in start.network.state_dict().items())
+    wrong = recipe.model_copy(update={"phases": (recipe.phases[0].model_copy(update={"lora_rank": 8}),)})
+    with pytest.raises(RecipeError, match="has lora_rank 8; the LoRA that it trains on has 4"):
+        folder = RunFolder(tmp_path / "wrong", wrong)
+        distil(wrong, teacher, source, folder, version="0", recipe_name="test", start=start)

@@ -1,5 +1,6 @@
 """Two processes on this machine's CPU train as one: same figures, same students, and whatever is killed goes on."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,19 @@ def together(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_with_half_the_batch_each_give_what_one_gives(alone: Path, together: Path) -> None:
     check_same(alone, together, CHAIN)
+
+
+def test_killed_somewhere_in_every_phase_one_gives_what_it_would_have(alone: Path, model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model, CHAIN)
+    out, chance = recipe.with_suffix(""), random.Random()
+    for phase in CHAIN:
+        name = f"{phase['student_steps']}-{phase['objective']}{'-lora' if 'lora_rank' in phase else ''}"
+        # The second iteration keeps a checkpoint: a moment later it may be half written.
+        iteration, delay = chance.choice((1, 2)), chance.random() / 5
+        print(f"killed {delay:.3f} s after iteration {iteration} of {name}")
+        distill(recipe, count=1).kill_at(out / "log.jsonl", name, iteration, delay_seconds=delay)
+    distill(recipe, count=1).succeed()
+    check_equal(out, alone)
 
 
 def test_killed_and_run_again_they_give_what_they_would_have(together: Path, model: Path, tmp_path: Path) -> None:

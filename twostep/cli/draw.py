@@ -35,6 +35,7 @@ DEMO_PROMPTS = (
 _DEMO_SEEDS = 2
 _DEMO_PIXELS = 128
 _Model = Annotated[str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")]
+_Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file:weight; one or several.")]
 _Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")]
 
 
@@ -45,6 +46,7 @@ class SizeError(TwostepError):
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: _Model = "nano",
+    lora: _Loras = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Picks the student, or with its own count the teacher; 2 where there is a choice."),
@@ -68,7 +70,9 @@ def generate(
         height=height,
     )
     prepare_folder(out)
-    [result], loading_seconds = _draw(model, _default_steps(model) if steps is None else steps, [request])
+    if steps is None and not lora:
+        steps = _default_steps(model)
+    [result], loading_seconds = _draw(model, steps, [request], loras=lora or ())
     for path in save_images(result, out):
         typer.echo(path)
     for warning in result.warnings:
@@ -126,7 +130,9 @@ def _default_steps(model: str) -> int:
     return 2 if 2 in offered else offered[0]
 
 
-def _draw(model: str, steps: int, requests: Sequence[Request], *, warm_up: bool = False) -> tuple[list[Result], float]:
+def _draw(
+    model: str, steps: int | None, requests: Sequence[Request], *, loras: Sequence[str] = (), warm_up: bool = False
+) -> tuple[list[Result], float]:
     """Load a model and draw requests with it under a progress bar; also say how many seconds loading took.
 
     `warm_up` draws one picture before the others, so that their times are those of a machine that has run before.
@@ -134,11 +140,11 @@ def _draw(model: str, steps: int, requests: Sequence[Request], *, warm_up: bool 
     start = time.perf_counter()
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        from twostep.models.bundle import load_bundle
+        from twostep.models.worn import load_worn
         from twostep.pipeline.generation import Progress as Step
         from twostep.pipeline.generation import generate as draw
 
-        bundle = load_bundle(model, steps=steps)
+        bundle = load_worn(model, loras, steps=steps)
     loading_seconds = time.perf_counter() - start
     if warm_up:
         draw(bundle, requests[0].only(0))

@@ -108,13 +108,16 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
     from twostep.distill import DistillRecipe, distil
     from twostep.distill.chain import find_device
     from twostep.models.bundle import load_bundle
+    from twostep.models.worn import load_worn
     from twostep.runs.devices import joined
     from twostep.runs.folder import RunFolder
     from twostep.runs.recipe import load_recipe
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
     with joined(find_device(settings.device)) as place, progress_bar("distil", shown=place.first) as advance:
-        folder, teacher = RunFolder(out, settings), load_bundle(settings.model, steps=settings.model_steps)
+        style, folder = settings.style_lora, RunFolder(out, settings)
+        teacher = load_worn(settings.model, [str(style)] if style else [], steps=settings.model_steps)
+        start = load_bundle(settings.model, steps=settings.start_steps) if style or settings.start_steps else None
         written = distil(
             settings,
             teacher,
@@ -122,6 +125,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
             folder,
             version=__version__,
             recipe_name=Path(recipe).stem,
+            start=None if start is None else start.denoiser,
             on_iteration=lambda phase, done, figures: advance(
                 done, phase.iterations, f"{phase.name} {spoken(figures)}"
             ),

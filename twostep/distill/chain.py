@@ -21,7 +21,7 @@ from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.denoiser import Denoiser, Network
-from twostep.models.lora import Lora, add_lora, checkpoint_gradients, remove_lora, remove_loras
+from twostep.models.lora import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras
 from twostep.models.probe import check_prediction_type
 from twostep.runs.devices import place, wait
 from twostep.runs.folder import RunFolder, write_whole
@@ -44,12 +44,14 @@ def distil(
     *,
     version: str,
     recipe_name: str,
+    start: Denoiser | None = None,
     on_iteration: OnPhase = lambda phase, iteration, figures: None,
 ) -> dict[int, Path]:
     """Run every phase in order and return the released students' files by their steps; the same call resumes.
 
-    The teacher is moved to the recipe's device and its UNet to base_precision. `folder/model` becomes a whole model:
-    the teacher, if that is where the chain starts, and the released students.
+    The teacher is moved to the recipe's device and its UNet to base_precision, and so is `start`, the student that is
+    trained on; None is the teacher itself. A style is merged into the teacher by the caller. `folder/model` becomes a
+    whole model: the teacher, if that is where the chain starts and there is no style, and the released students.
 
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
@@ -59,24 +61,30 @@ def distil(
     written: dict[int, Path] = {}
     with ExitStack() as leaving:
         leaving.callback(remove_loras, teacher.denoiser.network)
-        for phase, lesson, is_last in lessons(recipe, teacher, source):
+        if start is not None:
+            leaving.callback(remove_loras, start.network)
+            start = _begun(recipe, start, like=teacher.denoiser.network)
+        for phase, lesson, is_last in lessons(recipe, teacher, source, start=start):
             _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
             if is_last and phase.student_steps in recipe.release:
                 predicts = lesson.student.prediction_type
                 contract = student_contract(teacher.contract, phase, predicts, version, recipe_name)
+                contract = _of_its_own_base(recipe, contract)
                 written[phase.student_steps] = save_student(
                     gathered(lesson.trained.state_dict()), contract, folder.path / "model"
                 )
     return written
 
 
-def lessons(recipe: DistillRecipe, teacher: Bundle, source: Source) -> Iterator[tuple[Phase, Lesson, bool]]:
+def lessons(
+    recipe: DistillRecipe, teacher: Bundle, source: Source, *, start: Denoiser | None = None
+) -> Iterator[tuple[Phase, Lesson, bool]]:
     """Yield every phase with its lesson, and whether no later one trains a student of so many steps.
 
     Whoever asks for the next phase has trained that student: it goes on, and teaches what learns from it.
     """
     finished: dict[int, Denoiser] = {}
-    student = teacher.denoiser
+    student = start or teacher.denoiser
     for position, phase in enumerate(recipe.phases):
         # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
         lesson = Lesson(
@@ -110,7 +118,7 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     folder.log(part="environment", device=device.type, processes=place().count, **_environment(device))
     if recipe.prediction_type is not None:
         teacher = _predicting(teacher, recipe.prediction_type)
-    if teacher.contract.role == "teacher" and place().first:
+    if teacher.contract.role == "teacher" and recipe.style_lora is None and place().first:
         save_bundle(teacher, folder.path / "model")  # before it moves, for this makes copies
     teacher = teacher.to(device)
     if teacher.contract.role == "teacher":
@@ -121,6 +129,23 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     if recipe.base_precision == "bf16":
         teacher.denoiser.network.to(torch.bfloat16)
     return teacher
+
+
+def _begun(recipe: DistillRecipe, start: Denoiser, *, like: Network) -> Denoiser:
+    """Put the student that is trained on where the teacher is, with the style, if there is one, as its running LoRA."""
+    start.network.to(like.device, like.dtype)
+    if recipe.style_lora is None:
+        return start
+    return replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)
+
+
+def _of_its_own_base(recipe: DistillRecipe, contract: Contract) -> Contract:
+    """Say of a LoRA that was trained on a student which one that is, and call it by its style."""
+    if recipe.start_steps is not None and contract.lora_rank is not None:
+        contract = replace(contract, base=f"{contract.base}-{recipe.start_steps}step")
+    if recipe.style_lora is not None:
+        contract = replace(contract, name=f"{recipe.style_lora.stem}-{contract.steps}step")
+    return contract
 
 
 def _environment(device: torch.device) -> dict[str, str]:
@@ -241,6 +266,9 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
         return replace(student, network=network, lora=None, prediction_type=phase.predicts(student.prediction_type))
     if student.lora is None:
         add_lora(student.network, _RUNNING, rank=phase.lora_rank)
+    rank = student.network.peft_config[_RUNNING].r
+    if rank != phase.lora_rank:
+        raise RecipeError(f"phase {phase.name} has lora_rank {phase.lora_rank}; the LoRA that it trains on has {rank}.")
     student.network.requires_grad_(False)
     Lora(student.network, _RUNNING).requires_grad_(True)
     _checkpoint(student.network, phase)
@@ -261,7 +289,8 @@ def _kept(student: Denoiser, phase: Phase) -> Denoiser:
     name = f"{phase.student_steps}-step"
     kept = Lora(student.network, name)
     if name not in student.network.peft_config:
-        kept = add_lora(student.network, name, rank=phase.lora_rank)
+        targets = student.network.peft_config[student.lora].target_modules
+        kept = add_lora(student.network, name, rank=phase.lora_rank, targets=targets)
     kept.load_state_dict(Lora(student.network, student.lora).state_dict())
     return replace(student, lora=name)
 

@@ -70,11 +70,17 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         # Copying a network asks where its weights lie, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
+        if recipe.base_precision == "bf16":
+            teacher.denoiser.network.to(torch.bfloat16)
+        start = None
+        if recipe.start_steps is not None or recipe.style_lora is not None:
+            start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
+            start.network.to(teacher.denoiser.network.dtype)
         size = teacher.contract.sizes[0]
         shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
         blank = _Blank(max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape), told)
         drawing = _draw(Examples(teacher, recipe.sample_prompts), meter)
-        for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank)):
+        for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):
             if only in (None, position):
                 gc.collect()
                 standing = meter.living
@@ -88,12 +94,12 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
 def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
     """Return changes that make a phase smaller, with its peak after each: the best first, and all together last."""
     phase = recipe.phases[position]
-    rank, prompts = phase.lora_rank, recipe.sample_prompts
+    rank = phase.lora_rank
     changes: list[tuple[bool, dict[str, Any]]] = [
-        (len(prompts) > 1, {"sample_prompts": prompts[:1]}),
         (phase.batch_size > 1, {"batch_size": phase.batch_size // 2}),
         (not phase.gradient_checkpointing, {"gradient_checkpointing": True}),
         (phase.precision == "fp32", {"precision": "bf16"}),
+        (phase.optimiser == "adamw", {"optimiser": "adamw8bit"}),
         (phase.student_steps > 1 and rank != 1, {"lora_rank": rank // 2 if rank else 64}),
         (rank is not None and phase.judges and not phase.discriminator_lora, {"discriminator_lora": True}),
     ]
@@ -109,20 +115,20 @@ def _changed_peak(recipe: DistillRecipe, position: int, change: dict[str, Any]) 
     for i, phase in enumerate(phases):
         if i == position or (phase.student_steps > 1 and (phase.lora_rank is None) == (chosen.lora_rank is None)):
             phases[i] = phase.model_copy(update=change)
-    (changed,), *_ = plan(recipe.model_copy(update={**change, "phases": tuple(phases)}), only=position)
+    (changed,), *_ = plan(recipe.model_copy(update={"phases": tuple(phases)}), only=position)
     return changed.highest
 
 
 def _planned(phase: Phase, standing: int, trained: dict[str, int], added: int, kept: int, drawing: int) -> PhasePlan:
     num_steps = 1 if phase.objective == "convert" else phase.teacher_steps // phase.student_steps
     kept *= math.ceil(phase.iterations / phase.reuse) - 1
-    own = 4 * trained["student"]
+    own, moments = 4 * trained["student"], 8 if phase.optimiser == "adamw" else 2
     memory = {"frozen weights": standing - own, "kept batches": kept, "student average": own}
     for role, count in trained.items():
-        memory |= {f"{role} weights": 4 * count, f"{role} moments": 8 * count}
+        memory |= {f"{role} weights": 4 * count, f"{role} moments": moments * count}
     pictures = sum(memory.values()) + own + drawing  # beside the averaged weights, the student's own are put aside
     memory["gradients, of one at a time"] = 4 * max(trained.values())
-    peak = standing + added + kept
+    peak = standing + added + kept - (8 - moments) * sum(trained.values())
     memory["activations"] = max(0, peak - sum(memory.values()))
     evaluations = num_steps * (2 if phase.guidance > 1 else 1) / phase.reuse
     return PhasePlan(phase, evaluations, trained, memory, peak, pictures)
@@ -131,8 +137,9 @@ def _planned(phase: Phase, standing: int, trained: dict[str, int], added: int, k
 def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int], int, int]:
     """Return parameters by role, and what an iteration after the first adds at its peak, and leaves behind."""
     before = meter.living
-    # A teacher keeps nothing but latents from one of its evaluations to the next, so one will do.
-    phase = phase.model_copy(update={"teacher_steps": phase.student_steps})
+    # A teacher keeps nothing but latents from one of its evaluations to the next, so one will do; what steps in 8 bits
+    # knows no tensors without memory.
+    phase = phase.model_copy(update={"teacher_steps": phase.student_steps, "optimiser": "adamw"})
     trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
     learning: dict[str, tuple[Any, torch.optim.Optimizer]] = {"student": (lesson.trained, trainer.optimiser)}
     if isinstance(trainer, AdversarialTrainer):
@@ -151,10 +158,10 @@ def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int
 
 
 def _draw(examples: Examples, meter: _Meter) -> int:
-    """Return what drawing adds: all prompts at once, by the teacher with its guidance."""
-    before = meter.peak = meter.living
-    told = examples._conditioning
-    examples._draw(examples.teacher.denoiser.guided(told, told, examples.teacher.contract.guidance), 1)
+    """Return what drawing adds, by the teacher with its guidance."""
+    before, teacher = meter.living, examples.teacher
+    meter.peak = before
+    examples._draw(lambda told: teacher.denoiser.guided(told, told, teacher.contract.guidance), 1)
     return meter.peak - before
 
 

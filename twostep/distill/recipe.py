@@ -91,6 +91,12 @@ class DistillRecipe(Settings):
     model: str = Field("nano", description="teacher: a built-in name or a model folder")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one")
     model_steps: int | None = Field(None, gt=0, description="start from that model's student of so many steps")
+    style_lora: Path | None = Field(
+        None, description="a LoRA of the model: the teacher wears it, and the student's own LoRA starts as it"
+    )
+    start_steps: int | None = Field(
+        None, gt=0, description="train on from that model's student of so many steps; the model itself still teaches"
+    )
     prediction_type: PredictionType | None = Field(
         None, description="what the teacher predicts, if its config is wrong"
     )

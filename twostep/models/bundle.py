@@ -29,12 +29,11 @@ from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contrac
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
-from twostep.models.lora import LoraError, add_lora, merge
+from twostep.models.lora import PREFIX, LoraError, load_lora, merge
 from twostep.models.single_file import Outline, SingleFile, find_single_file
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
 
-LORA_PREFIX = "unet."
 Weights = SingleFile | Outline | None
 """Where weights are that do not lie beside their configs."""
 EncoderT = TypeVar("EncoderT", CLIPTextModel, CLIPTextModelWithProjection)
@@ -129,9 +128,10 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
     A UNet has diffusers' names; a LoRA those that diffusers' `load_lora_weights` reads.
     """
     kind = "unet" if contract.lora_rank is None else "lora"
-    path = folder / "students" / f"{contract.base}_{contract.steps}step_{kind}.safetensors"
+    name = contract.name.removesuffix(f"-{contract.steps}step")
+    path = folder / "students" / f"{name}_{contract.steps}step_{kind}.safetensors"
     if contract.lora_rank is not None:
-        weights = {f"{LORA_PREFIX}{key}": value for key, value in weights.items()}
+        weights = {f"{PREFIX}{key}": value for key, value in weights.items()}
     with write_whole(path) as file:
         file.write(save({key: value.half() for key, value in weights.items()}, contract.to_metadata()))
     return path
@@ -139,13 +139,11 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
 
 def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract) -> UNet2DConditionModel:
     """Return the network with a student's weights: its own, or its LoRA's merged into the base's."""
-    weights: dict[str, Tensor] = load_file(path)
     try:
         if contract.lora_rank is None:
-            network.load_state_dict(weights)
+            network.load_state_dict(load_file(path))
             return network
-        lora = add_lora(network, "student", rank=contract.lora_rank, alpha=contract.lora_alpha)
-        lora.load_state_dict({key.removeprefix(LORA_PREFIX): value for key, value in weights.items()})
+        lora = load_lora(network, "student", path, alpha=contract.lora_alpha)
     except (RuntimeError, LoraError) as error:
         raise ModelError(f"{path} does not fit the UNet of its base: {str(error).splitlines()[-1].strip()}") from error
     return merge(network, lora.name)

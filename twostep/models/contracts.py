@@ -6,6 +6,7 @@ file one is derived from its configs.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read_contracts(model: str | Path) -> list[Contract]:
     """Read the contracts of a model: the teacher's first, then the students' by falling steps; ModelError."""
     path = find_model(model)
     if path.is_file():
-        return [file_contract(path) if _carries_contract(path) else _single_file_contract(path)]
+        return [file_contract(path) if carries_contract(path) else _single_file_contract(path)]
     students = [file_contract(file) for file in student_files(path).values()]
     return [_folder_contract(path), *sorted(students, key=lambda contract: -contract.steps)]
 
@@ -43,7 +44,8 @@ def file_contract(path: Path) -> Contract:
         raise ModelError(f"{path}: {error}") from error
 
 
-def _carries_contract(path: Path) -> bool:
+def carries_contract(path: Path) -> bool:
+    """Tell whether a file says how it is to be sampled."""
     return METADATA_KEY in _metadata(path)
 
 
@@ -63,8 +65,15 @@ def _single_file_contract(path: Path) -> Contract:
     return replace(told, name=path.stem, base=path.stem, prediction_type=kind)
 
 
+def goes_on_a_student(lora: Contract) -> bool:
+    """Tell whether a LoRA was trained on a student of few steps, whose name is then that of its base."""
+    return re.search(r"-\d+step$", lora.base) is not None
+
+
 def base_folder(path: Path, contract: Contract) -> Path:
     """Find the folder with the parts that a student's file leaves out."""
+    if goes_on_a_student(contract):
+        raise ModelError(f"{path} is a LoRA that goes on {contract.base}. Load that, and this with it (--lora {path}).")
     for folder in (path.parent.parent, WEIGHTS / contract.base):
         if (folder / CONTRACT_FILE).is_file():
             return folder

@@ -8,15 +8,18 @@ blocks share. What an adapter is trained for is unknown here.
 from __future__ import annotations
 
 import copy
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +32,10 @@ TARGETS = (
 )
 """Ends of the names of the layers that get an adapter: on SDXL 788 of them, 196,751,360 parameters at rank 64."""
 
+PREFIX = "unet."
+"""What diffusers puts before the names of a UNet's LoRA in a file."""
+
+_HALVES = (".lora_A.weight", ".lora_B.weight")
 DECODER = r"up_blocks\..*"
 
 
@@ -75,7 +82,13 @@ class Lora:
 
 
 def add_lora(
-    network: UNet2DConditionModel, name: str, *, rank: int, alpha: float | None = None, encoder_only: bool = False
+    network: UNet2DConditionModel,
+    name: str,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: Iterable[str] = TARGETS,
+    encoder_only: bool = False,
 ) -> Lora:
     """Put an adapter on every target, at zero and at work; alpha is the rank if not given.
 
@@ -85,7 +98,7 @@ def add_lora(
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha or rank,  # type: ignore[arg-type]
-        target_modules=list(TARGETS),
+        target_modules=list(targets),
         exclude_modules=DECODER if encoder_only else None,
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -98,6 +111,36 @@ def add_lora(
     lora = Lora(network, name)
     for parameter in lora.parameters():
         parameter.data = parameter.data.float()  # whatever the precision of the base
+    return lora
+
+
+def load_lora(network: UNet2DConditionModel, name: str, path: Path, *, alpha: float | None = None) -> Lora:
+    """Put a LoRA from a file beside what is there, on the layers that it has and of its own rank.
+
+    Names are those that diffusers and PEFT write. Alpha, which is in diffusers' metadata if not given, goes into the
+    weights.
+    LoraError for another dialect, for a LoRA with parts outside the UNet, and for one that does not fit.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {key: file.get_tensor(key).float() for key in list(file.keys())}
+            told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+    strange = [key for key in weights if not key.startswith(PREFIX) or not key.endswith(_HALVES)]
+    ranks = {value.shape[0] for key, value in weights.items() if key.endswith(_HALVES[0])}
+    if strange or len(ranks) != 1:
+        what = f"has {strange[0]}" if strange else f"has the ranks {sorted(ranks)}"
+        raise LoraError(f"{path} {what}. Expected a LoRA of one rank for the UNet alone, {PREFIX}*.lora_A and lora_B.")
+    rank = ranks.pop()
+    scale = (alpha or told.get("unet.lora_alpha", rank)) / rank
+    scaled = {key: scale * value if key.endswith(_HALVES[1]) else value for key, value in weights.items()}
+    own = {key.removeprefix(PREFIX): value for key, value in scaled.items()}
+    try:
+        lora = add_lora(network, name, rank=rank, targets={key.rsplit(".", 2)[0] for key in own})
+        lora.load_state_dict(own)
+    except (LoraError, ValueError) as error:
+        raise LoraError(f"{path} does not fit this UNet: {error}") from error
     return lora
 
 
@@ -153,8 +196,8 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
     network.enable_gradient_checkpointing(keep_outside)
 
 
-def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
-    """Return a float32 copy of the network without adapters, the weights of this one, if one is named, in its own."""
+def merge(network: UNet2DConditionModel, name: str | None, *, weight: float = 1.0) -> UNet2DConditionModel:
+    """Return a float32 copy of the network without adapters, this one, if one is named, added to its own weights."""
     if isinstance(next(network.parameters()), DTensor):  # in shards, which no adapter is put on
         with torch.device("meta"):
             whole = UNet2DConditionModel.from_config(network.config)
@@ -163,7 +206,7 @@ def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionMod
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
     if name is not None:
-        merged.fuse_lora(adapter_names=[name])
+        merged.fuse_lora(weight, adapter_names=[name])
     remove_loras(merged)
     return merged
 

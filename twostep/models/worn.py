@@ -1,0 +1,89 @@
+"""LoRAs on a model: which one may go on which, and how the two are then sampled.
+
+A LoRA without a contract is a style and changes no steps. One with a contract makes a teacher a student of few steps,
+or is a style that was trained on one student, and goes on that one alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from twostep.contract import Contract, ContractError
+from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.contracts import carries_contract, file_contract, goes_on_a_student
+from twostep.models.folder import ModelError, find_model
+from twostep.models.lora import LoraError, load_lora, merge, remove_lora
+
+
+@dataclass(frozen=True)
+class Garment:
+    """A LoRA's file, how strongly it is put on, and what it says of itself."""
+
+    path: Path
+    weight: float
+    contract: Contract | None
+
+    @classmethod
+    def named(cls, lora: str) -> Garment:
+        """Find "file", "file:0.8", or a built-in name; ModelError where there is none."""
+        found = re.fullmatch(r"(.+?)(?::([\d.]+))?", lora)
+        name, weight = (found[1], float(found[2] or 1)) if found else (lora, 1.0)
+        path = find_model(name)
+        if path.is_dir():
+            raise ModelError(f"{path} is a model folder; give a LoRA's .safetensors, or its built-in name.")
+        return cls(path, weight, file_contract(path) if carries_contract(path) else None)
+
+    @property
+    def makes_students(self) -> bool:
+        """Whether it turns teachers into students of few steps."""
+        return self.contract is not None and not goes_on_a_student(self.contract)
+
+    def on(self, bundle: Bundle) -> Bundle:
+        """Return the model with this merged in; ContractError where it was made for another, LoraError for a misfit."""
+        network, contract = bundle.denoiser.network, self._together(bundle.contract)
+        alpha = None if self.contract is None else self.contract.lora_alpha
+        lora = load_lora(network, "worn", self.path, alpha=alpha)
+        merged = merge(network, lora.name, weight=self.weight).requires_grad_(False)
+        remove_lora(network, lora.name)
+        return replace(bundle, denoiser=replace(bundle.denoiser, network=merged), contract=contract)
+
+    def _together(self, model: Contract) -> Contract:
+        said = self.contract
+        if said is None:
+            return model
+        if not self.makes_students:
+            if said.base == model.name:
+                return model
+            raise ContractError(f"{self.path} was trained on {said.base}; this is {model.name}. Load that student.")
+        if model.role == "student":
+            raise ContractError(
+                f"{self.path} makes {said.steps}-step students of teachers, and {model.name} is one of {model.steps} "
+                "steps already: it would be distilled twice. Load its teacher, or leave this LoRA out."
+            )
+        if said.prediction_type != model.prediction_type:
+            raise ContractError(
+                f"{self.path} was distilled where {said.prediction_type} is predicted; {model.name} predicts "
+                f"{model.prediction_type}. Use a LoRA of such a teacher."
+            )
+        return replace(said, name=f"{model.base}-{said.steps}step", base=model.base, sizes=model.sizes)
+
+
+def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = None) -> Bundle:
+    """Load a model and merge LoRAs into it, in order, each "file" or "file:weight"; `steps` as for `load_bundle`.
+
+    Where one of them makes students, it is the teacher that is loaded. Raises ModelError, ContractError.
+    """
+    worn = [Garment.named(lora) for lora in loras]
+    few = next((garment for garment in worn if garment.makes_students), None)
+    bundle = load_bundle(model, steps=steps if few is None else None)
+    try:
+        for garment in worn:
+            bundle = garment.on(bundle)
+    except LoraError as error:
+        raise ModelError(str(error)) from error
+    if steps not in (None, bundle.contract.steps) and bundle.contract.role == "student":
+        raise ModelError(f"{bundle.contract.name} draws in {bundle.contract.steps} steps, not in {steps}.")
+    return bundle
