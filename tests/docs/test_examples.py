@@ -1,0 +1,26 @@
+"""The examples run as they are told to, with next to no training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_in_two_dimensions_draws_and_prints(tmp_path: Path) -> None:
+    picture = tmp_path / "toy2d.png"
+    command = [sys.executable, "examples/toy2d.py", "--out", str(picture), "--effort", "0.005"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    rows = [line for line in found.stdout.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [
+        *("teacher, 32 steps", "8 steps", "4 steps", "2 steps", "1 step")
+    ]
+    shares = [[float(cell.split("%")[0]) for cell in row.split("|")[2:4]] for row in rows[2:]]
+    assert all(0 <= share <= 100 for row in shares for share in row)
+    assert min(shares[0]) > 90  # the teacher is exact
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1500
+        assert len(drawn.getcolors(maxcolors=1 << 20)) > 20
