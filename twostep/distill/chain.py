@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from twostep.contract import Contract
 from twostep.diffusion import PredictionType
@@ -127,13 +128,13 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
     if recipe.base_precision == "bf16":
-        teacher.denoiser.network.to(torch.bfloat16)
+        nn.Module.to(teacher.denoiser.network, torch.bfloat16)  # diffusers' own would warn of nothing
     return teacher
 
 
 def _begun(recipe: DistillRecipe, start: Denoiser, *, like: Network) -> Denoiser:
     """Put the student that is trained on where the teacher is, with the style, if there is one, as its running LoRA."""
-    start.network.to(like.device, like.dtype)
+    nn.Module.to(start.network, like.device, like.dtype)
     if recipe.style_lora is None:
         return start
     return replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)

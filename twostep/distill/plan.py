@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,11 +71,11 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
         if recipe.base_precision == "bf16":
-            teacher.denoiser.network.to(torch.bfloat16)
+            nn.Module.to(teacher.denoiser.network, torch.bfloat16)
         start = None
         if recipe.start_steps is not None or recipe.style_lora is not None:
             start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
-            start.network.to(teacher.denoiser.network.dtype)
+            nn.Module.to(start.network, teacher.denoiser.network.dtype)
         size = teacher.contract.sizes[0]
         shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
         blank = _Blank(max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape), told)
@@ -99,6 +99,7 @@ def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], i
         (phase.batch_size > 1, {"batch_size": phase.batch_size // 2}),
         (not phase.gradient_checkpointing, {"gradient_checkpointing": True}),
         (phase.precision == "fp32", {"precision": "bf16"}),
+        (rank is not None and recipe.base_precision == "fp32", {"base_precision": "bf16"}),
         (phase.optimiser == "adamw", {"optimiser": "adamw8bit"}),
         (phase.student_steps > 1 and rank != 1, {"lora_rank": rank // 2 if rank else 64}),
         (rank is not None and phase.judges and not phase.discriminator_lora, {"discriminator_lora": True}),
@@ -115,7 +116,7 @@ def _changed_peak(recipe: DistillRecipe, position: int, change: dict[str, Any]) 
     for i, phase in enumerate(phases):
         if i == position or (phase.student_steps > 1 and (phase.lora_rank is None) == (chosen.lora_rank is None)):
             phases[i] = phase.model_copy(update=change)
-    (changed,), *_ = plan(recipe.model_copy(update={"phases": tuple(phases)}), only=position)
+    (changed,), *_ = plan(recipe.model_copy(update={**change, "phases": tuple(phases)}), only=position)
     return changed.highest
 
 
@@ -214,7 +215,7 @@ class _Meter(FakeTensorMode):
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """Compute as off the CPU, for which tensors on it stand here: attention fused, norms in float32.
+    """Compute as off the CPU, for which tensors on it stand here: attention fused, norms under autocast in float32.
 
     A mode of torch's would not do, for it is off in backward passes, in which blocks are computed anew.
     """
@@ -224,9 +225,12 @@ def _elsewhere() -> Iterator[None]:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             return attend(*args, **kwargs)
 
+    def exact(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        answer: Tensor = norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+        return answer
+
     with ExitStack() as patched:
         patched.enter_context(patch.object(functional, "scaled_dot_product_attention", fused))
         for norm in norms:
-            exact = partial(lambda norm, x, *args, **kwargs: norm(x.float(), *args, **kwargs), norm)
-            patched.enter_context(patch.object(functional, norm.__name__, exact))
+            patched.enter_context(patch.object(functional, norm.__name__, partial(exact, norm)))
         yield
