@@ -1,6 +1,7 @@
 """A style LoRA on a few-step student: put there as it is, and trained on it by `twostep distill nano-style`.
 
     python benchmarks/nano_style.py train                    # a LoRA that draws like Noto where no style is named
+    twostep cache runs/style/prompts.txt --lora runs/style/noto.safetensors --steps 16 --out runs/style/cache
     twostep distill nano-style --out runs/nano-style         # trains it on, on the 2-step student
     python benchmarks/nano_style.py table                    # judges teacher and student with it
 
@@ -36,6 +37,7 @@ from twostep.runs.loop import training_attention
 
 STYLE = "noto"
 LORA = Path("runs/style/noto.safetensors")
+PROMPTS = LORA.with_name("prompts.txt")
 RETRAINED = Path("runs/nano-style/model/students/noto_2step_lora.safetensors")
 Emoji = Annotated[Path, typer.Option("--emoji", help="The drawings.")]
 app = typer.Typer(no_args_is_help=True)
@@ -74,7 +76,8 @@ def train(
             typer.echo(f"{iteration} {loss.item():.4f}")
     LORA.parent.mkdir(parents=True, exist_ok=True)
     save_file({f"{PREFIX}{key}": value.contiguous() for key, value in lora.state_dict().items()}, LORA)
-    typer.echo(f"written: {LORA}")
+    PROMPTS.write_text("\n".join(filter(None, latents.draw(600, tensors, words)[1])))
+    typer.echo(f"written: {LORA}, {PROMPTS}")
 
 
 @app.command()

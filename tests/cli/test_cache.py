@@ -4,9 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from twostep.models.bundle import load_bundle
+from twostep.models.lora import PREFIX, add_lora
 
 RECIPE = """
 model = "{model}"
@@ -57,6 +60,29 @@ def test_prompts_alone_are_enough(run: Callable, model: Path, tmp_path: Path) ->
     done = run("cache", prompts, "--model", model, "--out", tmp_path / "cache", "--steps", 2, "--guidance", 2)
     assert done.exit_code == 0, done.output
     assert "2 items in 1 shards, 0 skipped" in done.output
+
+
+def test_a_style_is_trained_on_the_two_step_student_and_drawn_with(run: Callable, model: Path, tmp_path: Path) -> None:
+    style = tmp_path / "ink.safetensors"
+    lora = add_lora(load_bundle(model).denoiser.network, "ink", rank=2, targets=("to_q",))
+    save_file({f"{PREFIX}{key}": value + 0.1 for key, value in lora.state_dict().items()}, style)
+    (tmp_path / "prompts.txt").write_text("a red fox\na bird")
+    cache = ("cache", tmp_path / "prompts.txt", "--model", model, "--steps", 2)
+    assert run(*cache, "--out", tmp_path / "plain").exit_code == 0
+    assert run(*cache, "--lora", f"{style}:0.9", "--out", tmp_path / "cache").exit_code == 0
+    plain, styled = (load_file(tmp_path / name / "shard-00000.safetensors") for name in ("plain", "cache"))
+    assert not torch.equal(plain["latents"], styled["latents"])
+    recipe = tmp_path / "mine.toml"
+    told = f'start_steps = 2\nstyle_lora = "{style}"\n' + RECIPE.format(model=model, data=tmp_path / "cache")
+    recipe.write_text(told.replace("= [4]", "= [2]").replace("student_steps = 4", "student_steps = 2"))
+    done = run("distill", recipe, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    trained = tmp_path / "run" / "model" / "students" / "ink_2step_lora.safetensors"
+    draw = ("generate", "a red fox", "--model", model, "--lora", trained, "--out", tmp_path / "out")
+    assert run(*draw, "--steps", 2).exit_code == 0
+    refused = run(*draw)
+    assert refused.exit_code == 1
+    assert "was trained on" in refused.output and "Traceback" not in refused.output
 
 
 def test_a_source_without_pictures_is_told_in_one_line(run: Callable, tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def test_it_gives_up_after_the_tries_it_has() -> None:
 
 
 def test_examples_are_measured_and_shown_beside_the_teacher(teacher: Bundle) -> None:
-    sheet, looks = Examples(teacher, ("a red fox", "")).show(teacher.denoiser, 4)
+    sheet, looks = Examples.of(teacher, ("a red fox", "")).show(teacher.denoiser, 4)
     assert sheet.width > 2 * 64
     assert set(looks) == {"saturation", "contrast", "diversity"}
-    unguided = Examples(teacher, ("a red fox",))
+    unguided = Examples.of(teacher, ("a red fox",))
     object.__setattr__(teacher.contract, "guidance", 1.0)
     _, same = unguided.show(teacher.denoiser, teacher.contract.steps)
     assert same == pytest.approx({"saturation": 1, "contrast": 1, "diversity": 1})

@@ -21,6 +21,7 @@ def cache(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the cache; the same command again goes on there.")],
     model: Annotated[str, typer.Option(help="The teacher: its autoencoder and text encoders are used.")] = "nano",
+    lora: Annotated[list[str] | None, typer.Option(help="Prompts alone: LoRAs for the teacher, file:weight.")] = None,
     square: Annotated[bool, typer.Option(help="Cut everything square, as the paper did; else to the nearest.")] = False,
     min_side: Annotated[int, typer.Option(min=0, help="Skip pictures with a side of fewer pixels.")] = 0,
     min_sharpness: Annotated[float, typer.Option(min=0, help="Skip blurred ones: deviation of the Laplacian.")] = 0.0,
@@ -32,12 +33,12 @@ def cache(
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
     from twostep.data.pictures import Demands, find_entries
-    from twostep.models.bundle import load_bundle
+    from twostep.models.worn import load_worn
 
     prompts = _read_prompts(source)
     entries = find_entries(source) if prompts is None else iter(())
     first = list(islice(entries, 1))  # so an empty or missing source is told before a model loads
-    bundle = load_bundle(model)
+    bundle = load_worn(model, lora or [])
     with progress_bar("cache") as advance:
 
         def show(done: int, skipped: int) -> None:

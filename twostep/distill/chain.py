@@ -51,14 +51,18 @@ def distil(
     """Run every phase in order and return the released students' files by their steps; the same call resumes.
 
     The teacher is moved to the recipe's device and its UNet to base_precision, and so is `start`, the student that is
-    trained on; None is the teacher itself. A style is merged into the teacher by the caller. `folder/model` becomes a
-    whole model: the teacher, if that is where the chain starts and there is no style, and the released students.
+    trained on; None is the teacher itself. With `data` its text encoders go back to the CPU. A style is merged into
+    the teacher by the caller. `folder/model` becomes a whole model: the teacher, if that is where the chain starts and
+    there is no style, and the released students.
 
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
     """
     teacher = _prepare(recipe, teacher, source, folder)
-    examples = Examples(teacher, recipe.sample_prompts)
+    examples = Examples.of(teacher, recipe.sample_prompts)
+    if recipe.data is not None:  # whose texts are encoded
+        for encoder in teacher.text.encoders:
+            encoder.to("cpu")
     written: dict[int, Path] = {}
     with ExitStack() as leaving:
         leaving.callback(remove_loras, teacher.denoiser.network)

@@ -31,6 +31,16 @@ class Examples:
 
     teacher: Bundle
     prompts: tuple[str, ...]
+    conditioning: Conditioning
+    empty: Conditioning
+
+    @classmethod
+    def of(cls, teacher: Bundle, prompts: tuple[str, ...]) -> Examples:
+        """Encode the prompts, once and now: afterwards the text encoders may go."""
+        size = teacher.contract.sizes[0]
+        with torch.no_grad():
+            told, empty = teacher.conditioning(prompts * NUM_SEEDS, *size), teacher.conditioning([""], *size)
+        return cls(teacher, prompts, told, empty)
 
     def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
         """Return teacher above student as a sheet, and how the student's looks compare (`health.measure`)."""
@@ -40,17 +50,9 @@ class Examples:
         return sheet, measure(own, self._of_teacher)
 
     @cached_property
-    def _conditioning(self) -> Conditioning:
-        width, height = self.teacher.contract.sizes[0]
-        return self.teacher.text.conditioning(self.prompts * NUM_SEEDS, width, height)
-
-    @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        width, height = self.teacher.contract.sizes[0]
-        empty = self.teacher.text.conditioning([""], width, height)
-
         def guided(asked: Conditioning) -> Denoise:
-            return self.teacher.denoiser.guided(asked, empty.expand(len(asked)), self.teacher.contract.guidance)
+            return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
 
         return self._draw(guided, self.teacher.contract.steps)
 
@@ -59,10 +61,10 @@ class Examples:
         self, given: Callable[[Conditioning], Denoise], num_steps: int
     ) -> Float[Tensor, "seeds prompts 3 height width"]:
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
-        noise = torch.randn(len(self._conditioning), *shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(len(self.conditioning), *shape, generator=torch.Generator().manual_seed(0))
         schedule, pictures = self.teacher.denoiser.schedule, []
         for start in range(0, len(noise), AT_ONCE):
-            asked = self._conditioning[start : start + AT_ONCE]
+            asked = self.conditioning[start : start + AT_ONCE]
             latents = sample(given(asked), noise[start : start + AT_ONCE].to(asked.text.device), num_steps, schedule)
             pictures += [self.teacher.codec.decode(latent).cpu() for latent in latents.split(1)]
         apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, len(self.prompts)))

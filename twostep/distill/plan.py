@@ -79,7 +79,10 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         size = teacher.contract.sizes[0]
         shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
         blank = _Blank(max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape), told)
-        drawing = _draw(Examples(teacher, recipe.sample_prompts), meter)
+        drawing = _draw(Examples.of(teacher, recipe.sample_prompts), meter)
+        if recipe.data is not None and not is_cpu:
+            for weight in (weight for encoder in teacher.text.encoders for weight in encoder.parameters()):
+                weight.data = torch.empty(0)  # on another device than what is counted
         for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):
             if only in (None, position):
                 gc.collect()
