@@ -25,7 +25,7 @@ lora_rank = 2
 iterations = 2
 batch_size = 2
 learning_rate = 1e-4
-precision = "fp32"
+precision = "bf16"
 """
 
 

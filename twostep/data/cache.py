@@ -138,7 +138,7 @@ class CachedSource:
         rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
         items = [self._item(sizes[chosen], row) for row in rows]
         latents, text, pooled, told = (
-            torch.stack([item[key] for item in items]).float() for key in ("latents", "text", "pooled", "sizes")
+            torch.stack([item[key].float() for item in items]) for key in ("latents", "text", "pooled", "sizes")
         )
         return latents, Conditioning(text, pooled, told)
 
