@@ -34,14 +34,15 @@ def answer(bundle: Bundle) -> torch.Tensor:
     return bundle.denoiser(x, t, bundle.conditioning(["a red fox"], 64, 64)).eps
 
 
-def test_a_style_counts_by_its_weight_and_leaves_the_contract(style: Path) -> None:
+def test_a_style_counts_by_its_weight_and_is_named(style: Path) -> None:
     plain = load_worn("nano", [], steps=2)
     bundles = {weight: load_worn("nano", [f"{style}:{weight}"], steps=2) for weight in (0, 0.5, 1)}
     torch.testing.assert_close(answer(bundles[0]), answer(plain))
     assert (answer(bundles[1]) - answer(plain)).abs().mean() > (answer(bundles[0.5]) - answer(plain)).abs().mean() > 0
     twice = load_worn("nano", [f"{style}:0.5", f"{style}:0.5"], steps=2)
     torch.testing.assert_close(answer(twice), answer(bundles[1]), atol=1e-4, rtol=1e-4)
-    assert twice.contract == plain.contract
+    assert twice.contract == replace(plain.contract, name="nano-2step+style:0.5+style:0.5")
+    assert bundles[1].contract.name == "nano-2step+style"
     assert list(twice.denoiser.network.state_dict()) == list(plain.denoiser.network.state_dict())
 
 
@@ -65,6 +66,7 @@ def test_alpha_in_diffusers_metadata_scales_it(style: Path) -> None:
 def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style: Path) -> None:
     worn = load_worn("nano", ["nano_4step_lora", str(style)])
     assert (worn.contract.steps, worn.contract.role) == (4, "student")
+    assert worn.contract.name == "nano-4step+style"
     assert load_worn("nano", ["nano_4step_lora"], steps=4).contract == file_contract(find_model("nano_4step_lora"))
     torch.testing.assert_close(answer(load_worn("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora")))
     with pytest.raises(ModelError, match="draws in 4 steps, not in 2"):
@@ -79,7 +81,8 @@ def test_one_that_was_trained_on_a_student_goes_on_that_alone(style: Path) -> No
     path = style.with_name("trained.safetensors")
     save_file(load_file(style), path, said.to_metadata())
     worn = load_worn("nano", [str(path)], steps=2)
-    assert worn.contract.name == "nano-2step"
+    assert worn.contract.name == "nano-2step+trained"
+    assert load_worn("nano", [str(style), str(path)], steps=2).contract.name == "nano-2step+style+trained"
     torch.testing.assert_close(answer(worn), answer(load_worn("nano", [str(style)], steps=2)))
     for steps in (4, 32):
         with pytest.raises(ContractError, match="was trained on nano-2step; this is nano"):

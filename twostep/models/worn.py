@@ -29,7 +29,7 @@ class Garment:
     @classmethod
     def named(cls, lora: str) -> Garment:
         """Find "file", "file:0.8", or a built-in name; ModelError where there is none."""
-        found = re.fullmatch(r"(.+?)(?::([\d.]+))?", lora)
+        found = re.fullmatch(r"(.+?)(?::(\d+\.?\d*|\.\d+))?", lora)
         name, weight = (found[1], float(found[2] or 1)) if found else (lora, 1.0)
         path = find_model(name)
         if path.is_dir():
@@ -51,12 +51,13 @@ class Garment:
         return replace(bundle, denoiser=replace(bundle.denoiser, network=merged), contract=contract)
 
     def _together(self, model: Contract) -> Contract:
-        said = self.contract
-        if said is None:
-            return model
+        said, plain = self.contract, model.name.partition("+")[0]
+        if said is None or (not self.makes_students and said.base == plain):
+            # The name goes into every picture.
+            return replace(
+                model, name=f"{model.name}+{self.path.stem}{'' if self.weight == 1 else f':{self.weight:g}'}"
+            )
         if not self.makes_students:
-            if said.base == model.name:
-                return model
             raise ContractError(f"{self.path} was trained on {said.base}; this is {model.name}. Load that student.")
         if model.role == "student":
             raise ContractError(
