@@ -61,6 +61,7 @@ def test_killed_somewhere_in_every_phase_one_gives_what_it_would_have(alone: Pat
     check_equal(out, alone)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_they_give_what_they_would_have(together: Path, model: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN)
     out = recipe.with_suffix("")

@@ -132,6 +132,7 @@ def test_off_the_cpu_attention_takes_less() -> None:
     assert there < here
 
 
+@pytest.mark.slow
 def test_advice_puts_the_best_first_and_all_together_last() -> None:
     settings = recipe({"objective": "conditional"})
     *found, (together, least) = advise(settings, 0)

@@ -17,7 +17,7 @@ def commands() -> list[str]:
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     blocks = [block for path in texts for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("twostep ")]
+    return list(dict.fromkeys(line for line in lines if line.startswith("twostep ")))
 
 
 @pytest.mark.parametrize("command", commands())

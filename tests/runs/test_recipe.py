@@ -15,6 +15,7 @@ OWNERS = {
     "nano-quick": DistillRecipe,
     "nano-lora": DistillRecipe,
     "nano-mse": DistillRecipe,
+    "nano-style": DistillRecipe,
     "nano-full": DistillRecipe,
     "sdxl-lora-24gb": DistillRecipe,
     "sdxl-lora-80gb": DistillRecipe,
