@@ -19,7 +19,6 @@ import torch
 import typer
 from nano_table import Sampler, draw, to_float
 from nano_tasks import FIRST_SEED, Task, complete_tasks
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,10 +28,12 @@ from twostep.data.latents import cache_latents
 from twostep.evaluate.judge import load_judge
 from twostep.evaluate.report import evaluate
 from twostep.models.bundle import load_bundle
+from twostep.models.codec import to_images
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.lora import PREFIX, add_lora
 from twostep.models.nano import PIXELS
 from twostep.models.worn import load_worn
+from twostep.pretrain.teacher import noise_loss
 from twostep.runs.loop import training_attention
 
 STYLE = "noto"
@@ -59,14 +60,9 @@ def train(
     tensors, words = torch.Generator().manual_seed(0), random.Random(0)
     for iteration in range(iterations):
         x0, captions = latents.draw(batch_size, tensors, words)
-        t = torch.randint(1, 1001, (batch_size,), generator=tensors)
-        eps = torch.randn(x0.shape, generator=tensors)
-        alpha, sigma = denoiser.schedule.coefficients(t, x0)
         told = bundle.text.conditioning(captions, PIXELS, PIXELS)
         with training_attention("cpu"):
-            found = denoiser(alpha * x0 + sigma * eps, t, told).eps
-            snr = (alpha / sigma) ** 2
-            loss = (snr.clamp(max=5) / snr * (found - eps) ** 2).mean()
+            loss = noise_loss(denoiser, x0, told, tensors, snr_limit=5)
             loss.backward()
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * (1 - iteration / iterations)
@@ -112,7 +108,7 @@ def table(
         )
         typer.echo(f"| {label} | {shares} | {report.frechet_to_reference:.2f} |")
     chosen = range(0, count, count // 12)
-    lines = [(label, [_image(pictures[label][i]) for i in chosen]) for label, *_ in rows]
+    lines = [(label, to_images(pictures[label][list(chosen)])) for label, *_ in rows]
     contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(LORA.with_name("sheet.png"))
 
 
@@ -120,10 +116,6 @@ def _without_style(task: Task) -> Task:
     wish = task.attributes
     prompt = f"{with_article(wish.names[0])} on {with_article(f'{wish.background} background')}"
     return Task(prompt, Attributes(wish.names, None, wish.background), task.seed + FIRST_SEED)
-
-
-def _image(picture: Tensor) -> Image.Image:
-    return Image.fromarray(((picture + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 if __name__ == "__main__":

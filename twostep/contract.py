@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -168,6 +169,16 @@ def _reader() -> TypeAdapter[Contract]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Contract)
+
+
+def student_name(base: str, steps: int) -> str:
+    """Return the name of a student of so many steps of a base: "nano-4step"."""
+    return f"{base}-{steps}step"
+
+
+def is_student_name(name: str) -> bool:
+    """Tell whether a name is one that `student_name` gives."""
+    return re.search(r"-\d+step$", name) is not None
 
 
 def _check_names(values: Mapping[str, object]) -> None:

@@ -117,7 +117,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
     with joined(find_device(settings.device)) as place, progress_bar("distil", shown=place.first) as advance:
         style, folder = settings.style_lora, RunFolder(out, settings)
         teacher = load_worn(settings.model, [str(style)] if style else [], steps=settings.model_steps)
-        start = load_bundle(settings.model, steps=settings.start_steps) if style or settings.start_steps else None
+        start = load_bundle(settings.model, steps=settings.start_steps) if settings.starts_apart else None
         written = distil(
             settings,
             teacher,

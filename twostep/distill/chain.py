@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from twostep.contract import Contract
+from twostep.contract import Contract, student_name
 from twostep.diffusion import PredictionType
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.examples import Examples
@@ -147,9 +147,9 @@ def _begun(recipe: DistillRecipe, start: Denoiser, *, like: Network) -> Denoiser
 def _of_its_own_base(recipe: DistillRecipe, contract: Contract) -> Contract:
     """Say of a LoRA that was trained on a student which one that is, and call it by its style."""
     if recipe.start_steps is not None and contract.lora_rank is not None:
-        contract = replace(contract, base=f"{contract.base}-{recipe.start_steps}step")
+        contract = replace(contract, base=student_name(contract.base, recipe.start_steps))
     if recipe.style_lora is not None:
-        contract = replace(contract, name=f"{recipe.style_lora.stem}-{contract.steps}step")
+        contract = replace(contract, name=student_name(recipe.style_lora.stem, contract.steps))
     return contract
 
 
@@ -215,7 +215,7 @@ def student_contract(
     """Return what the student of this phase says of itself."""
     return replace(
         teacher,
-        name=f"{teacher.base}-{phase.student_steps}step",
+        name=student_name(teacher.base, phase.student_steps),
         role="student",
         steps=phase.student_steps,
         trained_times=trained_times(phase.student_steps),

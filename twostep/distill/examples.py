@@ -14,6 +14,7 @@ from torch import Tensor
 from twostep.diffusion import Denoise, sample
 from twostep.distill.health import measure
 from twostep.models.bundle import Bundle
+from twostep.models.codec import to_images
 from twostep.models.conditioning import Conditioning
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser
@@ -44,9 +45,9 @@ class Examples:
 
     def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
         """Return teacher above student as a sheet, and how the student's looks compare (`health.measure`)."""
-        own = self._draw(student.given, student_steps)
+        own = self.draw(student.given, student_steps)
         rows = [(f"teacher {self.teacher.contract.steps}", self._of_teacher), (f"student {student_steps}", own)]
-        sheet = contact_sheet([(label, _images(pictures[0])) for label, pictures in rows], scale=2)
+        sheet = contact_sheet([(label, to_images(pictures[0])) for label, pictures in rows], scale=2)
         return sheet, measure(own, self._of_teacher)
 
     @cached_property
@@ -54,12 +55,13 @@ class Examples:
         def guided(asked: Conditioning) -> Denoise:
             return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
 
-        return self._draw(guided, self.teacher.contract.steps)
+        return self.draw(guided, self.teacher.contract.steps)
 
     @torch.no_grad()
-    def _draw(
+    def draw(
         self, given: Callable[[Conditioning], Denoise], num_steps: int
     ) -> Float[Tensor, "seeds prompts 3 height width"]:
+        """Draw every prompt from the same noise as ever, a few at a time, by a denoiser that is given what to draw."""
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
         noise = torch.randn(len(self.conditioning), *shape, generator=torch.Generator().manual_seed(0))
         schedule, pictures = self.teacher.denoiser.schedule, []
@@ -69,8 +71,3 @@ class Examples:
             pictures += [self.teacher.codec.decode(latent).cpu() for latent in latents.split(1)]
         apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, len(self.prompts)))
         return apart
-
-
-def _images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]

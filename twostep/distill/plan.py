@@ -73,7 +73,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         if recipe.base_precision == "bf16":
             nn.Module.to(teacher.denoiser.network, torch.bfloat16)
         start = None
-        if recipe.start_steps is not None or recipe.style_lora is not None:
+        if recipe.starts_apart:
             start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
             nn.Module.to(start.network, teacher.denoiser.network.dtype)
         size = teacher.contract.sizes[0]
@@ -165,7 +165,7 @@ def _draw(examples: Examples, meter: _Meter) -> int:
     """Return what drawing adds, by the teacher with its guidance."""
     before, teacher = meter.living, examples.teacher
     meter.peak = before
-    examples._draw(lambda told: teacher.denoiser.guided(told, told, teacher.contract.guidance), 1)
+    examples.draw(lambda told: teacher.denoiser.guided(told, told, teacher.contract.guidance), 1)
     return meter.peak - before
 
 

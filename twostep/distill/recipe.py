@@ -112,6 +112,11 @@ class DistillRecipe(Settings):
     health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
     phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
 
+    @property
+    def starts_apart(self) -> bool:
+        """Whether the student that is trained on starts from another network than the teacher's."""
+        return self.start_steps is not None or self.style_lora is not None
+
     @model_validator(mode="after")
     def _every_teacher_exists(self) -> "DistillRecipe":
         known: set[int] = set() if self.model_steps is None else {self.model_steps}

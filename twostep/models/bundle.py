@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
-from twostep.contract import TOP_TIME, Contract
+from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
@@ -29,7 +29,7 @@ from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contrac
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
-from twostep.models.lora import PREFIX, LoraError, load_lora, merge
+from twostep.models.lora import PREFIX, LoraError, fuse, load_lora
 from twostep.models.single_file import Outline, SingleFile, find_single_file
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
@@ -83,7 +83,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, source)
     if contract.role == "student" and not outline:
         file = path if path.is_file() else student_files(folder)[contract.steps]
-        network = _load_weights(network, file, contract)
+        _load_weights(network, file, contract)
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
@@ -128,8 +128,8 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
     A UNet has diffusers' names; a LoRA those that diffusers' `load_lora_weights` reads.
     """
     kind = "unet" if contract.lora_rank is None else "lora"
-    name = contract.name.removesuffix(f"-{contract.steps}step")
-    path = folder / "students" / f"{name}_{contract.steps}step_{kind}.safetensors"
+    base = contract.name.removesuffix(student_name("", contract.steps))
+    path = folder / "students" / f"{base}_{contract.steps}step_{kind}.safetensors"
     if contract.lora_rank is not None:
         weights = {f"{PREFIX}{key}": value for key, value in weights.items()}
     with write_whole(path) as file:
@@ -137,16 +137,15 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
     return path
 
 
-def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract) -> UNet2DConditionModel:
-    """Return the network with a student's weights: its own, or its LoRA's merged into the base's."""
+def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract) -> None:
+    """Give the base's network a student's weights: its own, or its LoRA's added to the base's."""
     try:
         if contract.lora_rank is None:
             network.load_state_dict(load_file(path))
-            return network
-        lora = load_lora(network, "student", path, alpha=contract.lora_alpha)
+        else:
+            fuse(network, load_lora(network, "student", path, alpha=contract.lora_alpha).name)
     except (RuntimeError, LoraError) as error:
         raise ModelError(f"{path} does not fit the UNet of its base: {str(error).splitlines()[-1].strip()}") from error
-    return merge(network, lora.name)
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:

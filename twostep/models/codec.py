@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 
@@ -47,3 +48,9 @@ class ImageCodec:
         """Return pictures, cut off at -1 and 1."""
         pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return pictures.clamp(-1, 1).contiguous()
+
+
+def to_images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+    """Turn pictures in -1..1 into 8-bit images."""
+    levels = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in levels]

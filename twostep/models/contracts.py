@@ -6,13 +6,12 @@ file one is derived from its configs.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType
+from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
 from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, find_model, read_json
 from twostep.models.single_file import find_single_file
 from twostep.models.sizes import sizes_around
@@ -67,7 +66,7 @@ def _single_file_contract(path: Path) -> Contract:
 
 def goes_on_a_student(lora: Contract) -> bool:
     """Tell whether a LoRA was trained on a student of few steps, whose name is then that of its base."""
-    return re.search(r"-\d+step$", lora.base) is not None
+    return is_student_name(lora.base)
 
 
 def base_folder(path: Path, contract: Contract) -> Path:

@@ -196,7 +196,7 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
     network.enable_gradient_checkpointing(keep_outside)
 
 
-def merge(network: UNet2DConditionModel, name: str | None, *, weight: float = 1.0) -> UNet2DConditionModel:
+def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
     """Return a float32 copy of the network without adapters, this one, if one is named, added to its own weights."""
     if isinstance(next(network.parameters()), DTensor):  # in shards, which no adapter is put on
         with torch.device("meta"):
@@ -205,10 +205,17 @@ def merge(network: UNet2DConditionModel, name: str | None, *, weight: float = 1.
         return whole.eval()
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
-    if name is not None:
-        merged.fuse_lora(weight, adapter_names=[name])
-    remove_loras(merged)
+    if name is None:
+        remove_loras(merged)
+    else:
+        fuse(merged, name)
     return merged
+
+
+def fuse(network: UNet2DConditionModel, name: str, *, weight: float = 1.0) -> None:
+    """Add an adapter, so strongly, to the network's own weights, in place, and take every adapter off."""
+    network.fuse_lora(weight, adapter_names=[name])
+    remove_loras(network)
 
 
 class _Working(list[str]):

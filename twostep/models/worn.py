@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from twostep.contract import Contract, ContractError
+from twostep.contract import Contract, ContractError, student_name
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import carries_contract, file_contract, goes_on_a_student
 from twostep.models.folder import ModelError, find_model
-from twostep.models.lora import LoraError, load_lora, merge, remove_lora
+from twostep.models.lora import LoraError, fuse, load_lora
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class Garment:
         return self.contract is not None and not goes_on_a_student(self.contract)
 
     def on(self, bundle: Bundle) -> Bundle:
-        """Return the model with this merged in; ContractError where it was made for another, LoraError for a misfit."""
+        """Merge this into the model's own network; returns the model with the contract that the two now have.
+
+        Raises ContractError where it was made for another, LoraError for a misfit.
+        """
         network, contract = bundle.denoiser.network, self._together(bundle.contract)
         alpha = None if self.contract is None else self.contract.lora_alpha
-        lora = load_lora(network, "worn", self.path, alpha=alpha)
-        merged = merge(network, lora.name, weight=self.weight).requires_grad_(False)
-        remove_lora(network, lora.name)
-        return replace(bundle, denoiser=replace(bundle.denoiser, network=merged), contract=contract)
+        fuse(network, load_lora(network, "worn", self.path, alpha=alpha).name, weight=self.weight)
+        return replace(bundle, contract=contract)
 
     def _together(self, model: Contract) -> Contract:
-        said, plain = self.contract, model.name.partition("+")[0]
-        if said is None or (not self.makes_students and said.base == plain):
-            # The name goes into every picture.
-            return replace(
-                model, name=f"{model.name}+{self.path.stem}{'' if self.weight == 1 else f':{self.weight:g}'}"
-            )
-        if not self.makes_students:
+        said = self.contract
+        if said is not None and not self.makes_students and said.base != model.name.partition("+")[0]:
             raise ContractError(f"{self.path} was trained on {said.base}; this is {model.name}. Load that student.")
+        if said is None or not self.makes_students:
+            # The name goes into every picture.
+            weight = "" if self.weight == 1 else f":{self.weight:g}"
+            return replace(model, name=f"{model.name}+{self.path.stem}{weight}")
         if model.role == "student":
             raise ContractError(
                 f"{self.path} makes {said.steps}-step students of teachers, and {model.name} is one of {model.steps} "
@@ -69,7 +69,7 @@ class Garment:
                 f"{self.path} was distilled where {said.prediction_type} is predicted; {model.name} predicts "
                 f"{model.prediction_type}. Use a LoRA of such a teacher."
             )
-        return replace(said, name=f"{model.base}-{said.steps}step", base=model.base, sizes=model.sizes)
+        return replace(said, name=student_name(model.base, said.steps), base=model.base, sizes=model.sizes)
 
 
 def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = None) -> Bundle:

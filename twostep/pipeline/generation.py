@@ -19,6 +19,7 @@ from twostep.contract import Contract
 from twostep.diffusion import Denoise, Prediction, initial_noise, sample
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
+from twostep.models.codec import to_images
 from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Request, Result
 
 MAX_BATCH = 16
@@ -77,7 +78,7 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
                 report = _reporter(request.num_images, start, plan.steps, seeds, on_step)
                 latents = _denoise(bundle, plan, denoise_for(len(seeds)), seeds, report)
             with _timed(seconds, "decode"):
-                images += _to_images(_finite(bundle.codec.decode(latents), "pixels", seeds))
+                images += to_images(_finite(bundle.codec.decode(latents), "pixels", seeds))
     return Result(images, request.seeds, seconds, warnings, bundle.contract, request)
 
 
@@ -141,12 +142,6 @@ def _finite(values: Float[Tensor, "batch ..."], what: str, seeds: list[int]) -> 
             f"Either the weights are damaged or half precision overflowed: load the model again, in float32."
         )
     return values
-
-
-def _to_images(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    """Turn pixels in -1..1 into 8-bit pictures."""
-    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in levels]
 
 
 def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from twostep.data.latents import LatentCache
 from twostep.diffusion import NoiseSchedule
+from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.nano import PIXELS, build_unet
 from twostep.models.text import TextEncoders
@@ -37,6 +39,25 @@ class TeacherSettings(Settings):
     guidance: float = Field(3.0, ge=1, description="guidance scale that the teacher recommends")
 
 
+def noise_loss(
+    denoiser: Denoiser,
+    x0: Float[Tensor, "batch c h w"],
+    conditioning: Conditioning,
+    generator: torch.Generator,
+    *,
+    snr_limit: float,
+) -> Float[Tensor, ""]:
+    """Noise latents to random times and return the squared error of eps, weighted by min-SNR."""
+    t = torch.randint(1, denoiser.schedule.num_times + 1, (len(x0),), generator=generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    alpha, sigma = denoiser.schedule.coefficients(t, x0)
+    predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
+    snr = (alpha / sigma) ** 2
+    weight = snr.clamp(max=snr_limit) / snr
+    loss: Tensor = (weight * (predicted.eps - eps) ** 2).mean()
+    return loss
+
+
 def train_teacher(
     latents: LatentCache,
     text: TextEncoders,
@@ -54,13 +75,7 @@ def train_teacher(
         x0, captions = latents.draw(settings.loop.batch_size, draw.tensors, draw.words)
         with torch.no_grad():
             conditioning = text.conditioning(captions, PIXELS, PIXELS)
-        t = torch.randint(1, denoiser.schedule.num_times + 1, (len(x0),), generator=draw.tensors)
-        eps = torch.randn(x0.shape, generator=draw.tensors)
-        alpha, sigma = denoiser.schedule.coefficients(t, x0)
-        predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
-        snr = (alpha / sigma) ** 2
-        weight = snr.clamp(max=settings.snr_limit) / snr
-        return (weight * (predicted.eps - eps) ** 2).mean()
+        return noise_loss(denoiser, x0, conditioning, draw.tensors, snr_limit=settings.snr_limit)
 
     train(
         denoiser.network,

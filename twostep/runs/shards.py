@@ -6,13 +6,14 @@ FSDP (arXiv 2304.11277): a block's weights are gathered while it computes; gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, load, save  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, zeros
 
@@ -25,7 +26,7 @@ def shard(network: nn.Module, methods: Sequence[str] = ()) -> None:
     Gathered at once are the modules that the network names as not to be split, and, when it or one of these methods of
     it is called, what is outside of them.
     """
-    mesh = init_device_mesh(device_type(), (place().count,))
+    mesh = _mesh()
     blocks = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in reversed(list(network.modules())):
         if module is network or type(module).__name__ in blocks:
@@ -52,7 +53,7 @@ def load_shards(rest: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _transferred(state: dict[str, Any], folder: Path, transfer: Callable[..., Any]) -> dict[str, Any]:
     shards: dict[str, Tensor] = {}
-    exchanged: dict[str, Any] = _exchanged(state, shards)
+    exchanged: dict[str, Any] = _exchanged(state, shards, cache(_mesh))
     try:
         transfer(shards, checkpoint_id=folder) if shards else None
     except CheckpointException as error:
@@ -61,14 +62,18 @@ def _transferred(state: dict[str, Any], folder: Path, transfer: Callable[..., An
     return exchanged
 
 
-def _exchanged(value: Any, shards: dict[str, Tensor], path: str = "") -> Any:
+def _mesh() -> DeviceMesh:
+    """Return all processes in a row; making it may found a group of them, which all must do together."""
+    return init_device_mesh(device_type(), (place().count,))
+
+
+def _exchanged(value: Any, shards: dict[str, Tensor], mesh: Callable[[], DeviceMesh], path: str = "") -> Any:
     """Return a state with empty tensors for shards, or with shards for empty tensors, and put those into `shards`."""
     if isinstance(value, dict):
-        return {key: _exchanged(part, shards, f"{path}/{key}") for key, part in value.items()}
+        return {key: _exchanged(part, shards, mesh, f"{path}/{key}") for key, part in value.items()}
     if isinstance(value, DTensor):
         shards[path] = value
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, Tensor) and value.is_meta:
-        mesh = init_device_mesh(device_type(), (place().count,))
-        value = shards[path] = zeros(value.shape, dtype=value.dtype, device_mesh=mesh, placements=[Shard(0)])
+        value = shards[path] = zeros(value.shape, dtype=value.dtype, device_mesh=mesh(), placements=[Shard(0)])
     return value
