@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Draw a gallery with the two-step student beside its teacher, and time them.
-	$(BIN)/twostep demo
+	$(BIN)/python examples/gallery.py
 
 test: setup ## Run the tests that take minutes, in two processes.
 	$(PYTEST) -m "not slow"

@@ -22,6 +22,8 @@ from nano_tasks import FIRST_SEED, Task, complete_tasks
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.nano.model import PIXELS
+from examples.nano.teacher import noise_loss
 from twostep.data.captions import Attributes, Omission, with_article
 from twostep.data.emoji import load_emoji
 from twostep.data.latents import cache_latents
@@ -31,9 +33,7 @@ from twostep.models.bundle import load_bundle
 from twostep.models.codec import to_images
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.lora import PREFIX, add_lora
-from twostep.models.nano import PIXELS
 from twostep.models.worn import load_worn
-from twostep.pretrain.teacher import noise_loss
 from twostep.runs.loop import training_attention
 
 STYLE = "noto"

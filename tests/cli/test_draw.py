@@ -1,13 +1,11 @@
-"""generate, info and demo as a user runs them, with good input and bad."""
+"""generate and info as a user runs them, with good input and bad."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from twostep.cli.draw import DEMO_PROMPTS
 from twostep.pipeline.png import read_provenance
 
 PROMPT = "a 3d red apple on a blue background"
@@ -93,10 +91,9 @@ def test_steps_default_to_two_where_there_is_a_two_step_student(
         assert read_provenance(next(out.glob("*.png"))).contract.steps == expected
 
 
-@pytest.mark.parametrize("verb", [("generate", PROMPT), ("demo",)])
-def test_output_that_cannot_be_written_is_found_before_work_is_spent(run, tmp_path: Path, verb) -> None:
+def test_output_that_cannot_be_written_is_found_before_work_is_spent(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    answer = run(*verb, "--model", "no model is needed for this", "-o", tmp_path / "file" / "below" / "x.png")
+    answer = run("generate", PROMPT, "--model", "no model is needed for this", "-o", tmp_path / "file" / "below")
     assert_one_clean_line(answer, "cannot write to", "Choose a folder")
 
 
@@ -145,12 +142,3 @@ def test_info_as_json_is_a_list_of_contracts(run, model: Path, student_file: Pat
     assert [contract["steps"] for contract in contracts] == [32, 8, 4, 2, 1]
     assert contracts[0]["role"] == "teacher"
     assert [contract["role"] for contract in json.loads(run("info", student_file, "--json").stdout)] == ["student"]
-
-
-def test_demo_draws_a_gallery_and_times_every_student(run, model: Path, tmp_path: Path) -> None:
-    answer = run("demo", "--model", model, "-o", tmp_path / "new" / "gallery.png")
-    assert answer.exit_code == 0, answer.output
-    assert len(DEMO_PROMPTS) >= 12
-    with Image.open(tmp_path / "new" / "gallery.png") as gallery:
-        assert gallery.width > 4 * 128 and gallery.height > len(DEMO_PROMPTS) * 128
-    assert all(word in answer.stdout for word in ("seconds per image", "speed-up", "1.0x"))

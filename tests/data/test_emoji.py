@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.nano.model import random_bundle
 from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import EmojiError, EmojiSet, Placement, built_in_concepts, compose, load_emoji
 from twostep.data.latents import cache_latents, load_latents
-from twostep.models.nano import random_bundle
 
 SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, save_bundle
 from twostep.models.conditioning import Conditioning
-from twostep.models.nano import random_bundle
 from twostep.models.text import TextEncoders
 
 

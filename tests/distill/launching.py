@@ -41,7 +41,7 @@ os.environ.update({environment!r})
 LESSON = """
 import torch
 from pathlib import Path
-from twostep.models.nano import random_bundle
+from examples.nano.model import random_bundle
 
 teacher, pupil = random_bundle(), random_bundle()
 pupil.denoiser.network.requires_grad_(True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from examples.nano.model import random_bundle
 from twostep.distill import DistillRecipe, distil
 from twostep.distill.chain import find_device
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
 from twostep.models.lora import Lora, add_lora
-from twostep.models.nano import random_bundle
 from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import RecipeError
 

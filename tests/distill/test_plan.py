@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig
 from typer.testing import CliRunner
 
+from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.distill import DistillRecipe
 from twostep.distill.chain import lessons
@@ -20,7 +21,6 @@ from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
 from twostep.models.bundle import load_bundle
 from twostep.models.folder import WEIGHTS
-from twostep.models.nano import random_bundle
 from twostep.runs.loop import Draw
 
 from .conftest import Handful

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import twostep
-from twostep.models.nano import random_bundle
+from examples.nano.model import random_bundle
 
 from .launching import LESSON, SHARED, check_equal, check_same, distill, launch, run_chain, weights, write_recipe
 
@@ -119,7 +119,7 @@ KEPT = """
 from pathlib import Path
 import torch
 from twostep.errors import TwostepError
-from twostep.models.nano import random_bundle
+from examples.nano.model import random_bundle
 from twostep.runs.devices import joined, place
 from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import Settings

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
-LONG = ("pretrain", "distill", "data", "cache", "report")
+LONG = ("distill", "data", "cache", "report")
 
 
 def commands() -> list[str]:

@@ -24,3 +24,13 @@ def test_the_example_in_two_dimensions_draws_and_prints(tmp_path: Path) -> None:
     with Image.open(picture) as drawn:
         assert drawn.width > 1500
         assert len(drawn.getcolors(maxcolors=1 << 20)) > 20
+
+
+def test_the_gallery_shows_every_prompt_and_times_every_student(tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "gallery.png"
+    command = [sys.executable, "examples/gallery.py", "--out", str(picture)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert all(word in found.stdout for word in ("seconds per image", "speed-up", "1.0x", "nano-1step"))
+    with Image.open(picture) as gallery:
+        assert gallery.width > 4 * 128 and gallery.height > 12 * 128

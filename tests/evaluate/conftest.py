@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from train_judge import JudgeRecipe, train_judge
 
+from examples.nano.descent import DescentSettings
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.evaluate.judge import Judge, load_judge
-from twostep.runs.descent import DescentSettings
 
 SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"
 

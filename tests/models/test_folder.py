@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
 from twostep.models.contracts import read_contracts
 from twostep.models.folder import ModelError, find_model
-from twostep.models.nano import random_bundle
 
 from ..vanilla import assemble
 

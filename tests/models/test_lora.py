@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle
 from twostep.models.lora import (
     LoraError,
@@ -20,7 +21,6 @@ from twostep.models.lora import (
     remove_lora,
     remove_loras,
 )
-from twostep.models.nano import random_bundle
 
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
 

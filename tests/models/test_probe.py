@@ -8,12 +8,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from examples.nano.model import random_bundle
 from twostep.diffusion import sample
 from twostep.models.bundle import load_bundle
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import ModelError
-from twostep.models.nano import random_bundle
 from twostep.models.probe import check_prediction_type, probe_prediction_type
 
 TEACHER = load_bundle("nano")

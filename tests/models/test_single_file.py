@@ -14,12 +14,12 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import ImageCodec
 from twostep.models.contracts import read_contracts
 from twostep.models.folder import ModelError
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, unet_names
-from twostep.models.nano import random_bundle
 
 from ..vanilla import assemble, write_single_file
 

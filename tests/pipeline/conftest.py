@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle
-from twostep.models.nano import random_bundle
 
 
 def _as_student(teacher: Bundle, steps: int) -> Bundle:

@@ -35,18 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (
-    draw.generate,
-    draw.info,
-    draw.demo,
-    recipes.recipes,
-    recipes.recipe,
-    train.pretrain,
-    cache,
-    train.plan,
-    train.distill,
-    train.report,
-):
+for verb in (draw.generate, draw.info, recipes.recipes, recipes.recipe, cache, train.plan, train.distill, train.report):
     app.command()(verb)
 app.command("evaluate")(evaluate_command)
 app.add_typer(train.data, name="data")

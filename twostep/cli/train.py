@@ -1,10 +1,9 @@
-"""The verbs that make things: the emoji set, the parts of the nano model, the students."""
+"""The verbs that make things: the emoji set, and the students."""
 
 from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from twostep.runs.progress import OnProgress, spoken
-from twostep.runs.recipe import RecipeError, find_recipe
 
 if TYPE_CHECKING:
     from twostep.data.source import EmojiSource
@@ -42,20 +40,6 @@ def emoji(
         built = build_emoji(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
     built.save(out)
     typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
-
-
-def pretrain(
-    recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")
-) -> None:
-    """Train a part of the nano model: its autoencoder, text encoders or teacher, as the recipe says."""
-    from twostep.pretrain.parts import PARTS
-
-    part = tomllib.loads(find_recipe(recipe).read_text()).get("part")
-    if part not in PARTS:
-        raise RecipeError(f"{recipe} trains {part!r}; `twostep pretrain` trains {', '.join(PARTS)}.")
-    with progress_bar(str(part)) as advance:
-        PARTS[part](recipe, override or [], out, emoji, advance)
-    typer.echo(f"written: {out / 'model'}")
 
 
 def _size(text: str) -> float:

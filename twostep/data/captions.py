@@ -4,7 +4,6 @@ A caption may leave out the style, the background or both, say only the subgroup
 So one prompt has many right pictures, and a distilled student has modes to keep or to lose.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -100,12 +99,6 @@ def caption(attributes: Attributes, rng: Random) -> str:
 def complete_caption(name: str, style: str, background: str) -> str:
     """Return the plain full caption of evaluation: "a 3d red apple on a blue background"."""
     return f"{with_article(f'{style} {name}')} on {with_article(background)} background"
-
-
-def vocabulary_corpus(names: Sequence[tuple[str, ...]], subgroups: Sequence[str]) -> list[str]:
-    """Return texts that hold every word a caption of these concepts can hold."""
-    words = [*subgroups, *STYLES, *BACKGROUNDS, *(name for group in names for name in group)]
-    return [*words, "a an on in of with the style background picture drawing emoji ,"]
 
 
 def with_article(words: str) -> str:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from twostep.diffusion.grid import trailing_times
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import NoiseSchedule
+from twostep.diffusion.shapes import Batch, Times, Values
 from twostep.errors import TwostepError
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -27,7 +28,7 @@ class FlowError(TwostepError):
     """Times that cannot be walked: too few, rising, or not one per item."""
 
 
-def step(prediction: Prediction, s: Int[Tensor, " batch"], schedule: NoiseSchedule) -> Float[Tensor, "batch *shape"]:
+def step(prediction: Prediction, s: Times, schedule: NoiseSchedule) -> Batch:
     """Return x_s = alpha_s x0 + sigma_s eps, eq 5 of arXiv 2402.13929; at s = 0 this is x0 itself."""
     alpha, sigma = schedule.coefficients(s, prediction.x0)
     return alpha * prediction.x0 + sigma * prediction.eps
@@ -35,11 +36,11 @@ def step(prediction: Prediction, s: Int[Tensor, " batch"], schedule: NoiseSchedu
 
 def solve(
     denoise: Denoise,
-    x: Float[Tensor, "batch *shape"],
+    x: Batch,
     times: Int[Tensor, "points batch"],
     schedule: NoiseSchedule,
     on_step: Callable[[int, Prediction], None] | None = None,
-) -> Float[Tensor, "batch *shape"]:
+) -> Batch:
     """Follow the flow from times[0] to times[-1] with one network call per interval and return x at the last time.
 
     Each item has its own falling times; over an interval where they stand still it is left as it is. At t = T
@@ -59,17 +60,17 @@ def solve(
 
 def sample(
     denoise: Denoise,
-    noise: Float[Tensor, "batch *shape"],
+    noise: Batch,
     num_steps: int,
     schedule: NoiseSchedule,
     on_step: Callable[[int, Prediction], None] | None = None,
-) -> Float[Tensor, "batch *shape"]:
+) -> Batch:
     """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
     times = torch.tensor([*trailing_times(num_steps, schedule.num_times), 0])
     return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
 
 
-def initial_noise(seed: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+def initial_noise(seed: int, shape: tuple[int, ...]) -> Values:
     """Draw the pure noise of one image: float32 from a generator of its own on the CPU, so the same on every device."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from twostep.diffusion.shapes import Times
 from twostep.errors import TwostepError
 
 
@@ -28,7 +29,7 @@ def trailing_times(num_steps: int, num_times: int = 1000) -> tuple[int, ...]:
     return tuple(round(Fraction(num_times * k, num_steps)) for k in range(num_steps, 0, -1))
 
 
-def landing(t: Int[Tensor, " batch"], grid_steps: int, num_times: int = 1000) -> Int[Tensor, " batch"]:
+def landing(t: Times, grid_steps: int, num_times: int = 1000) -> Times:
     """Return where one step of the grid of `grid_steps` lands from each t: a grid spacing lower, never below 0.
 
     t may also lie on a finer grid (section 3.7.1 of arXiv 2402.13929: the 2-step student starts at 250, 500,
@@ -36,12 +37,11 @@ def landing(t: Int[Tensor, " batch"], grid_steps: int, num_times: int = 1000) ->
     """
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) <= num_times:
         raise GridError(f"times must lie in 0..{num_times}; got {int(t.min())}..{int(t.max())}.")
-    table = torch.tensor(_landings(grid_steps, num_times), dtype=t.dtype, device=t.device)
-    return table[t.to(torch.int64)]
+    return _landings(grid_steps, num_times)[t.to("cpu", torch.int64)].to(t)
 
 
 @lru_cache(maxsize=64)
-def _landings(grid_steps: int, num_times: int) -> tuple[int, ...]:
+def _landings(grid_steps: int, num_times: int) -> Int[Tensor, " times_plus_one"]:
     """Tabulate the landing of every t in 0..T."""
     trailing_times(grid_steps, num_times)
     spacing = Fraction(num_times, grid_steps)
@@ -55,4 +55,4 @@ def _landings(grid_steps: int, num_times: int) -> tuple[int, ...]:
         for k in range(1, points + 1):
             exact = Fraction(num_times * k, points)
             table[round(exact)] = max(0, round(exact - spacing))
-    return tuple(table)
+    return torch.tensor(table)

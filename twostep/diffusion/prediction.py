@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
+from twostep.diffusion.shapes import Batch, Coefficients, Values
 from twostep.errors import TwostepError
 
 PredictionType = Literal["eps", "x0", "v"]
@@ -27,70 +25,41 @@ class PredictionTypeError(TwostepError):
 class Prediction:
     """Where the denoiser sees the clean sample, and where the noise: two coordinates of one answer."""
 
-    x0: Float[Tensor, "batch *shape"]
-    eps: Float[Tensor, "batch *shape"]
+    x0: Batch
+    eps: Batch
 
-    def v(self, alpha: Float[Tensor, "*#shape"], sigma: Float[Tensor, "*#shape"]) -> Float[Tensor, "*shape"]:
+    def v(self, alpha: Coefficients, sigma: Coefficients) -> Values:
         """Return the same answer as v = alpha eps - sigma x0, for alpha and sigma that broadcast against it."""
         return to_v(self.x0, self.eps, alpha, sigma)
 
 
-def eps_to_x0(
-    eps: Float[Tensor, "*shape"],
-    x_t: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "*#shape"],
-    sigma: Float[Tensor, "*#shape"],
-) -> Float[Tensor, "*shape"]:
+def eps_to_x0(eps: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
     """Return x0 = (x_t - sigma eps) / alpha, eq 3 of arXiv 2402.13929."""
     return (x_t - sigma * eps) / alpha
 
 
-def x0_to_eps(
-    x0: Float[Tensor, "*shape"],
-    x_t: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "*#shape"],
-    sigma: Float[Tensor, "*#shape"],
-) -> Float[Tensor, "*shape"]:
+def x0_to_eps(x0: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
     """Return eps = (x_t - alpha x0) / sigma, eq 4 of arXiv 2402.13929; sigma must not be 0, so not at t = 0."""
     return (x_t - alpha * x0) / sigma
 
 
-def v_to_x0(
-    v: Float[Tensor, "*shape"],
-    x_t: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "*#shape"],
-    sigma: Float[Tensor, "*#shape"],
-) -> Float[Tensor, "*shape"]:
+def v_to_x0(v: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
     """Return x0 = alpha x_t - sigma v, appendix D of arXiv 2202.00512."""
     return alpha * x_t - sigma * v
 
 
-def v_to_eps(
-    v: Float[Tensor, "*shape"],
-    x_t: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "*#shape"],
-    sigma: Float[Tensor, "*#shape"],
-) -> Float[Tensor, "*shape"]:
+def v_to_eps(v: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
     """Return eps = sigma x_t + alpha v, appendix D of arXiv 2202.00512."""
     return sigma * x_t + alpha * v
 
 
-def to_v(
-    x0: Float[Tensor, "*shape"],
-    eps: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "*#shape"],
-    sigma: Float[Tensor, "*#shape"],
-) -> Float[Tensor, "*shape"]:
+def to_v(x0: Values, eps: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
     """Return v = alpha eps - sigma x0, appendix D of arXiv 2202.00512."""
     return alpha * eps - sigma * x0
 
 
 def prediction_from_output(
-    output: Float[Tensor, "*shape"],
-    x_t: Float[Tensor, "*shape"],
-    alpha: Float[Tensor, "*#shape"],
-    sigma: Float[Tensor, "*#shape"],
-    prediction_type: PredictionType,
+    output: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients, prediction_type: PredictionType
 ) -> Prediction:
     """Read a network's raw output at x_t as a Prediction.
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from twostep.diffusion.shapes import Batch, Times
 from twostep.errors import TwostepError
 
 
@@ -58,9 +59,7 @@ class NoiseSchedule:
         """T, the top time, where the network is fed pure noise."""
         return len(self.alphas) - 1
 
-    def coefficients(
-        self, t: Int[Tensor, " batch"], like: Float[Tensor, "batch *shape"]
-    ) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
+    def coefficients(self, t: Times, like: Batch) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
         """Look up (alpha_t, sigma_t) for each item, shaped [batch, 1, ...] in the dtype and device of `like`.
 
         Raises ScheduleError for a time outside 0..T. The table lives on the CPU: times kept there cost no
@@ -77,9 +76,7 @@ class NoiseSchedule:
         # dtype before device: some accelerators have no float64.
         return alpha.to(like.dtype).to(like.device), sigma.to(like.dtype).to(like.device)
 
-    def add_noise(
-        self, x0: Float[Tensor, "batch *shape"], eps: Float[Tensor, "batch *shape"], t: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch *shape"]:
+    def add_noise(self, x0: Batch, eps: Batch, t: Times) -> Batch:
         """Return x_t = alpha_t x0 + sigma_t eps, but exactly eps where t = T (eq 1 and eq 24 of arXiv 2402.13929)."""
         alpha, sigma = self.coefficients(t, x0)
         is_top = (t == self.num_times).to(x0.device).view(alpha.shape)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser, encoder_features
 from twostep.models.lora import Lora, add_lora, remove_lora
@@ -24,6 +25,10 @@ R1_SIGMA = 0.01
 
 HEAD_BLOCKS = 1
 """Halvings in the head. The paper does not say; on nano's 4x4 mid-block one learns faster than two (docs/log.md)."""
+
+
+Features = Float[Tensor, "batch width fh fw"]
+Logits = Float[Tensor, " batch"]
 
 
 class Discriminator(nn.Module):
@@ -39,15 +44,11 @@ class Discriminator(nn.Module):
         if sharded:
             shard(self, methods=("features", "judge"))
 
-    def features(
-        self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
-    ) -> Float[Tensor, "batch width fh fw"]:
+    def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of x at time t."""
         return encoder_features(self.encoder, x, t, conditioning)
 
-    def judge(
-        self, before: Float[Tensor, "batch width fh fw"] | None, after: Float[Tensor, "batch width fh fw"]
-    ) -> Float[Tensor, " batch"]:
+    def judge(self, before: Features | None, after: Features) -> Logits:
         """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
         return _logits(self.head, before, after)
 
@@ -73,16 +74,12 @@ class LoraDiscriminator:
             parameter.requires_grad_(True)
         self.head = _head(network.config.block_out_channels[-1], pairs, network.device)
 
-    def features(
-        self, x: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
-    ) -> Float[Tensor, "batch width fh fw"]:
+    def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of x at time t."""
         self.lora.activate()
         return encoder_features(self.lora.network, x, t, conditioning)
 
-    def judge(
-        self, before: Float[Tensor, "batch width fh fw"] | None, after: Float[Tensor, "batch width fh fw"]
-    ) -> Float[Tensor, " batch"]:
+    def judge(self, before: Features | None, after: Features) -> Logits:
         """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
         return _logits(self.head, before, after)
 
@@ -106,12 +103,12 @@ class LoraDiscriminator:
         self.head.load_state_dict(state_dict["head"])
 
 
-def discriminator_loss(real: Float[Tensor, " batch"], fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+def discriminator_loss(real: Logits, fake: Logits) -> Float[Tensor, ""]:
     """Return the non-saturating loss of the discriminator, -log D(real) - log(1 - D(fake)) (eq 11)."""
     return softplus(-real).mean() + softplus(fake).mean()
 
 
-def r1_penalty(real: Float[Tensor, " batch"], shaken: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+def r1_penalty(real: Logits, shaken: Logits) -> Float[Tensor, ""]:
     """Return the approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv 2501.08316).
 
     Both are logits of the very tensor that the discriminator is shown, the second with R1_SIGMA of noise on it.
@@ -119,7 +116,7 @@ def r1_penalty(real: Float[Tensor, " batch"], shaken: Float[Tensor, " batch"]) -
     return (real - shaken).square().mean()
 
 
-def student_loss(fake: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+def student_loss(fake: Logits) -> Float[Tensor, ""]:
     """Return the non-saturating loss of the student, -log D(fake) (eq 12)."""
     return softplus(-fake).mean()
 

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -99,7 +100,7 @@ class Lesson:
     student: Denoiser
     discriminator: Callable[..., Judging] = Discriminator
 
-    @property
+    @cached_property
     def trained(self) -> Trainable:
         """What learns: the student's LoRA if it has one, or else its network."""
         network, lora = self.student.network, self.student.lora
@@ -306,7 +307,7 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, 
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     with training_attention(loss.device.type):
         loss.backward()
-    parameters = list(trained.parameters())  # finding those of a LoRA walks the whole network
+    parameters = list(trained.parameters())
     average([parameter.grad for parameter in parameters if parameter.grad is not None])
     norm = nn.utils.clip_grad_norm_(parameters, phase.gradient_clip)
     optimiser.step()

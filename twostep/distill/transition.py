@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from twostep.diffusion import Denoise, NoiseSchedule, landing, solve, step, trailing_times
+from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 
@@ -23,10 +24,10 @@ NOISED_TIMES = (10, 250, 500, 750)
 class Transition:
     """One step as a fact that can be judged: from x_t at t to x_s at s < t."""
 
-    x_t: Float[Tensor, "batch c h w"]
-    x_s: Float[Tensor, "batch c h w"]
-    t: Int[Tensor, " batch"]
-    s: Int[Tensor, " batch"]
+    x_t: Latents
+    x_s: Latents
+    t: Times
+    s: Times
     conditioning: Conditioning
 
 
@@ -42,13 +43,8 @@ def draw_times(student_steps: int, count: int, generator: torch.Generator) -> In
 
 
 def teacher_landing(
-    teach: Denoise,
-    x_t: Float[Tensor, "batch c h w"],
-    t: Int[Tensor, " batch"],
-    student_steps: int,
-    teacher_steps: int,
-    schedule: NoiseSchedule,
-) -> Float[Tensor, "batch c h w"]:
+    teach: Denoise, x_t: Latents, t: Times, student_steps: int, teacher_steps: int, schedule: NoiseSchedule
+) -> Latents:
     """Let the teacher walk n = teacher_steps / student_steps steps of its own grid, never below the student's s."""
     times = [t]
     for _ in range(teacher_steps // student_steps):
@@ -57,13 +53,7 @@ def teacher_landing(
         return solve(teach, x_t, torch.stack(times), schedule)
 
 
-def student_landing(
-    student: Denoiser,
-    x_t: Float[Tensor, "batch c h w"],
-    t: Int[Tensor, " batch"],
-    s: Int[Tensor, " batch"],
-    conditioning: Conditioning,
-) -> Float[Tensor, "batch c h w"]:
+def student_landing(student: Denoiser, x_t: Latents, t: Times, s: Times, conditioning: Conditioning) -> Latents:
     """Let the student take its one step."""
     return step(student(x_t, t, conditioning), s, student.schedule)
 
@@ -74,13 +64,7 @@ def draw_noised_times(count: int, early_weight: int, generator: torch.Generator)
     return torch.tensor(NOISED_TIMES)[torch.multinomial(weights, count, replacement=True, generator=generator)]
 
 
-def noise_landed(
-    x_s: Float[Tensor, "batch c h w"],
-    s: Int[Tensor, " batch"],
-    noised: Int[Tensor, " batch"],
-    eps: Float[Tensor, "batch c h w"],
-    schedule: NoiseSchedule,
-) -> Float[Tensor, "batch c h w"]:
+def noise_landed(x_s: Latents, s: Times, noised: Times, eps: Latents, schedule: NoiseSchedule) -> Latents:
     """Noise what landed on 0 to its t*; the rest stays as it is."""
     landed = (s == 0).to(x_s.device).view(-1, 1, 1, 1)
     return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)

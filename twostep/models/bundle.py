@@ -209,20 +209,6 @@ def _load_encoder(kind: type[EncoderT], folder: Path, part: str, single: Weights
     return encoder.eval().requires_grad_(False)
 
 
-def save_codec(codec: ImageCodec, folder: Path) -> None:
-    """Write the autoencoder in the layout of a model folder."""
-    codec.vae.save_pretrained(folder / "vae")
-    _clean_configs(folder)
-
-
-def save_text(text: TextEncoders, folder: Path) -> None:
-    """Write text encoders and tokenizers in the layout of a model folder."""
-    for name, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=True):
-        tokenizer.save_pretrained(folder / f"tokenizer{name}")
-        with _quiet_transformers():
-            encoder.save_pretrained(folder / f"text_encoder{name}")
-
-
 def _clean_configs(folder: Path) -> None:
     """Take out of a model's configs where its parts were loaded from, and what loading warns of."""
     for path in folder.glob("*/config.json"):

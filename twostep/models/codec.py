@@ -11,6 +11,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from twostep.diffusion.shapes import Latents
+
 
 @runtime_checkable
 class Codec(Protocol):
@@ -37,14 +39,14 @@ class ImageCodec:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @torch.no_grad()
-    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
+    def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
         encoded = self.vae.encode(media)
         latents: Tensor = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
         return (latents * float(self.vae.config.scaling_factor)).contiguous()
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
         """Return pictures, cut off at -1 and 1."""
         pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return pictures.clamp(-1, 1).contiguous()

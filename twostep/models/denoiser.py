@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, guide, prediction_from_output
+from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
 from twostep.models.lora import activate, merge
 
@@ -30,9 +31,7 @@ class Denoiser:
     prediction_type: PredictionType = "eps"
     lora: str | None = None
 
-    def __call__(
-        self, x_t: Float[Tensor, "batch c h w"], t: Int[Tensor, " batch"], conditioning: Conditioning
-    ) -> Prediction:
+    def __call__(self, x_t: Latents, t: Times, conditioning: Conditioning) -> Prediction:
         """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
         activate(self.network, self.lora)
         index = t.to(x_t.device) - 1
@@ -68,10 +67,7 @@ Network = UNet2DConditionModel
 
 
 def encoder_features(
-    network: UNet2DConditionModel,
-    x_t: Float[Tensor, "batch c h w"],
-    t: Int[Tensor, " batch"],
-    conditioning: Conditioning,
+    network: UNet2DConditionModel, x_t: Latents, t: Times, conditioning: Conditioning
 ) -> Float[Tensor, "batch features fh fw"]:
     """Run the UNet's encoder and mid-block alone, at times t in 0..T; the decoder need not exist."""
     index = (t.to(x_t.device) - 1).clamp(min=0)

@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,23 @@ class LoraError(TwostepError):
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One adapter on a network, as a thing of its own: it can be trained, kept, averaged and brought back."""
+    """One adapter on a network, as a thing of its own: it can be trained, kept, averaged and brought back.
+
+    It knows its parameters from the first time they are asked for, so one that is put on anew is another Lora.
+    """
 
     network: UNet2DConditionModel
     name: str
 
+    @cached_property
+    def _named(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by PEFT's names without its own; finding them walks the whole network."""
+        found, named = f".{self.name}.", self.network.named_parameters()
+        return {key.replace(found, "."): parameter for key, parameter in named if found in key}
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's parameters and nothing of the base."""
-        found = f".{self.name}."
-        return (parameter for key, parameter in self.network.named_parameters() if found in key)
+        return iter(self._named.values())
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Switch the adapter's learning on or off; the base is left as it is."""
@@ -62,9 +71,7 @@ class Lora:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapter's weights by PEFT's names, which do not depend on the adapter's own."""
-        # Averages ask in every iteration, and PEFT's own function takes five times as long.
-        named, found = self.network.named_parameters(), f".{self.name}."
-        return {key.replace(found, "."): parameter.detach() for key, parameter in named if found in key}
+        return {key: parameter.detach() for key, parameter in self._named.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take weights over; LoraError where a key is missing, foreign, or of another shape."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from twostep.diffusion import PredictionType, prediction_from_output
+from twostep.diffusion.shapes import Latents
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.folder import ModelError
@@ -54,7 +53,7 @@ class Probe:
 
 
 @torch.no_grad()
-def probe_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], conditioning: Conditioning) -> Probe:
+def probe_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditioning) -> Probe:
     """Denoise known latents as if the network predicted each type; four latents are enough."""
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(x0.shape, generator=generator).to(x0.device)
@@ -71,7 +70,7 @@ def probe_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], 
     return Probe(errors)
 
 
-def check_prediction_type(denoiser: Denoiser, x0: Float[Tensor, "batch c h w"], conditioning: Conditioning) -> Probe:
+def check_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditioning) -> Probe:
     """Probe a teacher; ModelError where the network surely predicts something else than its config says."""
     probe = probe_prediction_type(denoiser, x0, conditioning)
     if probe.found != denoiser.prediction_type and probe.is_sure:

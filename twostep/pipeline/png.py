@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -48,15 +47,18 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
     """Write every image of a result as a PNG into `folder`, which is created where it is missing.
 
     Names are made of prompt, model and seed. The same picture again keeps its file; a different one by the same name
-    gets a number, so nothing is overwritten. Raises `OutputError`.
+    gets a number, so nothing is overwritten. Raises `OutputError`, or RunError for a full disk.
     """
+    from twostep.runs.folder import write_whole  # brings torch, which the command line's help does without
+
     folder = prepare_folder(folder)
     paths = []
     for index, image in enumerate(result.images):
         data = encode_png(image, text_chunks(result, index))
         stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
         path = _free_path(folder, stem, data)
-        write_atomically(path, data)
+        with write_whole(path) as file:
+            file.write(data)
         paths.append(path)
     return paths
 
@@ -120,7 +122,8 @@ def prepare_folder(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _output_error(folder, error) from error
+        reason = error.strerror or error
+        raise OutputError(f"cannot write to {folder}: {reason}. Choose a folder that you may write to.") from error
     return folder
 
 
@@ -134,29 +137,12 @@ def encode_png(image: Image.Image, chunks: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all; raises `OutputError`."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise _output_error(path, error) from error
-
-
 def _free_path(folder: Path, stem: str, data: bytes) -> Path:
     path, number = folder / f"{stem}.png", 1
     while path.exists() and not (path.is_file() and path.read_bytes() == data):
         number += 1
         path = folder / f"{stem}_{number}.png"
     return path
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write to {path}: {error.strerror or error}. Choose a folder that you may write to.")
 
 
 def _slug(text: str) -> str:

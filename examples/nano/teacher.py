@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from examples.nano.descent import DescentSettings, train
+from examples.nano.model import PIXELS, build_unet
 from twostep.data.latents import LatentCache
 from twostep.diffusion import NoiseSchedule
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
-from twostep.models.nano import PIXELS, build_unet
 from twostep.models.text import TextEncoders
-from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings
@@ -30,7 +29,6 @@ from twostep.runs.recipe import Settings
 class TeacherSettings(Settings):
     """The recipe part of the teacher."""
 
-    part: Literal["teacher"] = Field(description="which part of the model this recipe trains")
     loop: DescentSettings
     autoencoder: Path = Field(Path("runs/nano-vae/model"), description="folder that holds `vae`")
     text_encoders: Path = Field(Path("runs/nano-text/model"), description="folder that holds the text encoders")

@@ -1,5 +1,7 @@
 """Pretraining of every part on the committed sample: losses fall, a resumed run equals an uninterrupted one."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from examples.nano.__main__ import main as make_part
+from examples.nano.autoencoder import VaeSettings, train_vae
+from examples.nano.descent import DescentSettings
+from examples.nano.model import PIXELS, random_bundle
+from examples.nano.teacher import TeacherSettings, train_teacher
+from examples.nano.text import TextSettings, train_text
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.data.latents import cache_latents
-from twostep.models.nano import random_bundle
-from twostep.pretrain.autoencoder import VaeSettings, train_vae
-from twostep.pretrain.teacher import TeacherSettings, train_teacher
-from twostep.pretrain.text import TextSettings, train_text
-from twostep.runs.descent import DescentSettings
+from twostep.models.bundle import load_bundle
+from twostep.pipeline.generation import generate
+from twostep.pipeline.request import Request
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import TrainingError, rate_share
 
@@ -43,19 +49,19 @@ def emoji() -> EmojiSet:
 
 
 def run_vae(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
-    settings = VaeSettings.model_validate({"part": "vae", "num_pictures": 8, "loop": loop(**changes)})
+    settings = VaeSettings.model_validate({"num_pictures": 8, "loop": loop(**changes)})
     return train_vae(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration).vae.state_dict()
 
 
 def run_text(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
-    settings = TextSettings.model_validate({"part": "text", "loop": loop(**changes)})
+    settings = TextSettings.model_validate({"loop": loop(**changes)})
     text = train_text(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration)
     return text.encoders[1].state_dict()
 
 
 def run_teacher(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
     random = random_bundle()
-    settings = TeacherSettings.model_validate({"part": "teacher", "loop": loop(**changes)})
+    settings = TeacherSettings.model_validate({"loop": loop(**changes)})
     latents = cache_latents(emoji, random.codec, variants=1)
     folder = RunFolder(folder, settings)
     return train_teacher(latents, random.text, settings, folder, on_iteration=on_iteration).network.state_dict()
@@ -102,3 +108,23 @@ def test_the_rate_warms_up_stays_and_decays() -> None:
     assert rates[100] == rates[749] == 1.0
     assert rates[-1] < 0.03
     assert all(after <= before for before, after in pairwise(rates[750:]))
+
+
+def test_the_three_recipes_make_a_model_that_loads(tmp_path: Path) -> None:
+    quick = ["loop.iterations=2", "loop.batch_size=4", "loop.precision=fp32"]
+    vae, text, teacher = (tmp_path / name for name in ("vae", "text", "teacher"))
+    make_part("nano-vae", vae, [*quick, "num_pictures=8"], SAMPLE)
+    make_part("nano-text", text, quick, SAMPLE)
+    where = [f"autoencoder={vae / 'model'}", f"text_encoders={text / 'model'}"]
+    make_part("nano-teacher", teacher, [*quick, "variants=1", *where], SAMPLE)
+    bundle = load_bundle(teacher / "model")
+    assert bundle.contract.recipe == "nano-teacher"
+    request = Request("a fox", steps=2)
+    assert generate(bundle, request).images[0].size == (PIXELS, PIXELS)
+
+
+def test_a_part_that_is_none_is_told() -> None:
+    command = [sys.executable, "-m", "examples.nano", "nano-unet", "--out", "x"]
+    answer = subprocess.run(command, cwd=SAMPLE.parents[2], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "nano-vae, nano-text, nano-teacher" in answer.stderr

@@ -5,20 +5,19 @@ Both encoders' pooled outputs are matched with one small image tower, which is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from twostep.data.captions import BACKGROUNDS, Omission, caption, vocabulary_corpus
+from examples.nano.descent import DescentSettings, train
+from examples.nano.model import TEXT_WIDTHS, build_text_encoders
+from twostep.data.captions import BACKGROUNDS, STYLES, Omission, caption
 from twostep.data.emoji import EmojiSet, Placement, compose
-from twostep.models.nano import TEXT_WIDTHS, build_text_encoders
 from twostep.models.text import TextEncoders
-from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings
@@ -27,7 +26,6 @@ from twostep.runs.recipe import Settings
 class TextSettings(Settings):
     """The recipe part of the text encoders."""
 
-    part: Literal["text"] = Field(description="which part of the model this recipe trains")
     loop: DescentSettings
     temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
 
@@ -103,6 +101,12 @@ def train_text(
     for encoder in pair.text.encoders:
         encoder.requires_grad_(False).eval()
     return pair.text
+
+
+def vocabulary_corpus(names: Sequence[tuple[str, ...]], subgroups: Sequence[str]) -> list[str]:
+    """Return texts that hold every word a caption of these concepts can hold."""
+    words = [*subgroups, *STYLES, *BACKGROUNDS, *(name for group in names for name in group)]
+    return [*words, "a an on in of with the style background picture drawing emoji ,"]
 
 
 def _halve(before: int, after: int) -> nn.Sequential:

@@ -4,18 +4,16 @@ A crop of half the side costs a quarter. Latents are held at zero mean and unit 
 and jittered a little while the decoder learns, so that small errors of a denoiser stay small in the picture.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from examples.nano.descent import DescentSettings, train
+from examples.nano.model import PIXELS, build_vae
 from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import EmojiSet, Placement, compose
 from twostep.models.codec import ImageCodec
-from twostep.models.nano import PIXELS, build_vae
-from twostep.runs.descent import DescentSettings, train
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings
@@ -24,7 +22,6 @@ from twostep.runs.recipe import Settings
 class VaeSettings(Settings):
     """The recipe part of the autoencoder."""
 
-    part: Literal["vae"] = Field(description="which part of the model this recipe trains")
     loop: DescentSettings
     num_pictures: int = Field(8192, gt=0, description="composited drawings that crops are cut from")
     crop_pixels: int = Field(32, ge=16, le=PIXELS, description="side of the crops; a multiple of 4")

@@ -66,4 +66,3 @@ def train(
     state: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "average": average}
     repeat(iterate, settings, folder, name, state, on_iteration=on_iteration, on_checkpoint=keep)
     network.load_state_dict(average.weights)
-

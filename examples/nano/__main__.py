@@ -1,0 +1,101 @@
+"""Trains a part of the nano SDXL: its autoencoder, text encoders or teacher, as the recipe says; resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.nano.autoencoder import VaeSettings, train_vae
+from examples.nano.model import teacher_contract
+from examples.nano.teacher import TeacherSettings, train_teacher
+from examples.nano.text import TextSettings, train_text
+from twostep import __version__
+from twostep.cli.train import Emoji, Out, Override, progress_bar
+from twostep.data.emoji import load_emoji
+from twostep.data.latents import find_latents
+from twostep.errors import TwostepError
+from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle
+from twostep.runs.folder import RunFolder
+from twostep.runs.progress import OnProgress, spoken
+from twostep.runs.recipe import load_recipe
+
+HERE = Path(__file__).parent
+
+TrainPart = Callable[[Path, list[str], Path, Path, OnProgress], None]
+"""(recipe, overrides, run folder, emoji set, progress): trains, and writes `model` into the run's folder."""
+
+
+def train_vae_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+    """Train the autoencoder."""
+    settings = load_recipe(recipe, VaeSettings, override)
+    tell = _counter(advance, settings.loop.iterations)
+    codec = train_vae(load_emoji(emoji), settings, RunFolder(out, settings), on_iteration=tell)
+    codec.vae.save_pretrained(out / "model" / "vae")
+
+
+def train_text_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+    """Train both text encoders."""
+    settings = load_recipe(recipe, TextSettings, override)
+    tell = _counter(advance, settings.loop.iterations)
+    text = train_text(load_emoji(emoji), settings, RunFolder(out, settings), on_iteration=tell)
+    for name, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=True):
+        tokenizer.save_pretrained(out / "model" / f"tokenizer{name}")
+        encoder.save_pretrained(out / "model" / f"text_encoder{name}")
+
+
+def train_teacher_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+    """Train the denoiser, and write the whole teacher with every checkpoint."""
+    settings = load_recipe(recipe, TeacherSettings, override)
+    folder = RunFolder(out, settings)
+    codec, text = load_codec(settings.autoencoder), load_text(settings.text_encoders)
+    latents = find_latents(
+        out / "latents.safetensors",
+        emoji,
+        codec,
+        variants=settings.variants,
+        on_variant=lambda done, total: advance(done, total, "latents"),
+    )
+    contract = teacher_contract("nano", recipe.stem, __version__, settings.guidance)
+    train_teacher(
+        latents,
+        text,
+        settings,
+        folder,
+        on_iteration=_counter(advance, settings.loop.iterations),
+        on_checkpoint=lambda _, denoiser: save_bundle(Bundle(denoiser, codec, text, contract), out / "model"),
+    )
+
+
+RECIPES: dict[str, TrainPart] = {
+    "nano-vae": train_vae_part,
+    "nano-text": train_text_part,
+    "nano-teacher": train_teacher_part,
+}
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help=f"What to train: {', '.join(RECIPES)}.")],
+    out: Out,
+    override: Override = None,
+    emoji: Emoji = Path("runs/emoji.safetensors"),
+) -> None:
+    """Train a part of the nano SDXL by its recipe in this folder; the same command again resumes."""
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"{recipe} is none of {', '.join(RECIPES)}.")
+    try:
+        with progress_bar(recipe) as advance:
+            RECIPES[recipe](HERE / f"{recipe}.toml", override or [], out, emoji, advance)
+    except TwostepError as error:
+        raise SystemExit(f"error: {error}") from error
+    typer.echo(f"written: {out / 'model'}")
+
+
+def _counter(advance: OnProgress, total: int) -> Callable[[int, dict[str, float]], None]:
+    return lambda done, figures: advance(done, total, spoken(figures))
+
+
+if __name__ == "__main__":
+    typer.run(main)
