@@ -1,4 +1,4 @@
-"""Trains a part of the nano SDXL: its autoencoder, text encoders or teacher, as the recipe says; resumes."""
+"""The commands that make the nano SDXL: its drawings, then its autoencoder, text encoders and teacher."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from examples.nano.autoencoder import VaeSettings, train_vae
+from examples.nano.emoji import build_emoji
 from examples.nano.model import teacher_contract
 from examples.nano.teacher import TeacherSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
 from twostep import __version__
 from twostep.cli.train import Emoji, Out, Override, progress_bar
-from twostep.data.emoji import load_emoji
+from twostep.data.emoji import built_in_concepts, load_emoji
 from twostep.data.latents import find_latents
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle
@@ -76,7 +77,23 @@ RECIPES: dict[str, TrainPart] = {
 }
 
 
-def main(
+app = typer.Typer(help="Make the nano SDXL.", no_args_is_help=True, add_completion=False)
+
+
+@app.command()
+def emoji(
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("runs/emoji.safetensors"),
+    cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path("runs/npm"),
+) -> None:
+    """Fetch four emoji sets from npm by name and render the concepts of the nano models (once; about a minute)."""
+    with progress_bar("drawings") as advance:
+        built = build_emoji(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
+    built.save(out)
+    typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
+
+
+@app.command()
+def pretrain(
     recipe: Annotated[str, typer.Argument(help=f"What to train: {', '.join(RECIPES)}.")],
     out: Out,
     override: Override = None,
@@ -85,11 +102,8 @@ def main(
     """Train a part of the nano SDXL by its recipe in this folder; the same command again resumes."""
     if recipe not in RECIPES:
         raise typer.BadParameter(f"{recipe} is none of {', '.join(RECIPES)}.")
-    try:
-        with progress_bar(recipe) as advance:
-            RECIPES[recipe](HERE / f"{recipe}.toml", override or [], out, emoji, advance)
-    except TwostepError as error:
-        raise SystemExit(f"error: {error}") from error
+    with progress_bar(recipe) as advance:
+        RECIPES[recipe](HERE / f"{recipe}.toml", override or [], out, emoji, advance)
     typer.echo(f"written: {out / 'model'}")
 
 
@@ -98,4 +112,7 @@ def _counter(advance: OnProgress, total: int) -> Callable[[int, dict[str, float]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        app()
+    except TwostepError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -78,5 +78,5 @@ def test_a_file_that_is_no_emoji_set_is_told(content: bytes, tmp_path: Path) -> 
 
 
 def test_a_missing_set_says_how_to_build_it(tmp_path: Path) -> None:
-    with pytest.raises(EmojiError, match="twostep data emoji"):
+    with pytest.raises(EmojiError, match=r"python -m examples\.nano emoji"):
         load_emoji(tmp_path / "nothing")

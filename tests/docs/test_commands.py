@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
-LONG = ("distill", "data", "cache", "report")
+LONG = ("distill", "cache", "report")
 
 
 def commands() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from examples.nano.__main__ import main as make_part
+from examples.nano.__main__ import pretrain as make_part
 from examples.nano.autoencoder import VaeSettings, train_vae
 from examples.nano.descent import DescentSettings
 from examples.nano.model import PIXELS, random_bundle
@@ -124,7 +124,7 @@ def test_the_three_recipes_make_a_model_that_loads(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_none_is_told() -> None:
-    command = [sys.executable, "-m", "examples.nano", "nano-unet", "--out", "x"]
+    command = [sys.executable, "-m", "examples.nano", "pretrain", "nano-unet", "--out", "x"]
     answer = subprocess.run(command, cwd=SAMPLE.parents[2], capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert "nano-vae, nano-text, nano-teacher" in answer.stderr

@@ -38,4 +38,3 @@ app = typer.Typer(
 for verb in (draw.generate, draw.info, recipes.recipes, recipes.recipe, cache, train.plan, train.distill, train.report):
     app.command()(verb)
 app.command("evaluate")(evaluate_command)
-app.add_typer(train.data, name="data")

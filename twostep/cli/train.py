@@ -1,4 +1,4 @@
-"""The verbs that make things: the emoji set, and the students."""
+"""The verbs that make students, and say what it takes and how it went."""
 
 from __future__ import annotations
 
@@ -23,23 +23,7 @@ if TYPE_CHECKING:
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
 Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
-Emoji = Annotated[Path, typer.Option(help="The emoji set, from `twostep data emoji`.")]
-
-data = typer.Typer(help="Build data sets.", no_args_is_help=True)
-
-
-@data.command()
-def emoji(
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("runs/emoji.safetensors"),
-    cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path("runs/npm"),
-) -> None:
-    """Fetch four emoji sets from npm by name and render the concepts of the nano models (once; about a minute)."""
-    from twostep.data.emoji import build_emoji, built_in_concepts
-
-    with progress_bar("drawings") as advance:
-        built = build_emoji(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
-    built.save(out)
-    typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
+Emoji = Annotated[Path, typer.Option(help="The emoji set, from `python -m examples.nano emoji`.")]
 
 
 def _size(text: str) -> float:

@@ -1,28 +1,21 @@
 """The built-in emoji set: drawings of the same concepts in four styles, composited on plain backgrounds.
 
-Sources (npm, by name): fluent-emoji-flat and fluent-emoji (MIT), noto (Apache-2.0), twemoji (CC-BY-4.0); see NOTICE.
+They are rendered by `python -m examples.nano emoji`, in the repository, from sets that NOTICE names.
 `emoji_concepts.json` lists the concepts with their subgroup and their names, chosen from emojibase's keywords.
 """
 
 import json
 import math
-import shutil
-import subprocess
-import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from twostep.data.captions import BACKGROUNDS, STYLES
+from twostep.data.captions import BACKGROUNDS
 from twostep.errors import TwostepError
 from twostep.runs.folder import write_whole
 
@@ -67,13 +60,15 @@ class EmojiSet:
 def load_emoji(path: Path) -> EmojiSet:
     """Read a set written by `EmojiSet.save`; EmojiError where the file is missing, damaged or another thing."""
     if not path.exists():
-        raise EmojiError(f"There is no emoji set at {path}. Build it with: twostep data emoji -o {path}")
+        raise EmojiError(f"There is no emoji set at {path}. Build it with: python -m examples.nano emoji -o {path}")
     try:
         with safe_open(path, "pt") as file:
             listing = json.loads((file.metadata() or {})["twostep.emoji"])
             drawings = file.get_tensor("drawings")
     except (SafetensorError, KeyError) as error:
-        raise EmojiError(f"{path} is no emoji set ({error!r}). Build it anew with: twostep data emoji") from error
+        raise EmojiError(
+            f"{path} is no emoji set ({error!r}); build it anew: python -m examples.nano emoji"
+        ) from error
     concepts = tuple(Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in listing["concepts"])
     return EmojiSet(drawings, concepts, tuple(listing["styles"]))
 
@@ -82,19 +77,6 @@ def built_in_concepts() -> tuple[Concept, ...]:
     """Return the concepts that the shipped nano models know."""
     listing = json.loads((Path(__file__).parent / "emoji_concepts.json").read_text())
     return tuple(Concept(icon, entry["subgroup"], tuple(entry["names"])) for icon, entry in listing.items())
-
-
-def build_emoji(
-    cache: Path, concepts: tuple[Concept, ...], *, on_drawing: Callable[[int, int], None] = lambda done, total: None
-) -> EmojiSet:
-    """Fetch the four icon sets into `cache` (npm needed, once) and render every concept in every style."""
-    icon_sets = [_load_icons(cache, package) for package in STYLES.values()]
-    drawings = torch.empty(len(concepts), len(icon_sets), 4, DRAWING_PIXELS, DRAWING_PIXELS, dtype=torch.uint8)
-    for row, concept in enumerate(concepts):
-        for column, icons in enumerate(icon_sets):
-            drawings[row, column] = _render(icons, concept.icon)
-            on_drawing(row * len(icon_sets) + column + 1, len(concepts) * len(icon_sets))
-    return EmojiSet(drawings, concepts, tuple(STYLES))
 
 
 @dataclass(frozen=True)
@@ -142,40 +124,3 @@ def _placements(count: int, placement: Placement, generator: torch.Generator) ->
     rotation = torch.stack([torch.stack([mirror * cosine, -mirror * sine]), torch.stack([sine, cosine])])
     rotation = rotation.permute(2, 0, 1)
     return torch.cat([rotation, -(rotation @ shift[:, :, None])], dim=2)
-
-
-def _load_icons(cache: Path, package: str) -> dict[str, object]:
-    archive = cache / f"{package}.tgz"
-    if not archive.exists():
-        _fetch(f"@iconify-json/{package}", archive)
-    with tarfile.open(archive) as tar:
-        member = tar.extractfile("package/icons.json")
-        if member is None:
-            raise EmojiError(f"{archive} holds no icons.json; delete it and try again.")
-        icons: dict[str, object] = json.load(member)
-    return icons
-
-
-def _fetch(package: str, archive: Path) -> None:
-    if shutil.which("npm") is None:
-        raise EmojiError(f"npm is needed once, to fetch {package}; install Node.js and try again.")
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    packed = subprocess.run(["npm", "pack", package, "--silent"], cwd=archive.parent, capture_output=True, text=True)
-    if packed.returncode != 0:
-        raise EmojiError(f"npm could not fetch {package}: {packed.stderr.strip() or 'no reason given'}")
-    (archive.parent / packed.stdout.strip().splitlines()[-1]).rename(archive)
-
-
-def _render(icons: dict[str, object], icon: str) -> UInt8[Tensor, "4 height width"]:
-    import resvg_py
-
-    entry = icons["icons"].get(icon)  # type: ignore[attr-defined]
-    if entry is None:
-        raise EmojiError(f"The icon set '{icons['prefix']}' has no '{icon}'; leave this concept out.")
-    width, height = (entry.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_PIXELS, height=DRAWING_PIXELS)
-    drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
-    square = Image.new("RGBA", (DRAWING_PIXELS, DRAWING_PIXELS))
-    square.paste(drawing, ((DRAWING_PIXELS - drawing.width) // 2, (DRAWING_PIXELS - drawing.height) // 2))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
