@@ -66,9 +66,7 @@ def load_emoji(path: Path) -> EmojiSet:
             listing = json.loads((file.metadata() or {})["twostep.emoji"])
             drawings = file.get_tensor("drawings")
     except (SafetensorError, KeyError) as error:
-        raise EmojiError(
-            f"{path} is no emoji set ({error!r}); build it anew: python -m examples.nano emoji"
-        ) from error
+        raise EmojiError(f"{path} is no emoji set ({error!r}); build it anew: python -m examples.nano emoji") from error
     concepts = tuple(Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in listing["concepts"])
     return EmojiSet(drawings, concepts, tuple(listing["styles"]))
 

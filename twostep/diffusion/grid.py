@@ -10,9 +10,9 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from twostep.diffusion.shapes import Times
 from twostep.errors import TwostepError
@@ -37,12 +37,13 @@ def landing(t: Times, grid_steps: int, num_times: int = 1000) -> Times:
     """
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) <= num_times:
         raise GridError(f"times must lie in 0..{num_times}; got {int(t.min())}..{int(t.max())}.")
-    return _landings(grid_steps, num_times)[t.to("cpu", torch.int64)].to(t)
+    table = torch.from_numpy(_landings(grid_steps, num_times))
+    return table[t.to("cpu", torch.int64)].to(t)
 
 
 @lru_cache(maxsize=64)
-def _landings(grid_steps: int, num_times: int) -> Int[Tensor, " times_plus_one"]:
-    """Tabulate the landing of every t in 0..T."""
+def _landings(grid_steps: int, num_times: int) -> Int[np.ndarray, " times_plus_one"]:
+    """Tabulate the landing of every t in 0..T; not as a tensor, which would belong to the mode that it was made in."""
     trailing_times(grid_steps, num_times)
     spacing = Fraction(num_times, grid_steps)
     table = [max(0, round(t - spacing)) for t in range(num_times + 1)]
@@ -55,4 +56,4 @@ def _landings(grid_steps: int, num_times: int) -> Int[Tensor, " times_plus_one"]
         for k in range(1, points + 1):
             exact = Fraction(num_times * k, points)
             table[round(exact)] = max(0, round(exact - spacing))
-    return torch.tensor(table)
+    return np.array(table)
