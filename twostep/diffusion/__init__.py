@@ -6,7 +6,7 @@ This room knows tensors only: no networks, no text, no files.
 """
 
 from twostep.diffusion.flow import Denoise, FlowError, initial_noise, sample, solve, step
-from twostep.diffusion.grid import GridError, landing, trailing_times
+from twostep.diffusion.grid import GridError, landing, trailing_times, trained_times
 from twostep.diffusion.prediction import (
     Prediction,
     PredictionType,
@@ -40,6 +40,7 @@ __all__ = [
     "step",
     "to_v",
     "trailing_times",
+    "trained_times",
     "v_to_eps",
     "v_to_x0",
     "x0_to_eps",

@@ -29,6 +29,14 @@ def trailing_times(num_steps: int, num_times: int = 1000) -> tuple[int, ...]:
     return tuple(round(Fraction(num_times * k, num_steps)) for k in range(num_steps, 0, -1))
 
 
+def trained_times(student_steps: int) -> tuple[int, ...]:
+    """Return the times that a student of so many steps trains on, falling.
+
+    With few steps these are 1000, 750, 500 and 250, so that it can start from partial noise (section 3.7.1).
+    """
+    return trailing_times(max(4, student_steps))
+
+
 def landing(t: Times, grid_steps: int, num_times: int = 1000) -> Times:
     """Return where one step of the grid of `grid_steps` lands from each t: a grid spacing lower, never below 0.
 

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from twostep.contract import Contract, student_name
-from twostep.diffusion import PredictionType
+from twostep.diffusion import PredictionType, trained_times
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.examples import Examples
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
-from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, save_bundle, save_student
 from twostep.models.denoiser import Denoiser, Network
 from twostep.models.lora import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras

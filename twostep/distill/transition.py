@@ -8,13 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twostep.diffusion import Denoise, NoiseSchedule, landing, solve, step, trailing_times
+from twostep.diffusion import Denoise, NoiseSchedule, landing, solve, step, trained_times
 from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
-
-EARLIEST_TIMES = (250, 500, 750, 1000)
-"""The times that students of 4, 2 and 1 steps train on, so that they also start from partial noise (section 3.7.1)."""
 
 NOISED_TIMES = (10, 250, 500, 750)
 """t*: times to which clean landings are noised before they are judged (section 3.7.2)."""
@@ -29,11 +26,6 @@ class Transition:
     t: Times
     s: Times
     conditioning: Conditioning
-
-
-def trained_times(student_steps: int) -> tuple[int, ...]:
-    """Return the times a student of so many steps trains on."""
-    return trailing_times(student_steps) if student_steps > len(EARLIEST_TIMES) else EARLIEST_TIMES[::-1]
 
 
 def draw_times(student_steps: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:

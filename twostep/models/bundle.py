@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
@@ -27,10 +27,12 @@ from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
 from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contracts, student_files
 from twostep.models.denoiser import Denoiser
+from twostep.models.dialects import merge_lora, read_lora
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
-from twostep.models.lora import PREFIX, LoraError, fuse, load_lora
-from twostep.models.single_file import Outline, SingleFile, find_single_file
+from twostep.models.lora import PREFIX
+from twostep.models.official import official_file
+from twostep.models.single_file import Outline, SingleFile, find_single_file, is_whole
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import write_whole
 
@@ -53,9 +55,15 @@ class Bundle:
         """Encode prompts for uncropped pictures of this size in pixels."""
         return self.text.conditioning(prompts, width, height)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that a LoRA may change, by the names that diffusers gives them."""
+        first, second = self.text.encoders
+        return {"unet": self.denoiser.network, "text_encoder": first, "text_encoder_2": second}
+
     def to(self, device: torch.device) -> Bundle:
         """Move every network to a device, in place; returns the bundle."""
-        for network in (self.denoiser.network, self.codec.vae, *self.text.encoders):
+        for network in (*self.parts.values(), self.codec.vae):
             network.to(device)
         return self
 
@@ -71,19 +79,25 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     None is the teacher, or the file's own student. `outline` reads configs alone and leaves the weights at random.
     Raises `ModelError` where there is no model or no such student, and lists those there are.
     """
-    path = find_model(model, only=CONFIGS if outline else None)
+    path = find_model(official_file(model, steps) or model, only=CONFIGS if outline else None)
     contracts = read_contracts(path)
     offered = [contract.steps for contract in contracts]
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
     if contract is None:
-        raise ModelError(f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}.")
-    single = find_single_file(path) if path.is_file() and contract.role == "teacher" else None
-    folder = path if path.is_dir() else single.folder if single else base_folder(path, contracts[0])
-    source = Outline() if outline else single
-    network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, source)
-    if contract.role == "student" and not outline:
-        file = path if path.is_file() else student_files(folder)[contract.steps]
-        _load_weights(network, file, contract)
+        raise ModelError(
+            f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}. A student draws in the "
+            "steps that it was trained for, and in no others: load the one for these."
+        )
+    single = find_single_file(path) if path.is_file() and (contract.role == "teacher" or is_whole(path)) else None
+    folder = path if path.is_dir() else single.folder if single else base_folder(path, contract)
+    source = of_unet = Outline() if outline else single
+    student = contract.role == "student" and source is None
+    file = student_files(folder)[contract.steps] if student and path.is_dir() else path
+    if student and contract.lora_rank is None:
+        of_unet = SingleFile(file, folder)
+    network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, of_unet)
+    if student and contract.lora_rank is not None:
+        merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
@@ -135,17 +149,6 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
     with write_whole(path) as file:
         file.write(save({key: value.half() for key, value in weights.items()}, contract.to_metadata()))
     return path
-
-
-def _load_weights(network: UNet2DConditionModel, path: Path, contract: Contract) -> None:
-    """Give the base's network a student's weights: its own, or its LoRA's added to the base's."""
-    try:
-        if contract.lora_rank is None:
-            network.load_state_dict(load_file(path))
-        else:
-            fuse(network, load_lora(network, "student", path, alpha=contract.lora_alpha).name)
-    except (RuntimeError, LoraError) as error:
-        raise ModelError(f"{path} does not fit the UNet of its base: {str(error).splitlines()[-1].strip()}") from error
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:

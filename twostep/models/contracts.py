@@ -12,8 +12,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
-from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, find_model, read_json
-from twostep.models.single_file import find_single_file
+from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
+from twostep.models.official import ALIAS, BASE, HUB_ID, STEPS, official_contract, official_file
+from twostep.models.single_file import SDXL_BASE, find_single_file
 from twostep.models.sizes import sizes_around
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -23,6 +24,8 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE = 32, 6.0
 
 def read_contracts(model: str | Path) -> list[Contract]:
     """Read the contracts of a model: the teacher's first, then the students' by falling steps; ModelError."""
+    if str(model) in (HUB_ID, ALIAS):
+        return [contract for n in STEPS if (contract := official_contract(Path(str(official_file(model, n)))))]
     path = find_model(model)
     if path.is_file():
         return [file_contract(path) if carries_contract(path) else _single_file_contract(path)]
@@ -36,16 +39,16 @@ def student_files(folder: Path) -> dict[int, Path]:
 
 
 def file_contract(path: Path) -> Contract:
-    """Read the contract in a student's file."""
+    """Read the contract in a student's file, or tell that of an official one by its name."""
     try:
-        return Contract.from_metadata(_metadata(path))
+        return official_contract(path) or Contract.from_metadata(_metadata(path))
     except ContractError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
 def carries_contract(path: Path) -> bool:
-    """Tell whether a file says how it is to be sampled."""
-    return METADATA_KEY in _metadata(path)
+    """Tell whether a file says, or its name, how it is to be sampled."""
+    return METADATA_KEY in _metadata(path) or official_contract(path) is not None
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -76,6 +79,9 @@ def base_folder(path: Path, contract: Contract) -> Path:
     for folder in (path.parent.parent, WEIGHTS / contract.base):
         if (folder / CONTRACT_FILE).is_file():
             return folder
+    if contract.base == BASE:
+        parts = ("vae", "text_encoder*", *([] if contract.lora_rank is None else ["unet"]))
+        return fetch(SDXL_BASE, only=(*CONFIGS, *(f"{part}/*.fp16.safetensors" for part in parts)))
     raise ModelError(
         f"{path} holds only the UNet of a student of {contract.base}, and {contract.base} is not built in. "
         f"Put it into the folder `students` of that model."

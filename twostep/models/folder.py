@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twostep.errors import TwostepError
+from twostep.models.official import HUB_ID, official_file
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 CONTRACT_FILE = "twostep.json"
@@ -16,7 +17,6 @@ CONFIGS = ("*.json", "*.txt")
 """What of a hub repository is no weights: configs and tokenizers."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.xml")
 
 
 class ModelError(TwostepError):
@@ -33,8 +33,10 @@ def find_model(model: str | Path, *, only: tuple[str, ...] | None = None) -> Pat
     path = WEIGHTS / str(model) if str(model) in built_in else students.get(str(model), Path(model))
     if path.is_file() or any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE)):
         return path
+    if not path.exists() and (name := official_file(model)) is not None:
+        return fetch(HUB_ID, file=name)
     if not path.exists() and _HUB_ID.fullmatch(str(model)):
-        return fetch(str(model), only=only)
+        return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
     problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
     raise ModelError(
         f"{path} {problem if path.is_dir() else 'does not exist'}. Give a model folder, a .safetensors file, "
@@ -66,15 +68,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def fetch(hub_id: str, *, only: tuple[str, ...] | None = None) -> Path:
-    """Return the local copy of a hub repository without pickles, or only what matches; ModelError if not to be had."""
-    from huggingface_hub import snapshot_download
+def fetch(hub_id: str, *, only: tuple[str, ...] = CONFIGS, file: str | None = None) -> Path:
+    """Return the local copy of what matches of a hub repository, or of a file of it; ModelError if not to be had."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(
-            snapshot_download(hub_id, allow_patterns=list(only) if only else None, ignore_patterns=list(_PICKLES))
-        )
+        if file is not None:
+            return Path(hf_hub_download(hub_id, file))
+        found = Path(snapshot_download(hub_id, allow_patterns=list(only)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"{hub_id} is neither a folder here nor to be had from the hub ({str(error).splitlines()[0]}). "

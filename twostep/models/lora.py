@@ -8,7 +8,6 @@ blocks share. What an adapter is trained for is unknown here.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from twostep.errors import TwostepError
+from twostep.models.dialects import LoraError, read_lora
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -38,10 +36,6 @@ PREFIX = "unet."
 
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 DECODER = r"up_blocks\..*"
-
-
-class LoraError(TwostepError):
-    """An adapter that is not there, or weights that do not fit it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,33 +115,18 @@ def add_lora(
     return lora
 
 
-def load_lora(network: UNet2DConditionModel, name: str, path: Path, *, alpha: float | None = None) -> Lora:
-    """Put a LoRA from a file beside what is there, on the layers that it has and of its own rank.
+def load_lora(network: UNet2DConditionModel, name: str, path: Path) -> Lora:
+    """Put a LoRA from a file beside what is there, on the layers that it has and of its own rank, alpha in the weights.
 
-    Names are those that diffusers and PEFT write. Alpha, which is in diffusers' metadata if not given, goes into the
-    weights.
-    LoraError for another dialect, for a LoRA with parts outside the UNet, and for one that does not fit.
+    LoraError for one with parts outside the UNet, of several ranks, or that does not fit.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {key: file.get_tensor(key).float() for key in list(file.keys())}
-            told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
-    strange = [key for key in weights if not key.startswith(PREFIX) or not key.endswith(_HALVES)]
-    ranks = {value.shape[0] for key, value in weights.items() if key.endswith(_HALVES[0])}
-    if strange or len(ranks) != 1:
-        what = f"has {strange[0]}" if strange else f"has the ranks {sorted(ranks)}"
-        raise LoraError(f"{path} {what}. Expected a LoRA of one rank for the UNet alone, {PREFIX}*.lora_A and lora_B.")
-    rank = ranks.pop()
-    scale = (alpha or told.get("unet.lora_alpha", rank)) / rank
-    scaled = {key: scale * value if key.endswith(_HALVES[1]) else value for key, value in weights.items()}
-    own = {key.removeprefix(PREFIX): value for key, value in scaled.items()}
-    try:
-        lora = add_lora(network, name, rank=rank, targets={key.rsplit(".", 2)[0] for key in own})
-        lora.load_state_dict(own)
-    except (LoraError, ValueError) as error:
-        raise LoraError(f"{path} does not fit this UNet: {error}") from error
+    layers = {layer.removeprefix(PREFIX): low for layer, low in read_lora(path, {"unet": network}).items()}
+    ranks = {low.rank for low in layers.values()}
+    if len(ranks) != 1:
+        raise LoraError(f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on.")
+    lora = add_lora(network, name, rank=ranks.pop(), targets=layers)
+    ups = {f"{layer}{_HALVES[1]}": low.up * (low.alpha / low.rank) for layer, low in layers.items()}
+    lora.load_state_dict({f"{layer}{_HALVES[0]}": low.down for layer, low in layers.items()} | ups)
     return lora
 
 
@@ -212,17 +191,10 @@ def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionMod
         return whole.eval()
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
-    if name is None:
-        remove_loras(merged)
-    else:
-        fuse(merged, name)
+    if name is not None:
+        merged.fuse_lora(adapter_names=[name])
+    remove_loras(merged)
     return merged
-
-
-def fuse(network: UNet2DConditionModel, name: str, *, weight: float = 1.0) -> None:
-    """Add an adapter, so strongly, to the network's own weights, in place, and take every adapter off."""
-    network.fuse_lora(weight, adapter_names=[name])
-    remove_loras(network)
 
 
 class _Working(list[str]):

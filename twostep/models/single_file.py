@@ -65,12 +65,14 @@ class SingleFile:
     def fill(self, network: NetworkT, part: str) -> NetworkT:
         """Give a network its weights in float32; ModelError unless every key is accounted for."""
         with safe_open(self.path, "pt") as file:
-            keys = [key for key in list(file.keys()) if key.startswith(part)]
+            keys = [key for key in list(file.keys()) if key.startswith(part)] or list(file.keys())
             found = {key.removeprefix(part): file.get_tensor(key) for key in keys}
         found = {key: value for key, value in found.items() if not key.endswith(_LEFT_OUT)}
         if part == CLIP_G:
             found = split(found)
-        expected, names = network.state_dict(), NAMES[part](network.state_dict())
+        expected = network.state_dict()
+        own = part == UNET and found.keys() & expected.keys()  # a UNet alone may have diffusers' names
+        names = dict(zip(expected, expected, strict=True)) if own else NAMES[part](expected)
         if wrong := sorted(set(found) ^ set(names.values())):
             raise ModelError(f"{self.path}: {len(wrong)} weights of {part}* are missing or foreign, as {wrong[0]}.")
         weights = {key: _shaped(found[name], expected[key]) for key, name in names.items()}
@@ -89,6 +91,12 @@ class Outline:
     def fill(self, network: NetworkT, part: str) -> NetworkT:
         """Return the network as it was made, in float32."""
         return network.float()
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a file holds an autoencoder, and so all that a model is."""
+    with safe_open(path, "pt") as file:
+        return any(key.startswith(VAE) for key in list(file.keys()))
 
 
 def find_single_file(path: Path) -> SingleFile:

@@ -14,8 +14,8 @@ from pathlib import Path
 from twostep.contract import Contract, ContractError, student_name
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import carries_contract, file_contract, goes_on_a_student
+from twostep.models.dialects import merge_lora, read_lora
 from twostep.models.folder import ModelError, find_model
-from twostep.models.lora import LoraError, fuse, load_lora
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Garment:
         return self.contract is not None and not goes_on_a_student(self.contract)
 
     def on(self, bundle: Bundle) -> Bundle:
-        """Merge this into the model's own network; returns the model with the contract that the two now have.
+        """Merge this into the model's own networks; returns the model with the contract that the two now have.
 
         Raises ContractError where it was made for another, LoraError for a misfit.
         """
-        network, contract = bundle.denoiser.network, self._together(bundle.contract)
+        contract = self._together(bundle.contract)
         alpha = None if self.contract is None else self.contract.lora_alpha
-        fuse(network, load_lora(network, "worn", self.path, alpha=alpha).name, weight=self.weight)
+        merge_lora(read_lora(self.path, bundle.parts, alpha=alpha), bundle.parts, weight=self.weight)
         return replace(bundle, contract=contract)
 
     def _together(self, model: Contract) -> Contract:
@@ -80,11 +80,8 @@ def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = No
     worn = [Garment.named(lora) for lora in loras]
     few = next((garment for garment in worn if garment.makes_students), None)
     bundle = load_bundle(model, steps=steps if few is None else None)
-    try:
-        for garment in worn:
-            bundle = garment.on(bundle)
-    except LoraError as error:
-        raise ModelError(str(error)) from error
+    for garment in worn:
+        bundle = garment.on(bundle)
     if steps not in (None, bundle.contract.steps) and bundle.contract.role == "student":
         raise ModelError(f"{bundle.contract.name} draws in {bundle.contract.steps} steps, not in {steps}.")
     return bundle

@@ -1,0 +1,172 @@
+"""LoRA files in every dialect: which tensor belongs to which layer, read and written without losing a key.
+
+W' = W + alpha / rank * up down. Layers are called `unet.X`, `text_encoder.X` or `text_encoder_2.X`, X being the
+network's own name for it. In files PEFT adds `.lora_A` and `.lora_B`, early diffusers `.lora.down` and `.lora.up`;
+kohya writes `lora_unet_X.lora_down`, with dots as underlines and X after diffusers or after the first latent diffusion
+code. The last is what all programs read. All names follow from the networks, so small models have them too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from twostep.models.folder import ModelError
+from twostep.models.ldm import unet_names
+
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+"""The parts of a model -> what kohya puts before the names of their layers."""
+
+_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
+_FOREIGN = {
+    "lora_te_": "is for Stable Diffusion 1 or 2",
+    "double_blocks": "is for Flux",
+    "transformer.": "is for a model with a transformer, as Flux or Stable Diffusion 3",
+    "hada_": "is a LoHa, which is no LoRA",
+    "lokr_": "is a LoKr, which is no LoRA",
+    "dora_scale": "is a DoRA, whose lengths no LoRA has",
+    "lora_mid": "is a Tucker decomposition, which is not read here",
+}
+"""What a file is in which such a word is in a key that no layer has."""
+
+
+class LoraError(ModelError):
+    """An adapter that is not there, a file that is none, or weights that do not fit."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What a LoRA does to one layer: it adds alpha / rank * up down to the weight."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The inner size of the product."""
+        return len(self.down)
+
+    @property
+    def change(self) -> Tensor:
+        """What is added, as a matrix [out, in * kernel]."""
+        product: Tensor = self.up.flatten(1) @ self.down.flatten(1)
+        return self.alpha / self.rank * product
+
+
+def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None = None) -> dict[str, LowRank]:
+    """Read what a file does to which layer of these networks, in float32; every key of it is accounted for.
+
+    Alpha is what the file says of the layer, else what is given, else the rank. LoraError says what the file is, or
+    which key no layer has, lacks its other half, or has another shape.
+    """
+    tensors, told = _open(path)
+    layers = {said: layer for layer, names in _spelled(parts).items() for said in names}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        match = _KEY.fullmatch(key)
+        layer = layers.get(match[1] or match[4]) if match else None
+        if match is None or layer is None:
+            raise LoraError(f"{path} {_said_of(key)}: it has {key}, and no layer of {', '.join(parts)} is called so.")
+        kind = "down" if match[2] else "up" if match[3] else "alpha"
+        if kind in found.setdefault(layer, {}):
+            raise LoraError(f"{path} mixes dialects: {key} is there a second time under another name.")
+        found[layer][kind] = value.float()
+    if not found:
+        raise LoraError(f"{path} is empty.")
+    lora = {}
+    for layer, has in found.items():
+        weight = _layer(parts, layer).weight
+        _check(path, layer, has, weight)
+        own = has["alpha"].item() if "alpha" in has else told.get(layer, told.get(layer.partition(".")[0], alpha))
+        down, up = ((value.flatten(1) if weight.dim() == 2 else value) for value in (has["down"], has["up"]))
+        lora[layer] = LowRank(down, up, float(len(down) if own is None else own))
+    return lora
+
+
+@torch.no_grad()
+def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, weight: float = 1.0) -> None:
+    """Add a LoRA, so strongly, to the weights of these networks, in place."""
+    for name, low in lora.items():
+        target = _layer(parts, name).weight
+        target += (weight * low.change).reshape(target.shape).to(target)
+
+
+def kohya(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return a LoRA as the tensors of the file that every program reads, each layer with its alpha."""
+    names, tensors = _spelled(parts), dict[str, Tensor]()
+    for layer, low in lora.items():
+        name = names[layer][-1]
+        tensors |= {f"{name}.lora_down.weight": low.down, f"{name}.lora_up.weight": low.up}
+        tensors[f"{name}.alpha"] = torch.tensor(low.alpha)
+    return tensors
+
+
+def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Return by layer all its names in files, without what tells the halves apart; the last is the one to write."""
+    spelled = {}
+    for part, network in parts.items():
+        layers = list(_layers(network))
+        old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
+        for layer in layers:
+            # transformers dropped the first word of CLIP's names; files keep it.
+            also = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+            dotted = dict.fromkeys((layer, also, old.get(f"{layer}.weight", f"{also}.weight").removesuffix(".weight")))
+            kohyas = [KOHYA[part] + name.replace(".", "_") for name in dotted]
+            alone = [f"base_model.model.{layer}"] if part == "unet" else []  # as PEFT saves a network by itself
+            spelled[f"{part}.{layer}"] = [*alone, *(f"{part}.{name}" for name in dotted), *kohyas]
+    return spelled
+
+
+def _layers(network: nn.Module) -> Iterator[str]:
+    """Yield the names of what can have a LoRA, as they are without those that are on it."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name:
+            yield name.removesuffix(".base_layer")
+
+
+def _layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
+    part, _, layer = name.partition(".")
+    found = parts[part].get_submodule(layer)
+    base = getattr(found, "base_layer", found)
+    assert isinstance(base, nn.Linear | nn.Conv2d)
+    return base
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return a file's tensors, and the alphas that diffusers writes into its metadata, by layer or by part."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+    alphas = {}
+    for part in KOHYA:
+        if f"{part}.lora_alpha" in told:
+            alphas[part] = float(told[f"{part}.lora_alpha"])
+        alphas |= {f"{part}.{layer}": float(alpha) for layer, alpha in told.get(f"{part}.alpha_pattern", {}).items()}
+    return tensors, alphas
+
+
+def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) -> None:
+    if missing := [half for half in ("down", "up") if half not in has]:
+        raise LoraError(f"{path} lacks the {missing[0]} half of {layer}. Fetch or export it again.")
+    down, up, wide = has["down"], has["up"], weight.flatten(1)
+    if (len(up), down.flatten(1).shape[1], len(down)) != (*wide.shape, up.flatten(1).shape[1]):
+        raise LoraError(
+            f"{path} does not fit: {layer} is {list(weight.shape)}, and its halves are {list(up.shape)} and "
+            f"{list(down.shape)}. It was made for a model of another kind."
+        )
+
+
+def _said_of(key: str) -> str:
+    """Say what a file is that has such a key."""
+    return next((said for word, said in _FOREIGN.items() if word in key), "is no LoRA for this model")
