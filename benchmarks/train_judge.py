@@ -18,6 +18,7 @@ import typer
 from degradation import Degradation, degrade
 from jaxtyping import Float, Int
 from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,7 +27,7 @@ from twostep import __version__
 from twostep.cli.train import progress_bar
 from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import EmojiSet, Placement, compose, load_emoji
-from twostep.evaluate.judge import Classes, Judge, Origin, Verdict, load_judge
+from twostep.evaluate.judge import METADATA_KEY, Classes, Judge, Origin, Verdict, load_judge
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings, load_recipe
@@ -57,15 +58,32 @@ def train_judge(recipe: JudgeRecipe, emoji: EmojiSet, out: Path, on_iteration: O
     folder = RunFolder(out, recipe)
     judge = _fit(Judge(Classes.from_emoji(emoji), recipe.channels), recipe, emoji, folder, on_iteration)
     path = out / "judge.safetensors"
-    judge.save(path)
+    save_judge(judge, path)
     judge = load_judge(path)
     judge.real = judge.statistics(_held_out(emoji, recipe)[0])
     accuracy = measure_accuracy(judge, recipe, emoji)
     judge.origin = Origin(recipe.name, __version__, accuracy)
-    judge.save(path)
+    save_judge(judge, path)
     with write_whole(out / "eval.json") as file:
         file.write(json.dumps(accuracy, indent=2).encode())
     return load_judge(path)
+
+
+def save_judge(judge: Judge, path: Path) -> None:
+    """Write a judge to one fp16 safetensors file with its classes and origin as metadata."""
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
+    if judge.real is not None:
+        tensors |= {"real.mean": judge.real.mean.float(), "real.covariance": judge.real.covariance.float()}
+    description = {
+        "concepts": [[c.icon, c.subgroup, list(c.names)] for c in judge.classes.concepts],
+        "styles": judge.classes.styles,
+        "backgrounds": judge.classes.backgrounds,
+        "channels": judge.channels,
+        "origin": vars(judge.origin) if judge.origin else None,
+        "num_real": judge.real.num_samples if judge.real else 0,
+    }
+    with write_whole(path) as file:
+        file.write(save({name: t.contiguous() for name, t in tensors.items()}, {METADATA_KEY: json.dumps(description)}))
 
 
 def measure_accuracy(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet) -> dict[str, float]:

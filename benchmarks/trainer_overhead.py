@@ -30,8 +30,7 @@ from torch.nn.functional import softplus
 
 from twostep.data.captions import STYLES
 from twostep.data.emoji import built_in_concepts
-from twostep.data.latents import LatentCache
-from twostep.data.source import EmojiSource
+from twostep.data.latents import EmojiSource, LatentCache
 from twostep.diffusion import landing
 from twostep.distill.discriminator import Discriminator
 from twostep.distill.recipe import DistillRecipe, Phase

@@ -3,8 +3,6 @@
 The names below are the public ones. They are loaded when first touched, so that `import twostep` stays cheap.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING
 

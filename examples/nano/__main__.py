@@ -9,18 +9,17 @@ from typing import Annotated
 import typer
 
 from examples.nano.autoencoder import VaeSettings, train_vae
-from examples.nano.emoji import build_emoji
+from examples.nano.emoji import build_emoji, save_emoji
 from examples.nano.model import teacher_contract
 from examples.nano.teacher import TeacherSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
 from twostep import __version__
-from twostep.cli.train import Emoji, Out, Override, progress_bar
+from twostep.cli.train import Emoji, OnProgress, Out, Override, progress_bar, spoken
 from twostep.data.emoji import built_in_concepts, load_emoji
 from twostep.data.latents import find_latents
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle
 from twostep.runs.folder import RunFolder
-from twostep.runs.progress import OnProgress, spoken
 from twostep.runs.recipe import load_recipe
 
 HERE = Path(__file__).parent
@@ -88,7 +87,7 @@ def emoji(
     """Fetch four emoji sets from npm by name and render the concepts of the nano models (once; about a minute)."""
     with progress_bar("drawings") as advance:
         built = build_emoji(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
-    built.save(out)
+    save_emoji(built, out)
     typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
 
 

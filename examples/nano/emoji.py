@@ -16,10 +16,12 @@ import resvg_py
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from twostep.data.captions import STYLES
 from twostep.data.emoji import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
+from twostep.runs.folder import write_whole
 
 
 def build_emoji(cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]) -> EmojiSet:
@@ -31,6 +33,14 @@ def build_emoji(cache: Path, concepts: Sequence[Concept], *, on_drawing: Callabl
             drawings[row, column] = _render(icons, concept.icon)
             on_drawing(row * len(icon_sets) + column + 1, len(concepts) * len(icon_sets))
     return EmojiSet(drawings, tuple(concepts), tuple(STYLES))
+
+
+def save_emoji(emoji: EmojiSet, path: Path) -> None:
+    """Write the set to one safetensors file."""
+    listing = [[c.icon, c.subgroup, list(c.names)] for c in emoji.concepts]
+    metadata = {"twostep.emoji": json.dumps({"concepts": listing, "styles": emoji.styles})}
+    with write_whole(path) as file:
+        file.write(save({"drawings": emoji.drawings.contiguous()}, metadata))
 
 
 def _load_icons(cache: Path, package: str) -> dict[str, object]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.nano.emoji import save_emoji
 from examples.nano.model import random_bundle
 from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import EmojiError, EmojiSet, Placement, built_in_concepts, compose, load_emoji
@@ -20,7 +21,7 @@ def emoji() -> EmojiSet:
 
 
 def test_a_set_comes_back_as_it_was(emoji: EmojiSet, tmp_path: Path) -> None:
-    emoji.save(tmp_path / "again.safetensors")
+    save_emoji(emoji, tmp_path / "again.safetensors")
     again = load_emoji(tmp_path / "again.safetensors")
     assert torch.equal(again.drawings, emoji.drawings)
     assert again.concepts == emoji.concepts

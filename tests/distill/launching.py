@@ -30,7 +30,7 @@ SHARED = {
 CLOCKS = {"time", "seconds_per_iteration"}
 FORKS = multiprocessing.get_context("forkserver")
 # What every process would import anew, which takes longer than what it then does.
-FORKS.set_forkserver_preload(["twostep.distill", "twostep.data.source", "twostep.data.cache", "accelerate"])
+FORKS.set_forkserver_preload(["twostep.distill", "twostep.data.latents", "twostep.data.cache", "accelerate"])
 WORK = """
 import os, sys
 file = os.open({output!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_judge import JudgeRecipe, measure_accuracy, train_judge
+from train_judge import JudgeRecipe, measure_accuracy, save_judge, train_judge
 
+from examples.nano.emoji import save_emoji
 from twostep.data.emoji import EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
@@ -75,7 +76,7 @@ def test_a_loss_that_is_no_number_stops_the_training(emoji: EmojiSet, tmp_path: 
 
 
 def test_saved_and_loaded_it_judges_the_same(emoji: EmojiSet, quick_judge: Judge, tmp_path: Path):
-    quick_judge.save(tmp_path / "judge.safetensors")
+    save_judge(quick_judge, tmp_path / "judge.safetensors")
     loaded = load_judge(tmp_path / "judge.safetensors")
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(loaded.judge(images).concept, quick_judge.judge(images).concept)
@@ -119,7 +120,7 @@ def test_what_cannot_be_judged_is_refused(images: torch.Tensor, message: str):
 def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: EmojiSet):
     with pytest.raises(JudgeError, match="no judge at"):
         load_judge(tmp_path / "missing.safetensors")
-    emoji.save(tmp_path / "foreign.safetensors")
+    save_emoji(emoji, tmp_path / "foreign.safetensors")
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes((quick_run / "judge.safetensors").read_bytes()[:5000])
     for path in (tmp_path / "foreign.safetensors", truncated, tmp_path / "garbage.safetensors"):

@@ -1,7 +1,6 @@
 """The verb that makes a cache to train from: of a user's pictures, or of prompts alone."""
 
-from __future__ import annotations
-
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
@@ -45,26 +44,13 @@ def cache(
             advance(done, None if prompts is None else len(prompts) * per_prompt, f"{skipped} skipped")
 
         if prompts is None:
-            written = cache_pictures(
-                chain(first, entries),
-                bundle,
-                out,
-                sizes=bundle.contract.sizes[:1] if square else bundle.contract.sizes,
-                demands=Demands(min_side, min_sharpness),
-                batch_size=batch_size,
-                on_item=show,
+            sizes, demands = bundle.contract.sizes, Demands(min_side, min_sharpness)
+            pictures = partial(
+                cache_pictures, chain(first, entries), sizes=sizes[: 1 if square else None], demands=demands
             )
         else:
-            written = cache_prompts(
-                prompts,
-                bundle,
-                out,
-                per_prompt=per_prompt,
-                steps=steps,
-                guidance=guidance,
-                batch_size=batch_size,
-                on_item=show,
-            )
+            pictures = partial(cache_prompts, prompts, per_prompt=per_prompt, steps=steps, guidance=guidance)
+        written = pictures(bundle, out, batch_size=batch_size, on_item=show)
     typer.echo(f"{out}: {written.num_cached} items in {written.num_shards} shards, {len(written.skipped)} skipped")
     for name, reason in list(written.skipped.items())[:5]:
         typer.echo(f"skipped {name}: {reason}")

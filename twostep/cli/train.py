@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from twostep.runs.progress import OnProgress, spoken
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
-    from twostep.data.source import EmojiSource
+    from twostep.data.latents import EmojiSource
     from twostep.distill import DistillRecipe
     from twostep.models.bundle import Bundle
 
@@ -24,6 +24,33 @@ Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path 
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
 Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
 Emoji = Annotated[Path, typer.Option(help="The emoji set, from `python -m examples.nano emoji`.")]
+
+
+OnProgress = Callable[[int, int | None, str], None]
+"""Called with what is done, of how many, and a word on it."""
+
+
+def spoken(figures: dict[str, float]) -> str:
+    """Return the figures of one iteration in a few words."""
+    return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+
+
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from twostep.runs.recipe import find_recipe, recipe_names
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in recipe_names():
+        first_line = find_recipe(name).read_text(encoding="utf-8").split("\n", 1)[0]
+        table.add_row(Text(name, style="bold"), Text(first_line.lstrip("# ")))
+    Console().print(table)
+
+
+def recipe(name: Annotated[str, typer.Argument(help="A name that `twostep recipes` lists.")]) -> None:
+    """Print a recipe: twostep recipe NAME > mine.toml copies it out."""
+    from twostep.runs.recipe import find_recipe
+
+    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
 
 
 def _size(text: str) -> float:
@@ -111,8 +138,7 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a `twostep di
 
 def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, advance: OnProgress) -> EmojiSource:
     """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
-    from twostep.data.latents import find_latents
-    from twostep.data.source import EmojiSource
+    from twostep.data.latents import EmojiSource, find_latents
 
     latents = find_latents(
         out / "latents.safetensors",

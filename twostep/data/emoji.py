@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from twostep.data.captions import BACKGROUNDS
 from twostep.errors import TwostepError
-from twostep.runs.folder import write_whole
 
 DRAWING_PIXELS = 128
 PICTURE_PIXELS = 64
@@ -49,16 +47,9 @@ class EmojiSet:
         """The subgroups of the concepts, in order of first appearance."""
         return tuple(dict.fromkeys(concept.subgroup for concept in self.concepts))
 
-    def save(self, path: Path) -> None:
-        """Write the set to one safetensors file."""
-        listing = [[c.icon, c.subgroup, list(c.names)] for c in self.concepts]
-        metadata = {"twostep.emoji": json.dumps({"concepts": listing, "styles": self.styles})}
-        with write_whole(path) as file:
-            file.write(save({"drawings": self.drawings.contiguous()}, metadata))
-
 
 def load_emoji(path: Path) -> EmojiSet:
-    """Read a set written by `EmojiSet.save`; EmojiError where the file is missing, damaged or another thing."""
+    """Read what `python -m examples.nano emoji` wrote; EmojiError where it is missing, damaged or another thing."""
     if not path.exists():
         raise EmojiError(f"There is no emoji set at {path}. Build it with: python -m examples.nano emoji -o {path}")
     try:

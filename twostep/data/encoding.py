@@ -1,7 +1,5 @@
 """Fills a cache: a user's pictures encoded, or latents that the teacher makes of prompts alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

@@ -3,12 +3,11 @@
 So neither drawings nor codec are needed while a denoiser trains.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor
 from twostep.data.captions import BACKGROUNDS, Attributes, Omission, caption
 from twostep.data.emoji import EmojiError, EmojiSet, Placement, compose, load_emoji
 from twostep.models.codec import Codec
+from twostep.models.conditioning import Conditioning
+from twostep.models.text import TextEncoders
 from twostep.runs.devices import place, wait
 from twostep.runs.folder import write_whole
 
@@ -54,6 +55,31 @@ class LatentCache:
         words = json.dumps({"names": self.names, "styles": self.styles})
         with write_whole(path) as file:
             file.write(save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words}))
+
+
+@dataclass(frozen=True, eq=False)
+class EmojiSource:
+    """The emoji set's latents, all of one size in pixels, with captions that are written and encoded at every draw."""
+
+    latents: LatentCache
+    text: TextEncoders
+    width: int
+    height: int
+
+    @torch.no_grad()
+    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+        """Return random latents and the conditioning of captions that often say less than there is."""
+        x0, captions = self.latents.draw(count, tensors, words)
+        return x0, self.text.conditioning(captions, self.width, self.height)
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        """Return the conditioning of the empty prompt, repeated."""
+        return self._empty.expand(len(like))
+
+    @cached_property
+    def _empty(self) -> Conditioning:
+        with torch.no_grad():
+            return self.text.conditioning([""], self.width, self.height)
 
 
 def load_latents(path: Path) -> LatentCache:

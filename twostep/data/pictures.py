@@ -4,8 +4,6 @@ A source is a folder with `x.txt` beside `x.png`, a .jsonl file, webdataset shar
 Nothing is read before its turn, and what cannot be used is told by name, not dropped. Latents are unknown here.
 """
 
-from __future__ import annotations
-
 import glob
 import io
 import json

@@ -5,8 +5,6 @@ with eta 0 (arXiv 2010.02502) and the Euler step in the coordinates x / alpha, s
 from time to time; it knows neither guidance nor conditioning, both live in the `denoise` it is given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 

@@ -5,8 +5,6 @@ the last step lands on 0. Grids nest: every time of N steps is one of 2N steps. 
 a network is fed is one less. Fractions stay exact until the last rounding, otherwise the nesting would break.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from functools import lru_cache
 

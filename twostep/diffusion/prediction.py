@@ -5,8 +5,6 @@ alpha^2 + sigma^2 = 1 each of them gives the other two (eq 3 and 4 of arXiv 2402
 nobody asks again. Coefficients come from `NoiseSchedule.coefficients`; this file knows no times.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The chain of phases: hands students on as teachers, writes them down, shows them beside the first teacher."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -4,8 +4,6 @@ Conditional: D(x_t, x_s, t, s, c) judges the pair, and so whether the student ke
 Unconditional: D'(x_s, s, c) judges the landing alone, and lets the student leave the flow where it must.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch.nn.functional import softplus
 from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser, encoder_features
-from twostep.models.lora import Lora, add_lora, remove_lora
+from twostep.models.lora import Lora, activate, add_lora, remove_lora
 from twostep.runs.shards import shard
 
 R1_SIGMA = 0.01
@@ -76,7 +74,7 @@ class LoraDiscriminator:
 
     def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of x at time t."""
-        self.lora.activate()
+        activate(self.lora.network, self.lora.name)
         return encoder_features(self.lora.network, x, t, conditioning)
 
     def judge(self, before: Features | None, after: Features) -> Logits:

@@ -4,8 +4,6 @@ A student that goes wrong shows it before a person looks: colours and contrast d
 alike, one side of the game wins outright, a loss is no number. How pictures are drawn, and how to train, are unknown.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

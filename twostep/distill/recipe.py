@@ -1,7 +1,5 @@
 """What a distillation recipe says: a list of phases, each with its student, its teacher and its objective."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -4,8 +4,6 @@ Everything comes from the run's folder, so a page can be made while the run goes
 the page looks is in `report.html`.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math

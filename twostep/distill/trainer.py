@@ -53,11 +53,9 @@ class Source(Protocol):
 
     def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
         """Return `count` latents of one size and their conditioning."""
-        ...
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for as many items of the same sizes."""
-        ...
 
 
 @runtime_checkable
@@ -66,7 +64,6 @@ class Trainable(Stateful, Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what learns."""
-        ...
 
 
 @runtime_checkable
@@ -77,15 +74,12 @@ class Judging(Trainable, Protocol):
 
     def features(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return what the encoder makes of x at time t."""
-        ...
 
     def judge(self, before: Tensor | None, after: Tensor) -> Tensor:
         """Return one logit per item."""
-        ...
 
     def requires_grad_(self, requires_grad: bool, /) -> Any:
         """Switch learning on or off."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,5 @@
 """Pairs of transitions: from the same x_t, where the teacher lands in n steps and where the student lands in one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ The mean distance between every two pictures of the same prompt, averaged over t
 A student that has lost modes draws the same picture from every noise, and this number falls.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 

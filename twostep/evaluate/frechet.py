@@ -6,8 +6,6 @@ without full rank (fewer samples than features) are no special case. Few samples
 only distances that were taken with the same number of samples. This file does not know where features come from.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import PICTURE_PIXELS, Concept, EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
-from twostep.runs.folder import write_whole
 
 BUILT_IN = Path(__file__).parent.parent / "weights" / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""
 
-_METADATA_KEY = "twostep.judge"
+METADATA_KEY = "twostep.judge"
 _BATCH = 128
 
 
@@ -127,33 +125,14 @@ class Judge(nn.Module):
         """Return the statistics of the features of pictures, for the Frechet distance."""
         return fit_features(self.judge(images).features)
 
-    def save(self, path: Path) -> None:
-        """Write the judge to one fp16 safetensors file with its classes and origin as metadata."""
-        tensors = {name: t.half() if t.is_floating_point() else t for name, t in self.state_dict().items()}
-        if self.real is not None:
-            tensors |= {"real.mean": self.real.mean.float(), "real.covariance": self.real.covariance.float()}
-        with write_whole(path) as file:
-            file.write(save({name: t.contiguous() for name, t in tensors.items()}, {_METADATA_KEY: self._describe()}))
-
-    def _describe(self) -> str:
-        description = {
-            "concepts": [[c.icon, c.subgroup, list(c.names)] for c in self.classes.concepts],
-            "styles": self.classes.styles,
-            "backgrounds": self.classes.backgrounds,
-            "channels": self.channels,
-            "origin": vars(self.origin) if self.origin else None,
-            "num_real": self.real.num_samples if self.real else 0,
-        }
-        return json.dumps(description)
-
 
 def load_judge(path: Path = BUILT_IN) -> Judge:
-    """Read a judge written by `Judge.save`, in fp32 and ready to judge; JudgeError where the file is none."""
+    """Read what benchmarks/train_judge.py wrote, in fp32 and ready to judge; JudgeError where the file is no judge."""
     if not path.is_file():
         raise JudgeError(f"There is no judge at {path}. The repository trains one: python benchmarks/train_judge.py")
     try:
         with safe_open(path, "pt") as file:
-            description = json.loads((file.metadata() or {})[_METADATA_KEY])
+            description = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return _rebuild(description, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -1,7 +1,5 @@
 """The way back from a prompt: what it names of concept, style and background, as `data.captions` writes them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

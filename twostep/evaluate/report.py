@@ -3,8 +3,6 @@
 Takes finished pictures, what each was asked to show, and a judge; it does not know what drew them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Media <-> latents. A codec is all that a denoiser's owner needs to know of pixels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,11 +18,9 @@ class Codec(Protocol):
 
     def encode(self, media: Tensor) -> Tensor:
         """Return the latents of media in -1..1."""
-        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the media in -1..1 of latents."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

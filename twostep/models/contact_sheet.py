@@ -3,20 +3,17 @@
 Pure Pillow. It takes finished images and knows nothing of what drew them.
 """
 
+import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from twostep.errors import TwostepError
 
-_PAPER = (255, 255, 255)
-_INK = (32, 32, 32)
-_FONT_PIXELS = 15
-_LINE_PIXELS = 19
+_PAPER, _INK = (255, 255, 255), (32, 32, 32)
+_FONT_PIXELS, _LINE_PIXELS, _LETTER_PIXELS = 15, 19, 7
 _GAP_PIXELS = 8
 _MAX_LABEL_PIXELS = 200
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class ContactSheetError(TwostepError):
@@ -35,50 +32,27 @@ def contact_sheet(
     if num_columns == 0:
         raise ContactSheetError("no row holds an image; expected at least one image in at least one row.")
     font = ImageFont.load_default(size=_FONT_PIXELS)
-    cell_width = scale * max(image.width for _, images in rows for image in images)
-    cell_height = scale * max(image.height for _, images in rows for image in images)
-    headings = [_wrap(label, font, cell_width) for label in column_labels[:num_columns]]
-    labels = [_wrap(label, font, _MAX_LABEL_PIXELS) for label, _ in rows]
-    left = _width(labels, font) + 2 * _GAP_PIXELS
-    top = max(map(len, headings), default=0) * _LINE_PIXELS + 2 * _GAP_PIXELS
-    row_heights = [max(cell_height, len(label) * _LINE_PIXELS) + _GAP_PIXELS for label in labels]
+    width, height = (scale * max(image.size[i] for _, images in rows for image in images) for i in (0, 1))
+    headings = [textwrap.fill(label, width // _LETTER_PIXELS) for label in column_labels[:num_columns]]
+    labels = [textwrap.fill(label, _MAX_LABEL_PIXELS // _LETTER_PIXELS) for label, _ in rows]
+    longest = max((font.getlength(line) for label in labels for line in label.splitlines()), default=0)
+    left, top = round(longest) + 2 * _GAP_PIXELS, max(map(_height, headings), default=0) + 2 * _GAP_PIXELS
+    row_heights = [max(height, _height(label)) + _GAP_PIXELS for label in labels]
 
-    sheet = Image.new("RGB", (left + num_columns * (cell_width + _GAP_PIXELS), top + sum(row_heights)), _PAPER)
+    sheet = Image.new("RGB", (left + num_columns * (width + _GAP_PIXELS), top + sum(row_heights)), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    columns = [left + i * (cell_width + _GAP_PIXELS) for i in range(num_columns)]
+    columns = [left + i * (width + _GAP_PIXELS) for i in range(num_columns)]
     for x, heading in zip(columns, headings, strict=False):
-        _write(draw, font, heading, (x, top - _GAP_PIXELS // 2 - len(heading) * _LINE_PIXELS))
+        draw.multiline_text((x, top - _GAP_PIXELS // 2), heading, _INK, font, anchor="ld")
     y = top
     for (_, images), label, row_height in zip(rows, labels, row_heights, strict=True):
-        _write(draw, font, label, (_GAP_PIXELS, y + (row_height - _GAP_PIXELS - len(label) * _LINE_PIXELS) // 2))
+        draw.multiline_text((_GAP_PIXELS, y + (row_height - _GAP_PIXELS) // 2), label, _INK, font, anchor="lm")
         for x, image in zip(columns, images, strict=False):
-            sheet.paste(_enlarge(image, scale), (x, y))
+            size = (scale * image.width, scale * image.height)
+            sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (x, y))
         y += row_height
     return sheet
 
 
-def _enlarge(image: Image.Image, scale: int) -> Image.Image:
-    if scale == 1:
-        return image.convert("RGB")
-    return image.convert("RGB").resize((scale * image.width, scale * image.height), Image.Resampling.LANCZOS)
-
-
-def _wrap(label: str, font: _Font, width_pixels: int) -> list[str]:
-    lines: list[str] = []
-    for word in label.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(joined) <= width_pixels:
-            lines[-1] = joined
-        else:
-            lines.append(word)
-    return lines
-
-
-def _width(labels: list[list[str]], font: _Font) -> int:
-    return round(max((font.getlength(line) for label in labels for line in label), default=0))
-
-
-def _write(draw: ImageDraw.ImageDraw, font: _Font, lines: list[str], position: tuple[int, int]) -> None:
-    x, y = position
-    for i, line in enumerate(lines):
-        draw.text((x, y + i * _LINE_PIXELS), line, fill=_INK, font=font)
+def _height(label: str) -> int:
+    return len(label.splitlines()) * _LINE_PIXELS

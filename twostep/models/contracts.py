@@ -4,8 +4,6 @@ Folders of ours carry a contract in `twostep.json`, students one in their metada
 file one is derived from its configs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Times are those of `diffusion` (1..T); the network is fed t - 1. Feeding T - 1 t
 schedule of arXiv 2402.13929, section 3.5. Training loops, adapters and samplers are unknown here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

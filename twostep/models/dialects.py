@@ -6,8 +6,6 @@ kohya writes `lora_unet_X.lora_down`, with dots as underlines and X after diffus
 code. The last is what all programs read. All names follow from the networks, so small models have them too.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Where a model lies: a built-in name, a folder as diffusers saves it, a .safetensors file, or a hub id."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

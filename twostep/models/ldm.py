@@ -4,8 +4,6 @@ ComfyUI, A1111 and Civitai keep SDXL in one file by the old names. Everything fo
 small models have names too; every key has exactly one. Files and configs are unknown here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -5,8 +5,6 @@ of arXiv 2402.13929: every convolution and linear layer but the first, the last,
 blocks share. What an adapter is trained for is unknown here.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
@@ -76,10 +74,6 @@ class Lora:
             if own[key].shape != value.shape:
                 raise LoraError(f"{key} is {list(value.shape)}, expected {list(own[key].shape)}: another rank or base.")
         set_peft_model_state_dict(self.network, state_dict, adapter_name=self.name)
-
-    def activate(self) -> None:
-        """Let this adapter alone work in what the network computes from now on."""
-        activate(self.network, self.name)
 
 
 def add_lora(

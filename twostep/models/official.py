@@ -4,8 +4,6 @@
 of 8, 4, 2 steps there is each. The 1-step files end with `_x0`, for they predict x0, and there is no such LoRA.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A known latent is noised, denoised as if the network predicted eps, v or x0, and compared. Nothing is trained here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import get_args
 

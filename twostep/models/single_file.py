@@ -4,8 +4,6 @@ Such a file has no configs. They, and the tokenizers, come from a model folder o
 SDXL's own on the hub; its weights are never fetched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Picture sizes of about one area: what SDXL-type models are trained and asked for, from upright to wide."""
 
-from __future__ import annotations
-
 import math
 
 WIDEST = 2.0

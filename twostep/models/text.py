@@ -1,7 +1,5 @@
 """SDXL's two text encoders as one: captions -> text embeddings, pooled embedding; and the words they do not know."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

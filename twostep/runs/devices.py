@@ -3,8 +3,6 @@
 Everybody draws the whole batch's randomness and keeps a share, so how many there are changes figures by rounding only.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

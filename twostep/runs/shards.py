@@ -3,8 +3,6 @@
 FSDP (arXiv 2304.11277): a block's weights are gathered while it computes; gradients come averaged over the processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TensorBoard and Weights & Biases beside `log.jsonl`, through accelerate's trackers; only where a recipe names them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
