@@ -26,10 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.nano.judge import Judge, load_judge
+from examples.nano.report import Report, evaluate
 from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
-from twostep.evaluate.judge import Judge, load_judge
-from twostep.evaluate.report import Report, evaluate
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contact_sheet import contact_sheet
 from twostep.models.contracts import file_contract

@@ -1,4 +1,4 @@
-"""The commands that make the nano SDXL: its drawings, then its autoencoder, text encoders and teacher."""
+"""The commands that make the nano SDXL (drawings, autoencoder, text encoders, teacher), and judge its pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from examples.nano.autoencoder import VaeSettings, train_vae
 from examples.nano.emoji import build_emoji, save_emoji
+from examples.nano.evaluate import evaluate
 from examples.nano.model import teacher_contract
 from examples.nano.teacher import TeacherSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
@@ -76,7 +77,8 @@ RECIPES: dict[str, TrainPart] = {
 }
 
 
-app = typer.Typer(help="Make the nano SDXL.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Make the nano SDXL, and judge its pictures.", no_args_is_help=True, add_completion=False)
+app.command()(evaluate)
 
 
 @app.command()

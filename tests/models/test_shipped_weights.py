@@ -7,9 +7,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from twostep.evaluate.judge import load_judge
-from twostep.evaluate.prompts import attributes_from_prompt
-from twostep.evaluate.report import evaluate
+from examples.nano.judge import load_judge
+from examples.nano.prompts import attributes_from_prompt
+from examples.nano.report import evaluate
 from twostep.models.bundle import load_bundle
 from twostep.models.contracts import read_contracts
 from twostep.models.folder import WEIGHTS

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from twostep.cli import draw, train
+from twostep.cli import draw, files, train
 from twostep.cli.cache import cache
-from twostep.cli.evaluate import evaluate_command
 from twostep.errors import TwostepError
 
 
@@ -35,6 +34,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (draw.generate, draw.info, train.recipes, train.recipe, cache, train.plan, train.distill, train.report):
+for verb in (
+    draw.generate,
+    draw.info,
+    train.recipes,
+    train.recipe,
+    cache,
+    train.plan,
+    train.distill,
+    train.report,
+    files.export,
+):
     app.command()(verb)
-app.command("evaluate")(evaluate_command)

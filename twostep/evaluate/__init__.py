@@ -1,4 +1,4 @@
-"""Evaluation: what pictures show, by a judge that has seen real drawings only, and how sets of pictures differ.
+"""Evaluation: how sets of pictures differ, as distributions and from seed to seed.
 
 Takes images, never a pipeline: whatever drew them, they are measured by the same few functions.
 """

@@ -91,12 +91,13 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     single = find_single_file(path) if path.is_file() and (contract.role == "teacher" or is_whole(path)) else None
     folder = path if path.is_dir() else single.folder if single else base_folder(path, contract)
     source = of_unet = Outline() if outline else single
-    student = contract.role == "student" and source is None
-    file = student_files(folder)[contract.steps] if student and path.is_dir() else path
-    if student and contract.lora_rank is None:
+    file = path if path.is_file() else student_files(folder).get(contract.steps)  # a folder may be a student's own
+    if contract.role == "teacher" or source is not None:
+        file = None
+    if file and contract.lora_rank is None:
         of_unet = SingleFile(file, folder)
     network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, of_unet)
-    if student and contract.lora_rank is not None:
+    if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
     schedule = load_schedule(folder)
     return Bundle(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,13 +55,13 @@ class LowRank:
 
     @property
     def change(self) -> Tensor:
-        """What is added, as a matrix [out, in * kernel]."""
-        product: Tensor = self.up.flatten(1) @ self.down.flatten(1)
+        """What is added, as a float32 matrix [out, in * kernel]."""
+        product: Tensor = self.up.flatten(1).float() @ self.down.flatten(1).float()
         return self.alpha / self.rank * product
 
 
 def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None = None) -> dict[str, LowRank]:
-    """Read what a file does to which layer of these networks, in float32; every key of it is accounted for.
+    """Read what a file does to which layer of these networks, in its precision; every key of it is accounted for.
 
     Alpha is what the file says of the layer, else what is given, else the rank. LoraError says what the file is, or
     which key no layer has, lacks its other half, or has another shape.
@@ -76,7 +77,7 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         kind = "down" if match[2] else "up" if match[3] else "alpha"
         if kind in found.setdefault(layer, {}):
             raise LoraError(f"{path} mixes dialects: {key} is there a second time under another name.")
-        found[layer][kind] = value.float()
+        found[layer][kind] = value
     if not found:
         raise LoraError(f"{path} is empty.")
     lora = {}
@@ -105,6 +106,20 @@ def kohya(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> dict[s
         tensors |= {f"{name}.lora_down.weight": low.down, f"{name}.lora_up.weight": low.up}
         tensors[f"{name}.alpha"] = torch.tensor(low.alpha)
     return tensors
+
+
+def peft(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a LoRA as PEFT and diffusers name it, and the metadata in which they look for its alpha."""
+    tensors, told, names = dict[str, Tensor](), dict[str, Any](), _spelled(parts)
+    for layer, low in lora.items():
+        part, _, own = layer.partition(".")
+        name = next(name for name in reversed(names[layer]) if name.startswith(f"{part}.") and own in name)
+        tensors |= {f"{name}.lora_A.weight": low.down, f"{name}.lora_B.weight": low.up}
+        rank, alpha = told.setdefault(f"{part}.r", low.rank), told.setdefault(f"{part}.lora_alpha", low.alpha)
+        told.setdefault(f"{part}.target_modules", []).append(own)
+        told.setdefault(f"{part}.rank_pattern", {}).update({own: low.rank} if low.rank != rank else {})
+        told.setdefault(f"{part}.alpha_pattern", {}).update({own: low.alpha} if low.alpha != alpha else {})
+    return tensors, {"lora_adapter_metadata": json.dumps(told)}
 
 
 def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ small models have names too; every key has exactly one. Files and configs are un
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 UNET, VAE, CLIP_L, CLIP_G = (
@@ -125,6 +126,15 @@ def split(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             apart[key] = value.T.contiguous() if key == "text_projection" else value
     return apart
+
+
+def join(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack q, k and v, and turn the projection round: what `split` takes apart."""
+    joined = {key: value for key, value in weights.items() if not re.search(r"\.attn\.[qkv]_proj\.", key)}
+    for key in (key for key in weights if ".attn.q_proj." in key):
+        parts = [weights[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+        joined[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return joined | {"text_projection": weights["text_projection"].T}
 
 
 def _replaced(key: str, words: dict[str, str]) -> str:

@@ -119,8 +119,8 @@ def load_lora(network: UNet2DConditionModel, name: str, path: Path) -> Lora:
     if len(ranks) != 1:
         raise LoraError(f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on.")
     lora = add_lora(network, name, rank=ranks.pop(), targets=layers)
-    ups = {f"{layer}{_HALVES[1]}": low.up * (low.alpha / low.rank) for layer, low in layers.items()}
-    lora.load_state_dict({f"{layer}{_HALVES[0]}": low.down for layer, low in layers.items()} | ups)
+    ups = {f"{layer}{_HALVES[1]}": low.up.float() * (low.alpha / low.rank) for layer, low in layers.items()}
+    lora.load_state_dict({f"{layer}{_HALVES[0]}": low.down.float() for layer, low in layers.items()} | ups)
     return lora
 
 

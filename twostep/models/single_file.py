@@ -4,17 +4,19 @@ Such a file has no configs. They, and the tokenizers, come from a model folder o
 SDXL's own on the hub; its weights are never fetched.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from twostep.contract import PredictionType
 from twostep.models.folder import CONFIGS, INDEX_FILE, ModelError, fetch
-from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, split, unet_names, vae_names
+from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, join, split, unet_names, vae_names
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
@@ -110,6 +112,20 @@ def find_single_file(path: Path) -> SingleFile:
         raise ModelError(f"{path} is {kind} (it holds {seen}). Expected a twostep student, or a whole SDXL checkpoint.")
     beside = path.with_suffix("")
     return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
+
+
+def whole_weights(parts: Mapping[str, nn.Module], vae: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights as one file has them; ModelError for an autoencoder that no such file holds."""
+    if isinstance(vae, AutoencoderTiny):
+        raise ModelError("Its autoencoder is an AutoencoderTiny, which such files do not hold; export it to diffusers.")
+    weights: dict[str, Tensor] = {}
+    for part, network in zip(NAMES, (parts["unet"], vae, parts["text_encoder"], parts["text_encoder_2"]), strict=True):
+        state = network.state_dict()
+        named = {name: state[key] for key, name in NAMES[part](state).items()}
+        weights |= {part + name: value for name, value in (join(named) if part == CLIP_G else named).items()}
+    # The autoencoder's attention was of 1x1 convolutions.
+    squares = [key for key in weights if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key)]
+    return weights | {key: weights[key][:, :, None, None] for key in squares}
 
 
 def _shaped(value: Tensor, like: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from train_judge import JudgeRecipe, measure_accuracy, save_judge, train_judge
 
 from examples.nano.emoji import save_emoji
+from examples.nano.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
 from twostep.data.emoji import EmojiSet
 from twostep.errors import TwostepError
-from twostep.evaluate.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
 from twostep.runs.folder import RunError
 from twostep.runs.loop import TrainingError
 from twostep.runs.recipe import load_recipe
@@ -147,7 +147,7 @@ def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet, judge: Judge):
     """It never saw these half-sized drawings; what it states of itself must hold for them too."""
     from nano_tasks import complete_tasks, real_pictures
 
-    from twostep.evaluate.report import evaluate
+    from examples.nano.report import evaluate
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]
     report = evaluate(real_pictures(wishes, emoji), wishes, judge)

@@ -5,10 +5,10 @@ from random import Random
 import pytest
 from nano_tasks import FIRST_SEED, PromptError, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 
+from examples.nano.judge import Judge
+from examples.nano.prompts import attributes_from_prompt
 from twostep.data.captions import BACKGROUNDS, STYLES, Attributes, Omission, caption, complete_caption
 from twostep.data.emoji import EmojiSet, built_in_concepts
-from twostep.evaluate.judge import Judge
-from twostep.evaluate.prompts import attributes_from_prompt
 
 CONCEPTS = built_in_concepts()
 
@@ -87,7 +87,7 @@ def test_tasks_can_be_read_back():
 
 
 def test_real_pictures_answer_their_prompts(emoji: EmojiSet, judge: Judge):
-    from twostep.evaluate.report import evaluate
+    from examples.nano.report import evaluate
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]
     report = evaluate(real_pictures(wishes, emoji), wishes, judge)

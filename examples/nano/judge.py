@@ -23,8 +23,9 @@ from twostep.data.captions import BACKGROUNDS
 from twostep.data.emoji import PICTURE_PIXELS, Concept, EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
+from twostep.models.folder import WEIGHTS
 
-BUILT_IN = Path(__file__).parent.parent / "weights" / "nano" / "judge.safetensors"
+BUILT_IN = WEIGHTS / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""
 
 METADATA_KEY = "twostep.judge"

@@ -1,4 +1,4 @@
-"""`twostep evaluate` as a user runs it, on folders of PNGs that say what they should show."""
+"""`python -m examples.nano evaluate` as a user runs it, on folders of PNGs that say what they should show."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from nano_tasks import complete_tasks, real_pictures
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from twostep.cli.evaluate import evaluate_command
+from examples.nano.evaluate import evaluate as evaluate_command
 from twostep.contract import Contract
 from twostep.data.emoji import EmojiSet
 from twostep.pipeline.png import save_images

@@ -1,22 +1,26 @@
-"""The verb that scores a folder of pictures against the prompts written into them."""
-
-from __future__ import annotations
+"""The command that scores a folder of nano's pictures against the prompts written into them."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import numpy as np
+import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
+from examples.nano.judge import BUILT_IN, load_judge
+from examples.nano.prompts import attributes_from_prompt
+from examples.nano.report import Report, Score
+from examples.nano.report import evaluate as evaluate_pictures
+from twostep.data.emoji import PICTURE_PIXELS
 from twostep.errors import TwostepError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from twostep.evaluate.report import Report, Score
+from twostep.pipeline.png import ProvenanceError, read_provenance
+from twostep.runs.folder import write_whole
 
 _NUM_NAMED = 5
 
@@ -25,24 +29,19 @@ class FolderError(TwostepError):
     """A folder that holds no pictures which can be scored."""
 
 
-def evaluate_command(
+def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of PNGs as `twostep generate` wrote them.")],
     reference: Annotated[Path | None, typer.Option(help="Folder of PNGs to measure the distance to.")] = None,
     judge: Annotated[Path | None, typer.Option(help="A judge.safetensors; the built-in one by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Score pictures against their prompts: concept, style, background, distance to real ones, diversity."""
-    from twostep.evaluate.judge import BUILT_IN, load_judge
-    from twostep.evaluate.prompts import attributes_from_prompt
-    from twostep.evaluate.report import evaluate
-    from twostep.runs.folder import write_whole
-
     referee = load_judge(judge or BUILT_IN)
     paths = _pictures_in(folder)
     prompts = [_prompt_of(path) for path in paths]
     concepts = referee.classes.concepts
     attributes = [None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts]
-    report = evaluate(
+    report = evaluate_pictures(
         _load_pictures(paths),
         attributes,
         referee,
@@ -67,12 +66,6 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 def _load_pictures(paths: list[Path]) -> Tensor:
     """Read PNGs as pictures in -1..1; FolderError names the file that is damaged or of another size."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from twostep.data.emoji import PICTURE_PIXELS
-
     pictures = []
     for path in paths:
         try:
@@ -88,8 +81,6 @@ def _load_pictures(paths: list[Path]) -> Tensor:
 
 
 def _prompt_of(path: Path) -> str | None:
-    from twostep.pipeline.png import ProvenanceError, read_provenance
-
     try:
         return read_provenance(path).request.prompt
     except ProvenanceError:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from nano_tasks import complete_tasks, real_pictures
 
+from examples.nano.judge import Judge, JudgeError
+from examples.nano.report import EvaluationError, evaluate
 from twostep.data.captions import Attributes
 from twostep.data.emoji import EmojiSet
 from twostep.evaluate.frechet import FrechetError
-from twostep.evaluate.judge import Judge, JudgeError
-from twostep.evaluate.report import EvaluationError, evaluate
 
 FOX, APPLE = Attributes(("fox",), "flat", "blue"), Attributes(("red apple",), "3d", "green")
 

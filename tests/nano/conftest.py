@@ -6,8 +6,8 @@ import pytest
 from train_judge import JudgeRecipe, train_judge
 
 from examples.nano.descent import DescentSettings
+from examples.nano.judge import Judge, load_judge
 from twostep.data.emoji import EmojiSet, load_emoji
-from twostep.evaluate.judge import Judge, load_judge
 
 SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"
 
