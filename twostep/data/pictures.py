@@ -83,12 +83,12 @@ def read_picture(entry: Entry, demands: Demands) -> Image.Image:
     return picture
 
 
-def opened(read: Callable[[], bytes | Image.Image], max_pixels: float = math.inf) -> Image.Image:
+def opened(read: Callable[[], bytes | Image.Image], max_pixels: int | None = None) -> Image.Image:
     """Return a picture in RGB, upright and on white; UnusablePictureError if it cannot be read or is too large."""
     try:
         data = read()
         picture = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        if picture.width * picture.height > max_pixels:
+        if max_pixels and picture.width * picture.height > max_pixels:
             raise UnusablePictureError(
                 f"it is {picture.width}x{picture.height}; at most {max_pixels / 1e6:.0f} million pixels are taken"
             )

@@ -31,9 +31,9 @@ class Inputs:
     """What of a request's pictures a drawing needs, for one item; the mask is true where it is drawn."""
 
     image: Pixels | None
-    latents: Latents | None
+    latents: Float[Tensor, "1 c h w"] | None
     mask: Bool[Tensor, "1 1 height width"] | None
-    known: Latents | None
+    known: Float[Tensor, "1 known h w"] | None
     hints: tuple[Hint, ...]
 
     @classmethod
@@ -89,7 +89,7 @@ def _pixels(picture: Picture, size: tuple[int, int], bundle: Bundle) -> Pixels:
 
 def _known(
     bundle: Bundle, size: tuple[int, int], image: Pixels | None, mask: Bool[Tensor, "1 1 height width"] | None
-) -> Latents:
+) -> Float[Tensor, "1 known h w"]:
     """Return what an inpainting UNet takes: the mask, and the latents of the image, grey where it is to be drawn."""
     if image is None or mask is None:
         image = torch.zeros(1, 3, *size[::-1], device=bundle.denoiser.network.device)
