@@ -117,7 +117,7 @@ def replay(
     if not (model or told.origin):
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
     folders = [Path(), picture.parent] if inputs is None else [inputs]
-    request = told.batch.with_pictures(lambda went_in: went_in.found(folders))
+    request = told.batch.found(folders)
     steps = told.contract.steps if told.contract.role == "student" else None
     result = _load_and_draw(request, model or told.origin[0], told.origin[1:], steps)[0]
     path = save_images(result, prepare_folder(out))[told.index]

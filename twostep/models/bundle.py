@@ -53,9 +53,9 @@ class Bundle:
     students: tuple[int, ...] = ()
     origin: tuple[str, ...] = ()
 
-    def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
-        """Encode prompts for uncropped pictures of this size in pixels."""
-        return self.text.conditioning(prompts, width, height)
+    def conditioning(self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False) -> Conditioning:
+        """Encode prompts for uncropped pictures of this size in pixels, with `whole` all of what they say."""
+        return self.text.conditioning(prompts, width, height, whole=whole)
 
     @property
     def is_inpainting(self) -> bool:

@@ -2,12 +2,12 @@
 
 An image is cut to the size that is drawn and encoded once; a drawing begins at its noised latents. Outside of the mask
 it is put back after every step, noised to where that landed, and at the end pixel by pixel. Networks that were made for
-inpainting are shown the mask and what is not masked as well.
+inpainting are shown the mask and what is not masked instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,11 +19,11 @@ from twostep.diffusion import NoiseSchedule
 from twostep.diffusion.flow import Keep
 from twostep.diffusion.shapes import Latents
 from twostep.models.bundle import Bundle
-from twostep.models.conditioning import Conditioning
 from twostep.models.control import Hint, load_control
-from twostep.pipeline.request import Control, InitNoise, Picture, Request, RequestError
+from twostep.pipeline.request import InitNoise, Picture, Request, RequestError
 
 Pixels = Float[Tensor, "batch 3 height width"]
+Mask = Bool[Tensor, "1 1 height width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class Inputs:
     """What of a request's pictures a drawing needs, for one item; the mask is true where it is drawn."""
 
     image: Pixels | None
-    latents: Float[Tensor, "1 c h w"] | None
-    mask: Bool[Tensor, "1 1 height width"] | None
+    x0: Float[Tensor, "1 c h w"]
+    mask: Mask | None
     known: Float[Tensor, "1 known h w"] | None
     hints: tuple[Hint, ...]
 
@@ -42,38 +42,40 @@ class Inputs:
 
         Raises RequestError for a mask that leaves nothing to draw, ModelError for a ControlNet that does not fit.
         """
-        image = mask = latents = known = None
-        if request.image is not None:
-            image = _pixels(request.image, size, bundle)
-            latents = bundle.codec.encode(image)
-        if request.mask is not None:
-            mask = _pixels(request.mask, size, bundle).mean(dim=1, keepdim=True) >= 0
-            if not bool(mask.any()):
-                raise RequestError("the mask is black everywhere; paint what is to be drawn anew white.")
-        if bundle.is_inpainting:
-            known = _known(bundle, size, image, mask)
-        hints = tuple(_hint(bundle, control, size, times) for control in request.controls)
-        return cls(image, latents, mask, known, hints)
 
-    def told(self, conditioning: Conditioning) -> Conditioning:
-        """Add what the networks are shown to the conditioning of one item."""
-        return replace(conditioning, known=self.known, hints=self.hints)
+        def pixels(picture: Picture) -> Pixels:
+            return cut(picture.image, [size])[0][None].to(device)
+
+        unet, device = bundle.denoiser.network, bundle.denoiser.network.device
+        image = None if request.image is None else pixels(request.image)
+        mask = None if request.mask is None else pixels(request.mask).mean(dim=1, keepdim=True) >= 0
+        if mask is not None and not bool(mask.any()):
+            raise RequestError("the mask is black everywhere; paint what is to be drawn anew white.")
+        x0 = torch.zeros(1, *bundle.latent_shape(*size), device=device)
+        x0 = x0 if image is None else bundle.codec.encode(image)
+        hints, count = [], len(times) - 1
+        for control in request.controls:
+            # A step counts if it lies wholly in the control's share of them.
+            acting = [i for i in range(count) if control.start <= i / count and (i + 1) / count <= control.end]
+            network = load_control(control.model, unet, bundle.codec.pixels_per_latent)
+            shown = (pixels(control.picture) + 1) / 2
+            hints.append(Hint(network, shown, control.scale, frozenset(times[i] for i in acting)))
+        return cls(image, x0, mask, _known(bundle, size, image, mask), tuple(hints))
 
     def begin(self, noise: Latents, start: int, schedule: NoiseSchedule, init_noise: InitNoise) -> Latents:
         """Return the latents at the time `start`, where the drawing begins; at the top nothing of the image is left."""
         t = torch.full((len(noise),), start)
-        unseen = self.latents is None or (self.mask is not None and start == schedule.num_times)
-        x0 = torch.zeros_like(noise) if unseen else self.latents.expand_as(noise)  # type: ignore[union-attr]
         if init_noise == "comfyui":
-            return schedule.add_noise(x0, noise, t)
+            return schedule.add_noise(self.x0.expand_as(noise), noise, t)
         alpha, sigma = schedule.coefficients(t, noise)
-        return alpha * x0 + sigma * noise
+        unseen = self.mask is not None and start == schedule.num_times
+        return sigma * noise if unseen else alpha * self.x0 + sigma * noise
 
     def keep(self, noise: Latents, schedule: NoiseSchedule) -> Keep | None:
         """Return what puts the image back outside of the mask after a step; inpainting networks need none."""
-        if self.mask is None or self.latents is None or self.known is not None:
+        if self.mask is None or self.known is not None:
             return None
-        x0, drawn = self.latents.expand_as(noise), _coarse(self.mask, noise)
+        x0, drawn = self.x0.expand_as(noise), _coarse(self.mask, noise)
         return lambda x_s, s: torch.where(drawn, x_s, schedule.add_noise(x0, noise, s))
 
     def finished(self, pictures: Pixels) -> Pixels:
@@ -81,31 +83,18 @@ class Inputs:
         return pictures if self.mask is None or self.image is None else torch.where(self.mask, pictures, self.image)
 
 
-def _pixels(picture: Picture, size: tuple[int, int], bundle: Bundle) -> Pixels:
-    """Return a picture in -1..1, cut to the size that is drawn, where the networks are."""
-    pixels, _ = cut(picture.image, [size])
-    return pixels[None].to(bundle.denoiser.network.device)
-
-
 def _known(
-    bundle: Bundle, size: tuple[int, int], image: Pixels | None, mask: Bool[Tensor, "1 1 height width"] | None
-) -> Float[Tensor, "1 known h w"]:
+    bundle: Bundle, size: tuple[int, int], image: Pixels | None, mask: Mask | None
+) -> Float[Tensor, "1 known h w"] | None:
     """Return what an inpainting UNet takes: the mask, and the latents of the image, grey where it is to be drawn."""
+    if not bundle.is_inpainting:
+        return None
     if image is None or mask is None:
         image = torch.zeros(1, 3, *size[::-1], device=bundle.denoiser.network.device)
         mask = torch.ones_like(image[:, :1], dtype=torch.bool)
-    latents = bundle.codec.encode(torch.where(mask, torch.zeros_like(image), image))
+    latents = bundle.codec.encode(image.masked_fill(mask, 0))
     return torch.cat([_coarse(mask, latents).to(latents.dtype), latents], dim=1)
 
 
-def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[int, ...]) -> Hint:
-    """Load a ControlNet, and find the times of its share of the steps: a step counts that lies in it wholly."""
-    network = load_control(control.model, bundle.denoiser.network, bundle.codec.pixels_per_latent)
-    count = len(times) - 1
-    acting = {t for i, t in enumerate(times[:-1]) if control.start <= i / count and (i + 1) / count <= control.end}
-    picture = (_pixels(control.picture, size, bundle) + 1) / 2
-    return Hint(network, picture, control.scale, frozenset(acting))
-
-
-def _coarse(mask: Bool[Tensor, "1 1 height width"], like: Latents) -> Bool[Tensor, "1 1 h w"]:
+def _coarse(mask: Mask, like: Latents) -> Bool[Tensor, "1 1 h w"]:
     return interpolate(mask.float(), like.shape[2:]) > 0

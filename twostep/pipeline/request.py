@@ -44,9 +44,9 @@ class RequestError(TwostepError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that goes in: the name of its file, the hash of what that holds, and the pixels, in RGB on white.
+    """A picture that goes in: its file's name, the hash of what that holds, and the pixels, in RGB on white.
 
-    Without a file the name is empty and the hash is of the pixels. One read from JSON has no pixels until `found`.
+    Without a file the name is empty and the hash is that of the pixels. One from JSON has none until it is `found`.
     """
 
     name: str
@@ -64,29 +64,24 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image) -> Picture:
-        """Take a picture that is in memory; a drawing made of it cannot be replayed from its PNG."""
+        """Take a picture that is in memory; what is made of it cannot be replayed from its PNG."""
         return cls("", sha256(image.tobytes()).hexdigest(), _opened(lambda: image, "the picture"))
-
-    def found(self, folders: Sequence[Path]) -> Picture:
-        """Return the same picture with its pixels, from the first folder that holds its file; RequestError if none."""
-        if not self.name:
-            raise RequestError("a picture that went in was given as pixels, without a file: it cannot be read again.")
-        there = [Picture.open(path) for folder in folders if (path := folder / self.name).is_file()]
-        same = next((picture for picture in there if picture.sha256 == self.sha256), None)
-        if same is None:
-            problem = "is another file than went in, by its SHA-256" if there else "is not there"
-            looked = ", ".join(map(str, folders))
-            raise RequestError(
-                f"{self.name} {problem}; looked in {looked}. Put the same file there, or say where it is."
-            )
-        return same
 
     @property
     def image(self) -> Image:
         """The pixels; RequestError where they were not read yet."""
         if self.pixels is None:
-            raise RequestError(f"the pixels of {self.name or 'a picture'} are missing; use Picture.open(path).")
+            raise RequestError(f"the pixels of {self.name or 'a picture in memory'} are not there; use Picture.open.")
         return self.pixels
+
+    def found(self, folders: Sequence[Path]) -> Picture:
+        """Read the same file again, from the first folder that has it; RequestError for none, or only another one."""
+        there = [Picture.open(path) for folder in folders if self.name and (path := folder / self.name).is_file()]
+        for picture in there:
+            if picture == self:
+                return picture
+        problem = "is not the file that went in, by its SHA-256" if there else "is not there"
+        raise RequestError(f"{self.name or 'a picture without a file'} {problem}; looked in {[*map(str, folders)]}.")
 
 
 @dataclass(frozen=True)
@@ -103,11 +98,10 @@ class Control:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale < float("inf"):
-            raise RequestError(f"a control's scale is {self.scale}; expected a number from 0 up, 1 is usual.")
-        if not 0 <= self.start < self.end <= 1:
+        if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
             raise RequestError(
-                f"a control acts from {self.start:g} to {self.end:g}; expected shares of the steps, rising, in 0..1."
+                f"a control acts at {self.scale:g} from {self.start:g} to {self.end:g}; expected a scale from 0 up (1 "
+                "is usual), and two rising shares of the steps in 0..1."
             )
 
 
@@ -155,13 +149,12 @@ class Request:
             raise RequestError("strength and mask say how an image is changed, and there is none: give the image too.")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise RequestError(f"strength is {self.strength}; expected a number above 0, up to 1 for all of the image.")
-        if self.image and self.mask and self.image.pixels and self.mask.pixels:
-            (width, height), mask = self.image.pixels.size, self.mask.pixels
-            if mask.size != (width, height):
-                raise RequestError(
-                    f"the mask is {mask.width}x{mask.height} and the image {width}x{height} pixels; expected the same "
-                    "size. Draw the mask on a copy of the image."
-                )
+        image, mask = (picture and picture.pixels for picture in (self.image, self.mask))
+        if image and mask and image.size != mask.size:
+            raise RequestError(
+                f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height} pixels; expected "
+                "the same size. Draw the mask on a copy of the image."
+            )
 
     @property
     def seeds(self) -> list[int]:
@@ -177,10 +170,10 @@ class Request:
         first = index // MAX_BATCH * MAX_BATCH
         return replace(self, seed=self.seed + first, num_images=min(MAX_BATCH, self.num_images - first))
 
-    def with_pictures(self, change: Callable[[Picture], Picture]) -> Request:
-        """Return the same request with every picture that goes in changed."""
-        controls = tuple(replace(control, picture=change(control.picture)) for control in self.controls)
-        image, mask = (None if picture is None else change(picture) for picture in (self.image, self.mask))
+    def found(self, folders: Sequence[Path]) -> Request:
+        """Return the same request with every picture that goes in read again."""
+        controls = tuple(replace(control, picture=control.picture.found(folders)) for control in self.controls)
+        image, mask = (picture and picture.found(folders) for picture in (self.image, self.mask))
         return replace(self, image=image, mask=mask, controls=controls)
 
     def to_json(self) -> str:
