@@ -72,7 +72,8 @@ class ImageCodec:
         latents = self.encode(pictures.to(self.vae.device)).float().cpu()
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
         columns, wanted = (values.movedim(1, -1).flatten(0, 2) for values in (with_one, avg_pool2d(pictures, side)))
-        return torch.linalg.lstsq(columns, wanted).solution
+        fit: Tensor = torch.linalg.lstsq(columns, wanted).solution
+        return fit
 
     def _in_range(self, work: Callable[[Any], Tensor]) -> Tensor:
         """Do it once more in float32, on a copy, where half precision overflowed, as it does in SDXL's own VAE."""

@@ -1,6 +1,6 @@
 """From a request to pictures.
 
-Text is encoded once, each image starts from its own noise, `solve` follows the flow along the trailing grid of the
+Text is encoded once, each image starts from its own noise, the flow is followed along the trailing grid of the
 contract, and the codec turns latents into pixels. A student is sampled by the same lines as its teacher, with fewer
 times. This module keeps no state between two calls, and knows nothing of files, servers or progress bars.
 """
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from twostep.contract import TOP_TIME, Contract
 from twostep.data.pictures import nearest_size
-from twostep.diffusion import Prediction, falling_times, initial_noise, solve, trailing_times
+from twostep.diffusion import Denoise, Prediction, falling_times, trailing_times
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
 from twostep.models.codec import ImageCodec, to_images
 from twostep.models.conditioning import Conditioning
+from twostep.models.denoiser import Denoiser
 from twostep.pipeline.inputs import Inputs
 from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
 
@@ -54,17 +55,6 @@ class Progress:
 OnStep = Callable[[Progress], None]
 
 
-@dataclass(frozen=True, eq=False)
-class _Drawing:
-    """A request with everything settled and made ready; `told` ends with what is to be avoided, if that is asked for."""
-
-    bundle: Bundle
-    request: Request
-    times: tuple[int, ...]
-    told: list[Conditioning]
-    inputs: Inputs
-
-
 def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
     """Draw the images of a request with a model.
 
@@ -73,11 +63,11 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     `GenerationError`. `on_step` is called after every step; what it raises ends the drawing. Several threads may draw
     with one bundle at once.
     """
-    contract, wish, has_pictures = bundle.contract, request.strength, bool(request.image or request.controls)
+    contract, wish = bundle.contract, request.strength
     warnings = contract.check(request.steps, request.guidance, request.width, request.height)
     size = _size(contract, request)
     request, times = _settled(contract, request, size)
-    seconds = {"text": 0.0} | ({"encode": 0.0} if has_pictures else {}) | {"denoise": 0.0, "decode": 0.0}
+    seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
     images: list[Image.Image] = []
     with torch.inference_mode():
         with _timed(seconds, "text"):
@@ -85,14 +75,17 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
             warnings += _strength_warnings(contract, times, wish)
             prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
             told = bundle.conditioning(prompts, *size, whole=True)
-        with _timed(seconds, "encode" if has_pictures else "text"):
+        with _timed(seconds, "encode"):
             inputs = Inputs.of(bundle, request, size, times)
-        shown = [replace(told[i : i + 1], known=inputs.known, hints=inputs.hints) for i in range(len(prompts))]
-        drawing = _Drawing(bundle, request, times, shown, inputs)
+            told = replace(told, known=inputs.known, hints=inputs.hints)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
-                latents = _denoise(drawing, seeds, _reporter(drawing, start, seeds, on_step))
+                report = _reporter(bundle.codec, request, start, len(times) - 1, seeds, on_step)
+                denoise = _guided(bundle.denoiser, told, len(seeds), request.guidance or 1)
+                latents = _finite(
+                    inputs.draw(denoise, seeds, times, bundle.denoiser.schedule, report), "latents", seeds
+                )
             with _timed(seconds, "decode"):
                 pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
                 images += to_images(inputs.finished(pictures))
@@ -113,7 +106,7 @@ def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tup
     """Return a checked request with nothing left open, and the times that it walks, the landing 0 included.
 
     A student's guidance is distilled into it, so it gets none, which is 1. A drawing that begins at an image does so at
-    one of the student's own trained times, the nearest to the strength that is wished for, or one of the teacher's grid.
+    one of the student's own trained times, the nearest to the strength, or one of the teacher's grid.
     """
     wish = contract.guidance if request.guidance is None else request.guidance
     steps, start, strength = request.steps or contract.steps, TOP_TIME, None
@@ -126,31 +119,22 @@ def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tup
     return request, falling_times(start, steps)
 
 
-def _denoise(
-    drawing: _Drawing, seeds: list[int], report: Callable[[int, Prediction], None]
-) -> Float[Tensor, "batch channels height width"]:
-    """Follow the flow from the noise of these seeds, or the noised image, to clean latents."""
-    denoiser, inputs, request = drawing.bundle.denoiser, drawing.inputs, drawing.request
-    prompt, *avoided = (part.expand(len(seeds)) for part in drawing.told)
-    denoise = denoiser.guided(prompt, avoided[0], request.guidance or 1) if avoided else denoiser.given(prompt)
-    noise = torch.stack([initial_noise(seed, inputs.x0.shape[1:]) for seed in seeds]).to(denoiser.network.device)
-    x = inputs.begin(noise, drawing.times[0], denoiser.schedule, request.init_noise)
-    times = torch.tensor(drawing.times)[:, None].expand(-1, len(seeds))
-    latents = solve(denoise, x, times, denoiser.schedule, report, inputs.keep(noise, denoiser.schedule))
-    return _finite(latents, "latents", seeds)
+def _guided(denoiser: Denoiser, told: Conditioning, count: int, guidance: float) -> Denoise:
+    """Tell the denoiser what the prompt says, and with guidance what is to be avoided, for so many images."""
+    prompt, *avoided = (told[i : i + 1].expand(count) for i in range(len(told)))
+    return denoiser.guided(prompt, avoided[0], guidance) if avoided else denoiser.given(prompt)
 
 
 def _reporter(
-    drawing: _Drawing, start: int, seeds: list[int], on_step: OnStep | None
+    codec: ImageCodec, request: Request, start: int, num_steps: int, seeds: list[int], on_step: OnStep | None
 ) -> Callable[[int, Prediction], None]:
     """Count the steps of one batch on top of those of the batches before it."""
-    num_steps = len(drawing.times) - 1
-    total = -(-drawing.request.num_images // MAX_BATCH) * num_steps
+    total = -(-request.num_images // MAX_BATCH) * num_steps
     before = start // MAX_BATCH * num_steps
 
     def report(index: int, prediction: Prediction) -> None:
         if on_step is not None:
-            on_step(Progress(before + index + 1, total, seeds, prediction, drawing.bundle.codec))
+            on_step(Progress(before + index + 1, total, seeds, prediction, codec))
 
     return report
 

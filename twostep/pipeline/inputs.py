@@ -7,6 +7,7 @@ inpainting are shown the mask and what is not masked instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from twostep.data.pictures import cut
-from twostep.diffusion import NoiseSchedule
-from twostep.diffusion.flow import Keep
+from twostep.diffusion import Denoise, NoiseSchedule, Prediction, initial_noise, solve
 from twostep.diffusion.shapes import Latents
 from twostep.models.bundle import Bundle
 from twostep.models.control import Hint, load_control
@@ -35,6 +35,7 @@ class Inputs:
     mask: Mask | None
     known: Float[Tensor, "1 known h w"] | None
     hints: tuple[Hint, ...]
+    init_noise: InitNoise
 
     @classmethod
     def of(cls, bundle: Bundle, request: Request, size: tuple[int, int], times: tuple[int, ...]) -> Inputs:
@@ -60,23 +61,27 @@ class Inputs:
             network = load_control(control.model, unet, bundle.codec.pixels_per_latent)
             shown = (pixels(control.picture) + 1) / 2
             hints.append(Hint(network, shown, control.scale, frozenset(times[i] for i in acting)))
-        return cls(image, x0, mask, _known(bundle, size, image, mask), tuple(hints))
+        return cls(image, x0, mask, _known(bundle, size, image, mask), tuple(hints), request.init_noise)
 
-    def begin(self, noise: Latents, start: int, schedule: NoiseSchedule, init_noise: InitNoise) -> Latents:
-        """Return the latents at the time `start`, where the drawing begins; at the top nothing of the image is left."""
-        t = torch.full((len(noise),), start)
-        if init_noise == "comfyui":
-            return schedule.add_noise(self.x0.expand_as(noise), noise, t)
-        alpha, sigma = schedule.coefficients(t, noise)
-        unseen = self.mask is not None and start == schedule.num_times
-        return sigma * noise if unseen else alpha * self.x0 + sigma * noise
-
-    def keep(self, noise: Latents, schedule: NoiseSchedule) -> Keep | None:
-        """Return what puts the image back outside of the mask after a step; inpainting networks need none."""
-        if self.mask is None or self.known is not None:
-            return None
-        x0, drawn = self.x0.expand_as(noise), _coarse(self.mask, noise)
-        return lambda x_s, s: torch.where(drawn, x_s, schedule.add_noise(x0, noise, s))
+    def draw(
+        self,
+        denoise: Denoise,
+        seeds: list[int],
+        times: tuple[int, ...],
+        schedule: NoiseSchedule,
+        on_step: Callable[[int, Prediction], None],
+    ) -> Latents:
+        """Follow the flow along these times from the noise of these seeds, or the noised image, to clean latents."""
+        noise = torch.stack([initial_noise(seed, self.x0.shape[1:]) for seed in seeds]).to(self.x0.device)
+        x0, t = self.x0.expand_as(noise), torch.tensor(times)[:, None].expand(-1, len(seeds))
+        x, keep = schedule.add_noise(x0, noise, t[0]), None
+        if self.init_noise == "diffusers":
+            alpha, sigma = schedule.coefficients(t[0], noise)
+            x = sigma * noise + (0 if self.mask is not None and times[0] == schedule.num_times else alpha * x0)
+        if self.mask is not None and self.known is None:  # inpainting networks see themselves what they have to keep
+            drawn = _coarse(self.mask, noise)
+            keep = lambda x_s, s: torch.where(drawn, x_s, schedule.add_noise(x0, noise, s))  # noqa: E731
+        return solve(denoise, x, t, schedule, on_step, keep)
 
     def finished(self, pictures: Pixels) -> Pixels:
         """Put the image's own pixels back outside of the mask."""

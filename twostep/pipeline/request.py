@@ -10,11 +10,11 @@ This module does not know models: whether a model can honour a request is its co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from PIL.Image import Image
 
@@ -30,9 +30,6 @@ NUM_DISTINCT_SEEDS = 2**32
 
 MAX_BATCH = 16
 """Images that go through the network together; larger requests are drawn in several such batches."""
-
-MIN_SIDE, MAX_PIXELS = 8, 2**26
-"""Pictures that go in have sides of at least so many pixels, and no more pixels than this."""
 
 InitNoise = Literal["comfyui", "diffusers"]
 """Where a drawing begins: at pure noise, as students are trained and ComfyUI does it, or at sigma_T times that."""
@@ -54,32 +51,32 @@ class Picture:
     pixels: Image | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Picture:
-        """Read a picture's file; RequestError where it is none, too small or too large."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise RequestError(f"{path} cannot be read: {error.strerror or error}. Give a picture's file.") from error
-        return cls(Path(path).name, sha256(data).hexdigest(), _opened(lambda: data, str(path)))
+    def of(cls, source: str | Path | Image) -> Picture:
+        """Read a picture's file, or take one in memory; RequestError where it is none, too small or too large."""
+        from twostep.data.pictures import UnusablePictureError, opened  # brings torch
 
-    @classmethod
-    def of(cls, image: Image) -> Picture:
-        """Take a picture that is in memory; what is made of it cannot be replayed from its PNG."""
-        return cls("", sha256(image.tobytes()).hexdigest(), _opened(lambda: image, "the picture"))
+        try:
+            data = Path(source).read_bytes() if isinstance(source, str | Path) else source
+            pixels = opened(lambda: data, for_input=True)
+        except (OSError, UnusablePictureError) as error:
+            raise RequestError(f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP.") from error
+        name, content = ("", data.tobytes()) if isinstance(data, Image) else (Path(str(source)).name, data)
+        return cls(name, sha256(content).hexdigest(), pixels)
 
     @property
     def image(self) -> Image:
-        """The pixels; RequestError where they were not read yet."""
+        """The pixels; RequestError where they were not read again yet."""
         if self.pixels is None:
-            raise RequestError(f"the pixels of {self.name or 'a picture in memory'} are not there; use Picture.open.")
+            raise RequestError(
+                f"{self.name or 'a picture in memory'} is known by name alone: call found(folders) first."
+            )
         return self.pixels
 
     def found(self, folders: Sequence[Path]) -> Picture:
         """Read the same file again, from the first folder that has it; RequestError for none, or only another one."""
-        there = [Picture.open(path) for folder in folders if self.name and (path := folder / self.name).is_file()]
-        for picture in there:
-            if picture == self:
-                return picture
+        there = [Picture.of(path) for folder in folders if self.name and (path := folder / self.name).is_file()]
+        if self in there:
+            return there[there.index(self)]
         problem = "is not the file that went in, by its SHA-256" if there else "is not there"
         raise RequestError(f"{self.name or 'a picture without a file'} {problem}; looked in {[*map(str, folders)]}.")
 
@@ -100,8 +97,8 @@ class Control:
     def __post_init__(self) -> None:
         if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
             raise RequestError(
-                f"a control acts at {self.scale:g} from {self.start:g} to {self.end:g}; expected a scale from 0 up (1 "
-                "is usual), and two rising shares of the steps in 0..1."
+                f"a control acts at {self.scale:g} from {self.start:g} to {self.end:g}; expected a scale from 0 up, "
+                "and two rising shares of the steps in 0..1."
             )
 
 
@@ -221,19 +218,6 @@ class Result:
     def seconds_per_image(self) -> float:
         """Time of all stages divided by the number of images."""
         return sum(self.seconds.values()) / len(self.images)
-
-
-def _opened(read: Callable[[], Any], name: str) -> Image:
-    """Read a picture as training does; that room is heavy, so it is entered only where a picture goes in."""
-    from twostep.data.pictures import UnusablePictureError, opened
-
-    try:
-        image = opened(read, MAX_PIXELS)
-    except UnusablePictureError as error:
-        raise RequestError(f"{name}: {error}. Give a PNG, JPEG or WebP, scaled down if it is very large.") from error
-    if min(image.size) < MIN_SIDE:
-        raise RequestError(f"{name} is {image.width}x{image.height}; expected sides of {MIN_SIDE} pixels or more.")
-    return image
 
 
 def _check_text(name: str, text: object) -> None:
