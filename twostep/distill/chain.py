@@ -55,7 +55,7 @@ def distil(
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
     """
-    teacher = _prepare(recipe, teacher, source, folder)
+    teacher = _prepare(recipe, teacher.as_teacher(), source, folder)
     examples = Examples.of(teacher, recipe.sample_prompts)
     if recipe.data is not None:  # whose texts are encoded
         for encoder in teacher.text.encoders:

@@ -69,7 +69,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
     with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _elsewhere():
         # Copying a network asks where its weights lie, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
+        teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True).as_teacher()
         if recipe.base_precision == "bf16":
             nn.Module.to(teacher.denoiser.network, torch.bfloat16)
         start = None

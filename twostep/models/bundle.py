@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging
 
 from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
@@ -33,7 +31,7 @@ from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
 from twostep.models.lora import PREFIX
 from twostep.models.official import official_file
 from twostep.models.single_file import Outline, SingleFile, find_single_file, is_whole
-from twostep.models.text import TextEncoders
+from twostep.models.text import TextEncoders, quiet_transformers
 from twostep.runs.folder import write_whole
 
 Weights = SingleFile | Outline | None
@@ -43,17 +41,36 @@ EncoderT = TypeVar("EncoderT", CLIPTextModel, CLIPTextModelWithProjection)
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """Everything that sampling needs; `students` are the step counts that the same folder offers."""
+    """Everything that sampling needs; `students` are the step counts that the same folder offers.
+
+    `origin` is the model and the LoRAs as they were named when it was loaded.
+    """
 
     denoiser: Denoiser
     codec: ImageCodec
     text: TextEncoders
     contract: Contract
     students: tuple[int, ...] = ()
+    origin: tuple[str, ...] = ()
 
     def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
         """Encode prompts for uncropped pictures of this size in pixels."""
         return self.text.conditioning(prompts, width, height)
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet wants a mask, and the latents of what is not masked, beside the noisy latents."""
+        config = self.denoiser.network.config
+        return bool(config.in_channels != config.out_channels)
+
+    def as_teacher(self) -> Bundle:
+        """Return the bundle itself if something can be distilled from it; ModelError if it is for inpainting."""
+        if self.is_inpainting:
+            raise ModelError(
+                f"{self.contract.name} takes {self.denoiser.network.config.in_channels} channels: an inpainting UNet "
+                "draws and edits, but is no teacher here. Distil its text-to-image base."
+            )
+        return self
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -70,7 +87,7 @@ class Bundle:
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a picture of this size in pixels."""
         pixels = self.codec.pixels_per_latent
-        return int(self.denoiser.network.config.in_channels), height // pixels, width // pixels
+        return int(self.denoiser.network.config.out_channels), height // pixels, width // pixels
 
 
 def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline: bool = False) -> Bundle:
@@ -106,12 +123,13 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
         text=load_text(folder, source),
         contract=contract,
         students=tuple(sorted(student_files(folder), reverse=True)),
+        origin=(str(model),),
     )
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a teacher as a diffusers folder of fp16 weights with its contract; any SDXL pipeline loads it."""
-    with _quiet_transformers():
+    with quiet_transformers():
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline(
@@ -131,7 +149,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
         add_watermarker=False,
     )
-    with _quiet_transformers():
+    with quiet_transformers():
         pipeline.save_pretrained(folder)
     _clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
@@ -206,7 +224,7 @@ def _load_encoder(kind: type[EncoderT], folder: Path, part: str, single: Weights
     if single is not None:
         empty = kind(kind.config_class.from_pretrained(folder))
         return single.fill(empty, part).eval().requires_grad_(False)
-    with _quiet_transformers():
+    with quiet_transformers():
         encoder = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
         )
@@ -228,17 +246,3 @@ def _half(network: nn.Module) -> nn.Module:
     half = copy.deepcopy(network).half()
     half.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return half
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep it from drawing a bar for every small file, and from asking for torchvision, which nothing here uses."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

@@ -84,4 +84,4 @@ def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = No
         bundle = garment.on(bundle)
     if steps not in (None, bundle.contract.steps) and bundle.contract.role == "student":
         raise ModelError(f"{bundle.contract.name} draws in {bundle.contract.steps} steps, not in {steps}.")
-    return bundle
+    return replace(bundle, origin=(str(model), *loras))

@@ -8,22 +8,25 @@ times. This module keeps no state between two calls, and knows nothing of files,
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from twostep.contract import Contract
-from twostep.diffusion import Denoise, Prediction, initial_noise, sample
+from twostep.contract import TOP_TIME, Contract
+from twostep.data.pictures import nearest_size
+from twostep.diffusion import Prediction, falling_times, initial_noise, sample, trailing_times
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
-from twostep.models.codec import to_images
-from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Request, Result
+from twostep.models.codec import ImageCodec, to_images
+from twostep.models.conditioning import Conditioning, image_sizes
+from twostep.pipeline.inputs import Inputs
+from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
 
-MAX_BATCH = 16
-"""Images that go through the network together; larger requests are drawn in several such batches."""
+DEFAULT_STRENGTH = 0.75
+"""How much of an image is changed where a request does not say it and has no mask."""
 
 
 class GenerationError(TwostepError):
@@ -41,6 +44,11 @@ class Progress:
     num_steps: int
     seeds: list[int]
     prediction: Prediction
+    codec: ImageCodec
+
+    def previews(self) -> list[Image.Image]:
+        """Return the pictures as they are foreseen now, small, a pixel for each latent."""
+        return to_images(self.codec.preview(self.prediction.x0))
 
 
 OnStep = Callable[[Progress], None]
@@ -48,12 +56,23 @@ OnStep = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a request may leave to the contract, settled; guidance 1 is none."""
+    """What a request may leave to the contract, settled; guidance 1 is none, and `times` end with the landing 0."""
 
     steps: int
     guidance: float
-    width: int
-    height: int
+    size: tuple[int, int]
+    times: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawing:
+    """A request made ready: what the network is told, without prompt last, and the pictures that go in."""
+
+    bundle: Bundle
+    request: Request
+    plan: _Plan
+    told: list[Conditioning]
+    inputs: Inputs
 
 
 def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
@@ -61,75 +80,104 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
 
     Image i depends on the model and on seed + i alone, not on how many others are drawn with it. What the contract
     cannot honour raises `ContractError`, what it ignores becomes a warning; NaN or infinity out of the network raises
-    `GenerationError`. `on_step` is called after every step; what it raises ends the drawing.
+    `GenerationError`. `on_step` is called after every step; what it raises ends the drawing. Several threads may draw
+    with one bundle at once.
     """
-    warnings = bundle.contract.check(request.steps, request.guidance, request.width, request.height)
-    plan = _plan(bundle.contract, request)
-    request = replace(request, **asdict(plan))
-    seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+    contract, has_pictures = bundle.contract, bool(request.image or request.controls)
+    warnings = contract.check(request.steps, request.guidance, request.width, request.height)
+    plan = _plan(contract, request)
+    request, wish = _settled(request, plan), request.strength
+    seconds = {"text": 0.0} | ({"encode": 0.0} if has_pictures else {}) | {"denoise": 0.0, "decode": 0.0}
     images: list[Image.Image] = []
     with torch.inference_mode():
         with _timed(seconds, "text"):
             warnings += _prompt_warnings(bundle, request) + _seed_warnings(request)
-            denoise_for = _conditioned(bundle, request, plan)
+            warnings += _strength_warnings(contract, plan, wish)
+            encoded = _encoded(bundle, request, plan)
+        with _timed(seconds, "encode" if has_pictures else "text"):
+            inputs = Inputs.of(bundle, request, plan.size, plan.times)
+        drawing = _Drawing(bundle, request, plan, [inputs.told(part) for part in encoded], inputs)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
-                report = _reporter(request.num_images, start, plan.steps, seeds, on_step)
-                latents = _denoise(bundle, plan, denoise_for(len(seeds)), seeds, report)
+                latents = _denoise(drawing, seeds, _reporter(drawing, start, seeds, on_step))
             with _timed(seconds, "decode"):
-                images += to_images(_finite(bundle.codec.decode(latents), "pixels", seeds))
-    return Result(images, request.seeds, seconds, warnings, bundle.contract, request)
+                pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
+                images += to_images(inputs.finished(pictures))
+    return Result(images, request.seeds, seconds, warnings, contract, request, bundle.origin)
 
 
 def _plan(contract: Contract, request: Request) -> _Plan:
-    """Settle a request that the contract has checked; a student's guidance is distilled into it, so it gets none."""
+    """Settle a request that the contract has checked; a student's guidance is distilled into it, so it gets none.
+
+    A drawing that begins at an image does so at one of the student's own trained times, the nearest to the strength
+    that is wished for, or at one of the teacher's grid.
+    """
     wish = contract.guidance if request.guidance is None else request.guidance
-    width, height = next(
-        size for size in contract.sizes if request.width in (None, size[0]) and request.height in (None, size[1])
-    )
+    steps, start = request.steps or contract.steps, TOP_TIME
+    if request.image is not None:
+        strength = request.strength or (DEFAULT_STRENGTH if request.mask is None else 1.0)
+        stops = contract.trained_times or trailing_times(steps)
+        start = min(stops, key=lambda t: (abs(t - TOP_TIME * strength), -t))
     return _Plan(
-        steps=request.steps or contract.steps,
+        steps=steps,
         guidance=1.0 if contract.role == "student" else max(1.0, wish),
-        width=width,
-        height=height,
+        size=_size(contract, request),
+        times=falling_times(start, steps),
     )
 
 
-def _conditioned(bundle: Bundle, request: Request, plan: _Plan) -> Callable[[int], Denoise]:
-    """Encode the text once; the answer makes a denoiser for any number of images of it."""
+def _size(contract: Contract, request: Request) -> tuple[int, int]:
+    """Return the size that is asked for, or of those left open the one that fits the pictures, if any go in."""
+    width, height = request.width, request.height
+    fitting = [size for size in contract.sizes if width in (None, size[0]) and height in (None, size[1])]
+    if width and height and not fitting:
+        return width, height
+    picture = request.image or next((control.picture for control in request.controls), None)
+    return fitting[0] if picture is None else nearest_size(picture.image, fitting)
+
+
+def _settled(request: Request, plan: _Plan) -> Request:
+    """Return the request with what was settled filled in."""
+    strength = None if request.image is None else plan.times[0] / TOP_TIME
+    width, height = plan.size
+    return replace(request, steps=plan.steps, guidance=plan.guidance, width=width, height=height, strength=strength)
+
+
+def _encoded(bundle: Bundle, request: Request, plan: _Plan) -> list[Conditioning]:
+    """Encode the prompt, and with guidance what is to be avoided too, each as one item."""
     prompts = [request.prompt] if plan.guidance == 1 else [request.prompt, request.negative_prompt]
-    encoded = bundle.conditioning(prompts, plan.width, plan.height)
-
-    def denoise_for(num_images: int) -> Denoise:
-        prompt = encoded[:1].expand(num_images)
-        if plan.guidance == 1:
-            return bundle.denoiser.given(prompt)
-        return bundle.denoiser.guided(prompt, encoded[1:].expand(num_images), plan.guidance)
-
-    return denoise_for
+    text, pooled = bundle.text.encode_whole(prompts)
+    told = Conditioning(text, pooled, image_sizes(len(text), *plan.size).to(text.device, text.dtype))
+    return [told[i : i + 1] for i in range(len(prompts))]
 
 
 def _denoise(
-    bundle: Bundle, plan: _Plan, denoise: Denoise, seeds: list[int], report: Callable[[int, Prediction], None]
+    drawing: _Drawing, seeds: list[int], report: Callable[[int, Prediction], None]
 ) -> Float[Tensor, "batch channels height width"]:
-    """Follow the flow from the noise of these seeds to clean latents."""
-    shape = bundle.latent_shape(plan.width, plan.height)
+    """Follow the flow from the noise of these seeds, or the noised image, to clean latents."""
+    bundle, plan, inputs = drawing.bundle, drawing.plan, drawing.inputs
+    prompt, *avoided = (part.expand(len(seeds)) for part in drawing.told)
+    denoise = bundle.denoiser.given(prompt)
+    if avoided:
+        denoise = bundle.denoiser.guided(prompt, avoided[0], plan.guidance)
+    shape, schedule = bundle.latent_shape(*plan.size), bundle.denoiser.schedule
     noise = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(bundle.denoiser.network.device)
-    latents = sample(denoise, noise, plan.steps, bundle.denoiser.schedule, report)
-    return _finite(latents, "latents", seeds)
+    x, keep = inputs.begin(noise, plan.times[0], schedule, drawing.request.init_noise), inputs.keep(noise, schedule)
+    return _finite(sample(denoise, x, plan.steps, schedule, report, keep, start=plan.times[0]), "latents", seeds)
 
 
 def _reporter(
-    num_images: int, start: int, num_steps: int, seeds: list[int], on_step: OnStep | None
+    drawing: _Drawing, start: int, seeds: list[int], on_step: OnStep | None
 ) -> Callable[[int, Prediction], None]:
     """Count the steps of one batch on top of those of the batches before it."""
-    total = -(-num_images // MAX_BATCH) * num_steps
+    num_steps = len(drawing.plan.times) - 1
+    total = -(-drawing.request.num_images // MAX_BATCH) * num_steps
     before = start // MAX_BATCH * num_steps
 
     def report(index: int, prediction: Prediction) -> None:
         if on_step is not None:
-            on_step(Progress(before + index + 1, total, seeds, prediction))
+            on_step(Progress(before + index + 1, total, seeds, prediction, drawing.bundle.codec))
 
     return report
 
@@ -153,9 +201,6 @@ def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
     if request.negative_prompt and request.guidance == 1:
         texts.pop()
         warnings.append("the negative prompt has no effect: it acts through guidance, and there is none here.")
-    excess = bundle.text.num_excess_tokens(request.prompt)
-    if excess:
-        warnings.append(f"the prompt is too long: its last {excess} token(s) are cut off. Say it in fewer words.")
     unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
     if unknown:
         warnings.append(
@@ -163,6 +208,18 @@ def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
             f"It has never seen these words, so expect nothing of them."
         )
     return warnings
+
+
+def _strength_warnings(contract: Contract, plan: _Plan, wish: float | None) -> list[str]:
+    """Say where a student begins that was asked for a strength between the times it was trained at."""
+    start = plan.times[0] / TOP_TIME
+    if wish is None or wish == start or contract.role == "teacher":
+        return []
+    stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(contract.trained_times))
+    return [
+        f"strength {wish:g} became {start:g}, which takes {len(plan.times) - 1} step(s): {contract.name} was trained "
+        f"to begin at {stops}, and nowhere between."
+    ]
 
 
 def _seed_warnings(request: Request) -> list[str]:

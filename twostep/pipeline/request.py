@@ -1,4 +1,4 @@
-"""What to make, and what was made.
+"""What to make, of which pictures, and what was made.
 
 A `Request` is the one description of a wish that Python, command line, server and evaluation share; a `Result` is
 everything that is known of its answer. Image i of a request is drawn from seed + i, so any single picture of a batch
@@ -7,8 +7,14 @@ can be asked for again by itself.
 This module does not know models: whether a model can honour a request is its contract's business.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from PIL.Image import Image
 
@@ -22,8 +28,87 @@ NUM_DISTINCT_SEEDS = 2**32
 """torch's CPU generator reads the lowest 32 bits of a seed; larger seeds draw the noise of a smaller one."""
 
 
+MAX_BATCH = 16
+"""Images that go through the network together; larger requests are drawn in several such batches."""
+
+MIN_SIDE, MAX_PIXELS = 8, 2**26
+"""Pictures that go in have sides of at least so many pixels, and no more pixels than this."""
+
+InitNoise = Literal["comfyui", "diffusers"]
+"""Where a drawing begins: at pure noise, as students are trained and ComfyUI does it, or at sigma_T times that."""
+
+
 class RequestError(TwostepError):
     """A request that no model could honour."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that goes in: the name of its file, the hash of what that holds, and the pixels, in RGB on white.
+
+    Without a file the name is empty and the hash is of the pixels. One read from JSON has no pixels until `found`.
+    """
+
+    name: str
+    sha256: str
+    pixels: Image | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Picture:
+        """Read a picture's file; RequestError where it is none, too small or too large."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise RequestError(f"{path} cannot be read: {error.strerror or error}. Give a picture's file.") from error
+        return cls(Path(path).name, sha256(data).hexdigest(), _opened(lambda: data, str(path)))
+
+    @classmethod
+    def of(cls, image: Image) -> Picture:
+        """Take a picture that is in memory; a drawing made of it cannot be replayed from its PNG."""
+        return cls("", sha256(image.tobytes()).hexdigest(), _opened(lambda: image, "the picture"))
+
+    def found(self, folders: Sequence[Path]) -> Picture:
+        """Return the same picture with its pixels, from the first folder that holds its file; RequestError if none."""
+        if not self.name:
+            raise RequestError("a picture that went in was given as pixels, without a file: it cannot be read again.")
+        there = [Picture.open(path) for folder in folders if (path := folder / self.name).is_file()]
+        same = next((picture for picture in there if picture.sha256 == self.sha256), None)
+        if same is None:
+            problem = "is another file than went in, by its SHA-256" if there else "is not there"
+            looked = ", ".join(map(str, folders))
+            raise RequestError(
+                f"{self.name} {problem}; looked in {looked}. Put the same file there, or say where it is."
+            )
+        return same
+
+    @property
+    def image(self) -> Image:
+        """The pixels; RequestError where they were not read yet."""
+        if self.pixels is None:
+            raise RequestError(f"the pixels of {self.name or 'a picture'} are missing; use Picture.open(path).")
+        return self.pixels
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet with the picture it looks at, how strongly it acts, and from and to which share of the steps.
+
+    `model` is a built-in name, a folder or a hub id. Raises RequestError for impossible values.
+    """
+
+    picture: Picture
+    model: str = "silhouette"
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise RequestError(f"a control's scale is {self.scale}; expected a number from 0 up, 1 is usual.")
+        if not 0 <= self.start < self.end <= 1:
+            raise RequestError(
+                f"a control acts from {self.start:g} to {self.end:g}; expected shares of the steps, rising, in 0..1."
+            )
 
 
 @dataclass(frozen=True)
@@ -31,7 +116,8 @@ class Request:
     """One wish: a prompt, how many pictures of it, and from which noise.
 
     `steps`, `guidance`, `width` and `height` (pixels) left at None take what the model's contract recommends.
-    Raises `RequestError` where a value is impossible for any model.
+    `image` is changed instead of drawn anew: `strength`, above 0 and up to 1, says how much (0.75, with a mask 1), and
+    only where `mask`, of the same size, is white. Raises `RequestError` where a value is impossible for any model.
     """
 
     prompt: str
@@ -42,6 +128,11 @@ class Request:
     negative_prompt: str = field(default="", kw_only=True)
     width: int | None = field(default=None, kw_only=True)
     height: int | None = field(default=None, kw_only=True)
+    image: Picture | None = field(default=None, kw_only=True)
+    strength: float | None = field(default=None, kw_only=True)
+    mask: Picture | None = field(default=None, kw_only=True)
+    controls: tuple[Control, ...] = field(default=(), kw_only=True)
+    init_noise: InitNoise = field(default="comfyui", kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -55,22 +146,50 @@ class Request:
             raise RequestError(
                 f"guidance is {self.guidance}; expected a number from 0 up. 1 means none, 3 to 8 is usual."
             )
+        if self.init_noise not in get_args(InitNoise):
+            raise RequestError(f"init_noise is {self.init_noise!r}; expected one of {', '.join(get_args(InitNoise))}.")
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        if self.image is None and (self.strength is not None or self.mask is not None):
+            raise RequestError("strength and mask say how an image is changed, and there is none: give the image too.")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise RequestError(f"strength is {self.strength}; expected a number above 0, up to 1 for all of the image.")
+        if self.image and self.mask and self.image.pixels and self.mask.pixels:
+            (width, height), mask = self.image.pixels.size, self.mask.pixels
+            if mask.size != (width, height):
+                raise RequestError(
+                    f"the mask is {mask.width}x{mask.height} and the image {width}x{height} pixels; expected the same "
+                    "size. Draw the mask on a copy of the image."
+                )
 
     @property
     def seeds(self) -> list[int]:
         """One seed per image: seed, seed + 1, ..."""
         return [self.seed + i for i in range(self.num_images)]
 
-    def only(self, seed: int) -> "Request":
+    def only(self, seed: int) -> Request:
         """Return the request that draws exactly one of this request's pictures."""
         return replace(self, num_images=1, seed=seed)
 
+    def batch_of(self, index: int) -> Request:
+        """Return the request of those pictures that are drawn together with number `index`, to the last bit alike."""
+        first = index // MAX_BATCH * MAX_BATCH
+        return replace(self, seed=self.seed + first, num_images=min(MAX_BATCH, self.num_images - first))
+
+    def with_pictures(self, change: Callable[[Picture], Picture]) -> Request:
+        """Return the same request with every picture that goes in changed."""
+        controls = tuple(replace(control, picture=change(control.picture)) for control in self.controls)
+        image, mask = (None if picture is None else change(picture) for picture in (self.image, self.mask))
+        return replace(self, image=image, mask=mask, controls=controls)
+
     def to_json(self) -> str:
-        """Write the request as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """Write the request as one line of JSON; of pictures names and hashes."""
+        values = asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if key != "pixels"})
+        return json.dumps(values, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Request":
+    def from_json(cls, text: str) -> Request:
         """Read what `to_json` wrote; raises `RequestError` for anything else."""
         try:
             values = json.loads(text)
@@ -79,15 +198,22 @@ class Request:
         known = [f.name for f in fields(cls)]
         if not isinstance(values, dict) or "prompt" not in values or not set(values) <= set(known):
             raise RequestError(f"got {text[:80]!r}; expected a JSON object with a prompt and none but {known}.")
-        return cls(**values)
+        try:
+            for name in ("image", "mask"):
+                values[name] = Picture(**values[name]) if values.get(name) else None
+            controls = [{**control, "picture": Picture(**control["picture"])} for control in values.get("controls", ())]
+            return cls(**{**values, "controls": tuple(Control(**control) for control in controls)})
+        except (TypeError, KeyError) as error:
+            raise RequestError(f"got {text[:80]!r}; a picture in it is damaged: {error}.") from error
 
 
 @dataclass(frozen=True)
 class Result:
     """What was made of a request.
 
-    `request` has every default filled in and the guidance that was really used, `seconds` is per stage ("text",
-    "denoise", "decode"), `warnings` are sentences for a person.
+    `request` has every default filled in and the guidance and strength that were really used, `seconds` is per stage
+    ("text", "encode" if pictures go in, "denoise", "decode"), `warnings` are sentences for a person, `origin` is the
+    model and the LoRAs as they were named when the bundle was loaded.
     """
 
     images: list[Image]
@@ -96,11 +222,25 @@ class Result:
     warnings: list[str]
     contract: Contract
     request: Request
+    origin: tuple[str, ...] = ()
 
     @property
     def seconds_per_image(self) -> float:
         """Time of all stages divided by the number of images."""
         return sum(self.seconds.values()) / len(self.images)
+
+
+def _opened(read: Callable[[], Any], name: str) -> Image:
+    """Read a picture as training does; that room is heavy, so it is entered only where a picture goes in."""
+    from twostep.data.pictures import UnusablePictureError, opened
+
+    try:
+        image = opened(read, MAX_PIXELS)
+    except UnusablePictureError as error:
+        raise RequestError(f"{name}: {error}. Give a PNG, JPEG or WebP, scaled down if it is very large.") from error
+    if min(image.size) < MIN_SIDE:
+        raise RequestError(f"{name} is {image.width}x{image.height}; expected sides of {MIN_SIDE} pixels or more.")
+    return image
 
 
 def _check_text(name: str, text: object) -> None:
