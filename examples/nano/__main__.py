@@ -11,18 +11,18 @@ from typing import Annotated
 import typer
 
 from examples.nano.autoencoder import VaeSettings, train_vae
+from examples.nano.captions import Omission
+from examples.nano.drawings import built_in_concepts, load_emoji
 from examples.nano.emoji import build_emoji, save_emoji
 from examples.nano.evaluate import evaluate
+from examples.nano.latents import find_latents
 from examples.nano.model import teacher_contract
 from examples.nano.openmoji import build_openmoji
 from examples.nano.silhouette import SilhouetteSettings, train_silhouette
 from examples.nano.teacher import TeacherSettings, TuneSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
 from twostep import __version__
-from twostep.cli.train import Emoji, OnProgress, Out, Override, progress_bar, spoken
-from twostep.data.captions import Omission
-from twostep.data.emoji import built_in_concepts, load_emoji
-from twostep.data.latents import find_latents
+from twostep.cli.train import OnProgress, Out, Override, progress_bar, spoken
 from twostep.distill.chain import find_device
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
@@ -30,6 +30,7 @@ from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import load_recipe
 
 HERE = Path(__file__).parent
+Emoji = Annotated[Path, typer.Option(help="The drawings, from `python -m examples.nano emoji`.")]
 
 TrainPart = Callable[[Path, list[str], Path, Path, OnProgress], None]
 """(recipe, overrides, run folder, emoji set, progress): trains, and writes `model` into the run's folder."""

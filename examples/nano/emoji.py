@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from twostep.data.captions import STYLES
-from twostep.data.emoji import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
+from examples.nano.captions import STYLES
+from examples.nano.drawings import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
 from twostep.runs.folder import write_whole
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from examples.nano.drawings import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
 from examples.nano.emoji import fetch_icons, render
-from twostep.data.emoji import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
 
 STYLE = "openmoji"
 

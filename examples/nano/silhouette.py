@@ -15,10 +15,10 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
+from examples.nano.captions import BACKGROUNDS, Omission, caption
 from examples.nano.descent import DescentSettings, train
+from examples.nano.drawings import EmojiSet, Placement, place_drawings
 from examples.nano.model import PIXELS
-from twostep.data.captions import BACKGROUNDS, Omission, caption
-from twostep.data.emoji import EmojiSet, Placement, place_drawings
 from twostep.diffusion import Prediction, prediction_from_output
 from twostep.models.bundle import Bundle
 from twostep.models.conditioning import Conditioning

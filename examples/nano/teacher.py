@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from examples.nano.descent import DescentSettings, train
+from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS, build_unet
-from twostep.data.latents import LatentCache
 from twostep.diffusion import NoiseSchedule
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser

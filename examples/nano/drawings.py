@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twostep.data.captions import BACKGROUNDS
+from examples.nano.captions import BACKGROUNDS
 from twostep.errors import TwostepError
 
 DRAWING_PIXELS = 128
