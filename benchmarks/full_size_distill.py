@@ -55,12 +55,12 @@ class RandomLatents:
         return Conditioning(torch.zeros_like(like.text), torch.zeros_like(like.pooled), like.sizes)
 
 
-def random_sdxl() -> UNet2DConditionModel:
+def random_sdxl(device: torch.device | str = "cpu") -> UNet2DConditionModel:
     """Return the architecture with small random weights, made in place: 2,567,463,684 parameters, 9.6 GiB in fp32."""
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
-    network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
+    network.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for module in network.modules():
             normalises = isinstance(module, nn.GroupNorm | nn.LayerNorm)

@@ -57,7 +57,7 @@ def distil(
     """
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder)
     examples = Examples.of(teacher, recipe.sample_prompts)
-    if recipe.data is not None:  # whose texts are encoded
+    if recipe.cache is not None:  # whose texts are encoded
         for encoder in teacher.text.encoders:
             encoder.to("cpu")
     written: dict[int, Path] = {}
