@@ -1,4 +1,4 @@
-"""Weights in prompts and prompts beyond the limit, against compel itself; plain prompts stay as they are, to the bit."""
+"""Weights in prompts and prompts beyond the limit, against compel itself; plain prompts stay the same to the bit."""
 
 import pytest
 import torch

@@ -16,8 +16,8 @@ from twostep.models.control import Hint
 class Conditioning:
     """Text embeddings, pooled embedding, SDXL's sizes in pixels: original (h, w), crop (top, left), target (h, w).
 
-    For all items alike: `known` is what an inpainting UNet takes too, the mask, 1 where it is to be drawn, and the
-    latents of what is not masked; `hints` are the ControlNets that have a say.
+    `known`, for all items alike, is what an inpainting UNet takes too: the mask, 1 where it is to be drawn, and the
+    latents of what is not masked. `hints` are the ControlNets that have a say, with a picture for every item.
     """
 
     text: Float[Tensor, "batch tokens width"]
@@ -38,7 +38,9 @@ class Conditioning:
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Put several batches one after the other."""
         text, pooled, sizes = zip(*((part.text, part.pooled, part.sizes) for part in parts), strict=True)
-        return replace(parts[0], text=torch.cat(text), pooled=torch.cat(pooled), sizes=torch.cat(sizes))
+        shown = zip(*([hint.picture for hint in part.hints] for part in parts), strict=True)
+        hints = tuple(replace(h, picture=torch.cat(p)) for h, p in zip(parts[0].hints, shown, strict=True))
+        return replace(parts[0], text=torch.cat(text), pooled=torch.cat(pooled), sizes=torch.cat(sizes), hints=hints)
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the same on a device."""
@@ -49,7 +51,9 @@ class Conditioning:
         return self._changed(lambda values: values.expand(count, *values.shape[1:]))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        return replace(self, text=change(self.text), pooled=change(self.pooled), sizes=change(self.sizes))
+        text, pooled, sizes = change(self.text), change(self.pooled), change(self.sizes)
+        hints = tuple(replace(hint, picture=change(hint.picture)) for hint in self.hints)
+        return replace(self, text=text, pooled=pooled, sizes=sizes, hints=hints)
 
 
 def image_sizes(count: int, width: int, height: int) -> Float[Tensor, "count 6"]:

@@ -33,7 +33,7 @@ class Hint:
     """A ControlNet at work: its network, the picture it looks at in 0..1, how strongly it acts, and at which times."""
 
     network: ControlNetModel
-    picture: Float[Tensor, "1 3 height width"]
+    picture: Float[Tensor, "batch 3 height width"]
     scale: float
     times: frozenset[int]
 
@@ -44,7 +44,7 @@ def residuals(
     """Return what ControlNets, at least one, together add to a UNet, as its arguments; `index` is the time less 1."""
     total: list[Tensor] = []
     for hint in hints:
-        picture = hint.picture.to(x.dtype).expand(len(x), -1, -1, -1)
+        picture = hint.picture.to(x.dtype)
         down, mid = hint.network(x, index, text, picture, hint.scale, added_cond_kwargs=added, return_dict=False)
         total = [a + b for a, b in zip(total, (*down, mid), strict=True)] if total else [*down, mid]
     return {"down_block_additional_residuals": tuple(total[:-1]), "mid_block_additional_residual": total[-1]}

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from twostep.contract import TOP_TIME, Contract
 from twostep.data.pictures import nearest_size
-from twostep.diffusion import Denoise, Prediction, falling_times, trailing_times
+from twostep.diffusion import Prediction, falling_times, trailing_times
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
 from twostep.models.codec import ImageCodec, to_images
-from twostep.models.conditioning import Conditioning
-from twostep.models.denoiser import Denoiser
 from twostep.pipeline.inputs import Inputs
 from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
 
@@ -76,16 +74,12 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
             prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
             told = bundle.conditioning(prompts, *size, whole=True)
         with _timed(seconds, "encode"):
-            inputs = Inputs.of(bundle, request, size, times)
-            told = replace(told, known=inputs.known, hints=inputs.hints)
+            inputs = Inputs.of(bundle, request, times)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
                 report = _reporter(bundle.codec, request, start, len(times) - 1, seeds, on_step)
-                denoise = _guided(bundle.denoiser, told, len(seeds), request.guidance or 1)
-                latents = _finite(
-                    inputs.draw(denoise, seeds, times, bundle.denoiser.schedule, report), "latents", seeds
-                )
+                latents = _finite(inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds)
             with _timed(seconds, "decode"):
                 pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
                 images += to_images(inputs.finished(pictures))
@@ -117,12 +111,6 @@ def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tup
     guidance = 1.0 if contract.role == "student" else max(1.0, wish)
     request = replace(request, steps=steps, guidance=guidance, width=size[0], height=size[1], strength=strength)
     return request, falling_times(start, steps)
-
-
-def _guided(denoiser: Denoiser, told: Conditioning, count: int, guidance: float) -> Denoise:
-    """Tell the denoiser what the prompt says, and with guidance what is to be avoided, for so many images."""
-    prompt, *avoided = (told[i : i + 1].expand(count) for i in range(len(told)))
-    return denoiser.guided(prompt, avoided[0], guidance) if avoided else denoiser.given(prompt)
 
 
 def _reporter(

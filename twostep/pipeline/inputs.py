@@ -8,7 +8,7 @@ inpainting are shown the mask and what is not masked instead.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from twostep.data.pictures import cut
-from twostep.diffusion import Denoise, NoiseSchedule, Prediction, initial_noise, solve
+from twostep.diffusion import Prediction, initial_noise, solve
 from twostep.diffusion.shapes import Latents
 from twostep.models.bundle import Bundle
+from twostep.models.conditioning import Conditioning
 from twostep.models.control import Hint, load_control
-from twostep.pipeline.request import InitNoise, Picture, Request, RequestError
+from twostep.models.denoiser import Denoiser
+from twostep.pipeline.request import Picture, Request, RequestError
 
 Pixels = Float[Tensor, "batch 3 height width"]
 Mask = Bool[Tensor, "1 1 height width"]
@@ -30,58 +32,60 @@ Mask = Bool[Tensor, "1 1 height width"]
 class Inputs:
     """What of a request's pictures a drawing needs, for one item; the mask is true where it is drawn."""
 
+    request: Request
+    times: tuple[int, ...]
     image: Pixels | None
     x0: Float[Tensor, "1 c h w"]
     mask: Mask | None
     known: Float[Tensor, "1 known h w"] | None
     hints: tuple[Hint, ...]
-    init_noise: InitNoise
 
     @classmethod
-    def of(cls, bundle: Bundle, request: Request, size: tuple[int, int], times: tuple[int, ...]) -> Inputs:
-        """Cut the pictures of a request to (width, height) and encode them, for a drawing that walks these times.
+    def of(cls, bundle: Bundle, request: Request, times: tuple[int, ...]) -> Inputs:
+        """Cut the pictures of a settled request to its size and encode them, for a drawing that walks these times.
 
         Raises RequestError for a mask that leaves nothing to draw, ModelError for a ControlNet that does not fit.
         """
+        size, unet = (int(request.width or 0), int(request.height or 0)), bundle.denoiser.network
 
         def pixels(picture: Picture) -> Pixels:
-            return cut(picture.image, [size])[0][None].to(device)
+            return cut(picture.image, [size])[0][None].to(unet.device)
 
-        unet, device = bundle.denoiser.network, bundle.denoiser.network.device
         image = None if request.image is None else pixels(request.image)
         mask = None if request.mask is None else pixels(request.mask).mean(dim=1, keepdim=True) >= 0
         if mask is not None and not bool(mask.any()):
             raise RequestError("the mask is black everywhere; paint what is to be drawn anew white.")
-        x0 = torch.zeros(1, *bundle.latent_shape(*size), device=device)
+        x0 = torch.zeros(1, *bundle.latent_shape(*size), device=unet.device)
         x0 = x0 if image is None else bundle.codec.encode(image)
         hints, count = [], len(times) - 1
         for control in request.controls:
             # A step counts if it lies wholly in the control's share of them.
             acting = [i for i in range(count) if control.start <= i / count and (i + 1) / count <= control.end]
-            network = load_control(control.model, unet, bundle.codec.pixels_per_latent)
-            shown = (pixels(control.picture) + 1) / 2
-            hints.append(Hint(network, shown, control.scale, frozenset(times[i] for i in acting)))
-        return cls(image, x0, mask, _known(bundle, size, image, mask), tuple(hints), request.init_noise)
+            network, shown = load_control(control.model, unet, bundle.codec.pixels_per_latent), pixels(control.picture)
+            hints.append(Hint(network, (shown + 1) / 2, control.scale, frozenset(times[i] for i in acting)))
+        known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
+        return cls(request, times, image, x0, mask, known, tuple(hints))
 
     def draw(
-        self,
-        denoise: Denoise,
-        seeds: list[int],
-        times: tuple[int, ...],
-        schedule: NoiseSchedule,
-        on_step: Callable[[int, Prediction], None],
+        self, denoiser: Denoiser, told: Conditioning, seeds: list[int], on_step: Callable[[int, Prediction], None]
     ) -> Latents:
-        """Follow the flow along these times from the noise of these seeds, or the noised image, to clean latents."""
+        """Follow the flow from the noise of these seeds, or the noised image, to clean latents.
+
+        `told` is the prompt, and with guidance after it what is to be avoided.
+        """
+        schedule, start = denoiser.schedule, self.times[0]
+        shown = replace(told[:1], known=self.known, hints=self.hints).expand(len(seeds))
+        avoided = replace(told[-1:], known=self.known, hints=self.hints).expand(len(seeds))
         noise = torch.stack([initial_noise(seed, self.x0.shape[1:]) for seed in seeds]).to(self.x0.device)
-        x0, t = self.x0.expand_as(noise), torch.tensor(times)[:, None].expand(-1, len(seeds))
+        x0, t = self.x0.expand_as(noise), torch.tensor(self.times)[:, None].expand(-1, len(seeds))
         x, keep = schedule.add_noise(x0, noise, t[0]), None
-        if self.init_noise == "diffusers":
+        if self.request.init_noise == "diffusers":
             alpha, sigma = schedule.coefficients(t[0], noise)
-            x = sigma * noise + (0 if self.mask is not None and times[0] == schedule.num_times else alpha * x0)
+            x = sigma * noise + (0 if self.mask is not None and start == schedule.num_times else alpha * x0)
         if self.mask is not None and self.known is None:  # inpainting networks see themselves what they have to keep
             drawn = _coarse(self.mask, noise)
             keep = lambda x_s, s: torch.where(drawn, x_s, schedule.add_noise(x0, noise, s))  # noqa: E731
-        return solve(denoise, x, t, schedule, on_step, keep)
+        return solve(denoiser.guided(shown, avoided, self.request.guidance or 1), x, t, schedule, on_step, keep)
 
     def finished(self, pictures: Pixels) -> Pixels:
         """Put the image's own pixels back outside of the mask."""
@@ -90,10 +94,8 @@ class Inputs:
 
 def _known(
     bundle: Bundle, size: tuple[int, int], image: Pixels | None, mask: Mask | None
-) -> Float[Tensor, "1 known h w"] | None:
+) -> Float[Tensor, "1 known h w"]:
     """Return what an inpainting UNet takes: the mask, and the latents of the image, grey where it is to be drawn."""
-    if not bundle.is_inpainting:
-        return None
     if image is None or mask is None:
         image = torch.zeros(1, 3, *size[::-1], device=bundle.denoiser.network.device)
         mask = torch.ones_like(image[:, :1], dtype=torch.bool)
