@@ -336,7 +336,7 @@ def test_a_png_says_what_was_loaded_and_what_was_drawn_with_it(student: Bundle, 
     path = save_images(generate(bundle, Request(PROMPT, num_images=18, seed=5)), tmp_path)[17]
     told = read_provenance(path)
     assert told.origin == ("models/a", "b:0.8")
-    assert (told.batch.seed, told.batch.num_images, told.index) == (21, 2, 1)
+    assert (told.batch.seed, told.batch.num_images, told.request.seed) == (21, 2, 22)
 
 
 def test_previews_show_what_is_foreseen(image: Picture) -> None:

@@ -117,13 +117,12 @@ def replay(
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
     request = told.batch.found([inputs, picture.parent])
     result, paths = _make(request, model or origin[0], origin[1:], told.contract.steps, out)
+    index = told.request.seed - request.seed
     with Image.open(picture) as first:
-        apart = max(ImageChops.difference(first.convert("RGB"), result.images[told.index]).tobytes())
+        apart = max(ImageChops.difference(first.convert("RGB"), result.images[index]).tobytes())
     if apart:
-        raise ProvenanceError(
-            f"{paths[told.index]} differs by up to {apart} of 255: other weights, or another machine."
-        )
-    typer.echo(f"every pixel of {paths[told.index]} is the same")
+        raise ProvenanceError(f"{paths[index]} differs by up to {apart} of 255: other weights, or another machine.")
+    typer.echo(f"every pixel of {paths[index]} is the same")
 
 
 def _make(

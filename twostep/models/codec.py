@@ -41,12 +41,8 @@ class ImageCodec:
     @torch.no_grad()
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
-
-        def encode(vae: Any) -> Any:
-            encoded = vae.encode(media.to(vae.dtype))
-            return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mean
-
-        return (self._in_range(encode).to(media.dtype) * float(self.vae.config.scaling_factor)).contiguous()
+        latents = self._in_range(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
+        return (latents.to(media.dtype) * float(self.vae.config.scaling_factor)).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
@@ -65,7 +61,7 @@ class ImageCodec:
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:
         """The least-squares fit of colours to latents, of fixed smooth pictures; made once."""
         colours, side = (
-            2 * torch.rand(16, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1,
+            2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1,
             self.pixels_per_latent,
         )
         pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
@@ -81,6 +77,10 @@ class ImageCodec:
         if self.vae.dtype == torch.float16 and not bool(result.isfinite().all()):
             result = work(copy.deepcopy(self.vae).float())
         return result
+
+
+def _latents(encoded: Any) -> Any:
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
 
 
 def to_images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
