@@ -310,10 +310,7 @@ def main(
     stages = [replace(stage, iterations=max(2, round(effort * stage.iterations))) for stage in STAGES]
     first = Stage(TEACHER_STEPS, max(2, round(effort * FIRST_ITERATIONS)), "mse", 0, 0)
     start = train(first, "mse", 1, PointDenoiser(SmallNetwork(STUDENT_WIDTH), schedule), teacher, 5e-3)
-    plans = {
-        "MSE alone": [replace(stage, share=0) for stage in stages],
-        "MSE, then\ndiscriminator": stages,
-    }
+    plans = {"MSE alone": [replace(stage, share=0) for stage in stages], "MSE, then\ndiscriminator": stages}
     with ProcessPoolExecutor(len(plans), get_context("spawn")) as processes:
         running = {name: processes.submit(distil, start, teacher, plan) for name, plan in plans.items()}
         chains = {name: chain.result() for name, chain in running.items()}
