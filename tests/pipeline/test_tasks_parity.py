@@ -87,7 +87,7 @@ def generate_purely(bundle: Bundle) -> torch.Tensor:
     return foreseen[-1]
 
 
-STRENGTHS = [(8, 0.25), (8, 0.5), (8, 0.75), (4, 0.25), (4, 0.5), (4, 0.75), (2, 0.5), (1, 1.0), (2, 1.0), (32, 0.5)]
+STRENGTHS = [(8, 0.375), (8, 0.75), (4, 0.25), (4, 0.75), (2, 0.5), (2, 1.0), (1, 1.0), (32, 0.25)]
 
 
 @pytest.mark.parametrize(("steps", "strength"), STRENGTHS)

@@ -94,9 +94,9 @@ def edit(
         num_images=num_images,
         seed=seed,
         guidance=guidance,
-        image=Picture.open(image),
+        image=Picture.of(image),
         strength=strength,
-        mask=None if mask is None else Picture.open(mask),
+        mask=None if mask is None else Picture.of(mask),
         controls=_parse_controls(control),
     )
     _make(request, model, lora, steps, out)
@@ -104,55 +104,48 @@ def edit(
 
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that twostep wrote.")],
+    inputs: Annotated[Path, typer.Option(help="Where the pictures lie that went in, if not beside it.")] = Path(),
     model: Annotated[str | None, typer.Option(help="Where the model lies now, if it was moved.")] = None,
-    inputs: Annotated[
-        Path | None, typer.Option(help="Where the pictures lie that went in; else here, or beside.")
-    ] = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
     from PIL import Image, ImageChops
 
     told = read_provenance(picture)
-    if not (model or told.origin):
+    origin = told.origin or ((model,) if model else ())
+    if not origin:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
-    folders = [Path(), picture.parent] if inputs is None else [inputs]
-    request = told.batch.with_pictures(lambda went_in: went_in.found(folders))
-    steps = told.contract.steps if told.contract.role == "student" else None
-    result = _load_and_draw(request, model or told.origin[0], told.origin[1:], steps)[0]
-    path = save_images(result, prepare_folder(out))[told.index]
+    request = told.batch.found([inputs, picture.parent])
+    result, paths = _make(request, model or origin[0], origin[1:], told.contract.steps, out)
+    index = told.request.seed - request.seed
     with Image.open(picture) as first:
-        difference = ImageChops.difference(first.convert("RGB"), result.images[told.index])
-    apart = max(difference.tobytes())
+        apart = max(ImageChops.difference(first.convert("RGB"), result.images[index]).tobytes())
     if apart:
-        raise ProvenanceError(
-            f"{path} differs from {picture} by up to {apart} of 255: other weights, or another machine."
-        )
-    typer.echo(f"{path}: every pixel is the same")
+        raise ProvenanceError(f"{paths[index]} differs by up to {apart} of 255: other weights, or another machine.")
+    typer.echo(f"every pixel of {paths[index]} is the same")
 
 
-def _make(request: Request, model: str, lora: list[str] | None, steps: int | None, out: Path) -> None:
+def _make(
+    request: Request, model: str, loras: Sequence[str] | None, steps: int | None, out: Path
+) -> tuple[Result, list[Path]]:
     """Draw a request, write the PNGs, and print their paths, what is to be warned of, and the times."""
     prepare_folder(out)
-    if steps is None and not lora:
+    if steps is None and not loras:
         steps = _default_steps(model)
-    result, loading_seconds = _load_and_draw(request, model, lora or (), steps)
-    for path in save_images(result, out):
-        typer.echo(path)
-    for warning in result.warnings:
-        Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    typer.echo(_times(result, loading_seconds))
-
-
-def _load_and_draw(request: Request, model: str, lora: Sequence[str], steps: int | None) -> tuple[Result, float]:
-    """Return what was made, and how many seconds the model took to load."""
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {model}"):
         from twostep.models.worn import load_worn
 
-        bundle = load_worn(model, lora, steps=steps)
+        bundle = load_worn(model, loras or (), steps=steps)
     loading_seconds = time.perf_counter() - start
-    return _draw(bundle, request), loading_seconds
+    result = _draw(bundle, request)
+    paths = save_images(result, out)
+    for path in paths:
+        typer.echo(path)
+    for warning in result.warnings:
+        Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    typer.echo(_times(result, loading_seconds))
+    return result, paths
 
 
 def info(
@@ -221,7 +214,7 @@ def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:
         if match is None:
             raise RequestError(f"control is {text!r}; expected PICTURE@CONTROLNET:SCALE, as shape.png@silhouette:0.8.")
         scale, start, end = (float(match[key] or usual) for key, usual in (("scale", 1), ("start", 0), ("end", 1)))
-        found.append(Control(Picture.open(match["picture"]), match["model"], scale, start, end))
+        found.append(Control(Picture.of(match["picture"]), match["model"], scale, start, end))
     return tuple(found)
 
 

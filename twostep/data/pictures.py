@@ -26,6 +26,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_KEYS = ("image", "file_name", "path", "file", "jpg", "png", "webp")
 CAPTION_KEYS = ("caption", "text", "prompt")
 HUB = "hf:"
+MIN_SIDE, MAX_PIXELS = 8, 2**26
 
 
 class DataError(TwostepError):
@@ -83,14 +84,18 @@ def read_picture(entry: Entry, demands: Demands) -> Image.Image:
     return picture
 
 
-def opened(read: Callable[[], bytes | Image.Image], max_pixels: int | None = None) -> Image.Image:
-    """Return a picture in RGB, upright and on white; UnusablePictureError if it cannot be read or is too large."""
+def opened(read: Callable[[], bytes | Image.Image], *, for_input: bool = False) -> Image.Image:
+    """Return a picture in RGB, upright and on white; UnusablePictureError if it cannot be read.
+
+    One that a drawing is made of may be neither tiny nor so large that it fills the memory.
+    """
     try:
         data = read()
         picture = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        if max_pixels and picture.width * picture.height > max_pixels:
+        width, height = picture.size
+        if for_input and not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
             raise UnusablePictureError(
-                f"it is {picture.width}x{picture.height}; at most {max_pixels / 1e6:.0f} million pixels are taken"
+                f"it is {width}x{height}; expected {MIN_SIDE}x{MIN_SIDE} to {MAX_PIXELS:,} pixels in all"
             )
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -64,20 +64,14 @@ def solve(
 
 def sample(
     denoise: Denoise,
-    x: Batch,
+    noise: Batch,
     num_steps: int,
     schedule: NoiseSchedule,
     on_step: Callable[[int, Prediction], None] | None = None,
-    keep: Keep | None = None,
-    *,
-    start: int | None = None,
 ) -> Batch:
-    """Follow the flow to clean in steps of the grid of `num_steps`, all items alike, from x at time `start`.
-
-    None is T, where x is pure noise and there are `num_steps` steps; from lower times there are fewer.
-    """
-    times = torch.tensor(falling_times(start or schedule.num_times, num_steps, schedule.num_times))
-    return solve(denoise, x, times[:, None].expand(-1, len(x)), schedule, on_step, keep)
+    """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
+    times = torch.tensor(falling_times(schedule.num_times, num_steps, schedule.num_times))
+    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> Values:

@@ -53,23 +53,19 @@ class Bundle:
     students: tuple[int, ...] = ()
     origin: tuple[str, ...] = ()
 
-    def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
-        """Encode prompts for uncropped pictures of this size in pixels."""
-        return self.text.conditioning(prompts, width, height)
+    def conditioning(self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False) -> Conditioning:
+        """Encode prompts for uncropped pictures of this size in pixels, with `whole` all of what they say."""
+        return self.text.conditioning(prompts, width, height, whole=whole)
 
     @property
     def is_inpainting(self) -> bool:
-        """Whether the UNet wants a mask, and the latents of what is not masked, beside the noisy latents."""
-        config = self.denoiser.network.config
-        return bool(config.in_channels != config.out_channels)
+        """Whether the UNet takes a mask, and the latents of what is not masked, beside the noisy latents."""
+        return bool(self.denoiser.network.config.in_channels != self.denoiser.network.config.out_channels)
 
     def as_teacher(self) -> Bundle:
         """Return the bundle itself if something can be distilled from it; ModelError if it is for inpainting."""
         if self.is_inpainting:
-            raise ModelError(
-                f"{self.contract.name} takes {self.denoiser.network.config.in_channels} channels: an inpainting UNet "
-                "draws and edits, but is no teacher here. Distil its text-to-image base."
-            )
+            raise ModelError(f"{self.contract.name} has an inpainting UNet, which is no teacher here: distil its base.")
         return self
 
     @property

@@ -16,14 +16,14 @@ from twostep.models.control import Hint
 class Conditioning:
     """Text embeddings, pooled embedding, SDXL's sizes in pixels: original (h, w), crop (top, left), target (h, w).
 
-    `known` is for inpainting UNets alone: the mask, 1 where it is to be drawn, and the latents of what is not masked.
-    `hints` are the ControlNets that have a say.
+    `known`, for all items alike, is what an inpainting UNet takes too: the mask, 1 where it is to be drawn, and the
+    latents of what is not masked. `hints` are the ControlNets that have a say, with a picture for every item.
     """
 
     text: Float[Tensor, "batch tokens width"]
     pooled: Float[Tensor, "batch pooled"]
     sizes: Float[Tensor, "batch 6"]
-    known: Float[Tensor, "batch known h w"] | None = None
+    known: Float[Tensor, "1 known h w"] | None = None
     hints: tuple[Hint, ...] = ()
 
     def __len__(self) -> int:
@@ -36,16 +36,11 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Put several batches one after the other; all have the same ControlNets."""
-        known = [part.known for part in parts if part.known is not None]
-        pictures = zip(*([hint.picture for hint in part.hints] for part in parts), strict=True)
-        return Conditioning(
-            torch.cat([part.text for part in parts]),
-            torch.cat([part.pooled for part in parts]),
-            torch.cat([part.sizes for part in parts]),
-            torch.cat(known) if known else None,
-            tuple(replace(h, picture=torch.cat(several)) for h, several in zip(parts[0].hints, pictures, strict=True)),
-        )
+        """Put several batches one after the other."""
+        text, pooled, sizes = zip(*((part.text, part.pooled, part.sizes) for part in parts), strict=True)
+        shown = zip(*([hint.picture for hint in part.hints] for part in parts), strict=True)
+        hints = tuple(replace(h, picture=torch.cat(p)) for h, p in zip(parts[0].hints, shown, strict=True))
+        return replace(parts[0], text=torch.cat(text), pooled=torch.cat(pooled), sizes=torch.cat(sizes), hints=hints)
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the same on a device."""
@@ -56,9 +51,9 @@ class Conditioning:
         return self._changed(lambda values: values.expand(count, *values.shape[1:]))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        known = None if self.known is None else change(self.known)
+        text, pooled, sizes = change(self.text), change(self.pooled), change(self.sizes)
         hints = tuple(replace(hint, picture=change(hint.picture)) for hint in self.hints)
-        return Conditioning(change(self.text), change(self.pooled), change(self.sizes), known, hints)
+        return replace(self, text=text, pooled=pooled, sizes=sizes, hints=hints)
 
 
 def image_sizes(count: int, width: int, height: int) -> Float[Tensor, "count 6"]:

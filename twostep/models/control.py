@@ -5,6 +5,7 @@ One that was made for a teacher serves its students unchanged. Where pictures co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +20,10 @@ from torch import Tensor
 from twostep.models.folder import WEIGHTS, ModelError, fetch, read_json, weights_variant
 
 BUILT_IN = {"silhouette": WEIGHTS / "nano" / "controlnet"}
-_CONFIG = "config.json"
+_CONFIG, _EMBEDDING = "config.json", "conditioning_embedding_out_channels"
 _ALIKE = (
-    *("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels"),
-    *("addition_embed_type", "projection_class_embeddings_input_dim", "addition_time_embed_dim"),
+    *("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels", "addition_embed_type"),
+    *("projection_class_embeddings_input_dim", "pixels_per_latent"),
 )
 """What a ControlNet's config must share with that of its UNet."""
 
@@ -52,30 +53,23 @@ def residuals(
 def load_control(name: str, unet: UNet2DConditionModel, pixels_per_latent: int) -> ControlNetModel:
     """Load a ControlNet by a built-in name, folder or hub id, where the UNet is and as precise; the last few are kept.
 
-    Raises ModelError for what is no ControlNet, or one of another architecture than the UNet, and says how it differs.
+    Raises ModelError for what is no ControlNet, or one for another architecture, and says how that differs.
     """
     folder = BUILT_IN.get(name, Path(name))
     if not folder.exists() and "/" in name:
         folder = fetch(name, only=("*.json", "*.safetensors"), holding=_CONFIG)
-    if not (folder / _CONFIG).is_file():
-        known = ", ".join(BUILT_IN)
-        raise ModelError(
-            f"{folder} has no {_CONFIG}: give a ControlNet's folder, a hub id, or a built-in one ({known})."
-        )
-    config = read_json(folder / _CONFIG)
+    config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if config.get("_class_name") != "ControlNetModel":
+        kind, known = config.get("_class_name", "no folder of a network"), ", ".join(BUILT_IN)
         raise ModelError(
-            f"{folder} is a {config.get('_class_name')}. Expected a ControlNetModel as diffusers saves it."
+            f"{folder} is {kind}. Expected a ControlNetModel's folder or hub id, or a built-in one: {known}."
         )
-    network = _load(folder.resolve(), unet.device, unet.dtype)
-    own, wanted = dict(network.config), {**unet.config, "in_channels": unet.config.out_channels}
-    differing = [f"{key} {own[key]} against {wanted[key]}" for key in _ALIKE if _plain(own[key]) != _plain(wanted[key])]
-    factor = 2 ** (len(network.config.conditioning_embedding_out_channels) - 1)
-    if factor != pixels_per_latent:
-        differing.append(f"it takes {factor} pixels for a latent, which has {pixels_per_latent}")
-    if differing:
-        raise ModelError(f"{folder} is a ControlNet for another model: {'; '.join(differing)}. Use one for this model.")
-    return network
+    own = {"in_channels": 4, **config, "pixels_per_latent": 2 ** (len(config[_EMBEDDING]) - 1)}
+    wanted = {**unet.config, "in_channels": unet.config.out_channels, "pixels_per_latent": pixels_per_latent}
+    said = {key: (json.dumps(own.get(key)), json.dumps(wanted[key])) for key in _ALIKE}
+    if wrong := [f"{key} {has}, expected {needs}" for key, (has, needs) in said.items() if has != needs]:
+        raise ModelError(f"{folder} is a ControlNet for another model: {'; '.join(wrong)}. Use one made for this.")
+    return _load(folder.resolve(), unet.device, unet.dtype)
 
 
 @lru_cache(maxsize=4)
@@ -84,7 +78,3 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlNetM
         folder, torch_dtype=dtype, use_safetensors=True, variant=weights_variant(folder)
     )
     return network.to(device).eval().requires_grad_(False)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -38,7 +38,7 @@ class Denoiser:
             acting = [hint for hint in conditioning.hints if int(t[0]) in hint.times]
             more = residuals(acting, x, index, text, added) if acting else {}
             if conditioning.known is not None:
-                x = torch.cat([x, conditioning.known.to(x.dtype)], dim=1)
+                x = torch.cat([x, conditioning.known.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
             output = self.network(x, index, text, added_cond_kwargs=added, return_dict=False, **more)[0]
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)

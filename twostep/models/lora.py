@@ -37,7 +37,6 @@ PREFIX = "unet."
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 DECODER = r"up_blocks\..*"
 _SWITCHING = RLock()
-"""Held while an adapter that was chosen is at work."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +157,7 @@ def activate(network: UNet2DConditionModel, name: str | None) -> None:
 
 @contextmanager
 def at_work(network: UNet2DConditionModel, name: str | None) -> Iterator[None]:
-    """Let one adapter work, or none, until the block ends: no other thread switches meanwhile."""
+    """Let one adapter work, or none, until the block ends; no other thread switches meanwhile."""
     with _SWITCHING if getattr(network, "peft_config", None) else nullcontext():
         activate(network, name)
         yield

@@ -19,6 +19,8 @@ from twostep.models.folder import CONFIGS, INDEX_FILE, ModelError, fetch
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, join, split, unet_names, vae_names
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_INPAINTING = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
+LATENT_CHANNELS = 4
 NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     UNET: unet_names,
     VAE: vae_names,
@@ -111,7 +113,13 @@ def find_single_file(path: Path) -> SingleFile:
         seen = keys[0] if keys else "nothing"
         raise ModelError(f"{path} is {kind} (it holds {seen}). Expected a twostep student, or a whole SDXL checkpoint.")
     beside = path.with_suffix("")
-    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
+    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(_base_of(path), only=CONFIGS))
+
+
+def _base_of(path: Path) -> str:
+    with safe_open(path, "pt") as file:
+        takes = file.get_slice(f"{UNET}input_blocks.0.0.weight").get_shape()[1]
+    return SDXL_INPAINTING if takes > LATENT_CHANNELS else SDXL_BASE
 
 
 def whole_weights(parts: Mapping[str, nn.Module], vae: nn.Module) -> dict[str, Tensor]:

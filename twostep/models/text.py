@@ -57,9 +57,9 @@ class TextEncoders:
             text, pooled = text * said[:, None, None], pooled * said[:, None]
         return text, pooled
 
-    def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
-        """Encode prompts for uncropped pictures of this size in pixels."""
-        text, pooled = self.encode(prompts)
+    def conditioning(self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False) -> Conditioning:
+        """Encode prompts for uncropped pictures of this size in pixels; `whole` as `encode_whole` does it."""
+        text, pooled = self.encode_whole(prompts) if whole else self.encode(prompts)
         return Conditioning(text, pooled, image_sizes(len(text), width, height).to(text.device, text.dtype))
 
     def encode_whole(

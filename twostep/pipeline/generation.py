@@ -1,6 +1,6 @@
 """From a request to pictures.
 
-Text is encoded once, each image starts from its own noise, `sample` follows the flow along the trailing grid of the
+Text is encoded once, each image starts from its own noise, the flow is followed along the trailing grid of the
 contract, and the codec turns latents into pixels. A student is sampled by the same lines as its teacher, with fewer
 times. This module keeps no state between two calls, and knows nothing of files, servers or progress bars.
 """
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from twostep.contract import TOP_TIME, Contract
 from twostep.data.pictures import nearest_size
-from twostep.diffusion import Prediction, falling_times, initial_noise, sample, trailing_times
+from twostep.diffusion import Prediction, falling_times, trailing_times
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
 from twostep.models.codec import ImageCodec, to_images
-from twostep.models.conditioning import Conditioning, image_sizes
 from twostep.pipeline.inputs import Inputs
 from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
 
@@ -54,27 +53,6 @@ class Progress:
 OnStep = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a request may leave to the contract, settled; guidance 1 is none, and `times` end with the landing 0."""
-
-    steps: int
-    guidance: float
-    size: tuple[int, int]
-    times: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Drawing:
-    """A request made ready: what the network is told, without prompt last, and the pictures that go in."""
-
-    bundle: Bundle
-    request: Request
-    plan: _Plan
-    told: list[Conditioning]
-    inputs: Inputs
-
-
 def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
     """Draw the images of a request with a model.
 
@@ -83,48 +61,29 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     `GenerationError`. `on_step` is called after every step; what it raises ends the drawing. Several threads may draw
     with one bundle at once.
     """
-    contract, has_pictures = bundle.contract, bool(request.image or request.controls)
+    contract, wish = bundle.contract, request.strength
     warnings = contract.check(request.steps, request.guidance, request.width, request.height)
-    plan = _plan(contract, request)
-    request, wish = _settled(request, plan), request.strength
-    seconds = {"text": 0.0} | ({"encode": 0.0} if has_pictures else {}) | {"denoise": 0.0, "decode": 0.0}
+    size = _size(contract, request)
+    request, times = _settled(contract, request, size)
+    seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
     images: list[Image.Image] = []
     with torch.inference_mode():
         with _timed(seconds, "text"):
             warnings += _prompt_warnings(bundle, request) + _seed_warnings(request)
-            warnings += _strength_warnings(contract, plan, wish)
-            encoded = _encoded(bundle, request, plan)
-        with _timed(seconds, "encode" if has_pictures else "text"):
-            inputs = Inputs.of(bundle, request, plan.size, plan.times)
-        drawing = _Drawing(bundle, request, plan, [inputs.told(part) for part in encoded], inputs)
+            warnings += _strength_warnings(contract, times, wish)
+            prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
+            told = bundle.conditioning(prompts, *size, whole=True)
+        with _timed(seconds, "encode"):
+            inputs = Inputs.of(bundle, request, times)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
-                latents = _denoise(drawing, seeds, _reporter(drawing, start, seeds, on_step))
+                report = _reporter(bundle.codec, request, start, len(times) - 1, seeds, on_step)
+                latents = _finite(inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds)
             with _timed(seconds, "decode"):
                 pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
                 images += to_images(inputs.finished(pictures))
     return Result(images, request.seeds, seconds, warnings, contract, request, bundle.origin)
-
-
-def _plan(contract: Contract, request: Request) -> _Plan:
-    """Settle a request that the contract has checked; a student's guidance is distilled into it, so it gets none.
-
-    A drawing that begins at an image does so at one of the student's own trained times, the nearest to the strength
-    that is wished for, or at one of the teacher's grid.
-    """
-    wish = contract.guidance if request.guidance is None else request.guidance
-    steps, start = request.steps or contract.steps, TOP_TIME
-    if request.image is not None:
-        strength = request.strength or (DEFAULT_STRENGTH if request.mask is None else 1.0)
-        stops = contract.trained_times or trailing_times(steps)
-        start = min(stops, key=lambda t: (abs(t - TOP_TIME * strength), -t))
-    return _Plan(
-        steps=steps,
-        guidance=1.0 if contract.role == "student" else max(1.0, wish),
-        size=_size(contract, request),
-        times=falling_times(start, steps),
-    )
 
 
 def _size(contract: Contract, request: Request) -> tuple[int, int]:
@@ -137,47 +96,33 @@ def _size(contract: Contract, request: Request) -> tuple[int, int]:
     return fitting[0] if picture is None else nearest_size(picture.image, fitting)
 
 
-def _settled(request: Request, plan: _Plan) -> Request:
-    """Return the request with what was settled filled in."""
-    strength = None if request.image is None else plan.times[0] / TOP_TIME
-    width, height = plan.size
-    return replace(request, steps=plan.steps, guidance=plan.guidance, width=width, height=height, strength=strength)
+def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tuple[Request, tuple[int, ...]]:
+    """Return a checked request with nothing left open, and the times that it walks, the landing 0 included.
 
-
-def _encoded(bundle: Bundle, request: Request, plan: _Plan) -> list[Conditioning]:
-    """Encode the prompt, and with guidance what is to be avoided too, each as one item."""
-    prompts = [request.prompt] if plan.guidance == 1 else [request.prompt, request.negative_prompt]
-    text, pooled = bundle.text.encode_whole(prompts)
-    told = Conditioning(text, pooled, image_sizes(len(text), *plan.size).to(text.device, text.dtype))
-    return [told[i : i + 1] for i in range(len(prompts))]
-
-
-def _denoise(
-    drawing: _Drawing, seeds: list[int], report: Callable[[int, Prediction], None]
-) -> Float[Tensor, "batch channels height width"]:
-    """Follow the flow from the noise of these seeds, or the noised image, to clean latents."""
-    bundle, plan, inputs = drawing.bundle, drawing.plan, drawing.inputs
-    prompt, *avoided = (part.expand(len(seeds)) for part in drawing.told)
-    denoise = bundle.denoiser.given(prompt)
-    if avoided:
-        denoise = bundle.denoiser.guided(prompt, avoided[0], plan.guidance)
-    shape, schedule = bundle.latent_shape(*plan.size), bundle.denoiser.schedule
-    noise = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(bundle.denoiser.network.device)
-    x, keep = inputs.begin(noise, plan.times[0], schedule, drawing.request.init_noise), inputs.keep(noise, schedule)
-    return _finite(sample(denoise, x, plan.steps, schedule, report, keep, start=plan.times[0]), "latents", seeds)
+    A student's guidance is distilled into it, so it gets none, which is 1. A drawing that begins at an image does so at
+    one of the student's own trained times, the nearest to the strength, or one of the teacher's grid.
+    """
+    wish = contract.guidance if request.guidance is None else request.guidance
+    steps, start, strength = request.steps or contract.steps, TOP_TIME, None
+    if request.image is not None:
+        wished = TOP_TIME * (request.strength or (DEFAULT_STRENGTH if request.mask is None else 1))
+        start = min(contract.trained_times or trailing_times(steps), key=lambda t: (abs(t - wished), -t))
+        strength = start / TOP_TIME
+    guidance = 1.0 if contract.role == "student" else max(1.0, wish)
+    request = replace(request, steps=steps, guidance=guidance, width=size[0], height=size[1], strength=strength)
+    return request, falling_times(start, steps)
 
 
 def _reporter(
-    drawing: _Drawing, start: int, seeds: list[int], on_step: OnStep | None
+    codec: ImageCodec, request: Request, start: int, num_steps: int, seeds: list[int], on_step: OnStep | None
 ) -> Callable[[int, Prediction], None]:
     """Count the steps of one batch on top of those of the batches before it."""
-    num_steps = len(drawing.plan.times) - 1
-    total = -(-drawing.request.num_images // MAX_BATCH) * num_steps
+    total = -(-request.num_images // MAX_BATCH) * num_steps
     before = start // MAX_BATCH * num_steps
 
     def report(index: int, prediction: Prediction) -> None:
         if on_step is not None:
-            on_step(Progress(before + index + 1, total, seeds, prediction, drawing.bundle.codec))
+            on_step(Progress(before + index + 1, total, seeds, prediction, codec))
 
     return report
 
@@ -210,15 +155,13 @@ def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
     return warnings
 
 
-def _strength_warnings(contract: Contract, plan: _Plan, wish: float | None) -> list[str]:
-    """Say where a student begins that was asked for a strength between the times it was trained at."""
-    start = plan.times[0] / TOP_TIME
-    if wish is None or wish == start or contract.role == "teacher":
+def _strength_warnings(contract: Contract, times: tuple[int, ...], wish: float | None) -> list[str]:
+    if wish in (None, times[0] / TOP_TIME) or contract.role == "teacher":
         return []
     stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(contract.trained_times))
     return [
-        f"strength {wish:g} became {start:g}, which takes {len(plan.times) - 1} step(s): {contract.name} was trained "
-        f"to begin at {stops}, and nowhere between."
+        f"strength {wish:g} became {times[0] / TOP_TIME:g}, which takes {len(times) - 1} step(s): {contract.name} was "
+        f"trained to begin at {stops}, and nowhere between."
     ]
 
 

@@ -48,11 +48,6 @@ class Provenance:
     origin: tuple[str, ...]
     batch: Request
 
-    @property
-    def index(self) -> int:
-        """Which picture of the batch it is."""
-        return self.request.seed - self.batch.seed
-
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
     """Write every image of a result as a PNG into `folder`, which is created where it is missing.

@@ -10,11 +10,11 @@ This module does not know models: whether a model can honour a request is its co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from PIL.Image import Image
 
@@ -31,9 +31,6 @@ NUM_DISTINCT_SEEDS = 2**32
 MAX_BATCH = 16
 """Images that go through the network together; larger requests are drawn in several such batches."""
 
-MIN_SIDE, MAX_PIXELS = 8, 2**26
-"""Pictures that go in have sides of at least so many pixels, and no more pixels than this."""
-
 InitNoise = Literal["comfyui", "diffusers"]
 """Where a drawing begins: at pure noise, as students are trained and ComfyUI does it, or at sigma_T times that."""
 
@@ -44,9 +41,9 @@ class RequestError(TwostepError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that goes in: the name of its file, the hash of what that holds, and the pixels, in RGB on white.
+    """A picture that goes in: its file's name, the hash of what that holds, and the pixels, in RGB on white.
 
-    Without a file the name is empty and the hash is of the pixels. One read from JSON has no pixels until `found`.
+    Without a file the name is empty and the hash is that of the pixels. One from JSON has none until it is `found`.
     """
 
     name: str
@@ -54,39 +51,34 @@ class Picture:
     pixels: Image | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Picture:
-        """Read a picture's file; RequestError where it is none, too small or too large."""
+    def of(cls, source: str | Path | Image) -> Picture:
+        """Read a picture's file, or take one in memory; RequestError where it is none, too small or too large."""
+        from twostep.data.pictures import UnusablePictureError, opened  # brings torch
+
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise RequestError(f"{path} cannot be read: {error.strerror or error}. Give a picture's file.") from error
-        return cls(Path(path).name, sha256(data).hexdigest(), _opened(lambda: data, str(path)))
-
-    @classmethod
-    def of(cls, image: Image) -> Picture:
-        """Take a picture that is in memory; a drawing made of it cannot be replayed from its PNG."""
-        return cls("", sha256(image.tobytes()).hexdigest(), _opened(lambda: image, "the picture"))
-
-    def found(self, folders: Sequence[Path]) -> Picture:
-        """Return the same picture with its pixels, from the first folder that holds its file; RequestError if none."""
-        if not self.name:
-            raise RequestError("a picture that went in was given as pixels, without a file: it cannot be read again.")
-        there = [Picture.open(path) for folder in folders if (path := folder / self.name).is_file()]
-        same = next((picture for picture in there if picture.sha256 == self.sha256), None)
-        if same is None:
-            problem = "is another file than went in, by its SHA-256" if there else "is not there"
-            looked = ", ".join(map(str, folders))
-            raise RequestError(
-                f"{self.name} {problem}; looked in {looked}. Put the same file there, or say where it is."
-            )
-        return same
+            data = Path(source).read_bytes() if isinstance(source, str | Path) else source
+            pixels = opened(lambda: data, for_input=True)
+        except (OSError, UnusablePictureError) as error:
+            raise RequestError(f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP.") from error
+        name, content = ("", data.tobytes()) if isinstance(data, Image) else (Path(str(source)).name, data)
+        return cls(name, sha256(content).hexdigest(), pixels)
 
     @property
     def image(self) -> Image:
-        """The pixels; RequestError where they were not read yet."""
+        """The pixels; RequestError where they were not read again yet."""
         if self.pixels is None:
-            raise RequestError(f"the pixels of {self.name or 'a picture'} are missing; use Picture.open(path).")
+            raise RequestError(
+                f"{self.name or 'a picture in memory'} is known by name alone: call found(folders) first."
+            )
         return self.pixels
+
+    def found(self, folders: Sequence[Path]) -> Picture:
+        """Read the same file again, from the first folder that has it; RequestError for none, or only another one."""
+        there = [Picture.of(path) for folder in folders if self.name and (path := folder / self.name).is_file()]
+        if self in there:
+            return there[there.index(self)]
+        problem = "is not the file that went in, by its SHA-256" if there else "is not there"
+        raise RequestError(f"{self.name or 'a picture without a file'} {problem}; looked in {[*map(str, folders)]}.")
 
 
 @dataclass(frozen=True)
@@ -103,11 +95,10 @@ class Control:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale < float("inf"):
-            raise RequestError(f"a control's scale is {self.scale}; expected a number from 0 up, 1 is usual.")
-        if not 0 <= self.start < self.end <= 1:
+        if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
             raise RequestError(
-                f"a control acts from {self.start:g} to {self.end:g}; expected shares of the steps, rising, in 0..1."
+                f"a control acts at {self.scale:g} from {self.start:g} to {self.end:g}; expected a scale from 0 up, "
+                "and two rising shares of the steps in 0..1."
             )
 
 
@@ -155,13 +146,12 @@ class Request:
             raise RequestError("strength and mask say how an image is changed, and there is none: give the image too.")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise RequestError(f"strength is {self.strength}; expected a number above 0, up to 1 for all of the image.")
-        if self.image and self.mask and self.image.pixels and self.mask.pixels:
-            (width, height), mask = self.image.pixels.size, self.mask.pixels
-            if mask.size != (width, height):
-                raise RequestError(
-                    f"the mask is {mask.width}x{mask.height} and the image {width}x{height} pixels; expected the same "
-                    "size. Draw the mask on a copy of the image."
-                )
+        image, mask = (picture and picture.pixels for picture in (self.image, self.mask))
+        if image and mask and image.size != mask.size:
+            raise RequestError(
+                f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height} pixels; expected "
+                "the same size. Draw the mask on a copy of the image."
+            )
 
     @property
     def seeds(self) -> list[int]:
@@ -177,10 +167,10 @@ class Request:
         first = index // MAX_BATCH * MAX_BATCH
         return replace(self, seed=self.seed + first, num_images=min(MAX_BATCH, self.num_images - first))
 
-    def with_pictures(self, change: Callable[[Picture], Picture]) -> Request:
-        """Return the same request with every picture that goes in changed."""
-        controls = tuple(replace(control, picture=change(control.picture)) for control in self.controls)
-        image, mask = (None if picture is None else change(picture) for picture in (self.image, self.mask))
+    def found(self, folders: Sequence[Path]) -> Request:
+        """Return the same request with every picture that goes in read again."""
+        controls = tuple(replace(control, picture=control.picture.found(folders)) for control in self.controls)
+        image, mask = (picture and picture.found(folders) for picture in (self.image, self.mask))
         return replace(self, image=image, mask=mask, controls=controls)
 
     def to_json(self) -> str:
@@ -228,19 +218,6 @@ class Result:
     def seconds_per_image(self) -> float:
         """Time of all stages divided by the number of images."""
         return sum(self.seconds.values()) / len(self.images)
-
-
-def _opened(read: Callable[[], Any], name: str) -> Image:
-    """Read a picture as training does; that room is heavy, so it is entered only where a picture goes in."""
-    from twostep.data.pictures import UnusablePictureError, opened
-
-    try:
-        image = opened(read, MAX_PIXELS)
-    except UnusablePictureError as error:
-        raise RequestError(f"{name}: {error}. Give a PNG, JPEG or WebP, scaled down if it is very large.") from error
-    if min(image.size) < MIN_SIDE:
-        raise RequestError(f"{name} is {image.width}x{image.height}; expected sides of {MIN_SIDE} pixels or more.")
-    return image
 
 
 def _check_text(name: str, text: object) -> None:
