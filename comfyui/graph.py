@@ -1,9 +1,9 @@
 """Workflows: checked against node definitions, and laid out for the page.
 
-A workflow has two forms. In the API's, a node is `{"class_type": .., "inputs": {name: value or [node, output]}}`; in the
-page's, nodes have places, numbered links and their widgets' values in order (version 0.4). Definitions have the shape
-of ComfyUI's own `/object_info`, so what it answers can be used here too; `definitions.json` holds those of the nodes
-that our workflows use. `python -m comfyui.graph` writes the page's form of `workflows/api/*.json` beside that folder.
+A workflow has two forms. In the API's, a node is `{"class_type": .., "inputs": {name: value or [node, output]}}`; in
+the page's, nodes have places, numbered links and their widgets' values in order (version 0.4). Definitions have the
+shape of ComfyUI's own `/object_info`, so what it answers can be used here too; `definitions.json` holds those of the
+nodes that our workflows use. `python -m comfyui.graph` lays `workflows/api/*.json` out beside that folder.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def _link_problems(api: Workflow, known: Definitions, link: list[Any], wanted: s
     start, output = link
     if start not in api:
         return [f"{where} comes from node {start}, which is not there"]
-    given = known.get(api[start]["class_type"], {"output": []})["output"]
+    if api[start]["class_type"] not in known:
+        return []  # told of that node already
+    given = known[api[start]["class_type"]]["output"]
     if not 0 <= output < len(given):
         return [f"{where} comes from output {output} of node {start}, which has {len(given)}"]
     return [] if given[output] == wanted else [f"{where} is {wanted}, node {start} gives {given[output]}"]

@@ -11,6 +11,7 @@ import inspect
 import math
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -172,7 +173,7 @@ def sampler_custom(model: Model, noise: Tensor, sigmas: Tensor, feed: Any) -> Te
     sampling = model.patches["model_sampling"]
     assert math.isclose(sampling.sigmas[-1], sigmas[0], rel_tol=1e-5), "it would not start from pure noise"
     x = noise * (1 + sigmas[0] ** 2).sqrt()
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, after in pairwise(sigmas):
         output = feed(model.model.network, x / (1 + sigma**2).sqrt(), sampling.index(sigma))
         x0 = sampling.denoised(sigma, output, x)
         x = x + (x - x0) / sigma * (after - sigma)
