@@ -108,6 +108,7 @@ def draw(
     typer.echo(f"ready: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB")
     bundle = replace(bundle, contract=replace(bundle.contract, sizes=((pixels, pixels),)))
     reached = []
+    processor = time.process_time()
     result = generate(
         bundle,
         Request("a 3d red apple on a blue background", seed=7),
@@ -116,6 +117,7 @@ def draw(
     typer.echo("\n".join(reached))
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     typer.echo(f"{pixels} px, {steps} steps, {torch.get_num_threads()} threads: {stages}")
+    typer.echo(f"processor time of all threads: {time.process_time() - processor:.0f} s")
     typer.echo(f"measured peak: {peak():.2f} GiB (wanted: under {LIMIT_GIB})")
     if out is not None:
         result.images[0].save(out)

@@ -5,7 +5,7 @@ V3 schema; `graph` checks workflows and lays them out. ComfyUI finds the nodes t
 """
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> object:
     """Return the extension; what needs ComfyUI is imported only here."""
     from .nodes import TwostepExtension
 

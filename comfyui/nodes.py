@@ -1,6 +1,9 @@
 """The nodes: a loader, a switch between students, an inspector. What is known of sampling stands in `sampling`."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import comfy.model_sampling
 import comfy.sd
@@ -18,7 +21,7 @@ class TwostepLoader(io.ComfyNode):
     """Loads a checkpoint, a UNet or a LoRA, and hands out how it is to be sampled."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node."""
         return io.Schema(
             node_id="TwostepLoader",
@@ -31,12 +34,12 @@ class TwostepLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file, base, strength):
+    def execute(cls, file: str, base: str, strength: float) -> io.NodeOutput:
         """Load the file."""
         return io.NodeOutput(*_load(_path(file), base, strength))
 
     @classmethod
-    def fingerprint_inputs(cls, file, base, strength):
+    def fingerprint_inputs(cls, file: str, base: str, strength: float) -> object:
         """Load again when a file was written anew under the same name."""
         return _stamp(_path(file)), base, strength
 
@@ -45,7 +48,7 @@ class TwostepStudentSwitch(io.ComfyNode):
     """Loads the student of so many steps that lies beside a given one."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node."""
         return io.Schema(
             node_id="TwostepStudentSwitch",
@@ -63,12 +66,12 @@ class TwostepStudentSwitch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file, steps, base, strength):
+    def execute(cls, file: str, steps: int, base: str, strength: float) -> io.NodeOutput:
         """Find the student and load it."""
         return io.NodeOutput(*_load(student_beside(_path(file), steps), base, strength))
 
     @classmethod
-    def fingerprint_inputs(cls, file, steps, base, strength):
+    def fingerprint_inputs(cls, file: str, steps: int, base: str, strength: float) -> object:
         """Look again when a student was added to the folder, or written anew."""
         return tuple(_stamp(path) for path in _path(file).parent.glob("*.safetensors")), steps, base, strength
 
@@ -77,7 +80,7 @@ class TwostepContract(io.ComfyNode):
     """Says what a file is and how it is to be sampled, without loading any weights."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         """Describe the node."""
         return io.Schema(
             node_id="TwostepContract",
@@ -90,13 +93,13 @@ class TwostepContract(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file):
+    def execute(cls, file: str) -> io.NodeOutput:
         """Read the contract."""
         said = explain(_path(file))
         return io.NodeOutput(said, ui={"text": (said,)})
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file: str) -> object:
         """Read again when the file was written anew."""
         return _stamp(_path(file))
 
@@ -104,12 +107,12 @@ class TwostepContract(io.ComfyNode):
 class TwostepExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
 
-    async def get_node_list(self):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List the nodes."""
         return [TwostepLoader, TwostepStudentSwitch, TwostepContract]
 
 
-def _file_input():
+def _file_input() -> io.Combo.Input:
     files = [
         f"{folder}/{name}"
         for folder in FOLDERS
@@ -119,7 +122,7 @@ def _file_input():
     return io.Combo.Input("file", options=files, tooltip="A checkpoint, a UNet alone, or a LoRA.")
 
 
-def _base_input():
+def _base_input() -> io.Combo.Input:
     names = [name for name in folder_paths.get_filename_list("checkpoints") if name.endswith(".safetensors")]
     return io.Combo.Input(
         "base",
@@ -129,11 +132,11 @@ def _base_input():
     )
 
 
-def _strength_input():
+def _strength_input() -> io.Float.Input:
     return io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="How strongly a LoRA goes on.")
 
 
-def _outputs():
+def _outputs() -> list[io.Output]:
     return [
         io.Model.Output("model", display_name="MODEL"),
         io.Clip.Output("clip", display_name="CLIP", tooltip="Empty for a UNet without a base."),
@@ -144,26 +147,24 @@ def _outputs():
     ]
 
 
-def _path(file):
+def _path(file: str) -> Path:
     folder, _, name = file.partition("/")
     return Path(folder_paths.get_full_path_or_raise(folder, name))
 
 
-def _stamp(path):
+def _stamp(path: Path) -> tuple[str, int, int]:
     status = path.stat()
     return str(path), status.st_mtime_ns, status.st_size
 
 
-def _load(path, base, strength):
+def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
     """Return model, text encoders, VAE, sigmas, steps and cfg of a file."""
     base_path = None if base == NO_BASE else _path(f"checkpoints/{base}")
     contract = read_contract(path, base_path)
     kind = kind_of(path)
-    model, clip, vae = (
-        (None, None, None)
-        if kind == "unet" and base_path is None
-        else _checkpoint(path if kind == "checkpoint" else base_path, with_model=kind != "unet")
-    )
+    model = clip = vae = None
+    if whole := path if kind == "checkpoint" else base_path:
+        model, clip, vae = _checkpoint(whole, with_model=kind != "unet")
     if kind == "unet":
         model = comfy.sd.load_diffusion_model(str(path))
     elif kind == "lora":
@@ -172,7 +173,7 @@ def _load(path, base, strength):
     return _sampled(model, contract.prediction_type), clip, vae, sigmas(contract), contract.steps, contract.guidance
 
 
-def _checkpoint(path, *, with_model):
+def _checkpoint(path: Path, *, with_model: bool) -> tuple[Any, ...]:
     return comfy.sd.load_checkpoint_guess_config(
         str(path),
         output_vae=True,
@@ -182,7 +183,7 @@ def _checkpoint(path, *, with_model):
     )[:3]
 
 
-def _sampled(model, prediction_type):
+def _sampled(model: Any, prediction_type: str) -> Any:
     """Return the model with the answers of its network read as what they are."""
     schedule, reading = comfy.model_sampling.ModelSamplingDiscrete, PREDICTIONS[prediction_type]
     sampling = type("ContractSampling", (schedule, getattr(comfy.model_sampling, reading)), {})

@@ -115,7 +115,7 @@ def _denoise(
 ) -> Float[Tensor, "batch channels height width"]:
     """Follow the flow from the noise of these seeds to clean latents."""
     shape = bundle.latent_shape(plan.width, plan.height)
-    noise = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(bundle.denoiser.network.device)
+    noise = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(bundle.denoiser.device)
     latents = sample(denoise, noise, plan.steps, bundle.denoiser.schedule, report)
     return _finite(latents, "latents", seeds)
 
