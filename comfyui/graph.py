@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+ANY = "*"
+"""The type of an input that takes whatever there is."""
+
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 PYTHON_TYPES = {"INT": int, "FLOAT": int | float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
 COLUMN, ROW, SIZE = 420, 300, (340, 200)
@@ -57,7 +60,8 @@ def page_problems(page: Workflow, known: Definitions) -> list[str]:
     found = []
     for number, start, output, end, place, kind in page["links"]:
         out, into = nodes[start]["outputs"][output], nodes[end]["inputs"][place]
-        if number not in out["links"] or into["link"] != number or not out["type"] == into["type"] == kind:
+        agree = out["type"] == kind and into["type"] in (kind, ANY) and into["link"] == number
+        if not agree or number not in (out["links"] or []):
             found.append(f"link {number} of {kind}: {out} and {into} do not agree")
     used = [entry["link"] for node in nodes.values() for entry in node["inputs"] if entry["link"] is not None]
     if sorted(used) != sorted(link[0] for link in page["links"]):
@@ -106,7 +110,7 @@ def to_page(api: Workflow, known: Definitions) -> Workflow:
                 entry["link"] = len(links) + 1
                 nodes[start]["outputs"][output]["links"].append(entry["link"])
                 ends = [int(start), output, int(name), len(nodes[name]["inputs"])]
-                links.append([entry["link"], *ends, kind_of(spec)])
+                links.append([entry["link"], *ends, nodes[start]["outputs"][output]["type"]])
             nodes[name]["inputs"].append(entry)
     numbers = {"last_node_id": max(map(int, api)), "last_link_id": len(links)}
     rest = {"groups": [], "config": {}, "extra": {}, "version": 0.4}
@@ -165,7 +169,7 @@ def _link_problems(api: Workflow, known: Definitions, link: list[Any], wanted: s
     given = known[api[start]["class_type"]]["output"]
     if not 0 <= output < len(given):
         return [f"{where} comes from output {output} of node {start}, which has {len(given)}"]
-    return [] if given[output] == wanted else [f"{where} is {wanted}, node {start} gives {given[output]}"]
+    return [] if wanted in (given[output], ANY) else [f"{where} is {wanted}, node {start} gives {given[output]}"]
 
 
 def _value_problems(value: object, spec: list[Any]) -> list[str]:
