@@ -115,6 +115,14 @@ def test_the_student_of_so_many_steps_is_found_beside(shelf: Shelf) -> None:
         student_beside(shelf.root / "diffusion_models" / "unsaid.safetensors", 2)
 
 
+def test_official_files_are_a_family(shelf: Shelf) -> None:
+    names = {8: "8step_unet", 4: "4step_unet", 2: "2step_unet", 1: "1step_unet_x0"}
+    files = {steps: shelf.unet(f"sdxl_lightning_{name}") for steps, name in names.items()}
+    for steps, path in files.items():
+        assert student_beside(files[4], steps) == path
+    assert read_contract(student_beside(files[4], 1)).prediction_type == "x0"
+
+
 def test_two_students_of_one_kind_are_not_chosen_between(shelf: Shelf) -> None:
     four, first, second = (
         shelf.unet("four", student_of(4)),
