@@ -15,6 +15,7 @@ def run(*arguments: str, **environment: str) -> str:
     """Run the benchmark in a process of its own, whose memory is what it measures; it fails over 20 GiB."""
     command = [sys.executable, "benchmarks/full_size_generate.py", *arguments]
     told = {**os.environ, **environment}
+    told.pop("OMP_NUM_THREADS", None)  # one thread is for tests that others run beside
     found = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
