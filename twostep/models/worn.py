@@ -46,12 +46,13 @@ class Garment:
 
         Raises ContractError where it was made for another, LoraError for a misfit.
         """
-        contract = self._together(bundle.contract)
+        contract = self.together(bundle.contract)
         alpha = None if self.contract is None else self.contract.lora_alpha
         merge_lora(read_lora(self.path, bundle.parts, alpha=alpha), bundle.parts, weight=self.weight)
         return replace(bundle, contract=contract)
 
-    def _together(self, model: Contract) -> Contract:
+    def together(self, model: Contract) -> Contract:
+        """Return the contract of such a model with this on it; ContractError where it was made for another."""
         said = self.contract
         if said is not None and not self.makes_students and said.base != model.name.partition("+")[0]:
             raise ContractError(f"{self.path} was trained on {said.base}; this is {model.name}. Load that student.")
