@@ -7,14 +7,16 @@ or is a style that was trained on one student, and goes on that one alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from twostep.contract import Contract, ContractError, student_name
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import carries_contract, file_contract, goes_on_a_student
-from twostep.models.dialects import merge_lora, read_lora
+from twostep.models.dialects import LowRank, merge_lora, read_lora
 from twostep.models.folder import ModelError, find_model
 
 
@@ -29,7 +31,7 @@ class Garment:
     @classmethod
     def named(cls, lora: str) -> Garment:
         """Find "file", "file:0.8", or a built-in name; ModelError where there is none."""
-        found = re.fullmatch(r"(.+?)(?::(\d+\.?\d*|\.\d+))?", lora)
+        found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?", lora)
         name, weight = (found[1], float(found[2] or 1)) if found else (lora, 1.0)
         path = find_model(name)
         if path.is_dir():
@@ -41,23 +43,17 @@ class Garment:
         """Whether it turns teachers into students of few steps."""
         return self.contract is not None and not goes_on_a_student(self.contract)
 
-    def on(self, bundle: Bundle) -> Bundle:
-        """Merge this into the model's own networks; returns the model with the contract that the two now have.
+    def read(self, parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
+        """Read what it does to these networks; LoraError for a misfit."""
+        return read_lora(self.path, parts, alpha=None if self.contract is None else self.contract.lora_alpha)
 
-        Raises ContractError where it was made for another, LoraError for a misfit.
-        """
-        contract = self._together(bundle.contract)
-        alpha = None if self.contract is None else self.contract.lora_alpha
-        merge_lora(read_lora(self.path, bundle.parts, alpha=alpha), bundle.parts, weight=self.weight)
-        return replace(bundle, contract=contract)
-
-    def _together(self, model: Contract) -> Contract:
-        said = self.contract
-        if said is not None and not self.makes_students and said.base != model.name.partition("+")[0]:
+    def together(self, model: Contract) -> Contract:
+        """Return the contract of such a model with this on it; ContractError where it was made for another."""
+        said, weight = self.contract, "" if self.weight == 1 else f":{self.weight:g}"
+        if said is not None and not self.makes_students and said.base != re.split("[+:]", model.name)[0]:
             raise ContractError(f"{self.path} was trained on {said.base}; this is {model.name}. Load that student.")
         if said is None or not self.makes_students:
             # The name goes into every picture.
-            weight = "" if self.weight == 1 else f":{self.weight:g}"
             return replace(model, name=f"{model.name}+{self.path.stem}{weight}")
         if model.role == "student":
             raise ContractError(
@@ -69,7 +65,9 @@ class Garment:
                 f"{self.path} was distilled where {said.prediction_type} is predicted; {model.name} predicts "
                 f"{model.prediction_type}. Use a LoRA of such a teacher."
             )
-        return replace(said, name=student_name(model.base, said.steps), base=model.base, sizes=model.sizes)
+        _, plus, styles = model.name.partition("+")
+        name = f"{student_name(model.base, said.steps)}{weight}{plus}{styles}"
+        return replace(said, name=name, base=model.base, sizes=model.sizes)
 
 
 def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = None) -> Bundle:
@@ -81,7 +79,8 @@ def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = No
     few = next((garment for garment in worn if garment.makes_students), None)
     bundle = load_bundle(model, steps=steps if few is None else None)
     for garment in worn:
-        bundle = garment.on(bundle)
+        bundle = replace(bundle, contract=garment.together(bundle.contract))
+        merge_lora(garment.read(bundle.parts), bundle.parts, weight=garment.weight)
     if steps not in (None, bundle.contract.steps) and bundle.contract.role == "student":
         raise ModelError(f"{bundle.contract.name} draws in {bundle.contract.steps} steps, not in {steps}.")
     return bundle
