@@ -26,7 +26,9 @@ KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "l
 _KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
 _FOREIGN = {
     "lora_te_": "is for Stable Diffusion 1 or 2",
+    "down_blocks_0_attentions": "is for Stable Diffusion 1 or 2",
     "double_blocks": "is for Flux",
+    "single_blocks": "is for Flux",
     "transformer.": "is for a model with a transformer, as Flux or Stable Diffusion 3",
     "hada_": "is a LoHa, which is no LoRA",
     "lokr_": "is a LoKr, which is no LoRA",
@@ -183,4 +185,5 @@ def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) ->
 
 def _said_of(key: str) -> str:
     """Say what a file is that has such a key."""
-    return next((said for word, said in _FOREIGN.items() if word in key), "is no LoRA for this model")
+    known = (said for word, said in _FOREIGN.items() if word in key or word in key.replace(".", "_"))
+    return next(known, "is no LoRA for this model")
