@@ -6,7 +6,7 @@
 The variant draws its own pictures, 32 guided steps of every prompt. Then the 8-, 4- and 2-step LoRAs of nano are put
 on it as they are, at the scales of `twostep report`, and judged: is it the right thing, in the variant's style, how far
 from the variant's own pictures; beside the variant at the same steps without them. The best scale is chosen on the
-first prompts, by the report's figure, and by the judge's for comparison; the table is over all prompts.
+first prompts, by the report's `looks`, and by the judge's distance for comparison; the table is over all prompts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import evaluate
+from twostep.cli.portability import SCALES
 from twostep.data.captions import Attributes, with_article
 from twostep.data.emoji import load_emoji
-from twostep.evaluate.portability import SCALES, best_scale, compare
+from twostep.evaluate.likeness import difference, looks_distance
 from twostep.models.bundle import load_bundle
-from twostep.models.wardrobe import Wardrobe
+from twostep.models.worn import Wardrobe
 
 STEPS = (8, 4, 2)
 
@@ -65,18 +66,18 @@ def main(
     reference, sweep = to_float(pictures[own.key]["complete"]), []
     for steps in STEPS:
         seen = {scale: to_float(drawn(worn(steps, scale), num_chosen_on)) for scale in SCALES}
-        found = {scale: compare(seen[scale], reference[:num_chosen_on]) for scale in SCALES}
-        for scale, likeness in found.items():
-            figures = _figures(seen[scale], reference[:num_chosen_on], tasks[:num_chosen_on], judge, style)
-            sweep.append({"steps": steps, "scale": scale, "apart": likeness.apart, "looks": likeness.looks, **figures})
-        best = best_scale(found)
+        found = {
+            scale: _figures(seen[scale], reference[:num_chosen_on], tasks[:num_chosen_on], judge, style)
+            for scale in SCALES
+        }
+        sweep += [{"steps": steps, "scale": scale, **figures} for scale, figures in found.items()]
+        best = min(found, key=lambda scale: found[scale]["looks"])
         rows += [bare(steps, guidance), bare(steps, 1.0), worn(steps, 1.0)]
         rows += [worn(steps, best)] if best != 1 else []
     for row in rows[1:]:
         pictures[row.key] = {"complete": drawn(row)}
     table = [
         {"label": row.label, "evaluations": row.sampler.num_evaluations}
-        | vars(compare(to_float(pictures[row.key]["complete"]), reference))
         | _figures(to_float(pictures[row.key]["complete"]), reference, tasks, judge, style)
         for row in rows
     ]
@@ -95,9 +96,7 @@ def _worded(task: Task, word: str) -> Task:
     return replace(task, prompt=prompt, attributes=Attributes(wish.names, None, wish.background))
 
 
-def _figures(
-    pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judge, style: str | None
-) -> dict[str, float | None]:
+def _figures(pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judge, style: str | None) -> dict[str, Any]:
     statistics = judge.statistics(reference)
     report = evaluate(pictures, [task.attributes for task in tasks], judge, reference=statistics)
     in_style = None
@@ -109,6 +108,8 @@ def _figures(
         "style": in_style,
         "background": report.background.share,
         "distance": report.frechet_to_reference,
+        "looks": looks_distance(pictures, reference),
+        "difference": difference(pictures, reference),
     }
 
 
@@ -116,20 +117,20 @@ def _markdown(table: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> str:
     def shares(row: dict[str, Any]) -> str:
         return " | ".join("" if row[k] is None else f"{100 * row[k]:.1f} %" for k in ("concept", "style", "background"))
 
-    head = "concept | style | background | distance | apart | looks |"
+    head = "concept | style | background | distance | looks | difference |"
     lines = [f"| | evaluations | {head}", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {row['label']} | {row['evaluations']} | {shares(row)} | {_distances(row)} |" for row in table]
     lines += ["", f"| steps | scale | {head}", "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {row['steps']} | {row['scale']:g} | {shares(row)} | {_distances(row)} |" for row in sweep]
     for steps in STEPS:
         mine = [row for row in sweep if row["steps"] == steps]
-        by = {key: min(mine, key=lambda row: row[key])["scale"] for key in ("apart", "looks", "distance")}
+        by = {key: min(mine, key=lambda row: row[key])["scale"] for key in ("looks", "distance", "difference")}
         lines.append(f"\n{steps} steps, best scale: " + ", ".join(f"{scale:g} by {key}" for key, scale in by.items()))
     return "\n".join(lines) + "\n"
 
 
 def _distances(row: dict[str, Any]) -> str:
-    return f"{row['distance']:.2f} | {row['apart']:.4f} | {1000 * row['looks']:.2f}"
+    return f"{row['distance']:.2f} | {row['looks']:.5f} | {row['difference']:.4f}"
 
 
 if __name__ == "__main__":

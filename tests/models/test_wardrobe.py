@@ -16,8 +16,7 @@ from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.dialects import LoraError, LowRank, kohya
 from twostep.models.folder import ModelError, find_model
-from twostep.models.wardrobe import Wardrobe
-from twostep.models.worn import load_worn
+from twostep.models.worn import Wardrobe, load_worn
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -129,11 +129,26 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
         typer.echo(f"written: {path}")
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a `twostep distill`.")]) -> None:
-    """Make one HTML page of a run: curves, grids, contracts, recipe; also of one that still goes on."""
-    from twostep.distill.report import write_report
+def report(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a `twostep distill`.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")] = None,
+    bases: Annotated[str, typer.Option(help="The models to try it on, with commas between.")] = "nano",
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, help="What to draw, one a line; else plain things.")
+    ] = None,
+) -> None:
+    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on other bases."""
+    if lora is not None and run is None:
+        from twostep.cli.portability import PROMPTS, print_scales
 
-    typer.echo(f"written: {write_report(run)}")
+        asked = [line for line in prompts.read_text("utf-8").splitlines() if line.strip()] if prompts else PROMPTS
+        print_scales(lora, bases.split(","), tuple(asked))
+    elif run is not None and lora is None:
+        from twostep.distill.report import write_report
+
+        typer.echo(f"written: {write_report(run)}")
+    else:
+        raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
 
 
 def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, advance: OnProgress) -> EmojiSource:

@@ -51,11 +51,16 @@ class Examples:
         return sheet, measure(own, self._of_teacher)
 
     @cached_property
-    def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        def guided(asked: Conditioning) -> Denoise:
+    def _of_teacher(self) -> Tensor:
+        return self.guided(self.teacher.contract.steps)
+
+    def guided(self, num_steps: int) -> Float[Tensor, "seeds prompts 3 height width"]:
+        """Draw with the teacher and its guidance, in its own steps or others."""
+
+        def given(asked: Conditioning) -> Denoise:
             return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
 
-        return self.draw(guided, self.teacher.contract.steps)
+        return self.draw(given, num_steps)
 
     @torch.no_grad()
     def draw(

@@ -2,21 +2,31 @@
 
 A LoRA without a contract is a style and changes no steps. One with a contract makes a teacher a student of few steps,
 or is a style that was trained on one student, and goes on that one alone.
+
+A `Wardrobe` puts another stack of them on one loaded model at every request. It copies the networks' modules, which go
+on to hold the very same weights, and computes the LoRAs beside their layers, W x + weight * alpha / rank * up down x;
+or, fused, it gives these layers new weights. The model itself is never written to: nothing has to be taken off, it
+stays as it was bit for bit, and different stacks may draw at the same time.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 
 from twostep.contract import Contract, ContractError, student_name
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import carries_contract, file_contract, goes_on_a_student
-from twostep.models.dialects import LowRank, merge_lora, read_lora
+from twostep.models.dialects import LowRank, find_layer, merge_lora, read_lora
 from twostep.models.folder import ModelError, find_model
 
 
@@ -84,3 +94,64 @@ def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = No
     if steps not in (None, bundle.contract.steps) and bundle.contract.role == "student":
         raise ModelError(f"{bundle.contract.name} draws in {bundle.contract.steps} steps, not in {steps}.")
     return bundle
+
+
+class Wardrobe:
+    """A loaded model and the last `num_kept` stacks that it wore: one of them again costs no time and no look at disk.
+
+    Move the model to its device and precision before. Not fused, a stack takes no memory beyond its LoRAs, which are
+    shared between stacks; fused, it takes that of all changed weights, and draws as fast as the model alone.
+    """
+
+    def __init__(self, bundle: Bundle, *, fused: bool = False, num_kept: int = 8) -> None:
+        self.bundle, self.fused = bundle, fused
+        self._wear, self._read = lru_cache(num_kept)(self._put_on), lru_cache(num_kept)(self._take_out)
+
+    def wear(self, loras: Sequence[str]) -> Bundle:
+        """Return the model with LoRAs on, each "file" or "file:weight"; raises as `load_worn`, also from any thread."""
+        return self._wear(tuple(loras))
+
+    def _put_on(self, loras: tuple[str, ...]) -> Bundle:
+        worn, contract = [Garment.named(lora) for lora in loras], self.bundle.contract
+        for garment in worn:
+            contract = garment.together(contract)
+        stack = [(garment.weight, self._read(replace(garment, weight=1.0))) for garment in worn]
+        layers = set[str]().union(*(lora for _, lora in stack))
+        parts = {part: _sharing(network) for part, network in self.bundle.parts.items()}
+        for name in layers:
+            layer = find_layer(parts, name)
+            if self.fused:
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            else:
+                _put_beside(layer, [(weight, lora[name]) for weight, lora in stack if name in lora])
+        for weight, lora in stack if self.fused else ():
+            merge_lora(lora, parts, weight=weight)
+        text = replace(self.bundle.text, encoders=(parts["text_encoder"], parts["text_encoder_2"]))
+        denoiser = replace(self.bundle.denoiser, network=parts["unet"])
+        return replace(self.bundle, denoiser=denoiser, text=text, contract=contract)
+
+    def _take_out(self, garment: Garment) -> dict[str, LowRank]:
+        lora, layer = garment.read(self.bundle.parts), partial(find_layer, self.bundle.parts)
+        if self.fused:
+            return lora
+        halves = {name: (low.down.to(layer(name).weight), low.up.to(layer(name).weight)) for name, low in lora.items()}
+        return {name: LowRank(*halves[name], low.alpha) for name, low in lora.items()}
+
+
+def _sharing(network: nn.Module) -> Any:
+    """Copy a network's modules, not its weights."""
+    return copy.deepcopy(network, {id(kept): kept for kept in chain(network.parameters(), network.buffers())})
+
+
+def _put_beside(layer: nn.Linear | nn.Conv2d, stack: list[tuple[float, LowRank]]) -> None:
+    def add(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        for weight, low in stack:
+            scale = weight * low.alpha / low.rank
+            if isinstance(layer, nn.Linear):
+                output = output + linear(scale * linear(inputs[0], low.down), low.up)
+            else:
+                inner = conv2d(inputs[0], low.down, None, layer.stride, layer.padding, layer.dilation)
+                output = output + conv2d(scale * inner, low.up)
+        return output
+
+    layer.register_forward_hook(add)
