@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from nano_table import TEACHER_STEPS, Row, Sampler, draw_row, to_float, write_sheet
 from nano_tasks import Task, complete_tasks
@@ -26,7 +27,9 @@ from examples.nano.report import evaluate
 from twostep.cli.portability import SCALES
 from twostep.data.captions import Attributes, with_article
 from twostep.data.emoji import load_emoji
-from twostep.evaluate.likeness import difference, looks_distance
+from twostep.evaluate.diversity import pixel_diversity
+from twostep.evaluate.frechet import fit_features, frechet_distance
+from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
 from twostep.models.worn import Wardrobe
 
@@ -108,8 +111,8 @@ def _figures(pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judg
         "style": in_style,
         "background": report.background.share,
         "distance": report.frechet_to_reference,
-        "looks": looks_distance(pictures, reference),
-        "difference": difference(pictures, reference),
+        "looks": frechet_distance(fit_features(looks(pictures)), fit_features(looks(reference))),
+        "difference": pixel_diversity(torch.cat([pictures, reference]), [*range(len(pictures))] * 2),
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from twostep.contract import ContractError
 from twostep.distill.chain import find_device
 from twostep.distill.examples import Examples
-from twostep.evaluate.likeness import difference, looks_distance
+from twostep.evaluate.diversity import pixel_diversity
+from twostep.evaluate.frechet import fit_features, frechet_distance
+from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
 from twostep.models.worn import Wardrobe
 
@@ -25,10 +28,12 @@ def print_scales(lora: str, bases: Sequence[str], prompts: tuple[str, ...]) -> N
     table, found = Table("base", "drawn", *(Column(name, justify="right") for name in ("difference", "looks"))), {}
     for base in bases:
         (_, own), *drawn = _drawn(lora, base, prompts)
-        looks = [looks_distance(pictures, own) for _, pictures in drawn]
-        for (label, pictures), distance in zip(drawn, looks, strict=True):
-            table.add_row(base, label, f"{difference(pictures, own):.4f}", f"{distance:.5f}")
-        found[base] = looks[-len(SCALES) :]
+        as_own = fit_features(looks(own))
+        distances = [frechet_distance(fit_features(looks(pictures)), as_own) for _, pictures in drawn]
+        for (label, pictures), distance in zip(drawn, distances, strict=True):
+            pairs = pixel_diversity(torch.cat([own, pictures]), [*range(len(own))] * 2)
+            table.add_row(base, label, f"{pairs:.4f}", f"{distance:.5f}")
+        found[base] = distances[-len(SCALES) :]
     Console().print(table)
     for name, distances in (found | {"all": list(map(sum, zip(*found.values(), strict=True)))}).items():
         Console().print(f"best scale on {name}: {SCALES[distances.index(min(distances))]:g}")
@@ -42,7 +47,8 @@ def _drawn(lora: str, base: str, prompts: tuple[str, ...]) -> Iterator[tuple[str
         raise ContractError(f"{lora} makes no few-step students, so there is no best scale. Give a LoRA that does.")
     examples = Examples.of(bundle, prompts)
     for steps in (bundle.contract.steps, few.steps):
-        yield f"{steps} steps, guidance {bundle.contract.guidance:g}", examples.guided(steps).flatten(0, 1)
+        label = f"{steps} steps, guidance {bundle.contract.guidance:g}"
+        yield label, examples.draw(examples.guided, steps).flatten(0, 1)
     yield f"{few.steps} steps, no guidance", examples.draw(bundle.denoiser.given, few.steps).flatten(0, 1)
     for scale in SCALES:
         worn = wardrobe.wear([f"{lora}:{scale}"])

@@ -51,16 +51,12 @@ class Examples:
         return sheet, measure(own, self._of_teacher)
 
     @cached_property
-    def _of_teacher(self) -> Tensor:
-        return self.guided(self.teacher.contract.steps)
+    def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
+        return self.draw(self.guided, self.teacher.contract.steps)
 
-    def guided(self, num_steps: int) -> Float[Tensor, "seeds prompts 3 height width"]:
-        """Draw with the teacher and its guidance, in its own steps or others."""
-
-        def given(asked: Conditioning) -> Denoise:
-            return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
-
-        return self.draw(given, num_steps)
+    def guided(self, asked: Conditioning) -> Denoise:
+        """Return the teacher with its guidance, given what to draw."""
+        return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
 
     @torch.no_grad()
     def draw(

@@ -87,7 +87,8 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         weight = find_layer(parts, layer).weight
         _check(path, layer, has, weight)
         own = has["alpha"].item() if "alpha" in has else told.get(layer, told.get(layer.partition(".")[0], alpha))
-        down, up = ((value.flatten(1) if weight.dim() == 2 else value) for value in (has["down"], has["up"]))
+        down = has["down"].reshape(-1, *weight.shape[1:])
+        up = has["up"].reshape(len(weight), -1, *[1] * (weight.dim() - 2))
         lora[layer] = LowRank(down, up, float(len(down) if own is None else own))
     return lora
 

@@ -3,10 +3,9 @@
 A LoRA without a contract is a style and changes no steps. One with a contract makes a teacher a student of few steps,
 or is a style that was trained on one student, and goes on that one alone.
 
-A `Wardrobe` puts another stack of them on one loaded model at every request. It copies the networks' modules, which go
-on to hold the very same weights, and computes the LoRAs beside their layers, W x + weight * alpha / rank * up down x;
-or, fused, it gives these layers new weights. The model itself is never written to: nothing has to be taken off, it
-stays as it was bit for bit, and different stacks may draw at the same time.
+A `Wardrobe` puts other stacks of them on one loaded model. It copies the networks' modules, not their weights, and
+computes the LoRAs beside the layers, W x + weight * alpha / rank * up down x; or, fused, changes weights of its own.
+The model itself is never written to: it stays as it was bit for bit, and different stacks may draw at the same time.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class Wardrobe:
     """A loaded model and the last `num_kept` stacks that it wore: one of them again costs no time and no look at disk.
 
     Move the model to its device and precision before. Not fused, a stack takes no memory beyond its LoRAs, which are
-    shared between stacks; fused, it takes that of all changed weights, and draws as fast as the model alone.
+    shared between stacks; fused, it takes that of the networks it changes, and draws as fast as the model alone.
     """
 
     def __init__(self, bundle: Bundle, *, fused: bool = False, num_kept: int = 8) -> None:
@@ -116,42 +115,30 @@ class Wardrobe:
         for garment in worn:
             contract = garment.together(contract)
         stack = [(garment.weight, self._read(replace(garment, weight=1.0))) for garment in worn]
-        layers = set[str]().union(*(lora for _, lora in stack))
-        parts = {part: _sharing(network) for part, network in self.bundle.parts.items()}
-        for name in layers:
-            layer = find_layer(parts, name)
+        parts: dict[str, Any] = self.bundle.parts
+        for part in {layer.partition(".")[0] for _, lora in stack for layer in lora}:
+            weights = chain(parts[part].parameters(), parts[part].buffers())
+            parts[part] = copy.deepcopy(parts[part], {} if self.fused else {id(kept): kept for kept in weights})
+        for weight, lora in stack:
             if self.fused:
-                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-            else:
-                _put_beside(layer, [(weight, lora[name]) for weight, lora in stack if name in lora])
-        for weight, lora in stack if self.fused else ():
-            merge_lora(lora, parts, weight=weight)
+                merge_lora(lora, parts, weight=weight)
+            for name, low in lora.items() if not self.fused else ():
+                scale = weight * low.alpha / low.rank
+                find_layer(parts, name).register_forward_hook(partial(_beside, low, scale))
         text = replace(self.bundle.text, encoders=(parts["text_encoder"], parts["text_encoder_2"]))
         denoiser = replace(self.bundle.denoiser, network=parts["unet"])
         return replace(self.bundle, denoiser=denoiser, text=text, contract=contract)
 
     def _take_out(self, garment: Garment) -> dict[str, LowRank]:
-        lora, layer = garment.read(self.bundle.parts), partial(find_layer, self.bundle.parts)
-        if self.fused:
-            return lora
-        halves = {name: (low.down.to(layer(name).weight), low.up.to(layer(name).weight)) for name, low in lora.items()}
-        return {name: LowRank(*halves[name], low.alpha) for name, low in lora.items()}
+        parts, found = self.bundle.parts, {}
+        for name, low in garment.read(parts).items():
+            weight = find_layer(parts, name).weight
+            found[name] = replace(low, down=low.down.to(weight), up=low.up.to(weight))
+        return found
 
 
-def _sharing(network: nn.Module) -> Any:
-    """Copy a network's modules, not its weights."""
-    return copy.deepcopy(network, {id(kept): kept for kept in chain(network.parameters(), network.buffers())})
-
-
-def _put_beside(layer: nn.Linear | nn.Conv2d, stack: list[tuple[float, LowRank]]) -> None:
-    def add(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        for weight, low in stack:
-            scale = weight * low.alpha / low.rank
-            if isinstance(layer, nn.Linear):
-                output = output + linear(scale * linear(inputs[0], low.down), low.up)
-            else:
-                inner = conv2d(inputs[0], low.down, None, layer.stride, layer.padding, layer.dilation)
-                output = output + conv2d(scale * inner, low.up)
-        return output
-
-    layer.register_forward_hook(add)
+def _beside(low: LowRank, scale: float, layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return output + linear(scale * linear(inputs[0], low.down), low.up)
+    inner = conv2d(inputs[0], low.down, None, layer.stride, layer.padding, layer.dilation)
+    return output + conv2d(scale * inner, low.up)
