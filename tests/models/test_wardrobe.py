@@ -148,7 +148,7 @@ def test_in_16_bits_it_is_near(styles: list[str]) -> None:
     beside, fused = (Wardrobe(half, fused=fused).wear(["nano_4step_lora", *styles]) for fused in (False, True))
     exact = latents(load_worn("nano", ["nano_4step_lora", *styles]))
     errors = [(latents(worn) - exact).norm() / exact.norm() for worn in (beside, fused)]
-    assert max(errors) < 0.05 and errors[0] < 1.5 * errors[1]
+    assert max(errors) < 0.02 and errors[0] < 1.2 * errors[1]  # 0.0096 and 0.0100 were measured
 
 
 def test_it_goes_on_a_wardrobe_as_on_a_model_that_is_loaded(styles: list[str], base: Bundle, tmp_path: Path) -> None:
