@@ -7,7 +7,7 @@ of v, not of eps, since few-step students ask it at high noise, where errors of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import ControlNetModel
@@ -19,9 +19,8 @@ from examples.nano.captions import BACKGROUNDS, Omission, caption
 from examples.nano.descent import DescentSettings, train
 from examples.nano.drawings import EmojiSet, Placement, place_drawings
 from examples.nano.model import PIXELS
-from twostep.diffusion import Prediction, prediction_from_output
 from twostep.models.bundle import Bundle
-from twostep.models.conditioning import Conditioning
+from twostep.models.control import Hint
 from twostep.models.denoiser import Denoiser
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent
@@ -46,26 +45,6 @@ class Silhouettes:
     latents: Float[Tensor, "count c h w"]
     masks: UInt8[Tensor, "count 64 64"]
     labels: UInt8[Tensor, "count 3"]
-
-
-@dataclass(frozen=True, eq=False)
-class Controlled:
-    """The teacher with a ControlNet and the hints of one batch."""
-
-    denoiser: Denoiser
-    control: ControlNetModel
-    hints: Float[Tensor, "batch 3 64 64"]
-
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
-        """Predict x0 and eps of x_t at times t in 1..T."""
-        index, network = t.to(x_t.device) - 1, self.denoiser.network
-        told = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
-        asked = (x_t, index, conditioning.text)
-        down, mid = self.control(*asked, controlnet_cond=self.hints, added_cond_kwargs=told, return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        output = network(*asked, added_cond_kwargs=told, **residuals, return_dict=False)[0]
-        alpha, sigma = self.denoiser.schedule.coefficients(t, x_t)
-        return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.denoiser.prediction_type)
 
 
 def build_control(denoiser: Denoiser) -> ControlNetModel:
@@ -121,23 +100,24 @@ def train_silhouette(
     torch.manual_seed(settings.loop.seed)
     device, denoiser, schedule = bundle.denoiser.network.device, bundle.denoiser, bundle.denoiser.schedule
     control = build_control(denoiser).to(device).train()
-    with_codec = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
-    omission, backgrounds = Omission(), list(BACKGROUNDS)
+    drawn = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
+    omission, backgrounds, always = Omission(), list(BACKGROUNDS), frozenset(range(1, schedule.num_times + 1))
 
     def loss(iteration: int, draw: Draw) -> Tensor:
-        rows = torch.randint(len(with_codec.latents), (settings.loop.batch_size,), generator=draw.tensors)
+        rows = torch.randint(len(drawn.latents), (settings.loop.batch_size,), generator=draw.tensors)
         captions = []
-        for concept, style, background in with_codec.labels[rows].tolist():
+        for concept, style, background in drawn.labels[rows].tolist():
             names, subgroup = emoji.concepts[concept].names, emoji.concepts[concept].subgroup
             said = omission.apply(names, subgroup, emoji.styles[style], backgrounds[background], draw.words)
             captions.append(caption(said, draw.words))
         with torch.no_grad():
             conditioning = bundle.text.conditioning(captions, PIXELS, PIXELS)
-        x0, hints = with_codec.latents[rows].float().to(device), hints_of(with_codec.masks[rows]).to(device)
+        x0, hints = drawn.latents[rows].float().to(device), hints_of(drawn.masks[rows]).to(device)
         t = torch.randint(1, schedule.num_times + 1, (len(x0),), generator=draw.tensors)
         eps = torch.randn(x0.shape, generator=draw.tensors).to(device)
         alpha, sigma = schedule.coefficients(t, x0)
-        predicted = Controlled(denoiser, control, hints)(alpha * x0 + sigma * eps, t, conditioning)
+        conditioning = replace(conditioning, hints=(Hint(control, hints, 1.0, always),))
+        predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
         error: Tensor = predicted.v(alpha, sigma) - (alpha * eps - sigma * x0)
         return error.square().mean()
 

@@ -128,11 +128,26 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
         typer.echo(f"written: {path}")
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a `twostep distill`.")]) -> None:
-    """Make one HTML page of a run: curves, grids, contracts, recipe; also of one that still goes on."""
-    from twostep.distill.report import write_report
+def report(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a `twostep distill`.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")] = None,
+    bases: Annotated[str, typer.Option(help="The models to try it on, with commas between.")] = "nano",
+    prompts: Annotated[Path | None, typer.Option(exists=True, help="A file of what to draw, one a line.")] = None,
+) -> None:
+    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on other bases."""
+    if lora is not None and run is None:
+        from twostep.cli.portability import PROMPTS, print_scales
 
-    typer.echo(f"written: {write_report(run)}")
+        asked = [line for line in prompts.read_text("utf-8").splitlines() if line.strip()] if prompts else PROMPTS
+        if not asked:
+            raise typer.BadParameter(f"{prompts} is empty; give a prompt on every line.")
+        print_scales(lora, bases.split(","), tuple(asked))
+    elif run is not None and lora is None:
+        from twostep.distill.report import write_report
+
+        typer.echo(f"written: {write_report(run)}")
+    else:
+        raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
 
 
 def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:

@@ -4,7 +4,7 @@ Every file carries the sampling contract and ModelSpec (Stability AI's metadata,
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,14 +72,14 @@ def _write(
     contract: Contract,
     out: Path,
     to: str,
-    channels: tuple[int, ...],
+    channels: Iterable[int],
     metadata: dict[str, str],
 ) -> Path:
     weights = {key: (value.half() if value.dim() else value).cpu().contiguous() for key, value in weights.items()}
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(weights[key].numpy().tobytes())
-    architecture = SDXL if channels == (320, 640, 1280) else f"{contract.base} (the classes of SDXL, smaller)"
+    architecture = SDXL if tuple(channels) == (320, 640, 1280) else f"{contract.base} (the classes of SDXL, smaller)"
     spec = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{architecture}/lora" if to.startswith("lora") else architecture,

@@ -43,6 +43,12 @@ class Denoiser:
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; diffusers' own `device` walks through all modules every time."""
+        found: torch.device = self.network.conv_in.weight.device
+        return found
+
     def standalone(self) -> UNet2DConditionModel:
         """Return a copy of the network that computes the same by itself: with its LoRA merged in, and none on it."""
         return merge(self.network, self.lora)

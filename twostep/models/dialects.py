@@ -26,7 +26,9 @@ KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "l
 _KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
 _FOREIGN = {
     "lora_te_": "is for Stable Diffusion 1 or 2",
+    "down_blocks_0_attentions": "is for Stable Diffusion 1 or 2",
     "double_blocks": "is for Flux",
+    "single_blocks": "is for Flux",
     "transformer.": "is for a model with a transformer, as Flux or Stable Diffusion 3",
     "hada_": "is a LoHa, which is no LoRA",
     "lokr_": "is a LoKr, which is no LoRA",
@@ -82,10 +84,11 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         raise LoraError(f"{path} is empty.")
     lora = {}
     for layer, has in found.items():
-        weight = _layer(parts, layer).weight
+        weight = find_layer(parts, layer).weight
         _check(path, layer, has, weight)
         own = has["alpha"].item() if "alpha" in has else told.get(layer, told.get(layer.partition(".")[0], alpha))
-        down, up = ((value.flatten(1) if weight.dim() == 2 else value) for value in (has["down"], has["up"]))
+        down = has["down"].reshape(-1, *weight.shape[1:])
+        up = has["up"].reshape(len(weight), -1, *[1] * (weight.dim() - 2))
         lora[layer] = LowRank(down, up, float(len(down) if own is None else own))
     return lora
 
@@ -94,7 +97,7 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
 def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, weight: float = 1.0) -> None:
     """Add a LoRA, so strongly, to the weights of these networks, in place."""
     for name, low in lora.items():
-        target = _layer(parts, name).weight
+        target = find_layer(parts, name).weight
         target += (weight * low.change).reshape(target.shape).to(target)
 
 
@@ -145,7 +148,8 @@ def _layers(network: nn.Module) -> Iterator[str]:
             yield name.removesuffix(".base_layer")
 
 
-def _layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
+def find_layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
+    """Return the layer that a LoRA names, as it is without those that are on it."""
     part, _, layer = name.partition(".")
     found = parts[part].get_submodule(layer)
     base = getattr(found, "base_layer", found)
@@ -182,4 +186,5 @@ def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) ->
 
 def _said_of(key: str) -> str:
     """Say what a file is that has such a key."""
-    return next((said for word, said in _FOREIGN.items() if word in key), "is no LoRA for this model")
+    known = (said for word, said in _FOREIGN.items() if word in key or word in key.replace(".", "_"))
+    return next(known, "is no LoRA for this model")

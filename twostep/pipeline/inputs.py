@@ -49,13 +49,13 @@ class Inputs:
         size, unet = (int(request.width or 0), int(request.height or 0)), bundle.denoiser.network
 
         def pixels(picture: Picture) -> Pixels:
-            return cut(picture.image, [size])[0][None].to(unet.device)
+            return cut(picture.image, [size])[0][None].to(bundle.denoiser.device)
 
         image = None if request.image is None else pixels(request.image)
         mask = None if request.mask is None else pixels(request.mask).mean(dim=1, keepdim=True) >= 0
         if mask is not None and not bool(mask.any()):
             raise RequestError("the mask is black everywhere; paint what is to be drawn anew white.")
-        x0 = torch.zeros(1, *bundle.latent_shape(*size), device=unet.device)
+        x0 = torch.zeros(1, *bundle.latent_shape(*size), device=bundle.denoiser.device)
         x0 = x0 if image is None else bundle.codec.encode(image)
         hints, count = [], len(times) - 1
         for control in request.controls:
@@ -97,7 +97,7 @@ def _known(
 ) -> Float[Tensor, "1 known h w"]:
     """Return what an inpainting UNet takes: the mask, and the latents of the image, grey where it is to be drawn."""
     if image is None or mask is None:
-        image = torch.zeros(1, 3, *size[::-1], device=bundle.denoiser.network.device)
+        image = torch.zeros(1, 3, *size[::-1], device=bundle.denoiser.device)
         mask = torch.ones_like(image[:, :1], dtype=torch.bool)
     latents = bundle.codec.encode(image.masked_fill(mask, 0))
     return torch.cat([_coarse(mask, latents).to(latents.dtype), latents], dim=1)
