@@ -15,6 +15,7 @@ LONG = ("distill", "cache", "report")
 
 def commands() -> list[str]:
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts.remove(ROOT / "docs" / "use.md")  # whose commands follow on each other: test_use.py
     blocks = [block for path in texts for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     return list(dict.fromkeys(line for line in lines if line.startswith("twostep ")))

@@ -104,7 +104,7 @@ def edit(
 
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that twostep wrote.")],
-    inputs: Annotated[Path, typer.Option(help="Where the pictures lie that went in, if not beside it.")] = Path(),
+    inputs: Annotated[Path, typer.Option(help="Where pictures lie that went in, if neither here nor beside.")] = Path(),
     model: Annotated[str | None, typer.Option(help="Where the model lies now, if it was moved.")] = None,
     out: _Folder = Path("out"),
 ) -> None:
@@ -115,7 +115,7 @@ def replay(
     origin = told.origin or ((model,) if model else ())
     if not origin:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
-    request = told.batch.found([inputs, picture.parent])
+    request = told.batch.found([inputs, Path(), picture.parent])
     result, paths = _make(request, model or origin[0], origin[1:], told.contract.steps, out)
     index = told.request.seed - request.seed
     with Image.open(picture) as first:
