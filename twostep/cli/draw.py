@@ -134,9 +134,13 @@ def _make(
         steps = _default_steps(model)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {model}"):
+        import torch
+
         from twostep.models.worn import load_worn
 
-        bundle = load_worn(model, loras or (), steps=steps)
+        bundle, accelerator = load_worn(model, loras or (), steps=steps), torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            bundle.to(accelerator, torch.float16)
     loading_seconds = time.perf_counter() - start
     result = _draw(bundle, request)
     paths = save_images(result, out)

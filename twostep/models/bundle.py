@@ -74,10 +74,10 @@ class Bundle:
         first, second = self.text.encoders
         return {"unet": self.denoiser.network, "text_encoder": first, "text_encoder_2": second}
 
-    def to(self, device: torch.device) -> Bundle:
-        """Move every network to a device, in place; returns the bundle."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Bundle:
+        """Move every network to a device, and to a precision if one is given, in place; returns the bundle."""
         for network in (*self.parts.values(), self.codec.vae):
-            network.to(device)
+            nn.Module.to(network, device, dtype)  # diffusers' own would warn of nothing
         return self
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
