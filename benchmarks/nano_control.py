@@ -6,8 +6,9 @@
 
 Every prompt is complete ("a 3d red apple on a blue background"), and its silhouette is that of a real drawing of the
 same thing in the same style, at a place, size and angle of which none was drawn in training, and which are freer than
-those of the teacher's own pictures: the judge that ships has not seen such places, hence one of its own. Measured: how far the drawn silhouette agrees with the one asked for (intersection
-over union; in the drawn picture, what differs from its background), and what the judge sees.
+those of the teacher's own pictures: the judge that ships has not seen such places, hence one of its own. Measured: how
+far the drawn silhouette agrees with the one asked for (intersection over union; in the drawn picture, what differs from
+its background), and what the judge sees.
 """
 
 from __future__ import annotations
