@@ -94,10 +94,8 @@ class TextEncoders:
 
             layer = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
             both = zip(self.tokenizers, self.encoders, strict=True)
-            return torch.cat(
-                [Compel(*of, returned_embeddings_type=layer, truncate_long_prompts=False)(prompt) for of in both],
-                dim=-1,
-            )
+            told = [Compel(*of, returned_embeddings_type=layer, truncate_long_prompts=False)(prompt) for of in both]
+            return torch.cat(told, dim=-1)
 
 
 def _words(prompt: str) -> str:
