@@ -23,11 +23,11 @@ from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
 from examples.nano.captions import Attributes, with_article
+from examples.nano.diversity import pixel_diversity
 from examples.nano.drawings import load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import evaluate
 from twostep.cli.portability import SCALES
-from twostep.evaluate.diversity import pixel_diversity
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
