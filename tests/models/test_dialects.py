@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.dialects import LoraError, LowRank, kohya, merge_lora, read_lora
-from twostep.models.folder import find_model
+from twostep.models.folder import ModelError, find_model
 from twostep.models.lora import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -140,14 +140,14 @@ def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, 
     doubled, twice = next(iter(peft(lora)[0].items()))
     for tensors, said in (
         ({}, "is empty"),
-        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, "Stable Diffusion 1"),
-        ({"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1)}, "is for Flux"),
-        ({"transformer.x.lora_A.weight": torch.ones(1)}, "with a transformer"),
+        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, "is a LoRA for Stable Diffusion 1 or 2"),
+        ({"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1)}, "is a LoRA for Flux"),
+        ({"transformer.x.lora_A.weight": torch.ones(1)}, "is a LoRA for a transformer"),
         ({unet_down.replace("lora_down", "hada_w1_a"): torch.ones(1)}, "is a LoHa"),
         ({**good, unet_down.replace("lora_down.weight", "dora_scale"): torch.ones(1)}, "is a DoRA"),
         (
             {"model.diffusion_model.x.weight": torch.ones(1)},
-            "is no LoRA for this model: it has model.diffusion_model.x",
+            "is a UNet alone: it has model.diffusion_model.x",
         ),
         ({**good, doubled: twice.clone()}, "mixes dialects"),
         ({k: v for k, v in good.items() if k != unet_down}, "lacks the down half of unet.down_blocks"),
@@ -156,8 +156,11 @@ def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, 
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
         with pytest.raises(LoraError, match=said):
             read_lora(path, bundle.parts)
+    save_file(good, path, {"lora_adapter_metadata": "{half"})
+    with pytest.raises(LoraError, match="lora_adapter_metadata is damaged"):
+        read_lora(path, bundle.parts)
     path.write_bytes(b"nothing")
-    with pytest.raises(LoraError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="no whole safetensors file"):
         read_lora(path, bundle.parts)
 
 

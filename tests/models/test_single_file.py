@@ -127,12 +127,12 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("conditioner.embedders.0.model.ln_final.weight", "an SDXL refiner"),
-        ("cond_stage_model.transformer.text_model.x", "a Stable Diffusion 1 checkpoint"),
-        ("cond_stage_model.model.ln_final.weight", "a Stable Diffusion 2 checkpoint"),
-        ("model.diffusion_model.double_blocks.0.x", "a Flux checkpoint"),
+        ("conditioner.embedders.0.model.ln_final.weight", "for the SDXL refiner"),
+        ("cond_stage_model.transformer.text_model.x", "for Stable Diffusion 1"),
+        ("cond_stage_model.model.ln_final.weight", "for Stable Diffusion 2"),
+        ("model.diffusion_model.double_blocks.0.x", "a transformer alone for Flux"),
         ("lora_unet_input_blocks_4.lora_up.weight", "a LoRA"),
-        ("model.diffusion_model.input_blocks.0.0.weight", "a UNet without the text encoders"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a UNet alone: it has no first_stage_model"),
         ("something.else", "no model"),
     ],
 )

@@ -44,5 +44,6 @@ for verb in (
     train.distill,
     train.report,
     files.export,
+    files.inspect,
 ):
     app.command()(verb)

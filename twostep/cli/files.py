@@ -1,9 +1,15 @@
-"""Verbs on files: export."""
+"""Verbs on files: export, inspect."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from twostep.cli.draw import contract_table
 
 
 def export(
@@ -17,3 +23,25 @@ def export(
     from twostep.export.writing import export as write
 
     typer.echo(f"written: {write(model, to, out, steps=steps, base=base)}")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Any .safetensors, or the name of a built-in or official one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a file is, how it is to be sampled, and who can load it; its weights are not read."""
+    from twostep.models.contracts import carries_contract, file_contract
+    from twostep.models.folder import ModelError, find_model
+    from twostep.models.kinds import read_header, summary
+
+    path = find_model(file)
+    if path.is_dir():
+        raise ModelError(f"{path} is a model folder: `twostep info {path}` says what is in it. Give one file.")
+    told, contract = summary(read_header(path)), file_contract(path) if carries_contract(path) else None
+    if as_json:
+        typer.echo(json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2))
+        return
+    table = Table(path.name, "", show_header=True)
+    for name, value in told.items():
+        table.add_row(name, Text(value))
+    Console().print(table, contract_table([contract]) if contract else "It carries no contract: nothing says its steps.")

@@ -7,10 +7,9 @@ file one is derived from its configs.
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
+from twostep.models.kinds import read_header
 from twostep.models.official import ALIAS, BASE, HUB_ID, STEPS, official_contract, official_file
 from twostep.models.single_file import SDXL_BASE, find_single_file
 from twostep.models.sizes import sizes_around
@@ -39,22 +38,14 @@ def student_files(folder: Path) -> dict[int, Path]:
 def file_contract(path: Path) -> Contract:
     """Read the contract in a student's file, or tell that of an official one by its name."""
     try:
-        return official_contract(path) or Contract.from_metadata(_metadata(path))
+        return official_contract(path) or Contract.from_metadata(read_header(path).metadata)
     except ContractError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
 def carries_contract(path: Path) -> bool:
     """Tell whether a file says, or its name, how it is to be sampled."""
-    return METADATA_KEY in _metadata(path) or official_contract(path) is not None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+    return METADATA_KEY in read_header(path).metadata or official_contract(path) is not None
 
 
 def _single_file_contract(path: Path) -> Contract:

@@ -14,26 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from twostep.models.folder import ModelError
+from twostep.models.kinds import kind_of, read_header
 from twostep.models.ldm import unet_names
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 """The parts of a model -> what kohya puts before the names of their layers."""
 
 _KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
-_FOREIGN = {
-    "lora_te_": "is for Stable Diffusion 1 or 2",
-    "double_blocks": "is for Flux",
-    "transformer.": "is for a model with a transformer, as Flux or Stable Diffusion 3",
-    "hada_": "is a LoHa, which is no LoRA",
-    "lokr_": "is a LoKr, which is no LoRA",
-    "dora_scale": "is a DoRA, whose lengths no LoRA has",
-    "lora_mid": "is a Tucker decomposition, which is not read here",
-}
-"""What a file is in which such a word is in a key that no layer has."""
 
 
 class LoraError(ModelError):
@@ -73,7 +64,8 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         match = _KEY.fullmatch(key)
         layer = layers.get(match[1] or match[4]) if match else None
         if match is None or layer is None:
-            raise LoraError(f"{path} {_said_of(key)}: it has {key}, and no layer of {', '.join(parts)} is called so.")
+            kind = kind_of(read_header(path))
+            raise LoraError(f"{path} is {kind}: it has {key}, and no layer of {', '.join(parts)} is called so.")
         kind = "down" if match[2] else "up" if match[3] else "alpha"
         if kind in found.setdefault(layer, {}):
             raise LoraError(f"{path} mixes dialects: {key} is there a second time under another name.")
@@ -156,11 +148,11 @@ def _layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return a file's tensors, and the alphas that diffusers writes into its metadata, by layer or by part."""
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+        told = json.loads(read_header(path).metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as error:
+        raise LoraError(f"{path}: its lora_adapter_metadata is damaged ({error}). Fetch or export it again.") from error
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     alphas = {}
     for part in KOHYA:
         if f"{part}.lora_alpha" in told:
@@ -178,8 +170,3 @@ def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) ->
             f"{path} does not fit: {layer} is {list(weight.shape)}, and its halves are {list(up.shape)} and "
             f"{list(down.shape)}. It was made for a model of another kind."
         )
-
-
-def _said_of(key: str) -> str:
-    """Say what a file is that has such a key."""
-    return next((said for word, said in _FOREIGN.items() if word in key), "is no LoRA for this model")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from twostep.contract import PredictionType
 from twostep.models.folder import CONFIGS, INDEX_FILE, ModelError, fetch
+from twostep.models.kinds import kind_of, read_header
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, join, split, unet_names, vae_names
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -27,20 +28,6 @@ NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
 }
 _LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
-
-_KINDS = {
-    "conditioner.embedders.0.model.": "an SDXL refiner",
-    "cond_stage_model.transformer.": "a Stable Diffusion 1 checkpoint",
-    "cond_stage_model.model.": "a Stable Diffusion 2 checkpoint",
-    "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
-    "model.diffusion_model.double_blocks.": "a Flux checkpoint",
-    "double_blocks.": "a Flux network",
-    "lora_": "a LoRA",
-    "unet.": "a LoRA",
-    "input_blocks.": "a UNet alone",
-    "down_blocks.": "a UNet alone",
-}
-"""What a file with such keys is, whatever else is in it."""
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
@@ -95,21 +82,18 @@ class Outline:
 
 def is_whole(path: Path) -> bool:
     """Tell whether a file holds an autoencoder, and so all that a model is."""
-    with safe_open(path, "pt") as file:
-        return any(key.startswith(VAE) for key in list(file.keys()))
+    return any(key.startswith(VAE) for key in read_header(path).shapes)
 
 
 def find_single_file(path: Path) -> SingleFile:
     """Return the checkpoint with the folder of its configs; ModelError says what else the file is."""
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
-    parts = [part for part in NAMES if any(key.startswith(part) for key in keys)]
-    kind = next((kind for start, kind in _KINDS.items() if any(key.startswith(start) for key in keys)), None)
-    if kind is None and len(parts) < len(NAMES):
-        kind = "a UNet without the text encoders of SDXL" if UNET in parts else "no model"
-    if kind is not None:
-        seen = keys[0] if keys else "nothing"
-        raise ModelError(f"{path} is {kind} (it holds {seen}). Expected a twostep student, or a whole SDXL checkpoint.")
+    header = read_header(path)
+    kind, lacking = kind_of(header), [part for part in NAMES if not any(key.startswith(part) for key in header.shapes)]
+    if lacking:
+        raise ModelError(
+            f"{path} is {kind}: it has no {lacking[0]}*, and begins with {next(iter(header.shapes), 'nothing')}. Expected "
+            "a whole SDXL checkpoint, or a UNet that carries its contract."
+        )
     beside = path.with_suffix("")
     return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
 
