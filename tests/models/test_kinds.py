@@ -70,7 +70,8 @@ def test_a_whole_checkpoint_of_five_gigabytes_is_told_at_once(tmp_path: Path) ->
 )
 def test_unets_are_told_by_their_shapes(tmp_path: Path, changes: dict[str, int], said: str) -> None:
     shapes = unet_shapes(**changes)
-    for named, names in ((shapes, "diffusers"), (old(shapes), "latent diffusion"), (old(shapes, ""), "latent diffusion")):
+    before = "latent diffusion"
+    for named, names in ((shapes, "diffusers"), (old(shapes), before), (old(shapes, ""), before)):
         kind = kind_of(read_header(hollow(tmp_path / "unet.safetensors", named)))
         assert (str(kind), kind.names) == (said, names)
         assert kind.readers.startswith("not twostep" if "Stable" in said or "refiner" in said else "twostep")
@@ -79,11 +80,7 @@ def test_unets_are_told_by_their_shapes(tmp_path: Path, changes: dict[str, int],
 @pytest.mark.parametrize(
     ("shapes", "said", "reader"),
     [
-        (
-            {"lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048)},
-            "a LoRA for SDXL",
-            "A1111",
-        ),
+        ({"lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048)}, "a LoRA for SDXL", "A1111"),
         ({"lora_unet_down_blocks_1_attn2_to_k.lora_down.weight": (8, 768)}, "a LoRA for Stable Diffusion 1", "not"),
         ({"unet.down_blocks.1.x.attn2.to_k.lora_A.weight": (8, 2048)}, "a LoRA for SDXL", "only in part"),
         ({"unet.down_blocks.1.x.attn2.to_k.lora.down.weight": (8, 1024)}, "a LoRA for Stable Diffusion 2", "not"),

@@ -44,4 +44,4 @@ def inspect(
     table = Table(path.name, "", show_header=True)
     for name, value in told.items():
         table.add_row(name, Text(value))
-    Console().print(table, contract_table([contract]) if contract else "It carries no contract: nothing says its steps.")
+    Console().print(table, contract_table([contract]) if contract else "It carries no contract.")

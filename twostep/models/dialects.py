@@ -64,8 +64,8 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         match = _KEY.fullmatch(key)
         layer = layers.get(match[1] or match[4]) if match else None
         if match is None or layer is None:
-            kind = kind_of(read_header(path))
-            raise LoraError(f"{path} is {kind}: it has {key}, and no layer of {', '.join(parts)} is called so.")
+            what = kind_of(read_header(path))
+            raise LoraError(f"{path} is {what}: it has {key}, and no layer of {', '.join(parts)} is called so.")
         kind = "down" if match[2] else "up" if match[3] else "alpha"
         if kind in found.setdefault(layer, {}):
             raise LoraError(f"{path} mixes dialects: {key} is there a second time under another name.")

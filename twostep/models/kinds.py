@@ -1,7 +1,7 @@
 """What a .safetensors file is, told by its header alone: names, shapes and metadata, never a weight.
 
-A file of many gigabytes is told in milliseconds. The knowledge stands in kinds.toml, other architectures too, so that the
-answer to them is a clear no. How a model is put together is unknown here.
+A file of many gigabytes is told in milliseconds. The knowledge stands in kinds.toml, other architectures too, so that
+the answer to them is a clear no. How a model is put together is unknown here.
 """
 
 import json
@@ -22,7 +22,7 @@ _MAX_HEADER_BYTES = 100_000_000  # as in the format's own library
 
 @dataclass(frozen=True)
 class Header:
-    """A file's names, sorted, with their shapes and precisions, and its metadata; all bytes that it tells of are there."""
+    """A file's names, sorted, with their shapes and precisions, and its metadata; the file is all there."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -93,12 +93,13 @@ def summary(header: Header) -> dict[str, str]:
     sizes = [math.prod(shape) for shape in header.shapes.values()]
     alphas = sum(key.endswith(".alpha") for key in header.shapes) or "lora_adapter_metadata" in header.metadata
     predicts = "v" if "v_pred" in header.shapes else header.metadata.get("modelspec.prediction_type")
+    precisions = ", ".join(sorted({*header.precisions.values()}))
     told = {
         "is": str(kind),
         "names": kind.names,
         "rank": ranks and ", ".join(map(str, sorted(ranks))),
         "alpha": ranks and ("in the file" if alphas else "not in the file: the rank, or the contract's"),
-        "weights": f"{len(sizes):,} tensors, {sum(sizes):,} numbers, {', '.join(sorted({*header.precisions.values()}))}",
+        "weights": f"{len(sizes):,} tensors, {sum(sizes):,} numbers, {precisions}",
         "predicts": re.search("UNet|checkpoint", kind.what) and predicts,
         "title": header.metadata.get("modelspec.title"),
         "read by": kind.readers,

@@ -91,8 +91,8 @@ def find_single_file(path: Path) -> SingleFile:
     kind, lacking = kind_of(header), [part for part in NAMES if not any(key.startswith(part) for key in header.shapes)]
     if lacking:
         raise ModelError(
-            f"{path} is {kind}: it has no {lacking[0]}*, and begins with {next(iter(header.shapes), 'nothing')}. Expected "
-            "a whole SDXL checkpoint, or a UNet that carries its contract."
+            f"{path} is {kind}: it has no {lacking[0]}*, and begins with {next(iter(header.shapes), 'nothing')}. "
+            "Expected a whole SDXL checkpoint, or a UNet that carries its contract."
         )
     beside = path.with_suffix("")
     return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
