@@ -17,12 +17,19 @@ def export(
     to: Annotated[str, typer.Option(help="diffusers, comfyui, unet, lora-kohya or lora-peft.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for diffusers, else the .safetensors to write.")],
     steps: Annotated[int | None, typer.Option(help="Picks the student of a model that has several.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge in, file or file:weight; or several.")] = None,
     base: Annotated[str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="For the card: draw this; once or several times.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="For the card: show this instead of drawing.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="For the card: figures, a JSON object or a list.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card: the hub's name of a licence.")] = None,
 ) -> None:
-    """Write a model as others load it, with its contract, a card, and for ComfyUI a workflow."""
+    """Write a model as others load it, with its contract, a card, and for ComfyUI workflows."""
+    from twostep.export.card import Card
     from twostep.export.writing import export as write
 
-    typer.echo(f"written: {write(model, to, out, steps=steps, base=base)}")
+    card = Card(prompt or (), picture, evaluation, license)
+    typer.echo(f"written: {write(model, to, out, steps=steps, base=base, loras=tuple(lora or ()), card=card)}")
 
 
 def inspect(

@@ -99,6 +99,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
+    _forget_guidance(network, checked=not outline)
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
@@ -135,6 +136,23 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         pipeline.save_pretrained(folder)
     _clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
+
+
+def embed_no_guidance(network: UNet2DConditionModel) -> None:
+    """Tell diffusers that guidance is distilled in, so that its pipelines never guide: embed its scale, with zeros."""
+    network.register_to_config(time_cond_proj_dim=256)
+    network.time_embedding.cond_proj = nn.Linear(256, network.time_embedding.linear_1.in_features, bias=False)
+    nn.init.zeros_(network.time_embedding.cond_proj.weight)
+
+
+def _forget_guidance(network: UNet2DConditionModel, *, checked: bool) -> None:
+    """Take off what `embed_no_guidance` put on; ModelError if the network really wants to be told its guidance."""
+    if checked and network.config.time_cond_proj_dim is not None and network.time_embedding.cond_proj.weight.any():
+        raise ModelError(
+            "Its UNet wants to be told its guidance, as those of latent consistency models: not done here."
+        )
+    network.register_to_config(time_cond_proj_dim=None)
+    network.time_embedding.cond_proj = None
 
 
 def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
@@ -218,6 +236,10 @@ def _clean_configs(folder: Path) -> None:
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
+        if "dtype" in config:
+            config["dtype"] = (
+                "float32"  # which transformers obeys where none is asked for; diffusers makes it the UNet's
+            )
         if config.get("_class_name") == "AutoencoderTiny":
             # diffusers derives it, and warns where it is given.
             config.pop("block_out_channels", None)

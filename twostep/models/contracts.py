@@ -35,6 +35,12 @@ def student_files(folder: Path) -> dict[int, Path]:
     return {file_contract(file).steps: file for file in sorted(folder.glob("students/*_unet.safetensors"))}
 
 
+def lora_files(folder: Path) -> dict[int, Path]:
+    """Return the LoRAs in a model folder that make students, by the steps of these."""
+    files = {path: file_contract(path) for path in sorted(folder.glob("students/*_lora.safetensors"))}
+    return {contract.steps: path for path, contract in files.items() if not goes_on_a_student(contract)}
+
+
 def file_contract(path: Path) -> Contract:
     """Read the contract in a student's file, or tell that of an official one by its name."""
     try:
