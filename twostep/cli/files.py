@@ -19,8 +19,7 @@ def export(
     steps: Annotated[int | None, typer.Option(help="Picks the student of a model that has several.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge in, file or file:weight; or several.")] = None,
     base: Annotated[str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="For the card: draw this; once or several times.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="For the card: show this instead of drawing.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="For the card: what it draws.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="For the card: figures, a JSON object or a list.")] = None,
     license: Annotated[str | None, typer.Option(help="For the card: the hub's name of a licence.")] = None,
 ) -> None:
@@ -28,7 +27,7 @@ def export(
     from twostep.export.card import Card
     from twostep.export.writing import export as write
 
-    card = Card(prompt or (), picture, evaluation, license)
+    card = Card(picture, evaluation, license)
     typer.echo(f"written: {write(model, to, out, steps=steps, base=base, loras=tuple(lora or ()), card=card)}")
 
 

@@ -1,36 +1,87 @@
 """A model as others load it: a diffusers folder, one file for ComfyUI, a UNet alone, or a LoRA by either custom.
 
-Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); whole networks are written in 16
-bits, LoRAs as they are.
+Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); whole networks are written in
+16 bits, LoRAs as they are.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from twostep.contract import Contract
-from twostep.export.card import Card, is_full_size, write_workflows
-from twostep.models.bundle import Bundle, embed_no_guidance, load_bundle, save_bundle
-from twostep.models.contracts import PREDICTION_TYPES, base_folder, carries_contract, file_contract, lora_files
-from twostep.models.dialects import LowRank, kohya, peft, read_lora
+from twostep.export.card import Card, write_workflows
+from twostep.models.bundle import Bundle, embed_no_guidance, hollow_networks, save_bundle
+from twostep.models.contracts import (
+    PREDICTION_TYPES,
+    base_folder,
+    carries_contract,
+    file_contract,
+    lora_files,
+    read_contracts,
+)
+from twostep.models.dialects import LowRank, read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import clip_l_names
-from twostep.models.single_file import whole_weights
+from twostep.models.official import BASE
+from twostep.models.single_file import SDXL_BASE, whole_weights
 from twostep.models.worn import load_worn
 from twostep.runs.folder import write_whole
 
-Target = Literal["diffusers", "comfyui", "unet", "lora-kohya", "lora-peft"]
+TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 
-SDXL = "stable-diffusion-xl-v1-base"
-"""ModelSpec's name of the architecture, which small models of the same classes do not have."""
+
+@dataclass(frozen=True)
+class Parcel:
+    """A model on its way out: what it says of itself, in which form and whereto it goes, and what its card shows."""
+
+    contract: Contract
+    to: str
+    out: Path
+    network: nn.Module
+    card: Card
+
+    def send(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+        """Write a file with its card and, where ComfyUI reads it, its workflows; returns the file."""
+        file = save({key: value.cpu().contiguous() for key, value in weights.items()})
+        stamp(file, self.out, {"format": "pt", **metadata, **self.model_spec})
+        self.explain()
+        if self.to != "lora-peft":
+            write_workflows(self.contract, self.to, self.out)
+        return self.out
+
+    def explain(self) -> None:
+        """Write the card."""
+        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
+
+    @property
+    def full_size(self) -> bool:
+        """Whether it is SDXL itself: smaller models of its classes most programs do not know."""
+        return tuple(self.network.config.block_out_channels) == (320, 640, 1280)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def model_spec(self) -> dict[str, str]:
+        """What ModelSpec says of it, all but the digest."""
+        contract = self.contract
+        named = "stable-diffusion-xl-v1-base" if self.full_size else f"{contract.base} (SDXL's classes, smaller)"
+        said = next(name for name, kind in PREDICTION_TYPES.items() if kind == contract.prediction_type)
+        spec = {
+            "sai_model_spec": "1.0.1",
+            "architecture": f"{named}/lora" if self.to.startswith("lora") else named,
+            "implementation": "sgm" if self.to in ("comfyui", "lora-kohya") else "diffusers",
+            "title": contract.name,
+            "resolution": "x".join(map(str, contract.sizes[0])),
+            "date": datetime.now(UTC).date().isoformat(),
+            "prediction_type": said.removesuffix("_prediction"),
+            "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
+        }
+        return {f"modelspec.{key}": value for key, value in spec.items()}
 
 
 def export(
@@ -48,111 +99,73 @@ def export(
     `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if not given. Raises
     ModelError for what the model is not, RunError for what cannot be written.
     """
-    if to not in get_args(Target):
-        raise ModelError(f"There is no export to {to!r}; there are {', '.join(get_args(Target))}.")
+    if to not in TARGETS:
+        raise ModelError(f"There is no export to {to!r}; there are {', '.join(TARGETS)}.")
     if (out.suffix == ".safetensors") == (to == "diffusers"):
         raise ModelError(f"--out is {out}; expected a {'folder' if to == 'diffusers' else '.safetensors'} for {to}.")
     card = card or Card()
     if to.startswith("lora"):
-        return _export_lora(_lora_file(model, steps), to, out, base, card)
+        path = _lora_file(model, steps)
+        lora, networks, own = open_lora(path, base)
+        # One without a contract is a style: it is drawn with as its base is.
+        contract = own or replace(read_contracts(str(base))[0], name=path.stem)
+        tensors, told = write_lora(lora, networks, to.removeprefix("lora-"))
+        return Parcel(contract, to, out, networks["unet"], card).send(
+            tensors, told | (own.to_metadata() if own else {})
+        )
     bundle = load_worn(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
-    if to == "diffusers":
-        return _export_folder(replace(bundle, contract=contract), out, card)
-    weights = whole_weights(bundle.parts, bundle.codec.vae) if to == "comfyui" else bundle.parts["unet"].state_dict()
-    if to == "comfyui" and contract.prediction_type == "v":
-        weights["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
-    halves = {key: value.half() for key, value in weights.items()}
-    if over := next((key for key, value in halves.items() if not value.isfinite().all()), None):
-        raise ModelError(f"{over} of {contract.name} is not finite in 16 bits. The weights are damaged, or too large.")
-    return _write(halves, out, to, bundle, contract, card)
+    parcel = Parcel(contract, to, out, bundle.denoiser.network, card)
+    return _send_folder(bundle, parcel) if to == "diffusers" else _send_whole(bundle, parcel)
 
 
-def write_lora(
-    lora: Mapping[str, LowRank], to: str, out: Path, bundle: Bundle, contract: Contract | None, card: Card
-) -> Path:
-    """Write a LoRA on this model's layers, for programs that read kohya's files, or by PEFT's names; returns `out`."""
-    first = next(iter(lora.values()))
-    more = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
-    more |= {"ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
-    weights, more = (kohya(lora, bundle.parts), more) if to == "lora-kohya" else peft(lora, bundle.parts)
-    told = contract or replace(bundle.contract, name=out.stem)
-    return _write(weights, out, to, bundle, told, card, more, carried=contract is not None)
-
-
-def _export_folder(bundle: Bundle, out: Path, card: Card) -> Path:
-    unet, encoder = out / "unet" / "diffusion_pytorch_model.safetensors", out / "text_encoder" / "model.safetensors"
-    if bundle.contract.role == "student":
-        embed_no_guidance(bundle.denoiser.network)
-    save_bundle(bundle, out)
-    spec = bundle.contract.to_metadata() | _model_spec(bundle, bundle.contract, "diffusers")
-    _stamp(unet.read_bytes(), unet, spec)
-    _stamp(encoder.read_bytes(), encoder, {}, clip_l_names)  # older transformers find nothing without the first word
-    card.write(bundle, bundle.contract, "diffusers", out)
-    return out
+def open_lora(path: Path, base: str | None) -> tuple[dict[str, LowRank], dict[str, nn.Module], Contract | None]:
+    """Read a LoRA with hollow networks that have its layers, and its contract if it has one; ModelError."""
+    contract = file_contract(path) if carries_contract(path) else None
+    if contract is not None and contract.lora_rank is None:
+        raise ModelError(f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers.")
+    if base is None and contract is None:
+        raise ModelError(f"{path} does not say whose layers it has; name a model of that kind as the base.")
+    of_sdxl = contract is not None and contract.base == BASE
+    networks = hollow_networks(base or (SDXL_BASE if of_sdxl else base_folder(path, contract)))  # type: ignore[arg-type]
+    del networks["vae"]
+    return read_lora(path, networks, alpha=contract.lora_alpha if contract else None), networks, contract
 
 
 def _lora_file(model: str | Path, steps: int | None) -> Path:
     """Find a LoRA's file, or the one of so many steps in a model's folder."""
     path = find_model(model)
-    if path.is_file():
-        return path
-    found = lora_files(path)
+    found = lora_files(path) if path.is_dir() else {steps: path}
     if steps not in found:
         there = f"there are LoRAs for {', '.join(map(str, found))}" if found else "it has none; `twostep extract` can"
         raise ModelError(f"{model} is a folder, and {steps or 'no'} steps were asked for: {there}.")
     return found[steps]
 
 
-def _export_lora(path: Path, to: str, out: Path, base: str | None, card: Card) -> Path:
-    contract = file_contract(path) if carries_contract(path) else None
-    if contract is not None and contract.lora_rank is None:
-        raise ModelError(f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers.")
-    if base is None and contract is None:
-        raise ModelError(f"{path} does not say whose layers it has; name a model of that kind as the base.")
-    bundle = load_bundle(base or base_folder(path, contract), outline=True)  # type: ignore[arg-type]
-    lora = read_lora(path, bundle.parts, alpha=contract.lora_alpha if contract else None)
-    if card.prompts:
-        bundle = load_worn(base or base_folder(path, contract), [str(path)])  # type: ignore[arg-type]
-    return write_lora(lora, to, out, bundle, contract, card)
-
-
-def _write(
-    weights: Mapping[str, Tensor],
-    out: Path,
-    to: str,
-    bundle: Bundle,
-    contract: Contract,
-    card: Card,
-    more: Mapping[str, str] | None = None,
-    *,
-    carried: bool = True,
-) -> Path:
-    told = {**(more or {}), **(contract.to_metadata() if carried else {}), **_model_spec(bundle, contract, to)}
-    _stamp(save({key: value.cpu().contiguous() for key, value in weights.items()}), out, {"format": "pt", **told})
-    card.write(bundle, contract, to, out)
-    if to != "lora-peft":
-        write_workflows(contract, to, out)
+def _send_folder(bundle: Bundle, parcel: Parcel) -> Path:
+    out = parcel.out
+    if parcel.contract.role == "student":
+        embed_no_guidance(bundle.denoiser.network)
+    save_bundle(replace(bundle, contract=parcel.contract), out)
+    unet, encoder = out / "unet" / "diffusion_pytorch_model.safetensors", out / "text_encoder" / "model.safetensors"
+    stamp(unet.read_bytes(), unet, parcel.contract.to_metadata() | parcel.model_spec)
+    stamp(encoder.read_bytes(), encoder, {}, clip_l_names)  # older transformers find nothing without the first word
+    parcel.explain()
     return out
 
 
-def _model_spec(bundle: Bundle, contract: Contract, to: str) -> dict[str, str]:
-    architecture = SDXL if is_full_size(bundle) else f"{contract.base} (the classes of SDXL, smaller)"
-    said = next(name for name, kind in PREDICTION_TYPES.items() if kind == contract.prediction_type)
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora" if to.startswith("lora") else architecture,
-        "implementation": "sgm" if to in ("comfyui", "lora-kohya") else "diffusers",
-        "title": contract.name,
-        "resolution": "x".join(map(str, contract.sizes[0])),
-        "date": datetime.now(UTC).date().isoformat(),
-        "prediction_type": said.removesuffix("_prediction"),
-        "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
-    }
-    return {f"modelspec.{key}": value for key, value in spec.items()}
+def _send_whole(bundle: Bundle, parcel: Parcel) -> Path:
+    networks = {**bundle.parts, "vae": bundle.codec.vae} if parcel.to == "comfyui" else bundle.parts
+    weights = whole_weights(networks) if parcel.to == "comfyui" else bundle.denoiser.network.state_dict()
+    halves = {key: value.half() for key, value in weights.items()}
+    if over := next((key for key, value in halves.items() if not value.isfinite().all()), None):
+        raise ModelError(f"{over} of {parcel.contract.name} is not finite in 16 bits: damaged, or too large.")
+    if parcel.to == "comfyui" and parcel.contract.prediction_type == "v":
+        halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
+    return parcel.send(halves, parcel.contract.to_metadata())
 
 
-def _stamp(
+def stamp(
     file: bytes, out: Path, metadata: Mapping[str, str], names: Callable[[Iterable[str]], dict[str, str]] | None = None
 ) -> None:
     """Write a safetensors file with more metadata and the digest of its tensors, and maybe with other names."""

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
 from twostep.contract import TOP_TIME, Contract, student_name
@@ -186,10 +186,27 @@ def load_schedule(folder: Path) -> NoiseSchedule:
 
 def load_codec(folder: Path, single: Weights = None) -> ImageCodec:
     """Load the autoencoder of a model folder, frozen and in float32; its weights may be in a single file."""
-    tiny = read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
-    vae = _load_network(AutoencoderTiny if tiny else AutoencoderKL, folder / "vae", VAE, single)
+    vae = _load_network(_vae_class(folder), folder / "vae", VAE, single)
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     return ImageCodec(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+
+
+def hollow_networks(model: str | Path) -> dict[str, nn.Module]:
+    """Return a model's networks by their names in its folder, without memory for weights; ModelError."""
+    path = find_model(model, only=CONFIGS)
+    folder = find_single_file(path).folder if path.is_file() else path
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json")),
+            "vae": _vae_class(folder).from_config(read_json(folder / "vae" / "config.json")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder / "text_encoder_2")),
+        }
+
+
+def _vae_class(folder: Path) -> type[AutoencoderTiny] | type[AutoencoderKL]:
+    tiny = read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
+    return AutoencoderTiny if tiny else AutoencoderKL
 
 
 def _load_network(kind: Any, folder: Path, part: str, single: Weights) -> Any:

@@ -24,6 +24,14 @@ from twostep.models.ldm import unet_names
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 """The parts of a model -> what kohya puts before the names of their layers."""
 
+DIALECTS = {
+    "peft": (0, "lora_A", "lora_B"),
+    "early": (0, "lora.down", "lora.up"),
+    "kohya-diffusers": (1, "lora_down", "lora_up"),
+    "kohya": (2, "lora_down", "lora_up"),
+}
+"""Which name a dialect has for a layer (see `_spelled`), and what it calls the halves."""
+
 _KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
 
 
@@ -92,41 +100,49 @@ def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, w
 
 def kohya(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return a LoRA as the tensors of the file that every program reads, each layer with its alpha."""
-    names, tensors = _spelled(parts), dict[str, Tensor]()
-    for layer, low in lora.items():
-        name = names[layer][-1]
-        tensors |= {f"{name}.lora_down.weight": low.down, f"{name}.lora_up.weight": low.up}
-        tensors[f"{name}.alpha"] = torch.tensor(low.alpha)
-    return tensors
+    return write_lora(lora, parts, "kohya")[0]
 
 
-def peft(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a LoRA as PEFT and diffusers name it, and the metadata in which they look for its alpha."""
+def write_lora(
+    lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], dialect: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a LoRA as a file's tensors and metadata in one of `DIALECTS`, each half bit for bit; LoraError."""
+    if dialect not in DIALECTS:
+        raise LoraError(f"There is no dialect {dialect!r}; there are {', '.join(DIALECTS)}.")
+    place, down, up = DIALECTS[dialect]
     tensors, told, names = dict[str, Tensor](), dict[str, Any](), _spelled(parts)
     for layer, low in lora.items():
-        part, _, own = layer.partition(".")
-        name = next(name for name in reversed(names[layer]) if name.startswith(f"{part}.") and own in name)
-        tensors |= {f"{name}.lora_A.weight": low.down, f"{name}.lora_B.weight": low.up}
+        name, (part, _, own) = names[layer][place], layer.partition(".")
+        tensors |= {f"{name}.{down}.weight": low.down, f"{name}.{up}.weight": low.up}
+        if dialect == "early" and low.alpha != low.rank:
+            raise LoraError(f"Early files have no alpha, and {layer} has {low.alpha:g} at rank {low.rank}. Use peft.")
+        if place:
+            exact = torch.tensor(low.alpha, dtype=low.down.dtype)  # kohya's own have it in the precision of the rest
+            tensors[f"{name}.alpha"] = exact if exact.item() == low.alpha else torch.tensor(low.alpha)
         rank, alpha = told.setdefault(f"{part}.r", low.rank), told.setdefault(f"{part}.lora_alpha", low.alpha)
         told.setdefault(f"{part}.target_modules", []).append(own)
         told.setdefault(f"{part}.rank_pattern", {}).update({own: low.rank} if low.rank != rank else {})
         told.setdefault(f"{part}.alpha_pattern", {}).update({own: low.alpha} if low.alpha != alpha else {})
-    return tensors, {"lora_adapter_metadata": json.dumps(told)}
+    if not place:
+        return tensors, {"lora_adapter_metadata": json.dumps(told)} if dialect == "peft" else {}
+    first = next(iter(lora.values()))
+    known = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
+    return tensors, known | {"ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
 
 
 def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return by layer all its names in files, without what tells the halves apart; the last is the one to write."""
+    """Return by layer all its names in files, without what tells the halves apart; those to write come first."""
     spelled = {}
     for part, network in parts.items():
         layers = list(_layers(network))
         old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
         for layer in layers:
             # transformers dropped the first word of CLIP's names; files keep it.
-            also = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
-            dotted = dict.fromkeys((layer, also, old.get(f"{layer}.weight", f"{also}.weight").removesuffix(".weight")))
-            kohyas = [KOHYA[part] + name.replace(".", "_") for name in dotted]
+            full = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+            before = old.get(f"{layer}.weight", full).removesuffix(".weight")
+            names = [f"{part}.{full}", *(KOHYA[part] + name.replace(".", "_") for name in (full, before, layer))]
             alone = [f"base_model.model.{layer}"] if part == "unet" else []  # as PEFT saves a network by itself
-            spelled[f"{part}.{layer}"] = [*alone, *(f"{part}.{name}" for name in dotted), *kohyas]
+            spelled[f"{part}.{layer}"] = [*names, f"{part}.{layer}", f"{part}.{before}", *alone]
     return spelled
 
 

@@ -26,6 +26,7 @@ NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     CLIP_L: clip_l_names,
     CLIP_G: clip_g_names,
 }
+PARTS = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
 _LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
 
@@ -49,12 +50,11 @@ class SingleFile:
             raise ModelError(f"{self.path} was trained on a zero-SNR schedule, which is not known here.")
         return "v" if "v_pred" in keys or said.startswith("v") else None
 
-    def fill(self, network: NetworkT, part: str) -> NetworkT:
-        """Give a network its weights in float32; ModelError unless every key is accounted for."""
+    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
+        """Return a network's weights, in the file's precision; ModelError unless every key is accounted for."""
         with safe_open(self.path, "pt") as file:
             keys = [key for key in list(file.keys()) if key.startswith(part)] or list(file.keys())
-            found = {key.removeprefix(part): file.get_tensor(key) for key in keys}
-        found = {key: value for key, value in found.items() if not key.endswith(_LEFT_OUT)}
+            found = {key.removeprefix(part): file.get_tensor(key) for key in keys if not key.endswith(_LEFT_OUT)}
         if part == CLIP_G:
             found = split(found)
         expected = network.state_dict()
@@ -63,10 +63,14 @@ class SingleFile:
         if wrong := sorted(set(found) ^ set(names.values())):
             raise ModelError(f"{self.path}: {len(wrong)} weights of {part}* are missing or foreign, as {wrong[0]}.")
         weights = {key: _shaped(found[name], expected[key]) for key, name in names.items()}
-        try:
-            network.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
-            raise ModelError(f"{self.path} has other sizes than {self.folder}: {str(error).splitlines()[1]}") from error
+        if other := next((key for key, value in weights.items() if value.shape != expected[key].shape), None):
+            sizes = f"{list(weights[other].shape)}, not {list(expected[other].shape)}"
+            raise ModelError(f"{self.path} has other sizes than {self.folder}: {other} is {sizes}.")
+        return weights
+
+    def fill(self, network: NetworkT, part: str) -> NetworkT:
+        """Give a network its weights in float32; ModelError unless every key is accounted for."""
+        network.load_state_dict({key: value.float() for key, value in self.weights(network, part).items()}, assign=True)
         return network
 
 
@@ -98,21 +102,23 @@ def find_single_file(path: Path) -> SingleFile:
     return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
 
 
-def whole_weights(parts: Mapping[str, nn.Module], vae: nn.Module) -> dict[str, Tensor]:
-    """Return a model's weights as one file has them; ModelError for an autoencoder that no such file holds."""
-    if isinstance(vae, AutoencoderTiny):
-        raise ModelError("Its autoencoder is an AutoencoderTiny, which such files do not hold; export it to diffusers.")
+def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the weights of networks, by their names in `PARTS`, as one file has them; ModelError for another kind."""
+    if isinstance(networks["vae"], AutoencoderTiny):
+        raise ModelError(
+            "Its autoencoder is an AutoencoderTiny, which no single file has names for: such a model exports to "
+            "diffusers, unet and LoRA alone."
+        )
     weights: dict[str, Tensor] = {}
-    for part, network in zip(NAMES, (parts["unet"], vae, parts["text_encoder"], parts["text_encoder_2"]), strict=True):
-        state = network.state_dict()
-        named = {name: state[key] for key, name in NAMES[part](state).items()}
-        weights |= {part + name: value for name, value in (join(named) if part == CLIP_G else named).items()}
+    for name, part in PARTS.items():
+        state = networks[name].state_dict()
+        named = {old: state[key] for key, old in NAMES[part](state).items()}
+        weights |= {part + old: value for old, value in (join(named) if part == CLIP_G else named).items()}
     # The autoencoder's attention was of 1x1 convolutions.
     squares = [key for key in weights if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key)]
     return weights | {key: weights[key][:, :, None, None] for key in squares}
 
 
 def _shaped(value: Tensor, like: Tensor) -> Tensor:
-    """Return the weight in float32; what is a 1x1 convolution in the file may be a linear layer here."""
-    flat = value.float()
-    return flat.reshape(like.shape) if value.dim() == 4 and like.dim() == 2 and value.shape[2:] == (1, 1) else flat
+    """Return what is a 1x1 convolution in the file as the linear layer that it may be here."""
+    return value.reshape(like.shape) if value.dim() == 4 and like.dim() == 2 and value.shape[2:] == (1, 1) else value
