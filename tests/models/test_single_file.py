@@ -112,7 +112,7 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
     change(single, **{f"{CLIP_L}text_model.embeddings.position_ids": torch.arange(3)})
     load_bundle(single)
     change(single, drop=f"{VAE}decoder.conv_in.weight")
-    with pytest.raises(ModelError, match=r"1 weights of first_stage_model.* missing or foreign, as decoder.conv_in"):
+    with pytest.raises(ModelError, match=r"first_stage_model.*: 1 weights are missing or foreign, as decoder.conv_in"):
         load_bundle(single)
     single.write_bytes(whole)
     change(single, **{f"{UNET}input_blocks.77.weight": torch.zeros(1)})
@@ -120,7 +120,7 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
         load_bundle(single)
     single.write_bytes(whole)
     change(single, **{f"{UNET}input_blocks.0.0.weight": torch.zeros(48, 9, 3, 3)})
-    with pytest.raises(ModelError, match=r"other sizes than .*mine: .*conv_in"):
+    with pytest.raises(ModelError, match=r"other sizes than its config: conv_in"):
         load_bundle(single)
 
 

@@ -44,6 +44,7 @@ for verb in (
     train.distill,
     train.report,
     files.export,
+    files.convert,
     files.inspect,
 ):
     app.command()(verb)

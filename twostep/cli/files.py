@@ -1,4 +1,4 @@
-"""Verbs on files: export, inspect."""
+"""Verbs on files: export, convert, inspect."""
 
 import json
 from pathlib import Path
@@ -51,3 +51,15 @@ def inspect(
     for name, value in told.items():
         table.add_row(name, Text(value))
     Console().print(table, contract_table([contract]) if contract else "It carries no contract.")
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A LoRA, a whole checkpoint in one file, or a diffusers folder.")],
+    to: Annotated[str, typer.Option(help="LoRA: kohya, kohya-diffusers, peft, early; else diffusers or single-file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors, or the folder, to write.")],
+    base: Annotated[str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")] = None,
+) -> None:
+    """Write a file in another form, bit for bit: every key is accounted for, nothing is left out."""
+    from twostep.export.conversion import convert as write
+
+    typer.echo(f"written: {write(model, to, out, base=base)}")

@@ -127,7 +127,8 @@ def open_lora(path: Path, base: str | None) -> tuple[dict[str, LowRank], dict[st
     if base is None and contract is None:
         raise ModelError(f"{path} does not say whose layers it has; name a model of that kind as the base.")
     of_sdxl = contract is not None and contract.base == BASE
-    networks = hollow_networks(base or (SDXL_BASE if of_sdxl else base_folder(path, contract)))  # type: ignore[arg-type]
+    found = base or (SDXL_BASE if of_sdxl else base_folder(path, contract))  # type: ignore[arg-type]
+    networks = hollow_networks(found)
     del networks["vae"]
     return read_lora(path, networks, alpha=contract.lora_alpha if contract else None), networks, contract
 
@@ -135,8 +136,10 @@ def open_lora(path: Path, base: str | None) -> tuple[dict[str, LowRank], dict[st
 def _lora_file(model: str | Path, steps: int | None) -> Path:
     """Find a LoRA's file, or the one of so many steps in a model's folder."""
     path = find_model(model)
-    found = lora_files(path) if path.is_dir() else {steps: path}
-    if steps not in found:
+    if path.is_file():
+        return path
+    found = lora_files(path)
+    if steps is None or steps not in found:
         there = f"there are LoRAs for {', '.join(map(str, found))}" if found else "it has none; `twostep extract` can"
         raise ModelError(f"{model} is a folder, and {steps or 'no'} steps were asked for: {there}.")
     return found[steps]

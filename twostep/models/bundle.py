@@ -99,7 +99,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
-    _forget_guidance(network, checked=not outline)
+    forget_guidance(network, checked=not outline)
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
@@ -145,7 +145,7 @@ def embed_no_guidance(network: UNet2DConditionModel) -> None:
     nn.init.zeros_(network.time_embedding.cond_proj.weight)
 
 
-def _forget_guidance(network: UNet2DConditionModel, *, checked: bool) -> None:
+def forget_guidance(network: Any, *, checked: bool = True) -> None:
     """Take off what `embed_no_guidance` put on; ModelError if the network really wants to be told its guidance."""
     if checked and network.config.time_cond_proj_dim is not None and network.time_embedding.cond_proj.weight.any():
         raise ModelError(
@@ -204,7 +204,7 @@ def hollow_networks(model: str | Path) -> dict[str, nn.Module]:
         }
 
 
-def _vae_class(folder: Path) -> type[AutoencoderTiny] | type[AutoencoderKL]:
+def _vae_class(folder: Path) -> Any:
     tiny = read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
     return AutoencoderTiny if tiny else AutoencoderKL
 

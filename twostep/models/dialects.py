@@ -32,7 +32,10 @@ DIALECTS = {
 }
 """Which name a dialect has for a layer (see `_spelled`), and what it calls the halves."""
 
-_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
+_KEY = re.compile(
+    r"(.+?)\.(?:(lora_A|lora\.down|lora_linear_layer\.down|lora_down)|(lora_B|lora\.up|lora_linear_layer\.up|lora_up))"
+    r"\.weight|(.+)\.alpha"
+)
 
 
 class LoraError(ModelError):
@@ -109,10 +112,12 @@ def write_lora(
     """Return a LoRA as a file's tensors and metadata in one of `DIALECTS`, each half bit for bit; LoraError."""
     if dialect not in DIALECTS:
         raise LoraError(f"There is no dialect {dialect!r}; there are {', '.join(DIALECTS)}.")
-    place, down, up = DIALECTS[dialect]
     tensors, told, names = dict[str, Tensor](), dict[str, Any](), _spelled(parts)
     for layer, low in lora.items():
-        name, (part, _, own) = names[layer][place], layer.partition(".")
+        (place, down, up), (part, _, own) = DIALECTS[dialect], layer.partition(".")
+        name = names[layer][place]
+        if dialect == "early" and part != "unet":
+            down, up = "lora_linear_layer.down", "lora_linear_layer.up"
         tensors |= {f"{name}.{down}.weight": low.down, f"{name}.{up}.weight": low.up}
         if dialect == "early" and low.alpha != low.rank:
             raise LoraError(f"Early files have no alpha, and {layer} has {low.alpha:g} at rank {low.rank}. Use peft.")
@@ -123,7 +128,7 @@ def write_lora(
         told.setdefault(f"{part}.target_modules", []).append(own)
         told.setdefault(f"{part}.rank_pattern", {}).update({own: low.rank} if low.rank != rank else {})
         told.setdefault(f"{part}.alpha_pattern", {}).update({own: low.alpha} if low.alpha != alpha else {})
-    if not place:
+    if not dialect.startswith("kohya"):
         return tensors, {"lora_adapter_metadata": json.dumps(told)} if dialect == "peft" else {}
     first = next(iter(lora.values()))
     known = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}

@@ -16,7 +16,7 @@ from twostep.models.folder import ModelError
 
 _KNOWN: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _SMALLER = "SDXL's classes, in another size"
-_DOWN = r"(lora_down|lora_A|lora\.down)\.weight"
+_DOWN = r"(lora_down|lora_A|lora(_linear_layer)?\.down)\.weight"
 _MAX_HEADER_BYTES = 100_000_000  # as in the format's own library
 
 

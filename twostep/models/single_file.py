@@ -27,7 +27,7 @@ NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     CLIP_G: clip_g_names,
 }
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
-_LEFT_OUT = ("position_ids", "logit_scale")
+LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -54,24 +54,31 @@ class SingleFile:
         """Return a network's weights, in the file's precision; ModelError unless every key is accounted for."""
         with safe_open(self.path, "pt") as file:
             keys = [key for key in list(file.keys()) if key.startswith(part)] or list(file.keys())
-            found = {key.removeprefix(part): file.get_tensor(key) for key in keys if not key.endswith(_LEFT_OUT)}
+            found = {key.removeprefix(part): file.get_tensor(key) for key in keys if not key.endswith(LEFT_OUT)}
         if part == CLIP_G:
             found = split(found)
         expected = network.state_dict()
         own = part == UNET and found.keys() & expected.keys()  # a UNet alone may have diffusers' names
         names = dict(zip(expected, expected, strict=True)) if own else NAMES[part](expected)
-        if wrong := sorted(set(found) ^ set(names.values())):
-            raise ModelError(f"{self.path}: {len(wrong)} weights of {part}* are missing or foreign, as {wrong[0]}.")
-        weights = {key: _shaped(found[name], expected[key]) for key, name in names.items()}
-        if other := next((key for key, value in weights.items() if value.shape != expected[key].shape), None):
-            sizes = f"{list(weights[other].shape)}, not {list(expected[other].shape)}"
-            raise ModelError(f"{self.path} has other sizes than {self.folder}: {other} is {sizes}.")
-        return weights
+        return account(found, expected, names, f"{self.path} ({part}*)")
 
     def fill(self, network: NetworkT, part: str) -> NetworkT:
         """Give a network its weights in float32; ModelError unless every key is accounted for."""
         network.load_state_dict({key: value.float() for key, value in self.weights(network, part).items()}, assign=True)
         return network
+
+
+def account(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Mapping[str, str], where: str
+) -> dict[str, Tensor]:
+    """Return by a network's own names what was found by other `names`; ModelError unless every weight has its place."""
+    if wrong := sorted(set(found) ^ set(names.values())):
+        raise ModelError(f"{where}: {len(wrong)} weights are missing or foreign, as {wrong[0]}.")
+    weights = {key: _shaped(found[name], expected[key]) for key, name in names.items()}
+    if other := next((key for key, value in weights.items() if value.shape != expected[key].shape), None):
+        sizes = f"{list(weights[other].shape)}, not {list(expected[other].shape)}"
+        raise ModelError(f"{where} has other sizes than its config: {other} is {sizes}.")
+    return weights
 
 
 class Outline:
