@@ -1,5 +1,6 @@
 """A small model with the kind of autoencoder that SDXL has, in a folder of the documented layout, with students."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from examples.nano.model import random_bundle
+from twostep.cli import app
 from twostep.contract import Contract
 from twostep.diffusion import trained_times
 from twostep.models.bundle import Bundle
@@ -60,6 +63,13 @@ def random_lora(
                 up = torch.randn((shape[0], rank, *[1] * (len(shape) - 2)), generator=generator) / 8
                 found[f"{part}.{name}"] = LowRank(down, up, alpha)
     return found
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Run a verb in a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")

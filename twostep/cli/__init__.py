@@ -46,5 +46,8 @@ for verb in (
     files.export,
     files.convert,
     files.inspect,
+    files.verify,
+    files.extract,
+    files.push,
 ):
     app.command()(verb)
