@@ -9,16 +9,15 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from twostep.export.writing import open_lora
 from twostep.models.bundle import forget_guidance, hollow_networks
 from twostep.models.contracts import PREDICTION_TYPES, carries_contract, read_contracts
 from twostep.models.dialects import DIALECTS, write_lora
-from twostep.models.folder import CONTRACT_FILE, ModelError, find_model, read_json, weights_variant
+from twostep.models.folder import CONTRACT_FILE, ModelError, find_model, read_json
 from twostep.models.kinds import kind_of, read_header
 from twostep.models.ldm import clip_l_names
-from twostep.models.single_file import LEFT_OUT, PARTS, account, find_single_file, whole_weights
+from twostep.models.single_file import LEFT_OUT, PARTS, FolderFiles, find_single_file, whole_weights
 
 REST = "single_file_rest.safetensors"
 
@@ -77,23 +76,11 @@ def _divide(path: Path, out: Path) -> Path:
 
 def _join(folder: Path, out: Path) -> Path:
     networks = hollow_networks(folder)
-    for name in PARTS:
-        _fill(networks[name], folder / name)
+    for name, part in PARTS.items():
+        networks[name].load_state_dict(FolderFiles(folder).weights(networks[name], part), assign=True)
     forget_guidance(networks["unet"])
     rest, told = {}, read_contracts(folder)[0].to_metadata() if (folder / CONTRACT_FILE).is_file() else {}
     if (folder / REST).is_file():
         rest, told = load_file(folder / REST), read_header(folder / REST).metadata | told
     save_file({key: value.contiguous() for key, value in (whole_weights(networks) | rest).items()}, out, told)
     return out
-
-
-def _fill(network: nn.Module, folder: Path) -> None:
-    """Give a hollow network a folder's weights, in their precision; ModelError unless every key is accounted for."""
-    half, found, text = weights_variant(folder) is not None, dict[str, Tensor](), folder.name == "text_encoder"
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path) if (".fp16." in path.name) == half else {}
-    names = clip_l_names(found) if text else dict(zip(found, found, strict=True))
-    found = {names[key]: value for key, value in found.items() if not key.endswith(LEFT_OUT)}
-    expected = network.state_dict()
-    own = clip_l_names(expected) if text else dict(zip(expected, expected, strict=True))
-    network.load_state_dict(account(found, expected, own, str(folder)), assign=True)

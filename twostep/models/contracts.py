@@ -94,11 +94,12 @@ def _folder_contract(folder: Path) -> Contract:
 
 def _derived_contract(folder: Path) -> Contract:
     """Say of a teacher what its configs tell; how many steps and how much guidance it likes, they do not."""
-    kind = read_json(folder / INDEX_FILE).get("_class_name", "nothing")
+    index = read_json(folder / INDEX_FILE)
+    kind = "the SDXL refiner" if index.get("requires_aesthetics_score") else index.get("_class_name", "nothing")
     unet, vae = read_json(folder / "unet" / "config.json"), read_json(folder / "vae" / "config.json")
     if not str(kind).startswith("StableDiffusionXL") or unet.get("addition_embed_type") != "text_time":
         raise ModelError(
-            f"{folder} is a {kind} whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
+            f"{folder} is {kind}, whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
             "SDXL base or fine-tune (StableDiffusionXLPipeline, 'text_time'); nothing else is distilled here."
         )
     if unet.get("in_channels") != unet.get("out_channels"):

@@ -12,10 +12,11 @@ from typing import TypeVar
 
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from twostep.contract import PredictionType
-from twostep.models.folder import CONFIGS, INDEX_FILE, ModelError, fetch
+from twostep.models.folder import CONFIGS, INDEX_FILE, ModelError, fetch, weights_variant
 from twostep.models.kinds import kind_of, read_header
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, join, split, unet_names, vae_names
 
@@ -59,13 +60,27 @@ class SingleFile:
             found = split(found)
         expected = network.state_dict()
         own = part == UNET and found.keys() & expected.keys()  # a UNet alone may have diffusers' names
-        names = dict(zip(expected, expected, strict=True)) if own else NAMES[part](expected)
+        names = (_unchanged if own else NAMES[part])(expected)
         return account(found, expected, names, f"{self.path} ({part}*)")
 
-    def fill(self, network: NetworkT, part: str) -> NetworkT:
-        """Give a network its weights in float32; ModelError unless every key is accounted for."""
-        network.load_state_dict({key: value.float() for key, value in self.weights(network, part).items()}, assign=True)
-        return network
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The networks of a model folder, their weights still on disk."""
+
+    folder: Path
+    made_on = "meta"
+
+    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
+        """Return a network's weights, in the files' precision; ModelError unless every key is accounted for."""
+        folder = self.folder / next(name for name, each in PARTS.items() if each == part)
+        half, found, expected = weights_variant(folder) is not None, dict[str, Tensor](), network.state_dict()
+        for path in sorted(folder.glob("*.safetensors")):
+            if (".fp16." in path.name) == half and read_header(path):
+                found |= load_file(path)
+        names, own = ((clip_l_names if part == CLIP_L else _unchanged)(keys) for keys in (found, expected))
+        found = {names[key]: value for key, value in found.items() if not key.endswith(LEFT_OUT)}
+        return account(found, expected, own, str(folder))
 
 
 def account(
@@ -86,9 +101,15 @@ class Outline:
 
     made_on = "cpu"
 
-    def fill(self, network: NetworkT, part: str) -> NetworkT:
-        """Return the network as it was made, in float32."""
-        return network.float()
+    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
+        """Return a network's weights as it was made with them."""
+        return network.state_dict()
+
+
+def fill(network: NetworkT, part: str, source: SingleFile | FolderFiles | Outline) -> NetworkT:
+    """Give a network its weights in float32; ModelError unless every key is accounted for."""
+    network.load_state_dict({key: value.float() for key, value in source.weights(network, part).items()}, assign=True)
+    return network
 
 
 def is_whole(path: Path) -> bool:
@@ -124,6 +145,10 @@ def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     # The autoencoder's attention was of 1x1 convolutions.
     squares = [key for key in weights if re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", key)]
     return weights | {key: weights[key][:, :, None, None] for key in squares}
+
+
+def _unchanged(keys: Iterable[str]) -> dict[str, str]:
+    return {key: key for key in keys}
 
 
 def _shaped(value: Tensor, like: Tensor) -> Tensor:
