@@ -8,7 +8,11 @@ import pytest
 
 from twostep.export.verification import verify
 from twostep.export.writing import export
+from twostep.models.bundle import Bundle
+from twostep.models.contracts import read_contracts
 from twostep.models.folder import ModelError
+
+from ..vanilla import assemble
 
 PROMPT = "a 3d red apple"
 
@@ -23,6 +27,13 @@ def test_students_are_what_diffusers_makes_of_the_same_files(steps: int) -> None
 def test_teachers_loras_and_exports_too(folder: Path, tmp_path: Path) -> None:
     assert len(verify(str(folder), prompt=PROMPT)) == 32
     for model in ("nano_2step_lora", "nano_1step_unet", export("nano", "diffusers", tmp_path / "out", steps=2)):
+        assert max(relative for _, relative in verify(str(model), prompt=PROMPT)) < 1e-5
+
+
+def test_a_base_that_predicts_v_and_what_is_exported_of_it(bundle: Bundle, tmp_path: Path) -> None:
+    assemble(bundle, prediction_type="v_prediction").save_pretrained(tmp_path / "v")
+    assert read_contracts(tmp_path / "v")[0].prediction_type == "v"
+    for model in (tmp_path / "v", export(tmp_path / "v", "diffusers", tmp_path / "out")):
         assert max(relative for _, relative in verify(str(model), prompt=PROMPT)) < 1e-5
 
 
