@@ -15,7 +15,7 @@ import resource
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -34,6 +34,7 @@ from twostep.runs.loop import Draw
 SDXL = Path(__file__).with_name("sdxl_unet.json")
 ENCODER_PARAMETERS = 1_243_367_040
 GIB = 2**30
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class RandomLatents:
@@ -55,12 +56,17 @@ class RandomLatents:
         return Conditioning(torch.zeros_like(like.text), torch.zeros_like(like.pooled), like.sizes)
 
 
-def random_sdxl() -> UNet2DConditionModel:
+def random_sdxl(device: torch.device | str = "cpu") -> UNet2DConditionModel:
     """Return the architecture with small random weights, made in place: 2,567,463,684 parameters, 9.6 GiB in fp32."""
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
-    network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
+    return filled(network, device)
+
+
+def filled(network: NetworkT, device: torch.device | str = "cpu") -> NetworkT:
+    """Give a network without memory small random weights; torch's own first weights would take minutes."""
+    network.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for module in network.modules():
             normalises = isinstance(module, nn.GroupNorm | nn.LayerNorm)
@@ -71,6 +77,9 @@ def random_sdxl() -> UNet2DConditionModel:
                     parameter.fill_(1)
                 else:
                     parameter.normal_(0, 0.02, generator=generator)
+            for name, buffer in module.named_buffers(recurse=False):
+                assert name == "position_ids", f"{name} would stay as the memory was found"
+                buffer.copy_(torch.arange(buffer.shape[-1]))
     return network.requires_grad_(False).eval()
 
 

@@ -22,13 +22,13 @@ from nano_tasks import FIRST_SEED, Task, complete_tasks
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.nano.captions import Attributes, Omission, with_article
+from examples.nano.drawings import load_emoji
 from examples.nano.judge import load_judge
+from examples.nano.latents import cache_latents
 from examples.nano.model import PIXELS
 from examples.nano.report import evaluate
 from examples.nano.teacher import noise_loss
-from twostep.data.captions import Attributes, Omission, with_article
-from twostep.data.emoji import load_emoji
-from twostep.data.latents import cache_latents
 from twostep.models.bundle import load_bundle
 from twostep.models.codec import to_images
 from twostep.models.contact_sheet import contact_sheet

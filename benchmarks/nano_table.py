@@ -26,9 +26,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.nano.drawings import EmojiSet, load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import Report, evaluate
-from twostep.data.emoji import EmojiSet, load_emoji
 from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contact_sheet import contact_sheet

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twostep.data.captions import BACKGROUNDS, STYLES, Attributes, caption, complete_caption
-from twostep.data.emoji import Concept, EmojiSet, Placement, compose
+from examples.nano.captions import BACKGROUNDS, STYLES, Attributes, caption, complete_caption
+from examples.nano.drawings import Concept, EmojiSet, Placement, compose
 from twostep.errors import TwostepError
 
 FIRST_SEED = 1_000_000

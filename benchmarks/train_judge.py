@@ -22,12 +22,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
+from examples.nano.captions import BACKGROUNDS
 from examples.nano.descent import DescentSettings, train
+from examples.nano.drawings import EmojiSet, Placement, compose, load_emoji
 from examples.nano.judge import METADATA_KEY, Classes, Judge, Origin, Verdict, load_judge
 from twostep import __version__
 from twostep.cli.train import progress_bar
-from twostep.data.captions import BACKGROUNDS
-from twostep.data.emoji import EmojiSet, Placement, compose, load_emoji
 from twostep.runs.folder import RunFolder, write_whole
 from twostep.runs.loop import Draw, OnIteration, silent
 from twostep.runs.recipe import Settings, load_recipe
@@ -46,6 +46,7 @@ class JudgeRecipe(Settings):
     loop: DescentSettings
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     degradation: Degradation = Field(Degradation(), description="damage to the pictures it learns from")
+    placement: Placement = Field(Placement(), description="how far drawings stray in the pictures it learns from")
     num_held_out: int = Field(8, gt=0, description="held-out pictures per drawing, clean and again damaged")
 
 
@@ -101,17 +102,17 @@ def _held_out(emoji: EmojiSet, recipe: JudgeRecipe) -> tuple[Float[Tensor, "batc
     """Compose every drawing equally often, on random backgrounds."""
     num_drawings = len(emoji.concepts) * len(emoji.styles)
     drawing = torch.arange(num_drawings).repeat(recipe.num_held_out)
-    return _compose(emoji, drawing, Draw.at(recipe.loop.seed, _HELD_OUT).tensors)
+    return _compose(emoji, drawing, recipe.placement, Draw.at(recipe.loop.seed, _HELD_OUT).tensors)
 
 
 def _compose(
-    emoji: EmojiSet, drawing: Int[Tensor, " batch"], generator: torch.Generator
+    emoji: EmojiSet, drawing: Int[Tensor, " batch"], placement: Placement, generator: torch.Generator
 ) -> tuple[Float[Tensor, "batch 3 64 64"], Int[Tensor, "3 batch"]]:
     """Put drawings on random backgrounds; return them with their concept, style and background."""
     background = torch.randint(len(BACKGROUNDS), drawing.shape, generator=generator)
     drawings = emoji.drawings.flatten(0, 1)
     parts = zip(torch.split(drawing, 256), torch.split(background, 256), strict=True)
-    pictures = torch.cat([compose(drawings[part], behind, Placement(), generator) for part, behind in parts])
+    pictures = torch.cat([compose(drawings[part], behind, placement, generator) for part, behind in parts])
     num_styles = len(emoji.styles)
     return pictures, torch.stack([drawing // num_styles, drawing % num_styles, background])
 
@@ -132,7 +133,7 @@ def _fit(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet, folder: RunFolder, 
 
     def loss(iteration: int, draw: Draw) -> Tensor:
         drawing = torch.randint(num_drawings, (recipe.loop.batch_size,), generator=draw.tensors)
-        pictures, labels = _compose(emoji, drawing, draw.tensors)
+        pictures, labels = _compose(emoji, drawing, recipe.placement, draw.tensors)
         pictures, blur_pixels = degrade(pictures, recipe.degradation, draw.tensors)
         verdict = judge(pictures.to(memory_format=torch.channels_last))
         return _loss(verdict, labels, blur_pixels, recipe.label_smoothing)

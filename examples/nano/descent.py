@@ -45,12 +45,12 @@ def train(
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    average = Average(network, settings.ema_decay)
+    average, device = Average(network, settings.ema_decay), next(network.parameters()).device.type
 
     def iterate(iteration: int, draw: Draw) -> dict[str, float]:
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate_share(iteration, settings)
-        with settings.autocast():
+        with settings.autocast(device):
             value = finite(loss(iteration, draw), name, iteration, settings)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)

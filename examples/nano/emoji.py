@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from twostep.data.captions import STYLES
-from twostep.data.emoji import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
+from examples.nano.captions import STYLES
+from examples.nano.drawings import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
 from twostep.runs.folder import write_whole
 
 
@@ -30,7 +30,7 @@ def build_emoji(cache: Path, concepts: Sequence[Concept], *, on_drawing: Callabl
     drawings = torch.empty(len(concepts), len(icon_sets), 4, DRAWING_PIXELS, DRAWING_PIXELS, dtype=torch.uint8)
     for row, concept in enumerate(concepts):
         for column, icons in enumerate(icon_sets):
-            drawings[row, column] = _render(icons, concept.icon)
+            drawings[row, column] = render(_svg(icons, concept.icon))
             on_drawing(row * len(icon_sets) + column + 1, len(concepts) * len(icon_sets))
     return EmojiSet(drawings, tuple(concepts), tuple(STYLES))
 
@@ -43,10 +43,16 @@ def save_emoji(emoji: EmojiSet, path: Path) -> None:
         file.write(save({"drawings": emoji.drawings.contiguous()}, metadata))
 
 
-def _load_icons(cache: Path, package: str) -> dict[str, object]:
+def fetch_icons(cache: Path, package: str) -> Path:
+    """Return the archive of an icon set, fetched into `cache` where it is not there yet."""
     archive = cache / f"{package}.tgz"
     if not archive.exists():
         _fetch(f"@iconify-json/{package}", archive)
+    return archive
+
+
+def _load_icons(cache: Path, package: str) -> dict[str, object]:
+    archive = fetch_icons(cache, package)
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/icons.json")
         if member is None:
@@ -65,12 +71,16 @@ def _fetch(package: str, archive: Path) -> None:
     (archive.parent / packed.stdout.strip().splitlines()[-1]).rename(archive)
 
 
-def _render(icons: dict[str, object], icon: str) -> UInt8[Tensor, "4 height width"]:
+def _svg(icons: dict[str, object], icon: str) -> str:
     entry = icons["icons"].get(icon)  # type: ignore[attr-defined]
     if entry is None:
         raise EmojiError(f"The icon set '{icons['prefix']}' has no '{icon}'; leave this concept out.")
     width, height = (entry.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
+
+
+def render(svg: str) -> UInt8[Tensor, "4 height width"]:
+    """Draw a vector drawing on a square, RGBA with a transparent background."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_PIXELS, height=DRAWING_PIXELS)
     drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
     square = Image.new("RGBA", (DRAWING_PIXELS, DRAWING_PIXELS))

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from examples.nano.drawings import PICTURE_PIXELS
 from examples.nano.judge import BUILT_IN, load_judge
 from examples.nano.prompts import attributes_from_prompt
 from examples.nano.report import Report, Score
 from examples.nano.report import evaluate as evaluate_pictures
-from twostep.data.emoji import PICTURE_PIXELS
 from twostep.errors import TwostepError
 from twostep.pipeline.png import ProvenanceError, read_provenance
 from twostep.runs.folder import write_whole

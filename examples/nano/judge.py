@@ -19,8 +19,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from twostep.data.captions import BACKGROUNDS
-from twostep.data.emoji import PICTURE_PIXELS, Concept, EmojiSet
+from examples.nano.captions import BACKGROUNDS
+from examples.nano.drawings import PICTURE_PIXELS, Concept, EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
 from twostep.models.folder import WEIGHTS

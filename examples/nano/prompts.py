@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from twostep.data.captions import BACKGROUNDS, STYLES, Attributes
-from twostep.data.emoji import Concept
+from examples.nano.captions import BACKGROUNDS, STYLES, Attributes
+from examples.nano.drawings import Concept
 
 
 def attributes_from_prompt(prompt: str, concepts: Sequence[Concept]) -> Attributes | None:

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from examples.nano.descent import DescentSettings, train
+from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS, build_unet
-from twostep.data.latents import LatentCache
 from twostep.diffusion import NoiseSchedule
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
@@ -37,6 +37,16 @@ class TeacherSettings(Settings):
     guidance: float = Field(3.0, ge=1, description="guidance scale that the teacher recommends")
 
 
+class TuneSettings(Settings):
+    """The recipe part of a teacher that is tuned to other drawings."""
+
+    loop: DescentSettings
+    model: str = Field("nano", description="the teacher to start from")
+    name: str = Field(description="what the tuned teacher is called")
+    variants: int = Field(96, gt=0, description="composites of every drawing in the cache of latents")
+    snr_limit: float = Field(5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr")
+
+
 def noise_loss(
     denoiser: Denoiser,
     x0: Float[Tensor, "batch c h w"],
@@ -47,7 +57,7 @@ def noise_loss(
 ) -> Float[Tensor, ""]:
     """Noise latents to random times and return the squared error of eps, weighted by min-SNR."""
     t = torch.randint(1, denoiser.schedule.num_times + 1, (len(x0),), generator=generator)
-    eps = torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
     alpha, sigma = denoiser.schedule.coefficients(t, x0)
     predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
     snr = (alpha / sigma) ** 2
@@ -59,20 +69,26 @@ def noise_loss(
 def train_teacher(
     latents: LatentCache,
     text: TextEncoders,
-    settings: TeacherSettings,
+    settings: TeacherSettings | TuneSettings,
     folder: RunFolder,
     *,
+    start: Denoiser | None = None,
     on_iteration: OnIteration = silent,
     on_checkpoint: Callable[[int, Denoiser], None] = lambda iteration, denoiser: None,
 ) -> Denoiser:
-    """Train the UNet to predict the noise on captioned latents; returns it with averaged weights."""
+    """Train a UNet, a fresh one or that of `start`, to predict the noise on captioned latents, where it is.
+
+    Returns it with averaged weights.
+    """
     torch.manual_seed(settings.loop.seed)
-    denoiser = Denoiser(build_unet(), NoiseSchedule.scaled_linear())
+    denoiser = start or Denoiser(build_unet(), NoiseSchedule.scaled_linear())
+    denoiser.network.requires_grad_(True).train()
 
     def loss(iteration: int, draw: Draw) -> Tensor:
         x0, captions = latents.draw(settings.loop.batch_size, draw.tensors, draw.words)
         with torch.no_grad():
             conditioning = text.conditioning(captions, PIXELS, PIXELS)
+        x0 = x0.to(denoiser.network.device)
         return noise_loss(denoiser, x0, conditioning, draw.tensors, snr_limit=settings.snr_limit)
 
     train(

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from examples.nano.captions import BACKGROUNDS, STYLES, Omission, caption
 from examples.nano.descent import DescentSettings, train
+from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import TEXT_WIDTHS, build_text_encoders
-from twostep.data.captions import BACKGROUNDS, STYLES, Omission, caption
-from twostep.data.emoji import EmojiSet, Placement, compose
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Draw, OnIteration, silent

@@ -15,7 +15,7 @@ import tomli_w
 import torch
 
 ROOT = Path(__file__).parents[2]
-EMOJI = ROOT / "tests" / "data" / "emoji_sample.safetensors"
+EMOJI = ROOT / "tests" / "nano" / "emoji_sample.safetensors"
 SHARED = {
     "iterations": 3,
     "batch_size": 4,
@@ -30,7 +30,7 @@ SHARED = {
 CLOCKS = {"time", "seconds_per_iteration"}
 FORKS = multiprocessing.get_context("forkserver")
 # What every process would import anew, which takes longer than what it then does.
-FORKS.set_forkserver_preload(["twostep.distill", "twostep.data.latents", "twostep.data.cache", "accelerate"])
+FORKS.set_forkserver_preload(["twostep.distill", "examples.nano.latents", "twostep.data.cache", "accelerate"])
 WORK = """
 import os, sys
 file = os.open({output!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -121,7 +121,7 @@ def launch(code: str, folder: Path, *, count: int = 2) -> Launch:
 
 def command(recipe: Path) -> list[str]:
     """What distils by this recipe into the folder beside it."""
-    return ["distill", str(recipe), "--out", str(recipe.with_suffix("")), "--emoji", str(EMOJI)]
+    return ["distill", str(recipe), "--out", str(recipe.with_suffix(""))]
 
 
 def distill(recipe: Path, *, count: int = 2) -> Launch:
@@ -129,7 +129,8 @@ def distill(recipe: Path, *, count: int = 2) -> Launch:
 
 
 def write_recipe(folder: Path, model: Path, phases: list[dict[str, object]], **changes: object) -> Path:
-    values = {"model": str(model), "device": "cpu", "variants": 1, "release": [4, 2], "sample_prompts": ["a red fox"]}
+    values = {"model": str(model), "device": "cpu", "release": [4, 2], "sample_prompts": ["a red fox"]}
+    values |= {"data": "examples.nano.latents:drawings", "data_options": {"variants": 1, "emoji": str(EMOJI)}}
     folder.mkdir(exist_ok=True)
     path = folder / "run.toml"
     path.write_text(tomli_w.dumps({**values, **changes, "phases": [SHARED | phase for phase in phases]}))

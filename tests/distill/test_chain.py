@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from examples.nano.model import random_bundle
@@ -14,6 +15,7 @@ from twostep.distill.chain import find_device
 from twostep.distill.discriminator import Discriminator, LoraDiscriminator
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
+from twostep.models.folder import ModelError
 from twostep.models.lora import Lora, add_lora
 from twostep.runs.folder import RunFolder
 from twostep.runs.recipe import RecipeError
@@ -54,6 +56,15 @@ def test_the_whole_chain_runs_and_its_students_load(teacher: Bundle, source: obj
     before = {steps: path.read_bytes() for steps, path in written.items()}
     again = distil(RECIPE, teacher, source, folder, version="0", recipe_name="test")
     assert {steps: path.read_bytes() for steps, path in again.items()} == before
+
+
+def test_an_inpainting_model_is_refused_before_anything_runs(teacher: Bundle, source: object, tmp_path: Path) -> None:
+    network = UNet2DConditionModel.from_config({**teacher.denoiser.network.config, "in_channels": 9})
+    inpainting = replace(teacher, denoiser=replace(teacher.denoiser, network=network))
+    folder = RunFolder(tmp_path / "run", RECIPE)
+    with pytest.raises(ModelError, match="random has an inpainting UNet, which is no teacher here"):
+        distil(RECIPE, inpainting, source, folder, version="0", recipe_name="test")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_conversion_keeps_the_students_x0(teacher: Bundle) -> None:

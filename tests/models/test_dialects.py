@@ -138,10 +138,14 @@ def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, 
         key for key in good if key.endswith("input_blocks_3_1_transformer_blocks_0_attn2_to_k.lora_down.weight")
     ]
     doubled, twice = next(iter(peft(lora)[0].items()))
+    sd1_or_2 = "is a LoRA for Stable Diffusion 1 or 2"
     for tensors, said in (
         ({}, "is empty"),
-        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, "is a LoRA for Stable Diffusion 1 or 2"),
-        ({"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1)}, "is a LoRA for Flux"),
+        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, sd1_or_2),
+        ({"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": torch.ones(1)}, sd1_or_2),
+        ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(1)}, sd1_or_2),
+        ({"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.ones(1)}, "is a LoRA for Flux"),
+        ({"lora_unet_single_blocks_37_linear1.lora_down.weight": torch.ones(1)}, "is a LoRA for Flux"),
         ({"transformer.x.lora_A.weight": torch.ones(1)}, "is a LoRA for a transformer"),
         ({unet_down.replace("lora_down", "hada_w1_a"): torch.ones(1)}, "is a LoHa"),
         ({**good, unet_down.replace("lora_down.weight", "dora_scale"): torch.ones(1)}, "is a DoRA"),

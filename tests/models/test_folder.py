@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from examples.nano.model import random_bundle
+from twostep.cli import app
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
 from twostep.models.contracts import read_contracts
 from twostep.models.folder import ModelError, find_model
+from twostep.pipeline.generation import generate
+from twostep.pipeline.request import Request
 
 from ..vanilla import assemble
 
@@ -80,7 +85,7 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is FluxPipeline.*nothing else is distilled"),
         ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text'"),
-        ("unet/config.json", {"in_channels": 9}, "9 channels"),
+        ("unet/config.json", {"in_channels": 8}, "8 channels; expected 4, or 9 to inpaint"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts 'flow'"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero SNR"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "over 500 times"),
@@ -92,6 +97,19 @@ def test_what_is_no_teacher_is_told_by_what_it_is(
     change(vanilla / file, **values)
     with pytest.raises(ModelError, match=said):
         load_bundle(vanilla)
+
+
+def test_an_inpainting_base_draws_and_is_no_teacher(vanilla: Path, bundle: Bundle) -> None:
+    unet = UNet2DConditionModel.from_config({**bundle.denoiser.network.config, "in_channels": 9})
+    unet.save_pretrained(vanilla / "unet")
+    loaded = load_bundle(vanilla)
+    assert loaded.is_inpainting and not bundle.is_inpainting
+    assert loaded.latent_shape(64, 64) == bundle.latent_shape(64, 64)
+    assert generate(loaded, Request("a fox", steps=2)).images[0].size == (64, 64)
+    with pytest.raises(ModelError, match="mine has an inpainting UNet, which is no teacher here"):
+        loaded.as_teacher()
+    answer = CliRunner().invoke(app, ["plan", "nano", "-o", f"model={vanilla}"], env={"COLUMNS": "300"})
+    assert answer.exit_code == 1 and "no teacher here: distil its base" in answer.stderr
 
 
 def test_pickles_missing_parts_and_damage_are_told(vanilla: Path) -> None:

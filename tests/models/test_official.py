@@ -18,7 +18,7 @@ from twostep.models.folder import ModelError
 from twostep.models.ldm import unet_names
 from twostep.models.lora import TARGETS
 from twostep.models.official import ALIAS, HUB_ID
-from twostep.models.worn import load_worn
+from twostep.models.worn import Wardrobe, load_worn
 
 from ..vanilla import assemble, write_single_file
 
@@ -142,6 +142,13 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
     expected = small(7)
     merge_lora(style_of(expected), expected.parts)
     torch.testing.assert_close(answer(worn), answer(expected), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ModelError, match="draws in 4 steps, not in 8"):
+        load_worn(tmp_path / "anime", [lora], steps=8)
+    with pytest.raises(ContractError, match="draws in exactly 4 steps; asked for 8"):
+        worn.contract.check(8, None, None, None)
+    beside = Wardrobe(load_bundle(tmp_path / "anime")).wear([lora])
+    assert beside.contract == worn.contract
+    torch.testing.assert_close(answer(beside), answer(expected), atol=1e-5, rtol=1e-5)
     for student in ("sdxl_lightning_4step", "sdxl_lightning_2step_unet", "sdxl_lightning_8step_lora"):
         with pytest.raises(ContractError, match="it would be distilled twice"):
             load_worn(student, [lora])

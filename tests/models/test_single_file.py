@@ -142,6 +142,23 @@ def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, said: str) ->
         load_bundle(tmp_path / "x.safetensors")
 
 
+def test_an_inpainting_checkpoint_takes_the_configs_of_sdxl_s_own(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = UNet2DConditionModel.from_config({**bundle.denoiser.network.config, "in_channels": 9}).eval()
+    inpainting = replace(bundle, denoiser=replace(bundle.denoiser, network=unet))
+    write_single_file(inpainting, tmp_path / "mine.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"diffusers/stable-diffusion-xl-1\.0-inpainting-0\.1 is neither"):
+        load_bundle(tmp_path / "mine.safetensors")
+    assemble(inpainting).save_pretrained(tmp_path / "mine")
+    loaded = load_bundle(tmp_path / "mine.safetensors")
+    assert loaded.is_inpainting and loaded.contract.role == "teacher"
+    own, read = unet.conv_in.weight, loaded.denoiser.network.conv_in.weight
+    torch.testing.assert_close(read, own.half().float())
+
+
 def test_without_configs_beside_it_those_of_sdxl_are_asked_for(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

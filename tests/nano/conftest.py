@@ -6,10 +6,10 @@ import pytest
 from train_judge import JudgeRecipe, train_judge
 
 from examples.nano.descent import DescentSettings
+from examples.nano.drawings import EmojiSet, load_emoji
 from examples.nano.judge import Judge, load_judge
-from twostep.data.emoji import EmojiSet, load_emoji
 
-SAMPLE = Path(__file__).parent.parent / "data" / "emoji_sample.safetensors"
+SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
 
 QUICK = JudgeRecipe(
     name="quick",

@@ -11,9 +11,9 @@ from nano_tasks import complete_tasks, real_pictures
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from examples.nano.drawings import EmojiSet
 from examples.nano.evaluate import evaluate as evaluate_command
 from twostep.contract import Contract
-from twostep.data.emoji import EmojiSet
 from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request
 from twostep.pipeline.request import Result as Drawn

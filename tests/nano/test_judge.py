@@ -7,9 +7,9 @@ import pytest
 import torch
 from train_judge import JudgeRecipe, measure_accuracy, save_judge, train_judge
 
+from examples.nano.drawings import EmojiSet
 from examples.nano.emoji import save_emoji
 from examples.nano.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
-from twostep.data.emoji import EmojiSet
 from twostep.errors import TwostepError
 from twostep.runs.folder import RunError
 from twostep.runs.loop import TrainingError

@@ -13,18 +13,18 @@ import torch
 from examples.nano.__main__ import pretrain as make_part
 from examples.nano.autoencoder import VaeSettings, train_vae
 from examples.nano.descent import DescentSettings
+from examples.nano.drawings import EmojiSet, load_emoji
+from examples.nano.latents import cache_latents
 from examples.nano.model import PIXELS, random_bundle
 from examples.nano.teacher import TeacherSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
-from twostep.data.emoji import EmojiSet, load_emoji
-from twostep.data.latents import cache_latents
 from twostep.models.bundle import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.runs.folder import RunFolder
 from twostep.runs.loop import TrainingError, rate_share
 
-SAMPLE = Path(__file__).parents[1] / "data" / "emoji_sample.safetensors"
+SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
 Weights = dict[str, torch.Tensor]
 Run = Callable[..., Weights]
 

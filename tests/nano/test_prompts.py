@@ -5,10 +5,10 @@ from random import Random
 import pytest
 from nano_tasks import FIRST_SEED, PromptError, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
 
+from examples.nano.captions import BACKGROUNDS, STYLES, Attributes, Omission, caption, complete_caption
+from examples.nano.drawings import EmojiSet, built_in_concepts
 from examples.nano.judge import Judge
 from examples.nano.prompts import attributes_from_prompt
-from twostep.data.captions import BACKGROUNDS, STYLES, Attributes, Omission, caption, complete_caption
-from twostep.data.emoji import EmojiSet, built_in_concepts
 
 CONCEPTS = built_in_concepts()
 

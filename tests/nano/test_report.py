@@ -6,10 +6,10 @@ import pytest
 import torch
 from nano_tasks import complete_tasks, real_pictures
 
+from examples.nano.captions import Attributes
+from examples.nano.drawings import EmojiSet
 from examples.nano.judge import Judge, JudgeError
 from examples.nano.report import EvaluationError, evaluate
-from twostep.data.captions import Attributes
-from twostep.data.emoji import EmojiSet
 from twostep.evaluate.frechet import FrechetError
 
 FOX, APPLE = Attributes(("fox",), "flat", "blue"), Attributes(("red apple",), "3d", "green")

@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 for verb in (
     draw.generate,
+    draw.edit,
+    draw.replay,
     draw.info,
     train.recipes,
     train.recipe,

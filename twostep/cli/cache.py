@@ -37,7 +37,7 @@ def cache(
     prompts = _read_prompts(source)
     entries = find_entries(source) if prompts is None else iter(())
     first = list(islice(entries, 1))  # so an empty or missing source is told before a model loads
-    bundle = load_worn(model, lora or [])
+    bundle = load_worn(model, lora or []).as_teacher()
     with progress_bar("cache") as advance:
 
         def show(done: int, skipped: int) -> None:

@@ -1,10 +1,11 @@
-"""Verbs that draw and look: generate, info."""
+"""Verbs that draw and look: generate, edit, replay, info."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,14 +18,25 @@ from rich.text import Text
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
-from twostep.pipeline.png import prepare_folder, save_images
-from twostep.pipeline.request import Request, Result
+from twostep.pipeline.png import ProvenanceError, prepare_folder, read_provenance, save_images
+from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
 
 if TYPE_CHECKING:
     from twostep.models.bundle import Bundle
 
 _Model = Annotated[str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")]
 _Loras = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA's file, or file:weight; one or several.")]
+_Controls = Annotated[
+    list[str] | None,
+    typer.Option("--control", help="PICTURE@CONTROLNET, or with a scale and shares of the steps, @..:0.8:0-0.5."),
+]
+_Steps = Annotated[
+    int | None, typer.Option(help="Picks the student, or with its own count the teacher; 2 where there is a choice.")
+]
+_Number = Annotated[int, typer.Option("--num-images", "-n", help="Images, from the seeds that follow.")]
+_Seed = Annotated[int, typer.Option(help="Image i is drawn from seed + i.")]
+_Guidance = Annotated[float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")]
+_CONTROL = re.compile(r"(?P<picture>.+)@(?P<model>[^@]+?)(:(?P<scale>\d*\.?\d+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?")
 _Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")]
 
 
@@ -36,15 +48,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: _Model = "nano",
     lora: _Loras = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Picks the student, or with its own count the teacher; 2 where there is a choice."),
-    ] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images, from the seeds that follow.")] = 1,
-    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")] = None,
+    steps: _Steps = None,
+    num_images: _Number = 1,
+    seed: _Seed = 0,
+    guidance: _Guidance = None,
     negative: Annotated[str, typer.Option(help="Teacher only: what to stay away from.")] = "",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own by default.")] = None,
+    control: _Controls = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
@@ -57,22 +67,85 @@ def generate(
         negative_prompt=negative,
         width=width,
         height=height,
+        controls=_parse_controls(control),
     )
+    _make(request, model, lora, steps, out)
+
+
+def edit(
+    prompt: Annotated[str, typer.Argument(help="What the picture becomes.")],
+    image: Annotated[Path, typer.Argument(help="The picture that is changed.")],
+    model: _Model = "nano",
+    lora: _Loras = None,
+    steps: _Steps = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much is changed, up to 1; 0.75 by default, with a mask 1.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture of the same size, white where it is changed.")] = None,
+    control: _Controls = None,
+    num_images: _Number = 1,
+    seed: _Seed = 0,
+    guidance: _Guidance = None,
+    out: _Folder = Path("out"),
+) -> None:
+    """Change a picture by a prompt, all of it or where a mask is white."""
+    request = Request(
+        prompt,
+        num_images=num_images,
+        seed=seed,
+        guidance=guidance,
+        image=Picture.of(image),
+        strength=strength,
+        mask=None if mask is None else Picture.of(mask),
+        controls=_parse_controls(control),
+    )
+    _make(request, model, lora, steps, out)
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG that twostep wrote.")],
+    inputs: Annotated[Path, typer.Option(help="Where the pictures lie that went in, if not beside it.")] = Path(),
+    model: Annotated[str | None, typer.Option(help="Where the model lies now, if it was moved.")] = None,
+    out: _Folder = Path("out"),
+) -> None:
+    """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
+    from PIL import Image, ImageChops
+
+    told = read_provenance(picture)
+    origin = told.origin or ((model,) if model else ())
+    if not origin:
+        raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
+    request = told.batch.found([inputs, picture.parent])
+    result, paths = _make(request, model or origin[0], origin[1:], told.contract.steps, out)
+    index = told.request.seed - request.seed
+    with Image.open(picture) as first:
+        apart = max(ImageChops.difference(first.convert("RGB"), result.images[index]).tobytes())
+    if apart:
+        raise ProvenanceError(f"{paths[index]} differs by up to {apart} of 255: other weights, or another machine.")
+    typer.echo(f"every pixel of {paths[index]} is the same")
+
+
+def _make(
+    request: Request, model: str, loras: Sequence[str] | None, steps: int | None, out: Path
+) -> tuple[Result, list[Path]]:
+    """Draw a request, write the PNGs, and print their paths, what is to be warned of, and the times."""
     prepare_folder(out)
-    if steps is None and not lora:
+    if steps is None and not loras:
         steps = _default_steps(model)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {model}"):
         from twostep.models.worn import load_worn
 
-        bundle = load_worn(model, lora or (), steps=steps)
+        bundle = load_worn(model, loras or (), steps=steps)
     loading_seconds = time.perf_counter() - start
     result = _draw(bundle, request)
-    for path in save_images(result, out):
+    paths = save_images(result, out)
+    for path in paths:
         typer.echo(path)
     for warning in result.warnings:
         Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     typer.echo(_times(result, loading_seconds))
+    return result, paths
 
 
 def info(
@@ -132,6 +205,17 @@ def _said(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join("x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in value) or "all"
     return "-" if value is None else str(value)
+
+
+def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:
+    found = []
+    for text in controls or ():
+        match = _CONTROL.fullmatch(text)
+        if match is None:
+            raise RequestError(f"control is {text!r}; expected PICTURE@CONTROLNET:SCALE, as shape.png@silhouette:0.8.")
+        scale, start, end = (float(match[key] or usual) for key, usual in (("scale", 1), ("start", 0), ("end", 1)))
+        found.append(Control(Picture.of(match["picture"]), match["model"], scale, start, end))
+    return tuple(found)
 
 
 def _parse_size(size: str | None) -> tuple[int, int] | tuple[None, None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,15 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from twostep.data.latents import EmojiSource
     from twostep.distill import DistillRecipe
+    from twostep.distill.trainer import Source
     from twostep.models.bundle import Bundle
 
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
 Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
-Emoji = Annotated[Path, typer.Option(help="The emoji set, from `python -m examples.nano emoji`.")]
-
 
 OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
@@ -96,10 +96,9 @@ def plan(
     raise typer.Exit(1)
 
 
-def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = Path("runs/emoji.safetensors")) -> None:
+def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     """Distil a teacher into students of few steps, by the phases of the recipe."""
     from twostep import __version__
-    from twostep.data.cache import load_cache
     from twostep.distill import DistillRecipe, distil
     from twostep.distill.chain import find_device
     from twostep.models.bundle import load_bundle
@@ -116,7 +115,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
         written = distil(
             settings,
             teacher,
-            load_cache(settings.data, teacher) if settings.data else _drawings(settings, teacher, out, emoji, advance),
+            _source(settings, teacher, out, advance),
             folder,
             version=__version__,
             recipe_name=Path(recipe).stem,
@@ -129,25 +128,45 @@ def distill(recipe: Recipe, out: Out, override: Override = None, emoji: Emoji = 
         typer.echo(f"written: {path}")
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a `twostep distill`.")]) -> None:
-    """Make one HTML page of a run: curves, grids, contracts, recipe; also of one that still goes on."""
-    from twostep.distill.report import write_report
+def report(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a `twostep distill`.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")] = None,
+    bases: Annotated[str, typer.Option(help="The models to try it on, with commas between.")] = "nano",
+    prompts: Annotated[Path | None, typer.Option(exists=True, help="A file of what to draw, one a line.")] = None,
+) -> None:
+    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on other bases."""
+    if lora is not None and run is None:
+        from twostep.cli.portability import PROMPTS, print_scales
 
-    typer.echo(f"written: {write_report(run)}")
+        asked = [line for line in prompts.read_text("utf-8").splitlines() if line.strip()] if prompts else PROMPTS
+        if not asked:
+            raise typer.BadParameter(f"{prompts} is empty; give a prompt on every line.")
+        print_scales(lora, bases.split(","), tuple(asked))
+    elif run is not None and lora is None:
+        from twostep.distill.report import write_report
+
+        typer.echo(f"written: {write_report(run)}")
+    else:
+        raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
 
 
-def _drawings(settings: DistillRecipe, teacher: Bundle, out: Path, emoji: Path, advance: OnProgress) -> EmojiSource:
-    """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
-    from twostep.data.latents import EmojiSource, find_latents
+def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
+    """Return what the recipe learns from: a cache, or what a function makes of the teacher, which may be here alone."""
+    from twostep.data.cache import load_cache
+    from twostep.runs.recipe import RecipeError
 
-    latents = find_latents(
-        out / "latents.safetensors",
-        emoji,
-        teacher.codec,
-        variants=settings.variants,
-        on_variant=lambda done, total: advance(done, total, "latents"),
-    )
-    return EmojiSource(latents, teacher.text, *teacher.contract.sizes[0])
+    if settings.data is None:
+        raise RecipeError("this recipe has no data: make some with `twostep cache`, and say -o data=FOLDER.")
+    if settings.cache is not None:
+        return load_cache(settings.cache, teacher)
+    module, _, name = settings.data.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise RecipeError(f'data = "{settings.data}" is not to be found from {Path.cwd()} ({error}).') from error
+    source: Source = make(teacher, out, advance, **settings.data_options)
+    return source
 
 
 @contextmanager

@@ -26,6 +26,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_KEYS = ("image", "file_name", "path", "file", "jpg", "png", "webp")
 CAPTION_KEYS = ("caption", "text", "prompt")
 HUB = "hf:"
+MIN_SIDE, MAX_PIXELS = 8, 2**26
 
 
 class DataError(TwostepError):
@@ -75,18 +76,31 @@ def read_picture(entry: Entry, demands: Demands) -> Image.Image:
     """Return the picture in RGB, upright and on white; UnusablePictureError with the reason if it cannot be used."""
     if entry.caption is None or not entry.caption.strip():
         raise UnusablePictureError("it has no caption")
-    try:
-        data = entry.read()
-        opened = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnusablePictureError(f"it cannot be read ({error})") from error
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture = opened(entry.read)
     if min(picture.size) < demands.min_side:
         raise UnusablePictureError(f"it is {picture.width}x{picture.height}, smaller than {demands.min_side} px")
     if demands.min_sharpness > 0 and (found := sharpness(picture)) < demands.min_sharpness:
         raise UnusablePictureError(f"its sharpness is {found:.4f}, below {demands.min_sharpness:g}")
     return picture
+
+
+def opened(read: Callable[[], bytes | Image.Image], *, for_input: bool = False) -> Image.Image:
+    """Return a picture in RGB, upright and on white; UnusablePictureError if it cannot be read.
+
+    One that a drawing is made of may be neither tiny nor so large that it fills the memory.
+    """
+    try:
+        data = read()
+        picture = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        width, height = picture.size
+        if for_input and not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
+            raise UnusablePictureError(
+                f"it is {width}x{height}; expected {MIN_SIDE}x{MIN_SIDE} to {MAX_PIXELS:,} pixels in all"
+            )
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnusablePictureError(f"it cannot be read ({error})") from error
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def sharpness(picture: Image.Image) -> float:
@@ -100,6 +114,12 @@ def sharpness(picture: Image.Image) -> float:
     return float((around - 4 * grey[1:-1, 1:-1]).std())
 
 
+def nearest_size(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the (width, height) that is nearest to a picture in shape."""
+    shape = math.log(picture.width / picture.height)
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+
+
 def cut(
     picture: Image.Image, sizes: Sequence[tuple[int, int]]
 ) -> tuple[Float[Tensor, "3 height width"], tuple[int, int, int, int, int, int]]:
@@ -107,8 +127,7 @@ def cut(
 
     Returns pixels in -1..1 and SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w), all in px.
     """
-    shape = math.log(picture.width / picture.height)
-    width, height = min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+    width, height = nearest_size(picture, sizes)
     scale = max(width / picture.width, height / picture.height)
     covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2

@@ -6,7 +6,7 @@ This room knows tensors only: no networks, no text, no files.
 """
 
 from twostep.diffusion.flow import Denoise, FlowError, initial_noise, sample, solve, step
-from twostep.diffusion.grid import GridError, landing, trailing_times, trained_times
+from twostep.diffusion.grid import GridError, falling_times, landing, trailing_times, trained_times
 from twostep.diffusion.prediction import (
     Prediction,
     PredictionType,
@@ -31,6 +31,7 @@ __all__ = [
     "PredictionTypeError",
     "ScheduleError",
     "eps_to_x0",
+    "falling_times",
     "guide",
     "initial_noise",
     "landing",

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twostep.diffusion.grid import trailing_times
+from twostep.diffusion.grid import falling_times
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import NoiseSchedule
 from twostep.diffusion.shapes import Batch, Times, Values
@@ -20,6 +20,9 @@ from twostep.errors import TwostepError
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 """(x_t, t) -> Prediction, with everything else closed over; t is one integer per item, 1..T."""
+
+Keep = Callable[[Tensor, Tensor], Tensor]
+"""(x_s, s) -> x_s with what is known of it put back, after every step."""
 
 
 class FlowError(TwostepError):
@@ -38,6 +41,7 @@ def solve(
     times: Int[Tensor, "points batch"],
     schedule: NoiseSchedule,
     on_step: Callable[[int, Prediction], None] | None = None,
+    keep: Keep | None = None,
 ) -> Batch:
     """Follow the flow from times[0] to times[-1] with one network call per interval and return x at the last time.
 
@@ -51,6 +55,8 @@ def solve(
         prediction = denoise(x, t.clamp(min=1))
         waits = (t == s).to(x.device).view(-1, *[1] * (x.ndim - 1))
         x = torch.where(waits, x, step(prediction, s, schedule))
+        if keep is not None:
+            x = keep(x, s)
         if on_step is not None:
             on_step(i, prediction)
     return x
@@ -64,7 +70,7 @@ def sample(
     on_step: Callable[[int, Prediction], None] | None = None,
 ) -> Batch:
     """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
-    times = torch.tensor([*trailing_times(num_steps, schedule.num_times), 0])
+    times = torch.tensor(falling_times(schedule.num_times, num_steps, schedule.num_times))
     return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
 
 

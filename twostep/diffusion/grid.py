@@ -47,6 +47,17 @@ def landing(t: Times, grid_steps: int, num_times: int = 1000) -> Times:
     return table[t.to("cpu", torch.int64)].to(t)
 
 
+def falling_times(start: int, num_steps: int, num_times: int = 1000) -> tuple[int, ...]:
+    """List the times from `start` down to the landing 0, each a step of the grid of `num_steps` below the last.
+
+    From T this is the trailing grid itself. Raises GridError for a start outside 0..T.
+    """
+    times = [start]
+    while times[-1] > 0:
+        times.append(int(landing(torch.tensor(times[-1:]), num_steps, num_times)))
+    return tuple(times)
+
+
 @lru_cache(maxsize=64)
 def _landings(grid_steps: int, num_times: int) -> Int[np.ndarray, " times_plus_one"]:
     """Tabulate the landing of every t in 0..T; not as a tensor, which would belong to the mode that it was made in."""

@@ -55,9 +55,9 @@ def distil(
     Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
     predicts something else than its contract, or the recipe, says.
     """
-    teacher = _prepare(recipe, teacher, source, folder)
+    teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version)
     examples = Examples.of(teacher, recipe.sample_prompts)
-    if recipe.data is not None:  # whose texts are encoded
+    if recipe.cache is not None:  # whose texts are encoded
         for encoder in teacher.text.encoders:
             encoder.to("cpu")
     written: dict[int, Path] = {}
@@ -110,14 +110,14 @@ def lessons(
             _forget(finished.pop(steps))
 
 
-def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder) -> Bundle:
+def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, version: str) -> Bundle:
     """Check that the teacher can teach what is asked, put it where it runs, and begin the model that is to be made."""
     if teacher.contract.role == "student":
         _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
     track(folder, recipe.trackers)
     _check_shares(recipe, device)
-    folder.log(part="environment", device=device.type, processes=place().count, **_environment(device))
+    folder.log(part="environment", device=device.type, processes=place().count, twostep=version, **_environment(device))
     if recipe.prediction_type is not None:
         teacher = _predicting(teacher, recipe.prediction_type)
     if teacher.contract.role == "teacher" and recipe.style_lora is None and place().first:
@@ -152,7 +152,7 @@ def _of_its_own_base(recipe: DistillRecipe, contract: Contract) -> Contract:
 
 def _environment(device: torch.device) -> dict[str, str]:
     """Say what a run runs on, to read beside its times and figures."""
-    names = ("twostep", "torch", "diffusers", "transformers", "peft")
+    names = ("torch", "diffusers", "transformers", "peft")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"machine": card, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 

@@ -52,10 +52,11 @@ class Examples:
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        def guided(asked: Conditioning) -> Denoise:
-            return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
+        return self.draw(self.guided, self.teacher.contract.steps)
 
-        return self.draw(guided, self.teacher.contract.steps)
+    def guided(self, asked: Conditioning) -> Denoise:
+        """Return the teacher with its guidance, given what to draw."""
+        return self.teacher.denoiser.guided(asked, self.empty.expand(len(asked)), self.teacher.contract.guidance)
 
     @torch.no_grad()
     def draw(

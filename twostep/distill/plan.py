@@ -63,13 +63,13 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
 
     Raises ModelError where not even the model's configs are to be had.
     """
-    shards = [read_shard(path) for path in sorted(recipe.data.glob("shard-*.safetensors"))] if recipe.data else []
+    shards = [read_shard(path) for path in sorted(recipe.cache.glob("shard-*.safetensors"))] if recipe.cache else []
     is_cpu = "cpu" in (find_device("auto").type if recipe.device == "auto" else recipe.device)
     planned, known = [], dict[str, tuple[dict[str, int], int, int]]()
     with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _elsewhere():
         # Copying a network asks where its weights lie, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
+        teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True).as_teacher()
         if recipe.base_precision == "bf16":
             nn.Module.to(teacher.denoiser.network, torch.bfloat16)
         start = None
@@ -80,7 +80,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
         blank = _Blank(max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape), told)
         drawing = _draw(Examples.of(teacher, recipe.sample_prompts), meter)
-        if recipe.data is not None and not is_cpu:
+        if recipe.cache is not None and not is_cpu:
             for weight in (weight for encoder in teacher.text.encoders for weight in encoder.parameters()):
                 weight.data = torch.empty(0)  # on another device than what is counted
         for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):
@@ -90,8 +90,8 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
                 kind = f"{phase.model_dump(include=_TELLING)} {phase.guidance > 1} {phase.gradient_checkpointing}"
                 known[kind] = known.get(kind) or _measure(phase, lesson, meter)
                 planned.append(_planned(phase, standing, *known[kind], drawing))
-    num_values = math.prod(blank.latents) + (told.text.numel() + told.pooled.numel() if recipe.data else 0)
-    return planned, 2 * num_values + (24 if recipe.data else 3), sum(len(shard.names) for shard in shards)
+    num_values = math.prod(blank.latents) + (told.text.numel() + told.pooled.numel() if recipe.cache else 0)
+    return planned, 2 * num_values + (24 if recipe.cache else 3), sum(len(shard.names) for shard in shards)
 
 
 def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:

@@ -1,5 +1,6 @@
 """What a distillation recipe says: a list of phases, each with its student, its teacher and its objective."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,9 @@ from twostep.distill.health import Health
 from twostep.runs.loop import LoopSettings
 from twostep.runs.recipe import Settings
 from twostep.runs.trackers import Tracker
+
+SOURCE = re.compile(r"[\w.]+:\w+")
+"""How data that a function makes are named."""
 
 Objective = Literal["mse", "conditional", "unconditional", "convert"]
 
@@ -99,8 +103,10 @@ class DistillRecipe(Settings):
         None, description="what the teacher predicts, if its config is wrong"
     )
     shard: bool = Field(False, description="spread what whole-UNet phases train over the processes (FSDP)")
-    data: Path | None = Field(None, description="folder made by `twostep cache`; the built-in drawings if not given")
-    variants: int = Field(32, gt=0, description="composites of every drawing that training starts from")
+    data: str | None = Field(
+        None, description='folder made by `twostep cache`, or "module:function" that returns a `distill.trainer.Source`'
+    )
+    data_options: dict[str, str | int | float] = Field({}, description="what that function is told beside the teacher")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
     base_precision: Literal["fp32", "bf16"] = Field(
@@ -109,6 +115,11 @@ class DistillRecipe(Settings):
     trackers: tuple[Tracker, ...] = Field((), description="tensorboard, wandb: told every logged figure, if installed")
     health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
     phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder of encoded pictures and texts to train from, if it is one."""
+        return None if self.data is None or SOURCE.fullmatch(self.data) else Path(self.data)
 
     @property
     def starts_apart(self) -> bool:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging
 
 from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
@@ -32,7 +30,7 @@ from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError
 from twostep.models.lora import PREFIX
 from twostep.models.official import official_file
 from twostep.models.single_file import PARTS, FolderFiles, Outline, SingleFile, fill, find_single_file, is_whole
-from twostep.models.text import TextEncoders
+from twostep.models.text import TextEncoders, quiet_transformers
 from twostep.runs.folder import write_whole
 
 Weights = SingleFile | Outline | None
@@ -41,17 +39,32 @@ Weights = SingleFile | Outline | None
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """Everything that sampling needs; `students` are the step counts that the same folder offers."""
+    """Everything that sampling needs; `students` are the step counts that the same folder offers.
+
+    `origin` is the model and the LoRAs as they were named when it was loaded.
+    """
 
     denoiser: Denoiser
     codec: ImageCodec
     text: TextEncoders
     contract: Contract
     students: tuple[int, ...] = ()
+    origin: tuple[str, ...] = ()
 
-    def conditioning(self, prompts: Sequence[str], width: int, height: int) -> Conditioning:
-        """Encode prompts for uncropped pictures of this size in pixels."""
-        return self.text.conditioning(prompts, width, height)
+    def conditioning(self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False) -> Conditioning:
+        """Encode prompts for uncropped pictures of this size in pixels, with `whole` all of what they say."""
+        return self.text.conditioning(prompts, width, height, whole=whole)
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet takes a mask, and the latents of what is not masked, beside the noisy latents."""
+        return bool(self.denoiser.network.config.in_channels != self.denoiser.network.config.out_channels)
+
+    def as_teacher(self) -> Bundle:
+        """Return the bundle itself if something can be distilled from it; ModelError if it is for inpainting."""
+        if self.is_inpainting:
+            raise ModelError(f"{self.contract.name} has an inpainting UNet, which is no teacher here: distil its base.")
+        return self
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -68,7 +81,7 @@ class Bundle:
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a picture of this size in pixels."""
         pixels = self.codec.pixels_per_latent
-        return int(self.denoiser.network.config.in_channels), height // pixels, width // pixels
+        return int(self.denoiser.network.config.out_channels), height // pixels, width // pixels
 
 
 def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline: bool = False) -> Bundle:
@@ -105,12 +118,13 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
         text=load_text(folder, source),
         contract=contract,
         students=tuple(sorted(student_files(folder), reverse=True)),
+        origin=(str(model),),
     )
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a teacher as a diffusers folder of fp16 weights with its contract; any SDXL pipeline loads it."""
-    with _quiet_transformers():
+    with quiet_transformers():
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline(
@@ -130,7 +144,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
         add_watermarker=False,
     )
-    with _quiet_transformers():
+    with quiet_transformers():
         pipeline.save_pretrained(folder)
     _clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
@@ -249,17 +263,3 @@ def _half(network: nn.Module) -> nn.Module:
     half = copy.deepcopy(network).half()
     half.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return half
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep it from drawing a bar for every small file, and from asking for torchvision, which nothing here uses."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

@@ -1,13 +1,17 @@
 """Media <-> latents. A codec is all that a denoiser's owner needs to know of pixels."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
 
@@ -37,15 +41,46 @@ class ImageCodec:
     @torch.no_grad()
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
-        encoded = self.vae.encode(media)
-        latents: Tensor = encoded.latents if isinstance(self.vae, AutoencoderTiny) else encoded.latent_dist.mean
-        return (latents * float(self.vae.config.scaling_factor)).contiguous()
+        latents = self._in_range(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
+        return (latents.to(media.dtype) * float(self.vae.config.scaling_factor)).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
         """Return pictures, cut off at -1 and 1."""
-        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return pictures.clamp(-1, 1).contiguous()
+        scaled = latents / self.vae.config.scaling_factor
+        pictures = self._in_range(lambda vae: vae.decode(scaled.to(vae.dtype)).sample)
+        return pictures.to(latents.dtype).clamp(-1, 1).contiguous()
+
+    @torch.no_grad()
+    def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:
+        """Return what latents roughly show, a pixel each in -1..1: a linear guess that costs next to nothing."""
+        with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+        return torch.einsum("bchw,cr->brhw", with_one, self._linear.to(latents)).clamp(-1, 1)
+
+    @cached_property
+    def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:
+        """The least-squares fit of colours to latents, of fixed smooth pictures; made once."""
+        colours, side = (
+            2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1,
+            self.pixels_per_latent,
+        )
+        pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
+        latents = self.encode(pictures.to(self.vae.device)).float().cpu()
+        with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
+        columns, wanted = (values.movedim(1, -1).flatten(0, 2) for values in (with_one, avg_pool2d(pictures, side)))
+        fit: Tensor = torch.linalg.lstsq(columns, wanted).solution
+        return fit
+
+    def _in_range(self, work: Callable[[Any], Tensor]) -> Tensor:
+        """Do it once more in float32, on a copy, where half precision overflowed, as it does in SDXL's own VAE."""
+        result = work(self.vae)
+        if self.vae.dtype == torch.float16 and not bool(result.isfinite().all()):
+            result = work(copy.deepcopy(self.vae).float())
+        return result
+
+
+def _latents(encoded: Any) -> Any:
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
 
 
 def to_images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:

@@ -102,8 +102,9 @@ def _derived_contract(folder: Path) -> Contract:
             f"{folder} is {kind}, whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
             "SDXL base or fine-tune (StableDiffusionXLPipeline, 'text_time'); nothing else is distilled here."
         )
-    if unet.get("in_channels") != unet.get("out_channels"):
-        raise ModelError(f"{folder} takes {unet.get('in_channels')} channels: an inpainting UNet is no teacher here.")
+    given, made = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if given not in (made, 2 * made + 1):  # an inpainting UNet takes the mask and what is not masked too
+        raise ModelError(f"{folder} takes {given} channels; expected {made}, or {2 * made + 1} to inpaint with.")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     said = scheduler.get("prediction_type", "epsilon")
     if said not in PREDICTION_TYPES:

@@ -14,7 +14,8 @@ from torch import Tensor
 from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, guide, prediction_from_output
 from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
-from twostep.models.lora import activate, merge
+from twostep.models.control import residuals
+from twostep.models.lora import at_work, merge
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +32,22 @@ class Denoiser:
 
     def __call__(self, x_t: Latents, t: Times, conditioning: Conditioning) -> Prediction:
         """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
-        activate(self.network, self.lora)
-        index = t.to(x_t.device) - 1
+        index, added = t.to(x_t.device) - 1, _added(conditioning)
         x, text = _fed(self.network, x_t, conditioning.text)
-        output = self.network(x, index, text, added_cond_kwargs=_added(conditioning), return_dict=False)[0]
+        with at_work(self.network, self.lora):
+            acting = [hint for hint in conditioning.hints if int(t[0]) in hint.times]
+            more = residuals(acting, x, index, text, added) if acting else {}
+            if conditioning.known is not None:
+                x = torch.cat([x, conditioning.known.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
+            output = self.network(x, index, text, added_cond_kwargs=added, return_dict=False, **more)[0]
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; diffusers' own `device` walks through all modules every time."""
+        found: torch.device = self.network.conv_in.weight.device
+        return found
 
     def standalone(self) -> UNet2DConditionModel:
         """Return a copy of the network that computes the same by itself: with its LoRA merged in, and none on it."""

@@ -85,10 +85,11 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         raise LoraError(f"{path} is empty.")
     lora = {}
     for layer, has in found.items():
-        weight = _layer(parts, layer).weight
+        weight = find_layer(parts, layer).weight
         _check(path, layer, has, weight)
         own = has["alpha"].item() if "alpha" in has else told.get(layer, told.get(layer.partition(".")[0], alpha))
-        down, up = ((value.flatten(1) if weight.dim() == 2 else value) for value in (has["down"], has["up"]))
+        down = has["down"].reshape(-1, *weight.shape[1:])
+        up = has["up"].reshape(len(weight), -1, *[1] * (weight.dim() - 2))
         lora[layer] = LowRank(down, up, float(len(down) if own is None else own))
     return lora
 
@@ -97,7 +98,7 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
 def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, weight: float = 1.0) -> None:
     """Add a LoRA, so strongly, to the weights of these networks, in place."""
     for name, low in lora.items():
-        target = _layer(parts, name).weight
+        target = find_layer(parts, name).weight
         target += (weight * low.change).reshape(target.shape).to(target)
 
 
@@ -158,7 +159,8 @@ def _layers(network: nn.Module) -> Iterator[str]:
             yield name.removesuffix(".base_layer")
 
 
-def _layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
+def find_layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:
+    """Return the layer that a LoRA names, as it is without those that are on it."""
     part, _, layer = name.partition(".")
     found = parts[part].get_submodule(layer)
     base = getattr(found, "base_layer", found)

@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def fetch(hub_id: str, *, only: tuple[str, ...] = CONFIGS, file: str | None = None) -> Path:
+def fetch(hub_id: str, *, only: tuple[str, ...] = CONFIGS, file: str | None = None, holding: str = INDEX_FILE) -> Path:
     """Return the local copy of what matches of a hub repository, or of a file of it; ModelError if not to be had."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -81,6 +81,6 @@ def fetch(hub_id: str, *, only: tuple[str, ...] = CONFIGS, file: str | None = No
             f"{hub_id} is neither a folder here nor to be had from the hub ({str(error).splitlines()[0]}). "
             "Check the name and the connection, or give the path of a model folder."
         ) from error
-    if not (found / INDEX_FILE).is_file():
-        raise ModelError(f"{hub_id} has no {INDEX_FILE}: it is no diffusers folder. Give one that is.")
+    if not (found / holding).is_file():
+        raise ModelError(f"{hub_id} has no {holding}: it is no diffusers folder. Give one that is.")
     return found

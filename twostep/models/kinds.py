@@ -83,7 +83,8 @@ def kind_of(header: Header) -> Kind:
     """Tell what a file is by its names and shapes."""
     names = "".join(f"{key}\n" for key in header.shapes)
     what = _first("what", names) or ("no model that is known here" if names else "a file without any weights")
-    return Kind(what, _first("architecture", names) or _by_shapes(header), _first("names", names))
+    architecture = _first("architecture", names) or _by_shapes(header) or _first("otherwise", names)
+    return Kind(what, architecture, _first("names", names))
 
 
 def summary(header: Header) -> dict[str, str]:

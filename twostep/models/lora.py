@@ -8,9 +8,11 @@ blocks share. What an adapter is trained for is unknown here.
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ PREFIX = "unet."
 
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 DECODER = r"up_blocks\..*"
+_SWITCHING = RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +153,14 @@ def activate(network: UNet2DConditionModel, name: str | None) -> None:
         raise LoraError(f"There is no LoRA called {name!r} on this network; there are {sorted(there) or 'none'}.")
     if there:
         _working(network)[:] = [] if name is None else [name]
+
+
+@contextmanager
+def at_work(network: UNet2DConditionModel, name: str | None) -> Iterator[None]:
+    """Let one adapter work, or none, until the block ends; no other thread switches meanwhile."""
+    with _SWITCHING if getattr(network, "peft_config", None) else nullcontext():
+        activate(network, name)
+        yield
 
 
 def active(network: UNet2DConditionModel) -> str | None:

@@ -21,6 +21,8 @@ from twostep.models.kinds import kind_of, read_header
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_names, join, split, unet_names, vae_names
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_INPAINTING = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
+LATENT_CHANNELS = 4
 NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     UNET: unet_names,
     VAE: vae_names,
@@ -127,7 +129,13 @@ def find_single_file(path: Path) -> SingleFile:
             "Expected a whole SDXL checkpoint, or a UNet that carries its contract."
         )
     beside = path.with_suffix("")
-    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(SDXL_BASE, only=CONFIGS))
+    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(_base_of(path), only=CONFIGS))
+
+
+def _base_of(path: Path) -> str:
+    with safe_open(path, "pt") as file:
+        takes = file.get_slice(f"{UNET}input_blocks.0.0.weight").get_shape()[1]
+    return SDXL_INPAINTING if takes > LATENT_CHANNELS else SDXL_BASE
 
 
 def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """From a request to pictures.
 
-Text is encoded once, each image starts from its own noise, `sample` follows the flow along the trailing grid of the
+Text is encoded once, each image starts from its own noise, the flow is followed along the trailing grid of the
 contract, and the codec turns latents into pixels. A student is sampled by the same lines as its teacher, with fewer
 times. This module keeps no state between two calls, and knows nothing of files, servers or progress bars.
 """
@@ -8,22 +8,24 @@ times. This module keeps no state between two calls, and knows nothing of files,
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from twostep.contract import Contract
-from twostep.diffusion import Denoise, Prediction, initial_noise, sample
+from twostep.contract import TOP_TIME, Contract
+from twostep.data.pictures import nearest_size
+from twostep.diffusion import Prediction, falling_times, trailing_times
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle
-from twostep.models.codec import to_images
-from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Request, Result
+from twostep.models.codec import ImageCodec, to_images
+from twostep.pipeline.inputs import Inputs
+from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
 
-MAX_BATCH = 16
-"""Images that go through the network together; larger requests are drawn in several such batches."""
+DEFAULT_STRENGTH = 0.75
+"""How much of an image is changed where a request does not say it and has no mask."""
 
 
 class GenerationError(TwostepError):
@@ -41,19 +43,14 @@ class Progress:
     num_steps: int
     seeds: list[int]
     prediction: Prediction
+    codec: ImageCodec
+
+    def previews(self) -> list[Image.Image]:
+        """Return the pictures as they are foreseen now, small, a pixel for each latent."""
+        return to_images(self.codec.preview(self.prediction.x0))
 
 
 OnStep = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a request may leave to the contract, settled; guidance 1 is none."""
-
-    steps: int
-    guidance: float
-    width: int
-    height: int
 
 
 def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
@@ -61,75 +58,71 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
 
     Image i depends on the model and on seed + i alone, not on how many others are drawn with it. What the contract
     cannot honour raises `ContractError`, what it ignores becomes a warning; NaN or infinity out of the network raises
-    `GenerationError`. `on_step` is called after every step; what it raises ends the drawing.
+    `GenerationError`. `on_step` is called after every step; what it raises ends the drawing. Several threads may draw
+    with one bundle at once.
     """
-    warnings = bundle.contract.check(request.steps, request.guidance, request.width, request.height)
-    plan = _plan(bundle.contract, request)
-    request = replace(request, **asdict(plan))
-    seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+    contract, wish = bundle.contract, request.strength
+    warnings = contract.check(request.steps, request.guidance, request.width, request.height)
+    size = _size(contract, request)
+    request, times = _settled(contract, request, size)
+    seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
     images: list[Image.Image] = []
     with torch.inference_mode():
         with _timed(seconds, "text"):
             warnings += _prompt_warnings(bundle, request) + _seed_warnings(request)
-            denoise_for = _conditioned(bundle, request, plan)
+            warnings += _strength_warnings(contract, times, wish)
+            prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
+            told = bundle.conditioning(prompts, *size, whole=True)
+        with _timed(seconds, "encode"):
+            inputs = Inputs.of(bundle, request, times)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
-                report = _reporter(request.num_images, start, plan.steps, seeds, on_step)
-                latents = _denoise(bundle, plan, denoise_for(len(seeds)), seeds, report)
+                report = _reporter(bundle.codec, request, start, len(times) - 1, seeds, on_step)
+                latents = _finite(inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds)
             with _timed(seconds, "decode"):
-                images += to_images(_finite(bundle.codec.decode(latents), "pixels", seeds))
-    return Result(images, request.seeds, seconds, warnings, bundle.contract, request)
+                pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
+                images += to_images(inputs.finished(pictures))
+    return Result(images, request.seeds, seconds, warnings, contract, request, bundle.origin)
 
 
-def _plan(contract: Contract, request: Request) -> _Plan:
-    """Settle a request that the contract has checked; a student's guidance is distilled into it, so it gets none."""
+def _size(contract: Contract, request: Request) -> tuple[int, int]:
+    """Return the size that is asked for, or of those left open the one that fits the pictures, if any go in."""
+    width, height = request.width, request.height
+    fitting = [size for size in contract.sizes if width in (None, size[0]) and height in (None, size[1])]
+    if width and height and not fitting:
+        return width, height
+    picture = request.image or next((control.picture for control in request.controls), None)
+    return fitting[0] if picture is None else nearest_size(picture.image, fitting)
+
+
+def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tuple[Request, tuple[int, ...]]:
+    """Return a checked request with nothing left open, and the times that it walks, the landing 0 included.
+
+    A student's guidance is distilled into it, so it gets none, which is 1. A drawing that begins at an image does so at
+    one of the student's own trained times, the nearest to the strength, or one of the teacher's grid.
+    """
     wish = contract.guidance if request.guidance is None else request.guidance
-    width, height = next(
-        size for size in contract.sizes if request.width in (None, size[0]) and request.height in (None, size[1])
-    )
-    return _Plan(
-        steps=request.steps or contract.steps,
-        guidance=1.0 if contract.role == "student" else max(1.0, wish),
-        width=width,
-        height=height,
-    )
-
-
-def _conditioned(bundle: Bundle, request: Request, plan: _Plan) -> Callable[[int], Denoise]:
-    """Encode the text once; the answer makes a denoiser for any number of images of it."""
-    prompts = [request.prompt] if plan.guidance == 1 else [request.prompt, request.negative_prompt]
-    encoded = bundle.conditioning(prompts, plan.width, plan.height)
-
-    def denoise_for(num_images: int) -> Denoise:
-        prompt = encoded[:1].expand(num_images)
-        if plan.guidance == 1:
-            return bundle.denoiser.given(prompt)
-        return bundle.denoiser.guided(prompt, encoded[1:].expand(num_images), plan.guidance)
-
-    return denoise_for
-
-
-def _denoise(
-    bundle: Bundle, plan: _Plan, denoise: Denoise, seeds: list[int], report: Callable[[int, Prediction], None]
-) -> Float[Tensor, "batch channels height width"]:
-    """Follow the flow from the noise of these seeds to clean latents."""
-    shape = bundle.latent_shape(plan.width, plan.height)
-    noise = torch.stack([initial_noise(seed, shape) for seed in seeds]).to(bundle.denoiser.network.device)
-    latents = sample(denoise, noise, plan.steps, bundle.denoiser.schedule, report)
-    return _finite(latents, "latents", seeds)
+    steps, start, strength = request.steps or contract.steps, TOP_TIME, None
+    if request.image is not None:
+        wished = TOP_TIME * (request.strength or (DEFAULT_STRENGTH if request.mask is None else 1))
+        start = min(contract.trained_times or trailing_times(steps), key=lambda t: (abs(t - wished), -t))
+        strength = start / TOP_TIME
+    guidance = 1.0 if contract.role == "student" else max(1.0, wish)
+    request = replace(request, steps=steps, guidance=guidance, width=size[0], height=size[1], strength=strength)
+    return request, falling_times(start, steps)
 
 
 def _reporter(
-    num_images: int, start: int, num_steps: int, seeds: list[int], on_step: OnStep | None
+    codec: ImageCodec, request: Request, start: int, num_steps: int, seeds: list[int], on_step: OnStep | None
 ) -> Callable[[int, Prediction], None]:
     """Count the steps of one batch on top of those of the batches before it."""
-    total = -(-num_images // MAX_BATCH) * num_steps
+    total = -(-request.num_images // MAX_BATCH) * num_steps
     before = start // MAX_BATCH * num_steps
 
     def report(index: int, prediction: Prediction) -> None:
         if on_step is not None:
-            on_step(Progress(before + index + 1, total, seeds, prediction))
+            on_step(Progress(before + index + 1, total, seeds, prediction, codec))
 
     return report
 
@@ -153,9 +146,6 @@ def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
     if request.negative_prompt and request.guidance == 1:
         texts.pop()
         warnings.append("the negative prompt has no effect: it acts through guidance, and there is none here.")
-    excess = bundle.text.num_excess_tokens(request.prompt)
-    if excess:
-        warnings.append(f"the prompt is too long: its last {excess} token(s) are cut off. Say it in fewer words.")
     unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
     if unknown:
         warnings.append(
@@ -163,6 +153,16 @@ def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
             f"It has never seen these words, so expect nothing of them."
         )
     return warnings
+
+
+def _strength_warnings(contract: Contract, times: tuple[int, ...], wish: float | None) -> list[str]:
+    if wish in (None, times[0] / TOP_TIME) or contract.role == "teacher":
+        return []
+    stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(contract.trained_times))
+    return [
+        f"strength {wish:g} became {times[0] / TOP_TIME:g}, which takes {len(times) - 1} step(s): {contract.name} was "
+        f"trained to begin at {stops}, and nowhere between."
+    ]
 
 
 def _seed_warnings(request: Request) -> list[str]:

@@ -1,7 +1,8 @@
 """Pictures that say how they were made.
 
 Every PNG carries two text chunks: `parameters`, the line that A1111 and its relatives write and show, and `twostep`,
-JSON with the sampling contract of the model and the request that draws exactly this picture again.
+JSON with the sampling contract of the model, the request that draws exactly this picture again, the names of the model
+and its LoRAs, and which pictures were drawn together: alone it may differ in its last bit.
 
 This module does not know how a picture was drawn; it is handed a `Result`.
 """
@@ -10,7 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -36,11 +37,16 @@ class ProvenanceError(TwostepError):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture was made: which contract, which request (of this one picture), and the A1111 text."""
+    """How a picture was made: which contract, which request (of this one picture), and the A1111 text.
+
+    `origin` is the model and its LoRAs as they were named, `batch` the request of all that was drawn with it.
+    """
 
     contract: Contract
     request: Request
     parameters: str
+    origin: tuple[str, ...]
+    batch: Request
 
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
@@ -66,8 +72,14 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
 def text_chunks(result: Result, index: int) -> dict[str, str]:
     """Write down the origin of image `index` as PNG text chunks, by chunk name."""
     request = result.request.only(result.seeds[index])
-    origin = {"contract": json.loads(result.contract.to_json()), "request": json.loads(request.to_json())}
-    return {A1111_CHUNK: a1111_text(result.contract, request), TWOSTEP_CHUNK: json.dumps(origin, ensure_ascii=False)}
+    batch = result.request.batch_of(index)
+    told = {
+        "contract": json.loads(result.contract.to_json()),
+        "request": json.loads(request.to_json()),
+        "origin": result.origin,
+        "batch": {"seed": batch.seed, "num_images": batch.num_images},
+    }
+    return {A1111_CHUNK: a1111_text(result.contract, request), TWOSTEP_CHUNK: json.dumps(told, ensure_ascii=False)}
 
 
 def a1111_text(contract: Contract, request: Request) -> str:
@@ -103,14 +115,17 @@ def read_provenance(path: str | Path) -> Provenance:
             f"converters often strip text chunks."
         )
     try:
-        origin = json.loads(chunks[TWOSTEP_CHUNK])
-        contract, request = origin["contract"], origin["request"]
+        told = json.loads(chunks[TWOSTEP_CHUNK])
+        contract, request = told["contract"], Request.from_json(json.dumps(told["request"]))
+        batch = replace(request, **told.get("batch", {}))
     except (ValueError, TypeError, KeyError) as error:
         raise ProvenanceError(f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}.") from error
     return Provenance(
         contract=Contract.from_json(json.dumps(contract)),
-        request=Request.from_json(json.dumps(request)),
+        request=request,
         parameters=str(chunks.get(A1111_CHUNK, "")),
+        origin=tuple(told.get("origin", ())),
+        batch=batch,
     )
 
 

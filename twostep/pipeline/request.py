@@ -1,4 +1,4 @@
-"""What to make, and what was made.
+"""What to make, of which pictures, and what was made.
 
 A `Request` is the one description of a wish that Python, command line, server and evaluation share; a `Result` is
 everything that is known of its answer. Image i of a request is drawn from seed + i, so any single picture of a batch
@@ -7,8 +7,14 @@ can be asked for again by itself.
 This module does not know models: whether a model can honour a request is its contract's business.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
 
 from PIL.Image import Image
 
@@ -22,8 +28,78 @@ NUM_DISTINCT_SEEDS = 2**32
 """torch's CPU generator reads the lowest 32 bits of a seed; larger seeds draw the noise of a smaller one."""
 
 
+MAX_BATCH = 16
+"""Images that go through the network together; larger requests are drawn in several such batches."""
+
+InitNoise = Literal["comfyui", "diffusers"]
+"""Where a drawing begins: at pure noise, as students are trained and ComfyUI does it, or at sigma_T times that."""
+
+
 class RequestError(TwostepError):
     """A request that no model could honour."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that goes in: its file's name, the hash of what that holds, and the pixels, in RGB on white.
+
+    Without a file the name is empty and the hash is that of the pixels. One from JSON has none until it is `found`.
+    """
+
+    name: str
+    sha256: str
+    pixels: Image | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, source: str | Path | Image) -> Picture:
+        """Read a picture's file, or take one in memory; RequestError where it is none, too small or too large."""
+        from twostep.data.pictures import UnusablePictureError, opened  # brings torch
+
+        try:
+            data = Path(source).read_bytes() if isinstance(source, str | Path) else source
+            pixels = opened(lambda: data, for_input=True)
+        except (OSError, UnusablePictureError) as error:
+            raise RequestError(f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP.") from error
+        name, content = ("", data.tobytes()) if isinstance(data, Image) else (Path(str(source)).name, data)
+        return cls(name, sha256(content).hexdigest(), pixels)
+
+    @property
+    def image(self) -> Image:
+        """The pixels; RequestError where they were not read again yet."""
+        if self.pixels is None:
+            raise RequestError(
+                f"{self.name or 'a picture in memory'} is known by name alone: call found(folders) first."
+            )
+        return self.pixels
+
+    def found(self, folders: Sequence[Path]) -> Picture:
+        """Read the same file again, from the first folder that has it; RequestError for none, or only another one."""
+        there = [Picture.of(path) for folder in folders if self.name and (path := folder / self.name).is_file()]
+        if self in there:
+            return there[there.index(self)]
+        problem = "is not the file that went in, by its SHA-256" if there else "is not there"
+        raise RequestError(f"{self.name or 'a picture without a file'} {problem}; looked in {[*map(str, folders)]}.")
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet with the picture it looks at, how strongly it acts, and from and to which share of the steps.
+
+    `model` is a built-in name, a folder or a hub id. Raises RequestError for impossible values.
+    """
+
+    picture: Picture
+    model: str = "silhouette"
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
+            raise RequestError(
+                f"a control acts at {self.scale:g} from {self.start:g} to {self.end:g}; expected a scale from 0 up, "
+                "and two rising shares of the steps in 0..1."
+            )
 
 
 @dataclass(frozen=True)
@@ -31,7 +107,8 @@ class Request:
     """One wish: a prompt, how many pictures of it, and from which noise.
 
     `steps`, `guidance`, `width` and `height` (pixels) left at None take what the model's contract recommends.
-    Raises `RequestError` where a value is impossible for any model.
+    `image` is changed instead of drawn anew: `strength`, above 0 and up to 1, says how much (0.75, with a mask 1), and
+    only where `mask`, of the same size, is white. Raises `RequestError` where a value is impossible for any model.
     """
 
     prompt: str
@@ -42,6 +119,11 @@ class Request:
     negative_prompt: str = field(default="", kw_only=True)
     width: int | None = field(default=None, kw_only=True)
     height: int | None = field(default=None, kw_only=True)
+    image: Picture | None = field(default=None, kw_only=True)
+    strength: float | None = field(default=None, kw_only=True)
+    mask: Picture | None = field(default=None, kw_only=True)
+    controls: tuple[Control, ...] = field(default=(), kw_only=True)
+    init_noise: InitNoise = field(default="comfyui", kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -55,22 +137,49 @@ class Request:
             raise RequestError(
                 f"guidance is {self.guidance}; expected a number from 0 up. 1 means none, 3 to 8 is usual."
             )
+        if self.init_noise not in get_args(InitNoise):
+            raise RequestError(f"init_noise is {self.init_noise!r}; expected one of {', '.join(get_args(InitNoise))}.")
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        if self.image is None and (self.strength is not None or self.mask is not None):
+            raise RequestError("strength and mask say how an image is changed, and there is none: give the image too.")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise RequestError(f"strength is {self.strength}; expected a number above 0, up to 1 for all of the image.")
+        image, mask = (picture and picture.pixels for picture in (self.image, self.mask))
+        if image and mask and image.size != mask.size:
+            raise RequestError(
+                f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height} pixels; expected "
+                "the same size. Draw the mask on a copy of the image."
+            )
 
     @property
     def seeds(self) -> list[int]:
         """One seed per image: seed, seed + 1, ..."""
         return [self.seed + i for i in range(self.num_images)]
 
-    def only(self, seed: int) -> "Request":
+    def only(self, seed: int) -> Request:
         """Return the request that draws exactly one of this request's pictures."""
         return replace(self, num_images=1, seed=seed)
 
+    def batch_of(self, index: int) -> Request:
+        """Return the request of those pictures that are drawn together with number `index`, to the last bit alike."""
+        first = index // MAX_BATCH * MAX_BATCH
+        return replace(self, seed=self.seed + first, num_images=min(MAX_BATCH, self.num_images - first))
+
+    def found(self, folders: Sequence[Path]) -> Request:
+        """Return the same request with every picture that goes in read again."""
+        controls = tuple(replace(control, picture=control.picture.found(folders)) for control in self.controls)
+        image, mask = (picture and picture.found(folders) for picture in (self.image, self.mask))
+        return replace(self, image=image, mask=mask, controls=controls)
+
     def to_json(self) -> str:
-        """Write the request as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """Write the request as one line of JSON; of pictures names and hashes."""
+        values = asdict(self, dict_factory=lambda pairs: {key: value for key, value in pairs if key != "pixels"})
+        return json.dumps(values, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Request":
+    def from_json(cls, text: str) -> Request:
         """Read what `to_json` wrote; raises `RequestError` for anything else."""
         try:
             values = json.loads(text)
@@ -79,15 +188,22 @@ class Request:
         known = [f.name for f in fields(cls)]
         if not isinstance(values, dict) or "prompt" not in values or not set(values) <= set(known):
             raise RequestError(f"got {text[:80]!r}; expected a JSON object with a prompt and none but {known}.")
-        return cls(**values)
+        try:
+            for name in ("image", "mask"):
+                values[name] = Picture(**values[name]) if values.get(name) else None
+            controls = [{**control, "picture": Picture(**control["picture"])} for control in values.get("controls", ())]
+            return cls(**{**values, "controls": tuple(Control(**control) for control in controls)})
+        except (TypeError, KeyError) as error:
+            raise RequestError(f"got {text[:80]!r}; a picture in it is damaged: {error}.") from error
 
 
 @dataclass(frozen=True)
 class Result:
     """What was made of a request.
 
-    `request` has every default filled in and the guidance that was really used, `seconds` is per stage ("text",
-    "denoise", "decode"), `warnings` are sentences for a person.
+    `request` has every default filled in and the guidance and strength that were really used, `seconds` is per stage
+    ("text", "encode" if pictures go in, "denoise", "decode"), `warnings` are sentences for a person, `origin` is the
+    model and the LoRAs as they were named when the bundle was loaded.
     """
 
     images: list[Image]
@@ -96,6 +212,7 @@ class Result:
     warnings: list[str]
     contract: Contract
     request: Request
+    origin: tuple[str, ...] = ()
 
     @property
     def seconds_per_image(self) -> float:

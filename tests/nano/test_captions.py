@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from twostep.data.captions import Attributes, CaptionError, Omission, caption, complete_caption
+from examples.nano.captions import Attributes, CaptionError, Omission, caption, complete_caption
 
 
 def test_a_caption_says_everything_it_is_given() -> None:

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from twostep.data.captions import BACKGROUNDS, Attributes, Omission, caption
-from twostep.data.emoji import EmojiError, EmojiSet, Placement, compose, load_emoji
+from examples.nano.captions import BACKGROUNDS, Attributes, Omission, caption
+from examples.nano.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
+from twostep.models.bundle import Bundle
 from twostep.models.codec import Codec
 from twostep.models.conditioning import Conditioning
 from twostep.models.text import TextEncoders
@@ -80,6 +81,25 @@ class EmojiSource:
     def _empty(self) -> Conditioning:
         with torch.no_grad():
             return self.text.conditioning([""], self.width, self.height)
+
+
+def drawings(
+    teacher: Bundle,
+    out: Path,
+    advance: Callable[[int, int | None, str], None],
+    *,
+    variants: int = 32,
+    emoji: str = "runs/emoji.safetensors",
+) -> EmojiSource:
+    """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
+    latents = find_latents(
+        out / "latents.safetensors",
+        Path(emoji),
+        teacher.codec,
+        variants=variants,
+        on_variant=lambda done, total: advance(done, total, "latents"),
+    )
+    return EmojiSource(latents, teacher.text, *teacher.contract.sizes[0])
 
 
 def load_latents(path: Path) -> LatentCache:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.nano.captions import BACKGROUNDS
+from examples.nano.drawings import EmojiError, EmojiSet, Placement, built_in_concepts, compose, load_emoji
 from examples.nano.emoji import save_emoji
+from examples.nano.latents import cache_latents, load_latents
 from examples.nano.model import random_bundle
-from twostep.data.captions import BACKGROUNDS
-from twostep.data.emoji import EmojiError, EmojiSet, Placement, built_in_concepts, compose, load_emoji
-from twostep.data.latents import cache_latents, load_latents
 
 SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twostep.data.captions import BACKGROUNDS
+from examples.nano.captions import BACKGROUNDS
 from twostep.errors import TwostepError
 
 DRAWING_PIXELS = 128
@@ -89,17 +89,23 @@ def compose(
 
     `background` indexes BACKGROUNDS. Drawn at twice the size and averaged down, so edges stay clean.
     """
-    count = len(drawings)
+    placed = place_drawings(drawings, placement, generator)
+    colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
+    picture = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
+    return picture * 2 - 1
+
+
+def place_drawings(
+    drawings: UInt8[Tensor, "batch 4 height width"], placement: Placement, generator: torch.Generator
+) -> Float[Tensor, "batch 4 64 64"]:
+    """Return drawings at random places, colours premultiplied with the opacity that follows them; values in 0..1."""
+    count, canvas = len(drawings), 2 * PICTURE_PIXELS
     theta = _placements(count, placement, generator)
-    canvas = 2 * PICTURE_PIXELS
     grid = torch.nn.functional.affine_grid(theta, [count, 4, canvas, canvas], align_corners=False)
     rgba = drawings.float() / 255
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
     placed = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
-    placed = torch.nn.functional.avg_pool2d(placed, 2)
-    colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
-    picture = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
-    return picture * 2 - 1
+    return torch.nn.functional.avg_pool2d(placed, 2)
 
 
 def _placements(count: int, placement: Placement, generator: torch.Generator) -> Float[Tensor, "batch 2 3"]:

@@ -1,0 +1,117 @@
+"""A recipe for SDXL on a GPU, at SDXL's full size with random weights: what its plan says beside what is measured.
+
+    python benchmarks/full_size_gpu.py sdxl-lora-24gb [-o phases.0.batch_size=2] [--iterations 2] [--pixels 1024]
+
+Every phase is taught for a few iterations by the very trainer, on noise in the shapes of SDXL's latents and texts; what
+is trained for so short a time is not looked at. Measured is the peak of torch's allocator on the device, so neither the
+context of the driver (about half a GiB) nor what the allocator keeps in reserve.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+from full_size_distill import SDXL, RandomLatents, random_sdxl
+from transformers import CLIPTextConfig
+
+from twostep.diffusion import NoiseSchedule
+from twostep.distill import DistillRecipe
+from twostep.distill.chain import find_device, lessons
+from twostep.distill.plan import plan
+from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
+from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.codec import ImageCodec
+from twostep.models.denoiser import Denoiser
+from twostep.models.folder import CONTRACT_FILE, WEIGHTS
+from twostep.runs.loop import Draw
+from twostep.runs.recipe import load_recipe
+
+GIB = 2**30
+ENCODERS = {
+    "text_encoder": {"hidden_size": 768, "projection_dim": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280, "num_hidden_layers": 32, "num_attention_heads": 20},
+}
+
+
+def sdxl_vae() -> AutoencoderKL:
+    """Return SDXL's autoencoder with weights as torch makes them."""
+    widths = (128, 256, 512, 512)
+    down, up = ("DownEncoderBlock2D",) * len(widths), ("UpDecoderBlock2D",) * len(widths)
+    settings = {"latent_channels": 4, "layers_per_block": 2, "sample_size": 1024, "scaling_factor": 0.13025}
+    return AutoencoderKL(block_out_channels=widths, down_block_types=down, up_block_types=up, **settings)
+
+
+def write_configs(folder: Path, pixels: int) -> Path:
+    """Write a model folder with the configs of SDXL's networks and no weights; nano's tokenizers, at SDXL's length."""
+    shutil.copytree(WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students"))
+    (folder / "unet" / "config.json").write_text(SDXL.read_text())
+    with torch.device("meta"):
+        sdxl_vae().save_config(folder / "vae")
+    for name, sizes in ENCODERS.items():
+        CLIPTextConfig(**sizes, vocab_size=49408, intermediate_size=4 * sizes["hidden_size"]).save_pretrained(
+            folder / name
+        )
+    for name in ("tokenizer", "tokenizer_2"):
+        path = folder / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
+    contract = replace(load_bundle("nano").contract, name="sdxl", sizes=((pixels, pixels),))
+    (folder / CONTRACT_FILE).write_text(contract.to_json())
+    return folder
+
+
+def random_teacher(device: torch.device, precision: str) -> Bundle:
+    """Return a model with SDXL's UNet and autoencoder on the device; its text encoders, unused here, are nano's."""
+    network = random_sdxl(device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    codec = ImageCodec(sdxl_vae().to(device).requires_grad_(False))
+    return replace(load_bundle("nano"), denoiser=Denoiser(network, NoiseSchedule.scaled_linear()), codec=codec)
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="A recipe that trains from a cache.")] = "sdxl-lora-24gb",
+    override: Annotated[list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")] = None,
+    pixels: Annotated[int, typer.Option(help="Side of the pictures.")] = 1024,
+    iterations: Annotated[int, typer.Option(help="Iterations of each phase; the first is not timed.")] = 3,
+    device: Annotated[str, typer.Option(help="Where to measure; none only plans.")] = "cuda",
+    planned: Annotated[bool, typer.Option(help="Also say what the plan says.")] = True,
+) -> None:
+    """Print the planned and the measured peak of every phase, and its seconds an iteration."""
+    settings = load_recipe(recipe, DistillRecipe, override or [])
+    if planned:
+        with tempfile.TemporaryDirectory() as folder:
+            model = write_configs(Path(folder) / "sdxl", pixels)
+            for phase in plan(settings.model_copy(update={"model": str(model), "device": "cuda"}))[0]:
+                typer.echo(f"planned  {phase.phase.name}: {phase.peak / GIB:.2f} GiB", nl=True)
+    if device == "none":
+        return
+    where = find_device(device)
+    typer.echo(f"device: {torch.cuda.get_device_name(where)}, torch {torch.__version__}")
+    teacher, source = random_teacher(where, settings.base_precision), RandomLatents(pixels)
+    for phase, lesson, _ in lessons(settings, teacher, source):
+        gc.collect()
+        trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+        seconds = []
+        for iteration in range(iterations):
+            if iteration == 1:
+                torch.cuda.reset_peak_memory_stats(where)
+            began = time.perf_counter()
+            figures = trainer.iterate(iteration, Draw.at(0, iteration))
+            torch.cuda.synchronize(where)
+            seconds.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated(where) / GIB
+        told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        typer.echo(f"measured {phase.name}: {peak:.2f} GiB, {min(seconds[1:]):.2f} s an iteration; {told}")
+        del trainer, lesson
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,138 @@
+"""The silhouette ControlNet, trained on the teacher, at work on the teacher and on its students, unchanged.
+
+    python benchmarks/nano_control.py [--control runs/silhouette/model] [--count 512]
+
+Every prompt is complete ("a 3d red apple on a blue background"), and its silhouette is that of a real drawing of the
+same thing in the same style, at a place, size and angle of which none was drawn in training, and which are freer than
+those of the teacher's own pictures. Measured: how far the drawn silhouette agrees with the one asked for (intersection
+over union; in the drawn picture, what differs from its background), and what the judge sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from jaxtyping import Bool, Float, Int, UInt8
+from nano_tasks import Task, complete_tasks
+from torch import Tensor
+
+from examples.nano.captions import BACKGROUNDS
+from examples.nano.drawings import EmojiSet, load_emoji, place_drawings
+from examples.nano.judge import load_judge
+from examples.nano.model import PIXELS
+from examples.nano.report import evaluate
+from examples.nano.silhouette import PLACEMENT, hints_of
+from twostep.diffusion import initial_noise, sample
+from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.codec import to_images
+from twostep.models.contact_sheet import contact_sheet
+from twostep.models.control import Hint, load_control
+
+HELD_OUT_SEED = 2**20
+"""Above every seed that a recipe may have."""
+
+THRESHOLD = 0.25
+"""How far the colour of a pixel, in 0..1, is from the background where it belongs to the drawing."""
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked for: prompts, their silhouettes, and real pictures that are right in every way."""
+
+    tasks: list[Task]
+    masks: UInt8[Tensor, "tasks 64 64"]
+    real: Float[Tensor, "tasks 3 64 64"]
+    backgrounds: Float[Tensor, "tasks 3"]
+
+
+def ask(emoji: EmojiSet, count: int) -> Asked:
+    """Return prompts with silhouettes at held-out places."""
+    tasks = complete_tasks(emoji.concepts, count)
+    numbers = {concept.names[0]: number for number, concept in enumerate(emoji.concepts)}
+    concept = [numbers[task.attributes.names[0]] for task in tasks]
+    style = [emoji.styles.index(str(task.attributes.style)) for task in tasks]
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    placed = place_drawings(emoji.drawings[concept, style], PLACEMENT, generator)
+    colours = torch.tensor([BACKGROUNDS[str(task.attributes.background)] for task in tasks]) / 255
+    real = placed[:, :3] + (1 - placed[:, 3:]) * colours[:, :, None, None]
+    return Asked(tasks, (placed[:, 3] > 0.5).to(torch.uint8), real * 2 - 1, colours)
+
+
+@torch.no_grad()
+def draw(bundle: Bundle, asked: Asked, control: Path | None, scale: float) -> Float[Tensor, "tasks 3 64 64"]:
+    """Draw every task, with the silhouettes in sight or without."""
+    contract, pictures = bundle.contract, []
+    empty = bundle.conditioning([""], PIXELS, PIXELS)
+    for start in range(0, len(asked.tasks), BATCH):
+        tasks = asked.tasks[start : start + BATCH]
+        told = bundle.conditioning([task.prompt for task in tasks], PIXELS, PIXELS)
+        untold = empty.expand(len(tasks))
+        if control is not None:
+            network = load_control(str(control), bundle.denoiser.network, bundle.codec.pixels_per_latent)
+            hint = Hint(network, hints_of(asked.masks[start : start + BATCH]), scale, frozenset(range(1, 1001)))
+            told, untold = replace(told, hints=(hint,)), replace(untold, hints=(hint,))
+        denoise = bundle.denoiser.guided(told, untold, contract.guidance)
+        noise = torch.stack([initial_noise(task.seed, bundle.latent_shape(PIXELS, PIXELS)) for task in tasks])
+        pictures.append(bundle.codec.decode(sample(denoise, noise, contract.steps, bundle.denoiser.schedule)))
+    return torch.cat(pictures)
+
+
+def silhouettes(
+    pictures: Float[Tensor, "tasks 3 64 64"], backgrounds: Float[Tensor, "tasks 3"]
+) -> Bool[Tensor, "tasks 64 64"]:
+    """Return where pictures differ from the background that was asked for."""
+    away = ((pictures + 1) / 2 - backgrounds[:, :, None, None]).abs().amax(1)
+    return away > THRESHOLD
+
+
+def agreement(found: Bool[Tensor, "tasks 64 64"], wanted: UInt8[Tensor, "tasks 64 64"]) -> Float[Tensor, " tasks"]:
+    """Return the intersection over the union of each pair of silhouettes, in 0..1."""
+    both, either = (found & wanted.bool()).flatten(1).sum(1), (found | wanted.bool()).flatten(1).sum(1)
+    return both / either.clamp(min=1)
+
+
+def main(
+    control: Annotated[Path, typer.Option(help="The ControlNet's folder.")] = Path("twostep/weights/nano/controlnet"),
+    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
+    count: Annotated[int, typer.Option(help="Prompts.")] = 512,
+    steps: Annotated[list[int], typer.Option(help="Steps to draw in; 32 is the teacher.")] = [32, 8, 4, 2, 1],  # noqa: B006
+    scale: Annotated[float, typer.Option(help="How strongly the ControlNet acts.")] = 1.0,
+    sheet: Annotated[Path, typer.Option(help="Where to write a sheet of pictures.")] = Path("runs/silhouette.png"),
+) -> None:
+    """Print agreement and accuracy, for real pictures and for every model with and without the ControlNet."""
+    emoji, judge = load_emoji(emoji_path), load_judge()
+    asked = ask(emoji, count)
+    rows: list[tuple[str, Tensor]] = [("real pictures", asked.real)]
+    for number in steps:
+        bundle = load_bundle("nano", steps=number)
+        name = "teacher, 32 steps" if bundle.contract.role == "teacher" else f"student, {number} steps"
+        rows.append((name, draw(bundle, asked, control, scale)))
+        rows.append((f"{name}, without", draw(bundle, asked, None, scale)))
+    typer.echo("| | agreement | concept | style | background |\n|---|---:|---:|---:|---:|")
+    wishes = [task.attributes for task in asked.tasks]
+    for name, pictures in rows:
+        report = evaluate(pictures, wishes, judge)
+        agreed = agreement(silhouettes(pictures, asked.backgrounds), asked.masks).mean()
+        scores = (report.concept, report.style, report.background)
+        shares = " | ".join(f"{100 * (score.share or 0):.1f} %" for score in scores)
+        typer.echo(f"| {name} | {100 * agreed:.1f} % | {shares} |")
+    _sheet(asked, rows, sheet)
+
+
+def _sheet(asked: Asked, rows: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    chosen: Int[Tensor, " few"] = torch.arange(0, len(asked.tasks), max(1, len(asked.tasks) // 10))[:10]
+    wanted = ("silhouette", hints_of(asked.masks) * 2 - 1)
+    lines = [(name, to_images(pictures[chosen])) for name, pictures in (wanted, *rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(lines, [asked.tasks[int(i)].prompt for i in chosen], scale=2).save(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

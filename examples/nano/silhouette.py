@@ -1,0 +1,133 @@
+"""A ControlNet (arXiv 2302.05543) for the nano teacher, steered by silhouettes: white where the drawing is, else black.
+
+Its encoder is the teacher's without attention to text, which the UNet has itself: half the size. It learns the error
+of v, not of eps, since few-step students ask it at high noise, where errors of eps count for next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import ControlNetModel
+from jaxtyping import Float, UInt8
+from pydantic import Field
+from torch import Tensor
+
+from examples.nano.captions import BACKGROUNDS, Omission, caption
+from examples.nano.descent import DescentSettings, train
+from examples.nano.drawings import EmojiSet, Placement, place_drawings
+from examples.nano.model import PIXELS
+from twostep.models.bundle import Bundle
+from twostep.models.control import Hint
+from twostep.models.denoiser import Denoiser
+from twostep.runs.folder import RunFolder
+from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.recipe import Settings
+
+PLACEMENT = Placement(smallest_scale=0.6, largest_scale=0.94, shift_pixels=9.0, rotation_degrees=20.0)
+"""Freer than the teacher's own pictures, or there would be little to steer."""
+
+
+class SilhouetteSettings(Settings):
+    """The recipe part of the ControlNet."""
+
+    loop: DescentSettings
+    model: str = Field("nano", description="the teacher that it is made for")
+    variants: int = Field(64, gt=0, description="composites of every drawing, each with its silhouette")
+
+
+@dataclass(frozen=True)
+class Silhouettes:
+    """Latents of composited drawings with their silhouettes and what is on them: concept, style, background."""
+
+    latents: Float[Tensor, "count c h w"]
+    masks: UInt8[Tensor, "count 64 64"]
+    labels: UInt8[Tensor, "count 3"]
+
+
+def build_control(denoiser: Denoiser) -> ControlNetModel:
+    """Return a ControlNet whose layers start as those of the teacher, where it has them, and that changes nothing."""
+    told = denoiser.network.config
+    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim", "attention_head_dim")
+    added = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    control = ControlNetModel(
+        down_block_types=("DownBlock2D",) * len(told.block_out_channels),
+        mid_block_type="UNetMidBlock2D",
+        conditioning_embedding_out_channels=(16, 32, 64),
+        **{name: told[name] for name in (*names, *added)},
+    )
+    own = control.state_dict()
+    control.load_state_dict(
+        {key: value for key, value in denoiser.network.state_dict().items() if key in own}, strict=False
+    )
+    return control
+
+
+def draw_silhouettes(emoji: EmojiSet, bundle: Bundle, variants: int, seed: int) -> Silhouettes:
+    """Composite every drawing `variants` times, on random backgrounds, with the outline that it has there."""
+    drawings, generator = emoji.drawings.flatten(0, 1), torch.Generator().manual_seed(seed)
+    colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
+    number = torch.arange(len(drawings))
+    latents, masks, labels = [], [], []
+    for _ in range(variants):
+        placed = place_drawings(drawings, PLACEMENT, generator)
+        background = torch.randint(len(colours), (len(drawings),), generator=generator)
+        pictures = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
+        latents += [bundle.codec.encode(part).half() for part in (pictures * 2 - 1).split(128)]
+        masks.append((placed[:, 3] > 0.5).to(torch.uint8))
+        columns = (number // len(emoji.styles), number % len(emoji.styles), background)
+        labels.append(torch.stack(columns, dim=1).to(torch.uint8))
+    return Silhouettes(torch.cat(latents), torch.cat(masks), torch.cat(labels))
+
+
+def hints_of(masks: UInt8[Tensor, "batch 64 64"]) -> Float[Tensor, "batch 3 64 64"]:
+    """Return silhouettes as the pictures that the ControlNet sees, in 0..1."""
+    return masks[:, None].float().expand(-1, 3, -1, -1)
+
+
+def train_silhouette(
+    emoji: EmojiSet,
+    bundle: Bundle,
+    settings: SilhouetteSettings,
+    folder: RunFolder,
+    *,
+    on_iteration: OnIteration = silent,
+    on_checkpoint: Callable[[int, ControlNetModel], None] = lambda iteration, control: None,
+) -> ControlNetModel:
+    """Train a ControlNet on the frozen teacher, where that is; returns it with averaged weights."""
+    torch.manual_seed(settings.loop.seed)
+    device, denoiser, schedule = bundle.denoiser.network.device, bundle.denoiser, bundle.denoiser.schedule
+    control = build_control(denoiser).to(device).train()
+    drawn = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
+    omission, backgrounds, always = Omission(), list(BACKGROUNDS), frozenset(range(1, schedule.num_times + 1))
+
+    def loss(iteration: int, draw: Draw) -> Tensor:
+        rows = torch.randint(len(drawn.latents), (settings.loop.batch_size,), generator=draw.tensors)
+        captions = []
+        for concept, style, background in drawn.labels[rows].tolist():
+            names, subgroup = emoji.concepts[concept].names, emoji.concepts[concept].subgroup
+            said = omission.apply(names, subgroup, emoji.styles[style], backgrounds[background], draw.words)
+            captions.append(caption(said, draw.words))
+        with torch.no_grad():
+            conditioning = bundle.text.conditioning(captions, PIXELS, PIXELS)
+        x0, hints = drawn.latents[rows].float().to(device), hints_of(drawn.masks[rows]).to(device)
+        t = torch.randint(1, schedule.num_times + 1, (len(x0),), generator=draw.tensors)
+        eps = torch.randn(x0.shape, generator=draw.tensors).to(device)
+        alpha, sigma = schedule.coefficients(t, x0)
+        conditioning = replace(conditioning, hints=(Hint(control, hints, 1.0, always),))
+        predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
+        error: Tensor = predicted.v(alpha, sigma) - (alpha * eps - sigma * x0)
+        return error.square().mean()
+
+    train(
+        control,
+        loss,
+        settings.loop,
+        folder,
+        "silhouette",
+        on_iteration=on_iteration,
+        on_checkpoint=lambda iteration: on_checkpoint(iteration, control),
+    )
+    return control
