@@ -20,7 +20,7 @@ from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, split
 from twostep.models.single_file import NAMES, PARTS, account, whole_weights
 
-from ..vanilla import write_single_file
+from ..vanilla import assemble, write_single_file
 from .conftest import random_lora, student_contract
 
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
@@ -139,6 +139,18 @@ def test_a_folder_comes_back_from_a_whole_file_bit_for_bit(folder: Path, tmp_pat
         }
         assert same_bits(before, load_file(again)), part
     assert read_contracts(out)[0] == read_contracts(folder)[0]
+
+
+def test_that_a_folder_predicts_v_is_in_its_file(bundle: Bundle, tmp_path: Path) -> None:
+    assemble(bundle, prediction_type="v_prediction").save_pretrained(tmp_path / "v")
+    file = convert(tmp_path / "v", "single-file", tmp_path / "v.safetensors")
+    assert load_file(file)["v_pred"].shape == (0,) and read_contracts(file)[0].prediction_type == "v"
+    out = convert(file, "diffusers", tmp_path / "again")
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == ("v_prediction", "linspace")
+    assert read_contracts(out)[0].prediction_type == "v"
+    assert json.loads((out / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
+    assert same_bits(load_file(convert(out, "single-file", tmp_path / "back.safetensors")), load_file(file))
 
 
 def test_what_a_students_file_says_goes_into_the_folder(single: Path, bundle: Bundle, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from twostep.export.writing import open_lora
-from twostep.models.bundle import forget_guidance, hollow_networks
-from twostep.models.contracts import PREDICTION_TYPES, carries_contract, read_contracts
+from twostep.models.bundle import clean_configs, forget_guidance, hollow_networks
+from twostep.models.contracts import DIFFUSERS_NAMES, carries_contract, read_contracts
 from twostep.models.dialects import DIALECTS, write_lora
 from twostep.models.folder import CONTRACT_FILE, ModelError, find_model, read_json
 from twostep.models.kinds import kind_of, read_header
@@ -54,9 +56,8 @@ def _divide(path: Path, out: Path) -> Path:
     single, header = find_single_file(path), read_header(path)
     networks, (contract,) = hollow_networks(single.folder), read_contracts(path)
     divided = {name: single.weights(networks[name], part) for name, part in PARTS.items()}
-    shutil.copytree(
-        single.folder, out, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "students", CONTRACT_FILE)
-    )
+    left = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx*", "*.index.*json", "students", CONTRACT_FILE)
+    shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*left))
     for name, weights in divided.items():
         text = name == "text_encoder"
         names = clip_l_names(weights) if text else dict(zip(weights, weights, strict=True))
@@ -67,8 +68,9 @@ def _divide(path: Path, out: Path) -> Path:
         save_file({key: read.get_tensor(key) for key in rest}, out / REST, header.metadata)
     if carries_contract(path):
         (out / CONTRACT_FILE).write_text(contract.to_json())
+    clean_configs(out)
     scheduler = read_json(out / "scheduler" / "scheduler_config.json")
-    scheduler["prediction_type"] = next(k for k, v in PREDICTION_TYPES.items() if v == contract.prediction_type)
+    scheduler["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
     scheduler |= {"timestep_spacing": "trailing"} if contract.role == "student" else {}
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
     return out
@@ -79,8 +81,11 @@ def _join(folder: Path, out: Path) -> Path:
     for name, part in PARTS.items():
         networks[name].load_state_dict(FolderFiles(folder).weights(networks[name], part), assign=True)
     forget_guidance(networks["unet"])
-    rest, told = {}, read_contracts(folder)[0].to_metadata() if (folder / CONTRACT_FILE).is_file() else {}
+    contract, rest = read_contracts(folder)[0], dict[str, Tensor]()
+    told = contract.to_metadata() if (folder / CONTRACT_FILE).is_file() else {}
+    if contract.prediction_type == "v":
+        rest["v_pred"] = torch.zeros(0)  # as whole files say it
     if (folder / REST).is_file():
-        rest, told = load_file(folder / REST), read_header(folder / REST).metadata | told
+        rest, told = rest | load_file(folder / REST), read_header(folder / REST).metadata | told
     save_file({key: value.contiguous() for key, value in (whole_weights(networks) | rest).items()}, out, told)
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 from twostep.contract import Contract
 from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import load_bundle
-from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contracts, student_files
+from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
 from twostep.models.folder import ModelError, find_model, weights_variant
 from twostep.models.official import official_file
 from twostep.models.single_file import is_whole
@@ -51,8 +51,7 @@ def _diffusers(path: Path, contract: Contract, prompt: str, noise: Tensor) -> li
         pipeline.load_lora_weights(path)
     elif student is not None and read_contracts(folder)[0] != contract:
         pipeline.unet.load_state_dict(load_file(student))
-    kind = next(name for name, kind in PREDICTION_TYPES.items() if kind == contract.prediction_type)
-    settings = {"timestep_spacing": "trailing", "prediction_type": kind}
+    settings = {"timestep_spacing": "trailing", "prediction_type": DIFFUSERS_NAMES[contract.prediction_type]}
     scheduler = pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **settings)
     pipeline.set_progress_bar_config(disable=True)
 

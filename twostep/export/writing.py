@@ -19,7 +19,7 @@ from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
 from twostep.models.bundle import Bundle, embed_no_guidance, hollow_networks, save_bundle
 from twostep.models.contracts import (
-    PREDICTION_TYPES,
+    DIFFUSERS_NAMES,
     base_folder,
     carries_contract,
     file_contract,
@@ -51,14 +51,10 @@ class Parcel:
         """Write a file with its card and, where ComfyUI reads it, its workflows; returns the file."""
         file = save({key: value.cpu().contiguous() for key, value in weights.items()})
         stamp(file, self.out, {"format": "pt", **metadata, **self.model_spec})
-        self.explain()
+        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
         if self.to != "lora-peft":
             write_workflows(self.contract, self.to, self.out)
         return self.out
-
-    def explain(self) -> None:
-        """Write the card."""
-        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
 
     @property
     def full_size(self) -> bool:
@@ -70,7 +66,6 @@ class Parcel:
         """What ModelSpec says of it, all but the digest."""
         contract = self.contract
         named = "stable-diffusion-xl-v1-base" if self.full_size else f"{contract.base} (SDXL's classes, smaller)"
-        said = next(name for name, kind in PREDICTION_TYPES.items() if kind == contract.prediction_type)
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{named}/lora" if self.to.startswith("lora") else named,
@@ -78,7 +73,7 @@ class Parcel:
             "title": contract.name,
             "resolution": "x".join(map(str, contract.sizes[0])),
             "date": datetime.now(UTC).date().isoformat(),
-            "prediction_type": said.removesuffix("_prediction"),
+            "prediction_type": DIFFUSERS_NAMES[contract.prediction_type].removesuffix("_prediction"),
             "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
         }
         return {f"modelspec.{key}": value for key, value in spec.items()}
@@ -153,7 +148,7 @@ def _send_folder(bundle: Bundle, parcel: Parcel) -> Path:
     unet, encoder = out / "unet" / "diffusion_pytorch_model.safetensors", out / "text_encoder" / "model.safetensors"
     stamp(unet.read_bytes(), unet, parcel.contract.to_metadata() | parcel.model_spec)
     stamp(encoder.read_bytes(), encoder, {}, clip_l_names)  # older transformers find nothing without the first word
-    parcel.explain()
+    parcel.card.write(parcel.contract, parcel.to, out, full_size=parcel.full_size)
     return out
 
 

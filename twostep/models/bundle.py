@@ -23,7 +23,7 @@ from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
-from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contracts, student_files
+from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
 from twostep.models.denoiser import Denoiser
 from twostep.models.dialects import merge_lora, read_lora
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json
@@ -139,14 +139,14 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
             beta_start=0.00085,
             beta_end=0.012,
             timestep_spacing="trailing",
-            prediction_type=next(k for k, v in PREDICTION_TYPES.items() if v == bundle.contract.prediction_type),
+            prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
         ),
         force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
         add_watermarker=False,
     )
     with quiet_transformers():
         pipeline.save_pretrained(folder)
-    _clean_configs(folder)
+    clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
 
 
@@ -244,15 +244,13 @@ def load_text(folder: Path, single: Weights = None) -> TextEncoders:
     )
 
 
-def _clean_configs(folder: Path) -> None:
+def clean_configs(folder: Path) -> None:
     """Take out of a model's configs where its parts were loaded from, and what loading warns of."""
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
-        if "dtype" in config:
-            config["dtype"] = (
-                "float32"  # which transformers obeys where none is asked for; diffusers makes it the UNet's
-            )
+        # transformers obeys it where nothing else is asked for, and diffusers then has its own networks in float32.
+        config |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, "float32")
         if config.get("_class_name") == "AutoencoderTiny":
             # diffusers derives it, and warns where it is given.
             config.pop("block_out_channels", None)

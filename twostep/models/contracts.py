@@ -15,6 +15,7 @@ from twostep.models.single_file import SDXL_BASE, find_single_file
 from twostep.models.sizes import sizes_around
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 32, 6.0
 """For a teacher that says nothing of itself: what section 3.6 of arXiv 2402.13929 used on SDXL."""
 
