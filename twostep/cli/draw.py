@@ -163,7 +163,7 @@ def info(
     if as_json:
         typer.echo(json.dumps([json.loads(contract.to_json()) for contract in contracts], indent=2))
     else:
-        Console().print(_contract_table(contracts))
+        Console().print(contract_table(contracts))
 
 
 def _default_steps(model: str) -> int:
@@ -196,7 +196,7 @@ def _times(result: Result, loading_seconds: float) -> str:
     return f"{number}, {result.seconds_per_image:.2f} s each: {stages}; loading {loading_seconds:.2f} s"
 
 
-def _contract_table(contracts: list[Contract]) -> Table:
+def contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each and a row for every field."""
     table = Table("contract", *(Column(contract.name, overflow="fold") for contract in contracts))
     for field in list(asdict(contracts[0]))[1:]:
