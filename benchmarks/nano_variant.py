@@ -1,6 +1,6 @@
 """A style variant: LoRAs that were distilled on the original teacher, put on a teacher that was fine-tuned since.
 
-    python benchmarks/nano_variant.py runs/openmoji/model --judge runs/openmoji/judge.safetensors --style openmoji \
+    python benchmarks/nano_variant.py examples/openmoji --judge examples/openmoji/judge.safetensors --style openmoji \
         --out runs/variant
 
 The variant draws its own pictures, 32 guided steps of every prompt. Then the 8-, 4- and 2-step LoRAs of nano are put
