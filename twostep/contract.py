@@ -13,13 +13,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from twostep.errors import TwostepError
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 METADATA_KEY = "twostep.contract"
 """Where the contract lies in safetensors metadata; in a PNG it is part of the chunk `twostep`."""
@@ -27,9 +26,7 @@ METADATA_KEY = "twostep.contract"
 TOP_TIME = 1000
 """T, the time of pure noise; trained times lie in 1..T."""
 
-Role = Literal["teacher", "student"]
 PredictionType = Literal["eps", "x0", "v"]  # as in the diffusion room, restated so that a contract reads without torch
-Spacing = Literal["trailing"]
 
 
 class ContractError(TwostepError):
@@ -40,12 +37,14 @@ class ContractError(TwostepError):
 class Contract:
     """How to sample a checkpoint, and where it comes from; ContractError if the values contradict each other."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     name: str
-    role: Role
+    role: Literal["teacher", "student"]
     steps: int
     trained_times: tuple[int, ...]
     prediction_type: PredictionType
-    spacing: Spacing
+    spacing: Literal["trailing"]
     guidance: float
     sizes: tuple[tuple[int, int], ...]
     base: str
@@ -72,7 +71,7 @@ class Contract:
         ]
         for field, holds, expected in rules:
             if not holds:
-                raise _wrong_value(field, getattr(self, field), expected)
+                raise ContractError(_wrong_value(field, getattr(self, field), expected))
 
     def to_json(self) -> str:
         """Write the contract as indented JSON, fields in the order of this class."""
@@ -82,22 +81,9 @@ class Contract:
     def from_json(cls, text: str) -> Contract:
         """Read what `to_json` wrote; ContractError names the field that is missing, unknown or wrong."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ContractError(
-                f"the contract is not JSON: {error}. It starts with {text[:40]!r}; take it anew from the checkpoint."
-            ) from error
-        if not isinstance(values, dict):
-            raise ContractError(f"the contract must be a JSON object with named fields; got {_shown(values)}.")
-        _check_names(values)
-        from pydantic import ValidationError
-
-        try:
-            return _reader().validate_json(text, strict=True)
+            return _READER.validate_json(text)
         except ValidationError as error:
-            problem = error.errors()[0]
-            field, said = str(problem["loc"][0]), problem["msg"].removeprefix("Input should be ")
-            raise _wrong_value(field, values[field], said.replace("Tuple should have", "pairs with")) from error
+            raise ContractError(_explained(error.errors(), text)) from error
 
     def to_metadata(self) -> dict[str, str]:
         """Return the contract as safetensors metadata, one key with the JSON."""
@@ -171,12 +157,7 @@ class Contract:
         )
 
 
-@cache
-def _reader() -> TypeAdapter[Contract]:
-    """Return what reads contracts; making it takes a hundred times as long as reading one."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Contract)
+_READER = TypeAdapter(Contract)
 
 
 def student_name(base: str, steps: int) -> str:
@@ -189,27 +170,32 @@ def is_student_name(name: str) -> bool:
     return re.search(r"-\d+step$", name) is not None
 
 
-def _check_names(values: Mapping[str, object]) -> None:
-    """Refuse unknown and missing fields."""
-    known = [field.name for field in fields(Contract)]
-    for name in values:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"a contract has {', '.join(known)}."
-            raise ContractError(
-                f"the contract has an unknown field {name!r}; {hint} "
-                f"It was written by twostep {values.get('version', 'of unknown version')}: a newer one may be needed."
-            )
-    missing = [name for name in known if name not in values]
+def _explained(problems: list[ErrorDetails], text: str) -> str:
+    """Say what is wrong with JSON that is no contract, and what to do."""
+    kind, given, said = problems[0]["type"], problems[0]["input"], problems[0]["msg"]
+    if kind == "json_invalid":
+        return f"the contract is not JSON: {said}. It starts with {text[:40]!r}; take it anew from the checkpoint."
+    if kind == "dataclass_type":
+        return f"the contract must be a JSON object with named fields; got {_shown(given)}."
+    unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "unexpected_keyword_argument"]
+    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    if unknown:
+        known = [field.name for field in fields(Contract)]
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"a contract has {', '.join(known)}."
+        writer = json.loads(text).get("version", "of unknown version")
+        return (
+            f"the contract has an unknown field {unknown[0]!r}; {hint} "
+            f"It was written by twostep {writer}: a newer one may be needed."
+        )
     if missing:
-        raise ContractError(f"the contract lacks {', '.join(missing)}. Take it anew from the checkpoint or its recipe.")
+        return f"the contract lacks {', '.join(missing)}. Take it anew from the checkpoint or its recipe."
+    expected = said.removeprefix("Input should be ").replace("Tuple should have", "pairs with")
+    return _wrong_value(str(problems[0]["loc"][0]), given, expected)
 
 
-def _wrong_value(field: str, given: object, expected: str) -> ContractError:
-    """Say which field is wrong, how, and what it should be."""
-    return ContractError(
-        f"the contract's {field} must be {expected}; got {_shown(given)}. Take it anew from its source."
-    )
+def _wrong_value(field: str, given: object, expected: str) -> str:
+    return f"the contract's {field} must be {expected}; got {_shown(given)}. Take it anew from its source."
 
 
 def _shown(value: object) -> str:

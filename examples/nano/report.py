@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from examples.nano.captions import Attributes
+from examples.nano.diversity import feature_diversity, pixel_diversity
 from examples.nano.judge import Classes, Judge, Verdict
 from twostep.errors import TwostepError
-from twostep.evaluate.diversity import feature_diversity, pixel_diversity
 from twostep.evaluate.frechet import FeatureStatistics, fit_features, frechet_distance
 
 

@@ -134,9 +134,13 @@ def _make(
         steps = _default_steps(model)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {model}"):
+        import torch
+
         from twostep.models.worn import load_worn
 
-        bundle = load_worn(model, loras or (), steps=steps)
+        bundle, accelerator = load_worn(model, loras or (), steps=steps), torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            bundle.to(accelerator, torch.float16)
     loading_seconds = time.perf_counter() - start
     result = _draw(bundle, request)
     paths = save_images(result, out)
@@ -159,7 +163,7 @@ def info(
     if as_json:
         typer.echo(json.dumps([json.loads(contract.to_json()) for contract in contracts], indent=2))
     else:
-        Console().print(_contract_table(contracts))
+        Console().print(contract_table(contracts))
 
 
 def _default_steps(model: str) -> int:
@@ -192,7 +196,7 @@ def _times(result: Result, loading_seconds: float) -> str:
     return f"{number}, {result.seconds_per_image:.2f} s each: {stages}; loading {loading_seconds:.2f} s"
 
 
-def _contract_table(contracts: list[Contract]) -> Table:
+def contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each and a row for every field."""
     table = Table("contract", *(Column(contract.name, overflow="fold") for contract in contracts))
     for field in list(asdict(contracts[0]))[1:]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import torch
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from twostep.contract import ContractError
 from twostep.distill.chain import find_device
 from twostep.distill.examples import Examples
-from twostep.evaluate.diversity import pixel_diversity
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
@@ -31,8 +29,8 @@ def print_scales(lora: str, bases: Sequence[str], prompts: tuple[str, ...]) -> N
         as_own = fit_features(looks(own))
         distances = [frechet_distance(fit_features(looks(pictures)), as_own) for _, pictures in drawn]
         for (label, pictures), distance in zip(drawn, distances, strict=True):
-            pairs = pixel_diversity(torch.cat([own, pictures]), [*range(len(own))] * 2)
-            table.add_row(base, label, f"{pairs:.4f}", f"{distance:.5f}")
+            apart = (pictures - own).square().mean(dim=(1, 2, 3)).sqrt().mean()  # per pixel value
+            table.add_row(base, label, f"{apart:.4f}", f"{distance:.5f}")
         found[base] = distances[-len(SCALES) :]
     Console().print(table)
     for name, distances in (found | {"all": list(map(sum, zip(*found.values(), strict=True)))}).items():

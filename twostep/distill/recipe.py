@@ -12,9 +12,6 @@ from twostep.runs.loop import LoopSettings
 from twostep.runs.recipe import Settings
 from twostep.runs.trackers import Tracker
 
-SOURCE = re.compile(r"[\w.]+:\w+")
-"""How data that a function makes are named."""
-
 Objective = Literal["mse", "conditional", "unconditional", "convert"]
 
 
@@ -39,30 +36,16 @@ class Phase(LoopSettings):
     early_weight: int = Field(1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)")
 
     @model_validator(mode="after")
-    def _grids_nest(self) -> "Phase":
+    def _fits_together(self) -> "Phase":
         if self.teacher_steps % self.student_steps:
             raise ValueError(
                 f"teacher_steps {self.teacher_steps} is no multiple of student_steps {self.student_steps}; "
                 "the student's times must be among the teacher's"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _only_fixed_answers_are_kept(self) -> "Phase":
         if self.reuse > 1 and self.judges:
             raise ValueError(f"reuse {self.reuse} with objective {self.objective}: only mse and convert keep answers")
-        return self
-
-    @model_validator(mode="after")
-    def _no_lora_for_one_step(self) -> "Phase":
         if self.lora_rank is not None and self.student_steps == 1:
-            raise ValueError(
-                "a 1-step student predicts x0, which no LoRA turns an eps network into; leave out lora_rank"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_base_for_both(self) -> "Phase":
+            raise ValueError("a 1-step student predicts x0, into which no LoRA turns an eps network: no lora_rank here")
         if self.discriminator_lora and self.lora_rank is None:
             raise ValueError("discriminator_lora without lora_rank: only LoRA students share a base with it")
         return self
@@ -118,8 +101,8 @@ class DistillRecipe(Settings):
 
     @property
     def cache(self) -> Path | None:
-        """The folder of encoded pictures and texts to train from, if it is one."""
-        return None if self.data is None or SOURCE.fullmatch(self.data) else Path(self.data)
+        """The folder of encoded pictures and texts to train from, if it is one and no function that makes them."""
+        return None if self.data is None or re.fullmatch(r"[\w.]+:\w+", self.data) else Path(self.data)
 
     @property
     def starts_apart(self) -> bool:

@@ -19,8 +19,6 @@ from twostep.distill.recipe import Phase
 from twostep.models.contracts import file_contract
 from twostep.runs.folder import RunError, write_whole
 
-TEMPLATE = Path(__file__).with_name("report.html")
-ENVIRONMENT = "environment"
 PACE = "seconds_per_iteration"
 NOT_CURVES = {"time", "part", "iteration", "trouble", PACE}
 
@@ -37,39 +35,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Part:
-    """One phase as the log tells it: the lines, and the latest grid."""
+    """One phase as the log tells it: its last iteration, the seconds of one, the latest grid, and all curves by name.
+
+    A figure that was never finite has no curve.
+    """
 
     name: str
-    lines: tuple[dict[str, Any], ...]
+    iteration: int
+    pace: float
     grid: Path | None
-
-    @property
-    def iteration(self) -> int:
-        """The last iteration that was logged."""
-        return int(self.lines[-1]["iteration"])
-
-    @property
-    def pace(self) -> float:
-        """Seconds of an iteration."""
-        return float(next((line[PACE] for line in reversed(self.lines) if PACE in line), 0.0))
-
-    @property
-    def minutes(self) -> float:
-        """Time of all iterations."""
-        return self.pace * self.iteration / 60
-
-    @property
-    def picture(self) -> str:
-        """The grid in base64."""
-        return "" if self.grid is None else base64.b64encode(self.grid.read_bytes()).decode()
-
-    @property
-    def curves(self) -> dict[str, Curve]:
-        """Every figure over the iterations; one that was never finite has no curve."""
-        names = dict.fromkeys(name for line in self.lines for name in line if name not in NOT_CURVES)
-        told = {name: [(line["iteration"], line[name]) for line in self.lines if name in line] for name in names}
-        finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in told.items()}
-        return {name: _curve(points) for name, points in finite.items() if points}
+    curves: dict[str, Curve]
 
 
 def write_report(folder: Path) -> Path:
@@ -81,12 +56,16 @@ def write_report(folder: Path) -> Path:
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     students = [file_contract(path) for path in sorted((folder / "model").glob("students/*.safetensors"))]
     phases = [Phase.model_validate(phase) for phase in tomllib.loads(recipe).get("phases", [])]
-    told = [{key: line[key] for key in line if key not in NOT_CURVES} for line in lines if line["part"] == ENVIRONMENT]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(TEMPLATE.read_text())
+    told = [
+        {key: line[key] for key in line if key not in NOT_CURVES} for line in lines if line["part"] == "environment"
+    ]
+    template = Path(__file__).with_name("report.html").read_text()
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
     text = page.render(
         title=f"twostep: {folder.resolve().name}",
         phases={phase.name: phase.iterations for phase in phases},
-        parts={part.name: part for part in _read_parts(lines, folder)},
+        parts=_read_parts(lines, folder),
+        encoded=lambda path: base64.b64encode(path.read_bytes()).decode(),
         environments=[environment for i, environment in enumerate(told) if environment not in told[:i]],
         students=sorted(students, key=lambda contract: -contract.steps),
         recipe=recipe,
@@ -96,17 +75,23 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _read_parts(lines: Iterable[dict[str, Any]], folder: Path) -> list[Part]:
+def _read_parts(lines: Iterable[dict[str, Any]], folder: Path) -> dict[str, Part]:
     # A killed run logs the iterations after its last checkpoint again: the later line counts.
     told: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
         if "iteration" in line:
             told.setdefault(line["part"], {}).setdefault(line["iteration"], {}).update(line)
-    parts = []
-    for name, by_iteration in told.items():
-        grids = sorted((folder / "samples").glob(f"{name}-[0-9]*.png"))
-        parts.append(Part(name, tuple(by_iteration[i] for i in sorted(by_iteration)), grids[-1] if grids else None))
-    return parts
+    return {name: _read_part(name, [by[i] for i in sorted(by)], folder) for name, by in told.items()}
+
+
+def _read_part(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> Part:
+    figures = dict.fromkeys(figure for line in lines for figure in line if figure not in NOT_CURVES)
+    told = {figure: [(line["iteration"], line[figure]) for line in lines if figure in line] for figure in figures}
+    finite = {figure: [(x, y) for x, y in points if math.isfinite(y)] for figure, points in told.items()}
+    curves = {figure: _curve(points) for figure, points in finite.items() if points}
+    pace = next((line[PACE] for line in reversed(lines) if PACE in line), 0.0)
+    grids = sorted((folder / "samples").glob(f"{name}-[0-9]*.png"))
+    return Part(name, lines[-1]["iteration"], pace, grids[-1] if grids else None, curves)
 
 
 def _curve(points: Sequence[tuple[int, float]]) -> Curve:

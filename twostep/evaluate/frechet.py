@@ -1,8 +1,8 @@
 """How far two sets of pictures lie apart as distributions: the Frechet distance between Gaussians fitted to features.
 
 d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), eq 6 of arXiv 1706.08500. The trace of the root is the sum of the
-roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: no complex numbers, no iteration, and covariances
-without full rank (fewer samples than features) are no special case. Few samples bias the distance upwards, so compare
+singular values of C1^(1/2) C2^(1/2): no complex numbers, no iteration, and covariances without full rank (fewer samples
+than features) are no special case. Few samples bias the distance upwards, so compare
 only distances that were taken with the same number of samples. This file does not know where features come from.
 """
 
@@ -52,8 +52,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise FrechetError(
             f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared; use the same judge for both."
         )
-    root = _symmetric_root(a.covariance)
-    root_of_product = _eigenvalues(root @ b.covariance @ root).sqrt().sum()
+    roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance)
+    root_of_product = torch.linalg.matrix_norm(roots, "nuc")
     spread = a.covariance.trace() + b.covariance.trace() - 2 * root_of_product
     # Rounding can leave a hair below zero where the two sets are the same.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
@@ -63,8 +63,3 @@ def _symmetric_root(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
     return root
-
-
-def _eigenvalues(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, " n"]:
-    values: Tensor = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
-    return values.clamp(min=0)

@@ -69,18 +69,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = text
     target: Any = values
     *parents, last = key.split(".")
-    for parent in parents:
-        target = _descend(target, parent, key)
-    if isinstance(target, list):
-        target[_position(target, last, key)] = value
-    else:
-        target[last] = value
-
-
-def _descend(target: Any, part: str, key: str) -> Any:
-    if isinstance(target, list):
-        return target[_position(target, part, key)]
-    return target.setdefault(part, {})
+    for part in parents:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else target[_position(target, part, key)]
+    target[last if isinstance(target, dict) else _position(target, last, key)] = value
 
 
 def _position(target: list[Any], part: str, key: str) -> int:
@@ -93,18 +84,8 @@ def _explain(problem: Any, model: type[BaseModel], path: Path) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{path}: {place or 'recipe'}: {problem['msg']} (given: {problem['input']!r})"
-    near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model), 1)
-    hint = f" Did you mean '{near[0]}'?" if near else f" Known keys: {', '.join(_known_keys(model))}."
+    schema = model.model_json_schema()
+    known = [key for part in (schema, *schema.get("$defs", {}).values()) for key in part.get("properties", ())]
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+    hint = f" Did you mean '{near[0]}'?" if near else f" Known keys: {', '.join(known)}."
     return f"{path}: {place}: no such key.{hint}"
-
-
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    """Every key that the model or a part of it knows, the model's own first."""
-    keys: dict[str, None] = {}
-    for name, field in model.model_fields.items():
-        keys[name] = None
-        parts = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        for part in parts:
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys.update(dict.fromkeys(_known_keys(part)))
-    return list(keys)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from twostep.evaluate.diversity import DiversityError, feature_diversity, pixel_diversity
+from examples.nano.diversity import DiversityError, feature_diversity, pixel_diversity
 
 
 def test_it_is_the_mean_distance_within_a_prompt_averaged_over_prompts():
