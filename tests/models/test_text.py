@@ -79,5 +79,5 @@ def test_a_short_prompt_beside_a_long_one_is_filled_with_empty_chunks(bundle: Bu
 
 @pytest.mark.parametrize("prompt", ["()0.5", ')++1.41.4 " "-)+ared'])
 def test_weights_of_nothing_are_told(bundle: Bundle, prompt: str) -> None:
-    with pytest.raises(PromptError, match="cannot weigh .*Write"):
+    with pytest.raises(PromptError, match=r"cannot weigh .*Write"):
         bundle.text.encode_whole([prompt])
