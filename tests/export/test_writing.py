@@ -70,6 +70,9 @@ def test_an_exported_folder_is_a_model_like_any_other(tmp_path: Path) -> None:
     # What tells diffusers that guidance is distilled in stays there.
     assert "time_embedding.cond_proj.weight" in read_header(unet).shapes
     export(out, "unet", tmp_path / "unet.safetensors")
+    (out / "students").mkdir()
+    (out / "students" / "nano_1step_unet.safetensors").symlink_to(find_model("nano_1step_unet"))
+    assert load_bundle(out, steps=1).contract.steps == 1
     assert "time_embedding.cond_proj.weight" not in read_header(tmp_path / "unet.safetensors").shapes
     names = read_header(out / "text_encoder" / "model.safetensors").shapes
     assert all(name.startswith("text_model.") for name in names)
@@ -87,7 +90,7 @@ def test_a_unet_that_must_be_told_its_guidance_is_refused(tmp_path: Path) -> Non
     weights = load_file(unet)
     weights["time_embedding.cond_proj.weight"] += 1
     save_file(weights, unet, {"format": "pt"})
-    with pytest.raises(ModelError, match="latent consistency"):
+    with pytest.raises(ModelError, match="wants to be told its guidance, as latent consistency"):
         load_bundle(out)
 
 

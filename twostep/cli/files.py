@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from twostep.cli.draw import contract_table
 
@@ -47,10 +45,9 @@ def inspect(
     if as_json:
         typer.echo(json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2))
         return
-    table = Table(path.name, "", show_header=True)
-    for name, value in told.items():
-        table.add_row(name, Text(value))
-    Console().print(table, contract_table([contract]) if contract else "It carries no contract.")
+    for name, value in {"file": str(path), **told}.items():
+        typer.echo(f"{name:>10}  {value}")
+    Console().print(contract_table([contract]) if contract else "It carries no contract.")
 
 
 def convert(

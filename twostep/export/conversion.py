@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twostep.export.writing import open_lora
-from twostep.models.bundle import clean_configs, forget_guidance, hollow_networks
+from twostep.models.bundle import clean_configs, hollow_networks
 from twostep.models.contracts import DIFFUSERS_NAMES, carries_contract, read_contracts
 from twostep.models.dialects import DIALECTS, write_lora
 from twostep.models.folder import CONTRACT_FILE, ModelError, find_model, read_json
@@ -80,7 +80,6 @@ def _join(folder: Path, out: Path) -> Path:
     networks = hollow_networks(folder)
     for name, part in PARTS.items():
         networks[name].load_state_dict(FolderFiles(folder).weights(networks[name], part), assign=True)
-    forget_guidance(networks["unet"])
     contract, rest = read_contracts(folder)[0], dict[str, Tensor]()
     told = contract.to_metadata() if (folder / CONTRACT_FILE).is_file() else {}
     if contract.prediction_type == "v":

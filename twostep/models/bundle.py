@@ -110,7 +110,6 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     network: UNet2DConditionModel = _load(folder, "unet", of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
-    forget_guidance(network, checked=not outline)
     schedule = load_schedule(folder)
     return Bundle(
         denoiser=Denoiser(network, schedule, contract.prediction_type),
@@ -155,16 +154,6 @@ def embed_no_guidance(network: UNet2DConditionModel) -> None:
     network.register_to_config(time_cond_proj_dim=256)
     network.time_embedding.cond_proj = nn.Linear(256, network.time_embedding.linear_1.in_features, bias=False)
     nn.init.zeros_(network.time_embedding.cond_proj.weight)
-
-
-def forget_guidance(network: Any, *, checked: bool = True) -> None:
-    """Take off what `embed_no_guidance` put on; ModelError if the network really wants to be told its guidance."""
-    if checked and network.config.time_cond_proj_dim is not None and network.time_embedding.cond_proj.weight.any():
-        raise ModelError(
-            "Its UNet wants to be told its guidance, as those of latent consistency models: not done here."
-        )
-    network.register_to_config(time_cond_proj_dim=None)
-    network.time_embedding.cond_proj = None
 
 
 def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
@@ -212,7 +201,7 @@ def hollow_networks(model: str | Path) -> dict[str, nn.Module]:
 
 def _build(folder: Path, name: str) -> Any:
     """Make a network of a model folder by its config, on the device that is the default."""
-    config = read_json(folder / name / "config.json")
+    config = read_json(folder / name / "config.json") | {"time_cond_proj_dim": None}  # see `embed_no_guidance`
     if name.startswith("text"):
         kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
         return kind(CLIPTextConfig.from_dict(config))

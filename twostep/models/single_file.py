@@ -22,7 +22,6 @@ from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_n
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_INPAINTING = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
-LATENT_CHANNELS = 4
 NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     UNET: unet_names,
     VAE: vae_names,
@@ -30,6 +29,9 @@ NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
     CLIP_G: clip_g_names,
 }
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
+GUIDANCE = "time_embedding.cond_proj.weight"
+"""Zeros in the UNet of a student's folder, where they say that guidance is distilled in."""
+
 LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
 
@@ -47,11 +49,11 @@ class SingleFile:
     @property
     def prediction_type(self) -> PredictionType | None:
         """What the file says that it predicts; most say nothing. ModelError for a zero-SNR schedule."""
-        with safe_open(self.path, "pt") as file:
-            keys, said = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
-        if "ztsnr" in keys:
+        header = read_header(self.path)
+        if "ztsnr" in header.shapes:
             raise ModelError(f"{self.path} was trained on a zero-SNR schedule, which is not known here.")
-        return "v" if "v_pred" in keys or said.startswith("v") else None
+        said = header.metadata.get("modelspec.prediction_type", "")
+        return "v" if "v_pred" in header.shapes or said.startswith("v") else None
 
     def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
         """Return a network's weights, in the file's precision; ModelError unless every key is accounted for."""
@@ -80,6 +82,9 @@ class FolderFiles:
         for path in sorted(folder.glob("*.safetensors")):
             if (".fp16." in path.name) == half and read_header(path):
                 found |= load_file(path)
+        told = found.pop(GUIDANCE, None) if part == UNET else None
+        if told is not None and told.any():
+            raise ModelError(f"{folder} wants to be told its guidance, as latent consistency models: not done here.")
         names, own = ((clip_l_names if part == CLIP_L else _unchanged)(keys) for keys in (found, expected))
         found = {names[key]: value for key, value in found.items() if not key.endswith(LEFT_OUT)}
         return account(found, expected, own, str(folder))
@@ -128,14 +133,10 @@ def find_single_file(path: Path) -> SingleFile:
             f"{path} is {kind}: it has no {lacking[0]}*, and begins with {next(iter(header.shapes), 'nothing')}. "
             "Expected a whole SDXL checkpoint, or a UNet that carries its contract."
         )
-    beside = path.with_suffix("")
-    return SingleFile(path, beside if (beside / INDEX_FILE).is_file() else fetch(_base_of(path), only=CONFIGS))
-
-
-def _base_of(path: Path) -> str:
-    with safe_open(path, "pt") as file:
-        takes = file.get_slice(f"{UNET}input_blocks.0.0.weight").get_shape()[1]
-    return SDXL_INPAINTING if takes > LATENT_CHANNELS else SDXL_BASE
+    beside, first = path.with_suffix(""), header.shape(r"diffusion_model\.input_blocks\.0\.0\.weight")
+    if (beside / INDEX_FILE).is_file():
+        return SingleFile(path, beside)
+    return SingleFile(path, fetch(SDXL_INPAINTING if first and first[1] > 4 else SDXL_BASE, only=CONFIGS))
 
 
 def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
