@@ -17,10 +17,10 @@ from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import ImageCodec
 from twostep.models.contracts import file_contract, read_contracts
 from twostep.models.dialects import LowRank, kohya, merge_lora
-from twostep.models.folder import ModelError, find_model
+from twostep.models.folder import ALIAS, ModelError, find_model
+from twostep.models.folder import LIGHTNING as HUB_ID
 from twostep.models.ldm import unet_names
 from twostep.models.lora import TARGETS
-from twostep.models.official import ALIAS, HUB_ID
 from twostep.models.worn import Wardrobe, load_worn
 
 from ..vanilla import assemble, write_single_file

@@ -16,7 +16,6 @@ from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import load_bundle
 from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
 from twostep.models.folder import ModelError, find_model, weights_variant
-from twostep.models.official import official_file
 from twostep.models.single_file import is_whole
 
 
@@ -25,7 +24,7 @@ def verify(
     model: str, *, prompt: str, seed: int = 0, steps: int | None = None, comfyui: Path | None = None
 ) -> list[tuple[float, float]]:
     """Return for each step the largest difference to diffusers, or to the ComfyUI there, and the relative one."""
-    path, bundle = find_model(official_file(model, steps) or model), load_bundle(model, steps=steps)
+    path, bundle = find_model(model, steps=steps), load_bundle(model, steps=steps)
     contract, (width, height) = bundle.contract, bundle.contract.sizes[0]
     noise = initial_noise(seed, bundle.latent_shape(width, height))[None]
     told, ours = bundle.conditioning([prompt, ""], width, height), list[Tensor]()

@@ -28,7 +28,6 @@ from twostep.models.denoiser import Denoiser
 from twostep.models.dialects import merge_lora, read_lora
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json
 from twostep.models.lora import PREFIX
-from twostep.models.official import official_file
 from twostep.models.single_file import PARTS, FolderFiles, Outline, SingleFile, fill, find_single_file, is_whole
 from twostep.models.text import TextEncoders, quiet_transformers
 from twostep.runs.folder import write_whole
@@ -90,7 +89,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     None is the teacher, or the file's own student. `outline` reads configs alone and leaves the weights at random.
     Raises `ModelError` where there is no model or no such student, and lists those there are.
     """
-    path = find_model(official_file(model, steps) or model, only=CONFIGS if outline else None)
+    path = find_model(model, steps=steps, only=CONFIGS if outline else None)
     contracts = read_contracts(path)
     offered = [contract.steps for contract in contracts]
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
