@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -14,17 +14,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """Encodes media to scaled latents and decodes them again."""
-
-    def encode(self, media: Tensor) -> Tensor:
-        """Return the latents of media in -1..1."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the media in -1..1 of latents."""
 
 
 @dataclass(frozen=True, eq=False)
