@@ -64,12 +64,11 @@ def find_entries(source: str) -> Iterator[Entry]:
         found = _from_lines(Path(source))
     else:
         found = _from_folder(Path(source))
-    empty = True
-    for entry in found:
-        empty = False
-        yield entry
-    if empty:
+    first = next(found, None)
+    if first is None:
         raise DataError(f"{source} holds no pictures; known endings are {' '.join(ENDINGS)}.")
+    yield first
+    yield from found
 
 
 def read_picture(entry: Entry, demands: Demands) -> Image.Image:
