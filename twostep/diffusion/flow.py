@@ -62,16 +62,10 @@ def solve(
     return x
 
 
-def sample(
-    denoise: Denoise,
-    noise: Batch,
-    num_steps: int,
-    schedule: NoiseSchedule,
-    on_step: Callable[[int, Prediction], None] | None = None,
-) -> Batch:
+def sample(denoise: Denoise, noise: Batch, num_steps: int, schedule: NoiseSchedule) -> Batch:
     """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
     times = torch.tensor(falling_times(schedule.num_times, num_steps, schedule.num_times))
-    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
+    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule)
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> Values:
