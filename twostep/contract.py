@@ -112,8 +112,8 @@ class Contract:
             return []
         if self.role == "student" and steps != self.steps:
             raise ContractError(
-                f"{self.name} draws in exactly {_counted(self.steps)}; asked for {steps}. It never saw the times of "
-                "another grid. Load the student that was trained for it, or leave the steps out."
+                f"{self.name} draws in exactly {self.steps} step{'' if self.steps == 1 else 's'}; asked for {steps}. "
+                "It never saw the times of another grid. Load the student that was trained for it, or leave steps out."
             )
         if not 1 <= steps <= TOP_TIME:
             raise ContractError(f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; asked for {steps}.")
@@ -201,7 +201,3 @@ def _wrong_value(field: str, given: object, expected: str) -> str:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _counted(steps: int) -> str:
-    return f"{steps} step" if steps == 1 else f"{steps} steps"
