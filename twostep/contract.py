@@ -176,7 +176,7 @@ def _explained(problems: list[ErrorDetails], text: str) -> str:
     if kind == "json_invalid":
         return f"the contract is not JSON: {said}. It starts with {text[:40]!r}; take it anew from the checkpoint."
     if kind == "dataclass_type":
-        return f"the contract must be a JSON object with named fields; got {_shown(given)}."
+        return f"the contract must be a JSON object with named fields; got {given!r:.60}."
     unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "unexpected_keyword_argument"]
     missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
     if unknown:
@@ -195,9 +195,4 @@ def _explained(problems: list[ErrorDetails], text: str) -> str:
 
 
 def _wrong_value(field: str, given: object, expected: str) -> str:
-    return f"the contract's {field} must be {expected}; got {_shown(given)}. Take it anew from its source."
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"the contract's {field} must be {expected}; got {given!r:.60}. Take it anew from its source."

@@ -21,9 +21,6 @@ from twostep.errors import TwostepError
 Denoise = Callable[[Tensor, Tensor], Prediction]
 """(x_t, t) -> Prediction, with everything else closed over; t is one integer per item, 1..T."""
 
-Keep = Callable[[Tensor, Tensor], Tensor]
-"""(x_s, s) -> x_s with what is known of it put back, after every step."""
-
 
 class FlowError(TwostepError):
     """Times that cannot be walked: too few, rising, or not one per item."""
@@ -41,13 +38,14 @@ def solve(
     times: Int[Tensor, "points batch"],
     schedule: NoiseSchedule,
     on_step: Callable[[int, Prediction], None] | None = None,
-    keep: Keep | None = None,
+    keep: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Batch:
     """Follow the flow from times[0] to times[-1] with one network call per interval and return x at the last time.
 
     Each item has its own falling times; over an interval where they stand still it is left as it is. At t = T
-    x must be pure noise (eq 24 of arXiv 2402.13929). `on_step(i, prediction)` is called after the i-th network call.
-    Raises FlowError for fewer than two points, for rising times, or if there is not one column per item.
+    x must be pure noise (eq 24 of arXiv 2402.13929). `on_step(i, prediction)` is called after the i-th network call,
+    `keep(x_s, s)` before it: that returns x_s with what is known of it put back. Raises FlowError for fewer than two
+    points, for rising times, or if there is not one column per item.
     """
     _check_times(times, x)
     for i, (t, s) in enumerate(pairwise(times)):

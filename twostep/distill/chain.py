@@ -72,9 +72,8 @@ def distil(
                 predicts = lesson.student.prediction_type
                 contract = student_contract(recipe, phase, teacher.contract, predicts)
                 contract = replace(contract, recipe=recipe_name, version=version)
-                written[phase.student_steps] = save_student(
-                    gathered(lesson.trained.state_dict()), contract, folder.path / "model"
-                )
+                weights = gathered(lesson.trained.state_dict())
+                written[phase.student_steps] = save_student(weights, contract, folder.path / "model")
     return written
 
 

@@ -29,9 +29,6 @@ from twostep.runs.folder import RunFolder
 from twostep.runs.loop import Average, Draw, OnIteration, TrainingError, finite, rate_share, repeat, training_attention
 from twostep.runs.recipe import RecipeError
 
-R1_SIGMA = 0.01
-"""Standard deviation of the noise in the approximated R1 penalty."""
-
 
 @runtime_checkable
 class Source(Protocol):
@@ -234,7 +231,7 @@ class AdversarialTrainer:
             judged = Transition(x_t, fake, t, seen_at, conditioning)
             landings = [real, fake.detach()]
             if phase.r1_weight > 0:
-                landings.append(real + R1_SIGMA * _draw_noise(real, phase, draw))
+                landings.append(real + 0.01 * _draw_noise(real, phase, draw))
             real_logits, fake_logits, *shaken_logits = self._judge(judged, landings)
             # Non-saturating, -log D(real) - log(1 - D(fake)) (eq 11).
             loss = softplus(-real_logits).mean() + softplus(fake_logits).mean()

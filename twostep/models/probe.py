@@ -30,11 +30,6 @@ class Probe:
     is_sure: bool
     errors: dict[PredictionType, float]
 
-    def __str__(self) -> str:
-        """Say what was found and how sure it is."""
-        listed = ", ".join(f"{kind} {error:.3g}" for kind, error in self.errors.items())
-        return f"it predicts {self.found} ({self.sureness:.1f} times nearer than the next; errors of x0: {listed})"
-
 
 @torch.no_grad()
 def probe_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditioning) -> Probe:
@@ -60,8 +55,10 @@ def check_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditi
     """Probe a teacher; ModelError where the network surely predicts something else than its config says."""
     probe = probe_prediction_type(denoiser, x0, conditioning)
     if probe.found != denoiser.prediction_type and probe.is_sure:
+        listed = ", ".join(f"{kind} {error:.3g}" for kind, error in probe.errors.items())
         raise ModelError(
-            f"The teacher's config says that it predicts {denoiser.prediction_type}, but {probe}. Put "
+            f"The teacher's config says that it predicts {denoiser.prediction_type}, but it predicts {probe.found} "
+            f"({probe.sureness:.1f} times nearer than the next; errors of x0: {listed}). Put "
             f'prediction_type = "{probe.found}" into the recipe, or correct its scheduler_config.json.'
         )
     return probe
