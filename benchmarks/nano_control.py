@@ -1,11 +1,14 @@
 """The silhouette ControlNet, trained on the teacher, at work on the teacher and on its students, unchanged.
 
-    python benchmarks/nano_control.py [--control runs/silhouette/model] [--count 512]
+    python benchmarks/train_judge.py --out runs/judge-wide -o name=wide-judge -o loop.iterations=2500 \\
+        -o placement.smallest_scale=0.6 -o placement.shift_pixels=9 -o placement.rotation_degrees=20
+    python benchmarks/nano_control.py --judge runs/judge-wide/judge.safetensors
 
 Every prompt is complete ("a 3d red apple on a blue background"), and its silhouette is that of a real drawing of the
 same thing in the same style, at a place, size and angle of which none was drawn in training, and which are freer than
-those of the teacher's own pictures. Measured: how far the drawn silhouette agrees with the one asked for (intersection
-over union; in the drawn picture, what differs from its background), and what the judge sees.
+those of the teacher's own pictures: the judge that ships has not seen such places, hence one of its own. Measured: how
+far the drawn silhouette agrees with the one asked for (intersection over union; in the drawn picture, what differs from
+its background), and what the judge sees.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from examples.contact_sheet import contact_sheet
 from examples.nano.captions import BACKGROUNDS
 from examples.nano.drawings import EmojiSet, load_emoji, place_drawings
-from examples.nano.judge import load_judge
+from examples.nano.judge import BUILT_IN, load_judge
 from examples.nano.model import PIXELS
 from examples.nano.report import evaluate
 from examples.nano.silhouette import PLACEMENT, hints_of
@@ -103,11 +106,12 @@ def main(
     emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
     count: Annotated[int, typer.Option(help="Prompts.")] = 512,
     steps: Annotated[list[int], typer.Option(help="Steps to draw in; 32 is the teacher.")] = [32, 8, 4, 2, 1],  # noqa: B006
+    judge_path: Annotated[Path, typer.Option("--judge", help="A judge that has seen such places.")] = BUILT_IN,
     scale: Annotated[float, typer.Option(help="How strongly the ControlNet acts.")] = 1.0,
     sheet: Annotated[Path, typer.Option(help="Where to write a sheet of pictures.")] = Path("runs/silhouette.png"),
 ) -> None:
     """Print agreement and accuracy, for real pictures and for every model with and without the ControlNet."""
-    emoji, judge = load_emoji(emoji_path), load_judge()
+    emoji, judge = load_emoji(emoji_path), load_judge(judge_path)
     asked = ask(emoji, count)
     rows: list[tuple[str, Tensor]] = [("real pictures", asked.real)]
     for number in steps:

@@ -1,12 +1,12 @@
 """A style variant: LoRAs that were distilled on the original teacher, put on a teacher that was fine-tuned since.
 
-    python benchmarks/nano_variant.py runs/openmoji/model --judge runs/openmoji/judge.safetensors --style openmoji \
+    python benchmarks/nano_variant.py examples/openmoji --judge examples/openmoji/judge.safetensors --style openmoji \
         --out runs/variant
 
 The variant draws its own pictures, 32 guided steps of every prompt. Then the 8-, 4- and 2-step LoRAs of nano are put
 on it as they are, at the scales of `twostep report`, and judged: is it the right thing, in the variant's style, how far
 from the variant's own pictures; beside the variant at the same steps without them. The best scale is chosen on the
-first prompts, by the report's `looks`, and by the judge's distance for comparison; the table is over all prompts.
+first prompts, by the report's `looks`, and by the judge's distance for comparison; the table is over the others.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ def main(
     style: Annotated[str | None, typer.Option(help="What that judge calls the variant's style.")] = None,
     word: Annotated[str, typer.Option(help="The style word of the prompts; none at all if empty.")] = "",
     emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
-    count: Annotated[int, typer.Option(help="Prompts.")] = 512,
-    num_chosen_on: Annotated[int, typer.Option(help="Of these, the first, on which the scale is chosen.")] = 128,
+    count: Annotated[int, typer.Option(help="Prompts of the table.")] = 512,
+    num_first: Annotated[int, typer.Option(help="Prompts before these, on which the scale is chosen.")] = 128,
 ) -> None:
     """Draw, judge, and write the table."""
     judge = load_judge(judge_path) if judge_path else load_judge()
-    tasks = [_worded(task, word) for task in complete_tasks(load_emoji(emoji_path).concepts, count)]
+    every = [_worded(task, word) for task in complete_tasks(load_emoji(emoji_path).concepts, num_first + count)]
+    first, tasks = every[:num_first], every[num_first:]
     base = load_bundle(variant)
     wardrobe, guidance, cache = Wardrobe(base, fused=True, num_kept=1), base.contract.guidance, out / "cache"
 
-    def drawn(row: Row, number: int = count) -> Tensor:
-        return draw_row(row, {"complete": tasks[:number]}, cache)["complete"]
+    def drawn(row: Row, asked: list[Task]) -> Tensor:
+        return draw_row(row, {"complete": asked}, cache)["complete"]
 
     def bare(steps: int, scale: float) -> Row:
         said = "guidance" if scale > 1 else "no guidance"
@@ -65,20 +66,16 @@ def main(
         return Row(f"lora-{steps}-{scale:g}", label, Sampler("euler", steps, 1.0), lambda: wardrobe.wear(stack))
 
     own = bare(TEACHER_STEPS, guidance)
-    pictures, rows = {own.key: {"complete": drawn(own)}}, [own]
-    reference, sweep = to_float(pictures[own.key]["complete"]), []
+    rows, sweep, of_first = [own], [], to_float(drawn(own, first))
     for steps in STEPS:
-        seen = {scale: to_float(drawn(worn(steps, scale), num_chosen_on)) for scale in SCALES}
-        found = {
-            scale: _figures(seen[scale], reference[:num_chosen_on], tasks[:num_chosen_on], judge, style)
-            for scale in SCALES
-        }
+        seen = {scale: to_float(drawn(worn(steps, scale), first)) for scale in SCALES}
+        found = {scale: _figures(seen[scale], of_first, first, judge, style) for scale in SCALES}
         sweep += [{"steps": steps, "scale": scale, **figures} for scale, figures in found.items()]
         best = min(found, key=lambda scale: found[scale]["looks"])
         rows += [bare(steps, guidance), bare(steps, 1.0), worn(steps, 1.0)]
         rows += [worn(steps, best)] if best != 1 else []
-    for row in rows[1:]:
-        pictures[row.key] = {"complete": drawn(row)}
+    pictures = {row.key: {"complete": drawn(row, tasks)} for row in rows}
+    reference = to_float(pictures[own.key]["complete"])
     table = [
         {"label": row.label, "evaluations": row.sampler.num_evaluations}
         | _figures(to_float(pictures[row.key]["complete"]), reference, tasks, judge, style)

@@ -13,21 +13,24 @@ ROOT = Path(__file__).parents[2]
 LONG = ("distill", "cache", "report")
 
 
-def commands() -> list[str]:
+def blocks() -> list[list[str]]:
+    """The commands of each block: they may build on each other."""
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    blocks = [block for path in texts for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
-    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return list(dict.fromkeys(line for line in lines if line.startswith("twostep ")))
+    texts.remove(ROOT / "docs" / "use.md")  # whose blocks follow on each other: test_use.py
+    found = [block for path in texts for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
+    lines = [[line.partition("#")[0].strip() for line in block.splitlines()] for block in found]
+    return [block for each in lines if (block := [line for line in each if line.startswith("twostep ")])]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_a_documented_command_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("commands", blocks(), ids=lambda commands: commands[0])
+def test_a_documented_block_runs(commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(command)[1:]
-    if words[0] in LONG:
-        words = [*words, "--help"]
-    answer = CliRunner().invoke(app, words)
-    assert answer.exit_code == 0, answer.output
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words[0] in LONG:
+            words = [*words, "--help"]
+        answer = CliRunner().invoke(app, words)
+        assert answer.exit_code == 0, answer.output
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

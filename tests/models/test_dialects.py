@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.dialects import LoraError, LowRank, kohya, merge_lora, read_lora
-from twostep.models.folder import find_model
+from twostep.models.folder import ModelError, find_model
 from twostep.models.lora import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -138,20 +138,18 @@ def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, 
         key for key in good if key.endswith("input_blocks_3_1_transformer_blocks_0_attn2_to_k.lora_down.weight")
     ]
     doubled, twice = next(iter(peft(lora)[0].items()))
+    sd1_or_2 = "is a LoRA for Stable Diffusion 1 or 2"
     for tensors, said in (
         ({}, "is empty"),
-        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, "Stable Diffusion 1"),
-        ({"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": torch.ones(1)}, "Stable Diffusion 1"),
-        ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(1)}, "Stable Diffusion 1"),
-        ({"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.ones(1)}, "is for Flux"),
-        ({"lora_unet_single_blocks_37_linear1.lora_down.weight": torch.ones(1)}, "is for Flux"),
-        ({"transformer.x.lora_A.weight": torch.ones(1)}, "with a transformer"),
+        ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, sd1_or_2),
+        ({"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": torch.ones(1)}, sd1_or_2),
+        ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(1)}, sd1_or_2),
+        ({"lora_unet_double_blocks_0_img_attn_proj.alpha": torch.ones(1)}, "is a LoRA for Flux"),
+        ({"lora_unet_single_blocks_37_linear1.lora_down.weight": torch.ones(1)}, "is a LoRA for Flux"),
+        ({"transformer.x.lora_A.weight": torch.ones(1)}, "is a LoRA for a transformer"),
         ({unet_down.replace("lora_down", "hada_w1_a"): torch.ones(1)}, "is a LoHa"),
         ({**good, unet_down.replace("lora_down.weight", "dora_scale"): torch.ones(1)}, "is a DoRA"),
-        (
-            {"model.diffusion_model.x.weight": torch.ones(1)},
-            "is no LoRA for this model: it has model.diffusion_model.x",
-        ),
+        ({"model.diffusion_model.x.weight": torch.ones(1)}, "is a UNet alone: it has model.diffusion_model.x"),
         ({**good, doubled: twice.clone()}, "mixes dialects"),
         ({k: v for k, v in good.items() if k != unet_down}, "lacks the down half of unet.down_blocks"),
         ({**good, unet_down: torch.ones(RANK, 768)}, r"\[3, 768\]. It was made for a model of another kind"),
@@ -159,8 +157,11 @@ def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, 
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
         with pytest.raises(LoraError, match=said):
             read_lora(path, bundle.parts)
+    save_file(good, path, {"lora_adapter_metadata": "{half"})
+    with pytest.raises(LoraError, match="lora_adapter_metadata is damaged"):
+        read_lora(path, bundle.parts)
     path.write_bytes(b"nothing")
-    with pytest.raises(LoraError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="no whole safetensors file"):
         read_lora(path, bundle.parts)
 
 

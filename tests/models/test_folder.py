@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from examples.nano.model import random_bundle
@@ -82,7 +83,7 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "values", "said"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline.*nothing else is distilled"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is FluxPipeline.*nothing else is distilled"),
         ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text'"),
         ("unet/config.json", {"in_channels": 8}, "8 channels; expected 4, or 9 to inpaint"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts 'flow'"),
@@ -122,6 +123,42 @@ def test_pickles_missing_parts_and_damage_are_told(vanilla: Path) -> None:
     (vanilla / "vae" / "config.json").unlink()
     with pytest.raises(ModelError, match="part of the model is missing"):
         load_bundle(vanilla)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(part: str, vanilla: Path) -> None:
+    """diffusers and transformers would put random weights in the place of missing ones."""
+    (path,) = (vanilla / part).glob("*.safetensors")
+    whole, weights = path.read_bytes(), load_file(path)
+    key = sorted(weights)[3]
+    for changed, said in (
+        (
+            {name: value for name, value in weights.items() if name != key},
+            f"{part}: 1 weights are missing or foreign, as ",
+        ),
+        (weights | {"other.weight": torch.ones(1)}, r"1 weights are missing or foreign, as .*other\.weight"),
+        (weights | {key: torch.ones(7, 7)}, rf"{part} has other sizes than its config: .* is \[7, 7\], not \["),
+    ):
+        save_file(changed, path, {"format": "pt"})
+        with pytest.raises(ModelError, match=said):
+            load_bundle(vanilla)
+    path.write_bytes(whole[:-7])
+    with pytest.raises(ModelError, match=rf"{path.name} is no whole safetensors file"):
+        load_bundle(vanilla)
+    path.unlink()
+    path.symlink_to(vanilla / "blobs" / "not yet here")  # as in a hub cache that was half downloaded
+    with pytest.raises(ModelError, match=rf"{part} has no .safetensors weights"):
+        load_bundle(vanilla)
+
+
+def test_a_refiner_and_a_pickle_are_told(vanilla: Path, tmp_path: Path) -> None:
+    change(vanilla / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)
+    with pytest.raises(ModelError, match="is the SDXL refiner"):
+        load_bundle(vanilla)
+    torch.save({"x": torch.ones(1)}, tmp_path / "model.ckpt")
+    for load in (load_bundle, read_contracts):
+        with pytest.raises(ModelError, match=r"is a pickle.*weights_only=True"):
+            load(tmp_path / "model.ckpt")
 
 
 def test_a_hub_id_is_taken_from_the_cache_when_offline(

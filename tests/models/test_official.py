@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from examples.nano.model import random_bundle
 from twostep.contract import ContractError
+from twostep.export.conversion import convert
+from twostep.export.verification import verify
+from twostep.export.writing import export
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import ImageCodec
-from twostep.models.contracts import read_contracts
+from twostep.models.contracts import file_contract, read_contracts
 from twostep.models.dialects import LowRank, kohya, merge_lora
-from twostep.models.folder import ModelError
+from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import unet_names
 from twostep.models.lora import TARGETS
 from twostep.models.official import ALIAS, HUB_ID
@@ -130,7 +133,7 @@ def test_a_unet_alone_may_have_the_old_names(hub: Path, tmp_path: Path) -> None:
     save_file(old, path)
     torch.testing.assert_close(answer(load_bundle(path)), answer(student), atol=5e-3, rtol=5e-3)
     save_file({k: v for k, v in old.items() if k != "out.2.bias"}, path)
-    with pytest.raises(ModelError, match=r"1 weights of model.diffusion_model.* as out.2.bias"):
+    with pytest.raises(ModelError, match=r"model.diffusion_model.*: 1 weights .* as out.2.bias"):
         load_bundle(path)
 
 
@@ -182,3 +185,23 @@ def test_what_is_not_in_the_cache_is_told(hub: Path, tmp_path: Path, monkeypatch
     save_file(small(2).denoiser.network.state_dict(), folder / "sdxl_lightning_2step_unet.safetensors")
     with pytest.raises(ModelError, match=r"text_encoder_2 has no .safetensors weights \(found: config.json\)"):
         load_bundle(ALIAS)
+
+
+def test_official_files_are_inspected_converted_exported_and_verified_by_name(hub: Path, tmp_path: Path) -> None:
+    lora, first, back = "sdxl_lightning_4step_lora", tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
+    convert(lora, "peft", first)
+    convert(str(first), "kohya", back, base="stabilityai/stable-diffusion-xl-base-1.0")
+    official, again = load_file(find_model(lora)), load_file(back)
+    assert official.keys() == again.keys() and all(torch.equal(official[key], again[key]) for key in official)
+    told = export(lora, "lora-kohya", tmp_path / "told.safetensors")
+    assert file_contract(told) == file_contract(find_model(lora))
+    assert "license: openrail++" in told.with_suffix(".md").read_text()
+    whole = export("sdxl_lightning_1step_x0", "comfyui", tmp_path / "whole.safetensors")
+    assert (file_contract(whole).prediction_type, file_contract(whole).steps) == ("x0", 1)
+    assert '"sampling": "x0"' in whole.with_suffix(".api.json").read_text()
+    small_size = ((64, 64),)
+    for name in ("sdxl_lightning_2step_unet", "sdxl_lightning_2step"):
+        folder = export(name, "diffusers", tmp_path / name)
+        contract = replace(load_bundle(folder).contract, sizes=small_size)
+        (folder / "twostep.json").write_text(contract.to_json())  # the cache's weights are of a small model
+        assert max(relative for _, relative in verify(str(folder), prompt="a red fox")) < 1e-4

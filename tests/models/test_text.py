@@ -5,6 +5,7 @@ import torch
 from compel import CompelForSDXL
 
 from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.text import PromptError
 
 from ..vanilla import assemble
 
@@ -74,3 +75,9 @@ def test_a_short_prompt_beside_a_long_one_is_filled_with_empty_chunks(bundle: Bu
     (short, pooled_short), empty = bundle.text.encode(["flat"]), bundle.text.encode([""])[0]
     assert same(text[1:, :20], short) and same(text[1:, 20:40], empty)
     torch.testing.assert_close(pooled[1:], pooled_short)
+
+
+@pytest.mark.parametrize("prompt", ["()0.5", ')++1.41.4 " "-)+ared'])
+def test_weights_of_nothing_are_told(bundle: Bundle, prompt: str) -> None:
+    with pytest.raises(PromptError, match=r"cannot weigh .*Write"):
+        bundle.text.encode_whole([prompt])

@@ -45,5 +45,10 @@ for verb in (
     train.distill,
     train.report,
     files.export,
+    files.convert,
+    files.inspect,
+    files.verify,
+    files.extract,
+    files.push,
 ):
     app.command()(verb)

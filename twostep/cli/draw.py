@@ -104,7 +104,7 @@ def edit(
 
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that twostep wrote.")],
-    inputs: Annotated[Path, typer.Option(help="Where the pictures lie that went in, if not beside it.")] = Path(),
+    inputs: Annotated[Path, typer.Option(help="Where pictures lie that went in, if neither here nor beside.")] = Path(),
     model: Annotated[str | None, typer.Option(help="Where the model lies now, if it was moved.")] = None,
     out: _Folder = Path("out"),
 ) -> None:
@@ -115,7 +115,7 @@ def replay(
     origin = told.origin or ((model,) if model else ())
     if not origin:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
-    request = told.batch.found([inputs, picture.parent])
+    request = told.batch.found([inputs, Path(), picture.parent])
     result, paths = _make(request, model or origin[0], origin[1:], told.contract.steps, out)
     index = told.request.seed - request.seed
     with Image.open(picture) as first:
@@ -134,9 +134,13 @@ def _make(
         steps = _default_steps(model)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {model}"):
+        import torch
+
         from twostep.models.worn import load_worn
 
-        bundle = load_worn(model, loras or (), steps=steps)
+        bundle, accelerator = load_worn(model, loras or (), steps=steps), torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            bundle.to(accelerator, torch.float16)
     loading_seconds = time.perf_counter() - start
     result = _draw(bundle, request)
     paths = save_images(result, out)
@@ -159,7 +163,7 @@ def info(
     if as_json:
         typer.echo(json.dumps([json.loads(contract.to_json()) for contract in contracts], indent=2))
     else:
-        Console().print(_contract_table(contracts))
+        Console().print(contract_table(contracts))
 
 
 def _default_steps(model: str) -> int:
@@ -192,7 +196,7 @@ def _times(result: Result, loading_seconds: float) -> str:
     return f"{number}, {result.seconds_per_image:.2f} s each: {stages}; loading {loading_seconds:.2f} s"
 
 
-def _contract_table(contracts: list[Contract]) -> Table:
+def contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each and a row for every field."""
     table = Table("contract", *(Column(contract.name, overflow="fold") for contract in contracts))
     for field in list(asdict(contracts[0]))[1:]:

@@ -1,111 +1,178 @@
 """A model as others load it: a diffusers folder, one file for ComfyUI, a UNet alone, or a LoRA by either custom.
 
-Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); weights are in 16 bits.
+Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); whole networks are written in
+16 bits, LoRAs as they are.
 """
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
 
-from jinja2 import Environment, StrictUndefined
+import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from twostep.contract import Contract
-from twostep.models.bundle import load_bundle, save_bundle
-from twostep.models.contracts import PREDICTION_TYPES, base_folder, carries_contract, file_contract
-from twostep.models.dialects import kohya, peft, read_lora
+from twostep.export.card import Card, write_workflows
+from twostep.models.bundle import Bundle, embed_no_guidance, hollow_networks, save_bundle
+from twostep.models.contracts import (
+    DIFFUSERS_NAMES,
+    base_folder,
+    carries_contract,
+    file_contract,
+    lora_files,
+    read_contracts,
+)
+from twostep.models.dialects import LowRank, read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
-from twostep.models.single_file import whole_weights
+from twostep.models.ldm import clip_l_names
+from twostep.models.official import BASE
+from twostep.models.single_file import SDXL_BASE, whole_weights
+from twostep.models.worn import load_worn
 from twostep.runs.folder import write_whole
 
-Target = Literal["diffusers", "comfyui", "unet", "lora-kohya", "lora-peft"]
-
-SDXL = "stable-diffusion-xl-v1-base"
-"""ModelSpec's name of the architecture, which small models of the same classes do not have."""
-
-HERE = Path(__file__).parent
+TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 
 
-def export(model: str | Path, to: str, out: Path, *, steps: int | None = None, base: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Parcel:
+    """A model on its way out: what it says of itself, in which form and whereto it goes, and what its card shows."""
+
+    contract: Contract
+    to: str
+    out: Path
+    network: nn.Module
+    card: Card
+
+    def send(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+        """Write a file with its card and, where ComfyUI reads it, its workflows; returns the file."""
+        file = save({key: value.cpu().contiguous() for key, value in weights.items()})
+        stamp(file, self.out, {"format": "pt", **metadata, **self.model_spec})
+        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
+        if self.to != "lora-peft":
+            write_workflows(self.contract, self.to, self.out)
+        return self.out
+
+    @property
+    def full_size(self) -> bool:
+        """Whether it is SDXL itself: smaller models of its classes most programs do not know."""
+        return tuple(self.network.config.block_out_channels) == (320, 640, 1280)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def model_spec(self) -> dict[str, str]:
+        """What ModelSpec says of it, all but the digest."""
+        contract = self.contract
+        named = "stable-diffusion-xl-v1-base" if self.full_size else f"{contract.base} (SDXL's classes, smaller)"
+        spec = {
+            "sai_model_spec": "1.0.1",
+            "architecture": f"{named}/lora" if self.to.startswith("lora") else named,
+            "implementation": "sgm" if self.to in ("comfyui", "lora-kohya") else "diffusers",
+            "title": contract.name,
+            "resolution": "x".join(map(str, contract.sizes[0])),
+            "date": datetime.now(UTC).date().isoformat(),
+            "prediction_type": DIFFUSERS_NAMES[contract.prediction_type].removesuffix("_prediction"),
+            "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
+        }
+        return {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+def export(
+    model: str | Path,
+    to: str,
+    out: Path,
+    *,
+    steps: int | None = None,
+    base: str | None = None,
+    loras: tuple[str, ...] = (),
+    card: Card | None = None,
+) -> Path:
     """Write a model, or one of its students, as `to` says: into the folder `out` for diffusers, else into that file.
 
-    A LoRA's layers are those of its base, which is found by its contract if not given. Raises ModelError for what the
-    model is not, RunError for what cannot be written.
+    `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if not given. Raises
+    ModelError for what the model is not, RunError for what cannot be written.
     """
-    if to not in get_args(Target):
-        raise ModelError(f"There is no export to {to!r}; there are {', '.join(get_args(Target))}.")
+    if to not in TARGETS:
+        raise ModelError(f"There is no export to {to!r}; there are {', '.join(TARGETS)}.")
+    if (out.suffix == ".safetensors") == (to == "diffusers"):
+        raise ModelError(f"--out is {out}; expected a {'folder' if to == 'diffusers' else '.safetensors'} for {to}.")
+    card = card or Card()
     if to.startswith("lora"):
-        return _export_lora(find_model(model), to, out, base)
-    bundle = load_bundle(model, steps=steps)
-    if to == "diffusers":
-        save_bundle(bundle, out)
-        return _explain(out, bundle.contract, to, out / "README.md")
+        path = _lora_file(model, steps)
+        lora, networks, own = open_lora(path, base)
+        # One without a contract is a style: it is drawn with as its base is.
+        contract = own or replace(read_contracts(str(base))[0], name=path.stem)
+        tensors, told = write_lora(lora, networks, to.removeprefix("lora-"))
+        return Parcel(contract, to, out, networks["unet"], card).send(
+            tensors, told | (own.to_metadata() if own else {})
+        )
+    bundle = load_worn(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
-    weights = whole_weights(bundle.parts, bundle.codec.vae) if to == "comfyui" else bundle.parts["unet"].state_dict()
-    return _write(weights, contract, out, to, bundle.denoiser.network.config.block_out_channels, contract.to_metadata())
+    parcel = Parcel(contract, to, out, bundle.denoiser.network, card)
+    return _send_folder(bundle, parcel) if to == "diffusers" else _send_whole(bundle, parcel)
 
 
-def _export_lora(path: Path, to: str, out: Path, base: str | None) -> Path:
-    contract = file_contract(path) if path.is_file() and carries_contract(path) else None
+def open_lora(path: Path, base: str | None) -> tuple[dict[str, LowRank], dict[str, nn.Module], Contract | None]:
+    """Read a LoRA with hollow networks that have its layers, and its contract if it has one; ModelError."""
+    contract = file_contract(path) if carries_contract(path) else None
     if contract is not None and contract.lora_rank is None:
-        raise ModelError(f"{path} is a student's whole UNet, no LoRA. Export it to unet, comfyui or diffusers.")
+        raise ModelError(f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers.")
     if base is None and contract is None:
         raise ModelError(f"{path} does not say whose layers it has; name a model of that kind as the base.")
-    bundle = load_bundle(base or base_folder(path, contract), outline=True)  # type: ignore[arg-type]
-    lora = read_lora(path, bundle.parts, alpha=contract.lora_alpha if contract else None)
-    first = next(iter(lora.values()))
-    named = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
-    named |= {"ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
-    weights, more = (kohya(lora, bundle.parts), named) if to == "lora-kohya" else peft(lora, bundle.parts)
-    channels = bundle.denoiser.network.config.block_out_channels
-    if contract is None:
-        return _write(weights, replace(bundle.contract, name=path.stem), out, to, channels, more)
-    return _write(weights, contract, out, to, channels, more | contract.to_metadata())
+    of_sdxl = contract is not None and contract.base == BASE
+    found = base or (SDXL_BASE if of_sdxl else base_folder(path, contract))  # type: ignore[arg-type]
+    networks = hollow_networks(found)
+    del networks["vae"]
+    return read_lora(path, networks, alpha=contract.lora_alpha if contract else None), networks, contract
 
 
-def _write(
-    weights: Mapping[str, Tensor],
-    contract: Contract,
-    out: Path,
-    to: str,
-    channels: Iterable[int],
-    metadata: dict[str, str],
-) -> Path:
-    weights = {key: (value.half() if value.dim() else value).cpu().contiguous() for key, value in weights.items()}
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(weights[key].numpy().tobytes())
-    architecture = SDXL if tuple(channels) == (320, 640, 1280) else f"{contract.base} (the classes of SDXL, smaller)"
-    spec = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora" if to.startswith("lora") else architecture,
-        "implementation": "diffusers" if to in ("unet", "lora-peft") else "sgm",
-        "title": contract.name,
-        "resolution": "x".join(map(str, contract.sizes[0])),
-        "date": datetime.now(UTC).date().isoformat(),
-        "prediction_type": next(name for name, kind in PREDICTION_TYPES.items() if kind == contract.prediction_type),
-        "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
-        "hash_sha256": f"0x{digest.hexdigest()}",
-    }
-    with write_whole(out) as file:
-        file.write(save(weights, metadata | {f"modelspec.{key}": value for key, value in spec.items()}))
-    _explain(out, contract, to, out.with_suffix(".md"))
-    if to != "lora-peft":
-        _render("workflow.json", out.with_suffix(".json"), file=out.name, to=to, contract=contract)
+def _lora_file(model: str | Path, steps: int | None) -> Path:
+    """Find a LoRA's file, or the one of so many steps in a model's folder."""
+    path = find_model(model)
+    if path.is_file():
+        return path
+    found = lora_files(path)
+    if steps is None or steps not in found:
+        there = f"there are LoRAs for {', '.join(map(str, found))}" if found else "it has none; `twostep extract` can"
+        raise ModelError(f"{model} is a folder, and {steps or 'no'} steps were asked for: {there}.")
+    return found[steps]
+
+
+def _send_folder(bundle: Bundle, parcel: Parcel) -> Path:
+    out = parcel.out
+    if parcel.contract.role == "student":
+        embed_no_guidance(bundle.denoiser.network)
+    save_bundle(replace(bundle, contract=parcel.contract), out)
+    unet, encoder = out / "unet" / "diffusion_pytorch_model.safetensors", out / "text_encoder" / "model.safetensors"
+    stamp(unet.read_bytes(), unet, parcel.contract.to_metadata() | parcel.model_spec)
+    stamp(encoder.read_bytes(), encoder, {}, clip_l_names)  # older transformers find nothing without the first word
+    parcel.card.write(parcel.contract, parcel.to, out, full_size=parcel.full_size)
     return out
 
 
-def _explain(out: Path, contract: Contract, to: str, card: Path) -> Path:
-    fields = {name.replace("_", " "): value for name, value in asdict(contract).items()}
-    _render("card.md", card, file=out.name, to=to, contract=contract, fields=fields)
-    return out
+def _send_whole(bundle: Bundle, parcel: Parcel) -> Path:
+    networks = {**bundle.parts, "vae": bundle.codec.vae} if parcel.to == "comfyui" else bundle.parts
+    weights = whole_weights(networks) if parcel.to == "comfyui" else bundle.denoiser.network.state_dict()
+    halves = {key: value.half() for key, value in weights.items()}
+    if over := next((key for key, value in halves.items() if not value.isfinite().all()), None):
+        raise ModelError(f"{over} of {parcel.contract.name} is not finite in 16 bits: damaged, or too large.")
+    if parcel.to == "comfyui" and parcel.contract.prediction_type == "v":
+        halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
+    return parcel.send(halves, parcel.contract.to_metadata())
 
 
-def _render(template: str, out: Path, **values: object) -> None:
-    page = Environment(undefined=StrictUndefined, trim_blocks=True).from_string((HERE / template).read_text())
-    with write_whole(out) as file:
-        file.write(page.render(**values).encode())
+def stamp(
+    file: bytes, out: Path, metadata: Mapping[str, str], names: Callable[[Iterable[str]], dict[str, str]] | None = None
+) -> None:
+    """Write a safetensors file with more metadata and the digest of its tensors, and maybe with other names."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header, body = json.loads(file[8:end]), memoryview(file)[end:]
+    told = header.pop("__metadata__", {}) | metadata | {"modelspec.hash_sha256": f"0x{sha256(body).hexdigest()}"}
+    called = names(header) if names else dict(zip(header, header, strict=True))
+    text = json.dumps({"__metadata__": told, **{called[key]: value for key, value in header.items()}}).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
+    with write_whole(out) as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        written.write(body)

@@ -11,32 +11,30 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
-from twostep.models.contracts import PREDICTION_TYPES, base_folder, read_contracts, student_files
+from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
 from twostep.models.denoiser import Denoiser
 from twostep.models.dialects import merge_lora, read_lora
-from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json, weights_variant
-from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
+from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json
 from twostep.models.lora import PREFIX
 from twostep.models.official import official_file
-from twostep.models.single_file import Outline, SingleFile, find_single_file, is_whole
+from twostep.models.single_file import PARTS, FolderFiles, Outline, SingleFile, fill, find_single_file, is_whole
 from twostep.models.text import TextEncoders, quiet_transformers
 from twostep.runs.folder import write_whole
 
 Weights = SingleFile | Outline | None
 """Where weights are that do not lie beside their configs."""
-EncoderT = TypeVar("EncoderT", CLIPTextModel, CLIPTextModelWithProjection)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +72,10 @@ class Bundle:
         first, second = self.text.encoders
         return {"unet": self.denoiser.network, "text_encoder": first, "text_encoder_2": second}
 
-    def to(self, device: torch.device) -> Bundle:
-        """Move every network to a device, in place; returns the bundle."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Bundle:
+        """Move every network to a device, and to a precision if one is given, in place; returns the bundle."""
         for network in (*self.parts.values(), self.codec.vae):
-            network.to(device)
+            nn.Module.to(network, device, dtype)  # diffusers' own would warn of nothing
         return self
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
@@ -109,12 +107,12 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
         file = None
     if file and contract.lora_rank is None:
         of_unet = SingleFile(file, folder)
-    network: UNet2DConditionModel = _load_network(UNet2DConditionModel, folder / "unet", UNET, of_unet)
+    network: UNet2DConditionModel = _load(folder, "unet", of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
     schedule = load_schedule(folder)
     return Bundle(
-        denoiser=Denoiser(network.eval().requires_grad_(False), schedule, contract.prediction_type),
+        denoiser=Denoiser(network, schedule, contract.prediction_type),
         codec=load_codec(folder, source),
         text=load_text(folder, source),
         contract=contract,
@@ -140,15 +138,22 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
             beta_start=0.00085,
             beta_end=0.012,
             timestep_spacing="trailing",
-            prediction_type=next(k for k, v in PREDICTION_TYPES.items() if v == bundle.contract.prediction_type),
+            prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
         ),
         force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
         add_watermarker=False,
     )
     with quiet_transformers():
         pipeline.save_pretrained(folder)
-    _clean_configs(folder)
+    clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
+
+
+def embed_no_guidance(network: UNet2DConditionModel) -> None:
+    """Tell diffusers that guidance is distilled in, so that its pipelines never guide: embed its scale, with zeros."""
+    network.register_to_config(time_cond_proj_dim=256)
+    network.time_embedding.cond_proj = nn.Linear(256, network.time_embedding.linear_1.in_features, bias=False)
+    nn.init.zeros_(network.time_embedding.cond_proj.weight)
 
 
 def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
@@ -182,21 +187,37 @@ def load_schedule(folder: Path) -> NoiseSchedule:
 
 def load_codec(folder: Path, single: Weights = None) -> ImageCodec:
     """Load the autoencoder of a model folder, frozen and in float32; its weights may be in a single file."""
-    tiny = read_json(folder / "vae" / "config.json")["_class_name"] == "AutoencoderTiny"
-    vae = _load_network(AutoencoderTiny if tiny else AutoencoderKL, folder / "vae", VAE, single)
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
-    return ImageCodec(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+    return ImageCodec(_load(folder, "vae", single).to(memory_format=torch.channels_last))
 
 
-def _load_network(kind: Any, folder: Path, part: str, single: Weights) -> Any:
-    """Load a network of diffusers by its config, with the weights beside that or the part of a single file."""
-    if single is None:
-        return kind.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
-        )
-    with torch.device(single.made_on):
-        network = kind.from_config(read_json(folder / "config.json"))
-    return single.fill(network, part)
+def hollow_networks(model: str | Path) -> dict[str, nn.Module]:
+    """Return a model's networks by their names in its folder, without memory for weights; ModelError."""
+    path = find_model(model, only=CONFIGS)
+    folder = find_single_file(path).folder if path.is_file() else path
+    with torch.device("meta"):
+        return {name: _build(folder, name) for name in PARTS}
+
+
+def _build(folder: Path, name: str) -> Any:
+    """Make a network of a model folder by its config, on the device that is the default."""
+    config = read_json(folder / name / "config.json") | {"time_cond_proj_dim": None}  # see `embed_no_guidance`
+    if name.startswith("text"):
+        kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
+        return kind(CLIPTextConfig.from_dict(config))
+    tiny = config.get("_class_name") == "AutoencoderTiny"
+    return (UNet2DConditionModel if name == "unet" else AutoencoderTiny if tiny else AutoencoderKL).from_config(config)
+
+
+def _load(folder: Path, name: str, source: Weights) -> Any:
+    """Load a network of a model folder, with the weights beside its config or from elsewhere, frozen."""
+    of = source or FolderFiles(folder)
+    with torch.device(of.made_on):
+        network = fill(_build(folder, name), PARTS[name], of)
+    for module in network.modules():  # what no file has
+        if getattr(module, "position_ids", None) is not None:
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    return network.eval().requires_grad_(False)
 
 
 def load_text(folder: Path, single: Weights = None) -> TextEncoders:
@@ -205,33 +226,20 @@ def load_text(folder: Path, single: Weights = None) -> TextEncoders:
     SDXL's own index says that the empty prompt is all zeros; where there is no index it is encoded like any other.
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
-    encoders = (
-        _load_encoder(CLIPTextModel, folder / "text_encoder", CLIP_L, single),
-        _load_encoder(CLIPTextModelWithProjection, folder / "text_encoder_2", CLIP_G, single),
-    )
+    encoders = (_load(folder, "text_encoder", single), _load(folder, "text_encoder_2", single))
     tokenizers = tuple(CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
     return TextEncoders(
         (tokenizers[0], tokenizers[1]), encoders, zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", False))
     )
 
 
-def _load_encoder(kind: type[EncoderT], folder: Path, part: str, single: Weights) -> EncoderT:
-    read_json(folder / "config.json")
-    if single is not None:
-        empty = kind(kind.config_class.from_pretrained(folder))
-        return single.fill(empty, part).eval().requires_grad_(False)
-    with quiet_transformers():
-        encoder = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, variant=weights_variant(folder)
-        )
-    return encoder.eval().requires_grad_(False)
-
-
-def _clean_configs(folder: Path) -> None:
+def clean_configs(folder: Path) -> None:
     """Take out of a model's configs where its parts were loaded from, and what loading warns of."""
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
+        # transformers obeys it where nothing else is asked for, and diffusers then has its own networks in float32.
+        config |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, "float32")
         if config.get("_class_name") == "AutoencoderTiny":
             # diffusers derives it, and warns where it is given.
             config.pop("block_out_channels", None)

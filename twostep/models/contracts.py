@@ -7,15 +7,15 @@ file one is derived from its configs.
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
+from twostep.models.kinds import read_header
 from twostep.models.official import ALIAS, BASE, HUB_ID, STEPS, official_contract, official_file
 from twostep.models.single_file import SDXL_BASE, find_single_file
 from twostep.models.sizes import sizes_around
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 32, 6.0
 """For a teacher that says nothing of itself: what section 3.6 of arXiv 2402.13929 used on SDXL."""
 
@@ -36,25 +36,23 @@ def student_files(folder: Path) -> dict[int, Path]:
     return {file_contract(file).steps: file for file in sorted(folder.glob("students/*_unet.safetensors"))}
 
 
+def lora_files(folder: Path) -> dict[int, Path]:
+    """Return the LoRAs in a model folder that make students, by the steps of these."""
+    files = {path: file_contract(path) for path in sorted(folder.glob("students/*_lora.safetensors"))}
+    return {contract.steps: path for path, contract in files.items() if not goes_on_a_student(contract)}
+
+
 def file_contract(path: Path) -> Contract:
     """Read the contract in a student's file, or tell that of an official one by its name."""
     try:
-        return official_contract(path) or Contract.from_metadata(_metadata(path))
+        return official_contract(path) or Contract.from_metadata(read_header(path).metadata)
     except ContractError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
 def carries_contract(path: Path) -> bool:
     """Tell whether a file says, or its name, how it is to be sampled."""
-    return METADATA_KEY in _metadata(path) or official_contract(path) is not None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+    return METADATA_KEY in read_header(path).metadata or official_contract(path) is not None
 
 
 def _single_file_contract(path: Path) -> Contract:
@@ -97,11 +95,12 @@ def _folder_contract(folder: Path) -> Contract:
 
 def _derived_contract(folder: Path) -> Contract:
     """Say of a teacher what its configs tell; how many steps and how much guidance it likes, they do not."""
-    kind = read_json(folder / INDEX_FILE).get("_class_name", "nothing")
+    index = read_json(folder / INDEX_FILE)
+    kind = "the SDXL refiner" if index.get("requires_aesthetics_score") else index.get("_class_name", "nothing")
     unet, vae = read_json(folder / "unet" / "config.json"), read_json(folder / "vae" / "config.json")
     if not str(kind).startswith("StableDiffusionXL") or unet.get("addition_embed_type") != "text_time":
         raise ModelError(
-            f"{folder} is a {kind} whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
+            f"{folder} is {kind}, whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
             "SDXL base or fine-tune (StableDiffusionXLPipeline, 'text_time'); nothing else is distilled here."
         )
     given, made = unet.get("in_channels", 4), unet.get("out_channels", 4)

@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from twostep.models.folder import ModelError
+from twostep.models.kinds import kind_of, read_header
 from twostep.models.ldm import unet_names
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 """The parts of a model -> what kohya puts before the names of their layers."""
 
-_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora\.down|lora_down)|(lora_B|lora\.up|lora_up))\.weight|(.+)\.alpha")
-_FOREIGN = {
-    "lora_te_": "is for Stable Diffusion 1 or 2",
-    "down_blocks_0_attentions": "is for Stable Diffusion 1 or 2",
-    "double_blocks": "is for Flux",
-    "single_blocks": "is for Flux",
-    "transformer.": "is for a model with a transformer, as Flux or Stable Diffusion 3",
-    "hada_": "is a LoHa, which is no LoRA",
-    "lokr_": "is a LoKr, which is no LoRA",
-    "dora_scale": "is a DoRA, whose lengths no LoRA has",
-    "lora_mid": "is a Tucker decomposition, which is not read here",
+DIALECTS = {
+    "peft": (0, "lora_A", "lora_B"),
+    "early": (0, "lora.down", "lora.up"),
+    "kohya-diffusers": (1, "lora_down", "lora_up"),
+    "kohya": (2, "lora_down", "lora_up"),
 }
-"""What a file is in which such a word is in a key that no layer has."""
+"""Which name a dialect has for a layer (see `_spelled`), and what it calls the halves."""
+
+_KEY = re.compile(
+    r"(.+?)\.(?:(lora_A|lora\.down|lora_linear_layer\.down|lora_down)|(lora_B|lora\.up|lora_linear_layer\.up|lora_up))"
+    r"\.weight|(.+)\.alpha"
+)
 
 
 class LoraError(ModelError):
@@ -75,7 +75,8 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         match = _KEY.fullmatch(key)
         layer = layers.get(match[1] or match[4]) if match else None
         if match is None or layer is None:
-            raise LoraError(f"{path} {_said_of(key)}: it has {key}, and no layer of {', '.join(parts)} is called so.")
+            what = kind_of(read_header(path))
+            raise LoraError(f"{path} is {what}: it has {key}, and no layer of {', '.join(parts)} is called so.")
         kind = "down" if match[2] else "up" if match[3] else "alpha"
         if kind in found.setdefault(layer, {}):
             raise LoraError(f"{path} mixes dialects: {key} is there a second time under another name.")
@@ -103,41 +104,51 @@ def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, w
 
 def kohya(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return a LoRA as the tensors of the file that every program reads, each layer with its alpha."""
-    names, tensors = _spelled(parts), dict[str, Tensor]()
-    for layer, low in lora.items():
-        name = names[layer][-1]
-        tensors |= {f"{name}.lora_down.weight": low.down, f"{name}.lora_up.weight": low.up}
-        tensors[f"{name}.alpha"] = torch.tensor(low.alpha)
-    return tensors
+    return write_lora(lora, parts, "kohya")[0]
 
 
-def peft(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a LoRA as PEFT and diffusers name it, and the metadata in which they look for its alpha."""
+def write_lora(
+    lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], dialect: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a LoRA as a file's tensors and metadata in one of `DIALECTS`, each half bit for bit; LoraError."""
+    if dialect not in DIALECTS:
+        raise LoraError(f"There is no dialect {dialect!r}; there are {', '.join(DIALECTS)}.")
     tensors, told, names = dict[str, Tensor](), dict[str, Any](), _spelled(parts)
     for layer, low in lora.items():
-        part, _, own = layer.partition(".")
-        name = next(name for name in reversed(names[layer]) if name.startswith(f"{part}.") and own in name)
-        tensors |= {f"{name}.lora_A.weight": low.down, f"{name}.lora_B.weight": low.up}
+        (place, down, up), (part, _, own) = DIALECTS[dialect], layer.partition(".")
+        name = names[layer][place]
+        if dialect == "early" and part != "unet":
+            down, up = "lora_linear_layer.down", "lora_linear_layer.up"
+        tensors |= {f"{name}.{down}.weight": low.down, f"{name}.{up}.weight": low.up}
+        if dialect == "early" and low.alpha != low.rank:
+            raise LoraError(f"Early files have no alpha, and {layer} has {low.alpha:g} at rank {low.rank}. Use peft.")
+        if place:
+            exact = torch.tensor(low.alpha, dtype=low.down.dtype)  # kohya's own have it in the precision of the rest
+            tensors[f"{name}.alpha"] = exact if exact.item() == low.alpha else torch.tensor(low.alpha)
         rank, alpha = told.setdefault(f"{part}.r", low.rank), told.setdefault(f"{part}.lora_alpha", low.alpha)
         told.setdefault(f"{part}.target_modules", []).append(own)
         told.setdefault(f"{part}.rank_pattern", {}).update({own: low.rank} if low.rank != rank else {})
         told.setdefault(f"{part}.alpha_pattern", {}).update({own: low.alpha} if low.alpha != alpha else {})
-    return tensors, {"lora_adapter_metadata": json.dumps(told)}
+    if not dialect.startswith("kohya"):
+        return tensors, {"lora_adapter_metadata": json.dumps(told)} if dialect == "peft" else {}
+    first = next(iter(lora.values()))
+    known = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
+    return tensors, known | {"ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
 
 
 def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return by layer all its names in files, without what tells the halves apart; the last is the one to write."""
+    """Return by layer all its names in files, without what tells the halves apart; those to write come first."""
     spelled = {}
     for part, network in parts.items():
         layers = list(_layers(network))
         old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
         for layer in layers:
             # transformers dropped the first word of CLIP's names; files keep it.
-            also = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
-            dotted = dict.fromkeys((layer, also, old.get(f"{layer}.weight", f"{also}.weight").removesuffix(".weight")))
-            kohyas = [KOHYA[part] + name.replace(".", "_") for name in dotted]
+            full = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+            before = old.get(f"{layer}.weight", full).removesuffix(".weight")
+            names = [f"{part}.{full}", *(KOHYA[part] + name.replace(".", "_") for name in (full, before, layer))]
             alone = [f"base_model.model.{layer}"] if part == "unet" else []  # as PEFT saves a network by itself
-            spelled[f"{part}.{layer}"] = [*alone, *(f"{part}.{name}" for name in dotted), *kohyas]
+            spelled[f"{part}.{layer}"] = [*names, f"{part}.{layer}", f"{part}.{before}", *alone]
     return spelled
 
 
@@ -160,11 +171,11 @@ def find_layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return a file's tensors, and the alphas that diffusers writes into its metadata, by layer or by part."""
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraError(f"{path} is no whole safetensors file ({error}). Fetch or export it again.") from error
+        told = json.loads(read_header(path).metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as error:
+        raise LoraError(f"{path}: its lora_adapter_metadata is damaged ({error}). Fetch or export it again.") from error
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     alphas = {}
     for part in KOHYA:
         if f"{part}.lora_alpha" in told:
@@ -182,9 +193,3 @@ def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) ->
             f"{path} does not fit: {layer} is {list(weight.shape)}, and its halves are {list(up.shape)} and "
             f"{list(down.shape)}. It was made for a model of another kind."
         )
-
-
-def _said_of(key: str) -> str:
-    """Say what a file is that has such a key."""
-    known = (said for word, said in _FOREIGN.items() if word in key or word in key.replace(".", "_"))
-    return next(known, "is no LoRA for this model")

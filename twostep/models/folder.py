@@ -44,9 +44,10 @@ def find_model(model: str | Path, *, only: tuple[str, ...] | None = None) -> Pat
 
 def weights_variant(folder: Path) -> str | None:
     """Return "fp16" where a part of a model has only such weights; ModelError where it has none but pickles."""
-    if any(".fp16." not in path.name for path in folder.glob("*.safetensors")):
+    there = [path.name for path in folder.glob("*.safetensors") if path.exists()]  # a cache half filled has dead links
+    if any(".fp16." not in name for name in there):
         return None
-    if any(folder.glob("*.fp16.safetensors")):
+    if there:
         return "fp16"
     found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
     raise ModelError(

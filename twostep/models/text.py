@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
+from twostep.errors import TwostepError
 from twostep.models.conditioning import Conditioning, image_sizes
 
 _A1111 = re.compile(r"\(([^()]+):(\d*\.?\d+)\)")
@@ -20,6 +21,10 @@ _WEIGHTS = re.compile(r'(?<=[\w)"])[+-]+(?!\w)|(?<=\))\d*\.?\d+|\.(and|blend)\([
 
 _TURN = RLock()
 """Tokenizers keep settings between calls, so one thread at a time."""
+
+
+class PromptError(TwostepError):
+    """Weights in a prompt that cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +99,11 @@ class TextEncoders:
 
             layer = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
             both = zip(self.tokenizers, self.encoders, strict=True)
-            return torch.cat(
-                [Compel(*of, returned_embeddings_type=layer, truncate_long_prompts=False)(prompt) for of in both],
-                dim=-1,
-            )
+            try:
+                told = [Compel(*of, returned_embeddings_type=layer, truncate_long_prompts=False)(prompt) for of in both]
+            except Exception as error:  # whatever compel stumbles over
+                raise PromptError(f"cannot weigh {prompt!r} ({error}). Write (red apple)1.3, red++ or red-.") from error
+            return torch.cat(told, dim=-1)
 
 
 def _words(prompt: str) -> str:

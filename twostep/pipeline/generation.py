@@ -63,8 +63,7 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     """
     contract, wish = bundle.contract, request.strength
     warnings = contract.check(request.steps, request.guidance, request.width, request.height)
-    size = _size(contract, request)
-    request, times = _settled(contract, request, size)
+    request, times = _settled(contract, request)
     seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
     images: list[Image.Image] = []
     with torch.inference_mode():
@@ -72,7 +71,7 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
             warnings += _prompt_warnings(bundle, request) + _seed_warnings(request)
             warnings += _strength_warnings(contract, times, wish)
             prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
-            told = bundle.conditioning(prompts, *size, whole=True)
+            told = bundle.conditioning(prompts, request.width or 0, request.height or 0, whole=True)
         with _timed(seconds, "encode"):
             inputs = Inputs.of(bundle, request, times)
         for start in range(0, request.num_images, MAX_BATCH):
@@ -86,21 +85,11 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     return Result(images, request.seeds, seconds, warnings, contract, request, bundle.origin)
 
 
-def _size(contract: Contract, request: Request) -> tuple[int, int]:
-    """Return the size that is asked for, or of those left open the one that fits the pictures, if any go in."""
-    width, height = request.width, request.height
-    fitting = [size for size in contract.sizes if width in (None, size[0]) and height in (None, size[1])]
-    if width and height and not fitting:
-        return width, height
-    picture = request.image or next((control.picture for control in request.controls), None)
-    return fitting[0] if picture is None else nearest_size(picture.image, fitting)
-
-
-def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tuple[Request, tuple[int, ...]]:
+def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int, ...]]:
     """Return a checked request with nothing left open, and the times that it walks, the landing 0 included.
 
-    A student's guidance is distilled into it, so it gets none, which is 1. A drawing that begins at an image does so at
-    one of the student's own trained times, the nearest to the strength, or one of the teacher's grid.
+    A student's guidance is distilled into it, so it gets none, which is 1. Sizes left open are those that fit the
+    pictures best. An image is begun at that trained time, or of a teacher's grid, which is nearest to the strength.
     """
     wish = contract.guidance if request.guidance is None else request.guidance
     steps, start, strength = request.steps or contract.steps, TOP_TIME, None
@@ -108,8 +97,12 @@ def _settled(contract: Contract, request: Request, size: tuple[int, int]) -> tup
         wished = TOP_TIME * (request.strength or (DEFAULT_STRENGTH if request.mask is None else 1))
         start = min(contract.trained_times or trailing_times(steps), key=lambda t: (abs(t - wished), -t))
         strength = start / TOP_TIME
+    fitting = [(w, h) for w, h in contract.sizes if request.width in (None, w) and request.height in (None, h)]
+    fitting = fitting or [(request.width or 0, request.height or 0)]  # between those sizes, as the contract allows
+    picture = request.image or next((control.picture for control in request.controls), None)
+    width, height = fitting[0] if picture is None else nearest_size(picture.image, fitting)
     guidance = 1.0 if contract.role == "student" else max(1.0, wish)
-    request = replace(request, steps=steps, guidance=guidance, width=size[0], height=size[1], strength=strength)
+    request = replace(request, steps=steps, guidance=guidance, width=width, height=height, strength=strength)
     return request, falling_times(start, steps)
 
 

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
-from twostep.pipeline.request import Request, Result
+from twostep.pipeline.request import MAX_BATCH, Request, Result
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
@@ -72,12 +72,12 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
 def text_chunks(result: Result, index: int) -> dict[str, str]:
     """Write down the origin of image `index` as PNG text chunks, by chunk name."""
     request = result.request.only(result.seeds[index])
-    batch = result.request.batch_of(index)
+    first = index // MAX_BATCH * MAX_BATCH
     told = {
         "contract": json.loads(result.contract.to_json()),
         "request": json.loads(request.to_json()),
         "origin": result.origin,
-        "batch": {"seed": batch.seed, "num_images": batch.num_images},
+        "batch": {"seed": result.seeds[first], "num_images": len(result.seeds[first : first + MAX_BATCH])},
     }
     return {A1111_CHUNK: a1111_text(result.contract, request), TWOSTEP_CHUNK: json.dumps(told, ensure_ascii=False)}
 

@@ -27,7 +27,6 @@ NUM_SEEDS = 2**63
 NUM_DISTINCT_SEEDS = 2**32
 """torch's CPU generator reads the lowest 32 bits of a seed; larger seeds draw the noise of a smaller one."""
 
-
 MAX_BATCH = 16
 """Images that go through the network together; larger requests are drawn in several such batches."""
 
@@ -67,9 +66,7 @@ class Picture:
     def image(self) -> Image:
         """The pixels; RequestError where they were not read again yet."""
         if self.pixels is None:
-            raise RequestError(
-                f"{self.name or 'a picture in memory'} is known by name alone: call found(folders) first."
-            )
+            raise RequestError(f"{self.name or 'a picture in memory'} is known by name alone; call found(folders).")
         return self.pixels
 
     def found(self, folders: Sequence[Path]) -> Picture:
@@ -96,9 +93,9 @@ class Control:
 
     def __post_init__(self) -> None:
         if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
+            share = f"{self.start:g}-{self.end:g}"
             raise RequestError(
-                f"a control acts at {self.scale:g} from {self.start:g} to {self.end:g}; expected a scale from 0 up, "
-                "and two rising shares of the steps in 0..1."
+                f"control at {self.scale:g}, {share}: expected a scale from 0 up, rising shares in 0..1."
             )
 
 
@@ -148,10 +145,8 @@ class Request:
             raise RequestError(f"strength is {self.strength}; expected a number above 0, up to 1 for all of the image.")
         image, mask = (picture and picture.pixels for picture in (self.image, self.mask))
         if image and mask and image.size != mask.size:
-            raise RequestError(
-                f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height} pixels; expected "
-                "the same size. Draw the mask on a copy of the image."
-            )
+            sizes = f"{mask.width}x{mask.height} and the image {image.width}x{image.height}"
+            raise RequestError(f"the mask is {sizes} pixels; expected the same size. Paint it on a copy of the image.")
 
     @property
     def seeds(self) -> list[int]:
@@ -161,11 +156,6 @@ class Request:
     def only(self, seed: int) -> Request:
         """Return the request that draws exactly one of this request's pictures."""
         return replace(self, num_images=1, seed=seed)
-
-    def batch_of(self, index: int) -> Request:
-        """Return the request of those pictures that are drawn together with number `index`, to the last bit alike."""
-        first = index // MAX_BATCH * MAX_BATCH
-        return replace(self, seed=self.seed + first, num_images=min(MAX_BATCH, self.num_images - first))
 
     def found(self, folders: Sequence[Path]) -> Request:
         """Return the same request with every picture that goes in read again."""
@@ -202,7 +192,7 @@ class Result:
     """What was made of a request.
 
     `request` has every default filled in and the guidance and strength that were really used, `seconds` is per stage
-    ("text", "encode" if pictures go in, "denoise", "decode"), `warnings` are sentences for a person, `origin` is the
+    ("text", "encode", "denoise", "decode"), `warnings` are sentences for a person, `origin` is the
     model and the LoRAs as they were named when the bundle was loaded.
     """
 
