@@ -18,7 +18,7 @@ from twostep.distill.examples import Examples
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.models.bundle import Bundle, save_bundle, save_student
-from twostep.models.denoiser import Denoiser, Network
+from twostep.models.denoiser import Denoiser
 from twostep.models.lora import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras
 from twostep.models.probe import check_prediction_type
 from twostep.runs.devices import place, wait
@@ -65,7 +65,10 @@ def distil(
         leaving.callback(remove_loras, teacher.denoiser.network)
         if start is not None:
             leaving.callback(remove_loras, start.network)
-            start = _begun(recipe, start, like=teacher.denoiser.network)
+            # Where the teacher is, with the style, if there is one, as its running LoRA.
+            nn.Module.to(start.network, teacher.denoiser.device, teacher.denoiser.network.dtype)
+            if recipe.style_lora is not None:
+                start = replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)
         for phase, lesson, is_last in lessons(recipe, teacher, source, start=start):
             _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
             if is_last and phase.student_steps in recipe.release:
@@ -136,14 +139,6 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     if recipe.base_precision == "bf16":
         nn.Module.to(teacher.denoiser.network, torch.bfloat16)  # diffusers' own would warn of nothing
     return teacher
-
-
-def _begun(recipe: DistillRecipe, start: Denoiser, *, like: Network) -> Denoiser:
-    """Put the student that is trained on where the teacher is, with the style, if there is one, as its running LoRA."""
-    nn.Module.to(start.network, like.device, like.dtype)
-    if recipe.style_lora is None:
-        return start
-    return replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)
 
 
 def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:

@@ -38,9 +38,7 @@ def fit_features(features: Float[Tensor, "samples features"]) -> FeatureStatisti
     if not bool(torch.isfinite(features).all()):
         raise FrechetError("the features hold NaN or infinity; look for broken pictures.")
     samples = features.detach().to("cpu", torch.float64)
-    mean = samples.mean(dim=0)
-    centred = samples - mean
-    return FeatureStatistics(mean, centred.T @ centred / (len(samples) - 1), len(samples))
+    return FeatureStatistics(samples.mean(dim=0), torch.atleast_2d(torch.cov(samples.T)), len(samples))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
