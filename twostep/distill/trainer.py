@@ -223,7 +223,7 @@ class AdversarialTrainer:
             real = teacher_landing(teach, x_t, t, *phase.grids, student.schedule)
             fake = step(student(x_t, t, conditioning), s, student.schedule)
             seen_at = s
-            if phase.student_steps <= 2:  # section 3.7.2
+            if phase.student_steps <= 2:  # clean landings are judged noised to t* (section 3.7.2)
                 noised = draw_noised_times(phase.batch_size, phase.early_weight, draw.tensors)
                 seen_at = torch.where(s == 0, noised[place().share(phase.batch_size)], s)
             eps = _draw_noise(x_t, phase, draw)
