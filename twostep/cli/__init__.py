@@ -12,7 +12,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep.cli import draw, files, train
-from twostep.cli.cache import cache
 from twostep.errors import TwostepError
 
 
@@ -41,7 +40,7 @@ for verb in (
     draw.info,
     train.recipes,
     train.recipe,
-    cache,
+    train.cache,
     train.plan,
     train.distill,
     train.report,
