@@ -49,10 +49,8 @@ class ImageCodec:
     @cached_property
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:
         """The least-squares fit of colours to latents, of fixed smooth pictures; made once."""
-        colours, side = (
-            2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1,
-            self.pixels_per_latent,
-        )
+        side = self.pixels_per_latent
+        colours = 2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1
         pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
         latents = self.encode(pictures.to(self.vae.device)).float().cpu()
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
