@@ -20,8 +20,8 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import AutoencoderKL
-from full_size_distill import SDXL, RandomLatents, random_sdxl
+from full_size_distill import GIB, SDXL, RandomLatents, random_sdxl
+from full_size_generate import ENCODERS, TOKENS, VOCABULARY, random_vae
 from transformers import CLIPTextConfig
 
 from twostep.diffusion import NoiseSchedule
@@ -36,34 +36,16 @@ from twostep.models.folder import CONTRACT_FILE, WEIGHTS
 from twostep.runs.loop import Draw
 from twostep.runs.recipe import load_recipe
 
-GIB = 2**30
-ENCODERS = {
-    "text_encoder": {"hidden_size": 768, "projection_dim": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280, "num_hidden_layers": 32, "num_attention_heads": 20},
-}
-
-
-def sdxl_vae() -> AutoencoderKL:
-    """Return SDXL's autoencoder with weights as torch makes them."""
-    widths = (128, 256, 512, 512)
-    down, up = ("DownEncoderBlock2D",) * len(widths), ("UpDecoderBlock2D",) * len(widths)
-    settings = {"latent_channels": 4, "layers_per_block": 2, "sample_size": 1024, "scaling_factor": 0.13025}
-    return AutoencoderKL(block_out_channels=widths, down_block_types=down, up_block_types=up, **settings)
-
 
 def write_configs(folder: Path, pixels: int) -> Path:
     """Write a model folder with the configs of SDXL's networks and no weights; nano's tokenizers, at SDXL's length."""
     shutil.copytree(WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students"))
     (folder / "unet" / "config.json").write_text(SDXL.read_text())
-    with torch.device("meta"):
-        sdxl_vae().save_config(folder / "vae")
-    for name, sizes in ENCODERS.items():
-        CLIPTextConfig(**sizes, vocab_size=49408, intermediate_size=4 * sizes["hidden_size"]).save_pretrained(
-            folder / name
-        )
-    for name in ("tokenizer", "tokenizer_2"):
-        path = folder / name / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
+    random_vae().save_config(folder / "vae")
+    for number, name in enumerate(("", "_2")):
+        CLIPTextConfig(**ENCODERS[number], vocab_size=VOCABULARY).save_pretrained(folder / f"text_encoder{name}")
+        path = folder / f"tokenizer{name}" / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": TOKENS}))
     contract = replace(load_bundle("nano").contract, name="sdxl", sizes=((pixels, pixels),))
     (folder / CONTRACT_FILE).write_text(contract.to_json())
     return folder
@@ -72,7 +54,7 @@ def write_configs(folder: Path, pixels: int) -> Path:
 def random_teacher(device: torch.device, precision: str) -> Bundle:
     """Return a model with SDXL's UNet and autoencoder on the device; its text encoders, unused here, are nano's."""
     network = random_sdxl(device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    codec = ImageCodec(sdxl_vae().to(device).requires_grad_(False))
+    codec = ImageCodec(random_vae().to(device))
     return replace(load_bundle("nano"), denoiser=Denoiser(network, NoiseSchedule.scaled_linear()), codec=codec)
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
+from examples.contact_sheet import contact_sheet
 from examples.nano.captions import BACKGROUNDS
 from examples.nano.drawings import EmojiSet, load_emoji, place_drawings
 from examples.nano.judge import BUILT_IN, load_judge
@@ -33,7 +34,6 @@ from examples.nano.silhouette import PLACEMENT, hints_of
 from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import to_images
-from twostep.models.contact_sheet import contact_sheet
 from twostep.models.control import Hint, load_control
 
 HELD_OUT_SEED = 2**20

@@ -22,6 +22,7 @@ from nano_tasks import FIRST_SEED, Task, complete_tasks
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.contact_sheet import contact_sheet
 from examples.nano.captions import Attributes, Omission, with_article
 from examples.nano.drawings import load_emoji
 from examples.nano.judge import load_judge
@@ -31,7 +32,6 @@ from examples.nano.report import evaluate
 from examples.nano.teacher import noise_loss
 from twostep.models.bundle import load_bundle
 from twostep.models.codec import to_images
-from twostep.models.contact_sheet import contact_sheet
 from twostep.models.lora import PREFIX, add_lora
 from twostep.models.worn import load_worn
 from twostep.runs.loop import training_attention

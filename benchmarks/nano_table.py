@@ -26,12 +26,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.contact_sheet import contact_sheet
 from examples.nano.drawings import EmojiSet, load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import Report, evaluate
 from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contact_sheet import contact_sheet
 from twostep.models.contracts import file_contract
 from twostep.models.folder import find_model
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.nano.captions import BACKGROUNDS
-from examples.nano.descent import DescentSettings, train
+from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose, load_emoji
 from examples.nano.judge import METADATA_KEY, Classes, Judge, Origin, Verdict, load_judge
 from twostep import __version__
 from twostep.cli.train import progress_bar
 from twostep.runs.folder import RunFolder, write_whole
-from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.loop import Draw, OnIteration
 from twostep.runs.recipe import Settings, load_recipe
 
 RECIPE = Path(__file__).with_name("judge.toml")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from contact_sheet import contact_sheet
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import twostep
-from twostep.models.contact_sheet import contact_sheet
 from twostep.models.contracts import read_contracts
 from twostep.pipeline.png import prepare_folder
 

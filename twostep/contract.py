@@ -112,8 +112,8 @@ class Contract:
             return []
         if self.role == "student" and steps != self.steps:
             raise ContractError(
-                f"{self.name} draws in exactly {_counted(self.steps)}; asked for {steps}. It never saw the times of "
-                "another grid. Load the student that was trained for it, or leave the steps out."
+                f"{self.name} draws in exactly {self.steps} step{'' if self.steps == 1 else 's'}; asked for {steps}. "
+                "It never saw the times of another grid. Load the student that was trained for it, or leave steps out."
             )
         if not 1 <= steps <= TOP_TIME:
             raise ContractError(f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; asked for {steps}.")
@@ -176,7 +176,7 @@ def _explained(problems: list[ErrorDetails], text: str) -> str:
     if kind == "json_invalid":
         return f"the contract is not JSON: {said}. It starts with {text[:40]!r}; take it anew from the checkpoint."
     if kind == "dataclass_type":
-        return f"the contract must be a JSON object with named fields; got {_shown(given)}."
+        return f"the contract must be a JSON object with named fields; got {given!r:.60}."
     unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "unexpected_keyword_argument"]
     missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
     if unknown:
@@ -195,13 +195,4 @@ def _explained(problems: list[ErrorDetails], text: str) -> str:
 
 
 def _wrong_value(field: str, given: object, expected: str) -> str:
-    return f"the contract's {field} must be {expected}; got {_shown(given)}. Take it anew from its source."
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _counted(steps: int) -> str:
-    return f"{steps} step" if steps == 1 else f"{steps} steps"
+    return f"the contract's {field} must be {expected}; got {given!r:.60}. Take it anew from its source."

@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from examples.nano.captions import BACKGROUNDS
-from examples.nano.descent import DescentSettings, train
+from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import PIXELS, build_vae
 from twostep.models.codec import ImageCodec
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.loop import Draw, OnIteration
 from twostep.runs.recipe import Settings
 
 

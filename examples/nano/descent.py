@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Average, Draw, LoopSettings, OnIteration, Stateful, finite, rate_share, repeat, silent
+from twostep.runs.loop import Average, Draw, LoopSettings, OnIteration, finite, rate_share, repeat
 
 
 class DescentSettings(LoopSettings):
@@ -26,6 +27,10 @@ class DescentSettings(LoopSettings):
 
 
 Loss = Callable[[int, Draw], Tensor]
+
+
+def silent(iteration: int, figures: dict[str, float]) -> None:
+    """Show nothing of an iteration."""
 
 
 def train(

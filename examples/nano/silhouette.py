@@ -16,14 +16,14 @@ from pydantic import Field
 from torch import Tensor
 
 from examples.nano.captions import BACKGROUNDS, Omission, caption
-from examples.nano.descent import DescentSettings, train
+from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, place_drawings
 from examples.nano.model import PIXELS
 from twostep.models.bundle import Bundle
 from twostep.models.control import Hint
 from twostep.models.denoiser import Denoiser
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.loop import Draw, OnIteration
 from twostep.runs.recipe import Settings
 
 PLACEMENT = Placement(smallest_scale=0.6, largest_scale=0.94, shift_pixels=9.0, rotation_degrees=20.0)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from examples.nano.descent import DescentSettings, train
+from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS, build_unet
 from twostep.diffusion import NoiseSchedule
@@ -22,7 +22,7 @@ from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.loop import Draw, OnIteration
 from twostep.runs.recipe import Settings
 
 

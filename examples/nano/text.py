@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from examples.nano.captions import BACKGROUNDS, STYLES, Omission, caption
-from examples.nano.descent import DescentSettings, train
+from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import TEXT_WIDTHS, build_text_encoders
 from twostep.models.text import TextEncoders
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration, silent
+from twostep.runs.loop import Draw, OnIteration
 from twostep.runs.recipe import Settings
 
 

@@ -92,6 +92,17 @@ def test_killed_it_goes_on_and_holds_everything_once(
     assert all(torch.allclose(whole[name], resumed[name], atol=2e-3) for name in whole)
 
 
+def test_a_shard_that_was_deleted_is_made_again_and_no_other_is_lost(
+    pictures: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "SHARD_ITEMS", 1)
+    fill(pictures, bundle, tmp_path / "cache")
+    whole = set(items(tmp_path / "cache"))
+    (tmp_path / "cache" / "shard-00001.safetensors").unlink()
+    fill(pictures, bundle, tmp_path / "cache")
+    assert set(items(tmp_path / "cache")) == whole and len(whole) == 5
+
+
 def test_prompts_alone_give_the_teachers_pictures(bundle: Bundle, tmp_path: Path) -> None:
     prompts = ["a red fox", "a bird"]
     options = {"per_prompt": 2, "steps": 2, "guidance": 2.0}

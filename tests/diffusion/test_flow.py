@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from twostep.diffusion import FlowError, Prediction, prediction_from_output, solve, step, trailing_times
+from twostep.diffusion import Prediction, prediction_from_output, solve, step, trailing_times
+from twostep.diffusion.flow import FlowError
 
 
 def falling(num_steps, batch):

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from twostep.diffusion import (
+from twostep.diffusion.prediction import (
     Prediction,
     PredictionTypeError,
     eps_to_x0,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from twostep.diffusion import NoiseSchedule, ScheduleError
+from twostep.diffusion.schedule import NoiseSchedule, ScheduleError
 from twostep.errors import TwostepError
 
 

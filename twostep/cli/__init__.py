@@ -12,7 +12,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep.cli import draw, files, train
-from twostep.cli.cache import cache
 from twostep.errors import TwostepError
 
 
@@ -35,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
-_TRAINING = (train.recipes, train.recipe, cache, train.plan, train.distill, train.report)
+_TRAINING = (train.recipes, train.recipe, train.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
 for verb in (*_DRAWING, *_TRAINING, *_FILES):
     app.command()(verb)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Dataset
 
 from twostep.data.pictures import DataError
 from twostep.models.bundle import Bundle
@@ -31,6 +31,7 @@ from twostep.runs.folder import write_whole
 
 SHARD_ITEMS = 256
 METADATA_KEY = "twostep.cache"
+KEYS = ("latents", "text", "pooled", "sizes")
 
 OnItem = Callable[[int, int], None]
 """Told the number of items that are done, and how many of them were skipped."""
@@ -56,7 +57,7 @@ class CacheWriter:
         shards = [read_shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.num_shards = len(shards)
         self.skipped = dict(_read_skipped(folder))
-        self.num_cached = sum(len(shard.names) for shard in shards)
+        self.num_cached = sum(map(len, shards))
         self.known = {name for shard in shards for name in shard.names} | set(self.skipped)
         self._waiting: dict[tuple[int, int], list[tuple[str, dict[str, Tensor]]]] = {}
 
@@ -102,70 +103,66 @@ class CacheWriter:
     def _write(self, waiting: list[tuple[str, dict[str, Tensor]]]) -> None:
         tensors = {key: torch.stack([item[key] for _, item in waiting]) for key in waiting[0][1]}
         names = json.dumps([name for name, _ in waiting])
-        with write_whole(self.folder / f"shard-{self.num_shards:05d}.safetensors") as file:
+        paths = (self.folder / f"shard-{number:05d}.safetensors" for number in count())
+        with write_whole(next(path for path in paths if not path.exists())) as file:
             file.write(save(tensors, {METADATA_KEY: names}))
         self.num_shards += 1
         waiting.clear()
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
+class Shard(Dataset[dict[str, Tensor]]):
     """One file of items that are all of one size."""
 
     path: Path
     names: tuple[str, ...]
     size: tuple[int, int]
 
+    @cached_property
+    def _file(self) -> Any:
+        return safe_open(self.path, "pt")
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.names)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Read one item; DataError if values of it are no numbers."""
+        item = {key: self._file.get_slice(key)[row] for key in KEYS}
+        if not all(torch.isfinite(value).all() for value in item.values()):
+            raise DataError(
+                f"{self.path} holds values that are no numbers for {self.names[row]}. Delete that shard and run "
+                "`twostep cache` again; it makes what is missing."
+            )
+        return item
+
 
 @dataclass(frozen=True, eq=False)
 class CachedSource:
     """What the trainer draws from: a batch is of one size, and sizes come up as often as they are in the cache."""
 
-    shards: dict[tuple[int, int], list[Shard]]
+    shards: dict[tuple[int, int], ConcatDataset[dict[str, Tensor]]]
     empty_text: Float[Tensor, "1 tokens width"]
     empty_pooled: Float[Tensor, "1 pooled"]
-    _files: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         """Return the number of items."""
-        return sum(ends[-1] for ends in self._ends.values())
+        return sum(map(len, self.shards.values()))
 
     def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
         """Return random items of one random size; DataError names an item whose values are no numbers."""
-        sizes = list(self.shards)
-        counts = [self._ends[size][-1] for size in sizes]
+        sizes = list(self.shards.values())
+        counts = [len(shards) for shards in sizes]
         chosen = int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=tensors))
         rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
-        items = [self._item(sizes[chosen], row) for row in rows]
-        latents, text, pooled, told = (
-            torch.stack([item[key].float() for item in items]) for key in ("latents", "text", "pooled", "sizes")
-        )
+        items = [sizes[chosen][row] for row in rows]
+        latents, text, pooled, told = (torch.stack([item[key].float() for item in items]) for key in KEYS)
         return latents, Conditioning(text, pooled, told)
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the empty prompt for as many items, with the same sizes."""
         count = len(like)
         return Conditioning(self.empty_text.expand(count, -1, -1), self.empty_pooled.expand(count, -1), like.sizes)
-
-    @cached_property
-    def _ends(self) -> dict[tuple[int, int], list[int]]:
-        """By size, the number of items up to the end of each shard."""
-        return {size: list(accumulate(len(shard.names) for shard in shards)) for size, shards in self.shards.items()}
-
-    def _item(self, size: tuple[int, int], row: int) -> dict[str, Tensor]:
-        position = bisect_right(self._ends[size], row)
-        shard = self.shards[size][position]
-        row -= self._ends[size][position] - len(shard.names)
-        if shard.path not in self._files:
-            self._files[shard.path] = safe_open(shard.path, "pt")
-        file = self._files[shard.path]
-        item = {key: file.get_slice(key)[row] for key in ("latents", "text", "pooled", "sizes")}
-        if not all(torch.isfinite(value).all() for value in item.values()):
-            raise DataError(
-                f"{shard.path} holds values that are no numbers for {shard.names[row]}. Delete that shard and run "
-                "`twostep cache` again; it makes what is missing."
-            )
-        return item
 
 
 def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
@@ -175,13 +172,13 @@ def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
         raise DataError(f"{folder} is no cache: it has no cache.json. Make one with `twostep cache`.")
     _compare(json.loads(record.read_text()), {"format": 1, **fingerprints(bundle)}, folder)
     shards: dict[tuple[int, int], list[Shard]] = {}
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        shard = read_shard(path)
+    for shard in map(read_shard, sorted(folder.glob("shard-*.safetensors"))):
         shards.setdefault(shard.size, []).append(shard)
     if not shards:
         raise DataError(f"{folder} holds no shards yet. Run `twostep cache` again; it goes on where it stopped.")
     with safe_open(folder / "empty.safetensors", "pt") as file:
-        return CachedSource(shards, file.get_tensor("text").float(), file.get_tensor("pooled").float())
+        text, pooled = file.get_tensor("text").float(), file.get_tensor("pooled").float()
+    return CachedSource({size: ConcatDataset(alike) for size, alike in shards.items()}, text, pooled)
 
 
 def fingerprints(bundle: Bundle) -> dict[str, str]:

@@ -70,17 +70,18 @@ def cache_prompts(
     made_by = {"kind": "prompts", "sizes": [[width, height]], "steps": steps, "guidance": guidance}
     writer = CacheWriter(bundle, folder, made_by, on_item)
     wanted = [(k, prompts[k // per_prompt].strip()) for k in range(len(prompts) * per_prompt)]
-    missing = [(k, prompt) for k, prompt in wanted if prompt and _prompt_name(k, prompt) not in writer.known]
+    named = {f"{k:06d} {prompt}": (k, prompt) for k, prompt in wanted if prompt}
+    missing = [name for name in named if name not in writer.known]
     for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        shape = bundle.latent_shape(width, height)
-        noise = torch.stack([initial_noise(k, shape) for k, _ in batch])
+        names = missing[start : start + batch_size]
+        seeds, asked = zip(*(named[name] for name in names), strict=True)
+        noise = torch.stack([initial_noise(seed, bundle.latent_shape(width, height)) for seed in seeds])
         with torch.no_grad():
-            conditioning = bundle.conditioning([prompt for _, prompt in batch], width, height)
-            empty = bundle.conditioning([""], width, height).expand(len(batch))
+            conditioning = bundle.conditioning(asked, width, height)
+            empty = bundle.conditioning([""], width, height).expand(len(names))
             denoise = bundle.denoiser.guided(conditioning, empty, guidance)
             latents = sample(denoise, noise, steps, bundle.denoiser.schedule)
-        writer.add([_prompt_name(k, prompt) for k, prompt in batch], latents, conditioning)
+        writer.add(names, latents, conditioning)
     return writer.close()
 
 
@@ -90,7 +91,3 @@ def _encode(batch: list[tuple[str, str, Tensor, tuple[int, ...]]], bundle: Bundl
     latents = bundle.codec.encode(torch.stack(pixels))
     text, pooled = bundle.text.encode(captions)
     writer.add(names, latents, Conditioning(text, pooled, torch.tensor(told, dtype=torch.float32)))
-
-
-def _prompt_name(number: int, prompt: str) -> str:
-    return f"{number:06d} {prompt}"

@@ -64,12 +64,11 @@ def find_entries(source: str) -> Iterator[Entry]:
         found = _from_lines(Path(source))
     else:
         found = _from_folder(Path(source))
-    empty = True
-    for entry in found:
-        empty = False
-        yield entry
-    if empty:
+    first = next(found, None)
+    if first is None:
         raise DataError(f"{source} holds no pictures; known endings are {' '.join(ENDINGS)}.")
+    yield first
+    yield from found
 
 
 def read_picture(entry: Entry, demands: Demands) -> Image.Image:
@@ -128,11 +127,10 @@ def cut(
     Returns pixels in -1..1 and SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w), all in px.
     """
     width, height = nearest_size(picture, sizes)
-    scale = max(width / picture.width, height / picture.height)
-    covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
-    scaled = picture.resize(covering, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float() / 127.5 - 1
+    covering = ImageOps.cover(picture, (width, height), Image.Resampling.LANCZOS)
+    left, top = (covering.width - width) // 2, (covering.height - height) // 2
+    middle = covering.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float() / 127.5 - 1
     return pixels, (picture.height, picture.width, top, left, height, width)
 
 

@@ -5,32 +5,17 @@ t = 0 is clean, t = T is pure noise. Teacher, student and sampler are the same `
 This room knows tensors only: no networks, no text, no files.
 """
 
-from twostep.diffusion.flow import Denoise, FlowError, initial_noise, sample, solve, step
+from twostep.diffusion.flow import Denoise, initial_noise, sample, solve, step
 from twostep.diffusion.grid import GridError, falling_times, landing, trailing_times, trained_times
-from twostep.diffusion.prediction import (
-    Prediction,
-    PredictionType,
-    PredictionTypeError,
-    eps_to_x0,
-    guide,
-    prediction_from_output,
-    to_v,
-    v_to_eps,
-    v_to_x0,
-    x0_to_eps,
-)
-from twostep.diffusion.schedule import NoiseSchedule, ScheduleError
+from twostep.diffusion.prediction import Prediction, PredictionType, guide, prediction_from_output
+from twostep.diffusion.schedule import NoiseSchedule
 
 __all__ = [
     "Denoise",
-    "FlowError",
     "GridError",
     "NoiseSchedule",
     "Prediction",
     "PredictionType",
-    "PredictionTypeError",
-    "ScheduleError",
-    "eps_to_x0",
     "falling_times",
     "guide",
     "initial_noise",
@@ -39,10 +24,6 @@ __all__ = [
     "sample",
     "solve",
     "step",
-    "to_v",
     "trailing_times",
     "trained_times",
-    "v_to_eps",
-    "v_to_x0",
-    "x0_to_eps",
 ]

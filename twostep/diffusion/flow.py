@@ -21,8 +21,8 @@ from twostep.errors import TwostepError
 Denoise = Callable[[Tensor, Tensor], Prediction]
 """(x_t, t) -> Prediction, with everything else closed over; t is one integer per item, 1..T."""
 
-Keep = Callable[[Tensor, Tensor], Tensor]
-"""(x_s, s) -> x_s with what is known of it put back, after every step."""
+OnStep = Callable[[int, Prediction], None]
+"""Called with i and its answer after the i-th network call."""
 
 
 class FlowError(TwostepError):
@@ -40,14 +40,15 @@ def solve(
     x: Batch,
     times: Int[Tensor, "points batch"],
     schedule: NoiseSchedule,
-    on_step: Callable[[int, Prediction], None] | None = None,
-    keep: Keep | None = None,
+    on_step: OnStep | None = None,
+    keep: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Batch:
     """Follow the flow from times[0] to times[-1] with one network call per interval and return x at the last time.
 
     Each item has its own falling times; over an interval where they stand still it is left as it is. At t = T
-    x must be pure noise (eq 24 of arXiv 2402.13929). `on_step(i, prediction)` is called after the i-th network call.
-    Raises FlowError for fewer than two points, for rising times, or if there is not one column per item.
+    x must be pure noise (eq 24 of arXiv 2402.13929). `keep(x_s, s)` returns x_s with what is known of it
+    put back, after every step. Raises FlowError for fewer than two points, for rising times, or if there is not one
+    column per item.
     """
     _check_times(times, x)
     for i, (t, s) in enumerate(pairwise(times)):
@@ -63,11 +64,7 @@ def solve(
 
 
 def sample(
-    denoise: Denoise,
-    noise: Batch,
-    num_steps: int,
-    schedule: NoiseSchedule,
-    on_step: Callable[[int, Prediction], None] | None = None,
+    denoise: Denoise, noise: Batch, num_steps: int, schedule: NoiseSchedule, on_step: OnStep | None = None
 ) -> Batch:
     """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
     times = torch.tensor(falling_times(schedule.num_times, num_steps, schedule.num_times))

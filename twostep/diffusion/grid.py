@@ -66,9 +66,7 @@ def _landings(grid_steps: int, num_times: int) -> Int[np.ndarray, " times_plus_o
     table = [max(0, round(t - spacing)) for t in range(num_times + 1)]
     # A rounded t stands for the exact point T k / M of the coarsest grid that holds it, so coarse overwrites fine;
     # subtracting the spacing from the rounded t itself would miss the next grid point by one here and there.
-    refinements = [grid_steps]
-    while refinements[-1] * 2 <= num_times:
-        refinements.append(refinements[-1] * 2)
+    refinements = [grid_steps * 2**doublings for doublings in range((num_times // grid_steps).bit_length())]
     for points in reversed(refinements):
         for k in range(1, points + 1):
             exact = Fraction(num_times * k, points)

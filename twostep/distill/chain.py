@@ -18,7 +18,7 @@ from twostep.distill.examples import Examples
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.models.bundle import Bundle, save_bundle, save_student
-from twostep.models.denoiser import Denoiser, Network
+from twostep.models.denoiser import Denoiser
 from twostep.models.lora import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras
 from twostep.models.probe import check_prediction_type
 from twostep.runs.devices import place, wait
@@ -65,16 +65,18 @@ def distil(
         leaving.callback(remove_loras, teacher.denoiser.network)
         if start is not None:
             leaving.callback(remove_loras, start.network)
-            start = _begun(recipe, start, like=teacher.denoiser.network)
+            # Where the teacher is, with the style, if there is one, as its running LoRA.
+            nn.Module.to(start.network, teacher.denoiser.device, teacher.denoiser.network.dtype)
+            if recipe.style_lora is not None:
+                start = replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)
         for phase, lesson, is_last in lessons(recipe, teacher, source, start=start):
             _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
             if is_last and phase.student_steps in recipe.release:
                 predicts = lesson.student.prediction_type
-                contract = student_contract(teacher.contract, phase, predicts, version, recipe_name)
-                contract = _of_its_own_base(recipe, contract)
-                written[phase.student_steps] = save_student(
-                    gathered(lesson.trained.state_dict()), contract, folder.path / "model"
-                )
+                contract = student_contract(recipe, phase, teacher.contract, predicts)
+                contract = replace(contract, recipe=recipe_name, version=version)
+                weights = gathered(lesson.trained.state_dict())
+                written[phase.student_steps] = save_student(weights, contract, folder.path / "model")
     return written
 
 
@@ -106,8 +108,9 @@ def lessons(
         needed = {later.teacher_steps for later in rest}
         if phase.student_steps in needed:
             finished[phase.student_steps] = _kept(student, phase)
-        for steps in finished.keys() - needed:
-            _forget(finished.pop(steps))
+        for retired in [finished.pop(steps) for steps in finished.keys() - needed]:
+            if retired.lora is not None:
+                remove_lora(retired.network, retired.lora)
 
 
 def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, version: str) -> Bundle:
@@ -117,9 +120,14 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     device = find_device(recipe.device)
     track(folder, recipe.trackers)
     _check_shares(recipe, device)
-    folder.log(part="environment", device=device.type, processes=place().count, twostep=version, **_environment(device))
-    if recipe.prediction_type is not None:
-        teacher = _predicting(teacher, recipe.prediction_type)
+    # To read beside times and figures.
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    versions |= {"python": platform.python_version(), "twostep": version}
+    folder.log(part="environment", machine=card, device=device.type, processes=place().count, **versions)
+    if (kind := recipe.prediction_type) is not None:
+        denoiser, contract = replace(teacher.denoiser, prediction_type=kind), teacher.contract
+        teacher = replace(teacher, denoiser=denoiser, contract=replace(contract, prediction_type=kind))
     if teacher.contract.role == "teacher" and recipe.style_lora is None and place().first:
         save_bundle(teacher, folder.path / "model")  # before it moves, for this makes copies
     teacher = teacher.to(device)
@@ -131,30 +139,6 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     if recipe.base_precision == "bf16":
         nn.Module.to(teacher.denoiser.network, torch.bfloat16)  # diffusers' own would warn of nothing
     return teacher
-
-
-def _begun(recipe: DistillRecipe, start: Denoiser, *, like: Network) -> Denoiser:
-    """Put the student that is trained on where the teacher is, with the style, if there is one, as its running LoRA."""
-    nn.Module.to(start.network, like.device, like.dtype)
-    if recipe.style_lora is None:
-        return start
-    return replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)
-
-
-def _of_its_own_base(recipe: DistillRecipe, contract: Contract) -> Contract:
-    """Say of a LoRA that was trained on a student which one that is, and call it by its style."""
-    if recipe.start_steps is not None and contract.lora_rank is not None:
-        contract = replace(contract, base=student_name(contract.base, recipe.start_steps))
-    if recipe.style_lora is not None:
-        contract = replace(contract, name=student_name(recipe.style_lora.stem, contract.steps))
-    return contract
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    """Say what a run runs on, to read beside its times and figures."""
-    names = ("torch", "diffusers", "transformers", "peft")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"machine": card, "python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
@@ -201,27 +185,27 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _predicting(teacher: Bundle, prediction_type: PredictionType) -> Bundle:
-    denoiser = replace(teacher.denoiser, prediction_type=prediction_type)
-    return replace(teacher, denoiser=denoiser, contract=replace(teacher.contract, prediction_type=prediction_type))
-
-
 def student_contract(
-    teacher: Contract, phase: Phase, prediction_type: PredictionType, version: str, recipe_name: str
+    recipe: DistillRecipe, phase: Phase, teacher: Contract, prediction_type: PredictionType
 ) -> Contract:
-    """Return what the student of this phase says of itself."""
+    """Return what the student of this phase says of itself, which is called by its style if it has one.
+
+    The base of a LoRA that was trained on a student is that student.
+    """
+    base = teacher.base
+    if recipe.start_steps is not None and phase.lora_rank is not None:
+        base = student_name(base, recipe.start_steps)
     return replace(
         teacher,
-        name=student_name(teacher.base, phase.student_steps),
+        name=student_name(recipe.style_lora.stem if recipe.style_lora else teacher.base, phase.student_steps),
         role="student",
         steps=phase.student_steps,
         trained_times=trained_times(phase.student_steps),
         prediction_type=prediction_type,
         guidance=1.0,
+        base=base,
         lora_rank=phase.lora_rank,
         lora_alpha=None if phase.lora_rank is None else float(phase.lora_rank),
-        recipe=recipe_name,
-        version=version,
     )
 
 
@@ -263,18 +247,24 @@ def _frozen(denoiser: Denoiser) -> Denoiser:
 def _learner(student: Denoiser, phase: Phase) -> Denoiser:
     """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that merged in."""
     if phase.lora_rank is None:
-        network = student.standalone().requires_grad_(True)
-        _checkpoint(network, phase)
-        return replace(student, network=network, lora=None, prediction_type=phase.predicts(student.prediction_type))
-    if student.lora is None:
-        add_lora(student.network, _RUNNING, rank=phase.lora_rank)
-    rank = student.network.peft_config[_RUNNING].r
-    if rank != phase.lora_rank:
-        raise RecipeError(f"phase {phase.name} has lora_rank {phase.lora_rank}; the LoRA that it trains on has {rank}.")
-    student.network.requires_grad_(False)
-    Lora(student.network, _RUNNING).requires_grad_(True)
-    _checkpoint(student.network, phase)
-    return replace(student, lora=_RUNNING)
+        kind = phase.predicts(student.prediction_type)
+        student = replace(student, network=student.standalone().requires_grad_(True), lora=None, prediction_type=kind)
+    else:
+        if student.lora is None:
+            add_lora(student.network, _RUNNING, rank=phase.lora_rank)
+        rank = student.network.peft_config[_RUNNING].r
+        if rank != phase.lora_rank:
+            raise RecipeError(
+                f"phase {phase.name} has lora_rank {phase.lora_rank}; the LoRA that it trains on has {rank}."
+            )
+        student.network.requires_grad_(False)
+        Lora(student.network, _RUNNING).requires_grad_(True)
+        student = replace(student, lora=_RUNNING)
+    if phase.gradient_checkpointing:
+        checkpoint_gradients(student.network)
+    else:
+        student.network.disable_gradient_checkpointing()
+    return student
 
 
 def _discriminator(phase: Phase, sharded: bool) -> Callable[..., Judging]:
@@ -295,16 +285,3 @@ def _kept(student: Denoiser, phase: Phase) -> Denoiser:
         kept = add_lora(student.network, name, rank=phase.lora_rank, targets=targets)
     kept.load_state_dict(Lora(student.network, student.lora).state_dict())
     return replace(student, lora=name)
-
-
-def _forget(student: Denoiser) -> None:
-    """Take the adapter of a student that teaches no more off its network."""
-    if student.lora not in (None, _RUNNING):
-        remove_lora(student.network, str(student.lora))
-
-
-def _checkpoint(network: Network, phase: Phase) -> None:
-    if phase.gradient_checkpointing:
-        checkpoint_gradients(network)
-    else:
-        network.disable_gradient_checkpointing()

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser, encoder_features
 from twostep.models.lora import Lora, activate, add_lora, remove_lora
 from twostep.runs.shards import shard
-
-R1_SIGMA = 0.01
-"""Standard deviation of the noise in the approximated R1 penalty."""
 
 Features = Float[Tensor, "batch width fh fw"]
 Logits = Float[Tensor, " batch"]
@@ -95,24 +91,6 @@ class LoraDiscriminator:
         """Take over what `state_dict` returned."""
         self.lora.load_state_dict(state_dict["lora"])
         self.head.load_state_dict(state_dict["head"])
-
-
-def discriminator_loss(real: Logits, fake: Logits) -> Float[Tensor, ""]:
-    """Return the non-saturating loss of the discriminator, -log D(real) - log(1 - D(fake)) (eq 11)."""
-    return softplus(-real).mean() + softplus(fake).mean()
-
-
-def r1_penalty(real: Logits, shaken: Logits) -> Float[Tensor, ""]:
-    """Return the approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv 2501.08316).
-
-    Both are logits of the very tensor that the discriminator is shown, the second with R1_SIGMA of noise on it.
-    """
-    return (real - shaken).square().mean()
-
-
-def student_loss(fake: Logits) -> Float[Tensor, ""]:
-    """Return the non-saturating loss of the student, -log D(fake) (eq 12)."""
-    return softplus(-fake).mean()
 
 
 def _head(width: int, pairs: bool, device: torch.device) -> nn.Sequential:

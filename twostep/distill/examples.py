@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import pad
 
 from twostep.diffusion import Denoise, sample
 from twostep.distill.health import measure
 from twostep.models.bundle import Bundle
 from twostep.models.codec import to_images
 from twostep.models.conditioning import Conditioning
-from twostep.models.contact_sheet import contact_sheet
 from twostep.models.denoiser import Denoiser
 
 NUM_SEEDS = 2
@@ -46,9 +46,8 @@ class Examples:
     def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
         """Return teacher above student as a sheet, and how the student's looks compare (`health.measure`)."""
         own = self.draw(student.given, student_steps)
-        rows = [(f"teacher {self.teacher.contract.steps}", self._of_teacher), (f"student {student_steps}", own)]
-        sheet = contact_sheet([(label, to_images(pictures[0])) for label, pictures in rows], scale=2)
-        return sheet, measure(own, self._of_teacher)
+        labels = (f"teacher {self.teacher.contract.steps}", f"student {student_steps}")
+        return _sheet(labels, torch.stack([self._of_teacher[0], own[0]])), measure(own, self._of_teacher)
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
@@ -72,3 +71,16 @@ class Examples:
             pictures += [self.teacher.codec.decode(latent).cpu() for latent in latents.split(1)]
         apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, len(self.prompts)))
         return apart
+
+
+def _sheet(labels: Sequence[str], rows: Float[Tensor, "rows columns 3 height width"]) -> Image.Image:
+    """Lay pictures out in rows, twice as large, with what they are on the left."""
+    spaced = pad(rows, (0, 4, 0, 4), value=1.0)
+    (grid,) = to_images(spaced.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None])
+    font = ImageFont.load_default(size=15)
+    left, width, height = 16 + round(max(map(font.getlength, labels))), 2 * grid.width, 2 * grid.height
+    sheet = Image.new("RGB", (left + width, height), "white")
+    sheet.paste(grid.resize((width, height), Image.Resampling.LANCZOS), (left, 0))
+    for i, label in enumerate(labels):
+        ImageDraw.Draw(sheet).text((8, (i + 0.5) * height / len(labels)), label, "black", font, anchor="lm")
+    return sheet

@@ -91,7 +91,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
                 known[kind] = known.get(kind) or _measure(phase, lesson, meter)
                 planned.append(_planned(phase, standing, *known[kind], drawing))
     num_values = math.prod(blank.latents) + (told.text.numel() + told.pooled.numel() if recipe.cache else 0)
-    return planned, 2 * num_values + (24 if recipe.cache else 3), sum(len(shard.names) for shard in shards)
+    return planned, 2 * num_values + (24 if recipe.cache else 3), sum(map(len, shards))
 
 
 def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:

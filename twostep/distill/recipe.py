@@ -21,9 +21,7 @@ class Phase(LoopSettings):
     student_steps: int = Field(gt=0, description="steps of the student that is trained")
     teacher_steps: int = Field(gt=0, description="steps of the model that teaches; a multiple of student_steps")
     objective: Objective = Field(description="mse | conditional | unconditional | convert (to x0, eq 27-29)")
-    guidance: float = Field(
-        1.0, ge=1, description="guidance of the teacher; above 1 only where the model itself teaches"
-    )
+    guidance: float = Field(1.0, ge=1, description="the teacher's guidance; above 1 only where the model teaches")
     lora_rank: int | None = Field(None, gt=0, description="train a LoRA of this rank; the whole UNet where not given")
     optimiser: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
@@ -60,14 +58,14 @@ class Phase(LoopSettings):
         return "x0" if self.objective == "convert" or (self.student_steps == 1 and before == "eps") else before
 
     @property
+    def grids(self) -> tuple[int, int]:
+        """Steps of the grids on which student and teacher walk: in a conversion, which is about x0, one step to 0."""
+        return (1, 1) if self.objective == "convert" else (self.student_steps, self.teacher_steps)
+
+    @property
     def judges(self) -> bool:
         """Whether a discriminator judges the student."""
         return self.objective in ("conditional", "unconditional")
-
-    @property
-    def noises_the_judged(self) -> bool:
-        """Whether the discriminator sees clean landings noised to t* (section 3.7.2): with 2 steps and 1."""
-        return self.student_steps <= 2
 
 
 class DistillRecipe(Settings):
@@ -76,19 +74,11 @@ class DistillRecipe(Settings):
     model: str = Field("nano", description="teacher: a built-in name or a model folder")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one")
     model_steps: int | None = Field(None, gt=0, description="start from that model's student of so many steps")
-    style_lora: Path | None = Field(
-        None, description="a LoRA of the model: the teacher wears it, and the student's own LoRA starts as it"
-    )
-    start_steps: int | None = Field(
-        None, gt=0, description="train on from that model's student of so many steps; the model itself still teaches"
-    )
-    prediction_type: PredictionType | None = Field(
-        None, description="what the teacher predicts, if its config is wrong"
-    )
+    style_lora: Path | None = Field(None, description="a LoRA that the teacher wears, and the student's own starts as")
+    start_steps: int | None = Field(None, gt=0, description="train on its student of so many steps; the model teaches")
+    prediction_type: PredictionType | None = Field(None, description="what the teacher predicts if its config is wrong")
     shard: bool = Field(False, description="spread what whole-UNet phases train over the processes (FSDP)")
-    data: str | None = Field(
-        None, description='folder made by `twostep cache`, or "module:function" that returns a `distill.trainer.Source`'
-    )
+    data: str | None = Field(None, description='folder of `twostep cache`, or "module:function" of a `trainer.Source`')
     data_options: dict[str, str | int | float] = Field({}, description="what that function is told beside the teacher")
     release: tuple[int, ...] = Field((8, 4, 2, 1), description="step counts whose students are written to the model")
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")

@@ -56,9 +56,8 @@ def write_report(folder: Path) -> Path:
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     students = [file_contract(path) for path in sorted((folder / "model").glob("students/*.safetensors"))]
     phases = [Phase.model_validate(phase) for phase in tomllib.loads(recipe).get("phases", [])]
-    told = [
-        {key: line[key] for key in line if key not in NOT_CURVES} for line in lines if line["part"] == "environment"
-    ]
+    here = [line for line in lines if line["part"] == "environment"]
+    told = [{key: line[key] for key in line if key not in NOT_CURVES} for line in here]
     template = Path(__file__).with_name("report.html").read_text()
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
     text = page.render(
@@ -86,9 +85,10 @@ def _read_parts(lines: Iterable[dict[str, Any]], folder: Path) -> dict[str, Part
 
 def _read_part(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> Part:
     figures = dict.fromkeys(figure for line in lines for figure in line if figure not in NOT_CURVES)
-    told = {figure: [(line["iteration"], line[figure]) for line in lines if figure in line] for figure in figures}
-    finite = {figure: [(x, y) for x, y in points if math.isfinite(y)] for figure, points in told.items()}
-    curves = {figure: _curve(points) for figure, points in finite.items() if points}
+    curves = {}
+    for figure in figures:
+        if points := [(line["iteration"], line[figure]) for line in lines if math.isfinite(line.get(figure, math.nan))]:
+            curves[figure] = _curve(points)
     pace = next((line[PACE] for line in reversed(lines) if PACE in line), 0.0)
     grids = sorted((folder / "samples").glob(f"{name}-[0-9]*.png"))
     return Part(name, lines[-1]["iteration"], pace, grids[-1] if grids else None, curves)

@@ -8,43 +8,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.nn.functional import softplus
+from typing_extensions import Protocol, runtime_checkable
 
-from twostep.diffusion import Denoise, landing
-from twostep.distill.discriminator import R1_SIGMA, Discriminator, discriminator_loss, r1_penalty, student_loss
+from twostep.diffusion import Denoise, landing, step
+from twostep.distill.discriminator import Discriminator
 from twostep.distill.health import Health, Monitor
 from twostep.distill.recipe import Phase
-from twostep.distill.transition import (
-    Transition,
-    draw_noised_times,
-    draw_times,
-    noise_landed,
-    student_landing,
-    teacher_landing,
-)
+from twostep.distill.transition import Transition, draw_noised_times, draw_times, noise_landed, teacher_landing
 from twostep.models.conditioning import Conditioning
 from twostep.models.denoiser import Denoiser
 from twostep.models.lora import Lora, checkpoint_gradients
 from twostep.runs.devices import average, place
 from twostep.runs.folder import RunFolder
-from twostep.runs.loop import (
-    Average,
-    Draw,
-    OnIteration,
-    Stateful,
-    TrainingError,
-    finite,
-    rate_share,
-    repeat,
-    silent,
-    training_attention,
-)
+from twostep.runs.loop import Average, Draw, OnIteration, TrainingError, finite, rate_share, repeat, training_attention
 from twostep.runs.recipe import RecipeError
-
-WARNING = Health()
 
 
 @runtime_checkable
@@ -112,8 +95,8 @@ def train_phase(
     lesson: Lesson,
     folder: RunFolder,
     *,
-    health: Health = WARNING,
-    on_iteration: OnIteration = silent,
+    health: Health | None = None,
+    on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: Callable[[int], dict[str, float]] = lambda iteration: {},
 ) -> None:
     """Train the student of `lesson` in place; its averaged weights are what it keeps.
@@ -122,7 +105,8 @@ def train_phase(
     a loss stops being a number, or health asks for a pause; the checkpoint before that is kept.
     """
     trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
-    monitor = Monitor(health)
+    monitor = Monitor(health or Health())
+    action = monitor.limits.action
     if kept := folder.load(f"{phase.name}-health"):
         monitor.load_state_dict(kept)
     paused: list[str] = []
@@ -142,11 +126,11 @@ def train_phase(
             looks = on_checkpoint(iteration)
         trouble = "; ".join(monitor.symptoms(looks))
         folder.log(part=phase.name, iteration=iteration, **looks, **({"trouble": trouble} if trouble else {}))
-        if trouble and health.action == "rollback":
+        if trouble and action == "rollback":
             raise TrainingError(f"{phase.name} is ill at iteration {iteration}: {trouble}.")
         if trouble:
             warnings.warn(f"{phase.name}, iteration {iteration}: {trouble}", stacklevel=2)
-            paused.extend([trouble] if health.action == "pause" else [])
+            paused.extend([trouble] if action == "pause" else [])
 
     while True:
         try:
@@ -156,7 +140,7 @@ def train_phase(
                 folder,
                 phase.name,
                 trainer.state,
-                keep_start=health.action == "rollback",
+                keep_start=action == "rollback",
                 on_iteration=tell,
                 on_checkpoint=keep,
             )
@@ -170,7 +154,10 @@ def train_phase(
 
 
 class RegressionTrainer:
-    """MSE against the teacher: on x_s (first stage), or on x0 at the same time (conversion of the prediction type)."""
+    """MSE against the teacher: on x_s, or, to convert the prediction type, on x0 as the frozen eps copy sees it.
+
+    The latter (eq 27-29) is where one step to 0 lands.
+    """
 
     def __init__(self, phase: Phase, lesson: Lesson) -> None:
         """Make the optimiser, Adam (0.9, 0.999), and the average."""
@@ -186,8 +173,8 @@ class RegressionTrainer:
         """Take one step down the squared error."""
         phase, lesson = self.phase, self.lesson
         with phase.autocast(lesson.device.type):
-            start, target = self._taught(iteration, draw)
-            reached = _reached(phase, lesson, start)
+            (x_t, t, s, conditioning, _), target = self._taught(iteration, draw)
+            reached = step(lesson.student(x_t, t, conditioning), s, lesson.student.schedule)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
         norm = descend(loss, self.optimiser, lesson.trained, phase, self.rate * rate_share(iteration, phase))
         self.average.update()
@@ -202,8 +189,8 @@ class RegressionTrainer:
         taught = self._kept.get(number)
         if taught is None:
             first = draw if number == iteration else Draw.at(self.phase.seed, number)
-            start = _draw_start(self.phase, self.lesson, first)
-            taught = start, _target(self.phase, self.lesson, start)
+            start = x_t, t, _, _, teach = _draw_start(self.phase, self.lesson, first)
+            taught = start, teacher_landing(teach, x_t, t, *self.phase.grids, self.lesson.student.schedule)
             if self.phase.reuse > 1:
                 self._kept[number] = taught
         return taught
@@ -225,23 +212,18 @@ class AdversarialTrainer:
         self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
         self.average = Average(trained, phase.ema_decay)
         self.rate = 1.0
-        self.state: dict[str, Stateful] = {
-            "student": trained,
-            "discriminator": self.discriminator,
-            "optimiser": self.optimiser,
-            "discriminator_optimiser": self.discriminator_optimiser,
-            "average": self.average,
-        }
+        self.state: dict[str, Stateful] = {"student": trained, "optimiser": self.optimiser, "average": self.average}
+        self.state |= {"discriminator": self.discriminator, "discriminator_optimiser": self.discriminator_optimiser}
 
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
         """Take one step of the discriminator, then one of the student."""
         phase, student = self.phase, self.lesson.student
         with phase.autocast(self.lesson.device.type):
             x_t, t, s, conditioning, teach = _draw_start(phase, self.lesson, draw)
-            real = teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, student.schedule)
-            fake = student_landing(student, x_t, t, s, conditioning)
+            real = teacher_landing(teach, x_t, t, *phase.grids, student.schedule)
+            fake = step(student(x_t, t, conditioning), s, student.schedule)
             seen_at = s
-            if phase.noises_the_judged:
+            if phase.student_steps <= 2:  # clean landings are judged noised to t* (section 3.7.2)
                 noised = draw_noised_times(phase.batch_size, phase.early_weight, draw.tensors)
                 seen_at = torch.where(s == 0, noised[place().share(phase.batch_size)], s)
             eps = _draw_noise(x_t, phase, draw)
@@ -249,18 +231,21 @@ class AdversarialTrainer:
             judged = Transition(x_t, fake, t, seen_at, conditioning)
             landings = [real, fake.detach()]
             if phase.r1_weight > 0:
-                landings.append(real + R1_SIGMA * _draw_noise(real, phase, draw))
+                landings.append(real + 0.01 * _draw_noise(real, phase, draw))
             real_logits, fake_logits, *shaken_logits = self._judge(judged, landings)
-            loss = discriminator_loss(real_logits, fake_logits)
+            # Non-saturating, -log D(real) - log(1 - D(fake)) (eq 11).
+            loss = softplus(-real_logits).mean() + softplus(fake_logits).mean()
             for logits in shaken_logits:
-                loss = loss + phase.r1_weight * r1_penalty(real_logits, logits)
+                # The approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv 2501.08316).
+                loss = loss + phase.r1_weight * (real_logits - logits).square().mean()
             finite(loss, "discriminator", iteration, phase)
         share = self.rate * rate_share(iteration, phase)
         strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, share)
         # Off until the backward pass is over, in which blocks may be computed anew.
         self.discriminator.requires_grad_(False)
         with phase.autocast(self.lesson.device.type):
-            against = finite(student_loss(self._judge_fake(judged)), "student", iteration, phase)
+            # Non-saturating, -log D(fake) (eq 12).
+            against = finite(softplus(-self._judge_fake(judged)).mean(), "student", iteration, phase)
         push = descend(against, self.optimiser, self.lesson.trained, phase, share)
         self.discriminator.requires_grad_(True)
         self.average.update()
@@ -324,23 +309,6 @@ def _adam(trained: Trainable, learning_rate: float, betas: tuple[float, float], 
 _Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]
 
 
-def _target(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
-    """Return where the teacher lands in its steps, or for a conversion x0 as the frozen eps copy sees it (eq 27-29)."""
-    x_t, t, _, _, teach = start
-    if phase.objective == "convert":
-        with torch.no_grad():
-            return teach(x_t, t).x0
-    return teacher_landing(teach, x_t, t, phase.student_steps, phase.teacher_steps, lesson.student.schedule)
-
-
-def _reached(phase: Phase, lesson: Lesson, start: _Start) -> Tensor:
-    """Return what the student makes of the same start."""
-    x_t, t, s, conditioning, _ = start
-    if phase.objective == "convert":
-        return lesson.student(x_t, t, conditioning).x0
-    return student_landing(lesson.student, x_t, t, s, conditioning)
-
-
 def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
     """Draw x_t at trained times t, where the student is to land, and the teacher for this conditioning."""
     mine = place().share(phase.batch_size)
@@ -351,7 +319,7 @@ def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
     eps = _draw_noise(x0, phase, draw)
     x_t = lesson.student.schedule.add_noise(x0, eps, t)
     teach = lesson.teacher.guided(conditioning, unconditional, phase.guidance)
-    return x_t, t, landing(t, phase.student_steps), conditioning, teach
+    return x_t, t, landing(t, phase.grids[0]), conditioning, teach
 
 
 def _draw_noise(like: Tensor, phase: Phase, draw: Draw) -> Tensor:

@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twostep.diffusion import Denoise, NoiseSchedule, landing, solve, step, trained_times
+from twostep.diffusion import Denoise, NoiseSchedule, landing, solve, trained_times
 from twostep.diffusion.shapes import Latents, Times
 from twostep.models.conditioning import Conditioning
-from twostep.models.denoiser import Denoiser
 
 NOISED_TIMES = (10, 250, 500, 750)
 """t*: times to which clean landings are noised before they are judged (section 3.7.2)."""
@@ -41,11 +40,6 @@ def teacher_landing(
         times.append(landing(times[-1], teacher_steps))
     with torch.no_grad():
         return solve(teach, x_t, torch.stack(times), schedule)
-
-
-def student_landing(student: Denoiser, x_t: Latents, t: Times, s: Times, conditioning: Conditioning) -> Latents:
-    """Let the student take its one step."""
-    return step(student(x_t, t, conditioning), s, student.schedule)
 
 
 def draw_noised_times(count: int, early_weight: int, generator: torch.Generator) -> Int[Tensor, " count"]:

@@ -38,9 +38,7 @@ def fit_features(features: Float[Tensor, "samples features"]) -> FeatureStatisti
     if not bool(torch.isfinite(features).all()):
         raise FrechetError("the features hold NaN or infinity; look for broken pictures.")
     samples = features.detach().to("cpu", torch.float64)
-    mean = samples.mean(dim=0)
-    centred = samples - mean
-    return FeatureStatistics(mean, centred.T @ centred / (len(samples) - 1), len(samples))
+    return FeatureStatistics(samples.mean(dim=0), torch.atleast_2d(torch.cov(samples.T)), len(samples))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -49,9 +47,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     It is the number that FID reports, in the features given. Raises FrechetError where the sizes differ.
     """
     if a.mean.shape != b.mean.shape:
-        raise FrechetError(
-            f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared; use the same judge for both."
-        )
+        sizes = f"features of {len(a.mean)} and of {len(b.mean)} numbers"
+        raise FrechetError(f"{sizes} cannot be compared; use the same judge for both.")
     roots = _symmetric_root(a.covariance) @ _symmetric_root(b.covariance)
     root_of_product = torch.linalg.matrix_norm(roots, "nuc")
     spread = a.covariance.trace() + b.covariance.trace() - 2 * root_of_product

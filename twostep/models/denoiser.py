@@ -71,10 +71,6 @@ class Denoiser:
         return denoise
 
 
-Network = UNet2DConditionModel
-"""The class of every denoising network here."""
-
-
 def encoder_features(
     network: UNet2DConditionModel, x_t: Latents, t: Times, conditioning: Conditioning
 ) -> Float[Tensor, "batch features fh fw"]:

@@ -15,39 +15,20 @@ from twostep.models.denoiser import Denoiser
 from twostep.models.folder import ModelError
 
 TIMES = (200, 400, 600)
-SURE = 2.0
-"""How many times larger the next best error must be for an answer to count."""
-
-KNOWS = 0.5
-"""The largest relative error of a network that knows these latents at all; answering zero has 1."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Mean squared errors of x0 by prediction type, relative to the latents' own mean square."""
+    """What a network was found to predict: errors of x0 by type, relative to the latents' own mean square.
 
+    `sureness` is how many times larger the error of the next best type is. It is sure where the network knows the
+    latents in one way, by half of the error of answering zero, and only in one, by half of the next best error.
+    """
+
+    found: PredictionType
+    sureness: float
+    is_sure: bool
     errors: dict[PredictionType, float]
-
-    @property
-    def found(self) -> PredictionType:
-        """The type that explains the network best."""
-        return min(self.errors, key=lambda kind: self.errors[kind])
-
-    @property
-    def sureness(self) -> float:
-        """How many times larger the error of the next best type is."""
-        best, second, *_ = sorted(self.errors.values())
-        return second / max(best, 1e-12)
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether the network knows the latents in one way, and only in one."""
-        return min(self.errors.values()) <= KNOWS and self.sureness >= SURE
-
-    def __str__(self) -> str:
-        """Say what was found and how sure it is."""
-        listed = ", ".join(f"{kind} {error:.3g}" for kind, error in self.errors.items())
-        return f"it predicts {self.found} ({self.sureness:.1f} times nearer than the next; errors of x0: {listed})"
 
 
 @torch.no_grad()
@@ -63,17 +44,21 @@ def probe_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditi
         alpha, sigma = denoiser.schedule.coefficients(t, x_t)
         output = raw(x_t, t, conditioning).eps  # taken for eps, an answer stays as the network gave it
         for kind in errors:
-            found = prediction_from_output(output, x_t, alpha, sigma, kind).x0
-            errors[kind] += (found - x0).square().mean().item() / len(TIMES) / x0.square().mean().item()
-    return Probe(errors)
+            seen = prediction_from_output(output, x_t, alpha, sigma, kind).x0
+            errors[kind] += (seen - x0).square().mean().item() / len(TIMES) / x0.square().mean().item()
+    (found, least), (_, second), *_ = sorted(errors.items(), key=lambda entry: entry[1])
+    sureness = second / max(least, 1e-12)
+    return Probe(found, sureness, least <= 0.5 and sureness >= 2, errors)
 
 
 def check_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditioning) -> Probe:
     """Probe a teacher; ModelError where the network surely predicts something else than its config says."""
     probe = probe_prediction_type(denoiser, x0, conditioning)
     if probe.found != denoiser.prediction_type and probe.is_sure:
+        listed = ", ".join(f"{kind} {error:.3g}" for kind, error in probe.errors.items())
         raise ModelError(
-            f"The teacher's config says that it predicts {denoiser.prediction_type}, but {probe}. Put "
+            f"The teacher's config says that it predicts {denoiser.prediction_type}, but it predicts {probe.found} "
+            f"({probe.sureness:.1f} times nearer than the next; errors of x0: {listed}). Put "
             f'prediction_type = "{probe.found}" into the recipe, or correct its scheduler_config.json.'
         )
     return probe

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from twostep.errors import TwostepError
 from twostep.runs.devices import place
 from twostep.runs.recipe import Settings
-from twostep.runs.shards import load_shards, save_shards
+from twostep.runs.shards import exchange_shards
 
 
 class RunError(TwostepError):
@@ -69,7 +69,7 @@ class RunFolder:
         """Write a checkpoint; the old one of that name stands until the new one is whole. Every process must call it."""
         path, shards = self.checkpoint(name), self._shards(name, state)
         with _writing(shards):
-            state = save_shards(state, shards)
+            state = exchange_shards(state, shards, write=True)
         if place().first:
             with write_whole(path) as file:
                 torch.save(state, file)
@@ -83,7 +83,7 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return load_shards(state, self._shards(name, state))
+            return exchange_shards(state, self._shards(name, state), write=False)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise RunError(f"{path} is damaged ({error}). Delete it; the run starts this part again.") from error
 

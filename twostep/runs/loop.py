@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
@@ -58,17 +59,6 @@ def training_attention(device: str) -> AbstractContextManager[None]:
     return attention
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """What can be kept and brought back: networks, optimisers, averages."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Take the state over."""
-
-
 @dataclass(frozen=True)
 class Draw:
     """The randomness of one iteration: for tensors, and for words."""
@@ -104,7 +94,7 @@ class Average:
         """Return the averaged weights and the number of updates."""
         return {"weights": self.weights, "num_updates": self.num_updates}
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.num_updates = state_dict["num_updates"]
         for key, value in state_dict["weights"].items():
@@ -132,23 +122,18 @@ def rate_share(iteration: int, settings: LoopSettings) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-Iterate = Callable[[int, Draw], dict[str, float]]
 OnIteration = Callable[[int, dict[str, float]], None]
 
 
-def silent(iteration: int, figures: dict[str, float]) -> None:
-    """Show nothing of an iteration."""
-
-
 def repeat(
-    iterate: Iterate,
+    iterate: Callable[[int, Draw], dict[str, float]],
     settings: LoopSettings,
     folder: RunFolder,
     name: str,
     state: Mapping[str, Stateful],
     *,
     keep_start: bool = False,
-    on_iteration: OnIteration = silent,
+    on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
     """Call `iterate(iteration, draw) -> figures` until the recipe's iterations are done.

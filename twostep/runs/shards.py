@@ -39,21 +39,16 @@ def gathered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.cpu() for key, tensor in tensors if place().first}
 
 
-def save_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the shards in a state, every process its own; returns the state with empty tensors in their places."""
-    return _transferred(state, folder, save)
+def exchange_shards(state: dict[str, Any], folder: Path, *, write: bool) -> dict[str, Any]:
+    """Write the shards in a state, every process its own, and return it with empty tensors in their places; or read.
 
-
-def load_shards(rest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the state that `save_shards` took apart, on as many processes as there are now."""
-    return _transferred(rest, folder, load)
-
-
-def _transferred(state: dict[str, Any], folder: Path, transfer: Callable[..., Any]) -> dict[str, Any]:
+    Then the state is such a one, and comes back whole, on as many processes as there are now.
+    """
     shards: dict[str, Tensor] = {}
     exchanged: dict[str, Any] = _exchanged(state, shards, cache(_mesh))
     try:
-        transfer(shards, checkpoint_id=folder) if shards else None
+        if shards:
+            (save if write else load)(shards, checkpoint_id=folder)
     except CheckpointException as error:
         # What went wrong in one process is raised in all, as if it were their own.
         raise next(iter(error.failures.values()))[0] from error

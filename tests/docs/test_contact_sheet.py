@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from twostep.models.contact_sheet import ContactSheetError, contact_sheet
+from examples.contact_sheet import ContactSheetError, contact_sheet
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
