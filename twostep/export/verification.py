@@ -79,9 +79,8 @@ def _comfyui(folder: Path, path: Path, contract: Contract, prompt: str, noise: T
     if not (folder / "comfy" / "sd.py").is_file():
         raise ModelError(f"{folder} is no ComfyUI: it has no comfy/sd.py. Give the folder with its main.py.")
     if path.is_dir() or not is_whole(path):
-        raise ModelError(
-            f"{path} is no whole file, which ComfyUI loads: twostep export {path} --to comfyui --out FILE."
-        )
+        advice = f"twostep export {path} --to comfyui --out FILE"
+        raise ModelError(f"{path} is no whole file, which ComfyUI loads: {advice}.")
     sys.path.insert(0, str(folder))
     vars(import_module("comfy.cli_args").args).update(cpu=True, force_fp32=True)
     model, clip, *_ = import_module("comfy.sd").load_checkpoint_guess_config(str(path), output_vae=False)
