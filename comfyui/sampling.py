@@ -7,6 +7,7 @@ imports ComfyUI.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import NoiseSchedule, trailing_times
 from twostep.errors import TwostepError
-from twostep.models.contracts import DEFAULT_GUIDANCE, DEFAULT_STEPS, carries_contract, file_contract
+from twostep.models.contracts import SDXL, carried_contract, file_contract
 from twostep.models.folder import ModelError
 from twostep.models.single_file import NAMES, SingleFile, is_whole
 from twostep.models.worn import Garment
@@ -48,7 +49,7 @@ def kind_of(path: Path) -> Kind:
 
 def keys_of(path: Path) -> list[str]:
     """List a file's tensors without reading them; ModelError for what is no safetensors."""
-    carries_contract(path)  # says what is wrong with a file that is none
+    carried_contract(path)  # says what is wrong with a file that is none
     with safe_open(path, "pt") as file:
         return list(file.keys())
 
@@ -60,7 +61,7 @@ def read_contract(path: Path, base: Path | None = None) -> Contract:
     for a LoRA that does not belong on that base; ModelError for a UNet or a LoRA that carries no contract.
     """
     kind = kind_of(path)
-    if not carries_contract(path):
+    if not carried_contract(path):
         if kind == "checkpoint":
             return teacher_contract(path)
         raise ModelError(
@@ -79,7 +80,7 @@ def read_contract(path: Path, base: Path | None = None) -> Contract:
         )
     if kind_of(base) != "checkpoint":
         raise ContractError(f"{base.name} is {KIND_WORDS[kind_of(base)]}; a base is a whole checkpoint.")
-    told = file_contract(base) if carries_contract(base) else teacher_contract(base)
+    told = file_contract(base) if carried_contract(base) else teacher_contract(base)
     return Garment(path, 1.0, file_contract(path)).together(told)
 
 
@@ -93,21 +94,8 @@ def teacher_contract(path: Path) -> Contract:
         raise ModelError(
             f"{path.name} is no whole SDXL checkpoint: it has no {lacking[0]}*. Nothing else is loaded here."
         )
-    return Contract(
-        name=path.stem,
-        role="teacher",
-        steps=DEFAULT_STEPS,
-        trained_times=(),
-        prediction_type=SingleFile(path, path.parent).prediction_type or "eps",
-        spacing="trailing",
-        guidance=DEFAULT_GUIDANCE,
-        sizes=((1024, 1024),),
-        base=path.stem,
-        lora_rank=None,
-        lora_alpha=None,
-        recipe="",
-        version="",
-    )
+    kind = SingleFile(path, path.parent).prediction_type or "eps"
+    return replace(SDXL, name=path.stem, prediction_type=kind, sizes=((1024, 1024),), base=path.stem)
 
 
 def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
@@ -122,14 +110,14 @@ def student_beside(path: Path, steps: int) -> Path:
 
     ContractError lists the steps there are, or the files where there are several.
     """
-    if not carries_contract(path):
+    if not carried_contract(path):
         raise ContractError(f"{path.name} carries no sampling contract; choose one of the students as the family.")
     family = _family(path)
     found: dict[int, list[Path]] = {}
     broken = []
     for file in sorted(path.parent.glob("*.safetensors")):
         try:
-            if carries_contract(file) and _family(file) == family:
+            if carried_contract(file) and _family(file) == family:
                 found.setdefault(file_contract(file).steps, []).append(file)
         except TwostepError as error:  # a damaged neighbour matters only if it may be the one that is looked for
             broken.append(f" Not readable: {error}")
@@ -153,7 +141,7 @@ def _family(path: Path) -> tuple[str, ...]:
 
 def explain(path: Path) -> str:
     """Say in a few lines what a file is and how it is sampled; ModelError where nothing is known of it."""
-    kind, known = kind_of(path), carries_contract(path)
+    kind, known = kind_of(path), carried_contract(path)
     contract = file_contract(path) if known else read_contract(path)
     what = KIND_WORDS[kind]
     if contract.lora_rank is not None:

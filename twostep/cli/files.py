@@ -34,14 +34,14 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a file is, how it is to be sampled, and who can load it; its weights are not read."""
-    from twostep.models.contracts import carries_contract, file_contract
+    from twostep.models.contracts import carried_contract
     from twostep.models.folder import ModelError, find_model
     from twostep.models.kinds import read_header, summary
 
     path = find_model(file)
     if path.is_dir():
         raise ModelError(f"{path} is a model folder: `twostep info {path}` says what is in it. Give one file.")
-    told, contract = summary(read_header(path)), file_contract(path) if carries_contract(path) else None
+    told, contract = summary(read_header(path)), carried_contract(path)
     if as_json:
         typer.echo(json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2))
         return

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from twostep.contract import Contract
-from twostep.models.contracts import BASE
+from twostep.models.contracts import SDXL
 from twostep.models.folder import ModelError, read_json
 from twostep.models.single_file import SDXL_BASE
 from twostep.runs.folder import write_whole
@@ -40,7 +40,7 @@ class Card:
                 raise ModelError(f"{self.picture} is no picture ({error}).") from error
         recipe = RECIPES / f"{contract.recipe}.toml"
         told = {"file": out.name, "to": to, "contract": contract, "fields": asdict(contract), "full_size": full_size}
-        told["base"] = base = SDXL_BASE if contract.base == BASE else contract.base
+        told["base"] = base = SDXL_BASE if contract.base == SDXL.base else contract.base
         told["license"] = self.license or ("openrail++" if base == SDXL_BASE else "other")
         told["recipe"] = recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else ""
         _render("card.md", card, rows=self._figures(), picture=self.picture and shown.name, **told)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twostep.export.writing import open_lora
 from twostep.models.bundle import clean_configs, hollow_networks
-from twostep.models.contracts import DIFFUSERS_NAMES, carries_contract, read_contracts
+from twostep.models.contracts import DIFFUSERS_NAMES, carried_contract, read_contracts
 from twostep.models.dialects import DIALECTS, write_lora
 from twostep.models.folder import CONTRACT_FILE, ModelError, find_model, read_json
 from twostep.models.kinds import kind_of, read_header
@@ -66,7 +66,7 @@ def _divide(path: Path, out: Path) -> Path:
     rest = [key for key in header.shapes if key.endswith(LEFT_OUT) or not key.startswith(tuple(PARTS.values()))]
     with safe_open(path, "pt") as read:
         save_file({key: read.get_tensor(key) for key in rest}, out / REST, header.metadata)
-    if carries_contract(path):
+    if carried_contract(path):
         (out / CONTRACT_FILE).write_text(contract.to_json())
     clean_configs(out)
     scheduler = read_json(out / "scheduler" / "scheduler_config.json")

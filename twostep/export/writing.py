@@ -18,15 +18,7 @@ from torch import Tensor, nn
 from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
 from twostep.models.bundle import Bundle, embed_no_guidance, hollow_networks, save_bundle
-from twostep.models.contracts import (
-    BASE,
-    DIFFUSERS_NAMES,
-    base_folder,
-    carries_contract,
-    file_contract,
-    read_contracts,
-    student_files,
-)
+from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, base_folder, carried_contract, read_contracts, student_files
 from twostep.models.dialects import LowRank, read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import clip_l_names
@@ -116,12 +108,12 @@ def export(
 
 def open_lora(path: Path, base: str | None) -> tuple[dict[str, LowRank], dict[str, nn.Module], Contract | None]:
     """Read a LoRA with hollow networks that have its layers, and its contract if it has one; ModelError."""
-    contract = file_contract(path) if carries_contract(path) else None
+    contract = carried_contract(path)
     if contract is not None and contract.lora_rank is None:
         raise ModelError(f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers.")
     if base is None and contract is None:
         raise ModelError(f"{path} does not say whose layers it has; name a model of that kind as the base.")
-    of_sdxl = contract is not None and contract.base == BASE
+    of_sdxl = contract is not None and contract.base == SDXL.base
     found = base or (SDXL_BASE if of_sdxl else base_folder(path, contract))  # type: ignore[arg-type]
     networks = hollow_networks(found)
     del networks["vae"]

@@ -32,12 +32,11 @@ from twostep.models.single_file import SDXL_BASE, find_single_file
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}
-BASE = "stable-diffusion-xl-base-1.0"
+SDXL = Contract.from_json(Path(__file__).with_name("sdxl.json").read_text(encoding="utf-8"))
+"""What SDXL would say of itself; its steps and guidance are those of section 3.6 of arXiv 2402.13929."""
+
 WIDEST = 2.0
 """The largest ratio of a picture's sides."""
-
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 32, 6.0
-"""For a teacher that says nothing of itself: what section 3.6 of arXiv 2402.13929 used on SDXL."""
 
 
 def read_contracts(model: str | Path) -> list[Contract]:
@@ -46,7 +45,7 @@ def read_contracts(model: str | Path) -> list[Contract]:
         return [contract for n in OFFICIAL_STEPS if (contract := official_contract(Path(str(official_file(model, n)))))]
     path = find_model(model)
     if path.is_file():
-        return [file_contract(path) if carries_contract(path) else _single_file_contract(path)]
+        return [carried_contract(path) or _single_file_contract(path)]
     students = [file_contract(file) for file in student_files(path).values()]
     return [_folder_contract(path), *sorted(students, key=lambda contract: -contract.steps)]
 
@@ -73,7 +72,9 @@ def official_contract(path: Path) -> Contract | None:
     found = OFFICIAL.fullmatch(path.name)
     if found is None:
         return None
-    steps, is_x0, rank, alpha = int(found[1]), found[3] == "_x0", None, None
+    steps, is_x0 = int(found[1]), found[3] == "_x0"
+    rank: int | None = None
+    alpha: float | None = None
     what = {"": "a whole checkpoint", "_unet": "a UNet alone", "_lora": "a LoRA"}[found[2]]
     if steps not in OFFICIAL_STEPS or is_x0 != (steps == 1) or (what, steps) == ("a LoRA", 1):
         raise ContractError(f"There is no official {path.name}: 8, 4 and 2 steps predict eps, 1 step x0 (no LoRA).")
@@ -85,26 +86,14 @@ def official_contract(path: Path) -> Contract | None:
         if alphas := [key for key in header.shapes if key.endswith(".alpha")]:
             with safe_open(path, "pt") as file:
                 alpha = file.get_tensor(alphas[0]).item()
-    return Contract(
-        name=path.stem,
-        role="student",
-        steps=steps,
-        trained_times=trained_times(steps),
-        prediction_type="x0" if is_x0 else "eps",
-        spacing="trailing",
-        guidance=1.0,
-        sizes=sizes_around(1024, 64),
-        base=BASE,
-        lora_rank=rank,
-        lora_alpha=None if alpha is None else float(alpha),
-        recipe="ByteDance",
-        version="",
-    )
+    times, kind = trained_times(steps), PREDICTION_TYPES["sample" if is_x0 else "epsilon"]
+    told = replace(SDXL, name=path.stem, role="student", steps=steps, trained_times=times, guidance=1.0)
+    return replace(told, prediction_type=kind, lora_rank=rank, lora_alpha=alpha and float(alpha), recipe="ByteDance")
 
 
-def carries_contract(path: Path) -> bool:
-    """Tell whether a file says, or its name, how it is to be sampled."""
-    return METADATA_KEY in read_header(path).metadata or official_contract(path) is not None
+def carried_contract(path: Path) -> Contract | None:
+    """Return the contract in a file, or that of an official one by its name; None where there is neither."""
+    return file_contract(path) if METADATA_KEY in read_header(path).metadata or official_contract(path) else None
 
 
 def _single_file_contract(path: Path) -> Contract:
@@ -127,13 +116,11 @@ def base_folder(path: Path, contract: Contract) -> Path:
     for folder in (path.parent.parent, WEIGHTS / contract.base):
         if (folder / CONTRACT_FILE).is_file():
             return folder
-    if contract.base == BASE:
+    if contract.base == SDXL.base:
         parts = ("vae", "text_encoder*", *([] if contract.lora_rank is None else ["unet"]))
         return fetch(SDXL_BASE, only=(*CONFIGS, *(f"{part}/*.fp16.safetensors" for part in parts)))
-    raise ModelError(
-        f"{path} holds only the UNet of a student of {contract.base}, and {contract.base} is not built in. "
-        f"Put it into the folder `students` of that model."
-    )
+    lacks = f"holds only the UNet of a student of {contract.base}, and {contract.base} is not built in"
+    raise ModelError(f"{path} {lacks}. Put it into the folder `students` of that model.")
 
 
 def _folder_contract(folder: Path) -> Contract:
@@ -164,21 +151,8 @@ def _derived_contract(folder: Path) -> Contract:
         raise ModelError(f"{folder} predicts {said!r}; known are {', '.join(PREDICTION_TYPES)}.")
     pixels = 2 ** (len(vae["block_out_channels"]) - 1)
     multiple = pixels * 2 ** (len(unet["block_out_channels"]) - 1)
-    return Contract(
-        name=folder.resolve().name,
-        role="teacher",
-        steps=DEFAULT_STEPS,
-        trained_times=(),
-        prediction_type=PREDICTION_TYPES[said],
-        spacing="trailing",
-        guidance=DEFAULT_GUIDANCE,
-        sizes=sizes_around(unet["sample_size"] * pixels, max(multiple, 64)),
-        base=folder.resolve().name,
-        lora_rank=None,
-        lora_alpha=None,
-        recipe="",
-        version="",
-    )
+    name, sizes = folder.resolve().name, sizes_around(unet["sample_size"] * pixels, max(multiple, 64))
+    return replace(SDXL, name=name, prediction_type=PREDICTION_TYPES[said], sizes=sizes, base=name)
 
 
 def sizes_around(side: int, multiple: int) -> tuple[tuple[int, int], ...]:

@@ -42,15 +42,13 @@ class TextEncoders:
         self, prompts: Sequence[str]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
-        layers, pooled = [], None
+        layers = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             with _TURN:
                 tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
             answer = encoder(tokens.to(encoder.device), output_hidden_states=True)
             layers.append(answer.hidden_states[-2])
-            pooled = answer[0]
-        assert pooled is not None
-        text = torch.cat(layers, dim=-1)
+        text, pooled = torch.cat(layers, dim=-1), answer[0]
         if self.zeros_for_empty:
             said = torch.tensor([prompt != "" for prompt in prompts], device=text.device)
             text, pooled = text * said[:, None, None], pooled * said[:, None]

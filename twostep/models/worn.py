@@ -24,7 +24,7 @@ from torch.nn.functional import conv2d, linear
 
 from twostep.contract import Contract, ContractError, student_name
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import carries_contract, file_contract, goes_on_a_student
+from twostep.models.contracts import carried_contract, goes_on_a_student
 from twostep.models.dialects import LowRank, find_layer, merge_lora, read_lora
 from twostep.models.folder import ModelError, find_model
 
@@ -45,7 +45,7 @@ class Garment:
         path = find_model(name)
         if path.is_dir():
             raise ModelError(f"{path} is a model folder; give a LoRA's .safetensors, or its built-in name.")
-        return cls(path, weight, file_contract(path) if carries_contract(path) else None)
+        return cls(path, weight, carried_contract(path))
 
     @property
     def makes_students(self) -> bool:
@@ -65,15 +65,12 @@ class Garment:
             # The name goes into every picture.
             return replace(model, name=f"{model.name}+{self.path.stem}{weight}")
         if model.role == "student":
-            raise ContractError(
-                f"{self.path} makes {said.steps}-step students of teachers, and {model.name} is one of {model.steps} "
-                "steps already: it would be distilled twice. Load its teacher, or leave this LoRA out."
-            )
+            twice = f"{model.name} is one of {model.steps} steps already: it would be distilled twice"
+            makes = f"{self.path} makes {said.steps}-step students of teachers"
+            raise ContractError(f"{makes}, and {twice}. Load its teacher, or leave this LoRA out.")
         if said.prediction_type != model.prediction_type:
-            raise ContractError(
-                f"{self.path} was distilled where {said.prediction_type} is predicted; {model.name} predicts "
-                f"{model.prediction_type}. Use a LoRA of such a teacher."
-            )
+            other = f"{model.name} predicts {model.prediction_type}. Use a LoRA of such a teacher"
+            raise ContractError(f"{self.path} was distilled where {said.prediction_type} is predicted; {other}.")
         _, plus, styles = model.name.partition("+")
         name = f"{student_name(model.base, said.steps)}{weight}{plus}{styles}"
         return replace(said, name=name, base=model.base, sizes=model.sizes)

@@ -95,11 +95,8 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "RNG": "CPU",
         "Version": f"twostep {contract.version}",
     }
-    lines = [request.prompt]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in settings.items()))
-    return "\n".join(lines)
+    avoided = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
+    return f"{request.prompt}{avoided}\n{', '.join(f'{key}: {_quote(value)}' for key, value in settings.items())}"
 
 
 def read_provenance(path: str | Path) -> Provenance:
@@ -110,23 +107,16 @@ def read_provenance(path: str | Path) -> Provenance:
     except (OSError, ValueError) as error:
         raise ProvenanceError(f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep.") from error
     if TWOSTEP_CHUNK not in chunks:
-        raise ProvenanceError(
-            f"{path} has no {TWOSTEP_CHUNK!r} text chunk. Give a PNG as twostep wrote it: editors, messengers and "
-            f"converters often strip text chunks."
-        )
+        advice = "Give a PNG as twostep wrote it: editors, messengers and converters often strip text chunks"
+        raise ProvenanceError(f"{path} has no {TWOSTEP_CHUNK!r} text chunk. {advice}.")
     try:
         told = json.loads(chunks[TWOSTEP_CHUNK])
-        contract, request = told["contract"], Request.from_json(json.dumps(told["request"]))
+        contract = Contract.from_json(json.dumps(told["contract"]))
+        request = Request.from_json(json.dumps(told["request"]))
         batch = replace(request, **told.get("batch", {}))
     except (ValueError, TypeError, KeyError) as error:
         raise ProvenanceError(f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}.") from error
-    return Provenance(
-        contract=Contract.from_json(json.dumps(contract)),
-        request=request,
-        parameters=str(chunks.get(A1111_CHUNK, "")),
-        origin=tuple(told.get("origin", ())),
-        batch=batch,
-    )
+    return Provenance(contract, request, str(chunks.get(A1111_CHUNK, "")), tuple(told.get("origin", ())), batch)
 
 
 def prepare_folder(folder: str | Path) -> Path:
