@@ -20,19 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Bundle",
-    "Contract",
-    "NoiseSchedule",
-    "Prediction",
-    "Request",
-    "Result",
-    "TwostepError",
-    "__version__",
-    "generate",
-    "load",
-    "solve",
-]
+__all__ = ["Bundle", "Contract", "NoiseSchedule", "Prediction", "Request", "Result", "TwostepError"]
+__all__ += ["__version__", "generate", "load", "solve"]
 
 _HOMES = {
     "Bundle": ("twostep.models.bundle", "Bundle"),
@@ -52,9 +41,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'twostep' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module, attribute = _HOMES[name]
-    value = getattr(import_module(module), attribute)
-    globals()[name] = value
-    return value
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

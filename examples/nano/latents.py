@@ -19,7 +19,7 @@ from torch import Tensor
 from examples.nano.captions import BACKGROUNDS, Attributes, Omission, caption
 from examples.nano.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
 from twostep.models.bundle import Bundle
-from twostep.models.codec import Codec
+from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
 from twostep.models.text import TextEncoders
 from twostep.runs.devices import place, wait
@@ -119,7 +119,7 @@ def load_latents(path: Path) -> LatentCache:
 
 
 def find_latents(
-    path: Path, drawings: Path, codec: Codec, *, variants: int, on_variant: Callable[[int, int], None]
+    path: Path, drawings: Path, codec: ImageCodec, *, variants: int, on_variant: Callable[[int, int], None]
 ) -> LatentCache:
     """Read the cache at `path`, made there of the emoji set at `drawings` by the first process if it is not there."""
     if place().first and not path.exists():
@@ -130,7 +130,7 @@ def find_latents(
 
 def cache_latents(
     emoji: EmojiSet,
-    codec: Codec,
+    codec: ImageCodec,
     *,
     variants: int = 96,
     seed: int = 0,

@@ -70,8 +70,9 @@ def test_the_loras_draw_what_they_are_asked(steps: int) -> None:
 
 def test_they_are_fp16_and_below_80_megabytes() -> None:
     files = list(NANO.rglob("*.safetensors"))
-    loras = set(NANO.rglob("*_lora.safetensors"))
-    assert sum(file.stat().st_size for file in set(NANO.rglob("*")) - loras) < 80e6
+    loras, control = set(NANO.rglob("*_lora.safetensors")), set((NANO / "controlnet").glob("*"))
+    assert sum(file.stat().st_size for file in set(NANO.rglob("*")) - loras - control) < 80e6
+    assert sum(file.stat().st_size for file in control) < 4e6
     networks = [file for file in files if file.name != "judge.safetensors"]
     assert {tensor.dtype for file in networks for tensor in load_file(file).values() if tensor.ndim} == {torch.float16}
 

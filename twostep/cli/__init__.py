@@ -33,22 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (
-    draw.generate,
-    draw.edit,
-    draw.replay,
-    draw.info,
-    train.recipes,
-    train.recipe,
-    train.cache,
-    train.plan,
-    train.distill,
-    train.report,
-    files.export,
-    files.convert,
-    files.inspect,
-    files.verify,
-    files.extract,
-    files.push,
-):
+_DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
+_TRAINING = (train.recipes, train.recipe, train.cache, train.plan, train.distill, train.report)
+_FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
+for verb in (*_DRAWING, *_TRAINING, *_FILES):
     app.command()(verb)

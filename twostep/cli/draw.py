@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from twostep.contract import Contract
-from twostep.errors import TwostepError
 from twostep.pipeline.png import ProvenanceError, prepare_folder, read_provenance, save_images
 from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
 
@@ -40,10 +39,6 @@ _CONTROL = re.compile(r"(?P<picture>.+)@(?P<model>[^@]+?)(:(?P<scale>\d*\.?\d+)(
 _Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")]
 
 
-class SizeError(TwostepError):
-    """A size that is not WIDTHxHEIGHT."""
-
-
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: _Model = "nano",
@@ -59,17 +54,8 @@ def generate(
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
     width, height = _parse_size(size)
-    request = Request(
-        prompt,
-        num_images=num_images,
-        seed=seed,
-        guidance=guidance,
-        negative_prompt=negative,
-        width=width,
-        height=height,
-        controls=_parse_controls(control),
-    )
-    _make(request, model, lora, steps, out)
+    request = Request(prompt, num_images=num_images, seed=seed, guidance=guidance, controls=_parse_controls(control))
+    _make(replace(request, negative_prompt=negative, width=width, height=height), model, lora, steps, out)
 
 
 def edit(
@@ -89,17 +75,9 @@ def edit(
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
-    request = Request(
-        prompt,
-        num_images=num_images,
-        seed=seed,
-        guidance=guidance,
-        image=Picture.of(image),
-        strength=strength,
-        mask=None if mask is None else Picture.of(mask),
-        controls=_parse_controls(control),
-    )
-    _make(request, model, lora, steps, out)
+    request = Request(prompt, num_images=num_images, seed=seed, guidance=guidance, controls=_parse_controls(control))
+    shown = None if mask is None else Picture.of(mask)
+    _make(replace(request, image=Picture.of(image), strength=strength, mask=shown), model, lora, steps, out)
 
 
 def replay(
@@ -227,5 +205,5 @@ def _parse_size(size: str | None) -> tuple[int, int] | tuple[None, None]:
         return None, None
     match = re.fullmatch(r"(\d+)[xX](\d+)", size.strip())
     if match is None:
-        raise SizeError(f"size is {size!r}; expected WIDTHxHEIGHT in pixels, such as 64x64.")
+        raise RequestError(f"size is {size!r}; expected WIDTHxHEIGHT in pixels, such as 64x64.")
     return int(match[1]), int(match[2])

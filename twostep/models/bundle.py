@@ -201,7 +201,9 @@ def hollow_networks(model: str | Path) -> dict[str, nn.Module]:
 
 def _build(folder: Path, name: str) -> Any:
     """Make a network of a model folder by its config, on the device that is the default."""
-    config = read_json(folder / name / "config.json") | {"time_cond_proj_dim": None}  # see `embed_no_guidance`
+    config = read_json(folder / name / "config.json")
+    if name == "unet":
+        config["time_cond_proj_dim"] = None  # see `embed_no_guidance`
     if name.startswith("text"):
         kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
         return kind(CLIPTextConfig.from_dict(config))

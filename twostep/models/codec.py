@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -14,17 +14,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """Encodes media to scaled latents and decodes them again."""
-
-    def encode(self, media: Tensor) -> Tensor:
-        """Return the latents of media in -1..1."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the media in -1..1 of latents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +49,8 @@ class ImageCodec:
     @cached_property
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:
         """The least-squares fit of colours to latents, of fixed smooth pictures; made once."""
-        colours, side = (
-            2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1,
-            self.pixels_per_latent,
-        )
+        side = self.pixels_per_latent
+        colours = 2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1
         pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
         latents = self.encode(pictures.to(self.vae.device)).float().cpu()
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)

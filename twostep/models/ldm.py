@@ -1,11 +1,13 @@
 """Names of weights in single files: diffusers' names <-> those of the first latent diffusion code.
 
 ComfyUI, A1111 and Civitai keep SDXL in one file by the old names. Everything follows from the networks' own keys, so
-small models have names too; every key has exactly one. Files and configs are unknown here.
+small models have names too; every key has exactly one. The words stand in ldm.toml; files and configs are unknown here.
 """
 
 import re
+import tomllib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,53 +18,7 @@ UNET, VAE, CLIP_L, CLIP_G = (
 )
 """Where a single file keeps the parts."""
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-}
-_VAE_WORDS = {
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0": "mid.attn_1",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
-    "resnets": "block",
-}
-_CLIP_G_WORDS = {
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn": "attn",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "text_projection.weight": "text_projection",
-}
+_WORDS: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def unet_names(keys: Iterable[str]) -> dict[str, str]:
@@ -75,9 +31,11 @@ def unet_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _unet_name(key: str, stride: int, attentive: set[str]) -> str:
+    if ".resnets." in key:  # layers of attentions have the same names in both
+        key = _replaced(key, _WORDS["resnet"])
     found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", key)
     if found is None:
-        return _inside(_replaced(key, _UNET_ENDS))
+        return _replaced(key, _WORDS["unet"])
     way, block, kind, place, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
     if kind == "downsamplers":
         return f"input_blocks.{stride * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
@@ -85,13 +43,7 @@ def _unet_name(key: str, stride: int, attentive: set[str]) -> str:
         return f"output_blocks.{stride * block + stride - 1}.{2 if str(block) in attentive else 1}.{rest}"
     number = stride * block + place + (1 if way == "down" else 0)
     side = "input" if way == "down" else "output"
-    return _inside(f"{side}_blocks.{number}.{0 if kind == 'resnets' else 1}.{rest}")
-
-
-def _inside(name: str) -> str:
-    """Rename what is inside a resnet; layers of attentions have the same names in both."""
-    found = re.match(r"((?:input_blocks|middle_block|output_blocks)\.(?:\d+\.)+)(\w+)\.(weight|bias)$", name)
-    return name if found is None or found[2] not in _RESNET else f"{found[1]}{_RESNET[found[2]]}.{found[3]}"
+    return f"{side}_blocks.{number}.{0 if kind == 'resnets' else 1}.{rest}"
 
 
 def vae_names(keys: Iterable[str]) -> dict[str, str]:
@@ -101,7 +53,7 @@ def vae_names(keys: Iterable[str]) -> dict[str, str]:
 
     def name(key: str) -> str:
         key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", key)
-        return _replaced(key.replace("down_blocks", "down"), _VAE_WORDS)
+        return _replaced(key.replace("down_blocks", "down"), _WORDS["vae"])
 
     return {key: name(key) for key in known}
 
@@ -113,7 +65,7 @@ def clip_l_names(keys: Iterable[str]) -> dict[str, str]:
 
 def clip_g_names(keys: Iterable[str]) -> dict[str, str]:
     """Return open_clip's name of every key of a CLIPTextModelWithProjection; q, k and v still apart."""
-    return {key: _replaced(key, _CLIP_G_WORDS) for key in keys}
+    return {key: _replaced(key, _WORDS["clip_g"]) for key in keys}
 
 
 def split(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -45,14 +45,8 @@ class TextEncoders:
         layers, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             with _TURN:
-                tokens = tokenizer(
-                    list(prompts),
-                    padding="max_length",
-                    max_length=tokenizer.model_max_length,
-                    truncation=True,
-                    return_tensors="pt",
-                ).input_ids.to(encoder.device)
-            answer = encoder(tokens, output_hidden_states=True)
+                tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+            answer = encoder(tokens.to(encoder.device), output_hidden_states=True)
             layers.append(answer.hidden_states[-2])
             pooled = answer[0]
         assert pooled is not None
