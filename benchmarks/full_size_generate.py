@@ -29,9 +29,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from twostep.diffusion import NoiseSchedule
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import ImageCodec
+from twostep.models.contracts import official_contract
 from twostep.models.denoiser import Denoiser
-from twostep.models.folder import INDEX_FILE
-from twostep.models.official import HUB_ID, official_contract, official_file
+from twostep.models.folder import INDEX_FILE, LIGHTNING, official_file
 from twostep.models.single_file import SDXL_BASE
 from twostep.models.text import TextEncoders
 from twostep.pipeline.generation import generate
@@ -85,7 +85,7 @@ def random_vae() -> AutoencoderKL:
 
 def random_bundle(steps: int) -> Bundle:
     """Return the student of so many steps as if its official file had been loaded."""
-    contract = official_contract(Path(str(official_file(HUB_ID, steps))))
+    contract = official_contract(Path(str(official_file(LIGHTNING, steps))))
     assert contract is not None
     vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     denoiser = Denoiser(random_sdxl(), NoiseSchedule.scaled_linear(), contract.prediction_type)
@@ -130,7 +130,7 @@ def write_cache(
     steps: Annotated[int, typer.Option(help="Which student.")] = 2,
 ) -> None:
     """Write a hub cache with the official UNet of so many steps, and of the base what that needs."""
-    student = repository(folder, HUB_ID) / str(official_file(HUB_ID, steps))
+    student = repository(folder, LIGHTNING) / str(official_file(LIGHTNING, steps))
     base = repository(folder, SDXL_BASE)
     text, index = random_text(), {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     for number, name in enumerate(("", "_2")):

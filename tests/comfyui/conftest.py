@@ -13,7 +13,7 @@ from examples.nano.model import random_bundle
 from twostep.contract import Contract
 from twostep.models.bundle import Bundle
 from twostep.models.codec import ImageCodec
-from twostep.models.dialects import LowRank, kohya, peft
+from twostep.models.dialects import LowRank, write_lora
 
 from ..vanilla import assemble, write_single_file
 
@@ -92,9 +92,8 @@ class Shelf:
     def lora(self, name: str, contract: Contract | None = None, *, dialect: str = "kohya") -> Path:
         """Write a LoRA of the UNet."""
         path, lora = self.root / "loras" / f"{name}.safetensors", lora_of(self.bundle)
-        weights, metadata = (
-            (kohya(lora, self.bundle.parts), {}) if dialect == "kohya" else peft(lora, self.bundle.parts)
-        )
+        weights, told = write_lora(lora, self.bundle.parts, dialect)
+        metadata = {} if dialect == "kohya" else told
         save_file(weights, path, metadata | (contract.to_metadata() if contract else {}))
         return path
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from twostep.data.pictures import DataError, Demands, Entry, UnusablePictureError, cut, find_entries, read_picture
 from twostep.data.pictures import sharpness as sharpness_of
-from twostep.models.sizes import sizes_around
+from twostep.models.contracts import sizes_around
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from twostep.export.card import Card
 from twostep.export.writing import export
 from twostep.models.bundle import Bundle
-from twostep.models.dialects import kohya
+from twostep.models.dialects import write_lora
 
 from .conftest import random_lora, student_contract
 
@@ -44,7 +44,7 @@ def test_of_the_base_of_sdxl_the_licence_is_known_and_a_picture_can_be_given(
     told = {
         key: value.replace('"base": "random"', '"base": "stable-diffusion-xl-base-1.0"') for key, value in told.items()
     }
-    save_file(kohya(lora, bundle.parts), tmp_path / "in.safetensors", told)
+    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "in.safetensors", told)
     card = Card(picture=tmp_path / "mine.png")
     export(tmp_path / "in.safetensors", "lora-peft", tmp_path / "out.safetensors", base=str(folder), card=card)
     head = ModelCard((tmp_path / "out.md").read_text()).data.to_dict()
@@ -78,7 +78,7 @@ def test_workflows_sample_as_the_contract_says(
     model: Path | str = folder
     if to == "lora-kohya":
         model, contract = tmp_path / "in.safetensors", student_contract(bundle.contract, steps, rank=3)
-        save_file(kohya(random_lora(bundle), bundle.parts), model, contract.to_metadata())
+        save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], model, contract.to_metadata())
     export(model, to, tmp_path / "x y.safetensors", steps=None if to == "lora-kohya" else steps, base=str(folder))
     api, page = (json.loads((tmp_path / f"x y{end}").read_text()) for end in (".api.json", ".json"))
     sampler = next(node["inputs"] for node in api.values() if node["class_type"] == "KSampler")

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig
 from twostep.export.conversion import REST, convert
 from twostep.models.bundle import Bundle, hollow_networks, load_bundle
 from twostep.models.contracts import read_contracts
-from twostep.models.dialects import DIALECTS, LoraError, LowRank, kohya, merge_lora, write_lora
+from twostep.models.dialects import DIALECTS, LoraError, LowRank, merge_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, split
 from twostep.models.single_file import NAMES, PARTS, account, whole_weights
@@ -61,7 +61,7 @@ def test_a_lora_comes_back_from_every_dialect_bit_for_bit(
 
 def test_early_files_have_no_alpha(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
     plain = {layer: LowRank(low.down, low.up, 3.0) for layer, low in random_lora(bundle).items()}
-    save_file(kohya(plain, bundle.parts), tmp_path / "plain.safetensors")
+    save_file(write_lora(plain, bundle.parts, "kohya")[0], tmp_path / "plain.safetensors")
     convert(str(tmp_path / "plain.safetensors"), "early", tmp_path / "early.safetensors", base=str(folder))
     early = load_file(tmp_path / "early.safetensors")
     assert len(early) == 2 * len(plain)
@@ -69,7 +69,7 @@ def test_early_files_have_no_alpha(folder: Path, bundle: Bundle, tmp_path: Path)
     assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight" in early
     convert(str(tmp_path / "early.safetensors"), "kohya", tmp_path / "back.safetensors", base=str(folder))
     assert same_bits(load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "plain.safetensors"))
-    save_file(kohya(random_lora(bundle), bundle.parts), tmp_path / "other.safetensors")
+    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "other.safetensors")
     with pytest.raises(LoraError, match=r"Early files have no alpha, and text_encoder.* has 1\.5 at rank 3"):
         convert(str(tmp_path / "other.safetensors"), "early", tmp_path / "x.safetensors", base=str(folder))
 
@@ -202,7 +202,7 @@ def test_at_the_full_size_every_key_goes_there_and_back(tmp_path: Path) -> None:
 
 def test_what_does_not_convert_is_told(single: Path, folder: Path, bundle: Bundle, tmp_path: Path) -> None:
     lora, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
-    save_file(kohya(random_lora(bundle), bundle.parts), lora)
+    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], lora)
     half = load_file(lora)
     half.popitem()
     save_file(half, tmp_path / "half.safetensors")

@@ -18,7 +18,7 @@ from twostep.contract import Contract
 from twostep.export.card import Card
 from twostep.export.writing import export
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.dialects import kohya, read_lora
+from twostep.models.dialects import read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.kinds import read_header
 from twostep.models.ldm import CLIP_L, UNET, unet_names
@@ -140,7 +140,7 @@ def test_a_unet_alone_has_the_names_of_diffusers(folder: Path, tmp_path: Path) -
 def test_a_lora_keeps_its_bits_alpha_and_contract(to: str, folder: Path, bundle: Bundle, tmp_path: Path) -> None:
     contract = student_contract(bundle.contract, 4, rank=3)
     lora = {key: low for key, low in random_lora(bundle).items() if key.startswith("unet.")}
-    save_file(kohya(lora, bundle.parts), tmp_path / "in.safetensors", contract.to_metadata())
+    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "in.safetensors", contract.to_metadata())
     out = export(tmp_path / "in.safetensors", to, tmp_path / "out.safetensors", base=str(folder))
     told, again = metadata(out), read_lora(out, bundle.parts)
     assert again.keys() == lora.keys()
@@ -170,7 +170,7 @@ def test_diffusers_draws_with_an_exported_lora(to: str, tmp_path: Path) -> None:
 
 
 def test_loras_are_merged_into_what_is_exported(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
-    save_file(kohya(random_lora(bundle), bundle.parts), tmp_path / "style.safetensors")
+    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors")
     out = export(folder, "unet", tmp_path / "u.safetensors", steps=4, loras=(f"{tmp_path / 'style.safetensors'}:0.5",))
     assert json.loads(metadata(out)["twostep.contract"])["name"] == "random-4step+style:0.5"
     plain, worn = random_bundle(4).denoiser.network.state_dict(), load_file(out)
@@ -181,7 +181,7 @@ def test_loras_are_merged_into_what_is_exported(folder: Path, bundle: Bundle, tm
 
 def test_what_cannot_be_exported_is_told(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
     file, student = tmp_path / "x.safetensors", folder / "students" / "random_4step_unet.safetensors"
-    save_file(kohya(random_lora(bundle), bundle.parts), tmp_path / "style.safetensors")
+    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors")
     for model, to, out, more, said in (
         ("nano", "onnx", file, {}, "There is no export to 'onnx'; there are diffusers, comfyui"),
         ("nano", "comfyui", file, {}, "an AutoencoderTiny"),

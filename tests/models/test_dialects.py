@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.dialects import LoraError, LowRank, kohya, merge_lora, read_lora
+from twostep.models.dialects import LoraError, LowRank, merge_lora, read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.lora import TARGETS
 
@@ -85,13 +85,13 @@ def test_every_dialect_says_the_same(write, bundle: Bundle, lora: dict[str, LowR
 
 
 def test_kohya_and_back_is_exact(bundle: Bundle, lora: dict[str, LowRank], tmp_path: Path) -> None:
-    save_file(kohya(lora, bundle.parts), tmp_path / "lora.safetensors")
+    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "lora.safetensors")
     assert same(read_lora(tmp_path / "lora.safetensors", bundle.parts), lora)
 
 
 def test_diffusers_makes_the_same_of_what_kohya_writes(lora: dict[str, LowRank], tmp_path: Path) -> None:
     ours = load_bundle("nano")
-    save_file(kohya(lora, ours.parts), tmp_path / "lora.safetensors")
+    save_file(write_lora(lora, ours.parts, "kohya")[0], tmp_path / "lora.safetensors")
     merge_lora(lora, ours.parts, weight=0.8)
     pipeline = StableDiffusionXLPipeline.from_pretrained(find_model("nano"), torch_dtype=torch.float32)
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
@@ -111,7 +111,7 @@ def test_of_the_full_size_788_layers_have_names_that_all_programs_read() -> None
             for name, module in unet.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith(TARGETS)
         }
-    tensors = kohya(weights, {"unet": unet})
+    tensors = write_lora(weights, {"unet": unet}, "kohya")[0]
     assert len(tensors) == 3 * 788
     for name in (
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight",
@@ -125,7 +125,9 @@ def test_of_the_full_size_788_layers_have_names_that_all_programs_read() -> None
 
 
 def test_without_an_alpha_it_is_the_rank(bundle: Bundle, lora: dict[str, LowRank], tmp_path: Path) -> None:
-    tensors = {key: value for key, value in kohya(lora, bundle.parts).items() if not key.endswith(".alpha")}
+    tensors = {
+        key: value for key, value in write_lora(lora, bundle.parts, "kohya")[0].items() if not key.endswith(".alpha")
+    }
     save_file(tensors, tmp_path / "lora.safetensors")
     assert {low.alpha for low in read_lora(tmp_path / "lora.safetensors", bundle.parts).values()} == {float(RANK)}
     given = read_lora(tmp_path / "lora.safetensors", bundle.parts, alpha=7.0)
@@ -133,7 +135,7 @@ def test_without_an_alpha_it_is_the_rank(bundle: Bundle, lora: dict[str, LowRank
 
 
 def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, LowRank], tmp_path: Path) -> None:
-    path, good = tmp_path / "lora.safetensors", kohya(lora, bundle.parts)
+    path, good = tmp_path / "lora.safetensors", write_lora(lora, bundle.parts, "kohya")[0]
     (unet_down,) = [
         key for key in good if key.endswith("input_blocks_3_1_transformer_blocks_0_attn2_to_k.lora_down.weight")
     ]
@@ -166,7 +168,7 @@ def test_what_is_no_lora_for_this_model_is_told(bundle: Bundle, lora: dict[str, 
 
 
 def test_a_text_part_needs_text_encoders(bundle: Bundle, lora: dict[str, LowRank], tmp_path: Path) -> None:
-    save_file(kohya(lora, bundle.parts), tmp_path / "lora.safetensors")
+    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "lora.safetensors")
     with pytest.raises(LoraError, match="no layer of unet is called so"):
         read_lora(tmp_path / "lora.safetensors", {"unet": random_bundle().denoiser.network})
 

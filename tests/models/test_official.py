@@ -16,11 +16,11 @@ from twostep.export.writing import export
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import ImageCodec
 from twostep.models.contracts import file_contract, read_contracts
-from twostep.models.dialects import LowRank, kohya, merge_lora
-from twostep.models.folder import ModelError, find_model
+from twostep.models.dialects import LowRank, merge_lora, write_lora
+from twostep.models.folder import ALIAS, ModelError, find_model
+from twostep.models.folder import LIGHTNING as HUB_ID
 from twostep.models.ldm import unet_names
 from twostep.models.lora import TARGETS
-from twostep.models.official import ALIAS, HUB_ID
 from twostep.models.worn import Wardrobe, load_worn
 
 from ..vanilla import assemble, write_single_file
@@ -74,7 +74,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in NAMES:
         path, student = folder / f"{name}.safetensors", small(int(name[15]))
         if "_lora" in name:
-            save_file(kohya(style_of(base), base.parts), path)
+            save_file(write_lora(style_of(base), base.parts, "kohya")[0], path)
         elif "_unet" in name:
             save_file({k: v.half() for k, v in student.denoiser.network.state_dict().items()}, path)
         else:
@@ -161,7 +161,7 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
 
 
 def test_a_name_that_does_not_fit_is_told(hub: Path, tmp_path: Path) -> None:
-    lora = kohya(style_of(small(0)), small(0).parts)
+    lora = write_lora(style_of(small(0)), small(0).parts, "kohya")[0]
     for name, said in (
         ("sdxl_lightning_4step_unet", "is a LoRA; by its name it would be a UNet alone"),
         ("sdxl_lightning_4step", "is a LoRA; by its name it would be a whole checkpoint"),

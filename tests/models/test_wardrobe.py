@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from twostep.contract import ContractError
 from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.dialects import LoraError, LowRank, kohya
+from twostep.models.dialects import LoraError, LowRank, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.worn import Wardrobe, load_worn
 from twostep.pipeline.generation import generate
@@ -34,7 +34,7 @@ def write_style(path: Path, bundle: Bundle, seed: int, rank: int) -> None:
                 up = torch.randn((len(weight), rank, *[1] * (weight.dim() - 2)), generator=generator)
                 strength = 0.02 * weight.norm() / (up.flatten(1) @ down.flatten(1)).norm()
                 lora[f"{part}.{name}"] = LowRank(down, up * strength * rank, 1.0)
-    save_file(kohya(lora, bundle.parts), path)
+    save_file(write_lora(lora, bundle.parts, "kohya")[0], path)
 
 
 @pytest.fixture(scope="module")

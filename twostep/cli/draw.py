@@ -108,14 +108,16 @@ def _make(
 ) -> tuple[Result, list[Path]]:
     """Draw a request, write the PNGs, and print their paths, what is to be warned of, and the times."""
     prepare_folder(out)
-    if steps is None and not loras:
-        steps = _default_steps(model)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {model}"):
         import torch
 
+        from twostep.models.contracts import read_contracts
         from twostep.models.worn import load_worn
 
+        if steps is None and not loras:
+            offered = [contract.steps for contract in read_contracts(model)]
+            steps = 2 if 2 in offered else offered[0]
         bundle, accelerator = load_worn(model, loras or (), steps=steps), torch.accelerator.current_accelerator()
         if accelerator is not None:
             bundle.to(accelerator, torch.float16)
@@ -142,14 +144,6 @@ def info(
         typer.echo(json.dumps([json.loads(contract.to_json()) for contract in contracts], indent=2))
     else:
         Console().print(contract_table(contracts))
-
-
-def _default_steps(model: str) -> int:
-    """Two, where the model has a student for it; otherwise what its first contract says."""
-    from twostep.models.contracts import read_contracts
-
-    offered = [contract.steps for contract in read_contracts(model)]
-    return 2 if 2 in offered else offered[0]
 
 
 def _draw(bundle: Bundle, request: Request) -> Result:

@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from twostep.contract import Contract
+from twostep.models.contracts import BASE
 from twostep.models.folder import ModelError, read_json
-from twostep.models.official import BASE
 from twostep.models.single_file import SDXL_BASE
 from twostep.runs.folder import write_whole
 from twostep.runs.recipe import RECIPES

@@ -16,7 +16,6 @@ from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import load_bundle
 from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
 from twostep.models.folder import ModelError, find_model, weights_variant
-from twostep.models.official import official_file
 from twostep.models.single_file import is_whole
 
 
@@ -25,7 +24,7 @@ def verify(
     model: str, *, prompt: str, seed: int = 0, steps: int | None = None, comfyui: Path | None = None
 ) -> list[tuple[float, float]]:
     """Return for each step the largest difference to diffusers, or to the ComfyUI there, and the relative one."""
-    path, bundle = find_model(official_file(model, steps) or model), load_bundle(model, steps=steps)
+    path, bundle = find_model(model, steps=steps), load_bundle(model, steps=steps)
     contract, (width, height) = bundle.contract, bundle.contract.sizes[0]
     noise = initial_noise(seed, bundle.latent_shape(width, height))[None]
     told, ours = bundle.conditioning([prompt, ""], width, height), list[Tensor]()
@@ -80,9 +79,8 @@ def _comfyui(folder: Path, path: Path, contract: Contract, prompt: str, noise: T
     if not (folder / "comfy" / "sd.py").is_file():
         raise ModelError(f"{folder} is no ComfyUI: it has no comfy/sd.py. Give the folder with its main.py.")
     if path.is_dir() or not is_whole(path):
-        raise ModelError(
-            f"{path} is no whole file, which ComfyUI loads: twostep export {path} --to comfyui --out FILE."
-        )
+        advice = f"twostep export {path} --to comfyui --out FILE"
+        raise ModelError(f"{path} is no whole file, which ComfyUI loads: {advice}.")
     sys.path.insert(0, str(folder))
     vars(import_module("comfy.cli_args").args).update(cpu=True, force_fp32=True)
     model, clip, *_ = import_module("comfy.sd").load_checkpoint_guess_config(str(path), output_vae=False)

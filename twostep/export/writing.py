@@ -19,17 +19,17 @@ from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
 from twostep.models.bundle import Bundle, embed_no_guidance, hollow_networks, save_bundle
 from twostep.models.contracts import (
+    BASE,
     DIFFUSERS_NAMES,
     base_folder,
     carries_contract,
     file_contract,
-    lora_files,
     read_contracts,
+    student_files,
 )
 from twostep.models.dialects import LowRank, read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import clip_l_names
-from twostep.models.official import BASE
 from twostep.models.single_file import SDXL_BASE, whole_weights
 from twostep.models.worn import load_worn
 from twostep.runs.folder import write_whole
@@ -133,7 +133,7 @@ def _lora_file(model: str | Path, steps: int | None) -> Path:
     path = find_model(model)
     if path.is_file():
         return path
-    found = lora_files(path)
+    found = student_files(path, "lora")
     if steps is None or steps not in found:
         there = f"there are LoRAs for {', '.join(map(str, found))}" if found else "it has none; `twostep extract` can"
         raise ModelError(f"{model} is a folder, and {steps or 'no'} steps were asked for: {there}.")

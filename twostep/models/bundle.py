@@ -28,8 +28,7 @@ from twostep.models.denoiser import Denoiser
 from twostep.models.dialects import merge_lora, read_lora
 from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json
 from twostep.models.lora import PREFIX
-from twostep.models.official import official_file
-from twostep.models.single_file import PARTS, FolderFiles, Outline, SingleFile, fill, find_single_file, is_whole
+from twostep.models.single_file import PARTS, FolderFiles, Outline, SingleFile, find_single_file, is_whole
 from twostep.models.text import TextEncoders, quiet_transformers
 from twostep.runs.folder import write_whole
 
@@ -90,7 +89,7 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     None is the teacher, or the file's own student. `outline` reads configs alone and leaves the weights at random.
     Raises `ModelError` where there is no model or no such student, and lists those there are.
     """
-    path = find_model(official_file(model, steps) or model, only=CONFIGS if outline else None)
+    path = find_model(model, steps=steps, only=CONFIGS if outline else None)
     contracts = read_contracts(path)
     offered = [contract.steps for contract in contracts]
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
@@ -110,9 +109,8 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     network: UNet2DConditionModel = _load(folder, "unet", of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
-    schedule = load_schedule(folder)
     return Bundle(
-        denoiser=Denoiser(network, schedule, contract.prediction_type),
+        denoiser=Denoiser(network, load_schedule(folder), contract.prediction_type),
         codec=load_codec(folder, source),
         text=load_text(folder, source),
         contract=contract,
@@ -123,27 +121,20 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a teacher as a diffusers folder of fp16 weights with its contract; any SDXL pipeline loads it."""
+    networks, (tokenizer, tokenizer_2) = {**bundle.parts, "vae": bundle.codec.vae}, bundle.text.tokenizers
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    predicts = DIFFUSERS_NAMES[bundle.contract.prediction_type]
     with quiet_transformers():
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline(
-        vae=_half(bundle.codec.vae),
-        text_encoder=_half(bundle.text.encoders[0]),
-        text_encoder_2=_half(bundle.text.encoders[1]),
-        tokenizer=bundle.text.tokenizers[0],
-        tokenizer_2=bundle.text.tokenizers[1],
-        unet=_half(bundle.denoiser.network),
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            timestep_spacing="trailing",
-            prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
-        ),
-        force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
-        add_watermarker=False,
-    )
-    with quiet_transformers():
+        pipeline = StableDiffusionXLPipeline(
+            **{name: _half(network) for name, network in networks.items()},
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="trailing", prediction_type=predicts),
+            force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
+            add_watermarker=False,
+        )
         pipeline.save_pretrained(folder)
     clean_configs(folder)
     (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
@@ -215,7 +206,9 @@ def _load(folder: Path, name: str, source: Weights) -> Any:
     """Load a network of a model folder, with the weights beside its config or from elsewhere, frozen."""
     of = source or FolderFiles(folder)
     with torch.device(of.made_on):
-        network = fill(_build(folder, name), PARTS[name], of)
+        network = _build(folder, name)
+    weights = {key: value.float() for key, value in of.weights(network, PARTS[name]).items()}
+    network.load_state_dict(weights, assign=True)
     for module in network.modules():  # what no file has
         if getattr(module, "position_ids", None) is not None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]

@@ -4,26 +4,46 @@ Folders of ours carry a contract in `twostep.json`, students one in their metada
 file one is derived from its configs.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import safe_open
+
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
-from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
-from twostep.models.kinds import read_header
-from twostep.models.official import ALIAS, BASE, HUB_ID, STEPS, official_contract, official_file
+from twostep.diffusion import trained_times
+from twostep.models.folder import (
+    ALIAS,
+    CONFIGS,
+    CONTRACT_FILE,
+    INDEX_FILE,
+    LIGHTNING,
+    OFFICIAL,
+    OFFICIAL_STEPS,
+    WEIGHTS,
+    ModelError,
+    fetch,
+    find_model,
+    official_file,
+    read_json,
+)
+from twostep.models.kinds import DOWN, kind_of, read_header
 from twostep.models.single_file import SDXL_BASE, find_single_file
-from twostep.models.sizes import sizes_around
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}
+BASE = "stable-diffusion-xl-base-1.0"
+WIDEST = 2.0
+"""The largest ratio of a picture's sides."""
+
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 32, 6.0
 """For a teacher that says nothing of itself: what section 3.6 of arXiv 2402.13929 used on SDXL."""
 
 
 def read_contracts(model: str | Path) -> list[Contract]:
     """Read the contracts of a model: the teacher's first, then the students' by falling steps; ModelError."""
-    if str(model) in (HUB_ID, ALIAS):
-        return [contract for n in STEPS if (contract := official_contract(Path(str(official_file(model, n)))))]
+    if str(model) in (LIGHTNING, ALIAS):
+        return [contract for n in OFFICIAL_STEPS if (contract := official_contract(Path(str(official_file(model, n)))))]
     path = find_model(model)
     if path.is_file():
         return [file_contract(path) if carries_contract(path) else _single_file_contract(path)]
@@ -31,15 +51,10 @@ def read_contracts(model: str | Path) -> list[Contract]:
     return [_folder_contract(path), *sorted(students, key=lambda contract: -contract.steps)]
 
 
-def student_files(folder: Path) -> dict[int, Path]:
-    """Return the UNets of the students in a model folder by their steps."""
-    return {file_contract(file).steps: file for file in sorted(folder.glob("students/*_unet.safetensors"))}
-
-
-def lora_files(folder: Path) -> dict[int, Path]:
-    """Return the LoRAs in a model folder that make students, by the steps of these."""
-    files = {path: file_contract(path) for path in sorted(folder.glob("students/*_lora.safetensors"))}
-    return {contract.steps: path for path, contract in files.items() if not goes_on_a_student(contract)}
+def student_files(folder: Path, kind: str = "unet") -> dict[int, Path]:
+    """Return the UNets of the students in a model folder by their steps, or as "lora" the LoRAs that make them."""
+    files = {path: file_contract(path) for path in sorted(folder.glob(f"students/*_{kind}.safetensors"))}
+    return {told.steps: path for path, told in files.items() if kind == "unet" or not goes_on_a_student(told)}
 
 
 def file_contract(path: Path) -> Contract:
@@ -48,6 +63,43 @@ def file_contract(path: Path) -> Contract:
         return official_contract(path) or Contract.from_metadata(read_header(path).metadata)
     except ContractError as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def official_contract(path: Path) -> Contract | None:
+    """Return what is known of a file by its name, None if it is not official; ContractError if it holds another thing.
+
+    A path where there is no file stands for its name alone.
+    """
+    found = OFFICIAL.fullmatch(path.name)
+    if found is None:
+        return None
+    steps, is_x0, rank, alpha = int(found[1]), found[3] == "_x0", None, None
+    what = {"": "a whole checkpoint", "_unet": "a UNet alone", "_lora": "a LoRA"}[found[2]]
+    if steps not in OFFICIAL_STEPS or is_x0 != (steps == 1) or (what, steps) == ("a LoRA", 1):
+        raise ContractError(f"There is no official {path.name}: 8, 4 and 2 steps predict eps, 1 step x0 (no LoRA).")
+    if path.is_file():
+        header = read_header(path)
+        if (holds := kind_of(header).what) != what:
+            raise ContractError(f"{path} is {holds}; by its name it would be {what}. Fetch it again.")
+        alpha = rank = next(iter(header.shape(DOWN)), None)
+        if alphas := [key for key in header.shapes if key.endswith(".alpha")]:
+            with safe_open(path, "pt") as file:
+                alpha = file.get_tensor(alphas[0]).item()
+    return Contract(
+        name=path.stem,
+        role="student",
+        steps=steps,
+        trained_times=trained_times(steps),
+        prediction_type="x0" if is_x0 else "eps",
+        spacing="trailing",
+        guidance=1.0,
+        sizes=sizes_around(1024, 64),
+        base=BASE,
+        lora_rank=rank,
+        lora_alpha=None if alpha is None else float(alpha),
+        recipe="ByteDance",
+        version="",
+    )
 
 
 def carries_contract(path: Path) -> bool:
@@ -127,3 +179,20 @@ def _derived_contract(folder: Path) -> Contract:
         recipe="",
         version="",
     )
+
+
+def sizes_around(side: int, multiple: int) -> tuple[tuple[int, int], ...]:
+    """List (width, height) in pixels, the square of `side` first, the rest by falling width.
+
+    Every side is a multiple of `multiple`, no area is larger than the square's, and none wider than 2 : 1. For 1024 and
+    64 these hold SDXL's own 1152x896, 1216x832 and 1344x768.
+    """
+    square = side // multiple * multiple
+    if square < multiple:
+        raise ValueError(f"a side of {side} px is less than one multiple of {multiple} px")
+    found = set()
+    for long in range(square + multiple, math.isqrt(int(WIDEST * square**2)) + 1, multiple):
+        short = square**2 // long // multiple * multiple
+        if long <= WIDEST * short:
+            found |= {(long, short), (short, long)}
+    return ((square, square), *sorted(found, reverse=True))

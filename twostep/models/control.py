@@ -61,9 +61,8 @@ def load_control(name: str, unet: UNet2DConditionModel, pixels_per_latent: int) 
     config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if config.get("_class_name") != "ControlNetModel":
         kind, known = config.get("_class_name", "no folder of a network"), ", ".join(BUILT_IN)
-        raise ModelError(
-            f"{folder} is {kind}. Expected a ControlNetModel's folder or hub id, or a built-in one: {known}."
-        )
+        expected = f"a ControlNetModel's folder or hub id, or a built-in one: {known}"
+        raise ModelError(f"{folder} is {kind}. Expected {expected}.")
     own = {"in_channels": 4, **config, "pixels_per_latent": 2 ** (len(config[_EMBEDDING]) - 1)}
     wanted = {**unet.config, "in_channels": unet.config.out_channels, "pixels_per_latent": pixels_per_latent}
     said = {key: (json.dumps(own.get(key)), json.dumps(wanted[key])) for key in _ALIKE}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from twostep.models.folder import ModelError
@@ -102,11 +102,6 @@ def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, w
         target += (weight * low.change).reshape(target.shape).to(target)
 
 
-def kohya(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return a LoRA as the tensors of the file that every program reads, each layer with its alpha."""
-    return write_lora(lora, parts, "kohya")[0]
-
-
 def write_lora(
     lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], dialect: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -174,14 +169,12 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         told = json.loads(read_header(path).metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError as error:
         raise LoraError(f"{path}: its lora_adapter_metadata is damaged ({error}). Fetch or export it again.") from error
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     alphas = {}
     for part in KOHYA:
         if f"{part}.lora_alpha" in told:
             alphas[part] = float(told[f"{part}.lora_alpha"])
         alphas |= {f"{part}.{layer}": float(alpha) for layer, alpha in told.get(f"{part}.alpha_pattern", {}).items()}
-    return tensors, alphas
+    return load_file(path), alphas
 
 
 def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) -> None:
@@ -189,7 +182,5 @@ def _check(path: Path, layer: str, has: Mapping[str, Tensor], weight: Tensor) ->
         raise LoraError(f"{path} lacks the {missing[0]} half of {layer}. Fetch or export it again.")
     down, up, wide = has["down"], has["up"], weight.flatten(1)
     if (len(up), down.flatten(1).shape[1], len(down)) != (*wide.shape, up.flatten(1).shape[1]):
-        raise LoraError(
-            f"{path} does not fit: {layer} is {list(weight.shape)}, and its halves are {list(up.shape)} and "
-            f"{list(down.shape)}. It was made for a model of another kind."
-        )
+        halves = f"its halves are {list(up.shape)} and {list(down.shape)}. It was made for a model of another kind"
+        raise LoraError(f"{path} does not fit: {layer} is {list(weight.shape)}, and {halves}.")

@@ -1,12 +1,17 @@
-"""Where a model lies: a built-in name, a folder as diffusers saves it, a .safetensors file, or a hub id."""
+"""Where a model lies: a built-in name, a folder as diffusers saves it, a .safetensors file, or a hub id.
+
+ByteDance's SDXL-Lightning files are known by name: `sdxl_lightning_4step.safetensors` is a whole checkpoint, `.._unet`
+the UNet alone, `.._lora` a LoRA for any SDXL base, and so for 8 and 2 steps. For 1 step they end with `_x0`, for they
+predict x0, and there is no LoRA.
+"""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from twostep.contract import ContractError
 from twostep.errors import TwostepError
-from twostep.models.official import HUB_ID, official_file
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 CONTRACT_FILE = "twostep.json"
@@ -14,32 +19,45 @@ INDEX_FILE = "model_index.json"
 CONFIGS = ("*.json", "*.txt")
 """What of a hub repository is no weights: configs and tokenizers."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LIGHTNING, ALIAS = "ByteDance/SDXL-Lightning", "sdxl-lightning"
+OFFICIAL_STEPS = (8, 4, 2, 1)
+OFFICIAL = re.compile(r"sdxl_lightning_(\d+)step(|_unet|_lora)(|_x0)\.safetensors")
 
 
 class ModelError(TwostepError):
     """Something that is no model, is damaged, or has no student of that many steps."""
 
 
-def find_model(model: str | Path, *, only: tuple[str, ...] | None = None) -> Path:
+def find_model(model: str | Path, *, steps: int | None = None, only: tuple[str, ...] | None = None) -> Path:
     """Return the folder or .safetensors file of a model; a hub id, or what of it is asked for, is fetched or cached.
 
-    Raises `ModelError` with what was found instead.
+    `steps` picks the file of ByteDance's repository. Raises `ModelError` with what was found instead.
     """
     built_in = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONTRACT_FILE}"))
     students = {path.stem: path for path in WEIGHTS.glob("*/students/*.safetensors")}
     path = WEIGHTS / str(model) if str(model) in built_in else students.get(str(model), Path(model))
     if path.is_file() or any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE)):
         return path
-    if not path.exists() and (name := official_file(model)) is not None:
-        return fetch(HUB_ID, file=name)
-    if not path.exists() and _HUB_ID.fullmatch(str(model)):
+    if not path.exists() and (name := official_file(model, steps)) is not None:
+        return fetch(LIGHTNING, file=name)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
     problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
     raise ModelError(
         f"{path} {problem if path.is_dir() else 'does not exist'}. Give a model folder, a .safetensors file, "
         f"a hub id (owner/name) or a built-in name ({', '.join([*built_in, *sorted(students)])})."
     )
+
+
+def official_file(model: str | Path, steps: int | None = None) -> str | None:
+    """Return the name of the official file that is meant, by itself or as the UNet of so many steps (2 if not said)."""
+    name = str(model).removeprefix(f"{LIGHTNING}/").removesuffix(".safetensors") + ".safetensors"
+    if str(model) in (LIGHTNING, ALIAS):
+        if steps not in (None, *OFFICIAL_STEPS):
+            there = ", ".join(map(str, OFFICIAL_STEPS))
+            raise ContractError(f"{model} has students for {there} steps; asked for {steps}.")
+        return f"sdxl_lightning_{steps or 2}step_unet{'_x0' if steps == 1 else ''}.safetensors"
+    return name if OFFICIAL.fullmatch(name) else None
 
 
 def weights_variant(folder: Path) -> str | None:

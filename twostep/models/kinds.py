@@ -16,7 +16,7 @@ from twostep.models.folder import ModelError
 
 _KNOWN: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _SMALLER = "SDXL's classes, in another size"
-_DOWN = r"(lora_down|lora_A|lora(_linear_layer)?\.down)\.weight"
+DOWN = r"(lora_down|lora_A|lora(_linear_layer)?\.down)\.weight"
 _MAX_HEADER_BYTES = 100_000_000  # as in the format's own library
 
 
@@ -90,7 +90,7 @@ def kind_of(header: Header) -> Kind:
 def summary(header: Header) -> dict[str, str]:
     """Say of a file what one would ask; what cannot be said is left out."""
     kind = kind_of(header)
-    ranks = {shape[0] for key, shape in header.shapes.items() if re.search(_DOWN, key) and shape}
+    ranks = {shape[0] for key, shape in header.shapes.items() if re.search(DOWN, key) and shape}
     sizes = [math.prod(shape) for shape in header.shapes.values()]
     alphas = sum(key.endswith(".alpha") for key in header.shapes) or "lora_adapter_metadata" in header.metadata
     predicts = "v" if "v_pred" in header.shapes else header.metadata.get("modelspec.prediction_type")
@@ -109,7 +109,7 @@ def summary(header: Header) -> dict[str, str]:
 
 
 def _by_shapes(header: Header) -> str | None:
-    context = header.shape(rf"attn2[._]to_k(\.weight|[._]{_DOWN})")
+    context = header.shape(rf"attn2[._]to_k(\.weight|[._]{DOWN})")
     if not context:
         return None
     channels = header.shape(r"(input_blocks\.0\.0|(^|\.)conv_in)\.weight") or (0, 4)

@@ -34,8 +34,6 @@ TARGETS = (
 PREFIX = "unet."
 """What diffusers puts before the names of a UNet's LoRA in a file."""
 
-_HALVES = (".lora_A.weight", ".lora_B.weight")
-DECODER = r"up_blocks\..*"
 _SWITCHING = RLock()
 
 
@@ -80,25 +78,15 @@ class Lora:
 
 
 def add_lora(
-    network: UNet2DConditionModel,
-    name: str,
-    *,
-    rank: int,
-    alpha: float | None = None,
-    targets: Iterable[str] = TARGETS,
-    encoder_only: bool = False,
+    network: UNet2DConditionModel, name: str, *, rank: int, targets: Iterable[str] = TARGETS, encoder_only: bool = False
 ) -> Lora:
-    """Put an adapter on every target, at zero and at work; alpha is the rank if not given.
+    """Put an adapter on every target, at zero and at work; alpha is the rank.
 
     The base and every other adapter are frozen; this one can be trained. `encoder_only` leaves the decoder out.
     """
     network.requires_grad_(False)
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=alpha or rank,  # type: ignore[arg-type]
-        target_modules=list(targets),
-        exclude_modules=DECODER if encoder_only else None,
-    )
+    left_out = r"up_blocks\..*" if encoder_only else None
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), exclude_modules=left_out)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # A starts at random: the same in every run, and nobody else's randomness is moved on.
         torch.manual_seed(0)
@@ -122,8 +110,8 @@ def load_lora(network: UNet2DConditionModel, name: str, path: Path) -> Lora:
     if len(ranks) != 1:
         raise LoraError(f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on.")
     lora = add_lora(network, name, rank=ranks.pop(), targets=layers)
-    ups = {f"{layer}{_HALVES[1]}": low.up.float() * (low.alpha / low.rank) for layer, low in layers.items()}
-    lora.load_state_dict({f"{layer}{_HALVES[0]}": low.down.float() for layer, low in layers.items()} | ups)
+    ups = {f"{layer}.lora_B.weight": low.up.float() * (low.alpha / low.rank) for layer, low in layers.items()}
+    lora.load_state_dict({f"{layer}.lora_A.weight": low.down.float() for layer, low in layers.items()} | ups)
     return lora
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
@@ -34,8 +33,6 @@ GUIDANCE = "time_embedding.cond_proj.weight"
 
 LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
-
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -113,12 +110,6 @@ class Outline:
         return network.state_dict()
 
 
-def fill(network: NetworkT, part: str, source: SingleFile | FolderFiles | Outline) -> NetworkT:
-    """Give a network its weights in float32; ModelError unless every key is accounted for."""
-    network.load_state_dict({key: value.float() for key, value in source.weights(network, part).items()}, assign=True)
-    return network
-
-
 def is_whole(path: Path) -> bool:
     """Tell whether a file holds an autoencoder, and so all that a model is."""
     return any(key.startswith(VAE) for key in read_header(path).shapes)
@@ -142,10 +133,8 @@ def find_single_file(path: Path) -> SingleFile:
 def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return the weights of networks, by their names in `PARTS`, as one file has them; ModelError for another kind."""
     if isinstance(networks["vae"], AutoencoderTiny):
-        raise ModelError(
-            "Its autoencoder is an AutoencoderTiny, which no single file has names for: such a model exports to "
-            "diffusers, unet and LoRA alone."
-        )
+        others = "such a model exports to diffusers, unet and LoRA alone."
+        raise ModelError(f"Its autoencoder is an AutoencoderTiny, which no single file has names for: {others}")
     weights: dict[str, Tensor] = {}
     for name, part in PARTS.items():
         state = networks[name].state_dict()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from jaxtyping import Float
@@ -66,10 +67,15 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     request, times = _settled(contract, request)
     seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
     images: list[Image.Image] = []
+    num_steps, done = -(-request.num_images // MAX_BATCH) * (len(times) - 1), count(1)
+
+    def report(_: int, prediction: Prediction) -> None:
+        if on_step is not None:
+            on_step(Progress(next(done), num_steps, seeds, prediction, bundle.codec))
+
     with torch.inference_mode():
         with _timed(seconds, "text"):
-            warnings += _prompt_warnings(bundle, request) + _seed_warnings(request)
-            warnings += _strength_warnings(contract, times, wish)
+            warnings += _warnings(bundle, request, times, wish)
             prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
             told = bundle.conditioning(prompts, request.width or 0, request.height or 0, whole=True)
         with _timed(seconds, "encode"):
@@ -77,7 +83,6 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
-                report = _reporter(bundle.codec, request, start, len(times) - 1, seeds, on_step)
                 latents = _finite(inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds)
             with _timed(seconds, "decode"):
                 pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
@@ -106,20 +111,6 @@ def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int, 
     return request, falling_times(start, steps)
 
 
-def _reporter(
-    codec: ImageCodec, request: Request, start: int, num_steps: int, seeds: list[int], on_step: OnStep | None
-) -> Callable[[int, Prediction], None]:
-    """Count the steps of one batch on top of those of the batches before it."""
-    total = -(-request.num_images // MAX_BATCH) * num_steps
-    before = start // MAX_BATCH * num_steps
-
-    def report(index: int, prediction: Prediction) -> None:
-        if on_step is not None:
-            on_step(Progress(before + index + 1, total, seeds, prediction, codec))
-
-    return report
-
-
 def _finite(values: Float[Tensor, "batch ..."], what: str, seeds: list[int]) -> Float[Tensor, "batch ..."]:
     broken = [seed for seed, image in zip(seeds, values, strict=True) if not bool(image.isfinite().all())]
     if broken:
@@ -130,42 +121,26 @@ def _finite(values: Float[Tensor, "batch ..."], what: str, seeds: list[int]) -> 
     return values
 
 
-def _prompt_warnings(bundle: Bundle, request: Request) -> list[str]:
-    """Say what of the prompts will not have the effect one expects; the request's guidance is the settled one."""
-    warnings = []
+def _warnings(bundle: Bundle, request: Request, times: tuple[int, ...], wish: float | None) -> list[str]:
+    """Say what of a settled request will not have the effect one expects; `wish` is the strength it asked for."""
+    warnings, name, taken = [], bundle.contract.name, times[0] / TOP_TIME
     if not request.prompt.strip():
         warnings.append("the prompt is empty: the model may draw anything it knows.")
     texts = [request.prompt, request.negative_prompt]
     if request.negative_prompt and request.guidance == 1:
         texts.pop()
         warnings.append("the negative prompt has no effect: it acts through guidance, and there is none here.")
-    unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
-    if unknown:
-        warnings.append(
-            f"not in the vocabulary of {bundle.contract.name}: {', '.join(dict.fromkeys(unknown))}. "
-            f"It has never seen these words, so expect nothing of them."
-        )
+    if unknown := dict.fromkeys(word for text in texts for word in bundle.text.unknown_words(text)):
+        advice = "It has never seen these words, so expect nothing of them."
+        warnings.append(f"not in the vocabulary of {name}: {', '.join(unknown)}. {advice}")
+    if (last := request.seeds[-1]) >= NUM_DISTINCT_SEEDS:
+        same = f"draws the same noise as seed {last % NUM_DISTINCT_SEEDS}"
+        warnings.append(f"seed {last} {same}: torch's generator tells only 2**32 seeds apart.")
+    if wish not in (None, taken) and bundle.contract.role == "student":
+        stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(bundle.contract.trained_times))
+        why = f"which takes {len(times) - 1} step(s): {name} was trained to begin at {stops}, and nowhere between."
+        warnings.append(f"strength {wish:g} became {taken:g}, {why}")
     return warnings
-
-
-def _strength_warnings(contract: Contract, times: tuple[int, ...], wish: float | None) -> list[str]:
-    if wish in (None, times[0] / TOP_TIME) or contract.role == "teacher":
-        return []
-    stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(contract.trained_times))
-    return [
-        f"strength {wish:g} became {times[0] / TOP_TIME:g}, which takes {len(times) - 1} step(s): {contract.name} was "
-        f"trained to begin at {stops}, and nowhere between."
-    ]
-
-
-def _seed_warnings(request: Request) -> list[str]:
-    last = request.seeds[-1]
-    if last < NUM_DISTINCT_SEEDS:
-        return []
-    return [
-        f"seed {last} draws the same noise as seed {last % NUM_DISTINCT_SEEDS}: "
-        f"torch's generator tells only 2**32 seeds apart."
-    ]
 
 
 @contextmanager

@@ -10,13 +10,15 @@ This module does not know models: whether a model can honour a request is its co
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
 
 from PIL.Image import Image
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
@@ -94,9 +96,8 @@ class Control:
     def __post_init__(self) -> None:
         if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
             share = f"{self.start:g}-{self.end:g}"
-            raise RequestError(
-                f"control at {self.scale:g}, {share}: expected a scale from 0 up, rising shares in 0..1."
-            )
+            expected = "expected a scale from 0 up, rising shares in 0..1"
+            raise RequestError(f"control at {self.scale:g}, {share}: {expected}.")
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class Request:
     `image` is changed instead of drawn anew: `strength`, above 0 and up to 1, says how much (0.75, with a mask 1), and
     only where `mask`, of the same size, is white. Raises `RequestError` where a value is impossible for any model.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     prompt: str
     num_images: int = field(default=1, kw_only=True)
@@ -123,30 +126,33 @@ class Request:
     init_noise: InitNoise = field(default="comfyui", kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            _check_text(name, getattr(self, name))
-        _check_count("num_images", self.num_images, "ask for at least one image")
-        _check_seeds(self.seed, self.num_images)
-        for name in ("steps", "width", "height"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), "or leave it out to take the model's own")
-        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
-            raise RequestError(
-                f"guidance is {self.guidance}; expected a number from 0 up. 1 means none, 3 to 8 is usual."
-            )
-        if self.init_noise not in get_args(InitNoise):
-            raise RequestError(f"init_noise is {self.init_noise!r}; expected one of {', '.join(get_args(InitNoise))}.")
-        self._check_pictures()
-
-    def _check_pictures(self) -> None:
-        if self.image is None and (self.strength is not None or self.mask is not None):
-            raise RequestError("strength and mask say how an image is changed, and there is none: give the image too.")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise RequestError(f"strength is {self.strength}; expected a number above 0, up to 1 for all of the image.")
+        for name, holds, expected in self._rules():
+            if not holds:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
         image, mask = (picture and picture.pixels for picture in (self.image, self.mask))
         if image and mask and image.size != mask.size:
             sizes = f"{mask.width}x{mask.height} and the image {image.width}x{image.height}"
             raise RequestError(f"the mask is {sizes} pixels; expected the same size. Paint it on a copy of the image.")
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield fields, whether they hold what is possible, and what that is; a rule may rest on those before it."""
+        for name in ("prompt", "negative_prompt"):
+            yield name, _is_text(getattr(self, name)), "text in UTF-8. For several prompts make one request each"
+        yield "num_images", _is_whole(self.num_images, 1), "a whole number from 1 up: ask for at least one image"
+        yield "seed", _is_whole(self.seed, 0), "a whole number from 0 up. Image i is drawn from seed + i"
+        known = f"every seed of {self.num_images} image(s) below 2**63; below 2**32 torch tells them apart"
+        yield "seed", self.seed + self.num_images <= NUM_SEEDS, known
+        for name in ("steps", "width", "height"):
+            possible = getattr(self, name) is None or _is_whole(getattr(self, name), 1)
+            yield name, possible, "a whole number from 1 up, or leave it out to take the model's own"
+        fits = self.guidance is None or 0 <= self.guidance < float("inf")
+        yield "guidance", fits, "a number from 0 up. 1 means none, 3 to 8 is usual"
+        yield "init_noise", self.init_noise in get_args(InitNoise), f"one of {', '.join(get_args(InitNoise))}"
+        for name in ("strength", "mask"):
+            has_image = getattr(self, name) is None or self.image is not None
+            yield name, has_image, "none without an image, for it says how that is changed: give the image too"
+        share = self.strength is None or 0 < self.strength <= 1
+        yield "strength", share, "a number above 0, up to 1 for all of the image"
 
     @property
     def seeds(self) -> list[int]:
@@ -172,19 +178,12 @@ class Request:
     def from_json(cls, text: str) -> Request:
         """Read what `to_json` wrote; raises `RequestError` for anything else."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"a request must be JSON, but reading it failed: {error}.") from error
-        known = [f.name for f in fields(cls)]
-        if not isinstance(values, dict) or "prompt" not in values or not set(values) <= set(known):
-            raise RequestError(f"got {text[:80]!r}; expected a JSON object with a prompt and none but {known}.")
-        try:
-            for name in ("image", "mask"):
-                values[name] = Picture(**values[name]) if values.get(name) else None
-            controls = [{**control, "picture": Picture(**control["picture"])} for control in values.get("controls", ())]
-            return cls(**{**values, "controls": tuple(Control(**control) for control in controls)})
-        except (TypeError, KeyError) as error:
-            raise RequestError(f"got {text[:80]!r}; a picture in it is damaged: {error}.") from error
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first, known = error.errors()[0], ", ".join(each.name for each in fields(cls))
+            place = ".".join(map(str, first["loc"])) or "it"
+            expected = f"expected a JSON object with a prompt and none but {known}"
+            raise RequestError(f"{text[:80]!r} is no request, for {place}: {first['msg']}; {expected}.") from error
 
 
 @dataclass(frozen=True)
@@ -210,25 +209,9 @@ class Result:
         return sum(self.seconds.values()) / len(self.images)
 
 
-def _check_text(name: str, text: object) -> None:
-    if not isinstance(text, str):
-        raise RequestError(f"{name} is {text!r}; expected text. For several prompts make one request each.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} {text!r} is not valid Unicode text: {error.reason}. Give it in UTF-8.") from error
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None  # halves of letters, no Unicode
 
 
-def _check_count(name: str, value: object, advice: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RequestError(f"{name} is {value!r}; expected a whole number from 1 up: {advice}.")
-
-
-def _check_seeds(seed: object, num_images: int) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise RequestError(f"seed is {seed!r}; expected a whole number from 0 up. Image i is drawn from seed + i.")
-    if seed + num_images > NUM_SEEDS:
-        raise RequestError(
-            f"seed is {seed} and {num_images} image(s) follow from it; expected every seed below 2**63 = {NUM_SEEDS}. "
-            f"Below 2**32 is enough: torch's generator knows no more seeds than that."
-        )
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
