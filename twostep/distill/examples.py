@@ -31,7 +31,6 @@ class Examples:
     """The prompts of a run at the teacher's first size; the sheet shows the first seed, the measures use all."""
 
     teacher: Bundle
-    prompts: tuple[str, ...]
     conditioning: Conditioning
     empty: Conditioning
 
@@ -41,7 +40,7 @@ class Examples:
         size = teacher.contract.sizes[0]
         with torch.no_grad():
             told, empty = teacher.conditioning(prompts * NUM_SEEDS, *size), teacher.conditioning([""], *size)
-        return cls(teacher, prompts, told, empty)
+        return cls(teacher, told, empty)
 
     def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
         """Return teacher above student as a sheet, and how the student's looks compare (`health.measure`)."""
@@ -69,7 +68,7 @@ class Examples:
             asked = self.conditioning[start : start + AT_ONCE]
             latents = sample(given(asked), noise[start : start + AT_ONCE].to(asked.text.device), num_steps, schedule)
             pictures += [self.teacher.codec.decode(latent).cpu() for latent in latents.split(1)]
-        apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, len(self.prompts)))
+        apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
         return apart
 
 

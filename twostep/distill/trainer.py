@@ -106,7 +106,6 @@ def train_phase(
     """
     trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
     monitor = Monitor(health or Health())
-    action = monitor.limits.action
     if kept := folder.load(f"{phase.name}-health"):
         monitor.load_state_dict(kept)
     paused: list[str] = []
@@ -126,11 +125,11 @@ def train_phase(
             looks = on_checkpoint(iteration)
         trouble = "; ".join(monitor.symptoms(looks))
         folder.log(part=phase.name, iteration=iteration, **looks, **({"trouble": trouble} if trouble else {}))
-        if trouble and action == "rollback":
+        if trouble and monitor.limits.action == "rollback":
             raise TrainingError(f"{phase.name} is ill at iteration {iteration}: {trouble}.")
         if trouble:
             warnings.warn(f"{phase.name}, iteration {iteration}: {trouble}", stacklevel=2)
-            paused.extend([trouble] if action == "pause" else [])
+            paused.extend([trouble] if monitor.limits.action == "pause" else [])
 
     while True:
         try:
@@ -140,7 +139,7 @@ def train_phase(
                 folder,
                 phase.name,
                 trainer.state,
-                keep_start=action == "rollback",
+                keep_start=monitor.limits.action == "rollback",
                 on_iteration=tell,
                 on_checkpoint=keep,
             )
