@@ -42,6 +42,5 @@ def push(path: Path, repo: str, *, private: bool = False, api: HfApi | None = No
         return str(hub.create_commit(repo, added, commit_message=f"Add {path.name}").commit_url)
     except Exception as error:  # what a connection raises changes with the hub's library
         reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{repo} could not be written ({reason}). Check login and connection: hf auth login."
-        ) from error
+        advice = "Check login and connection: hf auth login"
+        raise ModelError(f"{repo} could not be written ({reason}). {advice}.") from error

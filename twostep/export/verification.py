@@ -38,10 +38,9 @@ def verify(
 def _diffusers(path: Path, contract: Contract, prompt: str, noise: Tensor) -> list[Tensor]:
     """Let diffusers load the model by itself, and draw with the steps and the guidance of the contract."""
     if path.is_file() and is_whole(path):
-        raise ModelError(
-            f"{path} is one file, whose text encoders diffusers does not find beside transformers 5.6 or newer. Verify "
-            f"the folder instead: twostep convert {path} --to diffusers --out FOLDER."
-        )
+        problem = "is one file, whose text encoders diffusers does not find beside transformers 5.6 or newer"
+        advice = f"Verify the folder instead: twostep convert {path} --to diffusers --out FOLDER"
+        raise ModelError(f"{path} {problem}. {advice}.")
     folder = path if path.is_dir() else base_folder(path, contract)
     variant = weights_variant(folder / "unet")
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32, variant=variant)
@@ -59,16 +58,9 @@ def _diffusers(path: Path, contract: Contract, prompt: str, noise: Tensor) -> li
         return {}
 
     states = [noise * (1 + scheduler.sigmas.max() ** 2).sqrt()]  # diffusers starts from 0.99767 of this
-    pipeline(
-        prompt,
-        num_inference_steps=contract.steps,
-        guidance_scale=contract.guidance,
-        latents=states[0] / scheduler.init_noise_sigma,
-        width=contract.sizes[0][0],
-        height=contract.sizes[0][1],
-        output_type="latent",
-        callback_on_step_end=keep,
-    )
+    (width, height), start = contract.sizes[0], states[0] / scheduler.init_noise_sigma
+    asked = {"num_inference_steps": contract.steps, "guidance_scale": contract.guidance, "latents": start}
+    pipeline(prompt, width=width, height=height, output_type="latent", callback_on_step_end=keep, **asked)
     # An Euler step goes along the line through x and x0: with the states before and after it, x0 is known.
     steps = zip(pairwise(states), pairwise(scheduler.sigmas), strict=True)
     return [x + t * (x - after) / (s - t) for (x, after), (t, s) in steps]

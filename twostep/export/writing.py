@@ -97,9 +97,8 @@ def export(
         # One without a contract is a style: it is drawn with as its base is.
         contract = own or replace(read_contracts(str(base))[0], name=path.stem)
         tensors, told = write_lora(lora, networks, to.removeprefix("lora-"))
-        return Parcel(contract, to, out, networks["unet"], card).send(
-            tensors, told | (own.to_metadata() if own else {})
-        )
+        told |= own.to_metadata() if own else {}
+        return Parcel(contract, to, out, networks["unet"], card).send(tensors, told)
     bundle = load_worn(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
     parcel = Parcel(contract, to, out, bundle.denoiser.network, card)

@@ -91,32 +91,24 @@ def load_bundle(model: str | Path = "nano", *, steps: int | None = None, outline
     """
     path = find_model(model, steps=steps, only=CONFIGS if outline else None)
     contracts = read_contracts(path)
-    offered = [contract.steps for contract in contracts]
     contract = contracts[0] if steps is None else next((c for c in contracts if c.steps == steps), None)
     if contract is None:
-        raise ModelError(
-            f"{model} has nothing for {steps} steps; there are {', '.join(map(str, offered))}. A student draws in the "
-            "steps that it was trained for, and in no others: load the one for these."
-        )
+        there = ", ".join(str(contract.steps) for contract in contracts)
+        advice = "A student draws in the steps that it was trained for, and in no others: load the one for these"
+        raise ModelError(f"{model} has nothing for {steps} steps; there are {there}. {advice}.")
     single = find_single_file(path) if path.is_file() and (contract.role == "teacher" or is_whole(path)) else None
     folder = path if path.is_dir() else single.folder if single else base_folder(path, contract)
-    source = of_unet = Outline() if outline else single
+    source = Outline() if outline else single
     file = path if path.is_file() else student_files(folder).get(contract.steps)  # a folder may be a student's own
     if contract.role == "teacher" or source is not None:
         file = None
-    if file and contract.lora_rank is None:
-        of_unet = SingleFile(file, folder)
+    of_unet = SingleFile(file, folder) if file and contract.lora_rank is None else source
     network: UNet2DConditionModel = _load(folder, "unet", of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
-    return Bundle(
-        denoiser=Denoiser(network, load_schedule(folder), contract.prediction_type),
-        codec=load_codec(folder, source),
-        text=load_text(folder, source),
-        contract=contract,
-        students=tuple(sorted(student_files(folder), reverse=True)),
-        origin=(str(model),),
-    )
+    denoiser = Denoiser(network, load_schedule(folder), contract.prediction_type)
+    offered = tuple(sorted(student_files(folder), reverse=True))
+    return Bundle(denoiser, load_codec(folder, source), load_text(folder, source), contract, offered, (str(model),))
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
@@ -168,10 +160,8 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     kind, num_times = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     if kind not in ("scaled_linear", "linear") or num_times != TOP_TIME or config.get("rescale_betas_zero_snr"):
         zero_snr = ", rescaled to zero SNR" if config.get("rescale_betas_zero_snr") else ""
-        raise ModelError(
-            f"{folder} has the schedule {kind!r} over {num_times} times{zero_snr}; only scaled_linear and linear betas "
-            f"over {TOP_TIME} times are known."
-        )
+        known = f"only scaled_linear and linear betas over {TOP_TIME} times are known"
+        raise ModelError(f"{folder} has the schedule {kind!r} over {num_times} times{zero_snr}; {known}.")
     make = NoiseSchedule.scaled_linear if kind == "scaled_linear" else NoiseSchedule.linear
     return make(num_times, config["beta_start"], config["beta_end"])
 
@@ -222,10 +212,8 @@ def load_text(folder: Path, single: Weights = None) -> TextEncoders:
     """
     index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
     encoders = (_load(folder, "text_encoder", single), _load(folder, "text_encoder_2", single))
-    tokenizers = tuple(CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
-    return TextEncoders(
-        (tokenizers[0], tokenizers[1]), encoders, zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", False))
-    )
+    first, second = (CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    return TextEncoders((first, second), encoders, bool(index.get("force_zeros_for_empty_prompt", False)))
 
 
 def clean_configs(folder: Path) -> None:

@@ -73,7 +73,6 @@ def load_control(name: str, unet: UNet2DConditionModel, pixels_per_latent: int) 
 
 @lru_cache(maxsize=4)
 def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlNetModel:
-    network = ControlNetModel.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, variant=weights_variant(folder)
-    )
+    form = {"torch_dtype": dtype, "variant": weights_variant(folder)}
+    network = ControlNetModel.from_pretrained(folder, use_safetensors=True, **form)
     return network.to(device).eval().requires_grad_(False)

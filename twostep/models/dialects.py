@@ -8,7 +8,7 @@ code. The last is what all programs read. All names follow from the networks, so
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,11 @@ def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Return by layer all its names in files, without what tells the halves apart; those to write come first."""
     spelled = {}
     for part, network in parts.items():
-        layers = list(_layers(network))
+        layers = [  # those that can have a LoRA, as they are called without those that are on them
+            name.removesuffix(".base_layer")
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
+        ]
         old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
         for layer in layers:
             # transformers dropped the first word of CLIP's names; files keep it.
@@ -145,13 +149,6 @@ def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
             alone = [f"base_model.model.{layer}"] if part == "unet" else []  # as PEFT saves a network by itself
             spelled[f"{part}.{layer}"] = [*names, f"{part}.{layer}", f"{part}.{before}", *alone]
     return spelled
-
-
-def _layers(network: nn.Module) -> Iterator[str]:
-    """Yield the names of what can have a LoRA, as they are without those that are on it."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name:
-            yield name.removesuffix(".base_layer")
 
 
 def find_layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv2d:

@@ -43,10 +43,9 @@ def find_model(model: str | Path, *, steps: int | None = None, only: tuple[str, 
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
     problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
-    raise ModelError(
-        f"{path} {problem if path.is_dir() else 'does not exist'}. Give a model folder, a .safetensors file, "
-        f"a hub id (owner/name) or a built-in name ({', '.join([*built_in, *sorted(students)])})."
-    )
+    named = f"a hub id (owner/name) or a built-in name ({', '.join([*built_in, *sorted(students)])})"
+    problem = problem if path.is_dir() else "does not exist"
+    raise ModelError(f"{path} {problem}. Give a model folder, a .safetensors file, {named}.")
 
 
 def official_file(model: str | Path, steps: int | None = None) -> str | None:
@@ -68,10 +67,9 @@ def weights_variant(folder: Path) -> str | None:
     if there:
         return "fp16"
     found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-    raise ModelError(
-        f"{folder} has no .safetensors weights (found: {found}). Pickled weights can run code, so they are not read: "
-        "load them once with diffusers and call save_pretrained(folder, safe_serialization=True)."
-    )
+    advice = "load them once with diffusers and call save_pretrained(folder, safe_serialization=True)"
+    problem = f"{folder} has no .safetensors weights (found: {found})"
+    raise ModelError(f"{problem}. Pickled weights can run code, so they are not read: {advice}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,10 +93,9 @@ def fetch(hub_id: str, *, only: tuple[str, ...] = CONFIGS, file: str | None = No
             return Path(hf_hub_download(hub_id, file))
         found = Path(snapshot_download(hub_id, allow_patterns=list(only)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(
-            f"{hub_id} is neither a folder here nor to be had from the hub ({str(error).splitlines()[0]}). "
-            "Check the name and the connection, or give the path of a model folder."
-        ) from error
+        problem = f"is neither a folder here nor to be had from the hub ({str(error).splitlines()[0]})"
+        advice = "Check the name and the connection, or give the path of a model folder"
+        raise ModelError(f"{hub_id} {problem}. {advice}.") from error
     if not (found / holding).is_file():
         raise ModelError(f"{hub_id} has no {holding}: it is no diffusers folder. Give one that is.")
     return found

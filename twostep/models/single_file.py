@@ -120,10 +120,9 @@ def find_single_file(path: Path) -> SingleFile:
     header = read_header(path)
     kind, lacking = kind_of(header), [part for part in NAMES if not any(key.startswith(part) for key in header.shapes)]
     if lacking:
-        raise ModelError(
-            f"{path} is {kind}: it has no {lacking[0]}*, and begins with {next(iter(header.shapes), 'nothing')}. "
-            "Expected a whole SDXL checkpoint, or a UNet that carries its contract."
-        )
+        has = f"it has no {lacking[0]}*, and begins with {next(iter(header.shapes), 'nothing')}"
+        expected = "Expected a whole SDXL checkpoint, or a UNet that carries its contract"
+        raise ModelError(f"{path} is {kind}: {has}. {expected}.")
     beside, first = path.with_suffix(""), header.shape(r"diffusion_model\.input_blocks\.0\.0\.weight")
     if (beside / INDEX_FILE).is_file():
         return SingleFile(path, beside)

@@ -19,6 +19,7 @@ _A1111 = re.compile(r"\(([^()]+):(\d*\.?\d+)\)")
 _WEIGHTS = re.compile(r'(?<=[\w)"])[+-]+(?!\w)|(?<=\))\d*\.?\d+|\.(and|blend)\([^)]*\)')
 """The syntax of compel: red++, (red apple)1.3, ("a fox", "a dog").blend(0.7, 0.3); and A1111's (red apple:1.3)."""
 
+Encoded = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 _TURN = RLock()
 """Tokenizers keep settings between calls, so one thread at a time."""
 
@@ -38,9 +39,7 @@ class TextEncoders:
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zeros_for_empty: bool = False
 
-    def encode(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]:
+    def encode(self, prompts: Sequence[str]) -> Encoded:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
         layers = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
@@ -59,9 +58,7 @@ class TextEncoders:
         text, pooled = self.encode_whole(prompts) if whole else self.encode(prompts)
         return Conditioning(text, pooled, image_sizes(len(text), width, height).to(text.device, text.dtype))
 
-    def encode_whole(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]:
+    def encode_whole(self, prompts: Sequence[str]) -> Encoded:
         """Encode prompts with their weights, and what lies beyond the tokenizer's limit in further chunks.
 
         Prompts that need neither are encoded as `encode` does it; shorter ones are filled up with empty chunks.

@@ -114,10 +114,9 @@ def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int, 
 def _finite(values: Float[Tensor, "batch ..."], what: str, seeds: list[int]) -> Float[Tensor, "batch ..."]:
     broken = [seed for seed, image in zip(seeds, values, strict=True) if not bool(image.isfinite().all())]
     if broken:
-        raise GenerationError(
-            f"the {what} of seed(s) {', '.join(map(str, broken))} hold NaN or infinity; expected finite numbers. "
-            f"Either the weights are damaged or half precision overflowed: load the model again, in float32."
-        )
+        where = f"the {what} of seed(s) {', '.join(map(str, broken))}"
+        advice = "Either the weights are damaged or half precision overflowed: load the model again, in float32"
+        raise GenerationError(f"{where} hold NaN or infinity; expected finite numbers. {advice}.")
     return values
 
 

@@ -137,7 +137,9 @@ class Request:
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield fields, whether they hold what is possible, and what that is; a rule may rest on those before it."""
         for name in ("prompt", "negative_prompt"):
-            yield name, _is_text(getattr(self, name)), "text in UTF-8. For several prompts make one request each"
+            text = getattr(self, name)
+            encodable = isinstance(text, str) and re.search("[\ud800-\udfff]", text) is None
+            yield name, encodable, "text in UTF-8. For several prompts make one request each"
         yield "num_images", _is_whole(self.num_images, 1), "a whole number from 1 up: ask for at least one image"
         yield "seed", _is_whole(self.seed, 0), "a whole number from 0 up. Image i is drawn from seed + i"
         known = f"every seed of {self.num_images} image(s) below 2**63; below 2**32 torch tells them apart"
@@ -207,10 +209,6 @@ class Result:
     def seconds_per_image(self) -> float:
         """Time of all stages divided by the number of images."""
         return sum(self.seconds.values()) / len(self.images)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None  # halves of letters, no Unicode
 
 
 def _is_whole(value: object, least: int) -> bool:
