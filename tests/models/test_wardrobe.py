@@ -160,7 +160,7 @@ def test_it_goes_on_a_wardrobe_as_on_a_model_that_is_loaded(styles: list[str], b
     with pytest.raises(ContractError, match="is one of 4 steps already"):
         Wardrobe(base).wear(["nano_4step_lora", "nano_2step_lora"])
     save_file({"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1)}, tmp_path / "flux.safetensors")
-    with pytest.raises(LoraError, match="is for Flux"):
+    with pytest.raises(LoraError, match="is a LoRA for Flux"):
         Wardrobe(base).wear([str(tmp_path / "flux.safetensors")])
     with pytest.raises(ModelError, match="is a model folder"):
         Wardrobe(base).wear([str(find_model("nano"))])
