@@ -85,7 +85,7 @@ def random_vae() -> AutoencoderKL:
 
 def random_bundle(steps: int) -> Bundle:
     """Return the student of so many steps as if its official file had been loaded."""
-    contract = official_contract(Path(str(official_file(LIGHTNING, steps))))
+    contract = official_contract(Path(str(official_file(LIGHTNING[0], steps))))
     assert contract is not None
     vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     denoiser = Denoiser(random_sdxl(), NoiseSchedule.scaled_linear(), contract.prediction_type)
@@ -130,7 +130,7 @@ def write_cache(
     steps: Annotated[int, typer.Option(help="Which student.")] = 2,
 ) -> None:
     """Write a hub cache with the official UNet of so many steps, and of the base what that needs."""
-    student = repository(folder, LIGHTNING) / str(official_file(LIGHTNING, steps))
+    student = repository(folder, LIGHTNING[0]) / str(official_file(LIGHTNING[0], steps))
     base = repository(folder, SDXL_BASE)
     text, index = random_text(), {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     for number, name in enumerate(("", "_2")):

@@ -17,13 +17,14 @@ from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.codec import ImageCodec
 from twostep.models.contracts import file_contract, read_contracts
 from twostep.models.dialects import LowRank, merge_lora, write_lora
-from twostep.models.folder import ALIAS, ModelError, find_model
-from twostep.models.folder import LIGHTNING as HUB_ID
+from twostep.models.folder import LIGHTNING, ModelError, find_model
 from twostep.models.ldm import unet_names
 from twostep.models.lora import TARGETS
 from twostep.models.worn import Wardrobe, load_worn
 
 from ..vanilla import assemble, write_single_file
+
+HUB_ID, ALIAS = LIGHTNING
 
 NAMES = [f"sdxl_lightning_{n}step{kind}" for n in (2, 4, 8) for kind in ("", "_unet", "_lora")]
 NAMES += ["sdxl_lightning_1step_x0", "sdxl_lightning_1step_unet_x0"]

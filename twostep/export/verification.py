@@ -13,8 +13,8 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.diffusion import initial_noise, sample
-from twostep.models.bundle import load_bundle
-from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
+from twostep.models.bundle import base_folder, load_bundle
+from twostep.models.contracts import DIFFUSERS_NAMES, read_contracts, student_files
 from twostep.models.folder import ModelError, find_model, weights_variant
 from twostep.models.single_file import is_whole
 

@@ -5,7 +5,7 @@ Every file carries the sampling contract and ModelSpec (Stability AI's metadata,
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
-from twostep.models.bundle import Bundle, embed_no_guidance, hollow_networks, save_bundle
-from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, base_folder, carried_contract, read_contracts, student_files
+from twostep.models.bundle import Bundle, base_folder, embed_no_guidance, hollow_networks, save_bundle
+from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, carried_contract, read_contracts, student_files
 from twostep.models.dialects import LowRank, read_lora, write_lora
 from twostep.models.folder import ModelError, find_model
 from twostep.models.ldm import clip_l_names
-from twostep.models.single_file import SDXL_BASE, whole_weights
+from twostep.models.single_file import SDXL_BASE, Naming, whole_weights
 from twostep.models.worn import load_worn
 from twostep.runs.folder import write_whole
 
@@ -154,9 +154,7 @@ def _send_whole(bundle: Bundle, parcel: Parcel) -> Path:
     return parcel.send(halves, parcel.contract.to_metadata())
 
 
-def stamp(
-    file: bytes, out: Path, metadata: Mapping[str, str], names: Callable[[Iterable[str]], dict[str, str]] | None = None
-) -> None:
+def stamp(file: bytes, out: Path, metadata: Mapping[str, str], names: Naming | None = None) -> None:
     """Write a safetensors file with more metadata and the digest of its tensors, and maybe with other names."""
     end = 8 + int.from_bytes(file[:8], "little")
     header, body = json.loads(file[8:end]), memoryview(file)[end:]

@@ -23,12 +23,12 @@ from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
 from twostep.models.codec import ImageCodec
 from twostep.models.conditioning import Conditioning
-from twostep.models.contracts import DIFFUSERS_NAMES, base_folder, read_contracts, student_files
+from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, goes_on_a_student, read_contracts, student_files
 from twostep.models.denoiser import Denoiser
 from twostep.models.dialects import merge_lora, read_lora
-from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, ModelError, find_model, read_json
+from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
 from twostep.models.lora import PREFIX
-from twostep.models.single_file import PARTS, FolderFiles, Outline, SingleFile, find_single_file, is_whole
+from twostep.models.single_file import PARTS, SDXL_BASE, FolderFiles, Outline, SingleFile, find_single_file, is_whole
 from twostep.models.text import TextEncoders, quiet_transformers
 from twostep.runs.folder import write_whole
 
@@ -172,6 +172,20 @@ def load_codec(folder: Path, single: Weights = None) -> ImageCodec:
     return ImageCodec(_load(folder, "vae", single).to(memory_format=torch.channels_last))
 
 
+def base_folder(path: Path, contract: Contract) -> Path:
+    """Find the folder with the parts that a student's file leaves out."""
+    if goes_on_a_student(contract):
+        raise ModelError(f"{path} is a LoRA that goes on {contract.base}. Load that, and this with it (--lora {path}).")
+    for folder in (path.parent.parent, WEIGHTS / contract.base):
+        if (folder / CONTRACT_FILE).is_file():
+            return folder
+    if contract.base == SDXL.base:
+        parts = ("vae", "text_encoder*", *([] if contract.lora_rank is None else ["unet"]))
+        return fetch(SDXL_BASE, only=(*CONFIGS, *(f"{part}/*.fp16.safetensors" for part in parts)))
+    lacks = f"holds only the UNet of a student of {contract.base}, and {contract.base} is not built in"
+    raise ModelError(f"{path} {lacks}. Put it into the folder `students` of that model.")
+
+
 def hollow_networks(model: str | Path) -> dict[str, nn.Module]:
     """Return a model's networks by their names in its folder, without memory for weights; ModelError."""
     path = find_model(model, only=CONFIGS)
@@ -229,7 +243,5 @@ def clean_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2))
 
 
-def _half(network: nn.Module) -> nn.Module:
-    half = copy.deepcopy(network).half()
-    half.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return half
+def _half(network: nn.Module) -> Any:
+    return copy.deepcopy(network).half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

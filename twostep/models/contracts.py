@@ -13,22 +13,17 @@ from safetensors import safe_open
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
 from twostep.diffusion import trained_times
 from twostep.models.folder import (
-    ALIAS,
-    CONFIGS,
     CONTRACT_FILE,
     INDEX_FILE,
     LIGHTNING,
     OFFICIAL,
-    OFFICIAL_STEPS,
-    WEIGHTS,
+    UNETS,
     ModelError,
-    fetch,
     find_model,
-    official_file,
     read_json,
 )
 from twostep.models.kinds import DOWN, kind_of, read_header
-from twostep.models.single_file import SDXL_BASE, find_single_file
+from twostep.models.single_file import find_single_file
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}
@@ -41,8 +36,8 @@ WIDEST = 2.0
 
 def read_contracts(model: str | Path) -> list[Contract]:
     """Read the contracts of a model: the teacher's first, then the students' by falling steps; ModelError."""
-    if str(model) in (LIGHTNING, ALIAS):
-        return [contract for n in OFFICIAL_STEPS if (contract := official_contract(Path(str(official_file(model, n)))))]
+    if str(model) in LIGHTNING:
+        return [contract for name in UNETS.values() if (contract := official_contract(Path(name)))]
     path = find_model(model)
     if path.is_file():
         return [carried_contract(path) or _single_file_contract(path)]
@@ -76,7 +71,7 @@ def official_contract(path: Path) -> Contract | None:
     rank: int | None = None
     alpha: float | None = None
     what = {"": "a whole checkpoint", "_unet": "a UNet alone", "_lora": "a LoRA"}[found[2]]
-    if steps not in OFFICIAL_STEPS or is_x0 != (steps == 1) or (what, steps) == ("a LoRA", 1):
+    if steps not in UNETS or is_x0 != (steps == 1) or (what, steps) == ("a LoRA", 1):
         raise ContractError(f"There is no official {path.name}: 8, 4 and 2 steps predict eps, 1 step x0 (no LoRA).")
     if path.is_file():
         header = read_header(path)
@@ -107,20 +102,6 @@ def _single_file_contract(path: Path) -> Contract:
 def goes_on_a_student(lora: Contract) -> bool:
     """Tell whether a LoRA was trained on a student of few steps, whose name is then that of its base."""
     return is_student_name(lora.base)
-
-
-def base_folder(path: Path, contract: Contract) -> Path:
-    """Find the folder with the parts that a student's file leaves out."""
-    if goes_on_a_student(contract):
-        raise ModelError(f"{path} is a LoRA that goes on {contract.base}. Load that, and this with it (--lora {path}).")
-    for folder in (path.parent.parent, WEIGHTS / contract.base):
-        if (folder / CONTRACT_FILE).is_file():
-            return folder
-    if contract.base == SDXL.base:
-        parts = ("vae", "text_encoder*", *([] if contract.lora_rank is None else ["unet"]))
-        return fetch(SDXL_BASE, only=(*CONFIGS, *(f"{part}/*.fp16.safetensors" for part in parts)))
-    lacks = f"holds only the UNet of a student of {contract.base}, and {contract.base} is not built in"
-    raise ModelError(f"{path} {lacks}. Put it into the folder `students` of that model.")
 
 
 def _folder_contract(folder: Path) -> Contract:

@@ -19,8 +19,10 @@ INDEX_FILE = "model_index.json"
 CONFIGS = ("*.json", "*.txt")
 """What of a hub repository is no weights: configs and tokenizers."""
 
-LIGHTNING, ALIAS = "ByteDance/SDXL-Lightning", "sdxl-lightning"
-OFFICIAL_STEPS = (8, 4, 2, 1)
+LIGHTNING = ("ByteDance/SDXL-Lightning", "sdxl-lightning")
+"""ByteDance's repository, and what it is called here."""
+
+UNETS = {steps: f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors" for steps in (8, 4, 2, 1)}
 OFFICIAL = re.compile(r"sdxl_lightning_(\d+)step(|_unet|_lora)(|_x0)\.safetensors")
 
 
@@ -39,7 +41,7 @@ def find_model(model: str | Path, *, steps: int | None = None, only: tuple[str, 
     if path.is_file() or any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE)):
         return path
     if not path.exists() and (name := official_file(model, steps)) is not None:
-        return fetch(LIGHTNING, file=name)
+        return fetch(LIGHTNING[0], file=name)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
     problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
@@ -50,12 +52,11 @@ def find_model(model: str | Path, *, steps: int | None = None, only: tuple[str, 
 
 def official_file(model: str | Path, steps: int | None = None) -> str | None:
     """Return the name of the official file that is meant, by itself or as the UNet of so many steps (2 if not said)."""
-    name = str(model).removeprefix(f"{LIGHTNING}/").removesuffix(".safetensors") + ".safetensors"
-    if str(model) in (LIGHTNING, ALIAS):
-        if steps not in (None, *OFFICIAL_STEPS):
-            there = ", ".join(map(str, OFFICIAL_STEPS))
-            raise ContractError(f"{model} has students for {there} steps; asked for {steps}.")
-        return f"sdxl_lightning_{steps or 2}step_unet{'_x0' if steps == 1 else ''}.safetensors"
+    name = str(model).removeprefix(f"{LIGHTNING[0]}/").removesuffix(".safetensors") + ".safetensors"
+    if str(model) in LIGHTNING:
+        if steps not in (None, *UNETS):
+            raise ContractError(f"{model} has students for {', '.join(map(str, UNETS))} steps; asked for {steps}.")
+        return UNETS[steps or 2]
     return name if OFFICIAL.fullmatch(name) else None
 
 

@@ -21,12 +21,8 @@ from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE, clip_g_names, clip_l_n
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_INPAINTING = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
-NAMES: dict[str, Callable[[Iterable[str]], dict[str, str]]] = {
-    UNET: unet_names,
-    VAE: vae_names,
-    CLIP_L: clip_l_names,
-    CLIP_G: clip_g_names,
-}
+Naming = Callable[[Iterable[str]], dict[str, str]]
+NAMES: dict[str, Naming] = {UNET: unet_names, VAE: vae_names, CLIP_L: clip_l_names, CLIP_G: clip_g_names}
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
 GUIDANCE = "time_embedding.cond_proj.weight"
 """Zeros in the UNet of a student's folder, where they say that guidance is distilled in."""
