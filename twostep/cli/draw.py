@@ -29,9 +29,7 @@ _Controls = Annotated[
     list[str] | None,
     typer.Option("--control", help="PICTURE@CONTROLNET, or with a scale and shares of the steps, @..:0.8:0-0.5."),
 ]
-_Steps = Annotated[
-    int | None, typer.Option(help="Picks the student, or with its own count the teacher; 2 where there is a choice.")
-]
+_Steps = Annotated[int | None, typer.Option(help="Picks the student, or by its count the teacher; 2 if there is one.")]
 _Number = Annotated[int, typer.Option("--num-images", "-n", help="Images, from the seeds that follow.")]
 _Seed = Annotated[int, typer.Option(help="Image i is drawn from seed + i.")]
 _Guidance = Annotated[float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")]
@@ -64,9 +62,7 @@ def edit(
     model: _Model = "nano",
     lora: _Loras = None,
     steps: _Steps = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How much is changed, up to 1; 0.75 by default, with a mask 1.")
-    ] = None,
+    strength: Annotated[float | None, typer.Option(help="How much, up to 1; by default 0.75, with a mask 1.")] = None,
     mask: Annotated[Path | None, typer.Option(help="A picture of the same size, white where it is changed.")] = None,
     control: _Controls = None,
     num_images: _Number = 1,

@@ -12,16 +12,7 @@ from safetensors import safe_open
 
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
 from twostep.diffusion import trained_times
-from twostep.models.folder import (
-    CONTRACT_FILE,
-    INDEX_FILE,
-    LIGHTNING,
-    OFFICIAL,
-    UNETS,
-    ModelError,
-    find_model,
-    read_json,
-)
+from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, LIGHTNING, NAMED, UNETS, ModelError, find_model, read_json
 from twostep.models.kinds import DOWN, kind_of, read_header
 from twostep.models.single_file import find_single_file
 
@@ -64,7 +55,7 @@ def official_contract(path: Path) -> Contract | None:
 
     A path where there is no file stands for its name alone.
     """
-    found = OFFICIAL.fullmatch(path.name)
+    found = NAMED.fullmatch(path.name)
     if found is None:
         return None
     steps, is_x0 = int(found[1]), found[3] == "_x0"
@@ -119,10 +110,9 @@ def _derived_contract(folder: Path) -> Contract:
     kind = "the SDXL refiner" if index.get("requires_aesthetics_score") else index.get("_class_name", "nothing")
     unet, vae = read_json(folder / "unet" / "config.json"), read_json(folder / "vae" / "config.json")
     if not str(kind).startswith("StableDiffusionXL") or unet.get("addition_embed_type") != "text_time":
-        raise ModelError(
-            f"{folder} is {kind}, whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}. Expected an "
-            "SDXL base or fine-tune (StableDiffusionXLPipeline, 'text_time'); nothing else is distilled here."
-        )
+        found = f"{kind}, whose UNet has addition_embed_type {unet.get('addition_embed_type')!r}"
+        expected = "an SDXL base or fine-tune (StableDiffusionXLPipeline, 'text_time')"
+        raise ModelError(f"{folder} is {found}. Expected {expected}; nothing else is distilled here.")
     given, made = unet.get("in_channels", 4), unet.get("out_channels", 4)
     if given not in (made, 2 * made + 1):  # an inpainting UNet takes the mask and what is not masked too
         raise ModelError(f"{folder} takes {given} channels; expected {made}, or {2 * made + 1} to inpaint with.")

@@ -23,7 +23,7 @@ LIGHTNING = ("ByteDance/SDXL-Lightning", "sdxl-lightning")
 """ByteDance's repository, and what it is called here."""
 
 UNETS = {steps: f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors" for steps in (8, 4, 2, 1)}
-OFFICIAL = re.compile(r"sdxl_lightning_(\d+)step(|_unet|_lora)(|_x0)\.safetensors")
+NAMED = re.compile(r"sdxl_lightning_(\d+)step(|_unet|_lora)(|_x0)\.safetensors")
 
 
 class ModelError(TwostepError):
@@ -57,7 +57,7 @@ def official_file(model: str | Path, steps: int | None = None) -> str | None:
         if steps not in (None, *UNETS):
             raise ContractError(f"{model} has students for {', '.join(map(str, UNETS))} steps; asked for {steps}.")
         return UNETS[steps or 2]
-    return name if OFFICIAL.fullmatch(name) else None
+    return name if NAMED.fullmatch(name) else None
 
 
 def weights_variant(folder: Path) -> str | None:

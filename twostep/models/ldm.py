@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-UNET, VAE, CLIP_L, CLIP_G = (
-    *("model.diffusion_model.", "first_stage_model."),
-    *("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
-)
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 """Where a single file keeps the parts."""
 
 _WORDS: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
