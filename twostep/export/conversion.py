@@ -59,8 +59,7 @@ def _divide(path: Path, out: Path) -> Path:
     left = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx*", "*.index.*json", "students", CONTRACT_FILE)
     shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*left))
     for name, weights in divided.items():
-        text = name == "text_encoder"
-        names = clip_l_names(weights) if text else dict(zip(weights, weights, strict=True))
+        names = clip_l_names(weights) if name == "text_encoder" else dict(zip(weights, weights, strict=True))
         file = out / name / ("model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors")
         save_file({names[key]: value.contiguous() for key, value in weights.items()}, file, {"format": "pt"})
     rest = [key for key in header.shapes if key.endswith(LEFT_OUT) or not key.startswith(tuple(PARTS.values()))]

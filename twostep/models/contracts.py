@@ -21,9 +21,6 @@ DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}
 SDXL = Contract.from_json(Path(__file__).with_name("sdxl.json").read_text(encoding="utf-8"))
 """What SDXL would say of itself; its steps and guidance are those of section 3.6 of arXiv 2402.13929."""
 
-WIDEST = 2.0
-"""The largest ratio of a picture's sides."""
-
 
 def read_contracts(model: str | Path) -> list[Contract]:
     """Read the contracts of a model: the teacher's first, then the students' by falling steps; ModelError."""
@@ -135,9 +132,9 @@ def sizes_around(side: int, multiple: int) -> tuple[tuple[int, int], ...]:
     square = side // multiple * multiple
     if square < multiple:
         raise ValueError(f"a side of {side} px is less than one multiple of {multiple} px")
-    found = set()
-    for long in range(square + multiple, math.isqrt(int(WIDEST * square**2)) + 1, multiple):
+    found, widest = set(), 2
+    for long in range(square + multiple, math.isqrt(widest * square**2) + 1, multiple):
         short = square**2 // long // multiple * multiple
-        if long <= WIDEST * short:
+        if long <= widest * short:
             found |= {(long, short), (short, long)}
     return ((square, square), *sorted(found, reverse=True))

@@ -44,10 +44,10 @@ def find_model(model: str | Path, *, steps: int | None = None, only: tuple[str, 
         return fetch(LIGHTNING[0], file=name)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
-    problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
-    named = f"a hub id (owner/name) or a built-in name ({', '.join([*built_in, *sorted(students)])})"
-    problem = problem if path.is_dir() else "does not exist"
-    raise ModelError(f"{path} {problem}. Give a model folder, a .safetensors file, {named}.")
+    neither = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
+    names = ", ".join([*built_in, *sorted(students)])
+    expected = f"a model folder, a .safetensors file, a hub id (owner/name) or a built-in name ({names})"
+    raise ModelError(f"{path} {neither if path.is_dir() else 'does not exist'}. Give {expected}.")
 
 
 def official_file(model: str | Path, steps: int | None = None) -> str | None:

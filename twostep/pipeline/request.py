@@ -95,9 +95,8 @@ class Control:
 
     def __post_init__(self) -> None:
         if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
-            share = f"{self.start:g}-{self.end:g}"
             expected = "expected a scale from 0 up, rising shares in 0..1"
-            raise RequestError(f"control at {self.scale:g}, {share}: {expected}.")
+            raise RequestError(f"control at {self.scale:g}, {self.start:g}-{self.end:g}: {expected}.")
 
 
 @dataclass(frozen=True)
