@@ -52,9 +52,11 @@ def falling_times(start: int, num_steps: int, num_times: int = 1000) -> tuple[in
 
     From T this is the trailing grid itself. Raises GridError for a start outside 0..T.
     """
-    times = [start]
+    if not 0 <= start <= num_times:
+        raise GridError(f"a start must lie in 0..{num_times}; got {start}.")
+    times, table = [start], _landings(num_steps, num_times)  # numbers, for a plan's tensors have no values
     while times[-1] > 0:
-        times.append(int(landing(torch.tensor(times[-1:]), num_steps, num_times)))
+        times.append(int(table[times[-1]]))
     return tuple(times)
 
 
