@@ -101,9 +101,7 @@ def test_exported_workflows_are_valid(target: str, steps: int, shelf: Shelf, tmp
         assert settings == [steps, 1.0, "euler", "simple", 1.0]
         kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
         assert ("ModelSamplingDiscrete" in kinds) == (steps == 1)
-        loader = {"comfyui": "CheckpointLoaderSimple", "unet": "UNETLoader", "lora-kohya": "LoraLoaderModelOnly"}[
-            target
-        ]
+        loader = {"comfyui": "CheckpointLoaderSimple", "unet": "UNETLoader", "lora-kohya": "LoraLoader"}[target]
         assert out.name in kinds[loader].values()
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
@@ -144,11 +145,15 @@ def test_advice_puts_the_best_first_and_all_together_last() -> None:
     assert peak == plan(halved)[0][0].highest
 
 
-def test_too_little_memory_fails_with_advice() -> None:
-    answer = CliRunner().invoke(app, ["plan", "nano-quick", "--memory", "0.1GB"])
+def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
+    spared = {"batch_size": 1, "precision": "bf16", "optimiser": "adamw8bit"}  # so that little is left to advise
+    phase = {**SHARED, **spared, "student_steps": 4, "teacher_steps": 8, "objective": "conditional"}
+    mine = tmp_path / "mine.toml"
+    mine.write_text(tomli_w.dumps({"sample_prompts": ["a red fox"], "phases": [phase]}))
+    answer = CliRunner().invoke(app, ["plan", str(mine), "--memory", "0.1GB"])
     assert answer.exit_code == 1
     assert "conditional would take" in answer.output and "gradient_checkpointing = True" in answer.output
-    enough = CliRunner().invoke(app, ["plan", "nano-quick", "--memory", "1GiB"])
+    enough = CliRunner().invoke(app, ["plan", str(mine), "--memory", "1GiB"])
     assert enough.exit_code == 0, enough.output
     assert "discriminator 3,996,497" in enough.output and "would take" not in enough.output
 
