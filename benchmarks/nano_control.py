@@ -26,7 +26,7 @@ from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
 from examples.nano.captions import BACKGROUNDS
-from examples.nano.drawings import EmojiSet, load_emoji, place_drawings
+from examples.nano.drawings import EmojiSet, lay_on, load_emoji, place_drawings
 from examples.nano.judge import BUILT_IN, load_judge
 from examples.nano.model import PIXELS
 from examples.nano.report import evaluate
@@ -63,9 +63,9 @@ def ask(emoji: EmojiSet, count: int) -> Asked:
     style = [emoji.styles.index(str(task.attributes.style)) for task in tasks]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     placed = place_drawings(emoji.drawings[concept, style], PLACEMENT, generator)
-    colours = torch.tensor([BACKGROUNDS[str(task.attributes.background)] for task in tasks]) / 255
-    real = placed[:, :3] + (1 - placed[:, 3:]) * colours[:, :, None, None]
-    return Asked(tasks, (placed[:, 3] > 0.5).to(torch.uint8), real * 2 - 1, colours)
+    background = torch.tensor([list(BACKGROUNDS).index(str(task.attributes.background)) for task in tasks])
+    colours = torch.tensor(list(BACKGROUNDS.values()))[background] / 255
+    return Asked(tasks, (placed[:, 3] > 0.5).to(torch.uint8), lay_on(placed, background), colours)
 
 
 @torch.no_grad()

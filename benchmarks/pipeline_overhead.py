@@ -21,6 +21,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from twostep.diffusion import initial_noise, trailing_times
 from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.contracts import DIFFUSERS_NAMES
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -73,7 +74,7 @@ def vanilla(bundle: Bundle, steps: int, num_images: int) -> Draw:
             beta_start=0.00085,
             beta_end=0.012,
             timestep_spacing="trailing",
-            prediction_type={"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[bundle.contract.prediction_type],
+            prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
         ),
         force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
         add_watermarker=False,

@@ -89,7 +89,11 @@ def compose(
 
     `background` indexes BACKGROUNDS. Drawn at twice the size and averaged down, so edges stay clean.
     """
-    placed = place_drawings(drawings, placement, generator)
+    return lay_on(place_drawings(drawings, placement, generator), background)
+
+
+def lay_on(placed: Float[Tensor, "batch 4 64 64"], background: Int[Tensor, "batch"]) -> Float[Tensor, "batch 3 64 64"]:
+    """Put what `place_drawings` returned on plain backgrounds; `background` indexes BACKGROUNDS, values in -1..1."""
     colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
     picture = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
     return picture * 2 - 1

@@ -41,9 +41,10 @@ class LatentCache:
     ) -> tuple[Float[Tensor, "count c h w"], list[str]]:
         """Return random latents with captions that often say less than there is."""
         rows = torch.randint(len(self.latents), (count,), generator=tensors)
-        return self.latents[rows].float(), [self._caption(row, words) for row in rows.tolist()]
+        return self.latents[rows].float(), [self.caption(row, words) for row in rows.tolist()]
 
-    def _caption(self, row: int, words: random.Random) -> str:
+    def caption(self, row: int, words: random.Random) -> str:
+        """Return a caption of one row, which often says less than there is."""
         concept, style, background = self.labels[row].tolist()
         names, subgroup = self.names[concept]
         said: Attributes = self.omission.apply(

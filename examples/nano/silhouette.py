@@ -15,9 +15,10 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from examples.nano.captions import BACKGROUNDS, Omission, caption
+from examples.nano.captions import BACKGROUNDS
 from examples.nano.descent import DescentSettings, silent, train
-from examples.nano.drawings import EmojiSet, Placement, place_drawings
+from examples.nano.drawings import EmojiSet, Placement, lay_on, place_drawings
+from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS
 from twostep.models.bundle import Bundle
 from twostep.models.control import Hint
@@ -40,11 +41,10 @@ class SilhouetteSettings(Settings):
 
 @dataclass(frozen=True)
 class Silhouettes:
-    """Latents of composited drawings with their silhouettes and what is on them: concept, style, background."""
+    """Composited drawings as latents, and the silhouette of each."""
 
-    latents: Float[Tensor, "count c h w"]
+    drawn: LatentCache
     masks: UInt8[Tensor, "count 64 64"]
-    labels: UInt8[Tensor, "count 3"]
 
 
 def build_control(denoiser: Denoiser) -> ControlNetModel:
@@ -68,18 +68,17 @@ def build_control(denoiser: Denoiser) -> ControlNetModel:
 def draw_silhouettes(emoji: EmojiSet, bundle: Bundle, variants: int, seed: int) -> Silhouettes:
     """Composite every drawing `variants` times, on random backgrounds, with the outline that it has there."""
     drawings, generator = emoji.drawings.flatten(0, 1), torch.Generator().manual_seed(seed)
-    colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
     number = torch.arange(len(drawings))
     latents, masks, labels = [], [], []
     for _ in range(variants):
         placed = place_drawings(drawings, PLACEMENT, generator)
-        background = torch.randint(len(colours), (len(drawings),), generator=generator)
-        pictures = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
-        latents += [bundle.codec.encode(part).half() for part in (pictures * 2 - 1).split(128)]
+        background = torch.randint(len(BACKGROUNDS), (len(drawings),), generator=generator)
+        latents += [bundle.codec.encode(part).half() for part in lay_on(placed, background).split(128)]
         masks.append((placed[:, 3] > 0.5).to(torch.uint8))
         columns = (number // len(emoji.styles), number % len(emoji.styles), background)
         labels.append(torch.stack(columns, dim=1).to(torch.uint8))
-    return Silhouettes(torch.cat(latents), torch.cat(masks), torch.cat(labels))
+    names = tuple((concept.names, concept.subgroup) for concept in emoji.concepts)
+    return Silhouettes(LatentCache(torch.cat(latents), torch.cat(labels), names, emoji.styles), torch.cat(masks))
 
 
 def hints_of(masks: UInt8[Tensor, "batch 64 64"]) -> Float[Tensor, "batch 3 64 64"]:
@@ -100,19 +99,15 @@ def train_silhouette(
     torch.manual_seed(settings.loop.seed)
     device, denoiser, schedule = bundle.denoiser.network.device, bundle.denoiser, bundle.denoiser.schedule
     control = build_control(denoiser).to(device).train()
-    drawn = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
-    omission, backgrounds, always = Omission(), list(BACKGROUNDS), frozenset(range(1, schedule.num_times + 1))
+    silhouettes = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
+    drawn, always = silhouettes.drawn, frozenset(range(1, schedule.num_times + 1))
 
     def loss(iteration: int, draw: Draw) -> Tensor:
         rows = torch.randint(len(drawn.latents), (settings.loop.batch_size,), generator=draw.tensors)
-        captions = []
-        for concept, style, background in drawn.labels[rows].tolist():
-            names, subgroup = emoji.concepts[concept].names, emoji.concepts[concept].subgroup
-            said = omission.apply(names, subgroup, emoji.styles[style], backgrounds[background], draw.words)
-            captions.append(caption(said, draw.words))
+        captions = [drawn.caption(row, draw.words) for row in rows.tolist()]
         with torch.no_grad():
             conditioning = bundle.text.conditioning(captions, PIXELS, PIXELS)
-        x0, hints = drawn.latents[rows].float().to(device), hints_of(drawn.masks[rows]).to(device)
+        x0, hints = drawn.latents[rows].float().to(device), hints_of(silhouettes.masks[rows]).to(device)
         t = torch.randint(1, schedule.num_times + 1, (len(x0),), generator=draw.tensors)
         eps = torch.randn(x0.shape, generator=draw.tensors).to(device)
         alpha, sigma = schedule.coefficients(t, x0)
