@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from twostep.runs.recipe import Settings
+from twostep.training.recipe import Settings
 
 
 class Degradation(Settings):

@@ -23,13 +23,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from twostep.diffusion import NoiseSchedule
-from twostep.distill.discriminator import LoraDiscriminator
+from twostep.distill.methods.discriminator import LoraDiscriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson
-from twostep.models.conditioning import Conditioning, image_sizes
-from twostep.models.denoiser import Denoiser
-from twostep.models.lora import add_lora, checkpoint_gradients
-from twostep.runs.loop import Draw
+from twostep.networks.adapters import add_lora, checkpoint_gradients
+from twostep.networks.conditioning import Conditioning, image_sizes
+from twostep.networks.denoiser import Denoiser
+from twostep.training.loop import Draw
 
 SDXL = Path(__file__).with_name("sdxl_unet.json")
 ENCODER_PARAMETERS = 1_243_367_040

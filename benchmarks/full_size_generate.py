@@ -27,15 +27,15 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.diffusion import NoiseSchedule
+from twostep.formats.locate import INDEX_FILE, LIGHTNING, official_file
+from twostep.formats.single_file import SDXL_BASE
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.codec import ImageCodec
 from twostep.models.contracts import official_contract
-from twostep.models.denoiser import Denoiser
-from twostep.models.folder import INDEX_FILE, LIGHTNING, official_file
-from twostep.models.single_file import SDXL_BASE
-from twostep.models.text import TextEncoders
+from twostep.networks.denoiser import Denoiser
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
+from twostep.text.clip import TextEncoders
 
 LIMIT_GIB = 20
 VOCABULARY, TOKENS = 49_408, 77

@@ -29,12 +29,12 @@ from twostep.distill import DistillRecipe
 from twostep.distill.chain import find_device, lessons
 from twostep.distill.plan import plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
+from twostep.formats.locate import CONTRACT_FILE, WEIGHTS
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.codec import ImageCodec
-from twostep.models.denoiser import Denoiser
-from twostep.models.folder import CONTRACT_FILE, WEIGHTS
-from twostep.runs.loop import Draw
-from twostep.runs.recipe import load_recipe
+from twostep.networks.denoiser import Denoiser
+from twostep.training.loop import Draw
+from twostep.training.recipe import load_recipe
 
 
 def write_configs(folder: Path, pixels: int) -> Path:

@@ -32,9 +32,9 @@ from examples.nano.model import PIXELS
 from examples.nano.report import evaluate
 from examples.nano.silhouette import PLACEMENT, hints_of
 from twostep.diffusion import initial_noise, sample
+from twostep.media.image import to_images
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.codec import to_images
-from twostep.models.control import Hint, load_control
+from twostep.networks.control import Hint, load_control
 
 HELD_OUT_SEED = 2**20
 """Above every seed that a recipe may have."""

@@ -30,11 +30,11 @@ from examples.nano.latents import cache_latents
 from examples.nano.model import PIXELS
 from examples.nano.report import evaluate
 from examples.nano.teacher import noise_loss
+from twostep.media.image import to_images
 from twostep.models.bundle import load_bundle
-from twostep.models.codec import to_images
-from twostep.models.lora import PREFIX, add_lora
-from twostep.models.worn import load_worn
-from twostep.runs.loop import training_attention
+from twostep.models.lora_stack import load_worn
+from twostep.networks.adapters import PREFIX, add_lora
+from twostep.training.loop import training_attention
 
 STYLE = "noto"
 LORA = Path("runs/style/noto.safetensors")

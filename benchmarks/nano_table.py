@@ -31,9 +31,9 @@ from examples.nano.drawings import EmojiSet, load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import Report, evaluate
 from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
+from twostep.formats.locate import find_model
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
-from twostep.models.folder import find_model
 
 CHUNK = 128
 DECODE_CHUNK = 16

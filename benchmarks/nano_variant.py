@@ -27,11 +27,11 @@ from examples.nano.diversity import pixel_diversity
 from examples.nano.drawings import load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import evaluate
-from twostep.cli.portability import SCALES
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
-from twostep.models.worn import Wardrobe
+from twostep.models.lora_stack import Wardrobe
+from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)
 

@@ -28,9 +28,9 @@ from examples.nano.drawings import EmojiSet, Placement, compose, load_emoji
 from examples.nano.judge import METADATA_KEY, Classes, Judge, Origin, Verdict, load_judge
 from twostep import __version__
 from twostep.cli.train import progress_bar
-from twostep.runs.folder import RunFolder, write_whole
-from twostep.runs.loop import Draw, OnIteration
-from twostep.runs.recipe import Settings, load_recipe
+from twostep.training.loop import Draw, OnIteration
+from twostep.training.recipe import Settings, load_recipe
+from twostep.training.run_folder import RunFolder, write_whole
 
 RECIPE = Path(__file__).with_name("judge.toml")
 

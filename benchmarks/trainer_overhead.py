@@ -32,16 +32,16 @@ from examples.nano.captions import STYLES
 from examples.nano.drawings import built_in_concepts
 from examples.nano.latents import EmojiSource, LatentCache
 from twostep.diffusion import landing
-from twostep.distill.discriminator import Discriminator
+from twostep.distill.methods.discriminator import Discriminator
+from twostep.distill.pairs import trained_times
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
-from twostep.distill.transition import trained_times
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.conditioning import Conditioning
-from twostep.models.denoiser import encoder_features
-from twostep.models.lora import Lora, activate, add_lora
-from twostep.runs.loop import Draw
-from twostep.runs.recipe import load_recipe
+from twostep.networks.adapters import Lora, activate, add_lora
+from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import encoder_features
+from twostep.training.loop import Draw
+from twostep.training.recipe import load_recipe
 
 TARGET_PERCENT = 5
 NUM_WARM = 3

@@ -19,10 +19,10 @@ from torch import Tensor
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import NoiseSchedule, trailing_times
 from twostep.errors import TwostepError
+from twostep.formats.locate import ModelError
+from twostep.formats.single_file import NAMES, SingleFile, is_whole
 from twostep.models.contracts import SDXL, carried_contract, file_contract
-from twostep.models.folder import ModelError
-from twostep.models.single_file import NAMES, SingleFile, is_whole
-from twostep.models.worn import Garment
+from twostep.models.lora_stack import Garment
 
 Kind = Literal["checkpoint", "unet", "lora"]
 

@@ -35,8 +35,8 @@ from torch.nn.functional import silu
 from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, prediction_from_output, sample
 from twostep.distill.recipe import Objective, Phase
 from twostep.distill.trainer import Lesson, train_phase
-from twostep.models.conditioning import Conditioning
-from twostep.runs.folder import RunFolder
+from twostep.networks.conditioning import Conditioning
+from twostep.training.run_folder import RunFolder
 
 DEVIATION = 0.05
 SPOTS = 0.75 * torch.cartesian_prod(torch.arange(-2.0, 3.0), torch.arange(-2.0, 3.0))

@@ -8,9 +8,9 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE
+from twostep.formats.single_file import NAMES
 from twostep.models.bundle import Bundle
-from twostep.models.ldm import CLIP_G, CLIP_L, UNET, VAE
-from twostep.models.single_file import NAMES
 
 
 def assemble(bundle: Bundle, *, zeros_for_empty: bool = False, **scheduler: object) -> StableDiffusionXLPipeline:

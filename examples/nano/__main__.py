@@ -26,8 +26,8 @@ from twostep.cli.train import OnProgress, Out, Override, progress_bar, spoken
 from twostep.distill.chain import find_device
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
-from twostep.runs.folder import RunFolder
-from twostep.runs.recipe import load_recipe
+from twostep.training.recipe import load_recipe
+from twostep.training.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 Emoji = Annotated[Path, typer.Option(help="The drawings, from `python -m examples.nano emoji`.")]

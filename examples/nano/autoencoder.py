@@ -13,10 +13,10 @@ from examples.nano.captions import BACKGROUNDS
 from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import PIXELS, build_vae
-from twostep.models.codec import ImageCodec
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration
-from twostep.runs.recipe import Settings
+from twostep.media.image import ImageCodec
+from twostep.training.loop import Draw, OnIteration
+from twostep.training.recipe import Settings
+from twostep.training.run_folder import RunFolder
 
 
 class VaeSettings(Settings):

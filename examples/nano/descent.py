@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Average, Draw, LoopSettings, OnIteration, finite, rate_share, repeat
+from twostep.training.loop import Average, Draw, LoopSettings, OnIteration, finite, rate_share, repeat
+from twostep.training.run_folder import RunFolder
 
 
 class DescentSettings(LoopSettings):

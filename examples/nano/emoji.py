@@ -21,7 +21,7 @@ from torch import Tensor
 
 from examples.nano.captions import STYLES
 from examples.nano.drawings import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
-from twostep.runs.folder import write_whole
+from twostep.training.run_folder import write_whole
 
 
 def build_emoji(cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]) -> EmojiSet:

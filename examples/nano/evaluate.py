@@ -20,7 +20,7 @@ from examples.nano.report import Report, Score
 from examples.nano.report import evaluate as evaluate_pictures
 from twostep.errors import TwostepError
 from twostep.pipeline.png import ProvenanceError, read_provenance
-from twostep.runs.folder import write_whole
+from twostep.training.run_folder import write_whole
 
 _NUM_NAMED = 5
 

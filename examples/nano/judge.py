@@ -23,7 +23,7 @@ from examples.nano.captions import BACKGROUNDS
 from examples.nano.drawings import PICTURE_PIXELS, Concept, EmojiSet
 from twostep.errors import TwostepError
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
-from twostep.models.folder import WEIGHTS
+from twostep.formats.locate import WEIGHTS
 
 BUILT_IN = WEIGHTS / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""

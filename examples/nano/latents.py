@@ -18,12 +18,12 @@ from torch import Tensor
 
 from examples.nano.captions import BACKGROUNDS, Attributes, Omission, caption
 from examples.nano.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.models.codec import ImageCodec
-from twostep.models.conditioning import Conditioning
-from twostep.models.text import TextEncoders
-from twostep.runs.devices import place, wait
-from twostep.runs.folder import write_whole
+from twostep.networks.conditioning import Conditioning
+from twostep.text.clip import TextEncoders
+from twostep.training.processes import place, wait
+from twostep.training.run_folder import write_whole
 
 
 @dataclass(frozen=True, eq=False)

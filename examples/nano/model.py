@@ -18,10 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from twostep.contract import Contract
 from twostep.diffusion import NoiseSchedule
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.models.codec import ImageCodec
-from twostep.models.denoiser import Denoiser
-from twostep.models.text import TextEncoders
+from twostep.networks.denoiser import Denoiser
+from twostep.text.clip import TextEncoders
 
 PIXELS = 64
 LATENT_CHANNELS = 4

@@ -21,11 +21,11 @@ from examples.nano.drawings import EmojiSet, Placement, lay_on, place_drawings
 from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS
 from twostep.models.bundle import Bundle
-from twostep.models.control import Hint
-from twostep.models.denoiser import Denoiser
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration
-from twostep.runs.recipe import Settings
+from twostep.networks.control import Hint
+from twostep.networks.denoiser import Denoiser
+from twostep.training.loop import Draw, OnIteration
+from twostep.training.recipe import Settings
+from twostep.training.run_folder import RunFolder
 
 PLACEMENT = Placement(smallest_scale=0.6, largest_scale=0.94, shift_pixels=9.0, rotation_degrees=20.0)
 """Freer than the teacher's own pictures, or there would be little to steer."""

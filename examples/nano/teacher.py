@@ -18,12 +18,12 @@ from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS, build_unet
 from twostep.diffusion import NoiseSchedule
-from twostep.models.conditioning import Conditioning
-from twostep.models.denoiser import Denoiser
-from twostep.models.text import TextEncoders
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration
-from twostep.runs.recipe import Settings
+from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
+from twostep.text.clip import TextEncoders
+from twostep.training.loop import Draw, OnIteration
+from twostep.training.recipe import Settings
+from twostep.training.run_folder import RunFolder
 
 
 class TeacherSettings(Settings):

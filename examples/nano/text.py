@@ -17,10 +17,10 @@ from examples.nano.captions import BACKGROUNDS, STYLES, Omission, caption
 from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import TEXT_WIDTHS, build_text_encoders
-from twostep.models.text import TextEncoders
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, OnIteration
-from twostep.runs.recipe import Settings
+from twostep.text.clip import TextEncoders
+from twostep.training.loop import Draw, OnIteration
+from twostep.training.recipe import Settings
+from twostep.training.run_folder import RunFolder
 
 
 class TextSettings(Settings):

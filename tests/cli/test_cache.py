@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from twostep.models.bundle import load_bundle
-from twostep.models.lora import PREFIX, add_lora
+from twostep.networks.adapters import PREFIX, add_lora
 
 RECIPE = """
 model = "{model}"

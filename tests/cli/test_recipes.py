@@ -1,6 +1,6 @@
 """Recipes are listed with their first line and printed to the letter."""
 
-from twostep.runs.recipe import find_recipe, recipe_names
+from twostep.training.recipe import find_recipe, recipe_names
 
 
 def test_every_recipe_is_listed_with_its_first_line(run) -> None:

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from twostep.formats.lora_files import merge_lora, read_lora
 from twostep.models.bundle import load_bundle
-from twostep.models.dialects import merge_lora, read_lora
 
 FOLDERS: dict[str, Path] = {}
 """ComfyUI's model folders by name, set by a test."""

@@ -16,8 +16,8 @@ from comfyui.graph import definitions
 from comfyui.sampling import sigmas
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import initial_noise
+from twostep.formats.lora_files import merge_lora, read_lora
 from twostep.models.bundle import load_bundle
-from twostep.models.dialects import merge_lora, read_lora
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -146,7 +146,7 @@ def test_a_unet_takes_text_encoders_and_vae_of_the_base(nodes: ModuleType, shelf
 
 def nano_student(shelf: Shelf) -> Path:
     """The built-in 2-step student among ComfyUI's UNets."""
-    from twostep.models.folder import find_model
+    from twostep.formats.locate import find_model
 
     path = shelf.root / "diffusion_models" / "nano_2step_unet.safetensors"
     path.write_bytes(find_model("nano_2step_unet").read_bytes())

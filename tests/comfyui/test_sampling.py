@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from comfyui.sampling import explain, kind_of, read_contract, sigmas, student_beside
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import NoiseSchedule
-from twostep.models.folder import ModelError
+from twostep.formats.locate import ModelError
 
 from .conftest import STUDENT, Shelf, student_of
 

@@ -13,9 +13,9 @@ from examples.nano.model import random_bundle
 from twostep.data import cache as cache_module
 from twostep.data.cache import CachedSource, load_cache
 from twostep.data.encoding import cache_pictures, cache_prompts
-from twostep.data.pictures import DataError, Demands, cut, find_entries, read_picture
+from twostep.data.sources import DataError, Demands, cut, find_entries, read_picture
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.models.codec import ImageCodec
 
 SIZES = ((64, 64), (96, 48), (48, 96))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle, save_bundle
-from twostep.models.conditioning import Conditioning
-from twostep.models.text import TextEncoders
+from twostep.networks.conditioning import Conditioning
+from twostep.text.clip import TextEncoders
 
 
 class Handful:

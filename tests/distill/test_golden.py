@@ -8,7 +8,7 @@ import pytest
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
 from twostep.models.bundle import Bundle
-from twostep.runs.loop import Draw
+from twostep.training.loop import Draw
 
 from .test_trainer import lesson, phase
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from twostep.distill.examples import Examples
 from twostep.distill.health import Health, Monitor, measure
+from twostep.distill.samples import Examples
 from twostep.distill.trainer import Lesson, train_phase
 from twostep.models.bundle import Bundle
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import TrainingError
+from twostep.training.loop import TrainingError
+from twostep.training.run_folder import RunFolder
 
 from .test_trainer import lesson, phase
 

@@ -20,9 +20,9 @@ from twostep.distill import DistillRecipe
 from twostep.distill.chain import lessons
 from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
+from twostep.formats.locate import WEIGHTS
 from twostep.models.bundle import load_bundle
-from twostep.models.folder import WEIGHTS
-from twostep.runs.loop import Draw
+from twostep.training.loop import Draw
 
 from .conftest import Handful
 

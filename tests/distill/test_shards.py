@@ -70,12 +70,12 @@ SHARES = """
 import functools
 import math
 from torch.distributed.tensor import DTensor
-from twostep.distill.discriminator import Discriminator
+from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson
-from twostep.runs.devices import joined
-from twostep.runs.loop import Draw, TrainingError
-from twostep.runs.shards import shard
+from twostep.training.processes import joined
+from twostep.training.loop import Draw, TrainingError
+from twostep.training.shards import shard
 
 
 def sizes(state):
@@ -120,10 +120,10 @@ from pathlib import Path
 import torch
 from twostep.errors import TwostepError
 from examples.nano.model import random_bundle
-from twostep.runs.devices import joined, place
-from twostep.runs.folder import RunFolder
-from twostep.runs.recipe import Settings
-from twostep.runs.shards import gathered, shard
+from twostep.training.processes import joined, place
+from twostep.training.run_folder import RunFolder
+from twostep.training.recipe import Settings
+from twostep.training.shards import gathered, shard
 
 whole = random_bundle().denoiser.network
 network = random_bundle().denoiser.network

@@ -7,13 +7,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from twostep.distill.discriminator import Discriminator
+from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer, train_phase
 from twostep.models.bundle import Bundle
-from twostep.models.conditioning import Conditioning
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Draw, TrainingError
+from twostep.networks.conditioning import Conditioning
+from twostep.training.loop import Draw, TrainingError
+from twostep.training.run_folder import RunFolder
 
 
 def phase(**changes: object) -> Phase:

@@ -14,10 +14,10 @@ from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.contract import Contract
 from twostep.diffusion import trained_times
+from twostep.formats.lora_files import LowRank
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.models.codec import ImageCodec
-from twostep.models.dialects import LowRank
-from twostep.models.lora import TARGETS
+from twostep.networks.adapters import TARGETS
 
 from ..vanilla import assemble
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from twostep.export.card import Card
 from twostep.export.writing import export
+from twostep.formats.lora_files import write_lora
 from twostep.models.bundle import Bundle
-from twostep.models.dialects import write_lora
 
 from .conftest import random_lora, student_contract
 

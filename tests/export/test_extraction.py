@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from twostep.contract import Contract
 from twostep.export.extraction import extract, low_rank
 from twostep.export.writing import export
+from twostep.formats.identify import read_header
+from twostep.formats.locate import ModelError
+from twostep.formats.lora_files import merge_lora, read_lora
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.dialects import merge_lora, read_lora
-from twostep.models.folder import ModelError
-from twostep.models.kinds import read_header
-from twostep.models.worn import load_worn
+from twostep.models.lora_stack import load_worn
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from twostep.export.hub import files_to_push, push
 from twostep.export.writing import export
-from twostep.models.folder import ModelError
+from twostep.formats.locate import ModelError
 
 
 class Desk(HfApi):

@@ -17,11 +17,11 @@ from examples.nano.model import random_bundle
 from twostep.contract import Contract
 from twostep.export.card import Card
 from twostep.export.writing import export
+from twostep.formats.identify import read_header
+from twostep.formats.ldm_names import CLIP_L, UNET, unet_names
+from twostep.formats.locate import ModelError, find_model
+from twostep.formats.lora_files import read_lora, write_lora
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.dialects import read_lora, write_lora
-from twostep.models.folder import ModelError, find_model
-from twostep.models.kinds import read_header
-from twostep.models.ldm import CLIP_L, UNET, unet_names
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -11,9 +11,9 @@ from examples.nano.drawings import EmojiSet
 from examples.nano.emoji import save_emoji
 from examples.nano.judge import BUILT_IN, Classes, Judge, JudgeError, check_pictures, load_judge
 from twostep.errors import TwostepError
-from twostep.runs.folder import RunError
-from twostep.runs.loop import TrainingError
-from twostep.runs.recipe import load_recipe
+from twostep.training.loop import TrainingError
+from twostep.training.recipe import load_recipe
+from twostep.training.run_folder import RunError
 
 from .conftest import QUICK
 

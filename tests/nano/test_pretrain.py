@@ -21,8 +21,8 @@ from examples.nano.text import TextSettings, train_text
 from twostep.models.bundle import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import TrainingError, rate_share
+from twostep.training.loop import TrainingError, rate_share
+from twostep.training.run_folder import RunFolder
 
 SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
 Weights = dict[str, torch.Tensor]

@@ -13,9 +13,9 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from twostep.contract import ContractError
+from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.folder import ModelError
-from twostep.models.lora import add_lora, remove_loras
+from twostep.networks.adapters import add_lora, remove_loras
 from twostep.pipeline.generation import Progress, generate
 from twostep.pipeline.png import read_provenance, save_images
 from twostep.pipeline.request import Control, Picture, Request, RequestError, Result

@@ -109,7 +109,7 @@ def _make(
         import torch
 
         from twostep.models.contracts import read_contracts
-        from twostep.models.worn import load_worn
+        from twostep.models.lora_stack import load_worn
 
         if steps is None and not loras:
             offered = [contract.steps for contract in read_contracts(model)]

@@ -34,9 +34,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a file is, how it is to be sampled, and who can load it; its weights are not read."""
+    from twostep.formats.identify import read_header, summary
+    from twostep.formats.locate import ModelError, find_model
     from twostep.models.contracts import carried_contract
-    from twostep.models.folder import ModelError, find_model
-    from twostep.models.kinds import read_header, summary
 
     path = find_model(file)
     if path.is_dir():
@@ -73,7 +73,7 @@ def verify(
 ) -> None:
     """Draw with another program too, from the same noise, and print the differences of x0 at each step."""
     from twostep.export.verification import verify as compare
-    from twostep.models.folder import ModelError
+    from twostep.formats.locate import ModelError
 
     if against not in ("diffusers", "comfyui") or (against == "comfyui") != (comfyui_path is not None):
         raise ModelError(f"--against is {against!r}; expected diffusers, or comfyui together with --comfyui-path.")

@@ -39,7 +39,7 @@ def spoken(figures: dict[str, float]) -> str:
 
 def recipes() -> None:
     """List the recipes that come with the package."""
-    from twostep.runs.recipe import find_recipe, recipe_names
+    from twostep.training.recipe import find_recipe, recipe_names
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in recipe_names():
@@ -50,7 +50,7 @@ def recipes() -> None:
 
 def recipe(name: Annotated[str, typer.Argument(help="A name that `twostep recipes` lists.")]) -> None:
     """Print a recipe: twostep recipe NAME > mine.toml copies it out."""
-    from twostep.runs.recipe import find_recipe
+    from twostep.training.recipe import find_recipe
 
     typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
 
@@ -76,8 +76,8 @@ def cache(
 ) -> None:
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
-    from twostep.data.pictures import Demands, find_entries
-    from twostep.models.worn import load_worn
+    from twostep.data.sources import Demands, find_entries
+    from twostep.models.lora_stack import load_worn
 
     path, prompts = Path(source), None
     if path.suffix == ".txt" and path.is_file():
@@ -121,7 +121,7 @@ def plan(
     from twostep.distill import DistillRecipe
     from twostep.distill.plan import advise
     from twostep.distill.plan import plan as make_plan
-    from twostep.runs.recipe import load_recipe
+    from twostep.training.recipe import load_recipe
 
     settings, limit = load_recipe(recipe, DistillRecipe, override or []), memory or math.inf
     phases, item_bytes, num_items = make_plan(settings)
@@ -152,10 +152,10 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     from twostep.distill import DistillRecipe, distil
     from twostep.distill.chain import find_device
     from twostep.models.bundle import load_bundle
-    from twostep.models.worn import load_worn
-    from twostep.runs.devices import joined
-    from twostep.runs.folder import RunFolder
-    from twostep.runs.recipe import load_recipe
+    from twostep.models.lora_stack import load_worn
+    from twostep.training.processes import joined
+    from twostep.training.recipe import load_recipe
+    from twostep.training.run_folder import RunFolder
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
     with joined(find_device(settings.device)) as place, progress_bar("distil", shown=place.first) as advance:
@@ -186,14 +186,14 @@ def report(
 ) -> None:
     """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on other bases."""
     if lora is not None and run is None:
-        from twostep.cli.portability import PROMPTS, print_scales
+        from twostep.reports.portability import PROMPTS, print_scales
 
         asked = [line for line in prompts.read_text("utf-8").splitlines() if line.strip()] if prompts else PROMPTS
         if not asked:
             raise typer.BadParameter(f"{prompts} is empty; give a prompt on every line.")
         print_scales(lora, bases.split(","), tuple(asked))
     elif run is not None and lora is None:
-        from twostep.distill.report import write_report
+        from twostep.reports.run_page import write_report
 
         typer.echo(f"written: {write_report(run)}")
     else:
@@ -203,7 +203,7 @@ def report(
 def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
     """Return what the recipe learns from: a cache, or what a function makes of the teacher, which may be here alone."""
     from twostep.data.cache import load_cache
-    from twostep.runs.recipe import RecipeError
+    from twostep.training.recipe import RecipeError
 
     if settings.data is None:
         raise RecipeError("this recipe has no data: make some with `twostep cache`, and say -o data=FOLDER.")

@@ -24,10 +24,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 
-from twostep.data.pictures import DataError
+from twostep.data.sources import DataError
 from twostep.models.bundle import Bundle
-from twostep.models.conditioning import Conditioning
-from twostep.runs.folder import write_whole
+from twostep.networks.conditioning import Conditioning
+from twostep.training.run_folder import write_whole
 
 SHARD_ITEMS = 256
 METADATA_KEY = "twostep.cache"

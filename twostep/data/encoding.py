@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from twostep.data.cache import CacheWriter, OnItem
-from twostep.data.pictures import DataError, Demands, Entry, UnusablePictureError, cut, read_picture
+from twostep.data.sources import DataError, Demands, Entry, UnusablePictureError, cut, read_picture
 from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import Bundle
-from twostep.models.conditioning import Conditioning
+from twostep.networks.conditioning import Conditioning
 
 
 def cache_pictures(

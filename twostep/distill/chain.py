@@ -13,20 +13,20 @@ from torch import nn
 
 from twostep.contract import Contract, student_name
 from twostep.diffusion import PredictionType, trained_times
-from twostep.distill.discriminator import Discriminator, LoraDiscriminator
-from twostep.distill.examples import Examples
+from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.samples import Examples
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.models.bundle import Bundle, save_bundle, save_student
-from twostep.models.denoiser import Denoiser
-from twostep.models.lora import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras
-from twostep.models.probe import check_prediction_type
-from twostep.runs.devices import place, wait
-from twostep.runs.folder import RunFolder, write_whole
-from twostep.runs.loop import Draw
-from twostep.runs.recipe import RecipeError
-from twostep.runs.shards import gathered, shard
-from twostep.runs.trackers import track
+from twostep.networks.adapters import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras
+from twostep.networks.denoiser import Denoiser
+from twostep.networks.probe import check_prediction_type
+from twostep.training.loop import Draw
+from twostep.training.processes import place, wait
+from twostep.training.recipe import RecipeError
+from twostep.training.run_folder import RunFolder, write_whole
+from twostep.training.shards import gathered, shard
+from twostep.training.trackers import track
 
 _RUNNING = "student"
 """The name of the LoRA that is trained; those of finished students, which teach, are called "8-step"."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from twostep.runs.recipe import Settings
+from twostep.training.recipe import Settings
 
 
 class Health(Settings):

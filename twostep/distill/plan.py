@@ -26,14 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from twostep.data.cache import read_shard
 from twostep.distill.chain import find_device, lessons
-from twostep.distill.discriminator import LoraDiscriminator
-from twostep.distill.examples import Examples
+from twostep.distill.methods.discriminator import LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.samples import Examples
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
 from twostep.models.bundle import load_bundle
-from twostep.models.conditioning import Conditioning
-from twostep.models.lora import remove_lora
-from twostep.runs.loop import Draw
+from twostep.networks.adapters import remove_lora
+from twostep.networks.conditioning import Conditioning
+from twostep.training.loop import Draw
 
 _TELLING = {"objective", "batch_size", "precision", "lora_rank", "discriminator_lora", "r1_weight", "reuse"}
 

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from twostep.diffusion import PredictionType
 from twostep.distill.health import Health
-from twostep.runs.loop import LoopSettings
-from twostep.runs.recipe import Settings
-from twostep.runs.trackers import Tracker
+from twostep.training.loop import LoopSettings
+from twostep.training.recipe import Settings
+from twostep.training.trackers import Tracker
 
 Objective = Literal["mse", "conditional", "unconditional", "convert"]
 

@@ -17,17 +17,26 @@ from torch.nn.functional import softplus
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion import Denoise, landing, step
-from twostep.distill.discriminator import Discriminator
 from twostep.distill.health import Health, Monitor
+from twostep.distill.methods.discriminator import Discriminator
+from twostep.distill.pairs import Transition, draw_noised_times, draw_times, noise_landed, teacher_landing
 from twostep.distill.recipe import Phase
-from twostep.distill.transition import Transition, draw_noised_times, draw_times, noise_landed, teacher_landing
-from twostep.models.conditioning import Conditioning
-from twostep.models.denoiser import Denoiser
-from twostep.models.lora import Lora, checkpoint_gradients
-from twostep.runs.devices import average, place
-from twostep.runs.folder import RunFolder
-from twostep.runs.loop import Average, Draw, OnIteration, TrainingError, finite, rate_share, repeat, training_attention
-from twostep.runs.recipe import RecipeError
+from twostep.networks.adapters import Lora, checkpoint_gradients
+from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
+from twostep.training.loop import (
+    Average,
+    Draw,
+    OnIteration,
+    TrainingError,
+    finite,
+    rate_share,
+    repeat,
+    training_attention,
+)
+from twostep.training.processes import average, place
+from twostep.training.recipe import RecipeError
+from twostep.training.run_folder import RunFolder
 
 
 @runtime_checkable

@@ -12,11 +12,11 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from twostep.contract import Contract
+from twostep.formats.locate import ModelError, read_json
+from twostep.formats.single_file import SDXL_BASE
 from twostep.models.contracts import SDXL
-from twostep.models.folder import ModelError, read_json
-from twostep.models.single_file import SDXL_BASE
-from twostep.runs.folder import write_whole
-from twostep.runs.recipe import RECIPES
+from twostep.training.recipe import RECIPES
+from twostep.training.run_folder import write_whole
 
 HERE = Path(__file__).parent
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twostep.export.writing import open_lora
+from twostep.formats.identify import kind_of, read_header
+from twostep.formats.ldm_names import clip_l_names
+from twostep.formats.locate import CONTRACT_FILE, ModelError, find_model, read_json
+from twostep.formats.lora_files import DIALECTS, write_lora
+from twostep.formats.single_file import LEFT_OUT, PARTS, FolderFiles, find_single_file, whole_weights
 from twostep.models.bundle import clean_configs, hollow_networks
 from twostep.models.contracts import DIFFUSERS_NAMES, carried_contract, read_contracts
-from twostep.models.dialects import DIALECTS, write_lora
-from twostep.models.folder import CONTRACT_FILE, ModelError, find_model, read_json
-from twostep.models.kinds import kind_of, read_header
-from twostep.models.ldm import clip_l_names
-from twostep.models.single_file import LEFT_OUT, PARTS, FolderFiles, find_single_file, whole_weights
 
 REST = "single_file_rest.safetensors"
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from twostep.contract import student_name
 from twostep.export.card import Card
 from twostep.export.writing import Parcel
+from twostep.formats.locate import ModelError
+from twostep.formats.lora_files import LowRank, write_lora
 from twostep.models.bundle import load_bundle
-from twostep.models.dialects import LowRank, write_lora
-from twostep.models.folder import ModelError
 
 
 def extract(base: str, tuned: str, out: Path, *, rank: int, steps: int | None = None) -> tuple[float, list[str]]:

@@ -6,8 +6,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from twostep.models.folder import ModelError
-from twostep.models.kinds import read_header
+from twostep.formats.identify import read_header
+from twostep.formats.locate import ModelError
 
 
 def files_to_push(path: Path, repo: str) -> dict[str, Path]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.diffusion import initial_noise, sample
+from twostep.formats.locate import ModelError, find_model, weights_variant
+from twostep.formats.single_file import is_whole
 from twostep.models.bundle import base_folder, load_bundle
 from twostep.models.contracts import DIFFUSERS_NAMES, read_contracts, student_files
-from twostep.models.folder import ModelError, find_model, weights_variant
-from twostep.models.single_file import is_whole
 
 
 @torch.inference_mode()

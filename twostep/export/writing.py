@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
+from twostep.formats.ldm_names import clip_l_names
+from twostep.formats.locate import ModelError, find_model
+from twostep.formats.lora_files import LowRank, read_lora, write_lora
+from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
 from twostep.models.bundle import Bundle, base_folder, embed_no_guidance, hollow_networks, save_bundle
 from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, carried_contract, read_contracts, student_files
-from twostep.models.dialects import LowRank, read_lora, write_lora
-from twostep.models.folder import ModelError, find_model
-from twostep.models.ldm import clip_l_names
-from twostep.models.single_file import SDXL_BASE, Naming, whole_weights
-from twostep.models.worn import load_worn
-from twostep.runs.folder import write_whole
+from twostep.models.lora_stack import load_worn
+from twostep.training.run_folder import write_whole
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 

@@ -21,16 +21,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import NoiseSchedule
-from twostep.models.codec import ImageCodec
-from twostep.models.conditioning import Conditioning
+from twostep.formats.locate import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
+from twostep.formats.lora_files import merge_lora, read_lora
+from twostep.formats.single_file import PARTS, SDXL_BASE, FolderFiles, Outline, SingleFile, find_single_file, is_whole
+from twostep.media.image import ImageCodec
 from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, goes_on_a_student, read_contracts, student_files
-from twostep.models.denoiser import Denoiser
-from twostep.models.dialects import merge_lora, read_lora
-from twostep.models.folder import CONFIGS, CONTRACT_FILE, INDEX_FILE, WEIGHTS, ModelError, fetch, find_model, read_json
-from twostep.models.lora import PREFIX
-from twostep.models.single_file import PARTS, SDXL_BASE, FolderFiles, Outline, SingleFile, find_single_file, is_whole
-from twostep.models.text import TextEncoders, quiet_transformers
-from twostep.runs.folder import write_whole
+from twostep.networks.adapters import PREFIX
+from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
+from twostep.text.clip import TextEncoders, quiet_transformers
+from twostep.training.run_folder import write_whole
 
 Weights = SingleFile | Outline | None
 """Where weights are that do not lie beside their configs."""

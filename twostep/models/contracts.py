@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from twostep.contract import METADATA_KEY, Contract, ContractError, PredictionType, is_student_name
 from twostep.diffusion import trained_times
-from twostep.models.folder import CONTRACT_FILE, INDEX_FILE, LIGHTNING, NAMED, UNETS, ModelError, find_model, read_json
-from twostep.models.kinds import DOWN, kind_of, read_header
-from twostep.models.single_file import find_single_file
+from twostep.formats.identify import DOWN, kind_of, read_header
+from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, LIGHTNING, NAMED, UNETS, ModelError, find_model, read_json
+from twostep.formats.single_file import find_single_file
 
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 DIFFUSERS_NAMES = {kind: name for name, kind in PREDICTION_TYPES.items()}

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.contract import TOP_TIME, Contract
-from twostep.data.pictures import nearest_size
+from twostep.data.sources import nearest_size
 from twostep.diffusion import Prediction, falling_times, trailing_times
 from twostep.errors import TwostepError
+from twostep.media.image import ImageCodec, to_images
 from twostep.models.bundle import Bundle
-from twostep.models.codec import ImageCodec, to_images
-from twostep.pipeline.inputs import Inputs
+from twostep.pipeline.prepare import Inputs
 from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
 
 DEFAULT_STRENGTH = 0.75

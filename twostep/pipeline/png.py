@@ -55,7 +55,7 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
     Names are made of prompt, model and seed. The same picture again keeps its file; a different one by the same name
     gets a number, so nothing is overwritten. Raises `OutputError`, or RunError for a full disk.
     """
-    from twostep.runs.folder import write_whole  # brings torch, which the command line's help does without
+    from twostep.training.run_folder import write_whole  # brings torch, which the command line's help does without
 
     folder = prepare_folder(folder)
     paths = []

@@ -54,7 +54,7 @@ class Picture:
     @classmethod
     def of(cls, source: str | Path | Image) -> Picture:
         """Read a picture's file, or take one in memory; RequestError where it is none, too small or too large."""
-        from twostep.data.pictures import UnusablePictureError, opened  # brings torch
+        from twostep.data.sources import UnusablePictureError, opened  # brings torch
 
         try:
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source
