@@ -1,4 +1,5 @@
-"""Mild damage, as a small autoencoder or a half-trained denoiser does it: blur, noise, contrast, brightness.
+"""Mild damage, as a small autoencoder or a half-trained denoiser does it: blur, noise, contrast,
+brightness.
 
 The judge learns on pictures damaged like this, so that it judges what is drawn and not how cleanly.
 """
@@ -17,15 +18,27 @@ from twostep.training.recipe import Settings
 class Degradation(Settings):
     """How strong the damage may become; each kind is drawn anew for every picture."""
 
-    probability: float = Field(0.6, ge=0, le=1, description="share of pictures that get blur; noise; other colours")
-    largest_blur_pixels: float = Field(1.2, ge=0, le=3, description="largest standard deviation of the Gaussian blur")
-    largest_noise: float = Field(0.15, ge=0, le=1, description="largest standard deviation of the noise, in -1..1")
-    largest_contrast_change: float = Field(0.2, ge=0, lt=1, description="contrast is multiplied by 1 +- up to this")
-    largest_brightness_shift: float = Field(0.1, ge=0, le=1, description="each colour channel is shifted by +- this")
+    probability: float = Field(
+        0.6, ge=0, le=1, description="share of pictures that get blur; noise; other colours"
+    )
+    largest_blur_pixels: float = Field(
+        1.2, ge=0, le=3, description="largest standard deviation of the Gaussian blur"
+    )
+    largest_noise: float = Field(
+        0.15, ge=0, le=1, description="largest standard deviation of the noise, in -1..1"
+    )
+    largest_contrast_change: float = Field(
+        0.2, ge=0, lt=1, description="contrast is multiplied by 1 +- up to this"
+    )
+    largest_brightness_shift: float = Field(
+        0.1, ge=0, le=1, description="each colour channel is shifted by +- this"
+    )
 
 
 def degrade(
-    images: Float[Tensor, "batch 3 height width"], degradation: Degradation, generator: torch.Generator
+    images: Float[Tensor, "batch 3 height width"],
+    degradation: Degradation,
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, " batch"]]:
     """Damage pictures at random; return them, within -1..1, and the blur that each got in pixels."""
     count = len(images)
@@ -60,10 +73,14 @@ def blur(
 def _noise_like(
     images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Return noise of unit variance: half of it of single pixels, half of soft spots of about four pixels."""
+    """Return noise of unit variance: half of it of single pixels, half of soft spots of about four
+    pixels.
+    """
     count, channels, height, width = images.shape
     fine = torch.randn(images.shape, generator=generator)
     coarse = torch.randn(count, channels, height // 4, width // 4, generator=generator)
-    spots = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    spots = functional.interpolate(
+        coarse, size=(height, width), mode="bilinear", align_corners=False
+    )
     noise: Tensor = (fine + spots * 1.5) * 0.5**0.5
     return noise

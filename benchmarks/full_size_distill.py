@@ -1,10 +1,12 @@
-"""Two iterations of distillation on the real SDXL architecture, on a CPU with less memory than three copies take.
+"""Two iterations of distillation on the real SDXL architecture, on a CPU with less memory than
+three copies take.
 
     python benchmarks/full_size_distill.py [--pixels 256] [--iterations 2]
 
-The weights are random, for the real ones are not needed to know memory and time. One frozen base carries a teacher, a
-student and a discriminator as adapters, as the recipes of LoRA phases have it; batch 1, fp32, blocks recomputed in the
-backward pass. Prints seconds per iteration and the peak of resident memory, beside the arithmetic for three networks.
+The weights are random, for the real ones are not needed to know memory and time. One frozen base
+carries a teacher, a student and a discriminator as adapters, as the recipes of LoRA phases have it;
+batch 1, fp32, blocks recomputed in the backward pass. Prints seconds per iteration and the peak of
+resident memory, beside the arithmetic for three networks.
 """
 
 from __future__ import annotations
@@ -44,11 +46,16 @@ class RandomLatents:
         """Remember the size of the pictures that these latents would be of."""
         self.pixels = pixels
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
         """Return `count` latents and embeddings."""
         side = self.pixels // 8
         latents = torch.randn(count, 4, side, side, generator=tensors)
-        text, pooled = torch.randn(count, 77, 2048, generator=tensors), torch.randn(count, 1280, generator=tensors)
+        text, pooled = (
+            torch.randn(count, 77, 2048, generator=tensors),
+            torch.randn(count, 1280, generator=tensors),
+        )
         return latents, Conditioning(text, pooled, image_sizes(count, self.pixels, self.pixels))
 
     def empty(self, like: Conditioning) -> Conditioning:
@@ -57,14 +64,18 @@ class RandomLatents:
 
 
 def random_sdxl(device: torch.device | str = "cpu") -> UNet2DConditionModel:
-    """Return the architecture with small random weights, made in place: 2,567,463,684 parameters, 9.6 GiB in fp32."""
+    """Return the architecture with small random weights, made in place: 2,567,463,684 parameters,
+    9.6 GiB in fp32.
+    """
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
     return filled(network, device)
 
 
 def filled(network: NetworkT, device: torch.device | str = "cpu") -> NetworkT:
-    """Give a network without memory small random weights; torch's own first weights would take minutes."""
+    """Give a network without memory small random weights; torch's own first weights would take
+    minutes.
+    """
     network.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -93,11 +104,15 @@ def main(
     iterations: Annotated[int, typer.Option(help="Iterations of each of the two phases.")] = 2,
     rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 64,
 ) -> None:
-    """Run iterations of the conditional and of the unconditional phase, 8 steps from 32, and report."""
+    """Run iterations of the conditional and of the unconditional phase, 8 steps from 32, and
+    report.
+    """
     began = time.monotonic()
     network = random_sdxl()
     total = sum(parameter.numel() for parameter in network.parameters())
-    typer.echo(f"base: {total:,} parameters, {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB")
+    typer.echo(
+        f"base: {total:,} parameters, {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB"
+    )
     schedule = NoiseSchedule.scaled_linear()
     add_lora(network, "32-step", rank=rank)
     student = add_lora(network, "student", rank=rank)
@@ -105,8 +120,18 @@ def main(
     for objective in ("conditional", "unconditional"):
         phase = Phase.model_validate(
             {
-                **{"student_steps": 8, "teacher_steps": 32, "objective": objective, "lora_rank": rank},
-                **{"iterations": iterations, "batch_size": 1, "learning_rate": 1e-6, "precision": "fp32"},
+                **{
+                    "student_steps": 8,
+                    "teacher_steps": 32,
+                    "objective": objective,
+                    "lora_rank": rank,
+                },
+                **{
+                    "iterations": iterations,
+                    "batch_size": 1,
+                    "learning_rate": 1e-6,
+                    "precision": "fp32",
+                },
                 **{"discriminator_lora": True, "gradient_checkpointing": True},
             }
         )
@@ -124,7 +149,9 @@ def main(
             began = time.monotonic()
             figures = trainer.iterate(iteration, Draw.at(0, iteration))
             told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            typer.echo(f"{objective} {iteration + 1}: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB; {told}")
+            typer.echo(
+                f"{objective} {iteration + 1}: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB; {told}"
+            )
     # Weights, gradients and two moments of Adam for what is trained; weights alone for what is not.
     separate = 4 * (total + 4 * total + 4 * ENCODER_PARAMETERS) / GIB
     frozen = 4 * (2 * total + ENCODER_PARAMETERS) / GIB

@@ -4,9 +4,10 @@
     python benchmarks/full_size_generate.py write-cache runs/hub
     HF_HUB_CACHE=runs/hub HF_HUB_OFFLINE=1 python benchmarks/full_size_generate.py draw --model ByteDance/SDXL-Lightning
 
-The weights are random, for the real ones are not needed to know memory and time; the networks, their sizes and their
-files are the real ones, and so is the contract. `write-cache` lays out what the hub's library would have downloaded:
-the 2-step UNet alone in 16 bits, 5.1 GB, and the parts of the base that it needs.
+The weights are random, for the real ones are not needed to know memory and time; the networks,
+their sizes and their files are the real ones, and so is the contract. `write-cache` lays out what
+the hub's library would have downloaded: the 2-step UNet alone in 16 bits, 5.1 GB, and the parts of
+the base that it needs.
 """
 
 from __future__ import annotations
@@ -40,9 +41,19 @@ from twostep.text.clip import TextEncoders
 LIMIT_GIB = 20
 VOCABULARY, TOKENS = 49_408, 77
 ENCODERS: tuple[dict[str, Any], dict[str, Any]] = (
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     | {"hidden_act": "quick_gelu", "projection_dim": 768},
-    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+    }
     | {"hidden_act": "gelu", "projection_dim": 1280},
 )
 """What SDXL's two text encoders are, as their configs on the hub have it."""
@@ -57,15 +68,24 @@ def random_text() -> TextEncoders:
     tokens += [f"unused{number}" for number in range(VOCABULARY - len(tokens) - 2)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizers = [CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS) for _ in ENCODERS]
+    tokenizers = [
+        CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS) for _ in ENCODERS
+    ]
     configs = [
-        CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=TOKENS, eos_token_id=VOCABULARY - 1, **sizes)
+        CLIPTextConfig(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=TOKENS,
+            eos_token_id=VOCABULARY - 1,
+            **sizes,
+        )
         for sizes in ENCODERS
     ]
     with torch.device("meta"):
         encoders = CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
     return TextEncoders(
-        (tokenizers[0], tokenizers[1]), (filled(encoders[0]), filled(encoders[1])), zeros_for_empty=True
+        (tokenizers[0], tokenizers[1]),
+        (filled(encoders[0]), filled(encoders[1])),
+        zeros_for_empty=True,
     )
 
 
@@ -94,7 +114,9 @@ def random_bundle(steps: int) -> Bundle:
 
 @app.command()
 def draw(
-    model: Annotated[str, typer.Option(help="Load this; nothing for random weights made in memory.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Load this; nothing for random weights made in memory.")
+    ] = "",
     pixels: Annotated[int, typer.Option(help="Side of the picture.")] = 512,
     steps: Annotated[int, typer.Option(help="Which student.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Keep the picture here.")] = None,
@@ -132,14 +154,17 @@ def write_cache(
     """Write a hub cache with the official UNet of so many steps, and of the base what that needs."""
     student = repository(folder, LIGHTNING[0]) / str(official_file(LIGHTNING[0], steps))
     base = repository(folder, SDXL_BASE)
-    text, index = random_text(), {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    text, index = (
+        random_text(),
+        {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    )
     for number, name in enumerate(("", "_2")):
         text.tokenizers[number].save_pretrained(base / f"tokenizer{name}")
         text.encoders[number].half().save_pretrained(base / f"text_encoder{name}", variant="fp16")
     random_vae().half().save_pretrained(base / "vae", variant="fp16")
-    EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
-        base / "scheduler"
-    )
+    EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    ).save_pretrained(base / "scheduler")
     (base / "unet").mkdir()
     (base / "unet" / "config.json").write_text(
         json.dumps({"_class_name": "UNet2DConditionModel", **json.loads(SDXL.read_text())})

@@ -1,10 +1,12 @@
-"""A recipe for SDXL on a GPU, at SDXL's full size with random weights: what its plan says beside what is measured.
+"""A recipe for SDXL on a GPU, at SDXL's full size with random weights: what its plan says beside
+what is measured.
 
     python benchmarks/full_size_gpu.py sdxl-lora-24gb [-o phases.0.batch_size=2] [--iterations 2] [--pixels 1024]
 
-Every phase is taught for a few iterations by the very trainer, on noise in the shapes of SDXL's latents and texts; what
-is trained for so short a time is not looked at. Measured is the peak of torch's allocator on the device, so neither the
-context of the driver (about half a GiB) nor what the allocator keeps in reserve.
+Every phase is taught for a few iterations by the very trainer, on noise in the shapes of SDXL's
+latents and texts; what is trained for so short a time is not looked at. Measured is the peak of
+torch's allocator on the device, so neither the context of the driver (about half a GiB) nor what
+the allocator keeps in reserve.
 """
 
 from __future__ import annotations
@@ -38,12 +40,18 @@ from twostep.training.recipe import load_recipe
 
 
 def write_configs(folder: Path, pixels: int) -> Path:
-    """Write a model folder with the configs of SDXL's networks and no weights; nano's tokenizers, at SDXL's length."""
-    shutil.copytree(WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students"))
+    """Write a model folder with the configs of SDXL's networks and no weights; nano's tokenizers,
+    at SDXL's length.
+    """
+    shutil.copytree(
+        WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students")
+    )
     (folder / "unet" / "config.json").write_text(SDXL.read_text())
     random_vae().save_config(folder / "vae")
     for number, name in enumerate(("", "_2")):
-        CLIPTextConfig(**ENCODERS[number], vocab_size=VOCABULARY).save_pretrained(folder / f"text_encoder{name}")
+        CLIPTextConfig(**ENCODERS[number], vocab_size=VOCABULARY).save_pretrained(
+            folder / f"text_encoder{name}"
+        )
         path = folder / f"tokenizer{name}" / "tokenizer_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": TOKENS}))
     contract = replace(load_bundle("nano").contract, name="sdxl", sizes=((pixels, pixels),))
@@ -52,17 +60,27 @@ def write_configs(folder: Path, pixels: int) -> Path:
 
 
 def random_teacher(device: torch.device, precision: str) -> Bundle:
-    """Return a model with SDXL's UNet and autoencoder on the device; its text encoders, unused here, are nano's."""
+    """Return a model with SDXL's UNet and autoencoder on the device; its text encoders, unused
+    here, are nano's.
+    """
     network = random_sdxl(device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     codec = ImageCodec(random_vae().to(device))
-    return replace(load_bundle("nano"), denoiser=Denoiser(network, NoiseSchedule.scaled_linear()), codec=codec)
+    return replace(
+        load_bundle("nano"), denoiser=Denoiser(network, NoiseSchedule.scaled_linear()), codec=codec
+    )
 
 
 def main(
-    recipe: Annotated[str, typer.Argument(help="A recipe that trains from a cache.")] = "sdxl-lora-24gb",
-    override: Annotated[list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe that trains from a cache.")
+    ] = "sdxl-lora-24gb",
+    override: Annotated[
+        list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")
+    ] = None,
     pixels: Annotated[int, typer.Option(help="Side of the pictures.")] = 1024,
-    iterations: Annotated[int, typer.Option(help="Iterations of each phase; the first is not timed.")] = 3,
+    iterations: Annotated[
+        int, typer.Option(help="Iterations of each phase; the first is not timed.")
+    ] = 3,
     device: Annotated[str, typer.Option(help="Where to measure; none only plans.")] = "cuda",
     planned: Annotated[bool, typer.Option(help="Also say what the plan says.")] = True,
 ) -> None:
@@ -71,7 +89,9 @@ def main(
     if planned:
         with tempfile.TemporaryDirectory() as folder:
             model = write_configs(Path(folder) / "sdxl", pixels)
-            for phase in plan(settings.model_copy(update={"model": str(model), "device": "cuda"}))[0]:
+            for phase in plan(settings.model_copy(update={"model": str(model), "device": "cuda"}))[
+                0
+            ]:
                 typer.echo(f"planned  {phase.phase.name}: {phase.peak / GIB:.2f} GiB", nl=True)
     if device == "none":
         return
@@ -80,7 +100,9 @@ def main(
     teacher, source = random_teacher(where, settings.base_precision), RandomLatents(pixels)
     for phase, lesson, _ in lessons(settings, teacher, source):
         gc.collect()
-        trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+        trainer = (
+            AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+        )
         seconds = []
         for iteration in range(iterations):
             if iteration == 1:
@@ -91,7 +113,9 @@ def main(
             seconds.append(time.perf_counter() - began)
         peak = torch.cuda.max_memory_allocated(where) / GIB
         told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        typer.echo(f"measured {phase.name}: {peak:.2f} GiB, {min(seconds[1:]):.2f} s an iteration; {told}")
+        typer.echo(
+            f"measured {phase.name}: {peak:.2f} GiB, {min(seconds[1:]):.2f} s an iteration; {told}"
+        )
         del trainer, lesson
 
 

@@ -40,7 +40,8 @@ HELD_OUT_SEED = 2**20
 """Above every seed that a recipe may have."""
 
 THRESHOLD = 0.25
-"""How far the colour of a pixel, in 0..1, is from the background where it belongs to the drawing."""
+"""How far the colour of a pixel, in 0..1, is from the background where it belongs to the drawing.
+"""
 
 BATCH = 64
 
@@ -63,13 +64,17 @@ def ask(emoji: EmojiSet, count: int) -> Asked:
     style = [emoji.styles.index(str(task.attributes.style)) for task in tasks]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     placed = place_drawings(emoji.drawings[concept, style], PLACEMENT, generator)
-    background = torch.tensor([list(BACKGROUNDS).index(str(task.attributes.background)) for task in tasks])
+    background = torch.tensor(
+        [list(BACKGROUNDS).index(str(task.attributes.background)) for task in tasks]
+    )
     colours = torch.tensor(list(BACKGROUNDS.values()))[background] / 255
     return Asked(tasks, (placed[:, 3] > 0.5).to(torch.uint8), lay_on(placed, background), colours)
 
 
 @torch.no_grad()
-def draw(bundle: Bundle, asked: Asked, control: Path | None, scale: float) -> Float[Tensor, "tasks 3 64 64"]:
+def draw(
+    bundle: Bundle, asked: Asked, control: Path | None, scale: float
+) -> Float[Tensor, "tasks 3 64 64"]:
     """Draw every task, with the silhouettes in sight or without."""
     contract, pictures = bundle.contract, []
     empty = bundle.conditioning([""], PIXELS, PIXELS)
@@ -78,12 +83,23 @@ def draw(bundle: Bundle, asked: Asked, control: Path | None, scale: float) -> Fl
         told = bundle.conditioning([task.prompt for task in tasks], PIXELS, PIXELS)
         untold = empty.expand(len(tasks))
         if control is not None:
-            network = load_control(str(control), bundle.denoiser.network, bundle.codec.pixels_per_latent)
-            hint = Hint(network, hints_of(asked.masks[start : start + BATCH]), scale, frozenset(range(1, 1001)))
+            network = load_control(
+                str(control), bundle.denoiser.network, bundle.codec.pixels_per_latent
+            )
+            hint = Hint(
+                network,
+                hints_of(asked.masks[start : start + BATCH]),
+                scale,
+                frozenset(range(1, 1001)),
+            )
             told, untold = replace(told, hints=(hint,)), replace(untold, hints=(hint,))
         denoise = bundle.denoiser.guided(told, untold, contract.guidance)
-        noise = torch.stack([initial_noise(task.seed, bundle.latent_shape(PIXELS, PIXELS)) for task in tasks])
-        pictures.append(bundle.codec.decode(sample(denoise, noise, contract.steps, bundle.denoiser.schedule)))
+        noise = torch.stack(
+            [initial_noise(task.seed, bundle.latent_shape(PIXELS, PIXELS)) for task in tasks]
+        )
+        pictures.append(
+            bundle.codec.decode(sample(denoise, noise, contract.steps, bundle.denoiser.schedule))
+        )
     return torch.cat(pictures)
 
 
@@ -95,28 +111,47 @@ def silhouettes(
     return away > THRESHOLD
 
 
-def agreement(found: Bool[Tensor, "tasks 64 64"], wanted: UInt8[Tensor, "tasks 64 64"]) -> Float[Tensor, " tasks"]:
+def agreement(
+    found: Bool[Tensor, "tasks 64 64"], wanted: UInt8[Tensor, "tasks 64 64"]
+) -> Float[Tensor, " tasks"]:
     """Return the intersection over the union of each pair of silhouettes, in 0..1."""
-    both, either = (found & wanted.bool()).flatten(1).sum(1), (found | wanted.bool()).flatten(1).sum(1)
+    both, either = (
+        (found & wanted.bool()).flatten(1).sum(1),
+        (found | wanted.bool()).flatten(1).sum(1),
+    )
     return both / either.clamp(min=1)
 
 
 def main(
-    control: Annotated[Path, typer.Option(help="The ControlNet's folder.")] = Path("twostep/weights/nano/controlnet"),
-    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
+    control: Annotated[Path, typer.Option(help="The ControlNet's folder.")] = Path(
+        "twostep/weights/nano/controlnet"
+    ),
+    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path(
+        "runs/emoji.safetensors"
+    ),
     count: Annotated[int, typer.Option(help="Prompts.")] = 512,
-    steps: Annotated[list[int], typer.Option(help="Steps to draw in; 32 is the teacher.")] = [32, 8, 4, 2, 1],  # noqa: B006
-    judge_path: Annotated[Path, typer.Option("--judge", help="A judge that has seen such places.")] = BUILT_IN,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Steps to draw in; 32 is the teacher.")
+    ] = None,
+    judge_path: Annotated[
+        Path, typer.Option("--judge", help="A judge that has seen such places.")
+    ] = BUILT_IN,
     scale: Annotated[float, typer.Option(help="How strongly the ControlNet acts.")] = 1.0,
-    sheet: Annotated[Path, typer.Option(help="Where to write a sheet of pictures.")] = Path("runs/silhouette.png"),
+    sheet: Annotated[Path, typer.Option(help="Where to write a sheet of pictures.")] = Path(
+        "runs/silhouette.png"
+    ),
 ) -> None:
-    """Print agreement and accuracy, for real pictures and for every model with and without the ControlNet."""
+    """Print agreement and accuracy, for real pictures and for every model with and without the
+    ControlNet.
+    """
     emoji, judge = load_emoji(emoji_path), load_judge(judge_path)
     asked = ask(emoji, count)
     rows: list[tuple[str, Tensor]] = [("real pictures", asked.real)]
-    for number in steps:
+    for number in steps or (32, 8, 4, 2, 1):
         bundle = load_bundle("nano", steps=number)
-        name = "teacher, 32 steps" if bundle.contract.role == "teacher" else f"student, {number} steps"
+        name = (
+            "teacher, 32 steps" if bundle.contract.role == "teacher" else f"student, {number} steps"
+        )
         rows.append((name, draw(bundle, asked, control, scale)))
         rows.append((f"{name}, without", draw(bundle, asked, None, scale)))
     typer.echo("| | agreement | concept | style | background |\n|---|---:|---:|---:|---:|")
@@ -131,7 +166,9 @@ def main(
 
 
 def _sheet(asked: Asked, rows: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    chosen: Int[Tensor, " few"] = torch.arange(0, len(asked.tasks), max(1, len(asked.tasks) // 10))[:10]
+    chosen: Int[Tensor, " few"] = torch.arange(0, len(asked.tasks), max(1, len(asked.tasks) // 10))[
+        :10
+    ]
     wanted = ("silhouette", hints_of(asked.masks) * 2 - 1)
     lines = [(name, to_images(pictures[chosen])) for name, pictures in (wanted, *rows)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
-"""A style LoRA on a few-step student: put there as it is, and trained on it by `twostep distill nano-style`.
+"""A style LoRA on a few-step student: put there as it is, and trained on it by `twostep distill
+nano-style`.
 
     python benchmarks/nano_style.py train                    # a LoRA that draws like Noto where no style is named
     twostep cache runs/style/prompts.txt --lora runs/style/noto.safetensors --steps 16 --out runs/style/cache
     twostep distill nano-style --out runs/nano-style         # trains it on, on the 2-step student
     python benchmarks/nano_style.py table                    # judges teacher and student with it
 
-The LoRA is trained as users train theirs: on the teacher, by the noise it has to predict, on pictures of one style.
+The LoRA is trained as users train theirs: on the teacher, by the noise it has to predict, on
+pictures of one style.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command()
 def train(
-    emoji_path: Emoji = Path("runs/emoji.safetensors"), iterations: int = 500, rank: int = 8, batch_size: int = 32
+    emoji_path: Emoji = Path("runs/emoji.safetensors"),
+    iterations: int = 500,
+    rank: int = 8,
+    batch_size: int = 32,
 ) -> None:
     """Train the style on the teacher."""
     bundle, emoji = load_bundle("nano"), load_emoji(emoji_path)
@@ -71,7 +76,9 @@ def train(
         if iteration % 50 == 0:
             typer.echo(f"{iteration} {loss.item():.4f}")
     LORA.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"{PREFIX}{key}": value.contiguous() for key, value in lora.state_dict().items()}, LORA)
+    save_file(
+        {f"{PREFIX}{key}": value.contiguous() for key, value in lora.state_dict().items()}, LORA
+    )
     PROMPTS.write_text("\n".join(filter(None, latents.draw(600, tensors, words)[1])))
     typer.echo(f"written: {LORA}, {PROMPTS}")
 
@@ -82,11 +89,16 @@ def table(
     retrained: Path = RETRAINED,
     count: Annotated[int, typer.Option(help="Prompts, of which none names a style.")] = 256,
 ) -> None:
-    """Judge pictures of prompts that name no style: does it draw in the style, and still the right thing."""
+    """Judge pictures of prompts that name no style: does it draw in the style, and still the right
+    thing.
+    """
     emoji, judge = load_emoji(emoji_path), load_judge()
     tasks = [_without_style(task) for task in complete_tasks(emoji.concepts, count)]
     wishes = [replace(task.attributes, style=STYLE) for task in tasks]
-    few, many = Sampler("euler", 2, 1.0), Sampler("euler", 32, load_bundle("nano").contract.guidance)
+    few, many = (
+        Sampler("euler", 2, 1.0),
+        Sampler("euler", 32, load_bundle("nano").contract.guidance),
+    )
     rows = [
         ("teacher, 32 steps", 32, [], many),
         ("teacher with the style, 32 steps", 32, [str(LORA)], many),
@@ -99,17 +111,22 @@ def table(
         bundle = load_worn("nano", loras, steps=steps)
         parts = [draw(bundle, sampler, tasks[start : start + 64]) for start in range(0, count, 64)]
         pictures[label] = to_float(torch.cat(parts))
-    typer.echo("| | concept | style | background | distance to the styled teacher |\n|---|---:|---:|---:|---:|")
+    typer.echo(
+        "| | concept | style | background | distance to the styled teacher |\n|---|---:|---:|---:|---:|"
+    )
     reference = judge.statistics(pictures["teacher with the style, 32 steps"])
     for label, *_ in rows:
         report = evaluate(pictures[label], wishes, judge, reference=reference)
         shares = " | ".join(
-            f"{100 * (score.share or 0):.1f} %" for score in (report.concept, report.style, report.background)
+            f"{100 * (score.share or 0):.1f} %"
+            for score in (report.concept, report.style, report.background)
         )
         typer.echo(f"| {label} | {shares} | {report.frechet_to_reference:.2f} |")
     chosen = range(0, count, count // 12)
     lines = [(label, to_images(pictures[label][list(chosen)])) for label, *_ in rows]
-    contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(LORA.with_name("sheet.png"))
+    contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(
+        LORA.with_name("sheet.png")
+    )
 
 
 def _without_style(task: Task) -> Task:

@@ -1,10 +1,12 @@
-"""The table of the nano models: teacher, students, and what the teacher alone does with as few evaluations.
+"""The table of the nano models: teacher, students, and what the teacher alone does with as few
+evaluations.
 
     python benchmarks/nano_table.py --out runs/table [--mse DIR]
 
-Draws every evaluation picture in float32 with the same noise for all, judges it, and writes table.md, table.json and
-sheet.png. Pictures are cached by a hash of weights, sampler, prompts and seeds: the same command goes on where it was
-stopped, and after a new training draws only what has changed. Guidance counts as two evaluations a step.
+Draws every evaluation picture in float32 with the same noise for all, judges it, and writes
+table.md, table.json and sheet.png. Pictures are cached by a hash of weights, sampler, prompts and
+seeds: the same command goes on where it was stopped, and after a new training draws only what has
+changed. Guidance counts as two evaluations a step.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ import torch
 import typer
 from diffusers import DPMSolverMultistepScheduler
 from nano_table_text import checks, to_markdown
-from nano_tasks import FIRST_SEED, Task, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
+from nano_tasks import (
+    FIRST_SEED,
+    Task,
+    complete_tasks,
+    incomplete_tasks,
+    real_pictures,
+    repeated_tasks,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,7 +78,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the table says of one row, as plain values; `distance` is Frechet in the judge's features."""
+    """What the table says of one row, as plain values; `distance` is Frechet in the judge's
+    features.
+    """
 
     key: str
     label: str
@@ -81,14 +92,21 @@ class Figures:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for table, sheet and cache.")] = Path("runs/table"),
+    out: Annotated[Path, typer.Option(help="Folder for table, sheet and cache.")] = Path(
+        "runs/table"
+    ),
     model: Annotated[str, typer.Option(help="A built-in name or a model folder.")] = "nano",
     mse: Annotated[
-        Path | None, typer.Option(help="Folder of *_{2,1}step_unet.safetensors trained by MSE only.")
+        Path | None,
+        typer.Option(help="Folder of *_{2,1}step_unet.safetensors trained by MSE only."),
     ] = None,
-    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
+    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path(
+        "runs/emoji.safetensors"
+    ),
     judge_path: Annotated[Path | None, typer.Option("--judge", help="Another judge.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first prompts of each set, to try it out.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first prompts of each set, to try it out.")
+    ] = None,
 ) -> None:
     """Draw, judge, and write the table."""
     began = time.monotonic()
@@ -103,15 +121,24 @@ def main(
     rows = [*model_rows(model), *lora_rows(model), *mse_rows(mse)]
     for row in rows:
         pictures[row.key] = draw_row(row, tasks, out / "cache")
-    figures = [*judge_rows(rows, pictures, tasks, judge, emoji), judge_real(pictures, tasks, judge, emoji)]
+    figures = [
+        *judge_rows(rows, pictures, tasks, judge, emoji),
+        judge_real(pictures, tasks, judge, emoji),
+    ]
     write_sheet(rows, pictures, tasks["complete"], out / "sheet.png")
     claims = checks([asdict(figure) for figure in figures])
-    text = to_markdown([asdict(figure) for figure in figures], claims, judge.origin.accuracy if judge.origin else {})
+    text = to_markdown(
+        [asdict(figure) for figure in figures],
+        claims,
+        judge.origin.accuracy if judge.origin else {},
+    )
     (out / "table.md").write_text(text)
     record = {"rows": [asdict(figure) for figure in figures], "checks": claims}
     (out / "table.json").write_text(json.dumps(record, indent=2))
     typer.echo(text)
-    typer.echo(f"{time.monotonic() - began:.0f} s in all; {out / 'table.md'}, table.json, sheet.png")
+    typer.echo(
+        f"{time.monotonic() - began:.0f} s in all; {out / 'table.md'}, table.json, sheet.png"
+    )
 
 
 def model_rows(model: str) -> list[Row]:
@@ -122,24 +149,48 @@ def model_rows(model: str) -> list[Row]:
     def load_teacher() -> Bundle:
         return teacher
 
-    rows = [Row("teacher", f"teacher, {TEACHER_STEPS} steps", Sampler("euler", TEACHER_STEPS, scale), load_teacher)]
+    rows = [
+        Row(
+            "teacher",
+            f"teacher, {TEACHER_STEPS} steps",
+            Sampler("euler", TEACHER_STEPS, scale),
+            load_teacher,
+        )
+    ]
     for steps in sorted(teacher.students, reverse=True):
         sampler = Sampler("euler", steps, 1.0)
         rows.append(
-            Row(f"student-{steps}", f"student, {_steps(steps)}", sampler, lambda n=steps: load_bundle(model, steps=n))
+            Row(
+                f"student-{steps}",
+                f"student, {_steps(steps)}",
+                sampler,
+                lambda n=steps: load_bundle(model, steps=n),
+            )
         )
     for solver, name in (("euler", "Euler"), ("dpm", "DPM-Solver++ 2M")):
-        # First and last step of this second-order solver are of first order: below three steps it is Euler.
+        # First and last step of this second-order solver are of first order: below three steps it
+        # is Euler.
         for steps in (4, 2, 1) if solver == "euler" else (4,):
             label = f"teacher, {_steps(steps)}, guidance, {name}"
-            rows.append(Row(f"{solver}-{steps}-guided", label, Sampler(solver, steps, scale), load_teacher, False))
+            rows.append(
+                Row(
+                    f"{solver}-{steps}-guided",
+                    label,
+                    Sampler(solver, steps, scale),
+                    load_teacher,
+                    False,
+                )
+            )
     label = "teacher, 1 step, no guidance, Euler"
     return [*rows, Row("euler-1", label, Sampler("euler", 1, 1.0), load_teacher, False)]
 
 
 def lora_rows(model: str) -> list[Row]:
     """The students that the model also has as LoRAs."""
-    contracts = {path: file_contract(path) for path in (find_model(model) / "students").glob("*_lora.safetensors")}
+    contracts = {
+        path: file_contract(path)
+        for path in (find_model(model) / "students").glob("*_lora.safetensors")
+    }
     return [
         Row(
             f"lora-{contract.steps}",
@@ -163,18 +214,24 @@ def mse_rows(folder: Path | None) -> list[Row]:
 
 
 def draw_row(row: Row, tasks: dict[str, list[Task]], cache: Path) -> dict[str, Tensor]:
-    """Draw all sets of a row, or read them from the cache; pictures are uint8 as a PNG would hold them."""
+    """Draw all sets of a row, or read them from the cache; pictures are uint8 as a PNG would hold
+    them.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     bundle = row.load()
     weights = _weights_digest(bundle)
     names = [name for name in tasks if row.with_diversity or name != "diversity"]
     began = time.monotonic()
     drawn = {name: _draw_set(bundle, row.sampler, tasks[name], weights, cache) for name in names}
-    typer.echo(f"{row.label}: {sum(map(len, drawn.values()))} pictures, {time.monotonic() - began:.0f} s")
+    typer.echo(
+        f"{row.label}: {sum(map(len, drawn.values()))} pictures, {time.monotonic() - began:.0f} s"
+    )
     return drawn
 
 
-def _draw_set(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task], weights: str, cache: Path) -> Tensor:
+def _draw_set(
+    bundle: Bundle, sampler: Sampler, tasks: Sequence[Task], weights: str, cache: Path
+) -> Tensor:
     chunks = []
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
@@ -237,14 +294,19 @@ def judge_rows(
 ) -> list[Figures]:
     """Judge every row against its prompts, the teacher's pictures and real ones."""
     statistics = {
-        name: (judge.statistics(to_float(pictures["teacher"][name])), judge.statistics(_real(tasks[name], emoji)))
+        name: (
+            judge.statistics(to_float(pictures["teacher"][name])),
+            judge.statistics(_real(tasks[name], emoji)),
+        )
         for name in ("complete", "incomplete")
     }
 
     def report(row: Row, name: str) -> Report:
         reference, real = statistics.get(name, (None, None))
         wishes = [task.attributes for task in tasks[name]]
-        return evaluate(to_float(pictures[row.key][name]), wishes, judge, reference=reference, real=real)
+        return evaluate(
+            to_float(pictures[row.key][name]), wishes, judge, reference=reference, real=real
+        )
 
     return [
         Figures(
@@ -261,9 +323,14 @@ def judge_rows(
 
 
 def judge_real(
-    pictures: dict[str, dict[str, Tensor]], tasks: dict[str, list[Task]], judge: Judge, emoji: EmojiSet
+    pictures: dict[str, dict[str, Tensor]],
+    tasks: dict[str, list[Task]],
+    judge: Judge,
+    emoji: EmojiSet,
 ) -> Figures:
-    """Judge real pictures for the same prompts: what a perfect model would get, the judge's own errors included."""
+    """Judge real pictures for the same prompts: what a perfect model would get, the judge's own
+    errors included.
+    """
     reports = {}
     for name, wanted in tasks.items():
         reference = judge.statistics(to_float(pictures["teacher"][name]))
@@ -271,12 +338,25 @@ def judge_real(
         wishes = [task.attributes for task in wanted]
         drawn = real_pictures(wishes, emoji, seed=FIRST_SEED - 1)
         reports[name] = evaluate(drawn, wishes, judge, reference=reference, real=real).to_dict()
-    return Figures("real", "real drawings", 0, 0, reports["complete"], reports["incomplete"], reports["diversity"])
+    return Figures(
+        "real",
+        "real drawings",
+        0,
+        0,
+        reports["complete"],
+        reports["incomplete"],
+        reports["diversity"],
+    )
 
 
 def _real(tasks: Sequence[Task], emoji: EmojiSet) -> Tensor:
     wishes = [task.attributes for task in tasks]
-    return torch.cat([real_pictures(wishes, emoji, seed=FIRST_SEED + turn) for turn in range(NUM_REAL_PER_PROMPT)])
+    return torch.cat(
+        [
+            real_pictures(wishes, emoji, seed=FIRST_SEED + turn)
+            for turn in range(NUM_REAL_PER_PROMPT)
+        ]
+    )
 
 
 def to_float(pictures: Tensor) -> Tensor:
@@ -284,11 +364,19 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def write_sheet(rows: Sequence[Row], pictures: dict[str, dict[str, Tensor]], tasks: Sequence[Task], path: Path) -> None:
+def write_sheet(
+    rows: Sequence[Row], pictures: dict[str, dict[str, Tensor]], tasks: Sequence[Task], path: Path
+) -> None:
     """Lay the same prompts of every row out, from the same noise."""
     chosen = list(range(0, len(tasks), max(1, len(tasks) // SHEET_COLUMNS)))[:SHEET_COLUMNS]
     lines = [
-        (row.label, [Image.fromarray(pictures[row.key]["complete"][i].permute(1, 2, 0).numpy()) for i in chosen])
+        (
+            row.label,
+            [
+                Image.fromarray(pictures[row.key]["complete"][i].permute(1, 2, 0).numpy())
+                for i in chosen
+            ],
+        )
         for row in rows
     ]
     contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(path)

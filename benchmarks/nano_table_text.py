@@ -9,7 +9,12 @@ Figures = dict[str, Any]
 Check = dict[str, Any]
 
 _SHARES = ("concept", "style", "background")
-_LEAST_OF_TEACHER = {8: (0.95, 0.95, 0.95), 4: (0.95, 0.95, 0.95), 2: (0.90, 0.95, 0.95), 1: (0.80, 0.90, 0.90)}
+_LEAST_OF_TEACHER = {
+    8: (0.95, 0.95, 0.95),
+    4: (0.95, 0.95, 0.95),
+    2: (0.90, 0.95, 0.95),
+    1: (0.80, 0.90, 0.90),
+}
 _LEAST_TEACHER = (0.85, 0.95, 0.95)
 _RIVALS = {
     8: ("euler-4-guided", "dpm-4-guided"),
@@ -42,7 +47,9 @@ def checks(rows: Sequence[Figures]) -> list[Check]:
     return found
 
 
-def to_markdown(rows: Sequence[Figures], claims: Sequence[Check], accuracy: dict[str, float]) -> str:
+def to_markdown(
+    rows: Sequence[Figures], claims: Sequence[Check], accuracy: dict[str, float]
+) -> str:
     """Write the table, the claims and how to read them."""
     teacher = rows[0]
     head = (
@@ -61,13 +68,20 @@ def to_markdown(rows: Sequence[Figures], claims: Sequence[Check], accuracy: dict
         + ", ".join(f"{name} {value:.4g}" for name, value in accuracy.items())
         + ".",
     ]
-    verdicts = [f"- {'yes' if c['holds'] else '**NO**'}: {c['claim']}: {c['value']:.4g}, {c['bound']}" for c in claims]
+    verdicts = [
+        f"- {'yes' if c['holds'] else '**NO**'}: {c['claim']}: {c['value']:.4g}, {c['bound']}"
+        for c in claims
+    ]
     return "\n".join([*lines, "", *notes, "", "Claims:", "", *verdicts, ""])
 
 
 def _student_checks(student: Figures, teacher: Figures, bounds: Sequence[float]) -> list[Check]:
     found = [
-        _at_least(f"{student['label']}: {name}, share of the teacher's", _ratio(student, teacher, name), least)
+        _at_least(
+            f"{student['label']}: {name}, share of the teacher's",
+            _ratio(student, teacher, name),
+            least,
+        )
         for name, least in zip(_SHARES, bounds, strict=True)
     ]
     for part, least in _LEAST_DIVERSITY.items():
@@ -75,7 +89,13 @@ def _student_checks(student: Figures, teacher: Figures, bounds: Sequence[float])
             value = _diversity_ratio(student, teacher, part, kind)
             if value is not None:
                 what = "complete" if part == "diversity" else part
-                found.append(_at_least(f"{student['label']}: {kind} of {what} prompts, of the teacher's", value, least))
+                found.append(
+                    _at_least(
+                        f"{student['label']}: {kind} of {what} prompts, of the teacher's",
+                        value,
+                        least,
+                    )
+                )
     return found
 
 
@@ -85,7 +105,12 @@ def _beats(student: Figures, rival: Figures | None) -> list[Check]:
     distance, other = (row["complete"]["frechet_to_reference"] for row in (student, rival))
     against = f"{student['label']} against {rival['label']}"
     return [
-        _check(f"{against}: Frechet distance to the teacher", distance, distance < other, f"below {other:.4g}"),
+        _check(
+            f"{against}: Frechet distance to the teacher",
+            distance,
+            distance < other,
+            f"below {other:.4g}",
+        ),
         _check(
             f"{against}: concept",
             _share(student, "concept"),
@@ -107,12 +132,19 @@ def _lora_checks(student: Figures, lora: Figures | None) -> list[Check]:
     if lora is None or student["steps"] not in _LORA_STEPS:
         return []
     least = _share(student, "concept") - _LORA_POINTS
-    return [_at_least(f"{lora['label']} against the whole UNet: concept", _share(lora, "concept"), least)]
+    return [
+        _at_least(
+            f"{lora['label']} against the whole UNet: concept", _share(lora, "concept"), least
+        )
+    ]
 
 
 def _line(row: Figures, teacher: Figures) -> str:
     cells = [row["label"], row["steps"] or "", row["evaluations"] or ""]
-    cells += [f"{100 * _share(row, name):.1f} ({100 * _ratio(row, teacher, name):.0f})" for name in _SHARES]
+    cells += [
+        f"{100 * _share(row, name):.1f} ({100 * _ratio(row, teacher, name):.0f})"
+        for name in _SHARES
+    ]
     for part in ("complete", "incomplete"):
         cells += [f"{row[part]['frechet_to_reference']:.3f}", f"{row[part]['frechet_to_real']:.3f}"]
     cells += [_diversity_cell(row, teacher, part) for part in ("diversity", "incomplete")]

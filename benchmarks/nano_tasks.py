@@ -1,8 +1,9 @@
 """What the nano models are asked when they are evaluated: fixed prompts and held-out seeds.
 
-Complete prompts name concept, style and background, so every picture has one right answer. Incomplete ones leave
-something open, so that there is something to be diverse about. Both follow from the list of concepts alone: the same
-concepts give the same prompts everywhere. Seeds start at FIRST_SEED; training draws its noise from none of them.
+Complete prompts name concept, style and background, so every picture has one right answer.
+Incomplete ones leave something open, so that there is something to be diverse about. Both follow
+from the list of concepts alone: the same concepts give the same prompts everywhere. Seeds start at
+FIRST_SEED; training draws its noise from none of them.
 """
 
 from __future__ import annotations
@@ -43,20 +44,25 @@ class Task:
 def complete_tasks(concepts: Sequence[Concept], count: int = NUM_COMPLETE) -> list[Task]:
     """Return `count` different complete prompts, one seed each.
 
-    Every concept comes up in every style before any repeats, on changing backgrounds. Raises PromptError if so few
-    concepts do not give so many prompts.
+    Every concept comes up in every style before any repeats, on changing backgrounds. Raises
+    PromptError if so few concepts do not give so many prompts.
     """
     most = len(concepts) * len(STYLES) * len(BACKGROUNDS)
     if not 0 < count <= most:
-        raise PromptError(f"{count} complete prompts were asked for; {len(concepts)} concepts give 1 to {most}.")
+        raise PromptError(
+            f"{count} complete prompts were asked for; {len(concepts)} concepts give 1 to {most}."
+        )
     styles, backgrounds = list(STYLES), list(BACKGROUNDS)
     tasks = []
     for index in range(count):
         turn, place = divmod(index, len(concepts))
-        # Neighbours in the list are alike (all animals first): a stride spreads a last, incomplete turn over all.
+        # Neighbours in the list are alike (all animals first): a stride spreads a last, incomplete
+        # turn over all.
         number = _spread(len(concepts))[place]
         style = styles[(number + turn) % len(styles)]
-        background = backgrounds[(5 * number + 3 * (turn % len(styles)) + turn // len(styles)) % len(backgrounds)]
+        background = backgrounds[
+            (5 * number + 3 * (turn % len(styles)) + turn // len(styles)) % len(backgrounds)
+        ]
         names = concepts[number].names
         prompt = complete_caption(names[0], style, background)
         tasks.append(Task(prompt, Attributes(names, style, background), FIRST_SEED + index))
@@ -80,8 +86,12 @@ def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
             if len(chosen) < NUM_DIVERSITY_PROMPTS and attributes not in chosen:
                 chosen[attributes] = caption(attributes, Random(len(chosen)))
     if len(chosen) < NUM_DIVERSITY_PROMPTS:
-        raise PromptError(f"{len(concepts)} concepts give only {len(chosen)} incomplete prompts; use more concepts.")
-    return _with_seeds([(prompt, attributes) for attributes, prompt in chosen.items()], FIRST_SEED + 20_000)
+        raise PromptError(
+            f"{len(concepts)} concepts give only {len(chosen)} incomplete prompts; use more concepts."
+        )
+    return _with_seeds(
+        [(prompt, attributes) for attributes, prompt in chosen.items()], FIRST_SEED + 20_000
+    )
 
 
 def real_pictures(
@@ -92,7 +102,9 @@ def real_pictures(
     chosen = [_fitting_drawing(wish, emoji, rng) for wish in attributes]
     concept, style = torch.tensor(chosen).T
     names = list(BACKGROUNDS)
-    background = torch.tensor([names.index(wish.background or rng.choice(names)) for wish in attributes])
+    background = torch.tensor(
+        [names.index(wish.background or rng.choice(names)) for wish in attributes]
+    )
     return compose(emoji.drawings[concept, style], background, Placement(), generator)
 
 
@@ -114,7 +126,9 @@ def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attr
     styles, backgrounds = list(STYLES), list(BACKGROUNDS)
     spread = _spread(len(concepts))
     style = styles[round_number % len(styles)]
-    for place, (with_style, with_background) in enumerate(((False, False), (True, False), (False, True), (True, True))):
+    for place, (with_style, with_background) in enumerate(
+        ((False, False), (True, False), (False, True), (True, True))
+    ):
         step = 4 * round_number + place
         background = backgrounds[(5 * step) % len(backgrounds)] if with_background else None
         manner = style if with_style else None
@@ -132,6 +146,8 @@ def _fitting_drawing(wish: Attributes, emoji: EmojiSet, rng: Random) -> tuple[in
         if not wish.names or wish.names[0] in concept.names or wish.names == (concept.subgroup,)
     ]
     if not fitting:
-        raise PromptError(f"no drawing shows {wish.names[0]!r}; use the emoji set that the prompts were made for.")
+        raise PromptError(
+            f"no drawing shows {wish.names[0]!r}; use the emoji set that the prompts were made for."
+        )
     style = emoji.styles.index(wish.style) if wish.style else rng.randrange(len(emoji.styles))
     return rng.choice(fitting), style

@@ -38,32 +38,61 @@ STEPS = (8, 4, 2)
 
 def main(
     variant: Annotated[str, typer.Argument(help="The fine-tuned teacher: a model folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for table, sheet and cache.")] = Path("runs/variant"),
-    judge_path: Annotated[Path | None, typer.Option("--judge", help="One that knows the variant's style.")] = None,
-    style: Annotated[str | None, typer.Option(help="What that judge calls the variant's style.")] = None,
-    word: Annotated[str, typer.Option(help="The style word of the prompts; none at all if empty.")] = "",
-    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path("runs/emoji.safetensors"),
+    out: Annotated[Path, typer.Option(help="Folder for table, sheet and cache.")] = Path(
+        "runs/variant"
+    ),
+    judge_path: Annotated[
+        Path | None, typer.Option("--judge", help="One that knows the variant's style.")
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option(help="What that judge calls the variant's style.")
+    ] = None,
+    word: Annotated[
+        str, typer.Option(help="The style word of the prompts; none at all if empty.")
+    ] = "",
+    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path(
+        "runs/emoji.safetensors"
+    ),
     count: Annotated[int, typer.Option(help="Prompts of the table.")] = 512,
-    num_first: Annotated[int, typer.Option(help="Prompts before these, on which the scale is chosen.")] = 128,
+    num_first: Annotated[
+        int, typer.Option(help="Prompts before these, on which the scale is chosen.")
+    ] = 128,
 ) -> None:
     """Draw, judge, and write the table."""
     judge = load_judge(judge_path) if judge_path else load_judge()
-    every = [_worded(task, word) for task in complete_tasks(load_emoji(emoji_path).concepts, num_first + count)]
+    every = [
+        _worded(task, word)
+        for task in complete_tasks(load_emoji(emoji_path).concepts, num_first + count)
+    ]
     first, tasks = every[:num_first], every[num_first:]
     base = load_bundle(variant)
-    wardrobe, guidance, cache = Wardrobe(base, fused=True, num_kept=1), base.contract.guidance, out / "cache"
+    wardrobe, guidance, cache = (
+        Wardrobe(base, fused=True, num_kept=1),
+        base.contract.guidance,
+        out / "cache",
+    )
 
     def drawn(row: Row, asked: list[Task]) -> Tensor:
         return draw_row(row, {"complete": asked}, cache)["complete"]
 
     def bare(steps: int, scale: float) -> Row:
         said = "guidance" if scale > 1 else "no guidance"
-        return Row(f"{steps}-{scale:g}", f"{steps} steps, {said}", Sampler("euler", steps, scale), lambda: base)
+        return Row(
+            f"{steps}-{scale:g}",
+            f"{steps} steps, {said}",
+            Sampler("euler", steps, scale),
+            lambda: base,
+        )
 
     def worn(steps: int, scale: float) -> Row:
         label = f"LoRA x {scale:g}, {steps} steps"
         stack = [f"nano_{steps}step_lora:{scale}"]
-        return Row(f"lora-{steps}-{scale:g}", label, Sampler("euler", steps, 1.0), lambda: wardrobe.wear(stack))
+        return Row(
+            f"lora-{steps}-{scale:g}",
+            label,
+            Sampler("euler", steps, 1.0),
+            lambda: wardrobe.wear(stack),
+        )
 
     own = bare(TEACHER_STEPS, guidance)
     rows, sweep, of_first = [own], [], to_float(drawn(own, first))
@@ -89,14 +118,18 @@ def main(
 
 
 def _worded(task: Task, word: str) -> Task:
-    """Say the task with another word for the style, or with none; which style it shall be is asked for apart."""
+    """Say the task with another word for the style, or with none; which style it shall be is asked
+    for apart.
+    """
     wish = task.attributes
     thing = with_article(f"{word} {wish.names[0]}".strip())
     prompt = f"{thing} on {with_article(f'{wish.background} background')}"
     return replace(task, prompt=prompt, attributes=Attributes(wish.names, None, wish.background))
 
 
-def _figures(pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judge, style: str | None) -> dict[str, Any]:
+def _figures(
+    pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judge, style: str | None
+) -> dict[str, Any]:
     statistics = judge.statistics(reference)
     report = evaluate(pictures, [task.attributes for task in tasks], judge, reference=statistics)
     in_style = None
@@ -109,23 +142,40 @@ def _figures(pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judg
         "background": report.background.share,
         "distance": report.frechet_to_reference,
         "looks": frechet_distance(fit_features(looks(pictures)), fit_features(looks(reference))),
-        "difference": pixel_diversity(torch.cat([pictures, reference]), [*range(len(pictures))] * 2),
+        "difference": pixel_diversity(
+            torch.cat([pictures, reference]), [*range(len(pictures))] * 2
+        ),
     }
 
 
 def _markdown(table: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> str:
     def shares(row: dict[str, Any]) -> str:
-        return " | ".join("" if row[k] is None else f"{100 * row[k]:.1f} %" for k in ("concept", "style", "background"))
+        return " | ".join(
+            "" if row[k] is None else f"{100 * row[k]:.1f} %"
+            for k in ("concept", "style", "background")
+        )
 
     head = "concept | style | background | distance | looks | difference |"
     lines = [f"| | evaluations | {head}", "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {row['label']} | {row['evaluations']} | {shares(row)} | {_distances(row)} |" for row in table]
+    lines += [
+        f"| {row['label']} | {row['evaluations']} | {shares(row)} | {_distances(row)} |"
+        for row in table
+    ]
     lines += ["", f"| steps | scale | {head}", "|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {row['steps']} | {row['scale']:g} | {shares(row)} | {_distances(row)} |" for row in sweep]
+    lines += [
+        f"| {row['steps']} | {row['scale']:g} | {shares(row)} | {_distances(row)} |"
+        for row in sweep
+    ]
     for steps in STEPS:
         mine = [row for row in sweep if row["steps"] == steps]
-        by = {key: min(mine, key=lambda row: row[key])["scale"] for key in ("looks", "distance", "difference")}
-        lines.append(f"\n{steps} steps, best scale: " + ", ".join(f"{scale:g} by {key}" for key, scale in by.items()))
+        by = {
+            key: min(mine, key=lambda row: row[key])["scale"]
+            for key in ("looks", "distance", "difference")
+        }
+        lines.append(
+            f"\n{steps} steps, best scale: "
+            + ", ".join(f"{scale:g} by {key}" for key, scale in by.items())
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -3,9 +3,10 @@
     python benchmarks/pipeline_overhead.py [--steps 2] [--rounds 100]
 
 *Bare* calls text encoders, UNet and decoder directly, with tokens, noise and times at hand: nothing is checked, and no
-picture comes out. *Vanilla* is StableDiffusionXLPipeline with Euler at trailing times and no guidance, on the very same
-networks. Each round runs all of them in changing order, on one thread; a pair of a round gives one difference and one
-ratio, so what else the machine does hardly matters. Processor time is counted, and the wall's beside it.
+picture comes out. *Vanilla* is StableDiffusionXLPipeline with Euler at trailing times and no
+guidance, on the very same networks. Each round runs all of them in changing order, on one thread; a
+pair of a round gives one difference and one ratio, so what else the machine does hardly matters.
+Processor time is counted, and the wall's beside it.
 """
 
 from __future__ import annotations
@@ -35,11 +36,21 @@ Draw = Callable[[int], object]
 def bare(bundle: Bundle, steps: int, num_images: int) -> Draw:
     """Return the calls of the networks alone, as many and as large as `generate` makes them."""
     tokens = [
-        tokenizer([PROMPT], padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+        tokenizer(
+            [PROMPT],
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
         for tokenizer in bundle.text.tokenizers
     ]
     told = bundle.conditioning([PROMPT], *bundle.contract.sizes[0]).expand(num_images)
-    noise = torch.stack([initial_noise(i, bundle.latent_shape(*bundle.contract.sizes[0])) for i in range(num_images)])
+    noise = torch.stack(
+        [
+            initial_noise(i, bundle.latent_shape(*bundle.contract.sizes[0]))
+            for i in range(num_images)
+        ]
+    )
     added = {"text_embeds": told.pooled, "time_ids": told.sizes}
     indices = [torch.full((num_images,), t - 1) for t in trailing_times(steps)]
     unet, vae = bundle.denoiser.network, bundle.codec.vae
@@ -57,7 +68,9 @@ def bare(bundle: Bundle, steps: int, num_images: int) -> Draw:
 
 def ours(bundle: Bundle, steps: int, num_images: int) -> Draw:
     """Return what a user calls."""
-    return lambda seed: generate(bundle, Request(PROMPT, seed=seed, num_images=num_images, steps=steps))
+    return lambda seed: generate(
+        bundle, Request(PROMPT, seed=seed, num_images=num_images, steps=steps)
+    )
 
 
 def vanilla(bundle: Bundle, steps: int, num_images: int) -> Draw:
@@ -98,7 +111,9 @@ def vanilla(bundle: Bundle, steps: int, num_images: int) -> Draw:
 
 
 def measure(draws: dict[str, Draw], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Return (processor, wall) milliseconds of every round by name, the order turned from round to round."""
+    """Return (processor, wall) milliseconds of every round by name, the order turned from round to
+    round.
+    """
     names = list(draws)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(-NUM_WARM, rounds):
@@ -106,7 +121,9 @@ def measure(draws: dict[str, Draw], rounds: int) -> dict[str, list[tuple[float, 
             processor, wall = time.process_time(), time.perf_counter()
             draws[name](number + NUM_WARM)
             if number >= 0:
-                taken[name].append((1e3 * (time.process_time() - processor), 1e3 * (time.perf_counter() - wall)))
+                taken[name].append(
+                    (1e3 * (time.process_time() - processor), 1e3 * (time.perf_counter() - wall))
+                )
     return taken
 
 
@@ -117,15 +134,21 @@ def quartiles(values: Sequence[float], form: str) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A small model, or its time hides what is measured.")] = "nano",
+    model: Annotated[
+        str, typer.Option(help="A small model, or its time hides what is measured.")
+    ] = "nano",
     steps: Annotated[int, typer.Option(help="Which student.")] = 2,
     rounds: Annotated[int, typer.Option(help="Rounds of every measurement.")] = 100,
 ) -> None:
     """Measure one image and four, and print a table."""
     torch.set_num_threads(1)
     bundle = load_bundle(model, steps=steps)
-    typer.echo(f"{bundle.contract.name}, {steps} steps, one thread, median (quartiles) of {rounds} rounds")
-    typer.echo("| images | clock | bare ms | ours ms | vanilla ms | overhead, ms per image | ours / vanilla |")
+    typer.echo(
+        f"{bundle.contract.name}, {steps} steps, one thread, median (quartiles) of {rounds} rounds"
+    )
+    typer.echo(
+        "| images | clock | bare ms | ours ms | vanilla ms | overhead, ms per image | ours / vanilla |"
+    )
     typer.echo("|---:|---|---:|---:|---:|---:|---:|")
     kept = True
     for num_images in (1, 4):
@@ -136,9 +159,13 @@ def main(
             more = [(a - b) / num_images for a, b in zip(times["ours"], times["bare"], strict=True)]
             ratios = [a / b for a, b in zip(times["ours"], times["vanilla"], strict=True)]
             alone = " | ".join(f"{statistics.median(times[name]):.1f}" for name in draws)
-            typer.echo(f"| {num_images} | {clock} | {alone} | {quartiles(more, '.2f')} | {quartiles(ratios, '.3f')} |")
+            typer.echo(
+                f"| {num_images} | {clock} | {alone} | {quartiles(more, '.2f')} | {quartiles(ratios, '.3f')} |"
+            )
             kept &= statistics.median(more) < TARGET_MILLISECONDS and statistics.median(ratios) <= 1
-    typer.echo(f"Wanted: overhead under {TARGET_MILLISECONDS} ms, a ratio of at most 1: {'kept' if kept else 'missed'}")
+    typer.echo(
+        f"Wanted: overhead under {TARGET_MILLISECONDS} ms, a ratio of at most 1: {'kept' if kept else 'missed'}"
+    )
     raise typer.Exit(int(not kept))
 
 

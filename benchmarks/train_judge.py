@@ -1,10 +1,11 @@
-"""Training of the judge: cross-entropy of concept, style and background, and the squared error of the blur.
+"""Training of the judge: cross-entropy of concept, style and background, and the squared error of
+the blur.
 
     python benchmarks/train_judge.py --out runs/judge [-o loop.seed=1]
 
-It learns from real drawings only, composited and mildly damaged anew in every iteration. There is one drawing per
-concept and style, so *held out* means: placements, backgrounds and damage that were never drawn in training, not
-drawings that were never seen.
+It learns from real drawings only, composited and mildly damaged anew in every iteration. There is
+one drawing per concept and style, so *held out* means: placements, backgrounds and damage that were
+never drawn in training, not drawings that were never seen.
 """
 
 from __future__ import annotations
@@ -42,22 +43,38 @@ class JudgeRecipe(Settings):
     """How a judge is built and trained."""
 
     name: str = Field("nano-judge", description="what the judge says it comes from")
-    channels: tuple[int, ...] = Field((32, 64, 112, 160), min_length=1, description="widths; each halves the picture")
+    channels: tuple[int, ...] = Field(
+        (32, 64, 112, 160), min_length=1, description="widths; each halves the picture"
+    )
     loop: DescentSettings
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-    degradation: Degradation = Field(Degradation(), description="damage to the pictures it learns from")
-    placement: Placement = Field(Placement(), description="how far drawings stray in the pictures it learns from")
-    num_held_out: int = Field(8, gt=0, description="held-out pictures per drawing, clean and again damaged")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the target spread over all classes"
+    )
+    degradation: Degradation = Field(
+        Degradation(), description="damage to the pictures it learns from"
+    )
+    placement: Placement = Field(
+        Placement(), description="how far drawings stray in the pictures it learns from"
+    )
+    num_held_out: int = Field(
+        8, gt=0, description="held-out pictures per drawing, clean and again damaged"
+    )
 
 
-def train_judge(recipe: JudgeRecipe, emoji: EmojiSet, out: Path, on_iteration: OnIteration = silent) -> Judge:
-    """Train a judge on composited drawings and write `judge.safetensors` and `eval.json` to the run folder `out`.
+def train_judge(
+    recipe: JudgeRecipe, emoji: EmojiSet, out: Path, on_iteration: OnIteration = silent
+) -> Judge:
+    """Train a judge on composited drawings and write `judge.safetensors` and `eval.json` to the run
+    folder `out`.
 
-    The same call again resumes, or does nothing more than measure. The accuracy stated is that of the file as
-    written. Raises RunError for a folder of another recipe, TrainingError for a loss that is not finite.
+    The same call again resumes, or does nothing more than measure. The accuracy stated is that of
+    the file as written. Raises RunError for a folder of another recipe, TrainingError for a loss
+    that is not finite.
     """
     folder = RunFolder(out, recipe)
-    judge = _fit(Judge(Classes.from_emoji(emoji), recipe.channels), recipe, emoji, folder, on_iteration)
+    judge = _fit(
+        Judge(Classes.from_emoji(emoji), recipe.channels), recipe, emoji, folder, on_iteration
+    )
     path = out / "judge.safetensors"
     save_judge(judge, path)
     judge = load_judge(path)
@@ -72,9 +89,14 @@ def train_judge(recipe: JudgeRecipe, emoji: EmojiSet, out: Path, on_iteration: O
 
 def save_judge(judge: Judge, path: Path) -> None:
     """Write a judge to one fp16 safetensors file with its classes and origin as metadata."""
-    tensors = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
+    tensors = {
+        name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()
+    }
     if judge.real is not None:
-        tensors |= {"real.mean": judge.real.mean.float(), "real.covariance": judge.real.covariance.float()}
+        tensors |= {
+            "real.mean": judge.real.mean.float(),
+            "real.covariance": judge.real.covariance.float(),
+        }
     description = {
         "concepts": [[c.icon, c.subgroup, list(c.names)] for c in judge.classes.concepts],
         "styles": judge.classes.styles,
@@ -84,13 +106,22 @@ def save_judge(judge: Judge, path: Path) -> None:
         "num_real": judge.real.num_samples if judge.real else 0,
     }
     with write_whole(path) as file:
-        file.write(save({name: t.contiguous() for name, t in tensors.items()}, {METADATA_KEY: json.dumps(description)}))
+        file.write(
+            save(
+                {name: t.contiguous() for name, t in tensors.items()},
+                {METADATA_KEY: json.dumps(description)},
+            )
+        )
 
 
 def measure_accuracy(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet) -> dict[str, float]:
-    """Return the shares of held-out pictures judged rightly, clean and damaged, and the mean error of the blur."""
+    """Return the shares of held-out pictures judged rightly, clean and damaged, and the mean error
+    of the blur.
+    """
     pictures, labels = _held_out(emoji, recipe)
-    damaged, blur_pixels = degrade(pictures, recipe.degradation, Draw.at(recipe.loop.seed, _HELD_OUT - 1).tensors)
+    damaged, blur_pixels = degrade(
+        pictures, recipe.degradation, Draw.at(recipe.loop.seed, _HELD_OUT - 1).tensors
+    )
     figures = _shares(judge.judge(pictures), labels)
     verdict = judge.judge(damaged)
     figures |= {f"{name}_damaged": share for name, share in _shares(verdict, labels).items()}
@@ -98,7 +129,9 @@ def measure_accuracy(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet) -> dict
     return figures | {"blur_error_pixels": round(float(error), 4)}
 
 
-def _held_out(emoji: EmojiSet, recipe: JudgeRecipe) -> tuple[Float[Tensor, "batch 3 64 64"], Int[Tensor, "3 batch"]]:
+def _held_out(
+    emoji: EmojiSet, recipe: JudgeRecipe
+) -> tuple[Float[Tensor, "batch 3 64 64"], Int[Tensor, "3 batch"]]:
     """Compose every drawing equally often, on random backgrounds."""
     num_drawings = len(emoji.concepts) * len(emoji.styles)
     drawing = torch.arange(num_drawings).repeat(recipe.num_held_out)
@@ -106,25 +139,37 @@ def _held_out(emoji: EmojiSet, recipe: JudgeRecipe) -> tuple[Float[Tensor, "batc
 
 
 def _compose(
-    emoji: EmojiSet, drawing: Int[Tensor, " batch"], placement: Placement, generator: torch.Generator
+    emoji: EmojiSet,
+    drawing: Int[Tensor, " batch"],
+    placement: Placement,
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, "batch 3 64 64"], Int[Tensor, "3 batch"]]:
     """Put drawings on random backgrounds; return them with their concept, style and background."""
     background = torch.randint(len(BACKGROUNDS), drawing.shape, generator=generator)
     drawings = emoji.drawings.flatten(0, 1)
     parts = zip(torch.split(drawing, 256), torch.split(background, 256), strict=True)
-    pictures = torch.cat([compose(drawings[part], behind, placement, generator) for part, behind in parts])
+    pictures = torch.cat(
+        [compose(drawings[part], behind, placement, generator) for part, behind in parts]
+    )
     num_styles = len(emoji.styles)
     return pictures, torch.stack([drawing // num_styles, drawing % num_styles, background])
 
 
 def _shares(verdict: Verdict, labels: Int[Tensor, "3 batch"]) -> dict[str, float]:
     logits = {"concept": verdict.concept, "style": verdict.style, "background": verdict.background}
-    right = {name: logit.argmax(dim=1) == label for (name, logit), label in zip(logits.items(), labels, strict=True)}
+    right = {
+        name: logit.argmax(dim=1) == label
+        for (name, logit), label in zip(logits.items(), labels, strict=True)
+    }
     return {name: round(float(hits.float().mean()), 4) for name, hits in right.items()}
 
 
-def _fit(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet, folder: RunFolder, on_iteration: OnIteration) -> Judge:
-    """Train in place, from the last checkpoint if there is one, and leave the averaged weights in the judge."""
+def _fit(
+    judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet, folder: RunFolder, on_iteration: OnIteration
+) -> Judge:
+    """Train in place, from the last checkpoint if there is one, and leave the averaged weights in
+    the judge.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.loop.seed)
         judge.apply(_initialise)
@@ -143,11 +188,16 @@ def _fit(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet, folder: RunFolder, 
 
 
 def _loss(
-    verdict: Verdict, labels: Int[Tensor, "3 batch"], blur_pixels: Float[Tensor, " batch"], smoothing: float
+    verdict: Verdict,
+    labels: Int[Tensor, "3 batch"],
+    blur_pixels: Float[Tensor, " batch"],
+    smoothing: float,
 ) -> Float[Tensor, ""]:
     concept, style, background = (
         functional.cross_entropy(logits.float(), label, label_smoothing=smoothing)
-        for logits, label in zip((verdict.concept, verdict.style, verdict.background), labels, strict=True)
+        for logits, label in zip(
+            (verdict.concept, verdict.style, verdict.background), labels, strict=True
+        )
     )
     blur = (verdict.blur_pixels.float() - blur_pixels).square().mean()
     return concept + style + 0.5 * background + blur
@@ -159,16 +209,23 @@ def _initialise(module: torch.nn.Module) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Run folder; the same again resumes.")] = Path("runs/judge"),
+    out: Annotated[Path, typer.Option(help="Run folder; the same again resumes.")] = Path(
+        "runs/judge"
+    ),
     recipe: Annotated[Path, typer.Option(help="What to train, and for how long.")] = RECIPE,
-    override: Annotated[list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("-o", help="Another value for a key of the recipe.")
+    ] = None,
     emoji: Annotated[Path, typer.Option(help="The drawings.")] = Path("runs/emoji.safetensors"),
 ) -> None:
     """Train, measure, and write judge.safetensors."""
     settings = load_recipe(recipe, JudgeRecipe, override or [])
     with progress_bar("judge") as advance:
         judge = train_judge(
-            settings, load_emoji(emoji), out, lambda done, figures: advance(done, settings.loop.iterations, "")
+            settings,
+            load_emoji(emoji),
+            out,
+            lambda done, figures: advance(done, settings.loop.iterations, ""),
         )
     typer.echo(f"{out / 'judge.safetensors'}: {judge.origin.accuracy if judge.origin else ''}")
 

@@ -2,13 +2,15 @@
 
     python benchmarks/trainer_overhead.py [--student-steps 4] [--rounds 24]
 
-Two measures, both wanted under 5 %. *Outside*: the share of an iteration spent neither in a network's forward nor in a
-backward pass; the optimisers, which no loop does without, stand apart. *Overhead*: what an iteration takes longer than
-a bare loop, written down below: the same draws, the same calls of the same networks, the same optimisers, and no
-adapters to switch, no clipping, no average, no checks, no figures.
+Two measures, both wanted under 5 %. *Outside*: the share of an iteration spent neither in a
+network's forward nor in a backward pass; the optimisers, which no loop does without, stand apart.
+*Overhead*: what an iteration takes longer than a bare loop, written down below: the same draws, the
+same calls of the same networks, the same optimisers, and no adapters to switch, no clipping, no
+average, no checks, no figures.
 
-Both run in turn, in changing order, on one thread, and each pair gives one ratio of processor time, so what else the
-machine does hardly matters. The latents are noise, for pictures are not needed to know the time.
+Both run in turn, in changing order, on one thread, and each pair gives one ratio of processor time,
+so what else the machine does hardly matters. The latents are noise, for pictures are not needed to
+know the time.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ NUM_WARM = 3
 
 
 def main(
-    recipe: Annotated[str, typer.Option(help="A recipe whose phases train LoRAs without guidance.")] = "nano-lora",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe whose phases train LoRAs without guidance.")
+    ] = "nano-lora",
     student_steps: Annotated[int, typer.Option(help="Measure the phases of this student.")] = 4,
     rounds: Annotated[int, typer.Option(help="Pairs of iterations for each phase.")] = 24,
 ) -> None:
@@ -56,7 +60,9 @@ def main(
     torch.set_num_threads(1)
     settings = load_recipe(recipe, DistillRecipe)
     bundle = load_bundle(settings.model)
-    typer.echo("| phase | batch | iterations per second | forward | backward | optimisers | outside | overhead |")
+    typer.echo(
+        "| phase | batch | iterations per second | forward | backward | optimisers | outside | overhead |"
+    )
     typer.echo("|---|---:|---:|---:|---:|---:|---:|---:|")
     for phase in settings.phases:
         if phase.student_steps == student_steps:
@@ -83,9 +89,13 @@ def measure(phase: Phase, bundle: Bundle, rounds: int) -> str:
         taken = {loop: clock(loop, number) for loop in order}
         seconds.append(taken[iterate][1])
         ratios.append(100 * (taken[iterate][0] / taken[bare][0] - 1))
-    shares = share_out(trainer, lesson, lambda: [clock(iterate, NUM_WARM + number) for number in range(rounds)])
+    shares = share_out(
+        trainer, lesson, lambda: [clock(iterate, NUM_WARM + number) for number in range(rounds)]
+    )
     low, middle, high = statistics.quantiles(ratios, n=4)
-    parts = " | ".join(f"{shares[part]:.1f} %" for part in ("forward", "backward", "optimisers", "outside"))
+    parts = " | ".join(
+        f"{shares[part]:.1f} %" for part in ("forward", "backward", "optimisers", "outside")
+    )
     speed = 1 / statistics.median(seconds)
     return f"| {phase.name} | {phase.batch_size} | {speed:.2f} | {parts} | {middle:.1f} % ({low:.1f} to {high:.1f}) |"
 
@@ -98,7 +108,9 @@ def clock(loop: Callable[[int], object], number: int) -> tuple[float, float]:
 
 
 def learn_from(bundle: Bundle, phase: Phase) -> Lesson:
-    """Return a lesson as the chain makes it: teacher and student are adapters on one base, a copy of the bundle's."""
+    """Return a lesson as the chain makes it: teacher and student are adapters on one base, a copy
+    of the bundle's.
+    """
     network = copy.deepcopy(bundle.denoiser.network)
     assert phase.lora_rank is not None
     assert phase.guidance == 1
@@ -106,30 +118,47 @@ def learn_from(bundle: Bundle, phase: Phase) -> Lesson:
         adapter = add_lora(network, name, rank=phase.lora_rank)
         with torch.no_grad():
             for parameter in adapter.parameters():
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+                parameter.add_(
+                    0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+                )
     Lora(network, "student").requires_grad_(True)
-    teacher, student = (replace(bundle.denoiser, network=network, lora=name) for name in ("teacher", "student"))
+    teacher, student = (
+        replace(bundle.denoiser, network=network, lora=name) for name in ("teacher", "student")
+    )
     names = tuple((concept.names, concept.subgroup) for concept in built_in_concepts())
     width, height = bundle.contract.sizes[0]
-    latents = torch.randn(512, *bundle.latent_shape(width, height), generator=torch.Generator().manual_seed(0))
-    cache = LatentCache(latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES))
+    latents = torch.randn(
+        512, *bundle.latent_shape(width, height), generator=torch.Generator().manual_seed(0)
+    )
+    cache = LatentCache(
+        latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
+    )
     return Lesson(EmojiSource(cache, bundle.text, width, height), teacher, student)
 
 
 def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
-    """Return an iteration written down for this phase alone, with teacher and student on bases of their own."""
+    """Return an iteration written down for this phase alone, with teacher and student on bases of
+    their own.
+    """
     schedule = lesson.student.schedule
-    alphas, sigmas = schedule.alphas.float().view(-1, 1, 1, 1), schedule.sigmas.float().view(-1, 1, 1, 1)
+    alphas, sigmas = (
+        schedule.alphas.float().view(-1, 1, 1, 1),
+        schedule.sigmas.float().view(-1, 1, 1, 1),
+    )
     times = torch.tensor(trained_times(phase.student_steps))
     student = lesson.student.network
     teacher = copy.deepcopy(student)
     activate(student, "student")
     activate(teacher, "teacher")
-    adam = partial(torch.optim.AdamW, betas=(0.0, 0.99) if phase.judges else (0.9, 0.999), fused=True)
+    adam = partial(
+        torch.optim.AdamW, betas=(0.0, 0.99) if phase.judges else (0.9, 0.999), fused=True
+    )
     optimiser = adam(lesson.trained.parameters(), lr=phase.learning_rate)
     if phase.judges:
         judge = Discriminator(lesson.teacher, pairs=phase.objective == "conditional")
-        judge_optimiser = adam(judge.parameters(), lr=phase.discriminator_learning_rate or phase.learning_rate)
+        judge_optimiser = adam(
+            judge.parameters(), lr=phase.discriminator_learning_rate or phase.learning_rate
+        )
         activate(student, "student")
 
     def walk(network: nn.Module, x: Tensor, t: Tensor, s: Tensor, told: Conditioning) -> Tensor:
@@ -148,7 +177,9 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
             x0, told = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
             t = times[torch.randint(len(times), (phase.batch_size,), generator=draw.tensors)]
             noise = torch.randn(x0.shape, generator=draw.tensors)
-            x_t = torch.where((t == 1000).view(-1, 1, 1, 1), noise, alphas[t] * x0 + sigmas[t] * noise)
+            x_t = torch.where(
+                (t == 1000).view(-1, 1, 1, 1), noise, alphas[t] * x0 + sigmas[t] * noise
+            )
             real, now = x_t, t
             with torch.no_grad():
                 for _ in range(phase.teacher_steps // phase.student_steps):
@@ -161,9 +192,14 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
             if judge.pairs:
                 parts, at = [*parts, x_t], [*at, t]
             many = Conditioning.cat([told] * len(parts))
-            seen = encoder_features(judge.encoder, torch.cat(parts), torch.cat(at), many).chunk(len(parts))
+            seen = encoder_features(judge.encoder, torch.cat(parts), torch.cat(at), many).chunk(
+                len(parts)
+            )
             before = seen[2] if judge.pairs else None
-            loss = softplus(-judge.judge(before, seen[0])).mean() + softplus(judge.judge(before, seen[1])).mean()
+            loss = (
+                softplus(-judge.judge(before, seen[0])).mean()
+                + softplus(judge.judge(before, seen[1])).mean()
+            )
             descend(loss, judge_optimiser)
             judge.requires_grad_(False)
             with torch.no_grad():
@@ -175,8 +211,12 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
     return iterate
 
 
-def share_out(trainer: Any, lesson: Lesson, run: Callable[[], list[tuple[float, float]]]) -> dict[str, float]:
-    """Return the percentages of the processor's time that `run` spends in the parts of an iteration."""
+def share_out(
+    trainer: Any, lesson: Lesson, run: Callable[[], list[tuple[float, float]]]
+) -> dict[str, float]:
+    """Return the percentages of the processor's time that `run` spends in the parts of an
+    iteration.
+    """
     spent = {"forward": 0.0, "backward": 0.0, "optimisers": 0.0}
     began: list[float] = []
 
@@ -199,15 +239,25 @@ def share_out(trainer: Any, lesson: Lesson, run: Callable[[], list[tuple[float, 
     optimisers = [trainer.optimiser]
     if isinstance(trainer, AdversarialTrainer):
         encoder = trainer.discriminator.encoder  # which is never called as a whole
-        networks += [encoder.conv_in, encoder.time_embedding, encoder.add_embedding, *encoder.down_blocks]
+        networks += [
+            encoder.conv_in,
+            encoder.time_embedding,
+            encoder.add_embedding,
+            *encoder.down_blocks,
+        ]
         networks += [encoder.mid_block, trainer.discriminator.head]
         optimisers.append(trainer.discriminator_optimiser)
     with ExitStack() as leaving:
         leaving.enter_context(mock.patch.object(Tensor, "backward", timed))
         hooks = [network.register_forward_pre_hook(enter) for network in networks]
-        hooks += [network.register_forward_hook(lambda *given: leave("forward")) for network in networks]
+        hooks += [
+            network.register_forward_hook(lambda *given: leave("forward")) for network in networks
+        ]
         hooks += [optimiser.register_step_pre_hook(enter) for optimiser in optimisers]
-        hooks += [optimiser.register_step_post_hook(lambda *given: leave("optimisers")) for optimiser in optimisers]
+        hooks += [
+            optimiser.register_step_post_hook(lambda *given: leave("optimisers"))
+            for optimiser in optimisers
+        ]
         for hook in hooks:
             leaving.callback(hook.remove)
         total = sum(processor for processor, _ in run())

@@ -1,7 +1,9 @@
-"""ComfyUI nodes that read a checkpoint's sampling contract, so that nobody has to know how a few-step student is drawn.
+"""ComfyUI nodes that read a checkpoint's sampling contract, so that nobody has to know how a
+few-step student is drawn.
 
-`sampling` is everything that can be said without ComfyUI, over twostep's own rooms; `nodes` puts it into nodes of the
-V3 schema; `graph` checks workflows and lays them out. ComfyUI finds the nodes through `comfy_entrypoint`.
+`sampling` is everything that can be said without ComfyUI, over twostep's own rooms; `nodes` puts it
+into nodes of the V3 schema; `graph` checks workflows and lays them out. ComfyUI finds the nodes
+through `comfy_entrypoint`.
 """
 
 

@@ -1,9 +1,10 @@
 """Workflows: checked against node definitions, and laid out for the page.
 
-A workflow has two forms. In the API's, a node is `{"class_type": .., "inputs": {name: value or [node, output]}}`; in
-the page's, nodes have places, numbered links and their widgets' values in order (version 0.4). Definitions have the
-shape of ComfyUI's own `/object_info`, so what it answers can be used here too; `definitions.json` holds those of the
-nodes that our workflows use. `python -m comfyui.graph` lays `workflows/api/*.json` out beside that folder.
+A workflow has two forms. In the API's, a node is `{"class_type": .., "inputs": {name: value or
+[node, output]}}`; in the page's, nodes have places, numbered links and their widgets' values in
+order (version 0.4). Definitions have the shape of ComfyUI's own `/object_info`, so what it answers
+can be used here too; `definitions.json` holds those of the nodes that our workflows use. `python -m
+comfyui.graph` lays `workflows/api/*.json` out beside that folder.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def definitions() -> dict[str, Any]:
 
 
 def problems(api: Workflow, known: Definitions) -> list[str]:
-    """List what ComfyUI would refuse in a workflow of the API's form: nodes, inputs, values, links and their types."""
+    """List what ComfyUI would refuse in a workflow of the API's form: nodes, inputs, values, links
+    and their types.
+    """
     found = []
     for name, node in api.items():
         definition = known.get(node["class_type"])
@@ -46,16 +49,22 @@ def problems(api: Workflow, known: Definitions) -> list[str]:
             if each not in inputs:
                 found.append(f"{where}: has no input {each}")
             elif is_link(value):
-                found += _link_problems(api, known, value, kind_of(inputs[each]), f"{where}: {each}")
+                found += _link_problems(
+                    api, known, value, kind_of(inputs[each]), f"{where}: {each}"
+                )
             else:
-                found += [f"{where}: {each} {problem}" for problem in _value_problems(value, inputs[each])]
+                found += [
+                    f"{where}: {each} {problem}" for problem in _value_problems(value, inputs[each])
+                ]
     if not any(known.get(node["class_type"], {}).get("output_node") for node in api.values()):
         found.append("no node gives anything out")
     return found
 
 
 def page_problems(page: Workflow, known: Definitions) -> list[str]:
-    """List what is wrong in a workflow of the page's form; its links must agree with themselves at both ends."""
+    """List what is wrong in a workflow of the page's form; its links must agree with themselves at
+    both ends.
+    """
     nodes = {node["id"]: node for node in page["nodes"]}
     found = []
     for number, start, output, end, place, kind in page["links"]:
@@ -63,9 +72,16 @@ def page_problems(page: Workflow, known: Definitions) -> list[str]:
         agree = out["type"] == kind and into["type"] in (kind, ANY) and into["link"] == number
         if not agree or number not in (out["links"] or []):
             found.append(f"link {number} of {kind}: {out} and {into} do not agree")
-    used = [entry["link"] for node in nodes.values() for entry in node["inputs"] if entry["link"] is not None]
+    used = [
+        entry["link"]
+        for node in nodes.values()
+        for entry in node["inputs"]
+        if entry["link"] is not None
+    ]
     if sorted(used) != sorted(link[0] for link in page["links"]):
-        found.append(f"links {sorted(used)} are used, {sorted(link[0] for link in page['links'])} are there")
+        found.append(
+            f"links {sorted(used)} are used, {sorted(link[0] for link in page['links'])} are there"
+        )
     for node in nodes.values():
         outputs = [(output["name"], output["type"]) for output in node["outputs"]]
         definition = known.get(node["type"], {"output": [], "output_name": []})
@@ -75,7 +91,9 @@ def page_problems(page: Workflow, known: Definitions) -> list[str]:
 
 
 def to_page(api: Workflow, known: Definitions) -> Workflow:
-    """Lay a workflow of the API's form out for the page: a column for each step away from the loaders."""
+    """Lay a workflow of the API's form out for the page: a column for each step away from the
+    loaders.
+    """
     depths = {name: _depth(api, name) for name in api}
     order = sorted(api, key=lambda name: (depths[name], int(name)))
     rows: dict[int, int] = {}
@@ -130,7 +148,11 @@ def from_page(page: Workflow, known: Definitions) -> Workflow:
             for name in ([each, None] if _is_rolled(spec) else [each])
         ]
         given = dict(zip(names, node.get("widgets_values", []), strict=True))
-        given |= {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
+        given |= {
+            entry["name"]: links[entry["link"]]
+            for entry in node["inputs"]
+            if entry["link"] is not None
+        }
         inputs = {name: given[name] for name in inputs_of(definition) if name in given}
         api[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return api
@@ -160,7 +182,9 @@ def _is_rolled(spec: list[Any]) -> bool:
     return bool(_said_of(spec).get("control_after_generate"))
 
 
-def _link_problems(api: Workflow, known: Definitions, link: list[Any], wanted: str, where: str) -> list[str]:
+def _link_problems(
+    api: Workflow, known: Definitions, link: list[Any], wanted: str, where: str
+) -> list[str]:
     start, output = link
     if start not in api:
         return [f"{where} comes from node {start}, which is not there"]
@@ -169,7 +193,11 @@ def _link_problems(api: Workflow, known: Definitions, link: list[Any], wanted: s
     given = known[api[start]["class_type"]]["output"]
     if not 0 <= output < len(given):
         return [f"{where} comes from output {output} of node {start}, which has {len(given)}"]
-    return [] if wanted in (given[output], ANY) else [f"{where} is {wanted}, node {start} gives {given[output]}"]
+    return (
+        []
+        if wanted in (given[output], ANY)
+        else [f"{where} is {wanted}, node {start} gives {given[output]}"]
+    )
 
 
 def _value_problems(value: object, spec: list[Any]) -> list[str]:
@@ -194,9 +222,13 @@ def _depth(api: Workflow, name: str) -> int:
 def _widget_values(node: Workflow, definition: Mapping[str, Any]) -> list[Any]:
     values = []
     for name, spec in inputs_of(definition).items():
-        if kind_of(spec) in WIDGETS and (name in node["inputs"] or name in definition["input"].get("required", {})):
+        if kind_of(spec) in WIDGETS and (
+            name in node["inputs"] or name in definition["input"].get("required", {})
+        ):
             value = node["inputs"].get(name)
-            values += [_said_of(spec).get("default", "") if value is None or is_link(value) else value]
+            values += [
+                _said_of(spec).get("default", "") if value is None or is_link(value) else value
+            ]
             values += ["fixed"] if _is_rolled(spec) else []
     return values
 
@@ -205,7 +237,9 @@ def main() -> None:
     """Write the page's form of every workflow."""
     for path in sorted((HERE / "workflows" / "api").glob("*.json")):
         page = to_page(json.loads(path.read_text(encoding="utf-8")), definitions())
-        (path.parent.parent / path.name).write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
+        (path.parent.parent / path.name).write_text(
+            json.dumps(page, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

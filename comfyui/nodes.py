@@ -1,4 +1,6 @@
-"""The nodes: a loader, a switch between students, an inspector. What is known of sampling stands in `sampling`."""
+"""The nodes: a loader, a switch between students, an inspector. What is known of sampling stands in
+`sampling`.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class TwostepStudentSwitch(io.ComfyNode):
             "found beside it by its contract.",
             inputs=[
                 _file_input(),
-                io.Int.Input("steps", default=2, min=1, max=1000, tooltip="8, 4, 2 or 1 for SDXL-Lightning."),
+                io.Int.Input(
+                    "steps", default=2, min=1, max=1000, tooltip="8, 4, 2 or 1 for SDXL-Lightning."
+                ),
                 _base_input(),
                 _strength_input(),
             ],
@@ -73,7 +77,12 @@ class TwostepStudentSwitch(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str, steps: int, base: str, strength: float) -> object:
         """Look again when a student was added to the folder, or written anew."""
-        return tuple(_stamp(path) for path in _path(file).parent.glob("*.safetensors")), steps, base, strength
+        return (
+            tuple(_stamp(path) for path in _path(file).parent.glob("*.safetensors")),
+            steps,
+            base,
+            strength,
+        )
 
 
 class TwostepContract(io.ComfyNode):
@@ -123,7 +132,11 @@ def _file_input() -> io.Combo.Input:
 
 
 def _base_input() -> io.Combo.Input:
-    names = [name for name in folder_paths.get_filename_list("checkpoints") if name.endswith(".safetensors")]
+    names = [
+        name
+        for name in folder_paths.get_filename_list("checkpoints")
+        if name.endswith(".safetensors")
+    ]
     return io.Combo.Input(
         "base",
         options=[NO_BASE, *names],
@@ -133,7 +146,9 @@ def _base_input() -> io.Combo.Input:
 
 
 def _strength_input() -> io.Float.Input:
-    return io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="How strongly a LoRA goes on.")
+    return io.Float.Input(
+        "strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="How strongly a LoRA goes on."
+    )
 
 
 def _outputs() -> list[io.Output]:
@@ -141,9 +156,15 @@ def _outputs() -> list[io.Output]:
         io.Model.Output("model", display_name="MODEL"),
         io.Clip.Output("clip", display_name="CLIP", tooltip="Empty for a UNet without a base."),
         io.Vae.Output("vae", display_name="VAE", tooltip="Empty for a UNet without a base."),
-        io.Sigmas.Output("sigmas", display_name="SIGMAS", tooltip="For SamplerCustom: the exact trained times."),
-        io.Int.Output("num_steps", display_name="steps", tooltip="For KSampler, with the scheduler simple."),
-        io.Float.Output("cfg", display_name="cfg", tooltip="1 for a student: guidance is distilled into it."),
+        io.Sigmas.Output(
+            "sigmas", display_name="SIGMAS", tooltip="For SamplerCustom: the exact trained times."
+        ),
+        io.Int.Output(
+            "num_steps", display_name="steps", tooltip="For KSampler, with the scheduler simple."
+        ),
+        io.Float.Output(
+            "cfg", display_name="cfg", tooltip="1 for a student: guidance is distilled into it."
+        ),
     ]
 
 
@@ -170,7 +191,14 @@ def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
     elif kind == "lora":
         weights = comfy.utils.load_torch_file(str(path), safe_load=True)
         model, clip = comfy.sd.load_lora_for_models(model, clip, weights, strength, strength)
-    return _sampled(model, contract.prediction_type), clip, vae, sigmas(contract), contract.steps, contract.guidance
+    return (
+        _sampled(model, contract.prediction_type),
+        clip,
+        vae,
+        sigmas(contract),
+        contract.steps,
+        contract.guidance,
+    )
 
 
 def _checkpoint(path: Path, *, with_model: bool) -> tuple[Any, ...]:

@@ -1,4 +1,5 @@
-"""A gallery of the 2-step student beside its teacher, from the same noise, and the seconds that every student takes.
+"""A gallery of the 2-step student beside its teacher, from the same noise, and the seconds that
+every student takes.
 
 python examples/gallery.py [--model nano] [--seed 7] [--out out/gallery.png]
 """
@@ -37,29 +38,48 @@ PIXELS = 128
 def main(
     model: Annotated[str, typer.Option(help="A built-in name or a model folder.")] = "nano",
     seed: Annotated[int, typer.Option(help="The first seed of the gallery.")] = 7,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("out/gallery.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path(
+        "out/gallery.png"
+    ),
 ) -> None:
-    """Draw every prompt with every step count, show two of them side by side, and compare their times."""
+    """Draw every prompt with every step count, show two of them side by side, and compare their
+    times.
+    """
     prepare_folder(out.parent)
     counts = sorted({contract.steps for contract in read_contracts(model)}, reverse=True)
     drawn = {steps: draw(model, steps, seed) for steps in counts}
     shown = [drawn[counts[0]], drawn[2 if 2 in drawn else counts[-1]]]
     rows = [
-        (prompt, [image for pair in zip(*(results[i].images for results in shown), strict=True) for image in pair])
+        (
+            prompt,
+            [
+                image
+                for pair in zip(*(results[i].images for results in shown), strict=True)
+                for image in pair
+            ],
+        )
         for i, prompt in enumerate(PROMPTS)
     ]
-    labels = [f"{contract.role}, {contract.steps} steps" for contract in (results[0].contract for results in shown)]
+    labels = [
+        f"{contract.role}, {contract.steps} steps"
+        for contract in (results[0].contract for results in shown)
+    ]
     contact_sheet(rows, labels * NUM_SEEDS, scale=max(1, PIXELS // rows[0][1][0].width)).save(out)
     Console().print(speed_table(list(drawn.values())))
     typer.echo(out)
 
 
 def draw(model: str, steps: int, seed: int) -> list[twostep.Result]:
-    """Draw all prompts; one picture goes first, so that the times are those of a machine that has run before."""
+    """Draw all prompts; one picture goes first, so that the times are those of a machine that has
+    run before.
+    """
     bundle = twostep.load(model, steps=steps)
     twostep.generate(bundle, twostep.Request(PROMPTS[0]))
     with Console(stderr=True).status(f"{steps} steps"):
-        return [twostep.generate(bundle, twostep.Request(p, num_images=NUM_SEEDS, seed=seed)) for p in PROMPTS]
+        return [
+            twostep.generate(bundle, twostep.Request(p, num_images=NUM_SEEDS, seed=seed))
+            for p in PROMPTS
+        ]
 
 
 def speed_table(results: list[list[twostep.Result]]) -> Table:
@@ -68,7 +88,9 @@ def speed_table(results: list[list[twostep.Result]]) -> Table:
     seconds = [sum(result.seconds_per_image for result in drawn) / len(drawn) for drawn in results]
     for drawn, each in zip(results, seconds, strict=True):
         contract = drawn[0].contract
-        table.add_row(Text(contract.name), str(contract.steps), f"{each:.3f}", f"{seconds[0] / each:.1f}x")
+        table.add_row(
+            Text(contract.name), str(contract.steps), f"{each:.3f}", f"{seconds[0] / each:.1f}x"
+        )
     return table
 
 

@@ -1,15 +1,18 @@
-"""The trainer and its objectives on points in the plane, down to one step, in under a minute on two cores.
+"""The trainer and its objectives on points in the plane, down to one step, in under a minute on two
+cores.
 
     python examples/toy2d.py [--out toy2d.png]
 
-The data are 25 sharp spots, so the teacher needs no training: what a perfect denoiser answers is a softmax over the
-spots, and it teaches every stage itself, in 32 steps. The student is one small network, too small for the steep map
-from noise to spots that few steps ask for, and this is where MSE averages: it leaves points between the spots. Two
-chains start from the same 32-step student and get the same number of examples: MSE alone, and MSE followed by a
-discriminator, which at 4, 2 and 1 steps need not keep to the teacher's flow. At 2 steps and 1 that puts more points on
-spots and forgets some of the spots; at 8 and 4, MSE does better (docs/log.md has five seeds).
+The data are 25 sharp spots, so the teacher needs no training: what a perfect denoiser answers is a
+softmax over the spots, and it teaches every stage itself, in 32 steps. The student is one small
+network, too small for the steep map from noise to spots that few steps ask for, and this is where
+MSE averages: it leaves points between the spots. Two chains start from the same 32-step student and
+get the same number of examples: MSE alone, and MSE followed by a discriminator, which at 4, 2 and 1
+steps need not keep to the teacher's flow. At 2 steps and 1 that puts more points on spots and
+forgets some of the spots; at 8 and 4, MSE does better (docs/log.md has five seeds).
 
-Trainer, objectives and sampler are the package's. Written here is what other data need: source, denoiser, judge.
+Trainer, objectives and sampler are the package's. Written here is what other data need: source,
+denoiser, judge.
 """
 
 from __future__ import annotations
@@ -32,7 +35,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, prediction_from_output, sample
+from twostep.diffusion import (
+    Denoise,
+    NoiseSchedule,
+    Prediction,
+    PredictionType,
+    prediction_from_output,
+    sample,
+)
 from twostep.distill.recipe import Objective, Phase
 from twostep.distill.trainer import Lesson, train_phase
 from twostep.networks.conditioning import Conditioning
@@ -49,7 +59,9 @@ NUM_POINTS = 4096
 
 @dataclass(frozen=True)
 class Stage:
-    """One student: its steps and iterations, and the share of them that a discriminator judges, how, at which rate."""
+    """One student: its steps and iterations, and the share of them that a discriminator judges,
+    how, at which rate.
+    """
 
     steps: int
     iterations: int
@@ -68,9 +80,13 @@ STAGES = (
 
 
 class Spots:
-    """A source of points: [count, 2, 1, 1], as the trainer wants a channel, a height and a width of everything."""
+    """A source of points: [count, 2, 1, 1], as the trainer wants a channel, a height and a width of
+    everything.
+    """
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
         """Return points on random spots, and conditioning that says nothing."""
         centres = SPOTS[torch.randint(len(SPOTS), (count,), generator=tensors)]
         points = centres + DEVIATION * torch.randn(count, 2, generator=tensors)
@@ -95,7 +111,9 @@ class PerfectDenoiser(nn.Module):
         self.schedule = schedule
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return E[x0 | x_t]: the mean of every spot's posterior, weighted by how likely x_t came from there."""
+        """Return E[x0 | x_t]: the mean of every spot's posterior, weighted by how likely x_t came
+        from there.
+        """
         alpha, sigma = (c.view(-1, 1) for c in self.schedule.coefficients(t, x_t))
         variance = alpha**2 * DEVIATION**2 + sigma**2
         x, pull = x_t.flatten(1), alpha * DEVIATION**2 / variance
@@ -110,11 +128,17 @@ class SmallNetwork(nn.Module):
         """Make the layers."""
         super().__init__()
         self.time = nn.Sequential(nn.Linear(9, width), nn.SiLU(), nn.Linear(width, 4 * width))
-        self.first, self.second, self.last = nn.Linear(2, width), nn.Linear(width, width), nn.Linear(width, 2)
+        self.first, self.second, self.last = (
+            nn.Linear(2, width),
+            nn.Linear(width, width),
+            nn.Linear(width, 2),
+        )
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return what it takes for v."""
-        first_scale, first_shift, scale, shift = self.time(waves(t[:, None].log() / 7, 4)).chunk(4, dim=1)
+        first_scale, first_shift, scale, shift = self.time(waves(t[:, None].log() / 7, 4)).chunk(
+            4, dim=1
+        )
         hidden = silu(self.first(x_t.flatten(1)) * (1 + first_scale) + first_shift)
         hidden = silu(self.second(hidden) * (1 + scale) + shift)
         return self.last(hidden).view(x_t.shape)
@@ -130,7 +154,8 @@ def waves(x: Tensor, count: int) -> Tensor:
 class PointDenoiser:
     """What the trainer asks of a denoiser.
 
-    v is x0 at the top, where one step starts, and keeps errors small near the data, where x0 would not.
+    v is x0 at the top, where one step starts, and keeps errors small near the data, where x0 would
+    not.
     """
 
     network: nn.Module
@@ -143,7 +168,9 @@ class PointDenoiser:
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(self.network(x_t, t), x_t, alpha, sigma, self.prediction_type)
 
-    def guided(self, conditioning: Conditioning, unconditional: Conditioning, scale: float) -> Denoise:
+    def guided(
+        self, conditioning: Conditioning, unconditional: Conditioning, scale: float
+    ) -> Denoise:
         """Close over the conditioning; of points there is nothing to guide to."""
         return lambda x_t, t: self(x_t, t, conditioning)
 
@@ -159,11 +186,15 @@ class PointDiscriminator(nn.Module):
         super().__init__()
         self.pairs, width = pairs, JUDGE_WIDTH
         self.encoder = _layers(3 * 9, width, width)
-        self.head = nn.Sequential(_layers((2 if pairs else 1) * width, width, width), nn.Linear(width, 1))
+        self.head = nn.Sequential(
+            _layers((2 if pairs else 1) * width, width, width), nn.Linear(width, 1)
+        )
 
     def features(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return what the encoder makes of x at time t."""
-        features: Tensor = self.encoder(torch.cat([waves(x.flatten(1) / 2, 4), waves(t[:, None] / 1000, 4)], dim=1))
+        features: Tensor = self.encoder(
+            torch.cat([waves(x.flatten(1) / 2, 4), waves(t[:, None] / 1000, 4)], dim=1)
+        )
         return features
 
     def judge(self, before: Tensor | None, after: Tensor) -> Tensor:
@@ -173,30 +204,57 @@ class PointDiscriminator(nn.Module):
 
 
 def _layers(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*(layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU())))
+    return nn.Sequential(
+        *(layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU()))
+    )
 
 
 def train(
-    stage: Stage, objective: Objective, share: float, student: PointDenoiser, teacher: PointDenoiser, rate: float
+    stage: Stage,
+    objective: Objective,
+    share: float,
+    student: PointDenoiser,
+    teacher: PointDenoiser,
+    rate: float,
 ) -> PointDenoiser:
     """Return a copy of the student, trained for a share of the stage's iterations."""
     settings = {
-        **{"student_steps": stage.steps, "teacher_steps": 128 if stage.steps == TEACHER_STEPS else TEACHER_STEPS},
-        **{"objective": objective, "iterations": max(1, round(share * stage.iterations)), "batch_size": BATCH_SIZE},
-        **{"learning_rate": rate, "discriminator_learning_rate": 4e-3, "early_weight": 5, "precision": "fp32"},
-        **{"warmup_iterations": 20, "decay_share": 0.8 if objective == "mse" else 0.5, "ema_decay": 0.99},
+        **{
+            "student_steps": stage.steps,
+            "teacher_steps": 128 if stage.steps == TEACHER_STEPS else TEACHER_STEPS,
+        },
+        **{
+            "objective": objective,
+            "iterations": max(1, round(share * stage.iterations)),
+            "batch_size": BATCH_SIZE,
+        },
+        **{
+            "learning_rate": rate,
+            "discriminator_learning_rate": 4e-3,
+            "early_weight": 5,
+            "precision": "fp32",
+        },
+        **{
+            "warmup_iterations": 20,
+            "decay_share": 0.8 if objective == "mse" else 0.5,
+            "ema_decay": 0.99,
+        },
         **{"checkpoint_every": 10_000, "log_every": 10_000},
     }
     phase = Phase.model_validate(settings)
     student = replace(student, network=copy.deepcopy(student.network))
     with tempfile.TemporaryDirectory() as folder:
         train_phase(
-            phase, Lesson(Spots(), teacher, student, PointDiscriminator), RunFolder(Path(folder) / "run", phase)
+            phase,
+            Lesson(Spots(), teacher, student, PointDiscriminator),
+            RunFolder(Path(folder) / "run", phase),
         )
     return student
 
 
-def distil(start: PointDenoiser, teacher: PointDenoiser, stages: Sequence[Stage]) -> dict[int, PointDenoiser]:
+def distil(
+    start: PointDenoiser, teacher: PointDenoiser, stages: Sequence[Stage]
+) -> dict[int, PointDenoiser]:
     """Return the students of a chain by their steps."""
     torch.set_num_threads(1)
     student, students = start, {}
@@ -236,7 +294,9 @@ class Drawing:
 
     @property
     def figures(self) -> tuple[float, int]:
-        """The percentage of points on a spot, and how many spots have a tenth of their share of points or more."""
+        """The percentage of points on a spot, and how many spots have a tenth of their share of
+        points or more.
+        """
         nearest = torch.cdist(self.paths[-1], SPOTS).argmin(1)[self.hits]
         reached = torch.bincount(nearest, minlength=len(SPOTS)) >= 0.1 * NUM_POINTS / len(SPOTS)
         return 100 * self.hits.float().mean().item(), int(reached.sum())
@@ -256,11 +316,15 @@ def picture(title: str, rows: dict[str, list[Drawing]]) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     big, small = (ImageFont.load_default(size=FINE * pixels) for pixels in (20, 15))
     draw.text((FINE * GAP, FINE * 16), title, INK, big)
-    legend = "blue: within three deviations of a spot; orange: outside; lines: the ways of a few points"
+    legend = (
+        "blue: within three deviations of a spot; orange: outside; lines: the ways of a few points"
+    )
     draw.text((FINE * (size[0] - GAP), FINE * 20), legend, FAINT, small, anchor="ra")
     for row, (name, drawings) in enumerate(rows.items()):
         y = FINE * (TOP + row * (PANEL + BELOW + GAP))
-        draw.multiline_text((FINE * GAP, y + FINE * (PANEL // 2 - 24)), name, INK, small, spacing=FINE * 6)
+        draw.multiline_text(
+            (FINE * GAP, y + FINE * (PANEL // 2 - 24)), name, INK, small, spacing=FINE * 6
+        )
         for column, drawing in enumerate(drawings):
             x = FINE * (LEFT + column * (PANEL + GAP))
             middle = x + FINE * PANEL // 2
@@ -307,18 +371,32 @@ def main(
     torch.manual_seed(seed)
     schedule = NoiseSchedule.linear()
     teacher = PointDenoiser(PerfectDenoiser(schedule), schedule, "x0")
-    stages = [replace(stage, iterations=max(2, round(effort * stage.iterations))) for stage in STAGES]
+    stages = [
+        replace(stage, iterations=max(2, round(effort * stage.iterations))) for stage in STAGES
+    ]
     first = Stage(TEACHER_STEPS, max(2, round(effort * FIRST_ITERATIONS)), "mse", 0, 0)
-    start = train(first, "mse", 1, PointDenoiser(SmallNetwork(STUDENT_WIDTH), schedule), teacher, 5e-3)
-    plans = {"MSE alone": [replace(stage, share=0) for stage in stages], "MSE, then\ndiscriminator": stages}
+    start = train(
+        first, "mse", 1, PointDenoiser(SmallNetwork(STUDENT_WIDTH), schedule), teacher, 5e-3
+    )
+    plans = {
+        "MSE alone": [replace(stage, share=0) for stage in stages],
+        "MSE, then\ndiscriminator": stages,
+    }
     with ProcessPoolExecutor(len(plans), get_context("spawn")) as processes:
-        running = {name: processes.submit(distil, start, teacher, plan) for name, plan in plans.items()}
+        running = {
+            name: processes.submit(distil, start, teacher, plan) for name, plan in plans.items()
+        }
         chains = {name: chain.result() for name, chain in running.items()}
     taught = Drawing.by(teacher, TEACHER_STEPS, f"teacher, {TEACHER_STEPS} steps")
     rows = {}
-    typer.echo("| points on a spot, spots reached | MSE alone | MSE, then discriminator |\n|---|---:|---:|")
+    typer.echo(
+        "| points on a spot, spots reached | MSE alone | MSE, then discriminator |\n|---|---:|---:|"
+    )
     for name, students in chains.items():
-        shown = [Drawing.by(student, steps, f"{steps} step{'s' * (steps > 1)}") for steps, student in students.items()]
+        shown = [
+            Drawing.by(student, steps, f"{steps} step{'s' * (steps > 1)}")
+            for steps, student in students.items()
+        ]
         rows[name] = [taught, *shown]
     for drawings in zip(*rows.values(), strict=True):
         cells = " | ".join("{:.1f} %, {}".format(*drawing.figures) for drawing in drawings)

@@ -102,7 +102,9 @@ def test_every_missing_field_is_named(field):
 
 
 def test_an_unknown_field_gets_the_nearest_name_and_the_writer():
-    with pytest.raises(ContractError, match=r"unknown field 'step'; did you mean 'steps'.*twostep 9.9"):
+    with pytest.raises(
+        ContractError, match=r"unknown field 'step'; did you mean 'steps'.*twostep 9.9"
+    ):
         Contract.from_json(changed(step=2, version="9.9"))
     with pytest.raises(ContractError, match="unknown field 'qqq'; a contract has name, role"):
         Contract.from_json(changed(qqq=2))
@@ -153,7 +155,11 @@ def test_every_wrong_value_is_named_with_what_was_expected(field, value, expecte
     with pytest.raises(ContractError) as caught:
         Contract.from_json(changed(**{field: value}))
     message = str(caught.value)
-    assert field in message and expected in message and (repr(value) in message or isinstance(value, list))
+    assert (
+        field in message
+        and expected in message
+        and (repr(value) in message or isinstance(value, list))
+    )
 
 
 def test_a_lora_needs_a_rank_and_a_finite_alpha():
@@ -177,7 +183,9 @@ def test_what_the_checkpoint_wants_passes_without_a_word(contract):
 
 @pytest.mark.parametrize("steps", [-1, 0, 1, 3, 4, 32])
 def test_a_student_refuses_another_number_of_steps(steps):
-    with pytest.raises(ContractError, match=f"nano-2step draws in exactly 2 steps; asked for {steps}.*student"):
+    with pytest.raises(
+        ContractError, match=f"nano-2step draws in exactly 2 steps; asked for {steps}.*student"
+    ):
         STUDENT.check(steps, None, None, None)
     assert issubclass(ContractError, TwostepError)
 
@@ -239,7 +247,13 @@ def test_a_size_between_the_trained_ones_is_drawn_with_a_warning():
 
 @pytest.mark.parametrize(
     ("width", "height", "asked"),
-    [(128, 128, "128x128"), (64, 80, "64x80"), (65, None, "65xany"), (None, 96, "anyx96"), (0, 64, "0x64")],
+    [
+        (128, 128, "128x128"),
+        (64, 80, "64x80"),
+        (65, None, "65xany"),
+        (None, 96, "anyx96"),
+        (0, 64, "0x64"),
+    ],
 )
 def test_an_unsupported_size_lists_those_there_are(width, height, asked):
     with pytest.raises(ContractError, match=f"draws 64x64, 96x64.*asked for {asked}"):

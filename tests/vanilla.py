@@ -1,4 +1,6 @@
-"""A bundle as others keep it: in diffusers' own pipeline, and in one file; without the package's writers."""
+"""A bundle as others keep it: in diffusers' own pipeline, and in one file; without the package's
+writers.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +15,9 @@ from twostep.formats.single_file import NAMES
 from twostep.models.bundle import Bundle
 
 
-def assemble(bundle: Bundle, *, zeros_for_empty: bool = False, **scheduler: object) -> StableDiffusionXLPipeline:
+def assemble(
+    bundle: Bundle, *, zeros_for_empty: bool = False, **scheduler: object
+) -> StableDiffusionXLPipeline:
     """Return the pipeline with an Euler scheduler of SDXL's betas and whatever else it is told."""
     return StableDiffusionXLPipeline(
         vae=bundle.codec.vae,
@@ -30,8 +34,12 @@ def assemble(bundle: Bundle, *, zeros_for_empty: bool = False, **scheduler: obje
     )
 
 
-def write_single_file(bundle: Bundle, path: Path, metadata: dict[str, str] | None = None, **more: Tensor) -> None:
-    """Write a whole checkpoint into one file, in fp16 and by the old names; `more` are further keys."""
+def write_single_file(
+    bundle: Bundle, path: Path, metadata: dict[str, str] | None = None, **more: Tensor
+) -> None:
+    """Write a whole checkpoint into one file, in fp16 and by the old names; `more` are further
+    keys.
+    """
     parts = {UNET: bundle.denoiser.network, VAE: bundle.codec.vae}
     parts |= {CLIP_L: bundle.text.encoders[0], CLIP_G: bundle.text.encoders[1]}
     weights = dict(more)
@@ -47,7 +55,9 @@ def write_single_file(bundle: Bundle, path: Path, metadata: dict[str, str] | Non
 
 def _stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keep q, k and v in one, and the projection the other way round, as open_clip does."""
-    stacked = {key: value for key, value in weights.items() if not re.search(r"attn\.[qkv]_proj", key)}
+    stacked = {
+        key: value for key, value in weights.items() if not re.search(r"attn\.[qkv]_proj", key)
+    }
     for key in (key for key in weights if ".attn.q_proj." in key):
         whole = torch.cat([weights[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
         stacked[key.replace("q_proj.", "in_proj_")] = whole

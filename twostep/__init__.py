@@ -1,6 +1,8 @@
-"""Two-step text-to-image: progressive adversarial diffusion distillation (arXiv 2402.13929), open from data to picture.
+"""Two-step text-to-image: progressive adversarial diffusion distillation (arXiv 2402.13929), open
+from data to picture.
 
-The names below are the public ones. They are loaded when first touched, so that `import twostep` stays cheap.
+The names below are the public ones. They are loaded when first touched, so that `import twostep`
+stays cheap.
 """
 
 from importlib import import_module
@@ -39,7 +41,9 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     """Load a public name from its room when it is first asked for."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'twostep' has no attribute {name!r}; public names: {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'twostep' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)
 

@@ -1,8 +1,9 @@
 """What a checkpoint says of itself: how it must be sampled, and where it comes from.
 
-A few-step student is right only at its own number of steps, its own times, its own prediction type and without
-guidance; files that do not say so are sampled wrongly. The contract travels as JSON in safetensors metadata (key
-`twostep.contract`), in the model folder and in every PNG. It knows neither tensors nor networks.
+A few-step student is right only at its own number of steps, its own times, its own prediction type
+and without guidance; files that do not say so are sampled wrongly. The contract travels as JSON in
+safetensors metadata (key `twostep.contract`), in the model folder and in every PNG. It knows
+neither tensors nor networks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ METADATA_KEY = "twostep.contract"
 TOP_TIME = 1000
 """T, the time of pure noise; trained times lie in 1..T."""
 
-PredictionType = Literal["eps", "x0", "v"]  # as in the diffusion room, restated so that a contract reads without torch
+# as in the diffusion room, restated so that a contract reads without torch
+PredictionType = Literal["eps", "x0", "v"]
 
 
 class ContractError(TwostepError):
@@ -35,7 +37,9 @@ class ContractError(TwostepError):
 
 @dataclass(frozen=True)
 class Contract:
-    """How to sample a checkpoint, and where it comes from; ContractError if the values contradict each other."""
+    """How to sample a checkpoint, and where it comes from; ContractError if the values contradict
+    each other.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
@@ -59,15 +63,47 @@ class Contract:
         rules = [
             ("name", bool(self.name.strip()), "a name that is not empty"),
             ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
-            ("trained_times", all(1 <= t <= TOP_TIME for t in self.trained_times), f"times from 1 to {TOP_TIME}"),
-            ("trained_times", self.role == "teacher" or bool(self.trained_times), "at least one time for a student"),
-            ("guidance", math.isfinite(self.guidance) and self.guidance >= 1, "a finite number, 1 (none) or more"),
-            ("guidance", self.role == "teacher" or self.guidance == 1, "1 for a student: its guidance is distilled in"),
+            (
+                "trained_times",
+                all(1 <= t <= TOP_TIME for t in self.trained_times),
+                f"times from 1 to {TOP_TIME}",
+            ),
+            (
+                "trained_times",
+                self.role == "teacher" or bool(self.trained_times),
+                "at least one time for a student",
+            ),
+            (
+                "guidance",
+                math.isfinite(self.guidance) and self.guidance >= 1,
+                "a finite number, 1 (none) or more",
+            ),
+            (
+                "guidance",
+                self.role == "teacher" or self.guidance == 1,
+                "1 for a student: its guidance is distilled in",
+            ),
             ("sizes", bool(self.sizes), "at least one [width, height]"),
-            ("sizes", all(min(size) >= 1 for size in self.sizes), "widths and heights of at least one pixel"),
-            ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "a rank of at least 1, or null"),
-            ("lora_alpha", lora_goes_together, f"a number exactly if lora_rank is one (it is {self.lora_rank})"),
-            ("lora_alpha", self.lora_alpha is None or math.isfinite(self.lora_alpha), "a finite number"),
+            (
+                "sizes",
+                all(min(size) >= 1 for size in self.sizes),
+                "widths and heights of at least one pixel",
+            ),
+            (
+                "lora_rank",
+                self.lora_rank is None or self.lora_rank >= 1,
+                "a rank of at least 1, or null",
+            ),
+            (
+                "lora_alpha",
+                lora_goes_together,
+                f"a number exactly if lora_rank is one (it is {self.lora_rank})",
+            ),
+            (
+                "lora_alpha",
+                self.lora_alpha is None or math.isfinite(self.lora_alpha),
+                "a finite number",
+            ),
         ]
         for field, holds, expected in rules:
             if not holds:
@@ -79,7 +115,9 @@ class Contract:
 
     @classmethod
     def from_json(cls, text: str) -> Contract:
-        """Read what `to_json` wrote; ContractError names the field that is missing, unknown or wrong."""
+        """Read what `to_json` wrote; ContractError names the field that is missing, unknown or
+        wrong.
+        """
         try:
             return _READER.validate_json(text)
         except ValidationError as error:
@@ -91,7 +129,9 @@ class Contract:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> Contract:
-        """Read the contract out of a file's safetensors metadata; ContractError if there is none in it."""
+        """Read the contract out of a file's safetensors metadata; ContractError if there is none in
+        it.
+        """
         if metadata is None or METADATA_KEY not in metadata:
             found = ", ".join(sorted(metadata)) if metadata else "no metadata at all"
             raise ContractError(
@@ -100,12 +140,19 @@ class Contract:
             )
         return cls.from_json(metadata[METADATA_KEY])
 
-    def check(self, steps: int | None, guidance: float | None, width: int | None, height: int | None) -> list[str]:
+    def check(
+        self, steps: int | None, guidance: float | None, width: int | None, height: int | None
+    ) -> list[str]:
         """Compare a request with the contract; None means "as the checkpoint wants it".
 
-        Returns warnings for what has no effect or harms; raises ContractError for what cannot be honoured.
+        Returns warnings for what has no effect or harms; raises ContractError for what cannot be
+        honoured.
         """
-        return [*self._check_size(width, height), *self._check_steps(steps), *self._check_guidance(guidance)]
+        return [
+            *self._check_size(width, height),
+            *self._check_steps(steps),
+            *self._check_guidance(guidance),
+        ]
 
     def _check_steps(self, steps: int | None) -> list[str]:
         if steps is None:
@@ -116,7 +163,9 @@ class Contract:
                 "It never saw the times of another grid. Load the student that was trained for it, or leave steps out."
             )
         if not 1 <= steps <= TOP_TIME:
-            raise ContractError(f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; asked for {steps}.")
+            raise ContractError(
+                f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; asked for {steps}."
+            )
         if 2 * steps < self.steps:
             return [
                 f"{self.name} is a teacher meant for about {self.steps} steps; with {steps} its pictures stay blurred. "
@@ -128,7 +177,9 @@ class Contract:
         if guidance is None:
             return []
         if not math.isfinite(guidance) or guidance < 0:
-            raise ContractError(f"guidance must be a finite number of at least 0; asked for {guidance}.")
+            raise ContractError(
+                f"guidance must be a finite number of at least 0; asked for {guidance}."
+            )
         if self.role == "student" and guidance > 1:
             return [
                 f"guidance {guidance:g} has no effect: {self.name} is a student, its teacher's guidance was distilled "
@@ -146,11 +197,16 @@ class Contract:
             return []
         asked = "x".join("any" if pixels is None else str(pixels) for pixels in (width, height))
         known = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-        multiple, longest = math.gcd(*(side for size in self.sizes for side in size)), max(map(max, self.sizes))
+        multiple, longest = (
+            math.gcd(*(side for size in self.sizes for side in size)),
+            max(map(max, self.sizes)),
+        )
         most = max(w * h for w, h in self.sizes)
         fits = width and height and width * height <= most and max(width, height) <= longest
         if fits and width % multiple == height % multiple == 0:  # type: ignore[operator]
-            return [f"{self.name} was trained on {known}; {asked} is none of these, and may look worse."]
+            return [
+                f"{self.name} was trained on {known}; {asked} is none of these, and may look worse."
+            ]
         raise ContractError(
             f"{self.name} draws {known} (width x height in pixels), and smaller sizes whose sides are multiples of "
             f"{multiple}; asked for {asked}."
@@ -177,7 +233,11 @@ def _explained(problems: list[ErrorDetails], text: str) -> str:
         return f"the contract is not JSON: {said}. It starts with {text[:40]!r}; take it anew from the checkpoint."
     if kind == "dataclass_type":
         return f"the contract must be a JSON object with named fields; got {given!r:.60}."
-    unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "unexpected_keyword_argument"]
+    unknown = [
+        str(problem["loc"][0])
+        for problem in problems
+        if problem["type"] == "unexpected_keyword_argument"
+    ]
     missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
     if unknown:
         known = [field.name for field in fields(Contract)]

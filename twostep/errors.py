@@ -1,7 +1,7 @@
 """The one error type of the package, at the very bottom so that every room may build on it.
 
-Each room defines its own subclasses beside the code that raises them. A message says what was given,
-what was expected, and what to do; it knows nothing of how it will be shown.
+Each room defines its own subclasses beside the code that raises them. A message says what was
+given, what was expected, and what to do; it knows nothing of how it will be shown.
 """
 
 

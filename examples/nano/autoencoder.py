@@ -1,7 +1,9 @@
-"""The nano autoencoder: L1 on pixels and on their differences; crops, because convolutions learn as much from them.
+"""The nano autoencoder: L1 on pixels and on their differences; crops, because convolutions learn as
+much from them.
 
-A crop of half the side costs a quarter. Latents are held at zero mean and unit variance by a penalty on their moments,
-and jittered a little while the decoder learns, so that small errors of a denoiser stay small in the picture.
+A crop of half the side costs a quarter. Latents are held at zero mean and unit variance by a
+penalty on their moments, and jittered a little while the decoder learns, so that small errors of a
+denoiser stay small in the picture.
 """
 
 import torch
@@ -25,9 +27,15 @@ class VaeSettings(Settings):
     loop: DescentSettings
     num_pictures: int = Field(8192, gt=0, description="composited drawings that crops are cut from")
     crop_pixels: int = Field(32, ge=16, le=PIXELS, description="side of the crops; a multiple of 4")
-    edge_weight: float = Field(0.5, ge=0, description="weight of the L1 on differences of neighbouring pixels")
-    moment_weight: float = Field(0.1, ge=0, description="weight of the penalty that holds latents at N(0, 1)'s moments")
-    jitter: float = Field(0.05, ge=0, description="deviation of the noise added to latents before decoding")
+    edge_weight: float = Field(
+        0.5, ge=0, description="weight of the L1 on differences of neighbouring pixels"
+    )
+    moment_weight: float = Field(
+        0.1, ge=0, description="weight of the penalty that holds latents at N(0, 1)'s moments"
+    )
+    jitter: float = Field(
+        0.05, ge=0, description="deviation of the noise added to latents before decoding"
+    )
 
 
 def train_vae(
@@ -40,7 +48,9 @@ def train_vae(
 
     def loss(iteration: int, draw: Draw) -> Tensor:
         chosen = torch.randint(len(pictures), (settings.loop.batch_size,), generator=draw.tensors)
-        crops = random_crop(pictures[chosen], settings.crop_pixels, draw).contiguous(memory_format=torch.channels_last)
+        crops = random_crop(pictures[chosen], settings.crop_pixels, draw).contiguous(
+            memory_format=torch.channels_last
+        )
         latents: Tensor = vae.encode(crops).latents.float()
         noise = torch.randn(latents.shape, generator=draw.tensors)
         off: Tensor = vae.decode(latents + settings.jitter * noise).sample.float() - crops
@@ -59,10 +69,14 @@ def random_pictures(emoji: EmojiSet, count: int, draw: Draw) -> Float[Tensor, "c
     chosen = torch.randint(len(drawings), (count,), generator=draw.tensors)
     background = torch.randint(len(BACKGROUNDS), (count,), generator=draw.tensors)
     parts = zip(chosen.split(256), background.split(256), strict=True)
-    return torch.cat([compose(drawings[rows], behind, Placement(), draw.tensors) for rows, behind in parts])
+    return torch.cat(
+        [compose(drawings[rows], behind, Placement(), draw.tensors) for rows, behind in parts]
+    )
 
 
-def random_crop(pictures: Float[Tensor, "count 3 h w"], side: int, draw: Draw) -> Float[Tensor, "count 3 side side"]:
+def random_crop(
+    pictures: Float[Tensor, "count 3 h w"], side: int, draw: Draw
+) -> Float[Tensor, "count 3 side side"]:
     """Cut the same random square out of every picture."""
     top, left = torch.randint(pictures.shape[-1] - side + 1, (2,), generator=draw.tensors).tolist()
     return pictures[:, :, top : top + side, left : left + side]

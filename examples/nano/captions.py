@@ -1,7 +1,8 @@
 """Captions of the emoji set: words for a drawing, often incomplete on purpose.
 
-A caption may leave out the style, the background or both, say only the subgroup ("a bird, 3d"), or say nothing at all.
-So one prompt has many right pictures, and a distilled student has modes to keep or to lose.
+A caption may leave out the style, the background or both, say only the subgroup ("a bird, 3d"), or
+say nothing at all. So one prompt has many right pictures, and a distilled student has modes to keep
+or to lose.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,12 @@ from random import Random
 
 from twostep.errors import TwostepError
 
-STYLES: dict[str, str] = {"flat": "fluent-emoji-flat", "3d": "fluent-emoji", "noto": "noto", "twemoji": "twemoji"}
+STYLES: dict[str, str] = {
+    "flat": "fluent-emoji-flat",
+    "3d": "fluent-emoji",
+    "noto": "noto",
+    "twemoji": "twemoji",
+}
 """Word of each drawing style -> the icon set it comes from."""
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -60,7 +66,9 @@ class Omission:
     concept: float = 0.05
     subgroup_instead: float = 0.12
 
-    def apply(self, names: tuple[str, ...], subgroup: str, style: str, background: str, rng: Random) -> Attributes:
+    def apply(
+        self, names: tuple[str, ...], subgroup: str, style: str, background: str, rng: Random
+    ) -> Attributes:
         """Return what is left to be said of a picture with these attributes."""
         if rng.random() < self.everything:
             return Attributes()
@@ -70,7 +78,9 @@ class Omission:
         elif draw < self.concept + self.subgroup_instead:
             names = (subgroup,)
         return Attributes(
-            names, None if rng.random() < self.style else style, None if rng.random() < self.background else background
+            names,
+            None if rng.random() < self.style else style,
+            None if rng.random() < self.background else background,
         )
 
 

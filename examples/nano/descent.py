@@ -2,7 +2,8 @@
 
 The rate warms up, stays constant for long, and decays at the end.
 
-A run that is to be made longer can start again from any checkpoint before the decay: until there it is the same run.
+A run that is to be made longer can start again from any checkpoint before the decay: until there it
+is the same run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from twostep.training.loop import Average, Draw, LoopSettings, OnIteration, finite, rate_share, repeat
+from twostep.training.loop import (
+    Average,
+    Draw,
+    LoopSettings,
+    OnIteration,
+    finite,
+    rate_share,
+    repeat,
+)
 from twostep.training.run_folder import RunFolder
 
 
@@ -22,7 +31,9 @@ class DescentSettings(LoopSettings):
     """What one network's descent needs beside the loop."""
 
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    decay_share: float = Field(0.25, gt=0, le=1, description="share of the iterations over which the rate decays")
+    decay_share: float = Field(
+        0.25, gt=0, le=1, description="share of the iterations over which the rate decays"
+    )
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
 
@@ -45,10 +56,14 @@ def train(
 ) -> None:
     """Train `network` in place on `loss(iteration, draw)` and leave its averaged weights in it.
 
-    `on_checkpoint` sees the network with its averaged weights. Raises TrainingError on a loss that is not finite.
+    `on_checkpoint` sees the network with its averaged weights. Raises TrainingError on a loss that
+    is not finite.
     """
     optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        network.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     average, device = Average(network, settings.ema_decay), next(network.parameters()).device.type
 

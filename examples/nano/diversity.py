@@ -1,7 +1,8 @@
 """How much the pictures of one prompt differ from seed to seed.
 
-The mean distance between every two pictures of the same prompt, averaged over the prompts that have at least two.
-A student that has lost modes draws the same picture from every noise, and this number falls.
+The mean distance between every two pictures of the same prompt, averaged over the prompts that have
+at least two. A student that has lost modes draws the same picture from every noise, and this number
+falls.
 """
 
 from collections import defaultdict
@@ -18,22 +19,36 @@ class DiversityError(TwostepError):
     """Pictures and prompts that do not belong together."""
 
 
-def feature_diversity(features: Float[Tensor, "items features"], prompts: Sequence[Hashable]) -> float | None:
-    """Return the mean Euclidean distance between pictures of one prompt in features; None if no prompt has two."""
+def feature_diversity(
+    features: Float[Tensor, "items features"], prompts: Sequence[Hashable]
+) -> float | None:
+    """Return the mean Euclidean distance between pictures of one prompt in features; None if no
+    prompt has two.
+    """
     return _mean_distance(features, prompts, scale=1.0)
 
 
-def pixel_diversity(images: Float[Tensor, "items 3 height width"], prompts: Sequence[Hashable]) -> float | None:
-    """Return the root mean square difference per pixel value between pictures of one prompt, for values in -1..1."""
+def pixel_diversity(
+    images: Float[Tensor, "items 3 height width"], prompts: Sequence[Hashable]
+) -> float | None:
+    """Return the root mean square difference per pixel value between pictures of one prompt, for
+    values in -1..1.
+    """
     pixels = images.flatten(1)
     return _mean_distance(pixels, prompts, scale=pixels.shape[1] ** -0.5)
 
 
-def _mean_distance(vectors: Float[Tensor, "items size"], prompts: Sequence[Hashable], *, scale: float) -> float | None:
+def _mean_distance(
+    vectors: Float[Tensor, "items size"], prompts: Sequence[Hashable], *, scale: float
+) -> float | None:
     if len(vectors) != len(prompts):
-        raise DiversityError(f"got {len(vectors)} pictures and {len(prompts)} prompts; give one prompt per picture.")
+        raise DiversityError(
+            f"got {len(vectors)} pictures and {len(prompts)} prompts; give one prompt per picture."
+        )
     members: defaultdict[Hashable, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         members[prompt].append(index)
-    means = [torch.pdist(vectors[group].double()).mean() for group in members.values() if len(group) > 1]
+    means = [
+        torch.pdist(vectors[group].double()).mean() for group in members.values() if len(group) > 1
+    ]
     return float(torch.stack(means).mean()) * scale if means else None

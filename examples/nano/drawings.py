@@ -1,7 +1,9 @@
-"""The built-in emoji set: drawings of the same concepts in four styles, composited on plain backgrounds.
+"""The built-in emoji set: drawings of the same concepts in four styles, composited on plain
+backgrounds.
 
-They are rendered by `python -m examples.nano emoji`, in the repository, from sets that NOTICE names.
-`emoji_concepts.json` lists the concepts with their subgroup and their names, chosen from emojibase's keywords.
+They are rendered by `python -m examples.nano emoji`, in the repository, from sets that NOTICE
+names. `emoji_concepts.json` lists the concepts with their subgroup and their names, chosen from
+emojibase's keywords.
 """
 
 import json
@@ -27,7 +29,9 @@ class EmojiError(TwostepError):
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing drawn in every style: its icon, its subgroup ("fruit"), its names with the usual one first."""
+    """A thing drawn in every style: its icon, its subgroup ("fruit"), its names with the usual one
+    first.
+    """
 
     icon: str
     subgroup: str
@@ -49,23 +53,33 @@ class EmojiSet:
 
 
 def load_emoji(path: Path) -> EmojiSet:
-    """Read what `python -m examples.nano emoji` wrote; EmojiError where it is missing, damaged or another thing."""
+    """Read what `python -m examples.nano emoji` wrote; EmojiError where it is missing, damaged or
+    another thing.
+    """
     if not path.exists():
-        raise EmojiError(f"There is no emoji set at {path}. Build it with: python -m examples.nano emoji -o {path}")
+        raise EmojiError(
+            f"There is no emoji set at {path}. Build it with: python -m examples.nano emoji -o {path}"
+        )
     try:
         with safe_open(path, "pt") as file:
             listing = json.loads((file.metadata() or {})["twostep.emoji"])
             drawings = file.get_tensor("drawings")
     except (SafetensorError, KeyError) as error:
-        raise EmojiError(f"{path} is no emoji set ({error!r}); build it anew: python -m examples.nano emoji") from error
-    concepts = tuple(Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in listing["concepts"])
+        raise EmojiError(
+            f"{path} is no emoji set ({error!r}); build it anew: python -m examples.nano emoji"
+        ) from error
+    concepts = tuple(
+        Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in listing["concepts"]
+    )
     return EmojiSet(drawings, concepts, tuple(listing["styles"]))
 
 
 def built_in_concepts() -> tuple[Concept, ...]:
     """Return the concepts that the shipped nano models know."""
     listing = json.loads((Path(__file__).parent / "emoji_concepts.json").read_text())
-    return tuple(Concept(icon, entry["subgroup"], tuple(entry["names"])) for icon, entry in listing.items())
+    return tuple(
+        Concept(icon, entry["subgroup"], tuple(entry["names"])) for icon, entry in listing.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -85,24 +99,34 @@ def compose(
     placement: Placement,
     generator: torch.Generator,
 ) -> Float[Tensor, "batch 3 64 64"]:
-    """Put drawings on plain backgrounds, randomly flipped, scaled, shifted and turned; values in -1..1.
+    """Put drawings on plain backgrounds, randomly flipped, scaled, shifted and turned; values in
+    -1..1.
 
-    `background` indexes BACKGROUNDS. Drawn at twice the size and averaged down, so edges stay clean.
+    `background` indexes BACKGROUNDS. Drawn at twice the size and averaged down, so edges stay
+    clean.
     """
     return lay_on(place_drawings(drawings, placement, generator), background)
 
 
-def lay_on(placed: Float[Tensor, "batch 4 64 64"], background: Int[Tensor, "batch"]) -> Float[Tensor, "batch 3 64 64"]:
-    """Put what `place_drawings` returned on plain backgrounds; `background` indexes BACKGROUNDS, values in -1..1."""
+def lay_on(
+    placed: Float[Tensor, "batch 4 64 64"], background: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch 3 64 64"]:
+    """Put what `place_drawings` returned on plain backgrounds; `background` indexes BACKGROUNDS,
+    values in -1..1.
+    """
     colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
     picture = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
     return picture * 2 - 1
 
 
 def place_drawings(
-    drawings: UInt8[Tensor, "batch 4 height width"], placement: Placement, generator: torch.Generator
+    drawings: UInt8[Tensor, "batch 4 height width"],
+    placement: Placement,
+    generator: torch.Generator,
 ) -> Float[Tensor, "batch 4 64 64"]:
-    """Return drawings at random places, colours premultiplied with the opacity that follows them; values in 0..1."""
+    """Return drawings at random places, colours premultiplied with the opacity that follows them;
+    values in 0..1.
+    """
     count, canvas = len(drawings), 2 * PICTURE_PIXELS
     theta = _placements(count, placement, generator)
     grid = torch.nn.functional.affine_grid(theta, [count, 4, canvas, canvas], align_corners=False)
@@ -112,7 +136,9 @@ def place_drawings(
     return torch.nn.functional.avg_pool2d(placed, 2)
 
 
-def _placements(count: int, placement: Placement, generator: torch.Generator) -> Float[Tensor, "batch 2 3"]:
+def _placements(
+    count: int, placement: Placement, generator: torch.Generator
+) -> Float[Tensor, "batch 2 3"]:
     flip, size, angle, shift_x, shift_y = torch.rand(5, count, generator=generator)
     mirror = torch.where(flip < 0.5, -1.0, 1.0) if placement.flip else torch.ones(count)
     scale = placement.smallest_scale + size * (placement.largest_scale - placement.smallest_scale)
@@ -120,6 +146,8 @@ def _placements(count: int, placement: Placement, generator: torch.Generator) ->
     reach = 2 * placement.shift_pixels / PICTURE_PIXELS
     cosine, sine = torch.cos(radians) / scale, torch.sin(radians) / scale
     shift = torch.stack([(2 * shift_x - 1) * reach, (2 * shift_y - 1) * reach], dim=1)
-    rotation = torch.stack([torch.stack([mirror * cosine, -mirror * sine]), torch.stack([sine, cosine])])
+    rotation = torch.stack(
+        [torch.stack([mirror * cosine, -mirror * sine]), torch.stack([sine, cosine])]
+    )
     rotation = rotation.permute(2, 0, 1)
     return torch.cat([rotation, -(rotation @ shift[:, :, None])], dim=2)

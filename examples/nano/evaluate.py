@@ -30,22 +30,36 @@ class FolderError(TwostepError):
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of PNGs as `twostep generate` wrote them.")],
-    reference: Annotated[Path | None, typer.Option(help="Folder of PNGs to measure the distance to.")] = None,
-    judge: Annotated[Path | None, typer.Option(help="A judge.safetensors; the built-in one by default.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of PNGs as `twostep generate` wrote them.")
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of PNGs to measure the distance to.")
+    ] = None,
+    judge: Annotated[
+        Path | None, typer.Option(help="A judge.safetensors; the built-in one by default.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
 ) -> None:
-    """Score pictures against their prompts: concept, style, background, distance to real ones, diversity."""
+    """Score pictures against their prompts: concept, style, background, distance to real ones,
+    diversity.
+    """
     referee = load_judge(judge or BUILT_IN)
     paths = _pictures_in(folder)
     prompts = [_prompt_of(path) for path in paths]
     concepts = referee.classes.concepts
-    attributes = [None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts]
+    attributes = [
+        None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts
+    ]
     report = evaluate_pictures(
         _load_pictures(paths),
         attributes,
         referee,
-        reference=referee.statistics(_load_pictures(_pictures_in(reference))) if reference else None,
+        reference=referee.statistics(_load_pictures(_pictures_in(reference)))
+        if reference
+        else None,
         real=referee.real if len(paths) > 1 else None,
     )
     if json_path is not None:
@@ -60,22 +74,30 @@ def _pictures_in(folder: Path) -> list[Path]:
         raise FolderError(f"{folder} is no folder; give one that holds the PNGs to score.")
     paths = sorted(folder.glob("*.png"))
     if not paths:
-        raise FolderError(f"{folder} holds no PNG. Draw some with: twostep generate PROMPT --out {folder}")
+        raise FolderError(
+            f"{folder} holds no PNG. Draw some with: twostep generate PROMPT --out {folder}"
+        )
     return paths
 
 
 def _load_pictures(paths: list[Path]) -> Tensor:
-    """Read PNGs as pictures in -1..1; FolderError names the file that is damaged or of another size."""
+    """Read PNGs as pictures in -1..1; FolderError names the file that is damaged or of another
+    size.
+    """
     pictures = []
     for path in paths:
         try:
             with Image.open(path) as image:
                 pixels = np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
-            raise FolderError(f"{path} cannot be read as a picture ({error}). Take it out of the folder.") from error
+            raise FolderError(
+                f"{path} cannot be read as a picture ({error}). Take it out of the folder."
+            ) from error
         if pixels.shape[:2] != (PICTURE_PIXELS, PICTURE_PIXELS):
             size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise FolderError(f"{path} is {size}; the judge knows {PICTURE_PIXELS}x{PICTURE_PIXELS} only.")
+            raise FolderError(
+                f"{path} is {size}; the judge knows {PICTURE_PIXELS}x{PICTURE_PIXELS} only."
+            )
         pictures.append(torch.from_numpy(pixels).permute(2, 0, 1))
     return torch.stack(pictures).float() / 127.5 - 1
 
@@ -89,7 +111,9 @@ def _prompt_of(path: Path) -> str | None:
 
 def _warn_of_unknown(paths: list[Path]) -> None:
     if paths:
-        names = ", ".join(path.name for path in paths[:_NUM_NAMED]) + (", ..." if len(paths) > _NUM_NAMED else "")
+        names = ", ".join(path.name for path in paths[:_NUM_NAMED]) + (
+            ", ..." if len(paths) > _NUM_NAMED else ""
+        )
         text = (
             f"warning: {len(paths)} picture(s) are not scored against a prompt, for they have none, or one that names "
             f"something the judge does not know: {names}. They count in the distances only."

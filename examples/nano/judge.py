@@ -1,9 +1,10 @@
 """The judge: a small classifier that says what an emoji picture shows, and how.
 
-It sees 64x64 pictures and names concept, style and background; from the same features it estimates how blurred a
-picture is, so that features (and with them the Frechet distance) do not become blind to blur. Convolutions with batch
-normalisation, mean over the picture, linear heads. It was shown real drawings only, never generated pictures
-(benchmarks/train_judge.py), and knows nothing of prompts, pipelines or models.
+It sees 64x64 pictures and names concept, style and background; from the same features it estimates
+how blurred a picture is, so that features (and with them the Frechet distance) do not become blind
+to blur. Convolutions with batch normalisation, mean over the picture, linear heads. It was shown
+real drawings only, never generated pictures (benchmarks/train_judge.py), and knows nothing of
+prompts, pipelines or models.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Classes:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The judge's answer: logits per head, the blur it sees (standard deviation in pixels), and the features."""
+    """The judge's answer: logits per head, the blur it sees (standard deviation in pixels), and the
+    features.
+    """
 
     concept: Float[Tensor, "batch concepts"]
     style: Float[Tensor, "batch styles"]
@@ -69,12 +72,16 @@ class Verdict:
     def cat(verdicts: Sequence[Verdict]) -> Verdict:
         """Join verdicts on several batches into one."""
         names = ("concept", "style", "background", "blur_pixels", "features")
-        return Verdict(*(torch.cat([getattr(verdict, name) for verdict in verdicts]) for name in names))
+        return Verdict(
+            *(torch.cat([getattr(verdict, name) for verdict in verdicts]) for name in names)
+        )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a judge comes from: recipe, version of twostep, and its accuracy on held-out pictures (shares 0..1)."""
+    """Where a judge comes from: recipe, version of twostep, and its accuracy on held-out pictures
+    (shares 0..1).
+    """
 
     recipe: str
     version: str
@@ -90,7 +97,8 @@ class Judge(nn.Module):
         self.channels = tuple(channels)
         self.origin: Origin | None = None
         self.real: FeatureStatistics | None = None
-        """Statistics of the features of real pictures, all concepts, styles and backgrounds alike."""
+        """Statistics of the features of real pictures, all concepts, styles and backgrounds alike.
+        """
         self.body = nn.Sequential(*_layers(self.channels))
         width = self.channels[-1]
         self.concept_head = nn.Linear(width, len(classes.concepts))
@@ -112,7 +120,8 @@ class Judge(nn.Module):
     def judge(self, images: Float[Tensor, "batch 3 64 64"]) -> Verdict:
         """Return the verdict on any number of pictures in -1..1, batch by batch, without gradients.
 
-        Raises JudgeError for no pictures, a wrong size, values that are not numbers, or values far outside -1..1.
+        Raises JudgeError for no pictures, a wrong size, values that are not numbers, or values far
+        outside -1..1.
         """
         check_pictures(images)
         was_training = self.training
@@ -128,9 +137,13 @@ class Judge(nn.Module):
 
 
 def load_judge(path: Path = BUILT_IN) -> Judge:
-    """Read what benchmarks/train_judge.py wrote, in fp32 and ready to judge; JudgeError where the file is no judge."""
+    """Read what benchmarks/train_judge.py wrote, in fp32 and ready to judge; JudgeError where the
+    file is no judge.
+    """
     if not path.is_file():
-        raise JudgeError(f"There is no judge at {path}. The repository trains one: python benchmarks/train_judge.py")
+        raise JudgeError(
+            f"There is no judge at {path}. The repository trains one: python benchmarks/train_judge.py"
+        )
     try:
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[METADATA_KEY])
@@ -145,7 +158,9 @@ def load_judge(path: Path = BUILT_IN) -> Judge:
 
 
 def check_pictures(images: Tensor) -> None:
-    """Raise JudgeError for tensors that are no pictures [batch, 3, 64, 64] with finite values in about -1..1."""
+    """Raise JudgeError for tensors that are no pictures [batch, 3, 64, 64] with finite values in
+    about -1..1.
+    """
     expected = (3, PICTURE_PIXELS, PICTURE_PIXELS)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise JudgeError(
@@ -157,13 +172,19 @@ def check_pictures(images: Tensor) -> None:
     broken = ~torch.isfinite(images).flatten(1).all(dim=1)
     if bool(broken.any()):
         listing = ", ".join(map(str, broken.nonzero().flatten().tolist()[:8]))
-        raise JudgeError(f"{int(broken.sum())} of {len(images)} pictures hold NaN or infinity (number {listing}).")
+        raise JudgeError(
+            f"{int(broken.sum())} of {len(images)} pictures hold NaN or infinity (number {listing})."
+        )
     if float(images.abs().max()) > 2:
-        raise JudgeError(f"the values reach {float(images.abs().max()):.3g}; expected -1..1. Scale and clamp them.")
+        raise JudgeError(
+            f"the values reach {float(images.abs().max()):.3g}; expected -1..1. Scale and clamp them."
+        )
 
 
 def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Judge:
-    concepts = tuple(Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in description["concepts"])
+    concepts = tuple(
+        Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in description["concepts"]
+    )
     classes = Classes(concepts, tuple(description["styles"]), tuple(description["backgrounds"]))
     judge = Judge(classes, description["channels"])
     mean, covariance = tensors.pop("real.mean", None), tensors.pop("real.covariance", None)
@@ -189,7 +210,9 @@ class Residual(nn.Module):
         super().__init__()
         self.change = _convolution(width, width, stride=1)
 
-    def forward(self, x: Float[Tensor, "batch width rows columns"]) -> Float[Tensor, "batch width rows columns"]:
+    def forward(
+        self, x: Float[Tensor, "batch width rows columns"]
+    ) -> Float[Tensor, "batch width rows columns"]:
         """Return x plus its convolution."""
         changed: Tensor = self.change(x)
         return x + changed

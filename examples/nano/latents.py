@@ -28,7 +28,9 @@ from twostep.training.run_folder import write_whole
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """Latents of composited drawings, and what is on each: row of `labels` = concept, style, background."""
+    """Latents of composited drawings, and what is on each: row of `labels` = concept, style,
+    background.
+    """
 
     latents: Float16[Tensor, "count c h w"]
     labels: UInt8[Tensor, "count 3"]
@@ -56,12 +58,16 @@ class LatentCache:
         """Write the cache to one safetensors file."""
         words = json.dumps({"names": self.names, "styles": self.styles})
         with write_whole(path) as file:
-            file.write(save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words}))
+            file.write(
+                save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words})
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class EmojiSource:
-    """The emoji set's latents, all of one size in pixels, with captions that are written and encoded at every draw."""
+    """The emoji set's latents, all of one size in pixels, with captions that are written and
+    encoded at every draw.
+    """
 
     latents: LatentCache
     text: TextEncoders
@@ -69,7 +75,9 @@ class EmojiSource:
     height: int
 
     @torch.no_grad()
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
         """Return random latents and the conditioning of captions that often say less than there is."""
         x0, captions = self.latents.draw(count, tensors, words)
         return x0, self.text.conditioning(captions, self.width, self.height)
@@ -92,7 +100,9 @@ def drawings(
     variants: int = 32,
     emoji: str = "runs/emoji.safetensors",
 ) -> EmojiSource:
-    """Return the built-in drawings as the teacher's latents, made in the run's folder at the first time."""
+    """Return the built-in drawings as the teacher's latents, made in the run's folder at the first
+    time.
+    """
     latents = find_latents(
         out / "latents.safetensors",
         Path(emoji),
@@ -104,7 +114,9 @@ def drawings(
 
 
 def load_latents(path: Path) -> LatentCache:
-    """Read a cache written by `LatentCache.save`; EmojiError where it is missing, damaged or holds NaN."""
+    """Read a cache written by `LatentCache.save`; EmojiError where it is missing, damaged or holds
+    NaN.
+    """
     try:
         with safe_open(path, "pt") as file:
             words = json.loads((file.metadata() or {})["twostep.latents"])
@@ -114,17 +126,28 @@ def load_latents(path: Path) -> LatentCache:
             f"{path} is no latent cache ({error!r}). Delete it; it is built again from drawings."
         ) from error
     if not torch.isfinite(latents).all():
-        raise EmojiError(f"{path} holds values that are no numbers. Delete it; it is built again from drawings.")
+        raise EmojiError(
+            f"{path} holds values that are no numbers. Delete it; it is built again from drawings."
+        )
     names = tuple((tuple(group), subgroup) for group, subgroup in words["names"])
     return LatentCache(latents, labels, names, tuple(words["styles"]))
 
 
 def find_latents(
-    path: Path, drawings: Path, codec: ImageCodec, *, variants: int, on_variant: Callable[[int, int], None]
+    path: Path,
+    drawings: Path,
+    codec: ImageCodec,
+    *,
+    variants: int,
+    on_variant: Callable[[int, int], None],
 ) -> LatentCache:
-    """Read the cache at `path`, made there of the emoji set at `drawings` by the first process if it is not there."""
+    """Read the cache at `path`, made there of the emoji set at `drawings` by the first process if
+    it is not there.
+    """
     if place().first and not path.exists():
-        cache_latents(load_emoji(drawings), codec, variants=variants, on_variant=on_variant).save(path)
+        cache_latents(load_emoji(drawings), codec, variants=variants, on_variant=on_variant).save(
+            path
+        )
     wait()
     return load_latents(path)
 
@@ -140,14 +163,20 @@ def cache_latents(
     """Composite every drawing `variants` times, each on a random background, and encode it."""
     num_concepts, num_styles = emoji.drawings.shape[:2]
     drawings = emoji.drawings.flatten(0, 1)
-    concept, style = torch.meshgrid(torch.arange(num_concepts), torch.arange(num_styles), indexing="ij")
+    concept, style = torch.meshgrid(
+        torch.arange(num_concepts), torch.arange(num_styles), indexing="ij"
+    )
     generator = torch.Generator().manual_seed(seed)
     latents, labels = [], []
     for variant in range(variants):
-        background: Int[Tensor, " drawings"] = torch.randint(len(BACKGROUNDS), (len(drawings),), generator=generator)
+        background: Int[Tensor, " drawings"] = torch.randint(
+            len(BACKGROUNDS), (len(drawings),), generator=generator
+        )
         pictures = compose(drawings, background, Placement(), generator)
         latents += [codec.encode(batch).half() for batch in pictures.split(128)]
-        labels.append(torch.stack([concept.flatten(), style.flatten(), background], dim=1).to(torch.uint8))
+        labels.append(
+            torch.stack([concept.flatten(), style.flatten(), background], dim=1).to(torch.uint8)
+        )
         on_variant(variant + 1, variants)
     names = tuple((concept.names, concept.subgroup) for concept in emoji.concepts)
     return LatentCache(torch.cat(latents), torch.cat(labels), names, emoji.styles)

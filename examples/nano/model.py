@@ -1,8 +1,9 @@
 """Nano SDXL: the real classes of SDXL at a size that trains and draws on a laptop's CPU.
 
-64x64 pictures, latents of 4 channels on a 16x16 grid, two CLIP text encoders, a UNet of 7.3 million parameters.
-Compared with SDXL: one layer a block instead of two, one transformer instead of two and ten, a vocabulary of its own,
-and the tiny autoencoder class (without norms it learns faster and draws in milliseconds).
+64x64 pictures, latents of 4 channels on a 16x16 grid, two CLIP text encoders, a UNet of 7.3 million
+parameters. Compared with SDXL: one layer a block instead of two, one transformer instead of two and
+ten, a vocabulary of its own, and the tiny autoencoder class (without norms it learns faster and
+draws in milliseconds).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ MAX_TOKENS = 20
 TEXT_WIDTHS = (64, 96)
 TEXT_LAYERS = (2, 3)
 TIME_ID_WIDTH = 16
-TEST_CORPUS = "a an on flat 3d noto twemoji red green blue white apple fox bird background picture , in style"
+TEST_CORPUS = (
+    "a an on flat 3d noto twemoji red green blue white apple fox bird background picture , in style"
+)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -69,22 +72,35 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoders(corpus: Sequence[str]) -> TextEncoders:
-    """Return untrained text encoders over a vocabulary in which every word of the corpus is one token."""
+    """Return untrained text encoders over a vocabulary in which every word of the corpus is one
+    token.
+    """
     tokenizers = (build_tokenizer(corpus), build_tokenizer(corpus))
     first, second = (
-        _text_config(tokenizers[0], width, layers) for width, layers in zip(TEXT_WIDTHS, TEXT_LAYERS, strict=True)
+        _text_config(tokenizers[0], width, layers)
+        for width, layers in zip(TEXT_WIDTHS, TEXT_LAYERS, strict=True)
     )
     return TextEncoders(tokenizers, (CLIPTextModel(first), CLIPTextModelWithProjection(second)))
 
 
 def build_tokenizer(corpus: Sequence[str]) -> CLIPTokenizer:
-    """Train a CLIP tokenizer: bytes, bytes that end a word, and the merges that make whole words of the corpus."""
+    """Train a CLIP tokenizer: bytes, bytes that end a word, and the merges that make whole words of
+    the corpus.
+    """
     splitter = CLIPTokenizer().backend_tokenizer
     texts = [splitter.normalizer.normalize_str(text) for text in corpus]
-    words = sorted({word for text in texts for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text)})
+    words = sorted(
+        {word for text in texts for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text)}
+    )
     merges = learn_merges(words)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(merge) for merge in merges),
+        START,
+        END,
+    ]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
@@ -92,7 +108,8 @@ def build_tokenizer(corpus: Sequence[str]) -> CLIPTokenizer:
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Return the byte-pair merges (arXiv 1508.07909) that leave every word one token.
 
-    The tokenizers library breaks ties by the order of a hash map, so the same corpus gave another vocabulary each time.
+    The tokenizers library breaks ties by the order of a hash map, so the same corpus gave another
+    vocabulary each time.
     """
     pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
@@ -133,7 +150,9 @@ def teacher_contract(name: str, recipe: str, version: str, guidance: float) -> C
 
 
 def random_bundle(seed: int = 0, corpus: Sequence[str] = (TEST_CORPUS,)) -> Bundle:
-    """Return a nano teacher with random weights, for tests; the global random state is left as it was."""
+    """Return a nano teacher with random weights, for tests; the global random state is left as it
+    was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, vae, text = build_unet(), build_vae(), build_text_encoders(corpus)

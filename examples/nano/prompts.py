@@ -1,4 +1,6 @@
-"""The way back from a prompt: what it names of concept, style and background, as `data.captions` writes them."""
+"""The way back from a prompt: what it names of concept, style and background, as `data.captions`
+writes them.
+"""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +10,8 @@ from examples.nano.drawings import Concept
 
 
 def attributes_from_prompt(prompt: str, concepts: Sequence[Concept]) -> Attributes | None:
-    """Read a prompt that `caption` or `complete_caption` wrote; None where it names a thing that is no concept.
+    """Read a prompt that `caption` or `complete_caption` wrote; None where it names a thing that is
+    no concept.
 
     A synonym stands for its concept, so the names are those of the concept, the usual one first.
     """
@@ -28,7 +31,9 @@ _BACKGROUND = re.compile(
     rf"^({_BACKGROUND_WORD}) background(?:, |$)| on an? ({_BACKGROUND_WORD}) background$"
     rf"|, ({_BACKGROUND_WORD}) background$| on ({_BACKGROUND_WORD})$"
 )
-_STYLE = re.compile(rf"^(?:an? )?({_STYLE_WORD})(?: |$)|, ({_STYLE_WORD})$| in ({_STYLE_WORD}) style$")
+_STYLE = re.compile(
+    rf"^(?:an? )?({_STYLE_WORD})(?: |$)|, ({_STYLE_WORD})$| in ({_STYLE_WORD}) style$"
+)
 
 
 def _take(words: str, pattern: re.Pattern[str]) -> tuple[str, str | None]:

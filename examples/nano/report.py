@@ -1,4 +1,5 @@
-"""Figures for a set of pictures: do they show what was asked for, how far are they from others, how diverse are they.
+"""Figures for a set of pictures: do they show what was asked for, how far are they from others, how
+diverse are they.
 
 Takes finished pictures, what each was asked to show, and a judge; it does not know what drew them.
 """
@@ -39,8 +40,9 @@ class Score:
 class Report:
     """The figures of one set of pictures; None where there was nothing to measure.
 
-    `subgroup` counts prompts that name only a subgroup ("a bird"): the judged concept must lie in it. The Frechet
-    distances are in the judge's features; diversity is between pictures of the same wish, in features and in pixels.
+    `subgroup` counts prompts that name only a subgroup ("a bird"): the judged concept must lie in
+    it. The Frechet distances are in the judge's features; diversity is between pictures of the same
+    wish, in features and in pixels.
     """
 
     num_images: int
@@ -71,14 +73,18 @@ def evaluate(
     reference: FeatureStatistics | None = None,
     real: FeatureStatistics | None = None,
 ) -> Report:
-    """Judge pictures in -1..1 against what each was asked to show; None means that this is not known.
+    """Judge pictures in -1..1 against what each was asked to show; None means that this is not
+    known.
 
-    `reference` and `real` are what the Frechet distances are taken to: `judge.statistics(pictures)`, or `judge.real`.
-    Raises JudgeError for pictures that cannot be judged, EvaluationError for a wish that the judge has no class for,
-    FrechetError for a distance of fewer than two pictures.
+    `reference` and `real` are what the Frechet distances are taken to:
+    `judge.statistics(pictures)`, or `judge.real`. Raises JudgeError for pictures that cannot be
+    judged, EvaluationError for a wish that the judge has no class for, FrechetError for a distance
+    of fewer than two pictures.
     """
     if len(images) != len(attributes):
-        raise EvaluationError(f"got {len(images)} pictures and {len(attributes)} wishes; give one wish per picture.")
+        raise EvaluationError(
+            f"got {len(images)} pictures and {len(attributes)} wishes; give one wish per picture."
+        )
     verdict = judge.judge(images)
     known = [index for index, wish in enumerate(attributes) if wish is not None]
     wishes = [wish for wish in attributes if wish is not None]
@@ -87,7 +93,9 @@ def evaluate(
         num_images=len(images),
         num_unknown=len(images) - len(known),
         **_scores(verdict, torch.tensor(known, dtype=torch.int64), wishes, judge.classes),
-        frechet_to_reference=frechet_distance(statistics, reference) if statistics and reference else None,
+        frechet_to_reference=frechet_distance(statistics, reference)
+        if statistics and reference
+        else None,
         frechet_to_real=frechet_distance(statistics, real) if statistics and real else None,
         feature_diversity=feature_diversity(verdict.features[known], wishes),
         pixel_diversity=pixel_diversity(images[known], wishes),
@@ -108,11 +116,15 @@ def _scores(
         "concept": _score(hits, [kind == "concept" for kind in kinds]),
         "subgroup": _score(hits, [kind == "subgroup" for kind in kinds]),
         "style": _named(verdict.style[known], [wish.style for wish in wishes], classes.styles),
-        "background": _named(verdict.background[known], [wish.background for wish in wishes], classes.backgrounds),
+        "background": _named(
+            verdict.background[known], [wish.background for wish in wishes], classes.backgrounds
+        ),
     }
 
 
-def _named(logits: Float[Tensor, "known classes"], asked: Sequence[str | None], names: Sequence[str]) -> Score:
+def _named(
+    logits: Float[Tensor, "known classes"], asked: Sequence[str | None], names: Sequence[str]
+) -> Score:
     judged = [names[index] for index in logits.argmax(dim=1).tolist()]
     pairs = list(zip(judged, asked, strict=True))
     return Score(sum(a == b for a, b in pairs), sum(b is not None for _, b in pairs))
@@ -123,7 +135,9 @@ def _score(hits: Sequence[bool], asked: Sequence[bool]) -> Score:
 
 
 def _kind(wish: Attributes, classes: Classes) -> str:
-    """Say whether a wish names a concept, a subgroup, or nothing; EvaluationError for a name the judge lacks."""
+    """Say whether a wish names a concept, a subgroup, or nothing; EvaluationError for a name the
+    judge lacks.
+    """
     if not wish.names:
         return "nothing"
     name = wish.names[0]
@@ -131,4 +145,6 @@ def _kind(wish: Attributes, classes: Classes) -> str:
         return "concept"
     if name in classes.subgroups:
         return "subgroup"
-    raise EvaluationError(f"the judge knows no {name!r}; use the judge that was trained on these concepts.")
+    raise EvaluationError(
+        f"the judge knows no {name!r}; use the judge that was trained on these concepts."
+    )

@@ -1,7 +1,9 @@
-"""A ControlNet (arXiv 2302.05543) for the nano teacher, steered by silhouettes: white where the drawing is, else black.
+"""A ControlNet (arXiv 2302.05543) for the nano teacher, steered by silhouettes: white where the
+drawing is, else black.
 
-Its encoder is the teacher's without attention to text, which the UNet has itself: half the size. It learns the error
-of v, not of eps, since few-step students ask it at high noise, where errors of eps count for next to nothing.
+Its encoder is the teacher's without attention to text, which the UNet has itself: half the size. It
+learns the error of v, not of eps, since few-step students ask it at high noise, where errors of eps
+count for next to nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from twostep.training.loop import Draw, OnIteration
 from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
 
-PLACEMENT = Placement(smallest_scale=0.6, largest_scale=0.94, shift_pixels=9.0, rotation_degrees=20.0)
+PLACEMENT = Placement(
+    smallest_scale=0.6, largest_scale=0.94, shift_pixels=9.0, rotation_degrees=20.0
+)
 """Freer than the teacher's own pictures, or there would be little to steer."""
 
 
@@ -36,7 +40,9 @@ class SilhouetteSettings(Settings):
 
     loop: DescentSettings
     model: str = Field("nano", description="the teacher that it is made for")
-    variants: int = Field(64, gt=0, description="composites of every drawing, each with its silhouette")
+    variants: int = Field(
+        64, gt=0, description="composites of every drawing, each with its silhouette"
+    )
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,22 @@ class Silhouettes:
 
 
 def build_control(denoiser: Denoiser) -> ControlNetModel:
-    """Return a ControlNet whose layers start as those of the teacher, where it has them, and that changes nothing."""
+    """Return a ControlNet whose layers start as those of the teacher, where it has them, and that
+    changes nothing.
+    """
     told = denoiser.network.config
-    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim", "attention_head_dim")
-    added = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    names = (
+        "block_out_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "cross_attention_dim",
+        "attention_head_dim",
+    )
+    added = (
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+    )
     control = ControlNetModel(
         down_block_types=("DownBlock2D",) * len(told.block_out_channels),
         mid_block_type="UNetMidBlock2D",
@@ -60,25 +78,32 @@ def build_control(denoiser: Denoiser) -> ControlNetModel:
     )
     own = control.state_dict()
     control.load_state_dict(
-        {key: value for key, value in denoiser.network.state_dict().items() if key in own}, strict=False
+        {key: value for key, value in denoiser.network.state_dict().items() if key in own},
+        strict=False,
     )
     return control
 
 
 def draw_silhouettes(emoji: EmojiSet, bundle: Bundle, variants: int, seed: int) -> Silhouettes:
-    """Composite every drawing `variants` times, on random backgrounds, with the outline that it has there."""
+    """Composite every drawing `variants` times, on random backgrounds, with the outline that it has
+    there.
+    """
     drawings, generator = emoji.drawings.flatten(0, 1), torch.Generator().manual_seed(seed)
     number = torch.arange(len(drawings))
     latents, masks, labels = [], [], []
     for _ in range(variants):
         placed = place_drawings(drawings, PLACEMENT, generator)
         background = torch.randint(len(BACKGROUNDS), (len(drawings),), generator=generator)
-        latents += [bundle.codec.encode(part).half() for part in lay_on(placed, background).split(128)]
+        latents += [
+            bundle.codec.encode(part).half() for part in lay_on(placed, background).split(128)
+        ]
         masks.append((placed[:, 3] > 0.5).to(torch.uint8))
         columns = (number // len(emoji.styles), number % len(emoji.styles), background)
         labels.append(torch.stack(columns, dim=1).to(torch.uint8))
     names = tuple((concept.names, concept.subgroup) for concept in emoji.concepts)
-    return Silhouettes(LatentCache(torch.cat(latents), torch.cat(labels), names, emoji.styles), torch.cat(masks))
+    return Silhouettes(
+        LatentCache(torch.cat(latents), torch.cat(labels), names, emoji.styles), torch.cat(masks)
+    )
 
 
 def hints_of(masks: UInt8[Tensor, "batch 64 64"]) -> Float[Tensor, "batch 3 64 64"]:
@@ -97,17 +122,26 @@ def train_silhouette(
 ) -> ControlNetModel:
     """Train a ControlNet on the frozen teacher, where that is; returns it with averaged weights."""
     torch.manual_seed(settings.loop.seed)
-    device, denoiser, schedule = bundle.denoiser.network.device, bundle.denoiser, bundle.denoiser.schedule
+    device, denoiser, schedule = (
+        bundle.denoiser.network.device,
+        bundle.denoiser,
+        bundle.denoiser.schedule,
+    )
     control = build_control(denoiser).to(device).train()
     silhouettes = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
     drawn, always = silhouettes.drawn, frozenset(range(1, schedule.num_times + 1))
 
     def loss(iteration: int, draw: Draw) -> Tensor:
-        rows = torch.randint(len(drawn.latents), (settings.loop.batch_size,), generator=draw.tensors)
+        rows = torch.randint(
+            len(drawn.latents), (settings.loop.batch_size,), generator=draw.tensors
+        )
         captions = [drawn.caption(row, draw.words) for row in rows.tolist()]
         with torch.no_grad():
             conditioning = bundle.text.conditioning(captions, PIXELS, PIXELS)
-        x0, hints = drawn.latents[rows].float().to(device), hints_of(silhouettes.masks[rows]).to(device)
+        x0, hints = (
+            drawn.latents[rows].float().to(device),
+            hints_of(silhouettes.masks[rows]).to(device),
+        )
         t = torch.randint(1, schedule.num_times + 1, (len(x0),), generator=draw.tensors)
         eps = torch.randn(x0.shape, generator=draw.tensors).to(device)
         alpha, sigma = schedule.coefficients(t, x0)

@@ -1,7 +1,7 @@
 """The nano teacher: eps prediction on cached latents, weighted by min-SNR (arXiv 2303.09556).
 
-Here, unlike in distillation, the top time keeps its grain of signal (x_T = alpha_T x0 + sigma_T eps): a network that
-predicts eps can only learn x0 there from it.
+Here, unlike in distillation, the top time keeps its grain of signal (x_T = alpha_T x0 + sigma_T
+eps): a network that predicts eps can only learn x0 there from it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ class TeacherSettings(Settings):
 
     loop: DescentSettings
     autoencoder: Path = Field(Path("runs/nano-vae/model"), description="folder that holds `vae`")
-    text_encoders: Path = Field(Path("runs/nano-text/model"), description="folder that holds the text encoders")
-    variants: int = Field(96, gt=0, description="composites of every drawing in the cache of latents")
-    snr_limit: float = Field(5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr")
+    text_encoders: Path = Field(
+        Path("runs/nano-text/model"), description="folder that holds the text encoders"
+    )
+    variants: int = Field(
+        96, gt=0, description="composites of every drawing in the cache of latents"
+    )
+    snr_limit: float = Field(
+        5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
+    )
     guidance: float = Field(3.0, ge=1, description="guidance scale that the teacher recommends")
 
 
@@ -43,8 +49,12 @@ class TuneSettings(Settings):
     loop: DescentSettings
     model: str = Field("nano", description="the teacher to start from")
     name: str = Field(description="what the tuned teacher is called")
-    variants: int = Field(96, gt=0, description="composites of every drawing in the cache of latents")
-    snr_limit: float = Field(5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr")
+    variants: int = Field(
+        96, gt=0, description="composites of every drawing in the cache of latents"
+    )
+    snr_limit: float = Field(
+        5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
+    )
 
 
 def noise_loss(
@@ -76,7 +86,8 @@ def train_teacher(
     on_iteration: OnIteration = silent,
     on_checkpoint: Callable[[int, Denoiser], None] = lambda iteration, denoiser: None,
 ) -> Denoiser:
-    """Train a UNet, a fresh one or that of `start`, to predict the noise on captioned latents, where it is.
+    """Train a UNet, a fresh one or that of `start`, to predict the noise on captioned latents,
+    where it is.
 
     Returns it with averaged weights.
     """

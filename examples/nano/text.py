@@ -1,6 +1,7 @@
 """The nano text encoders: captions against drawings, contrastively (arXiv 2103.00020), then frozen.
 
-Both encoders' pooled outputs are matched with one small image tower, which is thrown away afterwards.
+Both encoders' pooled outputs are matched with one small image tower, which is thrown away
+afterwards.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class ContrastivePair(nn.Module):
         self.encoders = nn.ModuleList(text.encoders)
         widths = (3, 32, 64, 128, 192)
         blocks = [_halve(before, after) for before, after in pairwise(widths)]
-        self.tower = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 192, TEXT_WIDTHS[1]))
+        self.tower = nn.Sequential(
+            *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 192, TEXT_WIDTHS[1])
+        )
         self.first_projection = nn.Linear(TEXT_WIDTHS[0], TEXT_WIDTHS[1], bias=False)
 
     def forward(
@@ -53,13 +56,21 @@ class ContrastivePair(nn.Module):
         for said in (self.first_projection(first), second):
             logits = nn.functional.normalize(said.float(), dim=-1) @ seen.T / temperature
             target = torch.arange(len(logits))
-            loss = loss + nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
+            loss = (
+                loss
+                + nn.functional.cross_entropy(logits, target)
+                + nn.functional.cross_entropy(logits.T, target)
+            )
         return loss / 4
 
     def _pooled(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         tokenizer = self.text.tokenizers[0]
         tokens = tokenizer(
-            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         return self.encoders[0](tokens).pooler_output, self.encoders[1](tokens).text_embeds
 
@@ -76,7 +87,9 @@ def train_text(
     torch.manual_seed(settings.loop.seed)
     corpus = vocabulary_corpus([concept.names for concept in emoji.concepts], emoji.subgroups)
     pair = ContrastivePair(build_text_encoders(corpus))
-    omission = Omission(everything=0.0, style=0.1, background=0.1, concept=0.02, subgroup_instead=0.05)
+    omission = Omission(
+        everything=0.0, style=0.1, background=0.1, concept=0.02, subgroup_instead=0.05
+    )
     backgrounds = list(BACKGROUNDS)
 
     def loss(iteration: int, draw: Draw) -> Tensor:
@@ -88,7 +101,11 @@ def train_text(
         captions = [
             caption(
                 omission.apply(
-                    emoji.concepts[c].names, emoji.concepts[c].subgroup, emoji.styles[s], backgrounds[b], draw.words
+                    emoji.concepts[c].names,
+                    emoji.concepts[c].subgroup,
+                    emoji.styles[s],
+                    backgrounds[b],
+                    draw.words,
                 ),
                 draw.words,
             )
@@ -97,7 +114,15 @@ def train_text(
         answer: Tensor = pair(nn.functional.avg_pool2d(pictures, 2), captions, settings.temperature)
         return answer
 
-    train(pair, loss, settings.loop, folder, "text", on_iteration=on_iteration, on_checkpoint=on_checkpoint)
+    train(
+        pair,
+        loss,
+        settings.loop,
+        folder,
+        "text",
+        on_iteration=on_iteration,
+        on_checkpoint=on_checkpoint,
+    )
     for encoder in pair.text.encoders:
         encoder.requires_grad_(False).eval()
     return pair.text
@@ -110,4 +135,6 @@ def vocabulary_corpus(names: Sequence[tuple[str, ...]], subgroups: Sequence[str]
 
 
 def _halve(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU())
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()
+    )

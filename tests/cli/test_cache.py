@@ -41,7 +41,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_own_pictures_are_cached_and_distilled(run: Callable, model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_own_pictures_are_cached_and_distilled(
+    run: Callable, model: Path, pictures: Path, tmp_path: Path
+) -> None:
     done = run("cache", pictures, "--model", model, "--out", tmp_path / "cache")
     assert done.exit_code == 0, done.output
     assert "3 items in 1 shards, 1 skipped" in done.output
@@ -57,12 +59,25 @@ def test_own_pictures_are_cached_and_distilled(run: Callable, model: Path, pictu
 def test_prompts_alone_are_enough(run: Callable, model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox\n\na bird\n")
-    done = run("cache", prompts, "--model", model, "--out", tmp_path / "cache", "--steps", 2, "--guidance", 2)
+    done = run(
+        "cache",
+        prompts,
+        "--model",
+        model,
+        "--out",
+        tmp_path / "cache",
+        "--steps",
+        2,
+        "--guidance",
+        2,
+    )
     assert done.exit_code == 0, done.output
     assert "2 items in 1 shards, 0 skipped" in done.output
 
 
-def test_a_style_is_trained_on_the_two_step_student_and_drawn_with(run: Callable, model: Path, tmp_path: Path) -> None:
+def test_a_style_is_trained_on_the_two_step_student_and_drawn_with(
+    run: Callable, model: Path, tmp_path: Path
+) -> None:
     style = tmp_path / "ink.safetensors"
     lora = add_lora(load_bundle(model).denoiser.network, "ink", rank=2, targets=("to_q",))
     save_file({f"{PREFIX}{key}": value + 0.1 for key, value in lora.state_dict().items()}, style)
@@ -70,11 +85,17 @@ def test_a_style_is_trained_on_the_two_step_student_and_drawn_with(run: Callable
     cache = ("cache", tmp_path / "prompts.txt", "--model", model, "--steps", 2)
     assert run(*cache, "--out", tmp_path / "plain").exit_code == 0
     assert run(*cache, "--lora", f"{style}:0.9", "--out", tmp_path / "cache").exit_code == 0
-    plain, styled = (load_file(tmp_path / name / "shard-00000.safetensors") for name in ("plain", "cache"))
+    plain, styled = (
+        load_file(tmp_path / name / "shard-00000.safetensors") for name in ("plain", "cache")
+    )
     assert not torch.equal(plain["latents"], styled["latents"])
     recipe = tmp_path / "mine.toml"
-    told = f'start_steps = 2\nstyle_lora = "{style}"\n' + RECIPE.format(model=model, data=tmp_path / "cache")
-    recipe.write_text(told.replace("= [4]", "= [2]").replace("student_steps = 4", "student_steps = 2"))
+    told = f'start_steps = 2\nstyle_lora = "{style}"\n' + RECIPE.format(
+        model=model, data=tmp_path / "cache"
+    )
+    recipe.write_text(
+        told.replace("= [4]", "= [2]").replace("student_steps = 4", "student_steps = 2")
+    )
     done = run("distill", recipe, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     trained = tmp_path / "run" / "model" / "students" / "ink_2step_lora.safetensors"

@@ -21,8 +21,23 @@ def assert_one_clean_line(answer, *lessons) -> None:
         assert lesson in answer.stderr
 
 
-def test_generate_writes_pictures_that_say_how_they_were_made(run, model: Path, tmp_path: Path) -> None:
-    answer = run("generate", PROMPT, "--model", model, "--steps", 2, "-n", 4, "--seed", 7, "-o", tmp_path / "out")
+def test_generate_writes_pictures_that_say_how_they_were_made(
+    run, model: Path, tmp_path: Path
+) -> None:
+    answer = run(
+        "generate",
+        PROMPT,
+        "--model",
+        model,
+        "--steps",
+        2,
+        "-n",
+        4,
+        "--seed",
+        7,
+        "-o",
+        tmp_path / "out",
+    )
     assert answer.exit_code == 0, answer.output
     *paths, times = answer.stdout.splitlines()
     assert sorted(map(Path, paths)) == sorted((tmp_path / "out").glob("*.png"))
@@ -35,7 +50,18 @@ def test_generate_writes_pictures_that_say_how_they_were_made(run, model: Path, 
 
 def test_generate_with_the_teacher_guided(run, model: Path, tmp_path: Path) -> None:
     answer = run(
-        "generate", PROMPT, "--model", model, "--steps", 32, "--guidance", 3, "--negative", "flat", "-o", tmp_path
+        "generate",
+        PROMPT,
+        "--model",
+        model,
+        "--steps",
+        32,
+        "--guidance",
+        3,
+        "--negative",
+        "flat",
+        "-o",
+        tmp_path,
     )
     assert answer.exit_code == 0, answer.output
     provenance = read_provenance(next(tmp_path.glob("*.png")))
@@ -44,10 +70,14 @@ def test_generate_with_the_teacher_guided(run, model: Path, tmp_path: Path) -> N
 
 
 def test_warnings_are_printed(run, model: Path, tmp_path: Path) -> None:
-    answer = run("generate", "a zyzzyva", "--model", model, "--guidance", 5, "--seed", 2**32, "-o", tmp_path)
+    answer = run(
+        "generate", "a zyzzyva", "--model", model, "--guidance", 5, "--seed", 2**32, "-o", tmp_path
+    )
     assert answer.exit_code == 0
     for lesson in ("zyzzyva", "was distilled into it", "same noise as seed 0"):
-        assert any(line.startswith("warning: ") and lesson in line for line in answer.stderr.splitlines())
+        assert any(
+            line.startswith("warning: ") and lesson in line for line in answer.stderr.splitlines()
+        )
 
 
 def test_empty_prompt_draws_and_warns(run, model: Path, tmp_path: Path) -> None:
@@ -75,7 +105,9 @@ def test_bad_flag_is_one_clean_line(run, model: Path, tmp_path: Path, flags, les
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_steps_without_a_student_list_those_there_are(run, model: Path, tmp_path: Path, steps: int) -> None:
+def test_steps_without_a_student_list_those_there_are(
+    run, model: Path, tmp_path: Path, steps: int
+) -> None:
     answer = run("generate", PROMPT, "--model", model, "--steps", steps, "-o", tmp_path / "out")
     assert_one_clean_line(answer)
     named = re.findall(r"\d+", answer.stderr.replace(str(model), ""))
@@ -93,7 +125,14 @@ def test_steps_default_to_two_where_there_is_a_two_step_student(
 
 def test_output_that_cannot_be_written_is_found_before_work_is_spent(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    answer = run("generate", PROMPT, "--model", "no model is needed for this", "-o", tmp_path / "file" / "below")
+    answer = run(
+        "generate",
+        PROMPT,
+        "--model",
+        "no model is needed for this",
+        "-o",
+        tmp_path / "file" / "below",
+    )
     assert_one_clean_line(answer, "cannot write to", "Choose a folder")
 
 
@@ -141,4 +180,6 @@ def test_info_as_json_is_a_list_of_contracts(run, model: Path, student_file: Pat
     contracts = json.loads(run("info", model, "--json").stdout)
     assert [contract["steps"] for contract in contracts] == [32, 8, 4, 2, 1]
     assert contracts[0]["role"] == "teacher"
-    assert [contract["role"] for contract in json.loads(run("info", student_file, "--json").stdout)] == ["student"]
+    assert [
+        contract["role"] for contract in json.loads(run("info", student_file, "--json").stdout)
+    ] == ["student"]

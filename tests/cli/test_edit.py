@@ -41,17 +41,41 @@ def png(answer, folder: Path) -> Path:
     return path
 
 
-def test_edit_changes_a_picture_and_says_what_it_did(run, model: Path, photo: Path, mask: Path, tmp_path: Path) -> None:
+def test_edit_changes_a_picture_and_says_what_it_did(
+    run, model: Path, photo: Path, mask: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    answer = run("edit", PROMPT, photo, "--model", model, "--steps", 2, "--strength", 0.6, "--mask", mask, "-o", out)
+    answer = run(
+        "edit",
+        PROMPT,
+        photo,
+        "--model",
+        model,
+        "--steps",
+        2,
+        "--strength",
+        0.6,
+        "--mask",
+        mask,
+        "-o",
+        out,
+    )
     request = read_provenance(png(answer, out)).request
     assert "warning: strength 0.6 became 0.5" in answer.stderr
-    assert (request.strength, request.image.name, request.mask.name) == (0.5, "photo.png", "mask.png")
+    assert (request.strength, request.image.name, request.mask.name) == (
+        0.5,
+        "photo.png",
+        "mask.png",
+    )
     assert "encode" in answer.stdout
 
 
-def test_what_is_no_picture_is_one_clean_line(run, model: Path, photo: Path, mask: Path, tmp_path: Path) -> None:
-    assert_one_clean_line(run("edit", PROMPT, tmp_path / "none.png", "--model", model), "none.png cannot be taken")
+def test_what_is_no_picture_is_one_clean_line(
+    run, model: Path, photo: Path, mask: Path, tmp_path: Path
+) -> None:
+    assert_one_clean_line(
+        run("edit", PROMPT, tmp_path / "none.png", "--model", model), "none.png cannot be taken"
+    )
     Image.new("L", (10, 10)).save(mask)
     answer = run("edit", PROMPT, photo, "--mask", mask, "--model", model)
     assert_one_clean_line(answer, "the mask is 10x10 and the image 80x64")
@@ -70,7 +94,14 @@ def test_replay_draws_the_same_pixels(
         "text": ("generate", PROMPT, "--steps", 2, "--seed", 5, "-n", 3),
         "teacher": ("generate", PROMPT, "--steps", 32, "--guidance", 2, "--negative", "flat"),
         "edit": ("edit", PROMPT, photo, "--steps", 4, "--mask", mask),
-        "controls": ("generate", PROMPT, "--control", f"{photo}@{control}:0.8:0-0.5", "--control", f"{mask}@{control}"),
+        "controls": (
+            "generate",
+            PROMPT,
+            "--control",
+            f"{photo}@{control}:0.8:0-0.5",
+            "--control",
+            f"{mask}@{control}",
+        ),
     }[case]
     assert run(*words, "--model", model, "-o", out).exit_code == 0
     path = sorted(out.glob("*.png"))[-1]
@@ -91,10 +122,14 @@ def test_replay_wears_the_same_loras(run, tmp_path: Path) -> None:
 
 
 def test_replay_refuses_what_is_not_the_same(run, model: Path, photo: Path, tmp_path: Path) -> None:
-    path = png(run("edit", PROMPT, photo, "--model", model, "-o", tmp_path / "out"), tmp_path / "out")
+    path = png(
+        run("edit", PROMPT, photo, "--model", model, "-o", tmp_path / "out"), tmp_path / "out"
+    )
     assert_one_clean_line(run("replay", path), "photo.png is not there")
     Image.new("RGB", (80, 64)).save(photo)
-    assert_one_clean_line(run("replay", path, "--inputs", tmp_path), "photo.png is not the file that went in")
+    assert_one_clean_line(
+        run("replay", path, "--inputs", tmp_path), "photo.png is not the file that went in"
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     assert_one_clean_line(run("replay", tmp_path / "bare.png"), "has no 'twostep' text chunk")
 
@@ -109,10 +144,16 @@ def test_a_control_is_read_with_its_scale_and_share(
     run, model: Path, photo: Path, control: Path, tmp_path: Path
 ) -> None:
     words = ("generate", PROMPT, "--model", model, "--control", f"{photo}@{control}:0.8:0-0.5")
-    (found,) = read_provenance(png(run(*words, "-o", tmp_path / "out"), tmp_path / "out")).request.controls
+    (found,) = read_provenance(
+        png(run(*words, "-o", tmp_path / "out"), tmp_path / "out")
+    ).request.controls
     assert (found.picture.name, found.model) == ("photo.png", str(control))
     assert (found.scale, found.start, found.end) == (0.8, 0.0, 0.5)
     for wrong in (f"{photo}", f"@{control}"):
-        assert_one_clean_line(run("generate", PROMPT, "--control", wrong, "-o", tmp_path), "shape.png@silhouette:0.8")
-    answer = run("generate", PROMPT, "--control", f"{photo}@{control}:1:0.9-0.1", "-o", tmp_path / "out")
+        assert_one_clean_line(
+            run("generate", PROMPT, "--control", wrong, "-o", tmp_path), "shape.png@silhouette:0.8"
+        )
+    answer = run(
+        "generate", PROMPT, "--control", f"{photo}@{control}:1:0.9-0.1", "-o", tmp_path / "out"
+    )
     assert_one_clean_line(answer, "rising shares")

@@ -11,7 +11,8 @@ def test_inspect_says_it_to_people_and_to_programs(run: Callable, student_file: 
     answer = run("inspect", student_file)
     assert answer.exit_code == 0
     assert all(
-        word in answer.stdout for word in ("a UNet alone for SDXL's classes", "diffusers", "random-4step", "F32")
+        word in answer.stdout
+        for word in ("a UNet alone for SDXL's classes", "diffusers", "random-4step", "F32")
     )
     told = json.loads(run("inspect", "nano_2step_lora", "--json").stdout)
     assert (told["names"], told["rank"], told["contract"]["steps"]) == ("PEFT", "12", 2)
@@ -28,15 +29,35 @@ def test_inspect_of_a_part_without_a_contract_and_of_a_folder(run: Callable, mod
 def test_inspect_of_what_is_no_file_is_one_red_line(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"PK\x03\x04 and so on")
     refused = run("inspect", tmp_path / "x.ckpt")
-    assert refused.exit_code == 1 and "is a pickle" in refused.output and "Traceback" not in refused.output
+    assert (
+        refused.exit_code == 1
+        and "is a pickle" in refused.output
+        and "Traceback" not in refused.output
+    )
 
 
-def test_export_convert_and_extract_write_what_they_say(run: Callable, model: Path, tmp_path: Path) -> None:
+def test_export_convert_and_extract_write_what_they_say(
+    run: Callable, model: Path, tmp_path: Path
+) -> None:
     lora, peft = tmp_path / "lora.safetensors", tmp_path / "peft.safetensors"
     for words, written in (
         (("extract", model, "nano", "--rank", 2, "--out", lora), False),
         (("extract", model, model, "--steps", 4, "--rank", 2, "--out", lora), False),
-        (("export", "nano", "--steps", 2, "--to", "lora-kohya", "--out", lora, "--license", "cc0-1.0"), True),
+        (
+            (
+                "export",
+                "nano",
+                "--steps",
+                2,
+                "--to",
+                "lora-kohya",
+                "--out",
+                lora,
+                "--license",
+                "cc0-1.0",
+            ),
+            True,
+        ),
         (("convert", lora, "--to", "peft", "--out", peft), True),
         (("convert", lora, "--to", "peft", "--out", peft), False),
     ):

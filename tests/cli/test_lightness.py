@@ -19,7 +19,9 @@ for arguments in (["--help"], ["generate", "--help"], ["recipes"]):
     assert CliRunner().invoke(app, arguments).exit_code == 0
 print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert answer.stdout.strip() == "[]", answer.stderr
 
 

@@ -36,7 +36,11 @@ STUDENT = Contract(
 
 def student_of(steps: int, **changes: object) -> Contract:
     """The contract of a student of so many steps."""
-    said = {"name": f"small-{steps}step", "steps": steps, "prediction_type": "x0" if steps == 1 else "eps"}
+    said = {
+        "name": f"small-{steps}step",
+        "steps": steps,
+        "prediction_type": "x0" if steps == 1 else "eps",
+    }
     return replace(STUDENT, **said | changes)
 
 
@@ -60,7 +64,9 @@ def lora_of(bundle: Bundle) -> dict[str, LowRank]:
         if name.endswith("to_q"):
             rows, columns = module.weight.shape
             down = torch.randn(2, columns, generator=generator) / 8
-            found[f"unet.{name}"] = LowRank(down, torch.randn(rows, 2, generator=generator) / 8, 1.0)
+            found[f"unet.{name}"] = LowRank(
+                down, torch.randn(rows, 2, generator=generator) / 8, 1.0
+            )
     return found
 
 
@@ -76,7 +82,9 @@ class Shelf:
     def checkpoint(self, name: str, contract: Contract | None = None, **more: Tensor) -> Path:
         """Write a whole checkpoint, and beside it the configs that tell a small one's shapes."""
         path = self.root / "checkpoints" / f"{name}.safetensors"
-        write_single_file(self.bundle, path, None if contract is None else contract.to_metadata(), **more)
+        write_single_file(
+            self.bundle, path, None if contract is None else contract.to_metadata(), **more
+        )
         return path
 
     def configs(self, path: Path) -> None:
@@ -86,7 +94,11 @@ class Shelf:
     def unet(self, name: str, contract: Contract | None = None) -> Path:
         """Write a UNet alone, by diffusers' names."""
         path = self.root / "diffusion_models" / f"{name}.safetensors"
-        save_file(self.bundle.denoiser.network.state_dict(), path, contract.to_metadata() if contract else None)
+        save_file(
+            self.bundle.denoiser.network.state_dict(),
+            path,
+            contract.to_metadata() if contract else None,
+        )
         return path
 
     def lora(self, name: str, contract: Contract | None = None, *, dialect: str = "kohya") -> Path:

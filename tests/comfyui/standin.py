@@ -1,7 +1,8 @@
-"""What of ComfyUI our nodes touch, written anew for the tests: the V3 interface, its folders, loaders and sampling.
+"""What of ComfyUI our nodes touch, written anew for the tests: the V3 interface, its folders,
+loaders and sampling.
 
-It is as strict as the original where that is strict (ids, inputs, what may be returned), and its loaders load, so that
-a model can be sampled here as ComfyUI's SamplerCustom would.
+It is as strict as the original where that is strict (ids, inputs, what may be returned), and its
+loaders load, so that a model can be sampled here as ComfyUI's SamplerCustom would.
 """
 
 from __future__ import annotations
@@ -93,21 +94,30 @@ class ComfyNode:
         """Describe the node as ComfyUI's /object_info does."""
         schema = cls.define_schema()  # type: ignore[attr-defined]
         schema.check()
-        required = {i.id: [i.type, {k: v for k, v in i.said.items() if k != "tooltip"}] for i in schema.inputs}
+        required = {
+            i.id: [i.type, {k: v for k, v in i.said.items() if k != "tooltip"}]
+            for i in schema.inputs
+        }
         return {
             "input": {"required": required},
             "output": [output.type for output in schema.outputs],
-            "output_name": [output.said.get("display_name", output.type) for output in schema.outputs],
+            "output_name": [
+                output.said.get("display_name", output.type) for output in schema.outputs
+            ],
             "output_node": schema.is_output_node,
         }
 
     @classmethod
     def run(cls, **inputs: Any) -> NodeOutput:
-        """Execute the node as the server does: every input by its name, and as many outputs as were promised."""
+        """Execute the node as the server does: every input by its name, and as many outputs as were
+        promised.
+        """
         schema = cls.define_schema()  # type: ignore[attr-defined]
         for name in ("execute", "fingerprint_inputs"):
             taken = list(inspect.signature(getattr(cls, name)).parameters)
-            assert taken == [socket.id for socket in schema.inputs], f"{name} of {cls.__name__} takes {taken}"
+            assert taken == [socket.id for socket in schema.inputs], (
+                f"{name} of {cls.__name__} takes {taken}"
+            )
         answer = cls.execute(**inputs)  # type: ignore[attr-defined]
         assert isinstance(answer, NodeOutput) and len(answer.args) == len(schema.outputs)
         return answer
@@ -121,7 +131,9 @@ class Model:
     """A loaded network with its sampling, which patches of objects replace on a clone."""
 
     def __init__(self, network: torch.nn.Module) -> None:
-        self.model = SimpleNamespace(network=network, model_config=SimpleNamespace(sampling_settings={}))
+        self.model = SimpleNamespace(
+            network=network, model_config=SimpleNamespace(sampling_settings={})
+        )
         self.patches: dict[str, Any] = {}
 
     def clone(self) -> Model:
@@ -134,7 +146,9 @@ class Model:
 
 
 class Steps(torch.nn.Module):
-    """The discrete schedule: sigma / alpha at every index, and the index of a sigma, by the nearest logarithm."""
+    """The discrete schedule: sigma / alpha at every index, and the index of a sigma, by the nearest
+    logarithm.
+    """
 
     def __init__(self, model_config: Any = None, zsnr: bool | None = None) -> None:
         super().__init__()
@@ -169,9 +183,13 @@ class V(Eps):
 
 
 def sampler_custom(model: Model, noise: Tensor, sigmas: Tensor, feed: Any) -> Tensor:
-    """Follow the flow as SamplerCustom does with Euler: from pure noise where the first sigma is the largest."""
+    """Follow the flow as SamplerCustom does with Euler: from pure noise where the first sigma is
+    the largest.
+    """
     sampling = model.patches["model_sampling"]
-    assert math.isclose(sampling.sigmas[-1], sigmas[0], rel_tol=1e-5), "it would not start from pure noise"
+    assert math.isclose(sampling.sigmas[-1], sigmas[0], rel_tol=1e-5), (
+        "it would not start from pure noise"
+    )
     x = noise * (1 + sigmas[0] ** 2).sqrt()
     for sigma, after in pairwise(sigmas):
         output = feed(model.model.network, x / (1 + sigma**2).sqrt(), sampling.index(sigma))
@@ -180,7 +198,9 @@ def sampler_custom(model: Model, noise: Tensor, sigmas: Tensor, feed: Any) -> Te
     return x
 
 
-def _load_checkpoint(path: str, *, output_vae: bool, output_clip: bool, embedding_directory: Any, output_model: bool):
+def _load_checkpoint(
+    path: str, *, output_vae: bool, output_clip: bool, embedding_directory: Any, output_model: bool
+):
     CALLS.append(("checkpoint", Path(path).name, output_model))
     bundle = load_bundle(path)
     return Model(bundle.denoiser.network) if output_model else None, bundle.text, bundle.codec, None
@@ -191,7 +211,9 @@ def _load_unet(path: str) -> Model:
     return Model(load_bundle(path).denoiser.network)
 
 
-def _load_lora(model: Model, clip: Any, weights: dict[str, Tensor], on_model: float, on_clip: float):
+def _load_lora(
+    model: Model, clip: Any, weights: dict[str, Tensor], on_model: float, on_clip: float
+):
     (path,) = (entry[1] for entry in CALLS if entry[0] == "lora")
     CALLS.append(("strength", on_model, on_clip))
     twin = Model(copy.deepcopy(model.model.network))
@@ -209,8 +231,18 @@ def _load_weights(path: str, safe_load: bool) -> dict[str, Tensor]:
 def modules() -> dict[str, ModuleType]:
     """Return the modules by name, for `sys.modules`."""
     widget = ("default", "min", "max", "step", "options", "multiline", "control_after_generate")
-    names = {"Model": "MODEL", "Clip": "CLIP", "Vae": "VAE", "Sigmas": "SIGMAS", "Int": "INT", "Float": "FLOAT"}
-    types = {name: _type(type_, widget) for name, type_ in (names | {"String": "STRING", "Combo": "COMBO"}).items()}
+    names = {
+        "Model": "MODEL",
+        "Clip": "CLIP",
+        "Vae": "VAE",
+        "Sigmas": "SIGMAS",
+        "Int": "INT",
+        "Float": "FLOAT",
+    }
+    types = {
+        name: _type(type_, widget)
+        for name, type_ in (names | {"String": "STRING", "Combo": "COMBO"}).items()
+    }
     io = SimpleNamespace(Schema=Schema, NodeOutput=NodeOutput, ComfyNode=ComfyNode, **types)
     contents: dict[str, dict[str, Any]] = {
         "comfy": {"__path__": []},
@@ -220,10 +252,19 @@ def modules() -> dict[str, ModuleType]:
             "load_lora_for_models": _load_lora,
         },
         "comfy.utils": {"load_torch_file": _load_weights},
-        "comfy.model_sampling": {"ModelSamplingDiscrete": Steps, "EPS": Eps, "X0": X0, "V_PREDICTION": V},
+        "comfy.model_sampling": {
+            "ModelSamplingDiscrete": Steps,
+            "EPS": Eps,
+            "X0": X0,
+            "V_PREDICTION": V,
+        },
         "folder_paths": {
-            "get_filename_list": lambda folder: sorted(path.name for path in FOLDERS[folder].glob("*")),
-            "get_full_path_or_raise": lambda folder, name: str((FOLDERS[folder] / name).resolve(strict=True)),
+            "get_filename_list": lambda folder: sorted(
+                path.name for path in FOLDERS[folder].glob("*")
+            ),
+            "get_full_path_or_raise": lambda folder, name: str(
+                (FOLDERS[folder] / name).resolve(strict=True)
+            ),
             "get_folder_paths": lambda folder: [str(FOLDERS[folder])] if folder in FOLDERS else [],
         },
         "comfy_api": {"__path__": []},

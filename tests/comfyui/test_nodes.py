@@ -1,4 +1,6 @@
-"""The nodes in a stand-in for ComfyUI: their schemas hold, and what they hand out draws our own picture."""
+"""The nodes in a stand-in for ComfyUI: their schemas hold, and what they hand out draws our own
+picture.
+"""
 
 import asyncio
 import os
@@ -57,15 +59,19 @@ def drawn(loaded: standin.NodeOutput) -> torch.Tensor:
 
 def ours(bundle: object) -> torch.Tensor:
     foreseen = []
-    generate(bundle, Request(PROMPT, seed=SEED), on_step=lambda step: foreseen.append(step.prediction.x0[0]))
+    generate(
+        bundle,
+        Request(PROMPT, seed=SEED),
+        on_step=lambda step: foreseen.append(step.prediction.x0[0]),
+    )
     return foreseen[-1]
 
 
 def test_the_package_is_imported_without_comfyui() -> None:
-    code = (
-        "import comfyui, sys; print([name for name in sys.modules if name in ('torch', 'comfy_api', 'folder_paths')])"
+    code = "import comfyui, sys; print([name for name in sys.modules if name in ('torch', 'comfy_api', 'folder_paths')])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "[]", found.stderr
 
 
@@ -79,7 +85,9 @@ def test_comfyui_finds_three_nodes(nodes: ModuleType) -> None:
     assert not hasattr(comfyui, "NODE_CLASS_MAPPINGS"), "V1 would win"
 
 
-def test_schemas_are_those_that_workflows_are_checked_against(nodes: ModuleType, shelf: Shelf) -> None:
+def test_schemas_are_those_that_workflows_are_checked_against(
+    nodes: ModuleType, shelf: Shelf
+) -> None:
     shelf.checkpoint("a")
     known = definitions()
     for node in (nodes.TwostepLoader, nodes.TwostepStudentSwitch, nodes.TwostepContract):
@@ -122,7 +130,9 @@ def test_the_wrong_prediction_would_show(nodes: ModuleType, shelf: Shelf) -> Non
     path = shelf.checkpoint("one", student_of(1))
     shelf.configs(path)
     loaded = nodes.TwostepLoader.run(file="checkpoints/one.safetensors", base="none", strength=1.0)
-    loaded.args[0].patches["model_sampling"] = type("Wrong", (standin.Steps, standin.Eps), {})(SimpleNamespace())
+    loaded.args[0].patches["model_sampling"] = type("Wrong", (standin.Steps, standin.Eps), {})(
+        SimpleNamespace()
+    )
     assert (drawn(loaded) - ours(load_bundle(path))).abs().max() > 0.1
 
 
@@ -160,7 +170,9 @@ def test_a_lora_makes_its_base_a_student(nodes: ModuleType, shelf: Shelf) -> Non
     lora = shelf.lora("fast", contract)
     for strength in (1.0, 0.5):
         standin.CALLS.clear()
-        loaded = nodes.TwostepLoader.run(file="loras/fast.safetensors", base="anime.safetensors", strength=strength)
+        loaded = nodes.TwostepLoader.run(
+            file="loras/fast.safetensors", base="anime.safetensors", strength=strength
+        )
         assert standin.CALLS[-1] == ("strength", strength, strength) and loaded.args[4:] == (4, 1.0)
         bundle = load_bundle(base)
         merge_lora(read_lora(lora, bundle.parts), bundle.parts, weight=strength)

@@ -20,7 +20,10 @@ def lora_for(steps: int, **changes: object) -> Contract:
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_sigmas_are_those_of_diffusers_trailing_times(steps: int) -> None:
     scheduler = EulerDiscreteScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing"
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="trailing",
     )
     scheduler.set_timesteps(steps)
     found = sigmas(student_of(steps))
@@ -63,19 +66,32 @@ def test_official_files_are_known_by_name(shelf: Shelf) -> None:
 
 def test_a_checkpoint_that_says_nothing_is_a_teacher(shelf: Shelf) -> None:
     plain = read_contract(shelf.checkpoint("plain"))
-    assert (plain.role, plain.prediction_type, plain.steps, plain.guidance) == ("teacher", "eps", 32, 6)
+    assert (plain.role, plain.prediction_type, plain.steps, plain.guidance) == (
+        "teacher",
+        "eps",
+        32,
+        6,
+    )
     assert read_contract(shelf.checkpoint("v", v_pred=torch.zeros(0))).prediction_type == "v"
     with pytest.raises(ModelError, match="zero-SNR"):
         read_contract(shelf.checkpoint("z", v_pred=torch.zeros(0), ztsnr=torch.zeros(0)))
     other = shelf.root / "checkpoints" / "sd15.safetensors"
-    save_file({"first_stage_model.x": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)}, other)
-    with pytest.raises(ModelError, match=r"sd15.safetensors is no whole SDXL checkpoint: it has no model.diffusion"):
+    save_file(
+        {"first_stage_model.x": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)},
+        other,
+    )
+    with pytest.raises(
+        ModelError, match=r"sd15.safetensors is no whole SDXL checkpoint: it has no model.diffusion"
+    ):
         read_contract(other)
 
 
 def test_what_nobody_can_know_is_told(shelf: Shelf) -> None:
     for path in (shelf.unet("x"), shelf.lora("x")):
-        with pytest.raises(ModelError, match="carries no sampling contract, and its name is none of the official ones"):
+        with pytest.raises(
+            ModelError,
+            match="carries no sampling contract, and its name is none of the official ones",
+        ):
             read_contract(path)
 
 
@@ -104,12 +120,16 @@ def test_a_style_trained_on_a_student_goes_on_that_one(shelf: Shelf) -> None:
 
 
 def test_the_student_of_so_many_steps_is_found_beside(shelf: Shelf) -> None:
-    files = {steps: shelf.unet(f"student-{chr(96 + steps)}", student_of(steps)) for steps in (1, 2, 4, 8)}
+    files = {
+        steps: shelf.unet(f"student-{chr(96 + steps)}", student_of(steps)) for steps in (1, 2, 4, 8)
+    }
     shelf.unet("another-base", student_of(2, base="other"))
     shelf.unet("unsaid")
     for steps, path in files.items():
         assert student_beside(files[4], steps) == path
-    with pytest.raises(ContractError, match=r"draws in 3 steps; there are students for 8, 4, 2, 1\."):
+    with pytest.raises(
+        ContractError, match=r"draws in 3 steps; there are students for 8, 4, 2, 1\."
+    ):
         student_beside(files[4], 3)
     with pytest.raises(ContractError, match="choose one of the students"):
         student_beside(shelf.root / "diffusion_models" / "unsaid.safetensors", 2)
@@ -144,7 +164,11 @@ def test_a_damaged_neighbour_matters_only_where_a_student_is_missing(shelf: Shel
 
 def test_the_kinds_of_file_are_families_of_their_own(shelf: Shelf) -> None:
     (shelf.root / "all").mkdir()
-    paths = [shelf.unet("u4", student_of(4)), shelf.lora("l2", lora_for(2)), shelf.checkpoint("c2", student_of(2))]
+    paths = [
+        shelf.unet("u4", student_of(4)),
+        shelf.lora("l2", lora_for(2)),
+        shelf.checkpoint("c2", student_of(2)),
+    ]
     unet, lora, whole = (path.rename(shelf.root / "all" / path.name) for path in paths)
     with pytest.raises(ContractError, match="there are students for 4"):
         student_beside(unet, 2)

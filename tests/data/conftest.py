@@ -30,7 +30,9 @@ def pictures(tmp_path: Path, draw: Callable[..., Image.Image]) -> Path:
     """Five captioned pictures of three shapes in a folder and its subfolder."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
-    for number, (width, height) in enumerate([(64, 64), (90, 80), (128, 64), (60, 120), (200, 100)]):
+    for number, (width, height) in enumerate(
+        [(64, 64), (90, 80), (128, 64), (60, 120), (200, 100)]
+    ):
         path = folder / ("more" if number > 2 else "") / f"{number}.png"
         draw(width, height, number).save(path)
         path.with_suffix(".txt").write_text(f"a red fox {number}")

@@ -1,4 +1,6 @@
-"""The cache: it holds what encoding gives, goes on where it was killed, and refuses what does not fit."""
+"""The cache: it holds what encoding gives, goes on where it was killed, and refuses what does not
+fit.
+"""
 
 import json
 import random
@@ -21,7 +23,9 @@ SIZES = ((64, 64), (96, 48), (48, 96))
 
 
 def fill(pictures: Path, bundle: Bundle, folder: Path, **options: object) -> CachedSource:
-    cache_pictures(find_entries(str(pictures)), bundle, folder, sizes=SIZES, batch_size=2, **options)
+    cache_pictures(
+        find_entries(str(pictures)), bundle, folder, sizes=SIZES, batch_size=2, **options
+    )
     return load_cache(folder, bundle)
 
 
@@ -40,14 +44,20 @@ def test_it_holds_what_encoding_gives(pictures: Path, bundle: Bundle, tmp_path: 
     held = items(tmp_path / "cache")
     for entry in find_entries(str(pictures)):
         pixels, _ = cut(read_picture(entry, Demands()), SIZES)
-        torch.testing.assert_close(held[entry.name].float(), bundle.codec.encode(pixels[None])[0], atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(
+            held[entry.name].float(), bundle.codec.encode(pixels[None])[0], atol=5e-3, rtol=5e-3
+        )
 
 
-def test_a_batch_is_of_one_size_with_its_own_conditioning(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_batch_is_of_one_size_with_its_own_conditioning(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     source = fill(pictures, bundle, tmp_path / "cache")
     seen = set()
     for seed in range(20):
-        latents, conditioning = source.draw(3, torch.Generator().manual_seed(seed), random.Random(seed))
+        latents, conditioning = source.draw(
+            3, torch.Generator().manual_seed(seed), random.Random(seed)
+        )
         height, width = latents.shape[2] * 4, latents.shape[3] * 4
         assert conditioning.sizes[:, 4:].tolist() == [[height, width]] * 3
         seen.add((width, height))
@@ -59,7 +69,9 @@ def test_a_batch_is_of_one_size_with_its_own_conditioning(pictures: Path, bundle
     assert seen == set(SIZES)
 
 
-def test_a_broken_picture_is_named_and_the_rest_is_kept(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_broken_picture_is_named_and_the_rest_is_kept(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     (pictures / "1.png").write_bytes(b"broken")
     (pictures / "2.txt").unlink()
     writer = cache_pictures(find_entries(str(pictures)), bundle, tmp_path / "cache", sizes=SIZES)
@@ -87,7 +99,10 @@ def test_killed_it_goes_on_and_holds_everything_once(
     fill(pictures, bundle, tmp_path / "whole")
     whole, resumed = items(tmp_path / "whole"), items(tmp_path / "cut")
     assert set(whole) == set(resumed)
-    assert sum(len(cache_module.read_shard(path).names) for path in (tmp_path / "cut").glob("shard-*")) == 5
+    assert (
+        sum(len(cache_module.read_shard(path).names) for path in (tmp_path / "cut").glob("shard-*"))
+        == 5
+    )
     # A batch of another composition rounds differently.
     assert all(torch.allclose(whole[name], resumed[name], atol=2e-3) for name in whole)
 
@@ -151,7 +166,9 @@ def test_damage_is_told(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
         load_cache(tmp_path / "cache", bundle)
 
 
-def test_latents_that_are_no_numbers_are_skipped_by_name(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_latents_that_are_no_numbers_are_skipped_by_name(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     calls = []
 
     class Overflowing(ImageCodec):
@@ -162,7 +179,11 @@ def test_latents_that_are_no_numbers_are_skipped_by_name(pictures: Path, bundle:
 
     codec = Overflowing(bundle.codec.vae)
     writer = cache_pictures(
-        find_entries(str(pictures)), replace(bundle, codec=codec), tmp_path / "cache", sizes=SIZES, batch_size=1
+        find_entries(str(pictures)),
+        replace(bundle, codec=codec),
+        tmp_path / "cache",
+        sizes=SIZES,
+        batch_size=1,
     )
     assert writer.num_cached == 4
     assert list(writer.skipped) == ["0.png"]
@@ -171,5 +192,9 @@ def test_latents_that_are_no_numbers_are_skipped_by_name(pictures: Path, bundle:
 def test_nothing_usable_is_an_error(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"5 items were skipped.*0.png because it is 64x64"):
         cache_pictures(
-            find_entries(str(pictures)), bundle, tmp_path / "cache", sizes=SIZES, demands=Demands(min_side=1000)
+            find_entries(str(pictures)),
+            bundle,
+            tmp_path / "cache",
+            sizes=SIZES,
+            demands=Demands(min_side=1000),
         )

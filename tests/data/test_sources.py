@@ -1,4 +1,6 @@
-"""Own pictures: every kind of source gives the same entries, cuts are right, and what cannot be used says why."""
+"""Own pictures: every kind of source gives the same entries, cuts are right, and what cannot be
+used says why.
+"""
 
 import io
 import json
@@ -10,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from twostep.data.sources import DataError, Demands, Entry, UnusablePictureError, cut, find_entries, read_picture
+from twostep.data.sources import (
+    DataError,
+    Demands,
+    Entry,
+    UnusablePictureError,
+    cut,
+    find_entries,
+    read_picture,
+)
 from twostep.data.sources import sharpness as sharpness_of
 from twostep.models.contracts import sizes_around
 
@@ -31,10 +41,14 @@ def test_a_folder_is_read_with_its_captions(pictures: Path) -> None:
     assert read_picture(entries[4], Demands()).size == (200, 100)
 
 
-def test_lines_shards_and_datasets_give_what_the_folder_gives(pictures: Path, tmp_path: Path) -> None:
+def test_lines_shards_and_datasets_give_what_the_folder_gives(
+    pictures: Path, tmp_path: Path
+) -> None:
     expected = list(find_entries(str(pictures)))
     lines = pictures / "all.jsonl"
-    lines.write_text("\n".join(json.dumps({"image": entry.name, "caption": entry.caption}) for entry in expected))
+    lines.write_text(
+        "\n".join(json.dumps({"image": entry.name, "caption": entry.caption}) for entry in expected)
+    )
     with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
         for number, entry in enumerate(expected):
             for ending, content in (("png", entry.read()), ("txt", str(entry.caption).encode())):
@@ -46,7 +60,10 @@ def test_lines_shards_and_datasets_give_what_the_folder_gives(pictures: Path, tm
     for number, entry in enumerate(expected):
         (hub / f"{number}.png").write_bytes(entry.read())
     (hub / "metadata.jsonl").write_text(
-        "\n".join(json.dumps({"file_name": f"{i}.png", "text": entry.caption}) for i, entry in enumerate(expected))
+        "\n".join(
+            json.dumps({"file_name": f"{i}.png", "text": entry.caption})
+            for i, entry in enumerate(expected)
+        )
     )
     for source in (str(lines), str(tmp_path / "shard-*.tar"), f"hf:{hub}", str(hub)):
         found = list(find_entries(source))
@@ -80,7 +97,11 @@ def test_a_picture_stands_upright_on_white(draw: Callable[..., Image.Image]) -> 
     assert read_picture(Entry("a", "x", turned.getvalue), Demands()).size == (20, 40)
     clear = io.BytesIO()
     Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(clear, "PNG")
-    assert read_picture(Entry("a", "x", clear.getvalue), Demands()).getpixel((4, 4)) == (255, 255, 255)
+    assert read_picture(Entry("a", "x", clear.getvalue), Demands()).getpixel((4, 4)) == (
+        255,
+        255,
+        255,
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +115,11 @@ def test_a_picture_stands_upright_on_white(draw: Callable[..., Image.Image]) -> 
     ],
 )
 def test_what_cannot_be_used_says_why(
-    caption: str | None, content: bytes | None, demands: Demands, reason: str, draw: Callable[..., Image.Image]
+    caption: str | None,
+    content: bytes | None,
+    demands: Demands,
+    reason: str,
+    draw: Callable[..., Image.Image],
 ) -> None:
     picture = draw(64, 64)
     with pytest.raises(UnusablePictureError, match=reason):
@@ -110,7 +135,9 @@ def test_blurring_lowers_the_sharpness(draw: Callable[..., Image.Image]) -> None
 def test_sizes_keep_the_area_and_hold_those_of_sdxl() -> None:
     sizes = sizes_around(1024, 64)
     assert sizes[0] == (1024, 1024)
-    assert {(1152, 896), (1216, 832), (1344, 768), (896, 1152), (832, 1216), (768, 1344)} <= set(sizes)
+    assert {(1152, 896), (1216, 832), (1344, 768), (896, 1152), (832, 1216), (768, 1344)} <= set(
+        sizes
+    )
     assert len(set(sizes)) == len(sizes)
     for width, height in sizes:
         assert width % 64 == height % 64 == 0

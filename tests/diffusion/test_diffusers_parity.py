@@ -1,4 +1,6 @@
-"""The same walk as diffusers' Euler scheduler with trailing spacing, apart from its documented start."""
+"""The same walk as diffusers' Euler scheduler with trailing spacing, apart from its documented
+start.
+"""
 
 import pytest
 import torch

@@ -31,7 +31,9 @@ def test_step_mixes_at_the_lower_time(schedule, randn):
     x_s = step(prediction, torch.tensor([0, 250, 750]), schedule)
     assert torch.equal(x_s[0], prediction.x0[0])
     for item, s in ((1, 250), (2, 750)):
-        expected = schedule.alphas[s] * prediction.x0[item] + schedule.sigmas[s] * prediction.eps[item]
+        expected = (
+            schedule.alphas[s] * prediction.x0[item] + schedule.sigmas[s] * prediction.eps[item]
+        )
         torch.testing.assert_close(x_s[item], expected)
 
 
@@ -127,7 +129,11 @@ def test_one_network_call_per_interval_and_every_prediction_is_shown(schedule, r
         return calls[-1]
 
     landed = solve(
-        denoise, randn(2, 3), falling(4, 2), schedule, on_step=lambda i, prediction: shown.append((i, prediction))
+        denoise,
+        randn(2, 3),
+        falling(4, 2),
+        schedule,
+        on_step=lambda i, prediction: shown.append((i, prediction)),
     )
     assert [i for i, _ in shown] == [0, 1, 2, 3]
     assert all(seen is made for (_, seen), made in zip(shown, calls, strict=True))
@@ -137,7 +143,9 @@ def test_one_network_call_per_interval_and_every_prediction_is_shown(schedule, r
 def test_stopping_on_the_way_and_going_on_is_the_same_walk(schedule, randn):
     denoise, x, times = gaussian(0.7, 0.5, schedule), randn(2, 3), falling(8, 2)
     half = solve(denoise, x, times[:5], schedule)
-    assert torch.equal(solve(denoise, half, times[4:], schedule), solve(denoise, x, times, schedule))
+    assert torch.equal(
+        solve(denoise, half, times[4:], schedule), solve(denoise, x, times, schedule)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,4 +164,6 @@ def test_the_dtype_stays(schedule, randn, dtype):
 )
 def test_times_that_cannot_be_walked_are_refused(schedule, randn, times, complaint):
     with pytest.raises(FlowError, match=complaint):
-        inspect.unwrap(solve)(gaussian(0.7, 0.5, schedule), randn(2, 3), torch.tensor(times), schedule)
+        inspect.unwrap(solve)(
+            gaussian(0.7, 0.5, schedule), randn(2, 3), torch.tensor(times), schedule
+        )

@@ -11,7 +11,12 @@ from twostep.diffusion import GridError, landing, trailing_times
 
 @pytest.mark.parametrize(
     ("num_steps", "indices"),
-    [(8, [999, 874, 749, 624, 499, 374, 249, 124]), (4, [999, 749, 499, 249]), (2, [999, 499]), (1, [999])],
+    [
+        (8, [999, 874, 749, 624, 499, 374, 249, 124]),
+        (4, [999, 749, 499, 249]),
+        (2, [999, 499]),
+        (1, [999]),
+    ],
 )
 def test_the_published_grids(num_steps, indices):
     assert [t - 1 for t in trailing_times(num_steps)] == indices
@@ -22,7 +27,9 @@ def test_grids_nest_from_128_down(num_steps):
     assert trailing_times(2 * num_steps)[::2] == trailing_times(num_steps)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 6, 7, 8, 16, 25, 30, 32, 50, 64, 100, 128, 1000])
+@pytest.mark.parametrize(
+    "num_steps", [1, 2, 3, 4, 5, 6, 7, 8, 16, 25, 30, 32, 50, 64, 100, 128, 1000]
+)
 def test_the_indices_of_diffusers(num_steps):
     scheduler = EulerDiscreteScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(num_steps)

@@ -57,7 +57,9 @@ def test_an_eps_error_at_the_top_is_multiplied_in_x0(schedule, randn):
     x_t, eps = randn(1, 8), randn(1, 8)
     alpha, sigma = schedule.coefficients(torch.tensor([1000]), x_t)
     right, wrong = (prediction_from_output(e, x_t, alpha, sigma, "eps") for e in (eps, eps + 1))
-    torch.testing.assert_close(right.x0 - wrong.x0, torch.full((1, 8), 14.6146, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        right.x0 - wrong.x0, torch.full((1, 8), 14.6146, dtype=torch.float64), rtol=1e-5, atol=0
+    )
 
 
 def test_an_unknown_type_is_named_with_the_known_ones(point):
@@ -69,7 +71,9 @@ def test_an_unknown_type_is_named_with_the_known_ones(point):
 
 def test_guidance_pushes_away_from_the_unconditional(point, randn):
     *_, x_t, alpha, sigma = point
-    with_text, without = (prediction_from_output(randn(*x_t.shape), x_t, alpha, sigma, "eps") for _ in range(2))
+    with_text, without = (
+        prediction_from_output(randn(*x_t.shape), x_t, alpha, sigma, "eps") for _ in range(2)
+    )
     guided = guide(with_text, without, 4.0)
     torch.testing.assert_close(guided.eps, 4 * with_text.eps - 3 * without.eps)
     torch.testing.assert_close(guided.x0, eps_to_x0(guided.eps, x_t, alpha, sigma))

@@ -24,8 +24,12 @@ def test_time_zero_is_clean_and_signal_falls(schedule):
 def test_variance_is_preserved_and_betas_are_those_of_diffusers(kind):
     schedule = getattr(NoiseSchedule, kind)(num_times=1000, beta_start=0.00085, beta_end=0.012)
     theirs = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=kind)
-    torch.testing.assert_close(schedule.alphas**2 + schedule.sigmas**2, torch.ones(1001, dtype=torch.float64))
-    torch.testing.assert_close(schedule.alphas[1:].float() ** 2, theirs.alphas_cumprod, rtol=3e-5, atol=0)
+    torch.testing.assert_close(
+        schedule.alphas**2 + schedule.sigmas**2, torch.ones(1001, dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        schedule.alphas[1:].float() ** 2, theirs.alphas_cumprod, rtol=3e-5, atol=0
+    )
 
 
 def test_from_betas_multiplies_them_up():
@@ -66,7 +70,9 @@ def test_noise_is_mixed_per_item_and_pure_at_the_top(schedule, randn):
     x_t = schedule.add_noise(x0, eps, torch.tensor([0, 1, 999, 1000]))
     torch.testing.assert_close(x_t[0], x0[0], rtol=0, atol=0)
     for item, t in ((1, 1), (2, 999)):
-        torch.testing.assert_close(x_t[item], schedule.alphas[t] * x0[item] + schedule.sigmas[t] * eps[item])
+        torch.testing.assert_close(
+            x_t[item], schedule.alphas[t] * x0[item] + schedule.sigmas[t] * eps[item]
+        )
     assert torch.equal(x_t[3], eps[3])
 
 

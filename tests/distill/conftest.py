@@ -20,7 +20,9 @@ class Handful:
     def __init__(self, text: TextEncoders) -> None:
         self.text = text
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
         latents = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(3))
         rows = torch.randint(16, (count,), generator=tensors)
         captions = [words.choice(("a red fox", "")) for _ in range(count)]

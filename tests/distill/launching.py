@@ -1,4 +1,6 @@
-"""Several processes on this machine's CPU, each told its rank as torchrun would, and what their runs leave behind."""
+"""Several processes on this machine's CPU, each told its rank as torchrun would, and what their
+runs leave behind.
+"""
 
 import json
 import multiprocessing
@@ -30,7 +32,9 @@ SHARED = {
 CLOCKS = {"time", "seconds_per_iteration"}
 FORKS = multiprocessing.get_context("forkserver")
 # What every process would import anew, which takes longer than what it then does.
-FORKS.set_forkserver_preload(["twostep.distill", "examples.nano.latents", "twostep.data.cache", "accelerate"])
+FORKS.set_forkserver_preload(
+    ["twostep.distill", "examples.nano.latents", "twostep.data.cache", "accelerate"]
+)
 WORK = """
 import os, sys
 file = os.open({output!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -68,7 +72,9 @@ COMMAND = "from twostep.cli import app; app({arguments!r})"
 
 @dataclass(frozen=True)
 class Launch:
-    """Processes that run the same code, each told its rank as torchrun would, and where their output is."""
+    """Processes that run the same code, each told its rank as torchrun would, and where their
+    output is.
+    """
 
     processes: list[ForkServerProcess]
     outputs: list[Path]
@@ -106,7 +112,12 @@ def launch(code: str, folder: Path, *, count: int = 2) -> Launch:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = str(unused.getsockname()[1])
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    told = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
     told |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"{i}.txt" for i in range(count)]
@@ -128,12 +139,24 @@ def distill(recipe: Path, *, count: int = 2) -> Launch:
     return launch(COMMAND.format(arguments=command(recipe)), recipe.parent / "said", count=count)
 
 
-def write_recipe(folder: Path, model: Path, phases: list[dict[str, object]], **changes: object) -> Path:
-    values = {"model": str(model), "device": "cpu", "release": [4, 2], "sample_prompts": ["a red fox"]}
-    values |= {"data": "examples.nano.latents:drawings", "data_options": {"variants": 1, "emoji": str(EMOJI)}}
+def write_recipe(
+    folder: Path, model: Path, phases: list[dict[str, object]], **changes: object
+) -> Path:
+    values = {
+        "model": str(model),
+        "device": "cpu",
+        "release": [4, 2],
+        "sample_prompts": ["a red fox"],
+    }
+    values |= {
+        "data": "examples.nano.latents:drawings",
+        "data_options": {"variants": 1, "emoji": str(EMOJI)},
+    }
     folder.mkdir(exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(tomli_w.dumps({**values, **changes, "phases": [SHARED | phase for phase in phases]}))
+    path.write_text(
+        tomli_w.dumps({**values, **changes, "phases": [SHARED | phase for phase in phases]})
+    )
     return path
 
 
@@ -147,7 +170,9 @@ def figures(out: Path) -> dict[tuple[str, int], dict[str, float]]:
     for line in lines(out):
         if "iteration" in line:
             key = (line.pop("part"), line.pop("iteration"))
-            found.setdefault(key, {}).update({name: line[name] for name in line if name not in CLOCKS})
+            found.setdefault(key, {}).update(
+                {name: line[name] for name in line if name not in CLOCKS}
+            )
     return found
 
 
@@ -157,26 +182,39 @@ def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {path.stem: torch.load(path, weights_only=True)["weights"] for path in paths}
 
 
-def run_chain(folder: Path, model: Path, phases: list[dict[str, object]], *, count: int = 2, **changes: object) -> Path:
+def run_chain(
+    folder: Path, model: Path, phases: list[dict[str, object]], *, count: int = 2, **changes: object
+) -> Path:
     """Distil by these phases and return the run's folder."""
     recipe = write_recipe(folder, model, phases, **changes)
     assert distill(recipe, count=count).succeed().count("written:") == 2
-    assert [line["processes"] for line in lines(recipe.with_suffix("")) if line["part"] == "environment"] == [count]
+    assert [
+        line["processes"] for line in lines(recipe.with_suffix("")) if line["part"] == "environment"
+    ] == [count]
     return recipe.with_suffix("")
 
 
-def check_same(alone: Path, together: Path, phases: list[dict[str, object]], *, of_norms: float = 1e-5) -> None:
-    """Compare figures and weights of one and the same chain by one process and by several; all but norms to 1e-5."""
+def check_same(
+    alone: Path, together: Path, phases: list[dict[str, object]], *, of_norms: float = 1e-5
+) -> None:
+    """Compare figures and weights of one and the same chain by one process and by several; all but
+    norms to 1e-5.
+    """
     one, two = figures(alone), figures(together)
     num_iterations = sum(int((SHARED | phase)["iterations"]) for phase in phases)
     assert len(one) == num_iterations
     assert one.keys() == two.keys()
-    # The accuracy is a count of signs: one logit near zero would tip it. Looks are of weights, compared below.
+    # The accuracy is a count of signs: one logit near zero would tip it. Looks are of weights,
+    # compared below.
     left_out = {"accuracy", "saturation", "contrast", "diversity"}
     assert all(one[key].keys() == two[key].keys() for key in one)
-    pairs = [(name, one[key][name], two[key][name]) for key in one for name in one[key].keys() - left_out]
+    pairs = [
+        (name, one[key][name], two[key][name]) for key in one for name in one[key].keys() - left_out
+    ]
     for name, before, after in pairs:
-        assert after == pytest.approx(before, rel=of_norms if "gradient" in name else 1e-5, abs=1e-5), name
+        assert after == pytest.approx(
+            before, rel=of_norms if "gradient" in name else 1e-5, abs=1e-5
+        ), name
     assert any(before != after for _, before, after in pairs), "both are the same run"
     # Adam turns rounding where a gradient is all but zero into steps of up to the rate.
     bound = 2 * num_iterations * SHARED["learning_rate"]
@@ -193,4 +231,8 @@ def check_equal(one: Path, other: Path) -> None:
     assert figures(one) == figures(other)
     expected, found = weights(one), weights(other)
     assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name][key], value) for name in expected for key, value in expected[name].items())
+    assert all(
+        torch.equal(found[name][key], value)
+        for name in expected
+        for key, value in expected[name].items()
+    )

@@ -1,4 +1,6 @@
-"""The chain: every phase hands its student on, and what is released loads and says how to sample it."""
+"""The chain: every phase hands its student on, and what is released loads and says how to sample
+it.
+"""
 
 import json
 from dataclasses import replace
@@ -33,7 +35,13 @@ RECIPE = DistillRecipe.model_validate(
         "release": [4, 2, 1],
         "sample_prompts": ["a red fox", ""],
         "phases": [
-            {"student_steps": 32, "teacher_steps": 128, "objective": "mse", "guidance": 3.0, **SHARED},
+            {
+                "student_steps": 32,
+                "teacher_steps": 128,
+                "objective": "mse",
+                "guidance": 3.0,
+                **SHARED,
+            },
             {"student_steps": 8, "teacher_steps": 32, "objective": "conditional", **SHARED},
             {"student_steps": 4, "teacher_steps": 8, "objective": "unconditional", **SHARED},
             {"student_steps": 2, "teacher_steps": 8, "objective": "unconditional", **SHARED},
@@ -44,7 +52,9 @@ RECIPE = DistillRecipe.model_validate(
 )
 
 
-def test_the_whole_chain_runs_and_its_students_load(teacher: Bundle, source: object, tmp_path: Path) -> None:
+def test_the_whole_chain_runs_and_its_students_load(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
     folder = RunFolder(tmp_path / "run", RECIPE)
     written = distil(RECIPE, teacher, source, folder, version="0", recipe_name="test")
     assert sorted(written) == [1, 2, 4]
@@ -58,8 +68,12 @@ def test_the_whole_chain_runs_and_its_students_load(teacher: Bundle, source: obj
     assert {steps: path.read_bytes() for steps, path in again.items()} == before
 
 
-def test_an_inpainting_model_is_refused_before_anything_runs(teacher: Bundle, source: object, tmp_path: Path) -> None:
-    network = UNet2DConditionModel.from_config({**teacher.denoiser.network.config, "in_channels": 9})
+def test_an_inpainting_model_is_refused_before_anything_runs(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    network = UNet2DConditionModel.from_config(
+        {**teacher.denoiser.network.config, "in_channels": 9}
+    )
     inpainting = replace(teacher, denoiser=replace(teacher.denoiser, network=network))
     folder = RunFolder(tmp_path / "run", RECIPE)
     with pytest.raises(ModelError, match="random has an inpainting UNet, which is no teacher here"):
@@ -68,24 +82,41 @@ def test_an_inpainting_model_is_refused_before_anything_runs(teacher: Bundle, so
 
 
 def test_conversion_keeps_the_students_x0(teacher: Bundle) -> None:
-    """Same weights, other prediction type: the converted student must be trained towards the eps student's x0."""
+    """Same weights, other prediction type: the converted student must be trained towards the eps
+    student's x0.
+    """
     t = torch.tensor([1000, 500])
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     conditioning = teacher.text.conditioning(["a red fox", ""], 64, 64)
     as_eps = teacher.denoiser(x, t, conditioning)
-    as_x0 = type(teacher.denoiser)(teacher.denoiser.network, teacher.denoiser.schedule, "x0")(x, t, conditioning)
+    as_x0 = type(teacher.denoiser)(teacher.denoiser.network, teacher.denoiser.schedule, "x0")(
+        x, t, conditioning
+    )
     assert torch.allclose(as_x0.x0, as_eps.eps)
     assert not torch.allclose(as_x0.x0, as_eps.x0)
 
 
-def test_a_student_teaches_in_its_own_steps_without_guidance(teacher: Bundle, source: object, tmp_path: Path) -> None:
-    contract = replace(teacher.contract, role="student", steps=8, guidance=1.0, trained_times=(1000,))
+def test_a_student_teaches_in_its_own_steps_without_guidance(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    contract = replace(
+        teacher.contract, role="student", steps=8, guidance=1.0, trained_times=(1000,)
+    )
     student = replace(teacher, contract=contract)
 
     def chain(**phase: object) -> None:
         phases = [{"student_steps": 4, "teacher_steps": 8, "objective": "mse", **SHARED, **phase}]
-        recipe = DistillRecipe.model_validate({"release": [], "sample_prompts": ["x"], "phases": phases})
-        distil(recipe, student, source, RunFolder(tmp_path / str(phase), recipe), version="0", recipe_name="test")
+        recipe = DistillRecipe.model_validate(
+            {"release": [], "sample_prompts": ["x"], "phases": phases}
+        )
+        distil(
+            recipe,
+            student,
+            source,
+            RunFolder(tmp_path / str(phase), recipe),
+            version="0",
+            recipe_name="test",
+        )
 
     chain()
     with pytest.raises(RecipeError, match="wants 32 steps of random, which draws in exactly 8"):
@@ -106,9 +137,28 @@ LORAS = DistillRecipe.model_validate(
         "release": [8, 4],
         "sample_prompts": ["a red fox"],
         "phases": [
-            {"student_steps": 32, "teacher_steps": 128, "objective": "mse", "guidance": 3.0, "lora_rank": 4, **SHARED},
-            {"student_steps": 8, "teacher_steps": 32, "objective": "conditional", "lora_rank": 4, **SHARED},
-            {"student_steps": 4, "teacher_steps": 8, "objective": "unconditional", "lora_rank": 4, **SHARED},
+            {
+                "student_steps": 32,
+                "teacher_steps": 128,
+                "objective": "mse",
+                "guidance": 3.0,
+                "lora_rank": 4,
+                **SHARED,
+            },
+            {
+                "student_steps": 8,
+                "teacher_steps": 32,
+                "objective": "conditional",
+                "lora_rank": 4,
+                **SHARED,
+            },
+            {
+                "student_steps": 4,
+                "teacher_steps": 8,
+                "objective": "unconditional",
+                "lora_rank": 4,
+                **SHARED,
+            },
             {"student_steps": 2, "teacher_steps": 8, "objective": "unconditional", **SHARED},
         ],
     }
@@ -119,19 +169,28 @@ def test_a_chain_of_loras_shares_one_base_and_leaves_it_as_it_was(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
     base = {key: value.clone() for key, value in teacher.denoiser.network.state_dict().items()}
-    written = distil(LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test")
+    written = distil(
+        LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test"
+    )
     assert list(teacher.denoiser.network.state_dict()) == list(base)
-    assert all(torch.equal(value, base[key]) for key, value in teacher.denoiser.network.state_dict().items())
+    assert all(
+        torch.equal(value, base[key])
+        for key, value in teacher.denoiser.network.state_dict().items()
+    )
     assert {steps: path.name for steps, path in written.items()} == {
         8: "random_8step_lora.safetensors",
         4: "random_4step_lora.safetensors",
     }
     before = {steps: path.read_bytes() for steps, path in written.items()}
-    again = distil(LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test")
+    again = distil(
+        LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test"
+    )
     assert {steps: path.read_bytes() for steps, path in again.items()} == before
 
 
-def test_a_released_lora_loads_as_what_was_trained(teacher: Bundle, source: object, tmp_path: Path) -> None:
+def test_a_released_lora_loads_as_what_was_trained(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
     folder = RunFolder(tmp_path / "run", LORAS)
     written = distil(LORAS, teacher, source, folder, version="0", recipe_name="test")
     loaded = load_bundle(written[4])
@@ -141,10 +200,16 @@ def test_a_released_lora_loads_as_what_was_trained(teacher: Bundle, source: obje
     assert kept is not None
     lora = add_lora(teacher.denoiser.network, "check", rank=4)
     lora.load_state_dict(kept["weights"])
-    t, x = torch.tensor([1000]), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    t, x = (
+        torch.tensor([1000]),
+        torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+    )
     conditioning = teacher.text.conditioning(["a red fox"], 64, 64)
     expected = replace(teacher.denoiser, lora="check")(x, t, conditioning).eps
-    torch.testing.assert_close(loaded.denoiser(x, t, conditioning).eps, expected, atol=5e-3, rtol=5e-3)  # fp16
+    # fp16
+    torch.testing.assert_close(
+        loaded.denoiser(x, t, conditioning).eps, expected, atol=5e-3, rtol=5e-3
+    )
 
 
 def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alone(
@@ -158,24 +223,36 @@ def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alo
             parameter.add_(0.05)
     taught = replace(teacher.denoiser, lora="8-step")
     judge = LoraDiscriminator(taught, pairs=True, rank=4)
-    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1000, 500])
+    x, t = (
+        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1000, 500]),
+    )
     conditioning = teacher.text.conditioning(["a red fox", ""], 64, 64)
     merged = Discriminator(taught, pairs=True)
     torch.testing.assert_close(
-        judge.features(x, t, conditioning), merged.features(x, t, conditioning), atol=1e-3, rtol=1e-4
+        judge.features(x, t, conditioning),
+        merged.features(x, t, conditioning),
+        atol=1e-3,
+        rtol=1e-4,
     )
     assert all(parameter.requires_grad for parameter in running.parameters())
-    judge.judge(judge.features(x, t, conditioning), judge.features(x, t, conditioning)).sum().backward()
+    judge.judge(
+        judge.features(x, t, conditioning), judge.features(x, t, conditioning)
+    ).sum().backward()
     assert all(parameter.grad is not None for parameter in judge.lora.parameters())
     others = [*kept.parameters(), *running.parameters()]
     assert all(parameter.grad is None for parameter in others)
     state = judge.state_dict()
     again = LoraDiscriminator(taught, pairs=True, rank=4)
     again.load_state_dict(state)
-    assert all(torch.equal(value, state["head"][key]) for key, value in again.head.state_dict().items())
+    assert all(
+        torch.equal(value, state["head"][key]) for key, value in again.head.state_dict().items()
+    )
 
 
-def test_a_whole_phase_on_one_base_resumes_bit_for_bit(teacher: Bundle, source: object, tmp_path: Path) -> None:
+def test_a_whole_phase_on_one_base_resumes_bit_for_bit(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
     phases = [
         {
             **{"student_steps": 4, "teacher_steps": 8, "objective": "conditional", "lora_rank": 4},
@@ -183,7 +260,9 @@ def test_a_whole_phase_on_one_base_resumes_bit_for_bit(teacher: Bundle, source: 
             **(SHARED | {"iterations": 4, "checkpoint_every": 2}),
         }
     ]
-    recipe = DistillRecipe.model_validate({"release": [4], "sample_prompts": ["a red fox"], "phases": phases})
+    recipe = DistillRecipe.model_validate(
+        {"release": [4], "sample_prompts": ["a red fox"], "phases": phases}
+    )
 
     class Killed(Exception):
         pass
@@ -195,7 +274,14 @@ def test_a_whole_phase_on_one_base_resumes_bit_for_bit(teacher: Bundle, source: 
     options = {"version": "0", "recipe_name": "test"}
     whole = distil(recipe, teacher, source, RunFolder(tmp_path / "whole", recipe), **options)
     with pytest.raises(Killed):
-        distil(recipe, teacher, source, RunFolder(tmp_path / "cut", recipe), on_iteration=die, **options)
+        distil(
+            recipe,
+            teacher,
+            source,
+            RunFolder(tmp_path / "cut", recipe),
+            on_iteration=die,
+            **options,
+        )
     resumed = distil(recipe, teacher, source, RunFolder(tmp_path / "cut", recipe), **options)
     assert resumed[4].read_bytes() == whole[4].read_bytes()
 
@@ -212,39 +298,61 @@ def test_a_base_of_16_bits_holds_loras_of_32_and_whole_students_too(
     for path in (tmp_path / "bf16" / "checkpoints").glob("*-finished.pt"):
         kept = torch.load(path, weights_only=True)["weights"]
         assert {value.dtype for value in kept.values()} == {torch.float32}, path
-    assert {value.dtype for value in teacher.text.encoders[0].state_dict().values()} == {torch.float32}
+    assert {value.dtype for value in teacher.text.encoders[0].state_dict().values()} == {
+        torch.float32
+    }
 
 
 def _losses(recipe: DistillRecipe, teacher: Bundle, source: object, out: Path) -> list[float]:
     distil(recipe, teacher, source, RunFolder(out, recipe), version="0", recipe_name="test")
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [line[name] for line in lines for name in ("loss", "student", "discriminator") if name in line]
+    return [
+        line[name]
+        for line in lines
+        for name in ("loss", "student", "discriminator")
+        if name in line
+    ]
 
 
 def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teacher(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
-    style = add_lora(random_bundle().denoiser.network, "x", rank=4, targets=("to_q", "to_v")).state_dict()
+    style = add_lora(
+        random_bundle().denoiser.network, "x", rank=4, targets=("to_q", "to_v")
+    ).state_dict()
     style = {f"unet.{key}": value + 0.05 for key, value in style.items()}
     save_file(style, tmp_path / "ink.safetensors")
     phases = [{"student_steps": 2, "teacher_steps": 4, "lora_rank": 4, **SHARED}]
-    phases = [{**phase, "objective": objective} for phase in phases for objective in ("mse", "unconditional")]
-    values = {"release": [2], "sample_prompts": ["x"], "style_lora": str(tmp_path / "ink.safetensors")}
+    phases = [
+        {**phase, "objective": objective}
+        for phase in phases
+        for objective in ("mse", "unconditional")
+    ]
+    values = {
+        "release": [2],
+        "sample_prompts": ["x"],
+        "style_lora": str(tmp_path / "ink.safetensors"),
+    }
     recipe = DistillRecipe.model_validate({**values, "start_steps": 2, "phases": phases})
     start = random_bundle().denoiser
     with torch.no_grad():
         start.network.conv_out.bias += 0.1
     before = {key: value.clone() for key, value in start.network.state_dict().items()}
     folder = RunFolder(tmp_path / "run", recipe)
-    (written,) = distil(recipe, teacher, source, folder, version="0", recipe_name="test", start=start).values()
+    (written,) = distil(
+        recipe, teacher, source, folder, version="0", recipe_name="test", start=start
+    ).values()
     found, contract = load_file(written), file_contract(written)
     assert (contract.name, contract.base, contract.lora_rank) == ("ink-2step", "random-2step", 4)
     assert found.keys() == style.keys()
-    assert not (folder.path / "model" / "unet").exists()  # a teacher with a style is no base of anything
+    # a teacher with a style is no base of anything
+    assert not (folder.path / "model" / "unet").exists()
     changes = [(found[key].float() - value).abs().max() for key, value in style.items()]
     assert 0 < max(changes) < 0.01
     assert all(torch.equal(value, before[key]) for key, value in start.network.state_dict().items())
-    wrong = recipe.model_copy(update={"phases": (recipe.phases[0].model_copy(update={"lora_rank": 8}),)})
+    wrong = recipe.model_copy(
+        update={"phases": (recipe.phases[0].model_copy(update={"lora_rank": 8}),)}
+    )
     with pytest.raises(RecipeError, match="has lora_rank 8; the LoRA that it trains on has 4"):
         folder = RunFolder(tmp_path / "wrong", wrong)
         distil(wrong, teacher, source, folder, version="0", recipe_name="test", start=start)

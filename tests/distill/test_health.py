@@ -1,4 +1,6 @@
-"""Health: looks are measured against the teacher's, what is ill is named, and a phase may go back and try again."""
+"""Health: looks are measured against the teacher's, what is ill is named, and a phase may go back
+and try again.
+"""
 
 import json
 from pathlib import Path
@@ -66,10 +68,20 @@ def test_examples_are_measured_and_shown_beside_the_teacher(teacher: Bundle) -> 
     assert same == pytest.approx({"saturation": 1, "contrast": 1, "diversity": 1})
 
 
-def run(action: str, teacher: Bundle, source: object, folder: RunFolder, looks: list[dict[str, float]]) -> Lesson:
-    """Train six iterations with a checkpoint after every second, at which the student looks as told."""
+def run(
+    action: str, teacher: Bundle, source: object, folder: RunFolder, looks: list[dict[str, float]]
+) -> Lesson:
+    """Train six iterations with a checkpoint after every second, at which the student looks as
+    told.
+    """
     learning = lesson(teacher, source)
-    settings = phase(objective="unconditional", student_steps=8, teacher_steps=32, iterations=6, checkpoint_every=2)
+    settings = phase(
+        objective="unconditional",
+        student_steps=8,
+        teacher_steps=32,
+        iterations=6,
+        checkpoint_every=2,
+    )
     train_phase(
         settings,
         learning,
@@ -121,14 +133,18 @@ def test_a_rollback_tries_again_from_the_last_good_checkpoint_at_half_the_rate(
 ) -> None:
     run("rollback", teacher, source, run_folder, [WELL, ILL, WELL, WELL])
     lines = log_of(run_folder)
-    assert [(line["rate"], "contrast" in str(line["rolled_back"])) for line in lines if "rolled_back" in line] == [
-        (0.5, True)
-    ]
+    assert [
+        (line["rate"], "contrast" in str(line["rolled_back"]))
+        for line in lines
+        if "rolled_back" in line
+    ] == [(0.5, True)]
     kept = run_folder.load("8-unconditional-health")
     assert kept == {"rate": 0.5, "num_rollbacks": 1}
 
 
-def test_it_stops_where_going_back_does_not_help(teacher: Bundle, source: object, run_folder: RunFolder) -> None:
+def test_it_stops_where_going_back_does_not_help(
+    teacher: Bundle, source: object, run_folder: RunFolder
+) -> None:
     with pytest.raises(TrainingError, match="contrast"):
         run("rollback", teacher, source, run_folder, [ILL, ILL, ILL])
     kept = run_folder.load("8-unconditional")
@@ -136,15 +152,23 @@ def test_it_stops_where_going_back_does_not_help(teacher: Bundle, source: object
     assert kept["iteration"] == 0
 
 
-def test_a_loss_that_is_no_number_rolls_back_too(teacher: Bundle, source: object, run_folder: RunFolder) -> None:
+def test_a_loss_that_is_no_number_rolls_back_too(
+    teacher: Bundle, source: object, run_folder: RunFolder
+) -> None:
     learning = lesson(teacher, source)
-    settings = phase(objective="mse", student_steps=32, teacher_steps=128, iterations=4, checkpoint_every=2)
+    settings = phase(
+        objective="mse", student_steps=32, teacher_steps=128, iterations=4, checkpoint_every=2
+    )
     poisoned = iter([True])
 
     def poison(iteration: int, figures: dict[str, float]) -> None:
         if iteration == 3 and next(poisoned, False):
             nn.init.constant_(next(learning.student.network.parameters()), float("nan"))
 
-    train_phase(settings, learning, run_folder, health=Health(action="rollback"), on_iteration=poison)
-    assert all(torch.isfinite(value).all() for value in learning.student.network.state_dict().values())
+    train_phase(
+        settings, learning, run_folder, health=Health(action="rollback"), on_iteration=poison
+    )
+    assert all(
+        torch.isfinite(value).all() for value in learning.student.network.state_dict().values()
+    )
     assert [line["rate"] for line in log_of(run_folder) if "rolled_back" in line] == [0.5]

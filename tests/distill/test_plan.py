@@ -1,4 +1,6 @@
-"""Plans against what happens: nano phases against torch's own allocator, SDXL's size against a recorded run."""
+"""Plans against what happens: nano phases against torch's own allocator, SDXL's size against a
+recorded run.
+"""
 
 import gc
 import json
@@ -34,17 +36,25 @@ LORA = {"lora_rank": 12, "discriminator_lora": True}
 
 def recipe(*phases: dict, **settings: object) -> DistillRecipe:
     values = [{**SHARED, "student_steps": 8, "teacher_steps": 32, **phase} for phase in phases]
-    return DistillRecipe.model_validate({"sample_prompts": ["a red fox"], "phases": values, **settings})
+    return DistillRecipe.model_validate(
+        {"sample_prompts": ["a red fox"], "phases": values, **settings}
+    )
 
 
 def allocated(settings: DistillRecipe) -> int:
-    """The most bytes of torch's CPU allocator while the last phase is prepared and taught for two iterations."""
+    """The most bytes of torch's CPU allocator while the last phase is prepared and taught for two
+    iterations.
+    """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         teacher = random_bundle()
         for phase, lesson, _ in lessons(settings, teacher, Handful(teacher.text)):
             if phase is settings.phases[-1]:
-                trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+                trainer = (
+                    AdversarialTrainer(phase, lesson)
+                    if phase.judges
+                    else RegressionTrainer(phase, lesson)
+                )
                 for iteration in range(2):
                     trainer.iterate(iteration, Draw.at(0, iteration))
     living = highest = 0
@@ -60,7 +70,10 @@ def allocated(settings: DistillRecipe) -> int:
         [{"objective": "mse", "guidance": 3.0}],
         [{"objective": "mse", "lora_rank": 12, "precision": "bf16"}],
         [{"objective": "conditional", "precision": "bf16"}],
-        [{"objective": "mse", **LORA}, {"objective": "unconditional", "gradient_checkpointing": True, **LORA}],
+        [
+            {"objective": "mse", **LORA},
+            {"objective": "unconditional", "gradient_checkpointing": True, **LORA},
+        ],
         [{"objective": "mse"}, {"objective": "convert", "student_steps": 1, "teacher_steps": 8}],
     ],
     ids=lambda phases: "-".join(str(value) for value in phases[-1].values()),
@@ -80,22 +93,36 @@ def test_evaluations_parameters_and_bytes_are_counted() -> None:
     whole = sum(parameter.numel() for parameter in teacher.denoiser.network.parameters())
     assert first.trained == {"student": whole}
     assert second.memory["student moments"] == 2 * second.memory["student weights"] == 2 * 4 * whole
-    assert first.memory["kept batches"] > 4 * 16 * 20 * 160 * 4  # four more batches of text alone, in float32
+    # four more batches of text alone, in float32
+    assert first.memory["kept batches"] > 4 * 16 * 20 * 160 * 4
     assert (item_bytes, num_items) == (2 * 4 * 16 * 16 + 3, 0)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configs of SDXL's UNet for 256 px, an autoencoder and encoders of little weight; no weights."""
+    """A folder with the configs of SDXL's UNet for 256 px, an autoencoder and encoders of little
+    weight; no weights.
+    """
     folder = tmp_path_factory.mktemp("models") / "sdxl"
-    shutil.copytree(WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students"))
+    shutil.copytree(
+        WEIGHTS / "nano", folder, ignore=shutil.ignore_patterns("*.safetensors", "students")
+    )
     (folder / "unet" / "config.json").write_text(SDXL.read_text())
     with torch.device("meta"):
-        vae = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-                            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(32,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+        )
     vae.save_config(folder / "vae")
     for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
-        sizes = {"hidden_size": width, "projection_dim": width, "num_hidden_layers": 1, "vocab_size": 1070}
+        sizes = {
+            "hidden_size": width,
+            "projection_dim": width,
+            "num_hidden_layers": 1,
+            "vocab_size": 1070,
+        }
         config = CLIPTextConfig(**sizes, intermediate_size=64, num_attention_heads=4)
         config.save_pretrained(folder / name)
     for name in ("tokenizer", "tokenizer_2"):
@@ -108,12 +135,18 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sdxl_takes_what_was_planned(sdxl: Path) -> None:
-    shared = {"lora_rank": 64, "batch_size": 1, "gradient_checkpointing": True, "discriminator_lora": True}
+    shared = {
+        "lora_rank": 64,
+        "batch_size": 1,
+        "gradient_checkpointing": True,
+        "discriminator_lora": True,
+    }
     first = {"student_steps": 32, "teacher_steps": 128, "objective": "mse", **shared}
     settings = recipe(first, {"objective": "conditional", **shared}, model=str(sdxl))
     ((planned,), *_) = plan(settings, only=1)
     assert planned.trained["student"] == 196_751_360
-    measured = 17.4 * GIB  # benchmarks/full_size_distill.py, base, finished student, student, discriminator
+    # benchmarks/full_size_distill.py, base, finished student, student, discriminator
+    measured = 17.4 * GIB
     assert planned.peak == pytest.approx(measured, rel=0.2)
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
@@ -122,7 +155,9 @@ def test_sdxl_takes_what_was_planned(sdxl: Path) -> None:
 
 
 def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
-    folder = shutil.copytree(WEIGHTS / "nano", tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = shutil.copytree(
+        WEIGHTS / "nano", tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     phase = {"objective": "mse", "batch_size": 2}
     assert plan(recipe(phase, model=str(folder)))[0][0].peak == plan(recipe(phase))[0][0].peak
 
@@ -146,13 +181,17 @@ def test_advice_puts_the_best_first_and_all_together_last() -> None:
 
 
 def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
-    spared = {"batch_size": 1, "precision": "bf16", "optimiser": "adamw8bit"}  # so that little is left to advise
+    # so that little is left to advise
+    spared = {"batch_size": 1, "precision": "bf16", "optimiser": "adamw8bit"}
     phase = {**SHARED, **spared, "student_steps": 4, "teacher_steps": 8, "objective": "conditional"}
     mine = tmp_path / "mine.toml"
     mine.write_text(tomli_w.dumps({"sample_prompts": ["a red fox"], "phases": [phase]}))
     answer = CliRunner().invoke(app, ["plan", str(mine), "--memory", "0.1GB"])
     assert answer.exit_code == 1
-    assert "conditional would take" in answer.output and "gradient_checkpointing = True" in answer.output
+    assert (
+        "conditional would take" in answer.output
+        and "gradient_checkpointing = True" in answer.output
+    )
     enough = CliRunner().invoke(app, ["plan", str(mine), "--memory", "1GiB"])
     assert enough.exit_code == 0, enough.output
     assert "discriminator 3,996,497" in enough.output and "would take" not in enough.output
@@ -167,7 +206,9 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
         (["nano-quick", "--memory", "much"], "much is no size"),
     ],
 )
-def test_what_cannot_be_planned_says_why(words: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_planned_says_why(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     answer = CliRunner().invoke(app, ["plan", *words])
     assert answer.exit_code != 0 and told in answer.output

@@ -1,4 +1,6 @@
-"""Two processes on this machine's CPU train as one: same figures, same students, and whatever is killed goes on."""
+"""Two processes on this machine's CPU train as one: same figures, same students, and whatever is
+killed goes on.
+"""
 
 import random
 import subprocess
@@ -44,11 +46,15 @@ def together(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_chain(tmp_path_factory.mktemp("together"), model, CHAIN)
 
 
-def test_two_processes_with_half_the_batch_each_give_what_one_gives(alone: Path, together: Path) -> None:
+def test_two_processes_with_half_the_batch_each_give_what_one_gives(
+    alone: Path, together: Path
+) -> None:
     check_same(alone, together, CHAIN)
 
 
-def test_killed_somewhere_in_every_phase_one_gives_what_it_would_have(alone: Path, model: Path, tmp_path: Path) -> None:
+def test_killed_somewhere_in_every_phase_one_gives_what_it_would_have(
+    alone: Path, model: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN)
     out, chance = recipe.with_suffix(""), random.Random()
     for phase in CHAIN:
@@ -62,7 +68,9 @@ def test_killed_somewhere_in_every_phase_one_gives_what_it_would_have(alone: Pat
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_they_give_what_they_would_have(together: Path, model: Path, tmp_path: Path) -> None:
+def test_killed_and_run_again_they_give_what_they_would_have(
+    together: Path, model: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN)
     out = recipe.with_suffix("")
     distill(recipe).kill_at(out / "log.jsonl", "8-conditional-lora", 3)
@@ -90,21 +98,47 @@ with joined(torch.device("cpu")):
 
 
 def test_what_is_no_number_in_one_process_stops_all(tmp_path: Path) -> None:
-    phase = {**SHARED, "iterations": 6, "student_steps": 4, "teacher_steps": 8, "objective": "conditional"}
+    phase = {
+        **SHARED,
+        "iterations": 6,
+        "student_steps": 4,
+        "teacher_steps": 8,
+        "objective": "conditional",
+    }
     both = launch(
-        (LESSON + POISONED).replace("{phase!r}", repr(phase)).replace("{out!r}", repr(str(tmp_path / "run"))), tmp_path
+        (LESSON + POISONED)
+        .replace("{phase!r}", repr(phase))
+        .replace("{out!r}", repr(str(tmp_path / "run"))),
+        tmp_path,
     )
     assert both.finish() == [0, 0], both.said()
-    assert all("discriminator loss is nan at iteration 3. The last checkpoint is whole" in said for said in both.said())
+    assert all(
+        "discriminator loss is nan at iteration 3. The last checkpoint is whole" in said
+        for said in both.said()
+    )
     kept = torch.load(tmp_path / "run" / "checkpoints" / "4-conditional.pt", weights_only=True)
     assert kept["iteration"] == 2
     assert all(torch.isfinite(value).all() for value in kept["student"].values())
 
 
 def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: Path) -> None:
-    phase = {"student_steps": 4, "teacher_steps": 8, "objective": "mse", "iterations": 1, "batch_size": 2}
+    phase = {
+        "student_steps": 4,
+        "teacher_steps": 8,
+        "objective": "mse",
+        "iterations": 1,
+        "batch_size": 2,
+    }
     recipe = write_recipe(tmp_path, model, [phase], release=[4])
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "twostep"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "twostep",
+    ]
     line = [sys.executable, *torchrun, *command(recipe)]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -119,4 +153,7 @@ def test_a_batch_that_cannot_be_shared_alike_is_told(model: Path, tmp_path: Path
     phase = {"student_steps": 4, "teacher_steps": 8, "objective": "mse", "batch_size": 3}
     both = distill(write_recipe(tmp_path, model, [phase], release=[4]))
     assert both.finish() == [1, 1]
-    assert all("4-mse has batch_size 3, which 2 processes cannot share alike" in said for said in both.said())
+    assert all(
+        "4-mse has batch_size 3, which 2 processes cannot share alike" in said
+        for said in both.said()
+    )

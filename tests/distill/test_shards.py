@@ -1,4 +1,6 @@
-"""Two processes that hold half of every weight each train as one that holds all, and whatever is killed goes on."""
+"""Two processes that hold half of every weight each train as one that holds all, and whatever is
+killed goes on.
+"""
 
 import shutil
 from pathlib import Path
@@ -9,14 +11,30 @@ import torch
 import twostep
 from examples.nano.model import random_bundle
 
-from .launching import LESSON, SHARED, check_equal, check_same, distill, launch, run_chain, weights, write_recipe
+from .launching import (
+    LESSON,
+    SHARED,
+    check_equal,
+    check_same,
+    distill,
+    launch,
+    run_chain,
+    weights,
+    write_recipe,
+)
 
 ONCE = {"iterations": 1}
 LORA = {"lora_rank": 4, "discriminator_lora": True}
 CHAIN = [
     {"student_steps": 8, "teacher_steps": 16, "objective": "mse", "guidance": 3.0, **ONCE},
     {"student_steps": 4, "teacher_steps": 8, "objective": "conditional", **ONCE, **LORA},
-    {"student_steps": 4, "teacher_steps": 8, "objective": "unconditional", "gradient_checkpointing": True, **ONCE},
+    {
+        "student_steps": 4,
+        "teacher_steps": 8,
+        "objective": "unconditional",
+        "gradient_checkpointing": True,
+        **ONCE,
+    },
     {"student_steps": 2, "teacher_steps": 4, "objective": "conditional", "r1_weight": 1.0},
 ]
 
@@ -30,11 +48,14 @@ def sharded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_with_half_the_weights_each_give_what_one_gives(
     sharded: Path, model: Path, tmp_path: Path
 ) -> None:
-    # The float32 norm of a whole tensor is off by 1.6e-5 from that in float64, the norm of its shards by less.
+    # The float32 norm of a whole tensor is off by 1.6e-5 from that in float64, the norm of its
+    # shards by less.
     check_same(run_chain(tmp_path, model, CHAIN, count=1), sharded, CHAIN, of_norms=5e-5)
 
 
-def test_killed_and_run_again_they_give_what_they_would_have(sharded: Path, model: Path, tmp_path: Path) -> None:
+def test_killed_and_run_again_they_give_what_they_would_have(
+    sharded: Path, model: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN, shard=True)
     # Only the last phase is done again; what the others have finished is taken over.
     shutil.copytree(sharded, recipe.with_suffix(""))
@@ -42,7 +63,9 @@ def test_killed_and_run_again_they_give_what_they_would_have(sharded: Path, mode
     for path in checkpoints.glob("2-conditional*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     log = recipe.with_suffix("") / "log.jsonl"
-    log.write_text("".join(line for line in log.read_text().splitlines(True) if '"2-conditional"' not in line))
+    log.write_text(
+        "".join(line for line in log.read_text().splitlines(True) if '"2-conditional"' not in line)
+    )
     distill(recipe).kill_at(log, "2-conditional", 3)
     kept = torch.load(checkpoints / "2-conditional.pt", weights_only=True)
     assert kept["iteration"] in (2, 3)
@@ -108,10 +131,18 @@ def test_each_holds_half_of_everything_and_stops_where_the_other_does(tmp_path: 
     assert both.finish() == [0, 0], both.said()
     for said in both.said():
         *sizes, trouble, after = said.splitlines()
-        assert trouble.startswith("The discriminator loss is nan at iteration 1"), "of a share that only one has"
+        assert trouble.startswith("The discriminator loss is nan at iteration 1"), (
+            "of a share that only one has"
+        )
         assert after == "and on True"
         held = {name: (int(whole), int(own)) for name, whole, own in map(str.split, sizes)}
-        assert set(held) == {"student", "discriminator", "optimiser", "discriminator_optimiser", "average"}
+        assert set(held) == {
+            "student",
+            "discriminator",
+            "optimiser",
+            "discriminator_optimiser",
+            "average",
+        }
         assert all(0.48 * whole < own < 0.52 * whole for whole, own in held.values()), held
 
 
@@ -146,7 +177,9 @@ with joined(torch.device("cpu")):
 """
 
 
-def test_what_cannot_be_written_leaves_the_last_checkpoint_which_three_can_read(tmp_path: Path) -> None:
+def test_what_cannot_be_written_leaves_the_last_checkpoint_which_three_can_read(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "phase.2.shards").write_text("in the way")

@@ -1,4 +1,6 @@
-"""The trainer: objectives are learned, gradients stay where they belong, and resuming changes nothing."""
+"""The trainer: objectives are learned, gradients stay where they belong, and resuming changes
+nothing.
+"""
 
 import copy
 from pathlib import Path
@@ -35,7 +37,11 @@ def phase(**changes: object) -> Phase:
 
 def lesson(teacher: Bundle, source: object, prediction_type: str = "eps") -> Lesson:
     student = copy.deepcopy(teacher.denoiser.network).requires_grad_(True)
-    return Lesson(source, teacher.denoiser, type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type))
+    return Lesson(
+        source,
+        teacher.denoiser,
+        type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type),
+    )
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -76,22 +82,36 @@ def test_the_penalty_keeps_the_discriminator_flat(teacher: Bundle, source: objec
     assert gap(1e6) < 0.5 * gap(0.0)
 
 
-def test_gradients_reach_neither_teacher_nor_foreign_networks(teacher: Bundle, source: object) -> None:
+def test_gradients_reach_neither_teacher_nor_foreign_networks(
+    teacher: Bundle, source: object
+) -> None:
     pupil = lesson(teacher, source)
     before = weights(teacher.denoiser.network)
     trainer = AdversarialTrainer(phase(), pupil)
     start, judge = weights(pupil.student.network), weights(trainer.discriminator)
     trainer.iterate(0, Draw.at(0, 0))
-    assert all(torch.equal(value, before[key]) for key, value in teacher.denoiser.network.state_dict().items())
+    assert all(
+        torch.equal(value, before[key])
+        for key, value in teacher.denoiser.network.state_dict().items()
+    )
     assert all(parameter.grad is None for parameter in teacher.denoiser.network.parameters())
-    assert any(not torch.equal(value, start[key]) for key, value in pupil.student.network.state_dict().items())
-    changed = [key for key, value in trainer.discriminator.state_dict().items() if not torch.equal(value, judge[key])]
+    assert any(
+        not torch.equal(value, start[key])
+        for key, value in pupil.student.network.state_dict().items()
+    )
+    changed = [
+        key
+        for key, value in trainer.discriminator.state_dict().items()
+        if not torch.equal(value, judge[key])
+    ]
     assert any(key.startswith("encoder.conv_in") for key in changed)
     assert any(key.startswith("encoder.mid_block") for key in changed)
     assert any(key.startswith("head") for key in changed)
 
 
-def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(teacher: Bundle) -> None:
+def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(
+    teacher: Bundle,
+) -> None:
     judge = Discriminator(teacher.denoiser, pairs=True)
     names = dict(judge.encoder.named_parameters())
     own = dict(teacher.denoiser.network.named_parameters())
@@ -99,8 +119,12 @@ def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(tea
     assert not any(key.startswith(("up_blocks", "conv_out")) for key in names)
 
 
-def test_batches_that_are_used_again_are_drawn_and_taught_once(teacher: Bundle, source: object) -> None:
-    trainer = RegressionTrainer(phase(objective="mse", iterations=6, reuse=3), lesson(teacher, source))
+def test_batches_that_are_used_again_are_drawn_and_taught_once(
+    teacher: Bundle, source: object
+) -> None:
+    trainer = RegressionTrainer(
+        phase(objective="mse", iterations=6, reuse=3), lesson(teacher, source)
+    )
     taught = [trainer._taught(i, Draw.at(0, i)) for i in range(6)]
     assert taught[0] is taught[2] is taught[4]
     assert taught[1] is taught[3] is taught[5]
@@ -109,10 +133,14 @@ def test_batches_that_are_used_again_are_drawn_and_taught_once(teacher: Bundle, 
     assert torch.equal(late[1], taught[5][1])
 
 
-def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(teacher: Bundle, source: object) -> None:
+def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(
+    teacher: Bundle, source: object
+) -> None:
     figures, calls = [], []
     for checkpointing in (False, True):
-        trainer = AdversarialTrainer(phase(gradient_checkpointing=checkpointing), lesson(teacher, source))
+        trainer = AdversarialTrainer(
+            phase(gradient_checkpointing=checkpointing), lesson(teacher, source)
+        )
         calls.append(Mock(return_value=None))
         trainer.discriminator.encoder.down_blocks[0].resnets[0].register_forward_pre_hook(calls[-1])
         figures.append([trainer.iterate(i, Draw.at(0, i)) for i in range(2)])
@@ -123,14 +151,25 @@ def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(teacher: B
     assert figures[1] == [pytest.approx(before, rel=1e-4) for before in figures[0]]
 
 
-def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(teacher: Bundle, source: object) -> None:
+def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
+    teacher: Bundle, source: object
+) -> None:
     def learn(optimiser: str) -> tuple[float, float]:
-        settings = phase(objective="mse", student_steps=1, teacher_steps=2, learning_rate=1e-3, optimiser=optimiser)
+        settings = phase(
+            objective="mse",
+            student_steps=1,
+            teacher_steps=2,
+            learning_rate=1e-3,
+            optimiser=optimiser,
+        )
         trainer = RegressionTrainer(settings, lesson(teacher, source))
         losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(30)]
         state = trainer.optimiser.state.values()
         return losses[-1] / losses[0], sum(
-            value.numel() * value.element_size() for kept in state for value in kept.values() if torch.is_tensor(value)
+            value.numel() * value.element_size()
+            for kept in state
+            for value in kept.values()
+            if torch.is_tensor(value)
         )
 
     (whole, of_32), (eighth, of_8) = learn("adamw"), learn("adamw8bit")
@@ -164,16 +203,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     whole = lesson(teacher, source)
     train_phase(settings, whole, RunFolder(tmp_path / "whole", settings))
     with pytest.raises(Killed):
-        train_phase(settings, lesson(teacher, source), RunFolder(tmp_path / "cut", settings), on_iteration=die)
+        train_phase(
+            settings,
+            lesson(teacher, source),
+            RunFolder(tmp_path / "cut", settings),
+            on_iteration=die,
+        )
     resumed = lesson(teacher, source)
     train_phase(settings, resumed, RunFolder(tmp_path / "cut", settings))
     expected = whole.student.network.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in resumed.student.network.state_dict().items())
+    assert all(
+        torch.equal(value, expected[key])
+        for key, value in resumed.student.network.state_dict().items()
+    )
 
 
-def test_nan_stops_the_run_and_leaves_the_last_checkpoint(teacher: Bundle, source: object, tmp_path: Path) -> None:
+def test_nan_stops_the_run_and_leaves_the_last_checkpoint(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
     class Poisoned:
-        def draw(self, count: int, tensors: torch.Generator, words: object) -> tuple[torch.Tensor, Conditioning]:
+        def draw(
+            self, count: int, tensors: torch.Generator, words: object
+        ) -> tuple[torch.Tensor, Conditioning]:
             latents, conditioning = source.draw(count, tensors, words)
             self.calls = getattr(self, "calls", 0) + 1
             return latents * (float("nan") if self.calls > 3 else 1), conditioning
@@ -183,7 +234,9 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(teacher: Bundle, sourc
 
     settings = phase()
     folder = RunFolder(tmp_path / "run", settings)
-    with pytest.raises(TrainingError, match=r"discriminator loss is nan at iteration 3.*learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"discriminator loss is nan at iteration 3.*learning_rate"
+    ):
         train_phase(settings, lesson(teacher, Poisoned()), folder)
     kept = folder.load(settings.name)
     assert kept is not None

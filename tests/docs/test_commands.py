@@ -1,4 +1,6 @@
-"""What README and docs tell people to type: every `twostep` line parses, and the quick ones run as they stand."""
+"""What README and docs tell people to type: every `twostep` line parses, and the quick ones run as
+they stand.
+"""
 
 import re
 import shlex
@@ -19,13 +21,21 @@ def blocks() -> list[list[str]]:
     """The commands of each block: they may build on each other."""
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts.remove(ROOT / "docs" / "use.md")  # whose blocks follow on each other: test_use.py
-    found = [block for path in texts for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
+    found = [
+        block
+        for path in texts
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)
+    ]
     lines = [[line.partition("#")[0].strip() for line in block.splitlines()] for block in found]
-    return [block for each in lines if (block := [line for line in each if line.startswith("twostep ")])]
+    return [
+        block for each in lines if (block := [line for line in each if line.startswith("twostep ")])
+    ]
 
 
 @pytest.mark.parametrize("commands", blocks(), ids=lambda commands: commands[0])
-def test_a_documented_block_runs(commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_documented_block_runs(
+    commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for command in commands:
         words = shlex.split(command)[1:]

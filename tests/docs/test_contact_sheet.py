@@ -13,7 +13,9 @@ def square(colour: tuple[int, int, int]) -> Image.Image:
 
 
 def test_pictures_stand_in_rows_and_columns() -> None:
-    sheet = contact_sheet([("one", [square(RED), square(BLUE)]), ("two", [square(BLUE)])], ["a", "b"], scale=2)
+    sheet = contact_sheet(
+        [("one", [square(RED), square(BLUE)]), ("two", [square(BLUE)])], ["a", "b"], scale=2
+    )
     left = sheet.width - 2 * (128 + 8)
     top = sheet.height - 2 * (128 + 8)
     assert sheet.getpixel((left + 64, top + 64)) == RED
@@ -23,7 +25,9 @@ def test_pictures_stand_in_rows_and_columns() -> None:
 
 
 def test_labels_are_drawn_beside_and_above() -> None:
-    sheet = contact_sheet([("a very long prompt that has to be wrapped at its words", [square(RED)])], ["teacher"])
+    sheet = contact_sheet(
+        [("a very long prompt that has to be wrapped at its words", [square(RED)])], ["teacher"]
+    )
     left, top = sheet.width - 72, sheet.height - 72
     assert left <= 216
     assert min(sheet.crop((0, top, left, sheet.height)).convert("L").tobytes()) < 64

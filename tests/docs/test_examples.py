@@ -31,6 +31,8 @@ def test_the_gallery_shows_every_prompt_and_times_every_student(tmp_path: Path) 
     command = [sys.executable, "examples/gallery.py", "--out", str(picture)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert all(word in found.stdout for word in ("seconds per image", "speed-up", "1.0x", "nano-1step"))
+    assert all(
+        word in found.stdout for word in ("seconds per image", "speed-up", "1.0x", "nano-1step")
+    )
     with Image.open(picture) as gallery:
         assert gallery.width > 4 * 128 and gallery.height > 12 * 128

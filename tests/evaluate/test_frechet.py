@@ -17,7 +17,9 @@ def random_statistics(seed: int, size: int = 6) -> FeatureStatistics:
 
 def test_a_set_is_at_distance_zero_from_itself():
     features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    assert frechet_distance(fit_features(features), fit_features(features)) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(fit_features(features), fit_features(features)) == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 def test_a_shift_counts_as_its_square():
@@ -28,15 +30,24 @@ def test_a_shift_counts_as_its_square():
 
 def test_a_scaling_of_diagonal_gaussians_has_a_closed_form():
     """For commuting covariances d^2 = |m1 - m2|^2 + sum (s1 - s2)^2."""
-    a = FeatureStatistics(torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 4.0, 9.0])).double(), 10)
-    b = FeatureStatistics(torch.ones(3).double(), torch.diag(torch.tensor([4.0, 4.0, 25.0])).double(), 10)
+    a = FeatureStatistics(
+        torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 4.0, 9.0])).double(), 10
+    )
+    b = FeatureStatistics(
+        torch.ones(3).double(), torch.diag(torch.tensor([4.0, 4.0, 25.0])).double(), 10
+    )
     assert frechet_distance(a, b) == pytest.approx(3 + 1 + 0 + 4)
 
 
 def test_it_agrees_with_the_matrix_root_of_scipy():
     a, b = random_statistics(1), random_statistics(2)
     root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
-    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * np.trace(root).real
+    expected = (
+        (a.mean - b.mean).square().sum()
+        + a.covariance.trace()
+        + b.covariance.trace()
+        - 2 * np.trace(root).real
+    )
     assert frechet_distance(a, b) == pytest.approx(float(expected))
     assert frechet_distance(b, a) == pytest.approx(float(expected))
 
@@ -52,7 +63,9 @@ def test_statistics_are_those_of_numpy():
     features = torch.randn(30, 4, generator=torch.Generator().manual_seed(4))
     fitted = fit_features(features)
     assert fitted.num_samples == 30
-    np.testing.assert_allclose(fitted.covariance.numpy(), np.cov(features.double().numpy().T), rtol=1e-10)
+    np.testing.assert_allclose(
+        fitted.covariance.numpy(), np.cov(features.double().numpy().T), rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("features", [torch.zeros(1, 4), torch.zeros(0, 4)])

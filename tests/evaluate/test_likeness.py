@@ -1,4 +1,6 @@
-"""Looks are what they say: colour and detail, so that blur and a tint are seen, and what is shown where is not."""
+"""Looks are what they say: colour and detail, so that blur and a tint are seen, and what is shown
+where is not.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from twostep.evaluate.likeness import looks
 def pictures() -> torch.Tensor:
     """Forty pictures of 32x48 pixels with detail of every size."""
     noise = torch.randn(40, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    coarse = interpolate(torch.randn(40, 3, 4, 6, generator=torch.Generator().manual_seed(1)), size=(32, 48))
+    coarse = interpolate(
+        torch.randn(40, 3, 4, 6, generator=torch.Generator().manual_seed(1)), size=(32, 48)
+    )
     return (0.2 * noise + 0.4 * coarse).clamp(-1, 1)
 
 
@@ -26,7 +30,9 @@ def test_mean_colour_and_the_detail_of_every_size(pictures: torch.Tensor) -> Non
     torch.testing.assert_close(seen[:, :3], pictures.mean(dim=(2, 3)))
     # The bands of the pyramid share the variance out, all but that of the last mean pixels.
     rest = avg_pool2d(pictures, 16).mean(dim=(2, 3))
-    whole = (pictures - interpolate(avg_pool2d(pictures, 16), size=(32, 48))).square().mean(dim=(2, 3))
+    whole = (
+        (pictures - interpolate(avg_pool2d(pictures, 16), size=(32, 48))).square().mean(dim=(2, 3))
+    )
     torch.testing.assert_close(seen[:, 3:].square().unflatten(1, (4, 3)).sum(dim=1), whole)
     torch.testing.assert_close(rest, seen[:, :3])
 

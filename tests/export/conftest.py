@@ -1,4 +1,6 @@
-"""A small model with the kind of autoencoder that SDXL has, in a folder of the documented layout, with students."""
+"""A small model with the kind of autoencoder that SDXL has, in a folder of the documented layout,
+with students.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +59,9 @@ def random_lora(
     found = {}
     for part, network in bundle.parts.items():
         for name, module in network.named_modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith((*ends, "q_proj", "out_proj")):
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith(
+                (*ends, "q_proj", "out_proj")
+            ):
                 shape = module.weight.shape
                 down = torch.randn((rank, *shape[1:]), generator=generator) / 8
                 up = torch.randn((shape[0], rank, *[1] * (len(shape) - 2)), generator=generator) / 8
@@ -87,5 +91,9 @@ def folder(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for steps in (4, 1):
         contract = student_contract(bundle.contract, steps)
         weights = random_bundle(steps).denoiser.network.state_dict()
-        save_file(weights, folder / "students" / f"random_{steps}step_unet.safetensors", contract.to_metadata())
+        save_file(
+            weights,
+            folder / "students" / f"random_{steps}step_unet.safetensors",
+            contract.to_metadata(),
+        )
     return folder

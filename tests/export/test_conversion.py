@@ -1,4 +1,6 @@
-"""From one form to another and back, bit for bit, on every key; at the full size by names and shapes."""
+"""From one form to another and back, bit for bit, on every key; at the full size by names and
+shapes.
+"""
 
 import json
 from itertools import permutations
@@ -7,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
@@ -33,7 +38,10 @@ def metadata(path: Path) -> dict[str, str]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and a[key].shape == b[key].shape and torch.equal(a[key], b[key]) for key in a
+        a[key].dtype == b[key].dtype
+        and a[key].shape == b[key].shape
+        and torch.equal(a[key], b[key])
+        for key in a
     )
 
 
@@ -42,12 +50,16 @@ def test_a_lora_comes_back_from_every_dialect_bit_for_bit(
     precision: torch.dtype, folder: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
     lora = {
-        layer: LowRank(low.down.to(precision), low.up.to(precision), 3.0 if layer.endswith("conv1") else 1.5)
+        layer: LowRank(
+            low.down.to(precision), low.up.to(precision), 3.0 if layer.endswith("conv1") else 1.5
+        )
         for layer, low in random_lora(bundle).items()
     }
     told = student_contract(bundle.contract, 4, rank=3).to_metadata() | {"mine": "stays"}
     for start, over in permutations(("kohya", "kohya-diffusers", "peft"), 2):
-        first, second, third = (tmp_path / f"{start} {over} {number}.safetensors" for number in "123")
+        first, second, third = (
+            tmp_path / f"{start} {over} {number}.safetensors" for number in "123"
+        )
         tensors, more = write_lora(lora, bundle.parts, start)
         save_file(tensors, first, told | more)
         convert(str(first), over, second, base=str(folder))
@@ -62,16 +74,42 @@ def test_a_lora_comes_back_from_every_dialect_bit_for_bit(
 def test_early_files_have_no_alpha(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
     plain = {layer: LowRank(low.down, low.up, 3.0) for layer, low in random_lora(bundle).items()}
     save_file(write_lora(plain, bundle.parts, "kohya")[0], tmp_path / "plain.safetensors")
-    convert(str(tmp_path / "plain.safetensors"), "early", tmp_path / "early.safetensors", base=str(folder))
+    convert(
+        str(tmp_path / "plain.safetensors"),
+        "early",
+        tmp_path / "early.safetensors",
+        base=str(folder),
+    )
     early = load_file(tmp_path / "early.safetensors")
     assert len(early) == 2 * len(plain)
-    assert all(".lora.down." in key or ".lora.up." in key for key in early if key.startswith("unet"))
-    assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight" in early
-    convert(str(tmp_path / "early.safetensors"), "kohya", tmp_path / "back.safetensors", base=str(folder))
-    assert same_bits(load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "plain.safetensors"))
-    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "other.safetensors")
-    with pytest.raises(LoraError, match=r"Early files have no alpha, and text_encoder.* has 1\.5 at rank 3"):
-        convert(str(tmp_path / "other.safetensors"), "early", tmp_path / "x.safetensors", base=str(folder))
+    assert all(
+        ".lora.down." in key or ".lora.up." in key for key in early if key.startswith("unet")
+    )
+    assert (
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight"
+        in early
+    )
+    convert(
+        str(tmp_path / "early.safetensors"),
+        "kohya",
+        tmp_path / "back.safetensors",
+        base=str(folder),
+    )
+    assert same_bits(
+        load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "plain.safetensors")
+    )
+    save_file(
+        write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "other.safetensors"
+    )
+    with pytest.raises(
+        LoraError, match=r"Early files have no alpha, and text_encoder.* has 1\.5 at rank 3"
+    ):
+        convert(
+            str(tmp_path / "other.safetensors"),
+            "early",
+            tmp_path / "x.safetensors",
+            base=str(folder),
+        )
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -81,14 +119,18 @@ def test_diffusers_makes_the_same_of_every_dialect(dialect: str, tmp_path: Path)
     tensors, told = write_lora(lora, ours.parts, dialect)
     save_file(tensors, tmp_path / "lora.safetensors", told)
     merge_lora(lora, ours.parts, weight=0.8)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(find_model("nano"), torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        find_model("nano"), torch_dtype=torch.float32
+    )
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=0.8)
     pipeline.unload_lora_weights()
     for part, network in ours.parts.items():
         theirs = getattr(pipeline, part).state_dict()
         for key, value in network.state_dict().items():
-            torch.testing.assert_close(value, theirs[key], atol=1e-6, rtol=1e-5, msg=f"{part} {key}")
+            torch.testing.assert_close(
+                value, theirs[key], atol=1e-6, rtol=1e-5, msg=f"{part} {key}"
+            )
 
 
 @pytest.fixture
@@ -107,7 +149,9 @@ def single(folder: Path, bundle: Bundle, tmp_path: Path) -> Path:
     return tmp_path / "mine.safetensors"
 
 
-def test_a_whole_file_comes_back_from_a_folder_bit_for_bit(single: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_whole_file_comes_back_from_a_folder_bit_for_bit(
+    single: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     out = convert(single, "diffusers", tmp_path / "folder")
     back = convert(out, "single-file", tmp_path / "deep" / "back.safetensors")
     assert same_bits(load_file(single), load_file(back))
@@ -116,7 +160,10 @@ def test_a_whole_file_comes_back_from_a_folder_bit_for_bit(single: Path, bundle:
         [*PARTS, "tokenizer", "tokenizer_2", "scheduler", "model_index.json", REST]
     )
     assert (
-        load_file(out / "vae" / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].dtype == torch.bfloat16
+        load_file(out / "vae" / "diffusion_pytorch_model.safetensors")[
+            "decoder.conv_in.weight"
+        ].dtype
+        == torch.bfloat16
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(out, torch_dtype=torch.float32)
     for name, network in {**bundle.parts, "vae": bundle.codec.vae}.items():
@@ -134,7 +181,9 @@ def test_a_folder_comes_back_from_a_whole_file_bit_for_bit(folder: Path, tmp_pat
         (path,) = (folder / part).glob("*.safetensors")
         (again,) = (out / part).glob("*.safetensors")
         before = {
-            key if part != "text_encoder" or key.startswith("text_model.") else f"text_model.{key}": value
+            key
+            if part != "text_encoder" or key.startswith("text_model.")
+            else f"text_model.{key}": value
             for key, value in load_file(path).items()
         }
         assert same_bits(before, load_file(again)), part
@@ -144,16 +193,25 @@ def test_a_folder_comes_back_from_a_whole_file_bit_for_bit(folder: Path, tmp_pat
 def test_that_a_folder_predicts_v_is_in_its_file(bundle: Bundle, tmp_path: Path) -> None:
     assemble(bundle, prediction_type="v_prediction").save_pretrained(tmp_path / "v")
     file = convert(tmp_path / "v", "single-file", tmp_path / "v.safetensors")
-    assert load_file(file)["v_pred"].shape == (0,) and read_contracts(file)[0].prediction_type == "v"
+    assert (
+        load_file(file)["v_pred"].shape == (0,) and read_contracts(file)[0].prediction_type == "v"
+    )
     out = convert(file, "diffusers", tmp_path / "again")
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
-    assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == ("v_prediction", "linspace")
+    assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == (
+        "v_prediction",
+        "linspace",
+    )
     assert read_contracts(out)[0].prediction_type == "v"
     assert json.loads((out / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
-    assert same_bits(load_file(convert(out, "single-file", tmp_path / "back.safetensors")), load_file(file))
+    assert same_bits(
+        load_file(convert(out, "single-file", tmp_path / "back.safetensors")), load_file(file)
+    )
 
 
-def test_what_a_students_file_says_goes_into_the_folder(single: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_what_a_students_file_says_goes_into_the_folder(
+    single: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     contract = student_contract(bundle.contract, 1)
     save_file(load_file(single), single, contract.to_metadata())
     out = convert(single, "diffusers", tmp_path / "folder")
@@ -165,13 +223,23 @@ def test_what_a_students_file_says_goes_into_the_folder(single: Path, bundle: Bu
 def full_size(folder: Path) -> Path:
     """The configs of SDXL, as they stand on the hub."""
     text = {"vocab_size": 49408, "max_position_embeddings": 77}
-    small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, projection_dim=768, **text)
-    large = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, projection_dim=1280, **text)
+    small = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, projection_dim=768, **text
+    )
+    large = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, projection_dim=1280, **text
+    )
     small.save_pretrained(folder / "text_encoder")
     large.save_pretrained(folder / "text_encoder_2")
     vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
-    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    for name, config in (("unet", json.loads(SDXL.read_text())), ("vae", vae | {"_class_name": "AutoencoderKL"})):
+    vae |= {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    for name, config in (
+        ("unet", json.loads(SDXL.read_text())),
+        ("vae", vae | {"_class_name": "AutoencoderKL"}),
+    ):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
     (folder / "model_index.json").write_text("{}")
@@ -190,17 +258,25 @@ def test_at_the_full_size_every_key_goes_there_and_back(tmp_path: Path) -> None:
     assert whole[f"{UNET}label_emb.0.0.weight"].shape == (1280, 2816)
     assert whole[f"{CLIP_L}text_model.encoder.layers.11.mlp.fc2.bias"].shape == (768,)
     for name, part in PARTS.items():
-        found = {key.removeprefix(part): value for key, value in whole.items() if key.startswith(part)}
+        found = {
+            key.removeprefix(part): value for key, value in whole.items() if key.startswith(part)
+        }
         expected = networks[name].state_dict()
-        weights = account(split(found) if part == CLIP_G else found, expected, NAMES[part](expected), name)
-        assert {key: value.shape for key, value in weights.items()} == {k: v.shape for k, v in expected.items()}
+        weights = account(
+            split(found) if part == CLIP_G else found, expected, NAMES[part](expected), name
+        )
+        assert {key: value.shape for key, value in weights.items()} == {
+            k: v.shape for k, v in expected.items()
+        }
     for kind, name in ((convert_ldm_unet_checkpoint, "unet"), (convert_ldm_vae_checkpoint, "vae")):
         assert isinstance(networks[name], UNet2DConditionModel | AutoencoderKL)
         theirs = kind(dict(whole), networks[name].config)
         assert theirs.keys() == networks[name].state_dict().keys()
 
 
-def test_what_does_not_convert_is_told(single: Path, folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_what_does_not_convert_is_told(
+    single: Path, folder: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     lora, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
     save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], lora)
     half = load_file(lora)
@@ -233,5 +309,7 @@ def test_what_does_not_convert_is_told(single: Path, folder: Path, bundle: Bundl
     weights = load_file(again / "unet" / "diffusion_pytorch_model.safetensors")
     weights.pop("conv_in.weight")
     save_file(weights, again / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ModelError, match=r"unet: 1 weights are missing or foreign, as conv_in\.weight"):
+    with pytest.raises(
+        ModelError, match=r"unet: 1 weights are missing or foreign, as conv_in\.weight"
+    ):
         convert(again, "single-file", out)

@@ -23,16 +23,23 @@ from ..vanilla import assemble
 from .conftest import random_lora, small_bundle
 
 
-@pytest.mark.parametrize("shape", [torch.Size((40, 30)), torch.Size((20, 8, 3, 3)), torch.Size((8, 8))])
+@pytest.mark.parametrize(
+    "shape", [torch.Size((40, 30)), torch.Size((20, 8, 3, 3)), torch.Size((8, 8))]
+)
 def test_a_change_of_low_rank_is_given_back(shape: torch.Size) -> None:
     generator = torch.Generator().manual_seed(0)
-    up, down = torch.randn(shape[0], 5, generator=generator), torch.randn(5, shape[1:].numel(), generator=generator)
+    up, down = (
+        torch.randn(shape[0], 5, generator=generator),
+        torch.randn(5, shape[1:].numel(), generator=generator),
+    )
     change = up @ down
     low = low_rank(change.reshape(shape), 5)
     assert (low.change - change).norm() / change.norm() < 1e-5
     assert (low.rank, low.alpha, low.down.shape) == (5, 5.0, (5, *shape[1:]))
     best = torch.linalg.svdvals(change)[3:].norm()
-    assert (low_rank(change.reshape(shape), 3).change - change).norm() == pytest.approx(best.item(), rel=1e-3)
+    assert (low_rank(change.reshape(shape), 3).change - change).norm() == pytest.approx(
+        best.item(), rel=1e-3
+    )
     assert low_rank(change.reshape(shape), 64).rank == min(shape[0], change.shape[1])
     state = torch.get_rng_state()
     low_rank(change, 2)
@@ -63,14 +70,18 @@ def test_a_model_with_it_draws_the_same(tmp_path: Path) -> None:
     again = load_worn("nano", [str(tmp_path / "lora.safetensors")])
     assert lacks < 1e-4 and again.contract == student.contract
     request = Request("a 3d red apple on a blue background", seed=3)
-    ours, theirs = (np.asarray(generate(each, request).images[0], dtype=float) for each in (student, again))
+    ours, theirs = (
+        np.asarray(generate(each, request).images[0], dtype=float) for each in (student, again)
+    )
     assert np.abs(ours - theirs).max() <= 1
 
 
 def test_of_a_student_it_has_the_contract(tmp_path: Path) -> None:
     out = tmp_path / "lora.safetensors"
     lacks, left = extract("nano", "nano", out, rank=24, steps=4)
-    assert 0.05 < lacks < 0.95 and left and all(key.endswith("bias") or "norm" in key for key in left)
+    assert (
+        0.05 < lacks < 0.95 and left and all(key.endswith("bias") or "norm" in key for key in left)
+    )
     contract = Contract.from_metadata(read_header(out).metadata)
     assert (contract.name, contract.base, contract.steps) == ("nano-4step", "nano", 4)
     assert (contract.lora_rank, contract.lora_alpha) == (24, 24.0)

@@ -13,7 +13,9 @@ from twostep.formats.locate import ModelError
 
 
 class Desk(HfApi):
-    """The hub's client up to where it would reach for the network; what it checks before is its own."""
+    """The hub's client up to where it would reach for the network; what it checks before is its
+    own.
+    """
 
     def create_repo(self, repo_id: str, **settings: Any) -> None:
         self.made = (repo_id, settings)
@@ -33,9 +35,17 @@ def test_a_folder_goes_whole_and_nothing_else(exported: Path) -> None:
     (exported / ".cache" / "x").write_text("mine")
     desk = Desk()
     assert push(exported, "me/nano4", private=True, api=desk) == "https://hf.co/me/x/commit/0"
-    there = {str(path.relative_to(exported)): path.stat().st_size for path in exported.rglob("*") if path.is_file()}
+    there = {
+        str(path.relative_to(exported)): path.stat().st_size
+        for path in exported.rglob("*")
+        if path.is_file()
+    }
     del there[".cache/x"]
-    assert desk.sent == there and "README.md" in there and "unet/diffusion_pytorch_model.safetensors" in there
+    assert (
+        desk.sent == there
+        and "README.md" in there
+        and "unet/diffusion_pytorch_model.safetensors" in there
+    )
     assert desk.made == ("me/nano4", {"private": True, "exist_ok": True})
 
 
@@ -53,7 +63,10 @@ def test_the_dry_run_lists_files_sizes_and_front_matter(exported: Path, run: Cal
     for name, path in files_to_push(exported, "me/nano4").items():
         assert f"{path.stat().st_size:,}  me/nano4/{name}" in answer.stdout
     front = ModelCard((exported / "README.md").read_text()).data.to_yaml()
-    assert answer.stdout.strip().endswith("tags: [text-to-image, few-step, twostep]") and "license: other" in front
+    assert (
+        answer.stdout.strip().endswith("tags: [text-to-image, few-step, twostep]")
+        and "license: other" in front
+    )
 
 
 def test_what_should_not_go_there_is_told(exported: Path, tmp_path: Path) -> None:
@@ -76,5 +89,7 @@ def test_what_the_connection_says_is_passed_on(exported: Path) -> None:
         def create_repo(self, repo_id: str, **settings: Any) -> None:
             raise ConnectionError("Name or service not known")
 
-    with pytest.raises(ModelError, match=r"me/x could not be written \(Name or service not known\).*hf auth login"):
+    with pytest.raises(
+        ModelError, match=r"me/x could not be written \(Name or service not known\).*hf auth login"
+    ):
         push(exported, "me/x", api=Away())

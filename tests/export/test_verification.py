@@ -26,7 +26,11 @@ def test_students_are_what_diffusers_makes_of_the_same_files(steps: int) -> None
 
 def test_teachers_loras_and_exports_too(folder: Path, tmp_path: Path) -> None:
     assert len(verify(str(folder), prompt=PROMPT)) == 32
-    for model in ("nano_2step_lora", "nano_1step_unet", export("nano", "diffusers", tmp_path / "out", steps=2)):
+    for model in (
+        "nano_2step_lora",
+        "nano_1step_unet",
+        export("nano", "diffusers", tmp_path / "out", steps=2),
+    ):
         assert max(relative for _, relative in verify(str(model), prompt=PROMPT)) < 1e-5
 
 
@@ -41,7 +45,9 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
     """With Karras' noise levels in its scheduler's config, diffusers calls other times."""
     out = export("nano", "diffusers", tmp_path / "out", steps=4)
     scheduler = out / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"use_karras_sigmas": True}))
+    scheduler.write_text(
+        json.dumps(json.loads(scheduler.read_text()) | {"use_karras_sigmas": True})
+    )
     found = [relative for _, relative in verify(str(out), prompt=PROMPT)]
     assert found[0] < 1e-5 and min(found[1:]) > 1e-3
 
@@ -49,7 +55,10 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
 def test_the_verb_fails_over_the_bound(run: Callable) -> None:
     good = run("verify", "nano", "--steps", 2)
     assert good.exit_code == 0
-    assert [line.split(":")[0] for line in good.stdout.splitlines() if line.startswith("step")] == ["step 1", "step 2"]
+    assert [line.split(":")[0] for line in good.stdout.splitlines() if line.startswith("step")] == [
+        "step 1",
+        "step 2",
+    ]
     bad = run("verify", "nano", "--steps", 2, "--bound", 1e-12)
     assert bad.exit_code == 1 and "nano differs from diffusers by more than 1e-12" in bad.output
 

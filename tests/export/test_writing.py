@@ -56,7 +56,10 @@ def test_three_lines_of_diffusers_draw_what_the_package_draws(steps: int, tmp_pa
         # diffusers starts from 0.99767 of the noise.
         assert np.abs(pixels(theirs) - ours).mean() < 0.5
     scheduler = pipeline.scheduler.config
-    assert (scheduler.timestep_spacing, scheduler.prediction_type) == ("trailing", "epsilon" if steps > 1 else "sample")
+    assert (scheduler.timestep_spacing, scheduler.prediction_type) == (
+        "trailing",
+        "epsilon" if steps > 1 else "sample",
+    )
 
 
 def test_an_exported_folder_is_a_model_like_any_other(tmp_path: Path) -> None:
@@ -73,7 +76,9 @@ def test_an_exported_folder_is_a_model_like_any_other(tmp_path: Path) -> None:
     (out / "students").mkdir()
     (out / "students" / "nano_1step_unet.safetensors").symlink_to(find_model("nano_1step_unet"))
     assert load_bundle(out, steps=1).contract.steps == 1
-    assert "time_embedding.cond_proj.weight" not in read_header(tmp_path / "unet.safetensors").shapes
+    assert (
+        "time_embedding.cond_proj.weight" not in read_header(tmp_path / "unet.safetensors").shapes
+    )
     names = read_header(out / "text_encoder" / "model.safetensors").shapes
     assert all(name.startswith("text_model.") for name in names)
 
@@ -95,7 +100,9 @@ def test_a_unet_that_must_be_told_its_guidance_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("steps", [None, 4, 1])
-def test_one_file_for_comfyui_loads_and_says_how_it_is_sampled(steps: int | None, folder: Path, tmp_path: Path) -> None:
+def test_one_file_for_comfyui_loads_and_says_how_it_is_sampled(
+    steps: int | None, folder: Path, tmp_path: Path
+) -> None:
     out = export(folder, "comfyui", tmp_path / "random.safetensors", steps=steps)
     (tmp_path / "random").symlink_to(folder)  # the configs, which such a file has not
     again, model = load_bundle(out), load_bundle(folder, steps=steps)
@@ -111,11 +118,16 @@ def test_one_file_for_comfyui_loads_and_says_how_it_is_sampled(steps: int | None
     start = 8 + int.from_bytes(content[:8], "little")
     assert told["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[start:]).hexdigest()}"
     names = read_header(out).shapes
-    assert {f"{UNET}out.2.weight", f"{CLIP_L}text_model.embeddings.token_embedding.weight"} < names.keys()
+    assert {
+        f"{UNET}out.2.weight",
+        f"{CLIP_L}text_model.embeddings.token_embedding.weight",
+    } < names.keys()
     assert names["first_stage_model.decoder.mid.attn_1.q.weight"] == (32, 32, 1, 1)
 
 
-def test_a_whole_file_that_predicts_v_says_so_as_others_do(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_whole_file_that_predicts_v_says_so_as_others_do(
+    folder: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     v = tmp_path / "v"
     v.mkdir()
     for path in folder.iterdir():
@@ -130,17 +142,25 @@ def test_a_whole_file_that_predicts_v_says_so_as_others_do(folder: Path, bundle:
 
 def test_a_unet_alone_has_the_names_of_diffusers(folder: Path, tmp_path: Path) -> None:
     out = export(folder, "unet", tmp_path / "u.safetensors", steps=1)
-    vanilla = UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
+    vanilla = UNet2DConditionModel.from_config(
+        json.loads((folder / "unet" / "config.json").read_text())
+    )
     vanilla.load_state_dict(load_file(out))
     for key, value in random_bundle(1).denoiser.network.state_dict().items():
         assert torch.equal(vanilla.state_dict()[key], value.half().float())
 
 
 @pytest.mark.parametrize("to", ["lora-kohya", "lora-peft"])
-def test_a_lora_keeps_its_bits_alpha_and_contract(to: str, folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_lora_keeps_its_bits_alpha_and_contract(
+    to: str, folder: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     contract = student_contract(bundle.contract, 4, rank=3)
     lora = {key: low for key, low in random_lora(bundle).items() if key.startswith("unet.")}
-    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "in.safetensors", contract.to_metadata())
+    save_file(
+        write_lora(lora, bundle.parts, "kohya")[0],
+        tmp_path / "in.safetensors",
+        contract.to_metadata(),
+    )
     out = export(tmp_path / "in.safetensors", to, tmp_path / "out.safetensors", base=str(folder))
     told, again = metadata(out), read_lora(out, bundle.parts)
     assert again.keys() == lora.keys()
@@ -165,33 +185,64 @@ def test_diffusers_draws_with_an_exported_lora(to: str, tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(out)
     generator = torch.Generator().manual_seed(5)
-    theirs = pipeline(PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=generator).images[0]
+    theirs = pipeline(
+        PROMPT, num_inference_steps=4, guidance_scale=1.0, generator=generator
+    ).images[0]
     assert np.abs(pixels(theirs) - drawn(load_bundle(find_model("nano_4step_lora")))).mean() < 0.5
 
 
-def test_loras_are_merged_into_what_is_exported(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
-    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors")
-    out = export(folder, "unet", tmp_path / "u.safetensors", steps=4, loras=(f"{tmp_path / 'style.safetensors'}:0.5",))
+def test_loras_are_merged_into_what_is_exported(
+    folder: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    save_file(
+        write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors"
+    )
+    out = export(
+        folder,
+        "unet",
+        tmp_path / "u.safetensors",
+        steps=4,
+        loras=(f"{tmp_path / 'style.safetensors'}:0.5",),
+    )
     assert json.loads(metadata(out)["twostep.contract"])["name"] == "random-4step+style:0.5"
     plain, worn = random_bundle(4).denoiser.network.state_dict(), load_file(out)
     key = "mid_block.resnets.0.conv1.weight"
     change = 0.5 * random_lora(bundle)["unet.mid_block.resnets.0.conv1"].change
-    torch.testing.assert_close(worn[key].float(), plain[key] + change.reshape(plain[key].shape), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        worn[key].float(), plain[key] + change.reshape(plain[key].shape), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_what_cannot_be_exported_is_told(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
-    file, student = tmp_path / "x.safetensors", folder / "students" / "random_4step_unet.safetensors"
-    save_file(write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors")
+    file, student = (
+        tmp_path / "x.safetensors",
+        folder / "students" / "random_4step_unet.safetensors",
+    )
+    save_file(
+        write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors"
+    )
     for model, to, out, more, said in (
         ("nano", "onnx", file, {}, "There is no export to 'onnx'; there are diffusers, comfyui"),
         ("nano", "comfyui", file, {}, "an AutoencoderTiny"),
         ("nano", "comfyui", tmp_path / "x", {}, "expected a .safetensors for comfyui"),
         ("nano", "diffusers", file, {}, "expected a folder for diffusers"),
         ("nano", "unet", file, {"steps": 3}, "has nothing for 3 steps"),
-        ("nano", "lora-kohya", file, {"steps": 3}, "3 steps were asked for: there are LoRAs for 2, 4, 8"),
+        (
+            "nano",
+            "lora-kohya",
+            file,
+            {"steps": 3},
+            "3 steps were asked for: there are LoRAs for 2, 4, 8",
+        ),
         (folder, "lora-kohya", file, {}, "it has none; `twostep extract` can"),
         (student, "lora-peft", file, {}, "is a student's whole network, no LoRA"),
-        (tmp_path / "style.safetensors", "lora-peft", file, {}, "name a model of that kind as the base"),
+        (
+            tmp_path / "style.safetensors",
+            "lora-peft",
+            file,
+            {},
+            "name a model of that kind as the base",
+        ),
         ("nano", "unet", file, {"card": Card(picture=student)}, "is no picture"),
         ("nano", "unet", file, {"card": Card(evaluation=student)}, "is no table"),
     ):
@@ -207,6 +258,8 @@ def test_what_cannot_be_exported_is_told(folder: Path, bundle: Bundle, tmp_path:
             (tmp_path / "vast" / path.name).symlink_to(path)
     huge = tmp_path / "vast" / "students" / "random_4step_unet.safetensors"
     (tmp_path / "random_4step_unet.safetensors").rename(huge)
-    with pytest.raises(ModelError, match="conv_in\\.weight of random-4step is not finite in 16 bits"):
+    with pytest.raises(
+        ModelError, match="conv_in\\.weight of random-4step is not finite in 16 bits"
+    ):
         export(huge, "unet", file)
     assert unet_names(weights)

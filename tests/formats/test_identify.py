@@ -1,4 +1,6 @@
-"""What a file is, by its header alone: real names and shapes of the full size, and files that are none."""
+"""What a file is, by its header alone: real names and shapes of the full size, and files that are
+none.
+"""
 
 import json
 import pickle
@@ -20,7 +22,9 @@ ATTENTION = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
 ENCODERS = {"conditioner.embedders.0.transformer.x": (1,), "conditioner.embedders.1.model.x": (1,)}
 
 
-def hollow(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Path:
+def hollow(
+    path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None
+) -> Path:
     """Write a file that has these weights by its header, and on disk a hole in their place."""
     header, end = {"__metadata__": metadata or {}}, 0
     for key, shape in shapes.items():
@@ -35,7 +39,10 @@ def hollow(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, s
 
 def unet_shapes(**changes: object) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {k: tuple(v.shape) for k, v in UNet2DConditionModel.from_config(SDXL | changes).state_dict().items()}
+        return {
+            k: tuple(v.shape)
+            for k, v in UNet2DConditionModel.from_config(SDXL | changes).state_dict().items()
+        }
 
 
 def old(shapes: dict[str, tuple[int, ...]], prefix: str = UNET) -> dict[str, tuple[int, ...]]:
@@ -43,7 +50,9 @@ def old(shapes: dict[str, tuple[int, ...]], prefix: str = UNET) -> dict[str, tup
 
 
 def test_a_whole_checkpoint_of_five_gigabytes_is_told_at_once(tmp_path: Path) -> None:
-    shapes = old(unet_shapes()) | {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)} | ENCODERS
+    shapes = (
+        old(unet_shapes()) | {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)} | ENCODERS
+    )
     path = hollow(tmp_path / "big.safetensors", shapes, {"modelspec.prediction_type": "epsilon"})
     assert path.stat().st_size > 5e9
     start = time.perf_counter()
@@ -74,34 +83,80 @@ def test_unets_are_told_by_their_shapes(tmp_path: Path, changes: dict[str, int],
     for named, names in ((shapes, "diffusers"), (old(shapes), before), (old(shapes, ""), before)):
         kind = kind_of(read_header(hollow(tmp_path / "unet.safetensors", named)))
         assert (str(kind), kind.names) == (said, names)
-        assert kind.readers.startswith("not twostep" if "Stable" in said or "refiner" in said else "twostep")
+        assert kind.readers.startswith(
+            "not twostep" if "Stable" in said or "refiner" in said else "twostep"
+        )
 
 
 @pytest.mark.parametrize(
     ("shapes", "said", "reader"),
     [
-        ({"lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048)}, "a LoRA for SDXL", "A1111"),
-        ({"lora_unet_down_blocks_1_attn2_to_k.lora_down.weight": (8, 768)}, "a LoRA for Stable Diffusion 1", "not"),
-        ({"unet.down_blocks.1.x.attn2.to_k.lora_A.weight": (8, 2048)}, "a LoRA for SDXL", "only in part"),
-        ({"unet.down_blocks.1.x.attn2.to_k.lora.down.weight": (8, 1024)}, "a LoRA for Stable Diffusion 2", "not"),
-        ({"lora_te_text_model_encoder.lora_up.weight": (8, 8)}, "a LoRA for Stable Diffusion 1 or 2", "not"),
+        (
+            {"lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048)},
+            "a LoRA for SDXL",
+            "A1111",
+        ),
+        (
+            {"lora_unet_down_blocks_1_attn2_to_k.lora_down.weight": (8, 768)},
+            "a LoRA for Stable Diffusion 1",
+            "not",
+        ),
+        (
+            {"unet.down_blocks.1.x.attn2.to_k.lora_A.weight": (8, 2048)},
+            "a LoRA for SDXL",
+            "only in part",
+        ),
+        (
+            {"unet.down_blocks.1.x.attn2.to_k.lora.down.weight": (8, 1024)},
+            "a LoRA for Stable Diffusion 2",
+            "not",
+        ),
+        (
+            {"lora_te_text_model_encoder.lora_up.weight": (8, 8)},
+            "a LoRA for Stable Diffusion 1 or 2",
+            "not",
+        ),
         ({"lora_unet_single_blocks_1_linear1.lora_up.weight": (8, 8)}, "a LoRA for Flux", "not"),
-        ({"transformer.single_transformer_blocks.0.x.lora_A.weight": (8, 8)}, "a LoRA for Flux", "not"),
-        ({"lora_unet_joint_blocks_0_x.lora_down.weight": (8, 8)}, "a LoRA for Stable Diffusion 3", "not"),
+        (
+            {"transformer.single_transformer_blocks.0.x.lora_A.weight": (8, 8)},
+            "a LoRA for Flux",
+            "not",
+        ),
+        (
+            {"lora_unet_joint_blocks_0_x.lora_down.weight": (8, 8)},
+            "a LoRA for Stable Diffusion 3",
+            "not",
+        ),
         ({"lora_unet_mid.hada_w1_a": (8, 8)}, "a LoHa, which is no LoRA", "not twostep"),
         ({"lora_unet_mid.lokr_w1": (8, 8)}, "a LoKr, which is no LoRA", "not twostep"),
-        ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "a transformer alone for Stable Diffusion 3", "not"),
+        (
+            {"model.diffusion_model.joint_blocks.0.x": (1,)},
+            "a transformer alone for Stable Diffusion 3",
+            "not",
+        ),
         ({"double_blocks.0.x": (1,)}, "a transformer alone for Flux", "not"),
         (
-            {"cond_stage_model.transformer.x": (1,), "first_stage_model.x": (1,), "model.diffusion_model.x": (1,)},
+            {
+                "cond_stage_model.transformer.x": (1,),
+                "first_stage_model.x": (1,),
+                "model.diffusion_model.x": (1,),
+            },
             "a whole checkpoint for Stable Diffusion 1",
             "not",
         ),
-        ({"first_stage_model.x": (1,), "model.diffusion_model.x": (1,)}, "a checkpoint without its text enc", "not"),
+        (
+            {"first_stage_model.x": (1,), "model.diffusion_model.x": (1,)},
+            "a checkpoint without its text enc",
+            "not",
+        ),
         ({"text_model.encoder.x": (1,)}, "a text encoder alone", "not twostep"),
         ({"transformer.resblocks.0.x": (1,)}, "a text encoder alone", "not twostep"),
         ({"clip_g": (1, 1280), "clip_l": (1, 768)}, "a textual inversion", "not twostep"),
-        ({"image_proj.x": (1,), "ip_adapter.1.to_k_ip.weight": (1,)}, "an IP-Adapter", "not twostep"),
+        (
+            {"image_proj.x": (1,), "ip_adapter.1.to_k_ip.weight": (1,)},
+            "an IP-Adapter",
+            "not twostep",
+        ),
         ({"something": (1,)}, "no model that is known here", "not twostep"),
         ({}, "a file without any weights", "not twostep"),
     ],
@@ -117,7 +172,10 @@ def test_other_files_are_told_by_their_names(
 def test_controlnets_and_autoencoders_are_told(tmp_path: Path) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(SDXL)
-        control, vae = ControlNetModel.from_unet(unet, load_weights_from_unet=False), AutoencoderKL()
+        control, vae = (
+            ControlNetModel.from_unet(unet, load_weights_from_unet=False),
+            AutoencoderKL(),
+        )
     for network, said in ((control, "a ControlNet for SDXL"), (vae, "a VAE alone")):
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         kind = kind_of(read_header(hollow(tmp_path / "x.safetensors", shapes)))
@@ -127,12 +185,20 @@ def test_controlnets_and_autoencoders_are_told(tmp_path: Path) -> None:
 def test_ranks_and_alphas_are_told(tmp_path: Path) -> None:
     assert summary(read_header(find_model("nano_4step_lora")))["rank"] == "12"
     layer = "lora_unet_" + ATTENTION.replace(".", "_")
-    shapes = {f"{layer}.lora_down.weight": (8, 2048), f"{layer}.alpha": (), "lora_te1_x.lora_down.weight": (4, 768)}
+    shapes = {
+        f"{layer}.lora_down.weight": (8, 2048),
+        f"{layer}.alpha": (),
+        "lora_te1_x.lora_down.weight": (4, 768),
+    }
     told = summary(read_header(hollow(tmp_path / "x.safetensors", shapes)))
-    assert (told["rank"], told["alpha"], told["names"]) == ("4, 8", "in the file", "kohya, after latent diffusion")
-    assert summary(read_header(hollow(tmp_path / "v.safetensors", old(unet_shapes()) | {"v_pred": ()})))[
-        "predicts"
-    ] == ("v")
+    assert (told["rank"], told["alpha"], told["names"]) == (
+        "4, 8",
+        "in the file",
+        "kohya, after latent diffusion",
+    )
+    assert summary(
+        read_header(hollow(tmp_path / "v.safetensors", old(unet_shapes()) | {"v_pred": ()}))
+    )["predicts"] == ("v")
 
 
 def test_what_is_no_whole_file_is_told(tmp_path: Path) -> None:

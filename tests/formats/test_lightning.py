@@ -1,4 +1,6 @@
-"""ByteDance's files by name, from a hub cache with their names and small random weights; other files are told."""
+"""ByteDance's files by name, from a hub cache with their names and small random weights; other
+files are told.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,9 @@ NAMES += ["sdxl_lightning_1step_x0", "sdxl_lightning_1step_unet_x0"]
 
 
 def small(seed: int) -> Bundle:
-    """A nano bundle with the kind of autoencoder that SDXL has; the encoders are the same for every seed."""
+    """A nano bundle with the kind of autoencoder that SDXL has; the encoders are the same for every
+    seed.
+    """
     base = random_bundle()
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -70,7 +74,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the base, in 16 bits as its variant, and all eleven files: seed = steps."""
     hub = tmp_path_factory.mktemp("hub")
     base = small(100)
-    assemble(base).save_pretrained(repository(hub, "stabilityai/stable-diffusion-xl-base-1.0"), variant="fp16")
+    assemble(base).save_pretrained(
+        repository(hub, "stabilityai/stable-diffusion-xl-base-1.0"), variant="fp16"
+    )
     folder = repository(hub, HUB_ID)
     for name in NAMES:
         path, student = folder / f"{name}.safetensors", small(int(name[15]))
@@ -92,7 +98,10 @@ def hub(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def answer(bundle: Bundle) -> torch.Tensor:
     """What the bare network makes of fixed inputs, with its own text encoders."""
-    x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1000])
+    x, t = (
+        torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1000]),
+    )
     raw = replace(bundle.denoiser, prediction_type="eps")
     return raw(x, t, bundle.conditioning(["a red fox"], 64, 64)).eps
 
@@ -101,12 +110,23 @@ def answer(bundle: Bundle) -> torch.Tensor:
 def test_every_file_loads_by_its_name_with_its_contract(name: str, hub: Path) -> None:
     bundle, steps = load_bundle(name), int(name[15])
     contract = bundle.contract
-    assert (contract.name, contract.role, contract.steps, contract.guidance) == (name, "student", steps, 1)
-    assert contract.prediction_type == bundle.denoiser.prediction_type == ("x0" if steps == 1 else "eps")
+    assert (contract.name, contract.role, contract.steps, contract.guidance) == (
+        name,
+        "student",
+        steps,
+        1,
+    )
+    assert (
+        contract.prediction_type
+        == bundle.denoiser.prediction_type
+        == ("x0" if steps == 1 else "eps")
+    )
     assert contract.trained_times == (
         (1000, 875, 750, 625, 500, 375, 250, 125) if steps == 8 else (1000, 750, 500, 250)
     )
-    assert (contract.lora_rank, contract.lora_alpha) == ((2, 1.0) if "_lora" in name else (None, None))
+    assert (contract.lora_rank, contract.lora_alpha) == (
+        (2, 1.0) if "_lora" in name else (None, None)
+    )
     assert contract.sizes[0] == (1024, 1024)
     expected = small(100 if "_lora" in name else steps)
     if "_lora" in name:
@@ -142,7 +162,11 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
     assemble(small(7)).save_pretrained(tmp_path / "anime")
     lora = f"{HUB_ID}/sdxl_lightning_4step_lora.safetensors"
     worn = load_worn(tmp_path / "anime", [lora])
-    assert (worn.contract.name, worn.contract.base, worn.contract.steps) == ("anime-4step", "anime", 4)
+    assert (worn.contract.name, worn.contract.base, worn.contract.steps) == (
+        "anime-4step",
+        "anime",
+        4,
+    )
     expected = small(7)
     merge_lora(style_of(expected), expected.parts)
     torch.testing.assert_close(answer(worn), answer(expected), atol=1e-5, rtol=1e-5)
@@ -153,7 +177,11 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
     beside = Wardrobe(load_bundle(tmp_path / "anime")).wear([lora])
     assert beside.contract == worn.contract
     torch.testing.assert_close(answer(beside), answer(expected), atol=1e-5, rtol=1e-5)
-    for student in ("sdxl_lightning_4step", "sdxl_lightning_2step_unet", "sdxl_lightning_8step_lora"):
+    for student in (
+        "sdxl_lightning_4step",
+        "sdxl_lightning_2step_unet",
+        "sdxl_lightning_8step_lora",
+    ):
         with pytest.raises(ContractError, match="it would be distilled twice"):
             load_worn(student, [lora])
     assemble(small(7), prediction_type="v_prediction").save_pretrained(tmp_path / "v")
@@ -175,25 +203,41 @@ def test_a_name_that_does_not_fit_is_told(hub: Path, tmp_path: Path) -> None:
             load_bundle(tmp_path / f"{name}.safetensors")
 
 
-def test_what_is_not_in_the_cache_is_told(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_in_the_cache_is_told(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"ByteDance/SDXL-Lightning is neither a folder here nor to be had"):
+    with pytest.raises(
+        ModelError, match=r"ByteDance/SDXL-Lightning is neither a folder here nor to be had"
+    ):
         load_bundle(ALIAS)
     half = repository(tmp_path, "stabilityai/stable-diffusion-xl-base-1.0")
     assemble(small(100)).save_pretrained(half, variant="fp16")
     (half / "text_encoder_2" / "model.fp16.safetensors").unlink()
     folder = repository(tmp_path, HUB_ID)
-    save_file(small(2).denoiser.network.state_dict(), folder / "sdxl_lightning_2step_unet.safetensors")
-    with pytest.raises(ModelError, match=r"text_encoder_2 has no .safetensors weights \(found: config.json\)"):
+    save_file(
+        small(2).denoiser.network.state_dict(), folder / "sdxl_lightning_2step_unet.safetensors"
+    )
+    with pytest.raises(
+        ModelError, match=r"text_encoder_2 has no .safetensors weights \(found: config.json\)"
+    ):
         load_bundle(ALIAS)
 
 
-def test_official_files_are_inspected_converted_exported_and_verified_by_name(hub: Path, tmp_path: Path) -> None:
-    lora, first, back = "sdxl_lightning_4step_lora", tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
+def test_official_files_are_inspected_converted_exported_and_verified_by_name(
+    hub: Path, tmp_path: Path
+) -> None:
+    lora, first, back = (
+        "sdxl_lightning_4step_lora",
+        tmp_path / "peft.safetensors",
+        tmp_path / "back.safetensors",
+    )
     convert(lora, "peft", first)
     convert(str(first), "kohya", back, base="stabilityai/stable-diffusion-xl-base-1.0")
     official, again = load_file(find_model(lora)), load_file(back)
-    assert official.keys() == again.keys() and all(torch.equal(official[key], again[key]) for key in official)
+    assert official.keys() == again.keys() and all(
+        torch.equal(official[key], again[key]) for key in official
+    )
     told = export(lora, "lora-kohya", tmp_path / "told.safetensors")
     assert file_contract(told) == file_contract(find_model(lora))
     assert "license: openrail++" in told.with_suffix(".md").read_text()
@@ -204,5 +248,6 @@ def test_official_files_are_inspected_converted_exported_and_verified_by_name(hu
     for name in ("sdxl_lightning_2step_unet", "sdxl_lightning_2step"):
         folder = export(name, "diffusers", tmp_path / name)
         contract = replace(load_bundle(folder).contract, sizes=small_size)
-        (folder / "twostep.json").write_text(contract.to_json())  # the cache's weights are of a small model
+        # the cache's weights are of a small model
+        (folder / "twostep.json").write_text(contract.to_json())
         assert max(relative for _, relative in verify(str(folder), prompt="a red fox")) < 1e-4

@@ -1,4 +1,6 @@
-"""Whole checkpoints in one file: every name as the peers have it, every weight accounted for, anything else told."""
+"""Whole checkpoints in one file: every name as the peers have it, every weight accounted for,
+anything else told.
+"""
 
 import json
 from dataclasses import replace
@@ -52,14 +54,23 @@ def single(bundle: Bundle, tmp_path: Path) -> Path:
 
 def test_it_loads_and_computes_the_same(single: Path, bundle: Bundle) -> None:
     loaded = load_bundle(single)
-    assert (loaded.contract.name, loaded.contract.role, loaded.contract.prediction_type) == ("mine", "teacher", "eps")
+    assert (loaded.contract.name, loaded.contract.role, loaded.contract.prediction_type) == (
+        "mine",
+        "teacher",
+        "eps",
+    )
     half = {"atol": 5e-3, "rtol": 5e-3}
     prompts = ["a red fox", ""]
     ours, theirs = loaded.conditioning(prompts, 64, 64), bundle.conditioning(prompts, 64, 64)
     torch.testing.assert_close(ours.text, theirs.text, **half)
     torch.testing.assert_close(ours.pooled, theirs.pooled, **half)
-    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1000, 300])
-    torch.testing.assert_close(loaded.denoiser(x, t, theirs).eps, bundle.denoiser(x, t, theirs).eps, **half)
+    x, t = (
+        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1000, 300]),
+    )
+    torch.testing.assert_close(
+        loaded.denoiser(x, t, theirs).eps, bundle.denoiser(x, t, theirs).eps, **half
+    )
     torch.testing.assert_close(loaded.codec.decode(x), bundle.codec.decode(x), **half)
 
 
@@ -73,7 +84,9 @@ def test_names_are_those_that_diffusers_reads(single: Path, bundle: Bundle) -> N
         converted, own = kind(dict(checkpoint), network.config), network.state_dict()
         assert set(converted) == set(own)
         for key, value in own.items():
-            torch.testing.assert_close(converted[key].flatten(), value.half().flatten(), atol=0, rtol=0)
+            torch.testing.assert_close(
+                converted[key].flatten(), value.half().flatten(), atol=0, rtol=0
+            )
     second = bundle.text.encoders[1]
     converted = convert_open_clip_checkpoint(second, dict(checkpoint), prefix=CLIP_G)
     own = second.state_dict()
@@ -89,7 +102,10 @@ def test_every_weight_of_sdxl_has_one_name() -> None:
     names = unet_names(network.state_dict())
     assert len(set(names.values())) == len(names) == 1680
     assert names["up_blocks.1.upsamplers.0.conv.weight"] == "output_blocks.5.2.conv.weight"
-    assert names["down_blocks.2.resnets.0.conv_shortcut.bias"] == "input_blocks.7.0.skip_connection.bias"
+    assert (
+        names["down_blocks.2.resnets.0.conv_shortcut.bias"]
+        == "input_blocks.7.0.skip_connection.bias"
+    )
 
 
 def test_it_may_say_what_it_predicts(single: Path, bundle: Bundle) -> None:
@@ -112,7 +128,10 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
     change(single, **{f"{CLIP_L}text_model.embeddings.position_ids": torch.arange(3)})
     load_bundle(single)
     change(single, drop=f"{VAE}decoder.conv_in.weight")
-    with pytest.raises(ModelError, match=r"first_stage_model.*: 1 weights are missing or foreign, as decoder.conv_in"):
+    with pytest.raises(
+        ModelError,
+        match=r"first_stage_model.*: 1 weights are missing or foreign, as decoder.conv_in",
+    ):
         load_bundle(single)
     single.write_bytes(whole)
     change(single, **{f"{UNET}input_blocks.77.weight": torch.zeros(1)})
@@ -132,7 +151,10 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
         ("cond_stage_model.model.ln_final.weight", "for Stable Diffusion 2"),
         ("model.diffusion_model.double_blocks.0.x", "a transformer alone for Flux"),
         ("lora_unet_input_blocks_4.lora_up.weight", "a LoRA"),
-        ("model.diffusion_model.input_blocks.0.0.weight", "a UNet alone: it has no first_stage_model"),
+        (
+            "model.diffusion_model.input_blocks.0.0.weight",
+            "a UNet alone: it has no first_stage_model",
+        ),
         ("something.else", "no model"),
     ],
 )
@@ -145,12 +167,16 @@ def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, said: str) ->
 def test_an_inpainting_checkpoint_takes_the_configs_of_sdxl_s_own(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unet = UNet2DConditionModel.from_config({**bundle.denoiser.network.config, "in_channels": 9}).eval()
+    unet = UNet2DConditionModel.from_config(
+        {**bundle.denoiser.network.config, "in_channels": 9}
+    ).eval()
     inpainting = replace(bundle, denoiser=replace(bundle.denoiser, network=unet))
     write_single_file(inpainting, tmp_path / "mine.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"diffusers/stable-diffusion-xl-1\.0-inpainting-0\.1 is neither"):
+    with pytest.raises(
+        ModelError, match=r"diffusers/stable-diffusion-xl-1\.0-inpainting-0\.1 is neither"
+    ):
         load_bundle(tmp_path / "mine.safetensors")
     assemble(inpainting).save_pretrained(tmp_path / "mine")
     loaded = load_bundle(tmp_path / "mine.safetensors")

@@ -1,6 +1,8 @@
-"""Golden latents: every shipped model draws from fixed seeds what it drew when these were written down.
+"""Golden latents: every shipped model draws from fixed seeds what it drew when these were written
+down.
 
-`python -m tests.goldens.test_latents` writes them anew. Whoever does says in the commit why they changed.
+`python -m tests.goldens.test_latents` writes them anew. Whoever does says in the commit why they
+changed.
 """
 
 from pathlib import Path
@@ -18,7 +20,9 @@ from twostep.pipeline.request import Control, Picture, Request
 GOLDEN = Path(__file__).with_name("latents.safetensors")
 OPENMOJI = Path(__file__).parents[2] / "examples" / "openmoji"
 TOLERANCE = 1e-3
-"""Largest difference as a share of the latents' root mean square: a hundredth of what an eye sees, a hundred roundings."""
+"""Largest difference as a share of the latents' root mean square: a hundredth of what an eye sees,
+a hundred roundings.
+"""
 
 PROMPT = "a 3d red apple on a blue background"
 

@@ -1,7 +1,9 @@
-"""Golden losses: three iterations of every objective, of a whole UNet and of a LoRA, give what they gave when written.
+"""Golden losses: three iterations of every objective, of a whole UNet and of a LoRA, give what they
+gave when written.
 
 `python -m tests.goldens.test_losses` prints them anew. Whoever changes one says in the commit why.
-The tolerance is relative alone: it catches a change of a tenth of a percent in the smallest of these losses.
+The tolerance is relative alone: it catches a change of a tenth of a percent in the smallest of
+these losses.
 """
 
 import copy
@@ -54,7 +56,9 @@ CASES = (
     Case("1-unconditional", "unconditional", 1, 4, {"early_weight": 5}),
     Case("8-mse-lora", "mse", 8, 32, {"lora_rank": 4}),
     Case("8-conditional-lora", "conditional", 8, 32, {"lora_rank": 4}),
-    Case("4-unconditional-lora", "unconditional", 4, 8, {"lora_rank": 4, "discriminator_lora": True}),
+    Case(
+        "4-unconditional-lora", "unconditional", 4, 8, {"lora_rank": 4, "discriminator_lora": True}
+    ),
     Case("2-conditional-lora", "conditional", 2, 4, {"lora_rank": 4, "discriminator_lora": True}),
 )
 COMMON = {
@@ -76,7 +80,9 @@ class Latents:
         self.text = text
         self.latents = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(3))
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
         rows = torch.randint(16, (count,), generator=tensors)
         captions = [words.choice(("a red fox", "")) for _ in range(count)]
         return self.latents[rows], self.text.conditioning(captions, 64, 64)
@@ -86,7 +92,9 @@ class Latents:
 
 
 def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
-    """Return the figures of the third iteration, without counts of signs, which one logit near zero would tip."""
+    """Return the figures of the third iteration, without counts of signs, which one logit near zero
+    would tip.
+    """
     settings = Phase.model_validate(
         {
             **COMMON,
@@ -97,7 +105,9 @@ def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
         }
     )
     predicts = settings.predicts("eps")
-    student = replace(teacher.denoiser, network=copy.deepcopy(teacher.denoiser.network), prediction_type=predicts)
+    student = replace(
+        teacher.denoiser, network=copy.deepcopy(teacher.denoiser.network), prediction_type=predicts
+    )
     teaching = teacher.denoiser
     make: Any = Discriminator
     if settings.lora_rank is None:

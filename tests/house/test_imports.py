@@ -22,7 +22,9 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_contract_and_the_flow_know_no_networks():
-    found = run("import sys, twostep; twostep.Contract, twostep.solve; print('diffusers' in sys.modules)")
+    found = run(
+        "import sys, twostep; twostep.Contract, twostep.solve; print('diffusers' in sys.modules)"
+    )
     assert found.stdout.strip() == "False", found.stderr
 
 

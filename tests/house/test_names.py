@@ -12,7 +12,9 @@ def public_definitions(tree):
     waiting = list(tree.body)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        if isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        ) and not node.name.startswith("_"):
             yield node
             if isinstance(node, ast.ClassDef):
                 waiting.extend(node.body)
@@ -49,6 +51,9 @@ def test_every_public_function_and_class_says_what_it_is(sources):
         f"{source.path}:{node.lineno} {node.name}"
         for source in sources
         for node in public_definitions(source.tree)
-        if not (ast.get_docstring(node) or "").split("\n\n")[0].rstrip().endswith((".", ":", "?", ")"))
+        if not (ast.get_docstring(node) or "")
+        .split("\n\n")[0]
+        .rstrip()
+        .endswith((".", ":", "?", ")"))
     ]
     assert not silent, f"no docstring, or its first paragraph is no sentence: {silent}"

@@ -1,4 +1,6 @@
-"""Half precision that overflows is done once more in float32, and previews are near what the decoder makes."""
+"""Half precision that overflows is done once more in float32, and previews are near what the
+decoder makes.
+"""
 
 import copy
 from dataclasses import replace
@@ -52,7 +54,9 @@ def test_half_precision_that_overflows_is_decoded_in_float32(kind: str, bundle: 
 def test_encoding_that_overflows_is_done_in_float32(bundle: Bundle) -> None:
     codec = overflowing("kl", bundle)
     media = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert not codec.vae.encode(media.half()).latent_dist.mean.isfinite().all(), "the test needs an overflow"
+    assert not codec.vae.encode(media.half()).latent_dist.mean.isfinite().all(), (
+        "the test needs an overflow"
+    )
     whole = ImageCodec(copy.deepcopy(codec.vae).float())
     assert torch.equal(codec.encode(media), whole.encode(media))
 
@@ -60,7 +64,9 @@ def test_encoding_that_overflows_is_done_in_float32(bundle: Bundle) -> None:
 def test_half_precision_without_overflow_stays_half(bundle: Bundle) -> None:
     codec = ImageCodec(copy.deepcopy(bundle.codec.vae).half())
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(codec.decode(latents), codec.vae.decode(latents.half()).sample.float().clamp(-1, 1))
+    assert torch.equal(
+        codec.decode(latents), codec.vae.decode(latents.half()).sample.float().clamp(-1, 1)
+    )
 
 
 def test_a_picture_is_drawn_where_half_precision_overflows(bundle: Bundle) -> None:
@@ -72,11 +78,17 @@ def test_a_picture_is_drawn_where_half_precision_overflows(bundle: Bundle) -> No
 
 def test_previews_explain_most_of_what_the_decoder_makes(bundle: Bundle) -> None:
     foreseen: list[torch.Tensor] = []
-    for prompt in ("a 3d red apple on a blue background", "a flat green dog on a pink background", "a drawn car"):
+    for prompt in (
+        "a 3d red apple on a blue background",
+        "a flat green dog on a pink background",
+        "a drawn car",
+    ):
         request = Request(prompt, num_images=4)
         generate(bundle, request, on_step=lambda step: foreseen.append(step.prediction.x0))
     latents = torch.cat(foreseen)
-    shown = torch.nn.functional.avg_pool2d(bundle.codec.decode(latents), bundle.codec.pixels_per_latent)
+    shown = torch.nn.functional.avg_pool2d(
+        bundle.codec.decode(latents), bundle.codec.pixels_per_latent
+    )
     apart = (bundle.codec.preview(latents) - shown).square().mean()
     spread = (shown - shown.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
     assert bundle.codec.preview(latents).shape == shown.shape

@@ -1,4 +1,6 @@
-"""Models of others: a vanilla SDXL folder is read by its configs, and what is none is told by what it is."""
+"""Models of others: a vanilla SDXL folder is read by its configs, and what is none is told by what
+it is.
+"""
 
 import json
 from pathlib import Path
@@ -46,12 +48,21 @@ def test_its_contract_is_derived_from_its_configs(vanilla: Path) -> None:
 def test_it_loads_and_computes_the_same(vanilla: Path, bundle: Bundle) -> None:
     loaded = load_bundle(vanilla)
     assert loaded.denoiser.prediction_type == "v"
-    x_t, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1000, 300])
+    x_t, t = (
+        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1000, 300]),
+    )
     conditioning = bundle.conditioning(["a red fox", "a bird"], 64, 64)
-    torch.testing.assert_close(loaded.conditioning(["a red fox", "a bird"], 64, 64).text, conditioning.text)
     torch.testing.assert_close(
-        loaded.denoiser.network(x_t, t, conditioning.text, added_cond_kwargs=_added(conditioning)).sample,
-        bundle.denoiser.network(x_t, t, conditioning.text, added_cond_kwargs=_added(conditioning)).sample,
+        loaded.conditioning(["a red fox", "a bird"], 64, 64).text, conditioning.text
+    )
+    torch.testing.assert_close(
+        loaded.denoiser.network(
+            x_t, t, conditioning.text, added_cond_kwargs=_added(conditioning)
+        ).sample,
+        bundle.denoiser.network(
+            x_t, t, conditioning.text, added_cond_kwargs=_added(conditioning)
+        ).sample,
     )
 
 
@@ -59,7 +70,9 @@ def _added(conditioning) -> dict[str, torch.Tensor]:
     return {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
 
 
-def test_the_empty_prompt_is_zeros_where_the_index_says_so(vanilla: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_the_empty_prompt_is_zeros_where_the_index_says_so(
+    vanilla: Path, bundle: Bundle, tmp_path: Path
+) -> None:
     loaded = load_bundle(vanilla)
     text, pooled = loaded.text.encode(["a red fox", ""])
     assert text[1].abs().max() == pooled[1].abs().max() == 0
@@ -69,7 +82,10 @@ def test_the_empty_prompt_is_zeros_where_the_index_says_so(vanilla: Path, bundle
     assert again.text.zeros_for_empty
     assert again.denoiser.prediction_type == "v"
     scheduler = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
-    assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == ("v_prediction", "trailing")
+    assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == (
+        "v_prediction",
+        "trailing",
+    )
     plain, _ = bundle.text.encode([""])
     assert plain.abs().max() > 0
 
@@ -83,7 +99,11 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "values", "said"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "is FluxPipeline.*nothing else is distilled"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "is FluxPipeline.*nothing else is distilled",
+        ),
         ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text'"),
         ("unet/config.json", {"in_channels": 8}, "8 channels; expected 4, or 9 to inpaint"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts 'flow'"),
@@ -108,7 +128,9 @@ def test_an_inpainting_base_draws_and_is_no_teacher(vanilla: Path, bundle: Bundl
     assert generate(loaded, Request("a fox", steps=2)).images[0].size == (64, 64)
     with pytest.raises(ModelError, match="mine has an inpainting UNet, which is no teacher here"):
         loaded.as_teacher()
-    answer = CliRunner().invoke(app, ["plan", "nano", "-o", f"model={vanilla}"], env={"COLUMNS": "300"})
+    answer = CliRunner().invoke(
+        app, ["plan", "nano", "-o", f"model={vanilla}"], env={"COLUMNS": "300"}
+    )
     assert answer.exit_code == 1 and "no teacher here: distil its base" in answer.stderr
 
 
@@ -126,7 +148,9 @@ def test_pickles_missing_parts_and_damage_are_told(vanilla: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(part: str, vanilla: Path) -> None:
+def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(
+    part: str, vanilla: Path
+) -> None:
     """diffusers and transformers would put random weights in the place of missing ones."""
     (path,) = (vanilla / part).glob("*.safetensors")
     whole, weights = path.read_bytes(), load_file(path)
@@ -136,8 +160,14 @@ def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(part: st
             {name: value for name, value in weights.items() if name != key},
             f"{part}: 1 weights are missing or foreign, as ",
         ),
-        (weights | {"other.weight": torch.ones(1)}, r"1 weights are missing or foreign, as .*other\.weight"),
-        (weights | {key: torch.ones(7, 7)}, rf"{part} has other sizes than its config: .* is \[7, 7\], not \["),
+        (
+            weights | {"other.weight": torch.ones(1)},
+            r"1 weights are missing or foreign, as .*other\.weight",
+        ),
+        (
+            weights | {key: torch.ones(7, 7)},
+            rf"{part} has other sizes than its config: .* is \[7, 7\], not \[",
+        ),
     ):
         save_file(changed, path, {"format": "pt"})
         with pytest.raises(ModelError, match=said):
@@ -146,13 +176,18 @@ def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(part: st
     with pytest.raises(ModelError, match=rf"{path.name} is no whole safetensors file"):
         load_bundle(vanilla)
     path.unlink()
-    path.symlink_to(vanilla / "blobs" / "not yet here")  # as in a hub cache that was half downloaded
+    # as in a hub cache that was half downloaded
+    path.symlink_to(vanilla / "blobs" / "not yet here")
     with pytest.raises(ModelError, match=rf"{part} has no .safetensors weights"):
         load_bundle(vanilla)
 
 
 def test_a_refiner_and_a_pickle_are_told(vanilla: Path, tmp_path: Path) -> None:
-    change(vanilla / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)
+    change(
+        vanilla / "model_index.json",
+        _class_name="StableDiffusionXLImg2ImgPipeline",
+        requires_aesthetics_score=True,
+    )
     with pytest.raises(ModelError, match="is the SDXL refiner"):
         load_bundle(vanilla)
     torch.save({"x": torch.ones(1)}, tmp_path / "model.ckpt")

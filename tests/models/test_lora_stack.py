@@ -1,4 +1,6 @@
-"""LoRAs on a model: the right one changes it by its weight, the wrong one is told, and the contract follows."""
+"""LoRAs on a model: the right one changes it by its weight, the wrong one is told, and the contract
+follows.
+"""
 
 import json
 from dataclasses import replace
@@ -24,13 +26,19 @@ def style(tmp_path: Path) -> Path:
     """A LoRA of rank 2 on queries and values alone, as diffusers would write one."""
     lora = add_lora(load_bundle("nano").denoiser.network, "style", rank=2, targets=TARGETS)
     generator = torch.Generator().manual_seed(0)
-    weights = {PREFIX + key: torch.randn(v.shape, generator=generator) / 4 for key, v in lora.state_dict().items()}
+    weights = {
+        PREFIX + key: torch.randn(v.shape, generator=generator) / 4
+        for key, v in lora.state_dict().items()
+    }
     save_file(weights, tmp_path / "style.safetensors")
     return tmp_path / "style.safetensors"
 
 
 def answer(bundle: Bundle) -> torch.Tensor:
-    x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1000])
+    x, t = (
+        torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1000]),
+    )
     return bundle.denoiser(x, t, bundle.conditioning(["a red fox"], 64, 64)).eps
 
 
@@ -38,7 +46,11 @@ def test_a_style_counts_by_its_weight_and_is_named(style: Path) -> None:
     plain = load_worn("nano", [], steps=2)
     bundles = {weight: load_worn("nano", [f"{style}:{weight}"], steps=2) for weight in (0, 0.5, 1)}
     torch.testing.assert_close(answer(bundles[0]), answer(plain))
-    assert (answer(bundles[1]) - answer(plain)).abs().mean() > (answer(bundles[0.5]) - answer(plain)).abs().mean() > 0
+    assert (
+        (answer(bundles[1]) - answer(plain)).abs().mean()
+        > (answer(bundles[0.5]) - answer(plain)).abs().mean()
+        > 0
+    )
     twice = load_worn("nano", [f"{style}:0.5", f"{style}:0.5"], steps=2)
     torch.testing.assert_close(answer(twice), answer(bundles[1]), atol=1e-4, rtol=1e-4)
     assert twice.contract == replace(plain.contract, name="nano-2step+style:0.5+style:0.5")
@@ -48,7 +60,9 @@ def test_a_style_counts_by_its_weight_and_is_named(style: Path) -> None:
 
 def test_it_is_what_diffusers_makes_of_the_same_file(style: Path) -> None:
     alone = load_worn("nano", [str(style)], steps=32)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(find_model("nano"), torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        find_model("nano"), torch_dtype=torch.float32
+    )
     pipeline.load_lora_weights(style)
     pipeline.fuse_lora(components=["unet"])
     theirs = replace(alone, denoiser=replace(alone.denoiser, network=pipeline.unet))
@@ -57,9 +71,14 @@ def test_it_is_what_diffusers_makes_of_the_same_file(style: Path) -> None:
 
 def test_alpha_in_diffusers_metadata_scales_it(style: Path) -> None:
     half = style.with_name("half.safetensors")
-    save_file(load_file(style), half, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})})
+    save_file(
+        load_file(style),
+        half,
+        {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})},
+    )
     torch.testing.assert_close(
-        answer(load_worn("nano", [str(half)], steps=2)), answer(load_worn("nano", [f"{style}:0.5"], steps=2))
+        answer(load_worn("nano", [str(half)], steps=2)),
+        answer(load_worn("nano", [f"{style}:0.5"], steps=2)),
     )
 
 
@@ -67,22 +86,33 @@ def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style:
     worn = load_worn("nano", ["nano_4step_lora", str(style)])
     assert (worn.contract.steps, worn.contract.role) == (4, "student")
     assert worn.contract.name == "nano-4step+style"
-    assert load_worn("nano", ["nano_4step_lora"], steps=4).contract == file_contract(find_model("nano_4step_lora"))
-    torch.testing.assert_close(answer(load_worn("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora")))
+    assert load_worn("nano", ["nano_4step_lora"], steps=4).contract == file_contract(
+        find_model("nano_4step_lora")
+    )
+    torch.testing.assert_close(
+        answer(load_worn("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora"))
+    )
     with pytest.raises(ModelError, match="draws in 4 steps, not in 2"):
         load_worn("nano", ["nano_4step_lora"], steps=2)
-    with pytest.raises(ContractError, match="is one of 2 steps already: it would be distilled twice"):
+    with pytest.raises(
+        ContractError, match="is one of 2 steps already: it would be distilled twice"
+    ):
         load_worn("nano_2step_lora", ["nano_4step_lora"])
 
 
 def test_one_that_was_trained_on_a_student_goes_on_that_alone(style: Path) -> None:
-    said = replace(file_contract(find_model("nano_2step_lora")), base="nano-2step", name="style-2step")
+    said = replace(
+        file_contract(find_model("nano_2step_lora")), base="nano-2step", name="style-2step"
+    )
     said = replace(said, lora_rank=2, lora_alpha=2.0)
     path = style.with_name("trained.safetensors")
     save_file(load_file(style), path, said.to_metadata())
     worn = load_worn("nano", [str(path)], steps=2)
     assert worn.contract.name == "nano-2step+trained"
-    assert load_worn("nano", [str(style), str(path)], steps=2).contract.name == "nano-2step+style+trained"
+    assert (
+        load_worn("nano", [str(style), str(path)], steps=2).contract.name
+        == "nano-2step+style+trained"
+    )
     torch.testing.assert_close(answer(worn), answer(load_worn("nano", [str(style)], steps=2)))
     for steps in (4, 32):
         with pytest.raises(ContractError, match="was trained on nano-2step; this is nano"):
@@ -103,9 +133,13 @@ def test_what_does_not_fit_is_told(style: Path) -> None:
         return str(error.value)
 
     assert "lora_unet_x.lora_down.weight" in said({"lora_unet_x.lora_down.weight": weights[key]})
-    assert "text_encoder.x.lora_A.weight" in said({**weights, "text_encoder.x.lora_A.weight": torch.ones(2, 2)})
+    assert "text_encoder.x.lora_A.weight" in said(
+        {**weights, "text_encoder.x.lora_A.weight": torch.ones(2, 2)}
+    )
     assert "its halves are [96, 2] and [1, 96]" in said({**weights, key: weights[key][:1].clone()})
-    assert "no layer of unet" in said({k.replace("down_blocks.1", "down_blocks.9"): v for k, v in weights.items()})
+    assert "no layer of unet" in said(
+        {k.replace("down_blocks.1", "down_blocks.9"): v for k, v in weights.items()}
+    )
     assert "lacks the down half" in said({k: v for k, v in weights.items() if k != key})
     wrong.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="no whole safetensors file"):

@@ -1,4 +1,6 @@
-"""The weights in the package: all there, small enough, what they say they are, and fit for any SDXL pipeline."""
+"""The weights in the package: all there, small enough, what they say they are, and fit for any SDXL
+pipeline.
+"""
 
 import re
 
@@ -28,14 +30,20 @@ PROMPTS = (
 def num_right(pictures: torch.Tensor, prompts: list[str]) -> int:
     """Count the pictures without any fault that the judge sees; one with two faults counts as two."""
     judge = load_judge()
-    report = evaluate(pictures, [attributes_from_prompt(prompt, judge.classes.concepts) for prompt in prompts], judge)
+    report = evaluate(
+        pictures,
+        [attributes_from_prompt(prompt, judge.classes.concepts) for prompt in prompts],
+        judge,
+    )
     scores = (report.concept, report.style, report.background)
     assert all(score.num_asked == len(prompts) for score in scores)
     return len(prompts) - sum(score.num_asked - score.num_right for score in scores)
 
 
 def to_tensor(pictures: list) -> torch.Tensor:
-    pixels = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures]
+    pixels = [
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures
+    ]
     return torch.stack(pixels).view(-1, 64, 64, 3).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -64,7 +72,11 @@ def test_the_students_of_8_4_and_2_steps_are_there_as_small_loras_as_well() -> N
 @pytest.mark.parametrize("steps", [8, 4, 2])
 def test_the_loras_draw_what_they_are_asked(steps: int) -> None:
     bundle = load_bundle(f"nano_{steps}step_lora")
-    drawn = [image for prompt in PROMPTS for image in generate(bundle, Request(prompt, num_images=4, seed=5)).images]
+    drawn = [
+        image
+        for prompt in PROMPTS
+        for image in generate(bundle, Request(prompt, num_images=4, seed=5)).images
+    ]
     assert num_right(to_tensor(drawn), [prompt for prompt in PROMPTS for _ in range(4)]) >= 10
 
 
@@ -74,25 +86,37 @@ def test_they_are_fp16_and_below_80_megabytes() -> None:
     assert sum(file.stat().st_size for file in set(NANO.rglob("*")) - loras - control) < 80e6
     assert sum(file.stat().st_size for file in control) < 4e6
     networks = [file for file in files if file.name != "judge.safetensors"]
-    assert {tensor.dtype for file in networks for tensor in load_file(file).values() if tensor.ndim} == {torch.float16}
+    assert {
+        tensor.dtype for file in networks for tensor in load_file(file).values() if tensor.ndim
+    } == {torch.float16}
 
 
 def test_they_say_nothing_of_the_machine_they_come_from() -> None:
     texts = {path.name: path.read_text() for path in NANO.rglob("*.json")}
-    assert [name for name, text in texts.items() if "_name_or_path" in text or re.search(r'"/\w+/', text)] == []
+    assert [
+        name
+        for name, text in texts.items()
+        if "_name_or_path" in text or re.search(r'"/\w+/', text)
+    ] == []
 
 
 @pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
 def test_they_draw_what_they_are_asked(steps: int) -> None:
     bundle = load_bundle("nano", steps=steps)
-    drawn = [image for prompt in PROMPTS for image in generate(bundle, Request(prompt, num_images=4, seed=5)).images]
+    drawn = [
+        image
+        for prompt in PROMPTS
+        for image in generate(bundle, Request(prompt, num_images=4, seed=5)).images
+    ]
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
     assert num_right(to_tensor(drawn), prompts) >= 10  # of 16; chance is one in 5,520 each
 
 
 @pytest.mark.parametrize("steps", [8, 2])
 def test_vanilla_diffusers_loads_them_and_draws(steps: int) -> None:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(NANO, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        NANO, torch_dtype=torch.float32, add_watermarker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     if steps == 2:
         weights = load_file(NANO / "students" / "nano_2step_unet.safetensors")

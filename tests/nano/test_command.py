@@ -1,4 +1,6 @@
-"""`python -m examples.nano evaluate` as a user runs it, on folders of PNGs that say what they should show."""
+"""`python -m examples.nano evaluate` as a user runs it, on folders of PNGs that say what they
+should show.
+"""
 
 import json
 from collections.abc import Sequence
@@ -62,13 +64,20 @@ def test_real_pictures_are_found_right(folder: Path, tmp_path: Path):
     answer = run(folder, "--reference", folder, "--json", tmp_path / "figures.json")
     assert answer.exit_code == 0, answer.output
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["num_images"] == figures["concept"]["num_right"] == figures["background"]["num_right"] == 12
+    assert (
+        figures["num_images"]
+        == figures["concept"]["num_right"]
+        == figures["background"]["num_right"]
+        == 12
+    )
     assert figures["frechet_to_reference"] == pytest.approx(0, abs=1e-6)
     assert figures["frechet_to_real"] > 0
     assert "100.0 % of 12" in answer.output
 
 
-def test_prompts_that_name_something_else_are_not_scored_and_said_so(folder: Path, emoji: EmojiSet, tmp_path: Path):
+def test_prompts_that_name_something_else_are_not_scored_and_said_so(
+    folder: Path, emoji: EmojiSet, tmp_path: Path
+):
     picture = real_pictures([complete_tasks(emoji.concepts, 1)[0].attributes], emoji)
     write(tmp_path, picture.repeat(2, 1, 1, 1), ["a flat dragon", "a fox"])
     answer = run(tmp_path)

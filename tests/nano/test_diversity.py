@@ -8,7 +8,9 @@ from examples.nano.diversity import DiversityError, feature_diversity, pixel_div
 
 def test_it_is_the_mean_distance_within_a_prompt_averaged_over_prompts():
     features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
-    assert feature_diversity(features, ["a", "a", "b", "b", "b"]) == pytest.approx((5 + (1 + 2 + 1) / 3) / 2)
+    assert feature_diversity(features, ["a", "a", "b", "b", "b"]) == pytest.approx(
+        (5 + (1 + 2 + 1) / 3) / 2
+    )
 
 
 def test_the_same_picture_from_every_seed_has_none():

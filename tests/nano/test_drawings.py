@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from examples.nano.captions import BACKGROUNDS
-from examples.nano.drawings import EmojiError, EmojiSet, Placement, built_in_concepts, compose, load_emoji
+from examples.nano.drawings import (
+    EmojiError,
+    EmojiSet,
+    Placement,
+    built_in_concepts,
+    compose,
+    load_emoji,
+)
 from examples.nano.emoji import save_emoji
 from examples.nano.latents import cache_latents, load_latents
 from examples.nano.model import random_bundle
@@ -39,7 +46,9 @@ def test_the_background_is_the_colour_asked_for(emoji: EmojiSet) -> None:
 def test_placements_differ_but_repeat_with_their_seed(emoji: EmojiSet) -> None:
     drawings = emoji.drawings[0, 0].expand(4, -1, -1, -1)
     behind = torch.zeros(4, dtype=torch.long)
-    first, again = (compose(drawings, behind, Placement(), torch.Generator().manual_seed(5)) for _ in range(2))
+    first, again = (
+        compose(drawings, behind, Placement(), torch.Generator().manual_seed(5)) for _ in range(2)
+    )
     assert torch.equal(first, again)
     assert (first[0] - first[1]).abs().max() > 0.1
 

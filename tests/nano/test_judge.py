@@ -35,7 +35,9 @@ def test_it_learns_the_sample_in_seconds(quick_judge: Judge):
 def test_the_run_folder_says_what_happened(quick_run: Path):
     figures = json.loads((quick_run / "eval.json").read_text())
     lines = [json.loads(line) for line in (quick_run / "log.jsonl").read_text().splitlines()]
-    assert {"concept", "style", "background", "concept_damaged", "blur_error_pixels"} <= set(figures)
+    assert {"concept", "style", "background", "concept_damaged", "blur_error_pixels"} <= set(
+        figures
+    )
     assert [line["iteration"] for line in lines] == [20, 40, 60, 80, 100, 120]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -97,7 +99,9 @@ def test_it_sees_blur(emoji: EmojiSet, judge: Judge):
     from degradation import blur
     from nano_tasks import complete_tasks, real_pictures
 
-    pictures = real_pictures([task.attributes for task in complete_tasks(emoji.concepts, 64)], emoji)
+    pictures = real_pictures(
+        [task.attributes for task in complete_tasks(emoji.concepts, 64)], emoji
+    )
     blurred = blur(pictures, torch.full((64,), 1.2))
     assert judge.judge(blurred).blur_pixels.mean() > judge.judge(pictures).blur_pixels.mean() + 0.4
 
@@ -156,6 +160,8 @@ def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet, judge: Judge):
     assert report.background.num_right >= 125
 
 
-def test_accuracy_is_measured_on_pictures_that_are_the_same_every_time(quick_judge: Judge, emoji: EmojiSet):
+def test_accuracy_is_measured_on_pictures_that_are_the_same_every_time(
+    quick_judge: Judge, emoji: EmojiSet
+):
     assert quick_judge.origin is not None
     assert measure_accuracy(quick_judge, QUICK, emoji) == quick_judge.origin.accuracy

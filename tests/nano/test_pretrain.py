@@ -1,4 +1,6 @@
-"""Pretraining of every part on the committed sample: losses fall, a resumed run equals an uninterrupted one."""
+"""Pretraining of every part on the committed sample: losses fall, a resumed run equals an
+uninterrupted one.
+"""
 
 import subprocess
 import sys
@@ -48,23 +50,33 @@ def emoji() -> EmojiSet:
     return load_emoji(SAMPLE)
 
 
-def run_vae(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
+def run_vae(
+    emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
+) -> Weights:
     settings = VaeSettings.model_validate({"num_pictures": 8, "loop": loop(**changes)})
-    return train_vae(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration).vae.state_dict()
+    return train_vae(
+        emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration
+    ).vae.state_dict()
 
 
-def run_text(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
+def run_text(
+    emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
+) -> Weights:
     settings = TextSettings.model_validate({"loop": loop(**changes)})
     text = train_text(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration)
     return text.encoders[1].state_dict()
 
 
-def run_teacher(emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any) -> Weights:
+def run_teacher(
+    emoji: EmojiSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
+) -> Weights:
     random = random_bundle()
     settings = TeacherSettings.model_validate({"loop": loop(**changes)})
     latents = cache_latents(emoji, random.codec, variants=1)
     folder = RunFolder(folder, settings)
-    return train_teacher(latents, random.text, settings, folder, on_iteration=on_iteration).network.state_dict()
+    return train_teacher(
+        latents, random.text, settings, folder, on_iteration=on_iteration
+    ).network.state_dict()
 
 
 RUNS = pytest.mark.parametrize("run", [run_vae, run_text, run_teacher])
@@ -73,12 +85,20 @@ RUNS = pytest.mark.parametrize("run", [run_vae, run_text, run_teacher])
 @RUNS
 def test_the_loss_falls(run: Run, emoji: EmojiSet, tmp_path: Path) -> None:
     losses: list[float] = []
-    run(emoji, tmp_path, lambda i, figures: losses.append(figures["loss"]), iterations=40, batch_size=16)
+    run(
+        emoji,
+        tmp_path,
+        lambda i, figures: losses.append(figures["loss"]),
+        iterations=40,
+        batch_size=16,
+    )
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @RUNS
-def test_interrupted_and_resumed_equals_uninterrupted(run: Run, emoji: EmojiSet, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted(
+    run: Run, emoji: EmojiSet, tmp_path: Path
+) -> None:
     class Killed(Exception):
         pass
 
@@ -97,7 +117,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(run: Run, emoji: EmojiSet,
 
 
 def test_a_loss_that_explodes_is_told_with_what_to_do(emoji: EmojiSet, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"vae loss is nan at iteration \d+.*lower learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"vae loss is nan at iteration \d+.*lower learning_rate"
+    ):
         run_vae(emoji, tmp_path, lambda i, figures: None, learning_rate=1e30)
 
 
@@ -125,6 +147,8 @@ def test_the_three_recipes_make_a_model_that_loads(tmp_path: Path) -> None:
 
 def test_a_part_that_is_none_is_told() -> None:
     command = [sys.executable, "-m", "examples.nano", "pretrain", "nano-unet", "--out", "x"]
-    answer = subprocess.run(command, cwd=SAMPLE.parents[2], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        command, cwd=SAMPLE.parents[2], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 2
     assert "nano-vae, nano-text, nano-teacher" in answer.stderr

@@ -3,9 +3,23 @@
 from random import Random
 
 import pytest
-from nano_tasks import FIRST_SEED, PromptError, complete_tasks, incomplete_tasks, real_pictures, repeated_tasks
+from nano_tasks import (
+    FIRST_SEED,
+    PromptError,
+    complete_tasks,
+    incomplete_tasks,
+    real_pictures,
+    repeated_tasks,
+)
 
-from examples.nano.captions import BACKGROUNDS, STYLES, Attributes, Omission, caption, complete_caption
+from examples.nano.captions import (
+    BACKGROUNDS,
+    STYLES,
+    Attributes,
+    Omission,
+    caption,
+    complete_caption,
+)
 from examples.nano.drawings import EmojiSet, built_in_concepts
 from examples.nano.judge import Judge
 from examples.nano.prompts import attributes_from_prompt
@@ -18,12 +32,16 @@ def test_every_caption_is_read_back_as_it_was_meant():
         rng = Random(seed)
         concept = rng.choice(CONCEPTS)
         style, background = rng.choice(list(STYLES)), rng.choice(list(BACKGROUNDS))
-        meant = Omission(everything=0.05).apply(concept.names, concept.subgroup, style, background, rng)
+        meant = Omission(everything=0.05).apply(
+            concept.names, concept.subgroup, style, background, rng
+        )
         prompt = caption(meant, rng)
         assert attributes_from_prompt(prompt, CONCEPTS) == meant, prompt
 
 
-@pytest.mark.parametrize("prompt", ["a 3d red apple on a red background", "  A 3D  Red Apple on a red background "])
+@pytest.mark.parametrize(
+    "prompt", ["a 3d red apple on a red background", "  A 3D  Red Apple on a red background "]
+)
 def test_a_colour_in_the_name_is_no_background(prompt: str):
     assert attributes_from_prompt(prompt, CONCEPTS) == Attributes(("red apple",), "3d", "red")
     assert attributes_from_prompt("a red apple", CONCEPTS) == Attributes(("red apple",))
@@ -35,7 +53,9 @@ def test_a_synonym_stands_for_its_concept():
     assert wish.names[0] == "doughnut"
 
 
-@pytest.mark.parametrize("prompt", ["a flat dragon on a blue background", "fox fox", "a watercolour fox"])
+@pytest.mark.parametrize(
+    "prompt", ["a flat dragon on a blue background", "fox fox", "a watercolour fox"]
+)
 def test_what_is_no_concept_is_unknown(prompt: str):
     assert attributes_from_prompt(prompt, CONCEPTS) is None
 
@@ -64,7 +84,10 @@ def test_prompts_of_one_kind_come_with_four_seeds_each():
         assert len(tasks) == 256
         assert len({task.attributes for task in tasks}) == 64
         assert len({task.seed for task in tasks}) == 256
-        assert all(len({task.prompt for task in tasks[start : start + 4]}) == 1 for start in range(0, 256, 4))
+        assert all(
+            len({task.prompt for task in tasks[start : start + 4]}) == 1
+            for start in range(0, 256, 4)
+        )
 
 
 def test_no_seed_is_used_for_two_pictures():
@@ -75,7 +98,9 @@ def test_no_seed_is_used_for_two_pictures():
 def test_incomplete_prompts_leave_something_open_in_every_way():
     wishes = {task.attributes for task in incomplete_tasks(CONCEPTS)}
     usual = {concept.names for concept in CONCEPTS}
-    kinds = {(bool(w.names), w.names in usual, w.style is None, w.background is None) for w in wishes}
+    kinds = {
+        (bool(w.names), w.names in usual, w.style is None, w.background is None) for w in wishes
+    }
     assert Attributes() in wishes
     assert len(kinds) == 11
     assert all(w.names not in usual or None in (w.style, w.background) for w in wishes)

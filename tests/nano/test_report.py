@@ -60,7 +60,8 @@ def test_the_distance_to_itself_is_zero_and_more_blur_is_farther(emoji: EmojiSet
     assert same.frechet_to_reference == pytest.approx(0, abs=1e-6)
     assert same.frechet_to_real is None
     again = evaluate(real_pictures(wishes, emoji, seed=1), wishes, judge, reference=reference)
-    # Other placements of the same drawings lie far nearer than blurred ones in the same places; few samples hide that.
+    # Other placements of the same drawings lie far nearer than blurred ones in the same places; few
+    # samples hide that.
     assert again.frechet_to_reference is not None
     assert mild.frechet_to_reference is not None
     assert strong.frechet_to_reference is not None

@@ -1,4 +1,6 @@
-"""LoRA: it reaches what the paper says, changes nothing at first, trains alone, and merges into the same function."""
+"""LoRA: it reaches what the paper says, changes nothing at first, trains alone, and merges into the
+same function.
+"""
 
 import copy
 import json
@@ -51,7 +53,10 @@ def test_on_sdxl_it_reaches_what_the_paper_says() -> None:
     parameters = list(lora.parameters())
     assert len(parameters) == 2 * 788
     assert sum(parameter.numel() for parameter in parameters) == 196_751_360
-    assert sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) == 196_751_360
+    assert (
+        sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        == 196_751_360
+    )
 
 
 def test_fresh_it_changes_nothing_and_shaken_it_does(bundle: Bundle) -> None:
@@ -71,11 +76,16 @@ def test_switching_between_forward_and_backward_loses_no_gradient(bundle: Bundle
     loss = answer(bundle, "student").square().mean()
     activate(network, "teacher")
     loss.backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in student.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().max() > 0
+        for parameter in student.parameters()
+    )
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_switching_is_right_after_adapters_came_and_went_and_copies_switch_apart(bundle: Bundle) -> None:
+def test_switching_is_right_after_adapters_came_and_went_and_copies_switch_apart(
+    bundle: Bundle,
+) -> None:
     network = bundle.denoiser.network
     plain = answer(bundle)
     shake(add_lora(network, "judge", rank=4, encoder_only=True))
@@ -89,7 +99,12 @@ def test_switching_is_right_after_adapters_came_and_went_and_copies_switch_apart
     activate(twin.denoiser.network, "judge")
     network.disable_adapters()
     for one in (bundle, twin):
-        for lora, expected in (("student", taught), (None, plain), ("judge", judged), ("student", taught)):
+        for lora, expected in (
+            ("student", taught),
+            (None, plain),
+            ("judge", judged),
+            ("student", taught),
+        ):
             torch.testing.assert_close(answer(one, lora), expected)
             assert active(one.denoiser.network) == lora
     remove_loras(network)
@@ -109,7 +124,9 @@ def test_merged_it_is_the_same_function_and_a_plain_network(bundle: Bundle) -> N
     expected = answer(bundle, "student")
     merged = replace(bundle.denoiser, network=merge(network, "student"))
     assert list(merged.network.state_dict()) == plain
-    torch.testing.assert_close(answer(replace(bundle, denoiser=merged)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        answer(replace(bundle, denoiser=merged)), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_taken_off_it_leaves_the_base_as_it_was(bundle: Bundle) -> None:

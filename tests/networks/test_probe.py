@@ -38,16 +38,22 @@ def restated(said_in: str) -> Denoiser:
 @pytest.fixture(scope="module")
 def known() -> tuple[Tensor, Conditioning]:
     """Two pictures that the teacher draws in few steps, so that they are of the kind it knows."""
-    conditioning = TEACHER.conditioning(["a 3d red apple on a blue background", "a flat fox"], 64, 64)
+    conditioning = TEACHER.conditioning(
+        ["a 3d red apple on a blue background", "a flat fox"], 64, 64
+    )
     empty = TEACHER.conditioning([""], 64, 64).expand(2)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        latents = sample(TEACHER.denoiser.guided(conditioning, empty, 3.0), noise, 8, TEACHER.denoiser.schedule)
+        latents = sample(
+            TEACHER.denoiser.guided(conditioning, empty, 3.0), noise, 8, TEACHER.denoiser.schedule
+        )
     return latents, conditioning
 
 
 @pytest.mark.parametrize("said_in", ["eps", "x0", "v"])
-def test_it_is_found_out_whatever_the_config_says(said_in: str, known: tuple[Tensor, Conditioning]) -> None:
+def test_it_is_found_out_whatever_the_config_says(
+    said_in: str, known: tuple[Tensor, Conditioning]
+) -> None:
     denoiser = restated(said_in)
     probe = probe_prediction_type(denoiser, *known)
     assert probe.found == said_in
@@ -64,6 +70,10 @@ def test_a_network_that_knows_nothing_is_not_judged(known: tuple[Tensor, Conditi
     stranger = random_bundle()
     conditioning = stranger.conditioning(["a red fox", ""], 64, 64)
     for kind in ("eps", "v"):
-        assert not check_prediction_type(replace(stranger.denoiser, prediction_type=kind), x0, conditioning).is_sure
-        nothing = check_prediction_type(replace(stranger.denoiser, prediction_type=kind), 0.01 * x0, conditioning)
+        assert not check_prediction_type(
+            replace(stranger.denoiser, prediction_type=kind), x0, conditioning
+        ).is_sure
+        nothing = check_prediction_type(
+            replace(stranger.denoiser, prediction_type=kind), 0.01 * x0, conditioning
+        )
         assert not nothing.is_sure

@@ -1,4 +1,6 @@
-"""A real model with random weights: quick, and as strict as a trained one where numbers are compared."""
+"""A real model with random weights: quick, and as strict as a trained one where numbers are
+compared.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The same prompt, seed and steps give the latents that vanilla diffusers gives.
 
-diffusers starts from 0.99767 times the noise where we start from the noise itself, so it is handed noise divided by
-that; everything after the start is then one and the same flow.
+diffusers starts from 0.99767 times the noise where we start from the noise itself, so it is handed
+noise divided by that; everything after the start is then one and the same flow.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,13 @@ PROMPT = "a 3d red apple on a blue background"
 SEED = 11
 
 
-def vanilla(bundle: Bundle, steps: int, guidance: float, *, corrected_start: bool = True) -> torch.Tensor:
+def vanilla(
+    bundle: Bundle, steps: int, guidance: float, *, corrected_start: bool = True
+) -> torch.Tensor:
     """Sample with StableDiffusionXLPipeline as its users would: Euler, trailing, guidance as asked."""
-    prediction_type = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[bundle.denoiser.prediction_type]
+    prediction_type = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[
+        bundle.denoiser.prediction_type
+    ]
     pipeline = assemble(bundle, timestep_spacing="trailing", prediction_type=prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     noise = initial_noise(SEED, bundle.latent_shape(64, 64))[None]
@@ -52,7 +56,9 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_students_match(teacher: Bundle, as_student: Callable[[Bundle, int], Bundle], steps: int) -> None:
+def test_students_match(
+    teacher: Bundle, as_student: Callable[[Bundle, int], Bundle], steps: int
+) -> None:
     student = as_student(teacher, steps)
     assert relative_difference(ours(student, steps), vanilla(student, steps, 0.0)) < 1e-4
 
@@ -63,5 +69,7 @@ def test_guided_teacher_matches(teacher: Bundle, steps: int) -> None:
 
 
 def test_the_start_is_the_only_difference(student: Bundle) -> None:
-    difference = relative_difference(ours(student, 4), vanilla(student, 4, 0.0, corrected_start=False))
+    difference = relative_difference(
+        ours(student, 4), vanilla(student, 4, 0.0, corrected_start=False)
+    )
     assert 1e-4 < difference < 1e-2

@@ -1,4 +1,6 @@
-"""The real SDXL architecture draws on a CPU within 20 GiB, from random weights and from a hub cache; slow ones."""
+"""The real SDXL architecture draws on a CPU within 20 GiB, from random weights and from a hub
+cache; slow ones.
+"""
 
 import os
 import subprocess
@@ -13,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, **environment: str) -> str:
-    """Run the benchmark in a process of its own, whose memory is what it measures; it fails over 20 GiB."""
+    """Run the benchmark in a process of its own, whose memory is what it measures; it fails over 20
+    GiB.
+    """
     command = [sys.executable, "benchmarks/full_size_generate.py", *arguments]
     told = {**os.environ, **environment}
     told.pop("OMP_NUM_THREADS", None)  # one thread is for tests that others run beside

@@ -1,4 +1,6 @@
-"""What `generate` promises: each image its own seed, the contract obeyed, time and warnings reported."""
+"""What `generate` promises: each image its own seed, the contract obeyed, time and warnings
+reported.
+"""
 
 import copy
 from collections.abc import Callable
@@ -60,7 +62,9 @@ def test_result_says_what_was_made(teacher: Bundle) -> None:
 def test_progress_counts_every_step_of_every_batch(student: Bundle) -> None:
     steps: list[tuple[int, int]] = []
     generate(
-        student, Request(PROMPT, num_images=MAX_BATCH + 1), on_step=lambda p: steps.append((p.num_done, p.num_steps))
+        student,
+        Request(PROMPT, num_images=MAX_BATCH + 1),
+        on_step=lambda p: steps.append((p.num_done, p.num_steps)),
     )
     assert steps == [(done, 8) for done in range(1, 9)]
 
@@ -82,7 +86,9 @@ def test_the_same_request_draws_the_same_pixels(student: Bundle) -> None:
 def test_teacher_guidance_is_the_paper_s_formula(teacher: Bundle) -> None:
     request = Request(PROMPT, steps=1, seed=2, negative_prompt="flat")
     plain = final_latents(teacher, replace(request, guidance=1.0, negative_prompt=""))[2]
-    against = final_latents(teacher, replace(request, prompt="flat", guidance=1.0, negative_prompt=""))[2]
+    against = final_latents(
+        teacher, replace(request, prompt="flat", guidance=1.0, negative_prompt="")
+    )[2]
     guided = final_latents(teacher, replace(request, guidance=4.0))[2]
     torch.testing.assert_close(guided, against + 4 * (plain - against), rtol=1e-3, atol=1e-3)
 
@@ -121,7 +127,9 @@ def test_very_large_seed_draws_and_warns(student: Bundle) -> None:
     assert result.warnings == [
         f"seed {2**32 + 7} draws the same noise as seed 7: torch's generator tells only 2**32 seeds apart."
     ]
-    assert result.images[0].tobytes() == generate(student, Request(PROMPT, seed=7)).images[0].tobytes()
+    assert (
+        result.images[0].tobytes() == generate(student, Request(PROMPT, seed=7)).images[0].tobytes()
+    )
 
 
 def test_student_refuses_other_step_counts(student: Bundle) -> None:
@@ -156,7 +164,9 @@ def test_one_step_student_lands_on_its_own_prediction(
     shape = one_step.latent_shape(64, 64)
     conditioning = one_step.conditioning([PROMPT], 64, 64)
     with torch.inference_mode():
-        expected = one_step.denoiser(initial_noise(6, shape)[None], torch.tensor([1000]), conditioning).x0
+        expected = one_step.denoiser(
+            initial_noise(6, shape)[None], torch.tensor([1000]), conditioning
+        ).x0
     torch.testing.assert_close(steps[-1].prediction.x0, expected)
 
 

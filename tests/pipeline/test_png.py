@@ -1,4 +1,6 @@
-"""Every PNG says how it was made, in A1111's words and in our own, and is written whole or not at all."""
+"""Every PNG says how it was made, in A1111's words and in our own, and is written whole or not at
+all.
+"""
 
 import json
 import re
@@ -23,11 +25,15 @@ def result(student: Bundle) -> Result:
 
 def a1111_settings(text: str) -> dict[str, str]:
     """Read the last line the way its readers do."""
-    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.splitlines()[-1])
+    pairs = re.findall(
+        r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.splitlines()[-1]
+    )
     return {key: json.loads(value) if value.startswith('"') else value for key, value in pairs}
 
 
-def test_a_picture_can_be_drawn_again_from_its_file(result: Result, student: Bundle, tmp_path: Path) -> None:
+def test_a_picture_can_be_drawn_again_from_its_file(
+    result: Result, student: Bundle, tmp_path: Path
+) -> None:
     paths = save_images(result, tmp_path / "new" / "folder")
     assert len(set(paths)) == 3
     provenance = read_provenance(paths[2])
@@ -55,12 +61,18 @@ def test_a1111_line(result: Result, tmp_path: Path) -> None:
         "RNG",
         "Version",
     ]
-    assert (settings["Steps"], settings["Sampler"], settings["Schedule type"]) == ("4", "Euler", "SGM Uniform")
+    assert (settings["Steps"], settings["Sampler"], settings["Schedule type"]) == (
+        "4",
+        "Euler",
+        "SGM Uniform",
+    )
     assert (settings["CFG scale"], settings["Seed"], settings["Size"]) == ("1", "8", "64x64")
     assert (settings["RNG"], settings["Model"]) == ("CPU", result.contract.name)
 
 
-def test_a1111_values_with_commas_are_quoted_and_negative_prompts_shown(result: Result, tmp_path: Path) -> None:
+def test_a1111_values_with_commas_are_quoted_and_negative_prompts_shown(
+    result: Result, tmp_path: Path
+) -> None:
     odd = replace(
         result,
         contract=replace(result.contract, name="a, b: c"),
@@ -82,7 +94,9 @@ def test_nothing_is_overwritten(result: Result, tmp_path: Path) -> None:
 
 def test_names_stay_in_the_folder(result: Result, tmp_path: Path) -> None:
     odd = replace(
-        result, contract=replace(result.contract, name="../../up"), request=replace(result.request, prompt="../" * 200)
+        result,
+        contract=replace(result.contract, name="../../up"),
+        request=replace(result.request, prompt="../" * 200),
     )
     paths = save_images(odd, tmp_path / "out")
     assert {path.parent for path in paths} == {tmp_path / "out"}

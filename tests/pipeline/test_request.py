@@ -43,7 +43,9 @@ WRONG_TYPES = [
 
 
 def test_wrong_types_are_refused_in_production_too() -> None:
-    """The type checker of these tests would be faster, so a bare interpreter asks; torch is not needed for it."""
+    """The type checker of these tests would be faster, so a bare interpreter asks; torch is not
+    needed for it.
+    """
     code = f"""
 import sys
 from twostep.pipeline.request import Request, RequestError
@@ -54,7 +56,9 @@ for arguments in {WRONG_TYPES}:
         print(error)
 print("torch" in sys.modules)
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     *lessons, torch_loaded = answer.stdout.splitlines()
     assert len(lessons) == len(WRONG_TYPES), lessons
     assert all("expected" in lesson for lesson in lessons)
@@ -70,7 +74,9 @@ def test_json_round_trip() -> None:
     assert Request.from_json(request.to_json()) == request
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"prompt": "a", "colour": 1}', '{"prompt": "a", "seed": -1}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"prompt": "a", "colour": 1}', '{"prompt": "a", "seed": -1}']
+)
 def test_foreign_json_is_refused(text: str) -> None:
     with pytest.raises(RequestError):
         Request.from_json(text)

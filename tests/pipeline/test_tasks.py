@@ -1,4 +1,6 @@
-"""Pictures that go in: strengths snap to trained times, masks hold, ControlNets fit, and bad input is told."""
+"""Pictures that go in: strengths snap to trained times, masks hold, ControlNets fit, and bad input
+is told.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -65,7 +67,11 @@ def test_strength_snaps_to_the_student_s_own_times(
     student = load_bundle("nano", steps=steps)
     result, count = walked(student, Request(PROMPT, image=image, strength=wish))
     assert (count, result.request.strength, result.request.steps) == (taken, became, steps)
-    said = [warning for warning in result.warnings if warning.startswith(f"strength {wish:g} became {became:g}")]
+    said = [
+        warning
+        for warning in result.warnings
+        if warning.startswith(f"strength {wish:g} became {became:g}")
+    ]
     assert len(said) == (wish != became)
 
 
@@ -111,10 +117,16 @@ def test_nothing_changes_outside_of_the_mask(student: Bundle, image: Picture) ->
 
 
 def test_what_is_kept_steers_what_is_drawn(student: Bundle, image: Picture) -> None:
-    """The known half is noised and put back at each step, so another image there changes the drawn half too."""
+    """The known half is noised and put back at each step, so another image there changes the drawn
+    half too.
+    """
     other = Picture.of(Image.new("RGB", (64, 64), "red"))
     drawn = [
-        np.asarray(generate(student, Request(PROMPT, image=picture, mask=Picture.of(half_mask()))).images[0])[:, 32:]
+        np.asarray(
+            generate(student, Request(PROMPT, image=picture, mask=Picture.of(half_mask()))).images[
+                0
+            ]
+        )[:, 32:]
         for picture in (image, other)
     ]
     assert (drawn[0] != drawn[1]).any()
@@ -122,7 +134,10 @@ def test_what_is_kept_steers_what_is_drawn(student: Bundle, image: Picture) -> N
 
 def test_an_image_of_another_size_is_cut_as_training_does_it(student: Bundle) -> None:
     wide, cut = Picture.of(stripes(192, 64)), Picture.of(stripes(192, 64).crop((64, 0, 128, 64)))
-    drawn = [generate(student, Request(PROMPT, image=picture, strength=0.25)).images[0] for picture in (wide, cut)]
+    drawn = [
+        generate(student, Request(PROMPT, image=picture, strength=0.25)).images[0]
+        for picture in (wide, cut)
+    ]
     assert drawn[0].tobytes() == drawn[1].tobytes()
 
 
@@ -132,7 +147,9 @@ def several(bundle: Bundle) -> Bundle:
 
 def test_an_image_chooses_the_size_that_fits_it_best(student: Bundle) -> None:
     for size in ((300, 100), (100, 280), (70, 60)):
-        result = generate(several(student), Request(PROMPT, image=Picture.of(stripes(*size)), strength=0.25))
+        result = generate(
+            several(student), Request(PROMPT, image=Picture.of(stripes(*size)), strength=0.25)
+        )
         expected = {300: (96, 32), 100: (32, 96), 70: (64, 64)}[size[0]]
         assert result.images[0].size == expected == (result.request.width, result.request.height)
     asked = Request(PROMPT, image=Picture.of(stripes(300, 100)), width=64, height=64)
@@ -140,7 +157,10 @@ def test_an_image_chooses_the_size_that_fits_it_best(student: Bundle) -> None:
 
 
 def test_sizes_other_than_square_are_drawn_and_those_between_warn(student: Bundle) -> None:
-    assert generate(several(student), Request(PROMPT, width=96, num_images=2)).images[1].size == (96, 32)
+    assert generate(several(student), Request(PROMPT, width=96, num_images=2)).images[1].size == (
+        96,
+        32,
+    )
     result = generate(several(student), Request(PROMPT, width=32, height=64))
     assert result.images[0].size == (32, 64)
     assert any("32x64 is none of these" in warning for warning in result.warnings)
@@ -160,13 +180,20 @@ def test_pictures_that_are_none_too_small_or_too_large_are_refused(tmp_path: Pat
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (64, 64)).save(tmp_path / "half.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:60])
-    for name, lesson in (("text.png", "cannot be read"), ("half.png", "cannot be read"), ("none.png", "No such file")):
+    for name, lesson in (
+        ("text.png", "cannot be read"),
+        ("half.png", "cannot be read"),
+        ("none.png", "No such file"),
+    ):
         with pytest.raises(RequestError, match=f"{name} cannot be taken: .*{lesson}"):
             Picture.of(tmp_path / name)
     with pytest.raises(RequestError, match="it is 1x1; expected 8x8 to 67,108,864"):
         Picture.of(Image.new("RGB", (1, 1)))
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(RequestError, match="it is 10000x10000"):
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(RequestError, match="it is 10000x10000"),
+    ):
         Picture.of(tmp_path / "huge.png")
 
 
@@ -182,7 +209,11 @@ WRONG = [
 
 @pytest.mark.parametrize(("values", "lesson"), WRONG)
 def test_impossible_wishes_are_told(image: Picture, values: dict[str, object], lesson: str) -> None:
-    pictures = {"image": image, "mask": Picture.of(half_mask()), "narrow": Picture.of(half_mask(32, 64))}
+    pictures = {
+        "image": image,
+        "mask": Picture.of(half_mask()),
+        "narrow": Picture.of(half_mask(32, 64)),
+    }
     with pytest.raises(RequestError, match=lesson):
         Request(PROMPT, **{key: pictures.get(value, value) for key, value in values.items()})
 
@@ -192,15 +223,22 @@ def test_a_black_mask_is_told(student: Bundle, image: Picture) -> None:
         generate(student, Request(PROMPT, image=image, mask=Picture.of(Image.new("L", (64, 64)))))
 
 
-@pytest.mark.parametrize("values", [(-1.0, 0.0, 1.0), (float("nan"), 0.0, 1.0), (1.0, 0.5, 0.5), (1.0, 0.0, 1.1)])
+@pytest.mark.parametrize(
+    "values", [(-1.0, 0.0, 1.0), (float("nan"), 0.0, 1.0), (1.0, 0.5, 0.5), (1.0, 0.0, 1.1)]
+)
 def test_impossible_controls_are_told(image: Picture, values: tuple[float, float, float]) -> None:
     with pytest.raises(RequestError, match="rising shares"):
         Control(image, "silhouette", *values)
 
 
 def test_where_a_drawing_begins_is_chosen(student: Bundle) -> None:
-    pure, scaled = (generate(student, Request(PROMPT, init_noise=mode)).images[0] for mode in ("comfyui", "diffusers"))
-    assert pure.tobytes() == generate(student, Request(PROMPT)).images[0].tobytes() != scaled.tobytes()
+    pure, scaled = (
+        generate(student, Request(PROMPT, init_noise=mode)).images[0]
+        for mode in ("comfyui", "diffusers")
+    )
+    assert (
+        pure.tobytes() == generate(student, Request(PROMPT)).images[0].tobytes() != scaled.tobytes()
+    )
     assert "init_noise" in Request(PROMPT, init_noise="diffusers").to_json()
 
 
@@ -229,11 +267,20 @@ def test_a_control_acts_by_its_scale_and_in_its_share_of_the_steps(
 
     def foreseen(*controls: Control) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
-        generate(student, Request(PROMPT, controls=controls), on_step=lambda step: seen.append(step.prediction.x0))
+        generate(
+            student,
+            Request(PROMPT, controls=controls),
+            on_step=lambda step: seen.append(step.prediction.x0),
+        )
         return seen
 
     plain, late = foreseen(), foreseen(Control(image, folder, 1.0, 0.5, 1.0))
-    assert [torch.equal(a, b) for a, b in zip(plain, late, strict=True)] == [True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(plain, late, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert all(map(torch.equal, plain, foreseen(Control(image, folder, 0.0))))
     early = foreseen(Control(image, folder, 1.0, 0.0, 0.25))
     assert not torch.equal(early[0], plain[0])
@@ -242,13 +289,20 @@ def test_a_control_acts_by_its_scale_and_in_its_share_of_the_steps(
 MISFITS = [
     ({"channels": (16, 32, 64, 96)}, "pixels_per_latent 8, expected 4"),
     ({"cross_attention_dim": 96}, "cross_attention_dim 96, expected 160"),
-    ({"block_out_channels": (48, 96, 96)}, r"block_out_channels \[48, 96, 96\], expected \[48, 96, 160\]"),
+    (
+        {"block_out_channels": (48, 96, 96)},
+        r"block_out_channels \[48, 96, 96\], expected \[48, 96, 160\]",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("made", "lesson"), MISFITS)
 def test_a_control_for_another_model_says_what_differs(
-    student: Bundle, image: Picture, make_control: Callable[..., str], made: dict[str, object], lesson: str
+    student: Bundle,
+    image: Picture,
+    make_control: Callable[..., str],
+    made: dict[str, object],
+    lesson: str,
 ) -> None:
     if "block_out_channels" in made:
         made = {**made, "attention_head_dim": (2, 3, 3)}
@@ -259,7 +313,10 @@ def test_a_control_for_another_model_says_what_differs(
 
 def test_what_is_no_controlnet_is_told(student: Bundle, image: Picture, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "ControlNetUnionModel"}')
-    for name, lesson in ((str(tmp_path), "is ControlNetUnionModel"), ("silhouete", "no folder.*silhouette")):
+    for name, lesson in (
+        (str(tmp_path), "is ControlNetUnionModel"),
+        ("silhouete", "no folder.*silhouette"),
+    ):
         with pytest.raises(ModelError, match=lesson):
             generate(student, Request(PROMPT, controls=(Control(image, name),)))
 
@@ -272,7 +329,9 @@ def digests(images: list[Image.Image]) -> list[str]:
 def test_four_threads_draw_what_one_does(
     student: Bundle, image: Picture, make_control: Callable[..., str], with_lora: bool
 ) -> None:
-    """Weighted and long prompts, edits, ControlNets, all at once on one bundle; also where a LoRA is on every other."""
+    """Weighted and long prompts, edits, ControlNets, all at once on one bundle; also where a LoRA
+    is on every other.
+    """
     bundles = [student, student]
     if with_lora:
         network = student.denoiser.network
@@ -303,7 +362,9 @@ def test_four_threads_draw_what_one_does(
     assert len({digest for request in alone[:6] for digest in request}) == 7
 
 
-def test_requests_with_pictures_survive_json_and_are_found_again(tmp_path: Path, image: Picture) -> None:
+def test_requests_with_pictures_survive_json_and_are_found_again(
+    tmp_path: Path, image: Picture
+) -> None:
     stripes().save(tmp_path / "in.png")
     half_mask().save(tmp_path / "mask.png")
     asked = Request(
@@ -326,13 +387,17 @@ def test_requests_with_pictures_survive_json_and_are_found_again(tmp_path: Path,
         Request(PROMPT, image=image).found([tmp_path])
 
 
-@pytest.mark.parametrize("part", ['"image": {"name": 1}', '"controls": [{"picture": 3}]', '"image": "x.png"'])
+@pytest.mark.parametrize(
+    "part", ['"image": {"name": 1}', '"controls": [{"picture": 3}]', '"image": "x.png"']
+)
 def test_damaged_pictures_in_json_are_refused(part: str) -> None:
     with pytest.raises(RequestError):
         Request.from_json(f'{{"prompt": "a", {part}}}')
 
 
-def test_a_png_says_what_was_loaded_and_what_was_drawn_with_it(student: Bundle, tmp_path: Path) -> None:
+def test_a_png_says_what_was_loaded_and_what_was_drawn_with_it(
+    student: Bundle, tmp_path: Path
+) -> None:
     bundle = replace(student, origin=("models/a", "b:0.8"))
     path = save_images(generate(bundle, Request(PROMPT, num_images=18, seed=5)), tmp_path)[17]
     told = read_provenance(path)
@@ -342,7 +407,9 @@ def test_a_png_says_what_was_loaded_and_what_was_drawn_with_it(student: Bundle, 
 
 def test_previews_show_what_is_foreseen(image: Picture) -> None:
     student, seen = load_bundle("nano", steps=2), list[Image.Image]()
-    result = generate(student, Request(PROMPT, seed=7), on_step=lambda step: seen.extend(step.previews()))
+    result = generate(
+        student, Request(PROMPT, seed=7), on_step=lambda step: seen.extend(step.previews())
+    )
     assert [preview.size for preview in seen] == [(16, 16)] * 2
     small = np.asarray(result.images[0].resize((16, 16), Image.Resampling.BOX), float)
     apart = np.abs(np.asarray(seen[-1], float) - small).mean()

@@ -1,8 +1,9 @@
-"""Every task gives the latents that vanilla diffusers gives: image to image, inpainting, ControlNets.
+"""Every task gives the latents that vanilla diffusers gives: image to image, inpainting,
+ControlNets.
 
-The models are nano and its students, the noise is the same, and `init_noise` is diffusers'. diffusers begins an image
-at step int(N x strength) of N, we at the nearest trained time; the strengths here are those where that is one and the
-same time.
+The models are nano and its students, the noise is the same, and `init_noise` is diffusers'.
+diffusers begins an image at step int(N x strength) of N, we at the nearest trained time; the
+strengths here are those where that is one and the same time.
 """
 
 from dataclasses import replace
@@ -50,16 +51,30 @@ def mask() -> Image.Image:
     return mask
 
 
-def vanilla(bundle: Bundle, kind: type, more: dict[str, object] | None = None, **arguments: object) -> torch.Tensor:
+def vanilla(
+    bundle: Bundle, kind: type, more: dict[str, object] | None = None, **arguments: object
+) -> torch.Tensor:
     """Draw latents with a pipeline of diffusers: Euler, trailing, the noise of the seed."""
     prediction_type = {"eps": "epsilon", "x0": "sample"}[bundle.denoiser.prediction_type]
-    parts = assemble(bundle, timestep_spacing="trailing", prediction_type=prediction_type).components
+    parts = assemble(
+        bundle, timestep_spacing="trailing", prediction_type=prediction_type
+    ).components
     pipeline = kind(**{**parts, **EXTRA, **(more or {})}, force_zeros_for_empty_prompt=False)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
-    asked = {"num_inference_steps": bundle.contract.steps, "guidance_scale": bundle.contract.guidance, **arguments}
+    asked = {
+        "num_inference_steps": bundle.contract.steps,
+        "guidance_scale": bundle.contract.guidance,
+        **arguments,
+    }
     return pipeline(
-        PROMPT, negative_prompt="", generator=generator, width=64, height=64, output_type="latent", **asked
+        PROMPT,
+        negative_prompt="",
+        generator=generator,
+        width=64,
+        height=64,
+        output_type="latent",
+        **asked,
     ).images[0]
 
 
@@ -83,7 +98,11 @@ def test_text_to_image(models: dict[int, Bundle], steps: int) -> None:
 
 def generate_purely(bundle: Bundle) -> torch.Tensor:
     foreseen: list[torch.Tensor] = []
-    generate(bundle, Request(PROMPT, seed=SEED), on_step=lambda progress: foreseen.append(progress.prediction.x0[0]))
+    generate(
+        bundle,
+        Request(PROMPT, seed=SEED),
+        on_step=lambda progress: foreseen.append(progress.prediction.x0[0]),
+    )
     return foreseen[-1]
 
 
@@ -91,8 +110,12 @@ STRENGTHS = [(8, 0.375), (8, 0.75), (4, 0.25), (4, 0.75), (2, 0.5), (2, 1.0), (1
 
 
 @pytest.mark.parametrize(("steps", "strength"), STRENGTHS)
-def test_image_to_image(models: dict[int, Bundle], image: Image.Image, steps: int, strength: float) -> None:
-    theirs = vanilla(models[steps], StableDiffusionXLImg2ImgPipeline, image=image, strength=strength)
+def test_image_to_image(
+    models: dict[int, Bundle], image: Image.Image, steps: int, strength: float
+) -> None:
+    theirs = vanilla(
+        models[steps], StableDiffusionXLImg2ImgPipeline, image=image, strength=strength
+    )
     mine = ours(models[steps], image=Picture.of(image), strength=strength)
     assert relative_difference(mine, theirs) < 1e-4
 
@@ -102,15 +125,22 @@ def test_inpainting(
     models: dict[int, Bundle], image: Image.Image, mask: Image.Image, steps: int, strength: float
 ) -> None:
     bundle = models[steps]
-    theirs = vanilla(bundle, StableDiffusionXLInpaintPipeline, image=image, mask_image=mask, strength=strength)
+    theirs = vanilla(
+        bundle, StableDiffusionXLInpaintPipeline, image=image, mask_image=mask, strength=strength
+    )
     mine = ours(bundle, image=Picture.of(image), mask=Picture.of(mask), strength=strength)
-    # What the last step foresees is not blended yet; where nothing is drawn theirs is the encoded image itself.
+    # What the last step foresees is not blended yet; where nothing is drawn theirs is the encoded
+    # image itself.
     drawn = torch.nn.functional.interpolate(
         torch.tensor(list(mask.tobytes()), dtype=torch.float32).view(1, 1, 64, 64), (16, 16)
     )[0].bool().expand_as(mine)  # fmt: skip
     assert 20 < drawn[0].sum() < 200
     assert relative_difference(mine[drawn], theirs[drawn]) < 1e-4
-    pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32).view(1, 64, 64, 3).permute(0, 3, 1, 2)
+    pixels = (
+        torch.tensor(list(image.tobytes()), dtype=torch.float32)
+        .view(1, 64, 64, 3)
+        .permute(0, 3, 1, 2)
+    )
     known = bundle.codec.encode(pixels / 127.5 - 1)[0]
     assert relative_difference(known[~drawn], theirs[~drawn]) < 1e-4
 
@@ -120,8 +150,14 @@ def inpainting(models: dict[int, Bundle]) -> Bundle:
     """A nano that takes nine channels, with random weights where there were none."""
     teacher = models[32]
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config({**teacher.denoiser.network.config, "in_channels": 9}).eval()
-    weights = {key: value for key, value in teacher.denoiser.network.state_dict().items() if key != "conv_in.weight"}
+    unet = UNet2DConditionModel.from_config(
+        {**teacher.denoiser.network.config, "in_channels": 9}
+    ).eval()
+    weights = {
+        key: value
+        for key, value in teacher.denoiser.network.state_dict().items()
+        if key != "conv_in.weight"
+    }
     unet.load_state_dict(weights, strict=False)
     return replace(teacher, denoiser=replace(teacher.denoiser, network=unet.requires_grad_(False)))
 
@@ -158,7 +194,12 @@ def controls(models: dict[int, Bundle], tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("steps", [*STUDENTS, 32])
 @pytest.mark.parametrize("count", [1, 2])
 def test_controlnets(
-    models: dict[int, Bundle], mask: Image.Image, image: Image.Image, controls: list[Path], steps: int, count: int
+    models: dict[int, Bundle],
+    mask: Image.Image,
+    image: Image.Image,
+    controls: list[Path],
+    steps: int,
+    count: int,
 ) -> None:
     pictures, scales = [mask.convert("RGB"), image][:count], [0.8, 0.6][:count]
     intervals = [(0.0, 0.5 if steps > 1 else 1.0), (0.25 if steps > 2 else 0.0, 1.0)][:count]
@@ -174,7 +215,9 @@ def test_controlnets(
     )
     told = tuple(
         Control(Picture.of(picture), str(folder), scale, *interval)
-        for picture, folder, scale, interval in zip(pictures, controls, scales, intervals, strict=False)
+        for picture, folder, scale, interval in zip(
+            pictures, controls, scales, intervals, strict=False
+        )
     )
     mine = ours(models[steps], controls=told)
     assert relative_difference(mine, theirs) < 1e-4

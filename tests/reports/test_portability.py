@@ -1,4 +1,6 @@
-"""`twostep report --lora` as a user runs it: a table of every base at every scale, and the best of them named."""
+"""`twostep report --lora` as a user runs it: a table of every base at every scale, and the best of
+them named.
+"""
 
 from pathlib import Path
 
@@ -23,7 +25,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_base_at_every_scale_and_the_best_of_them(run, model: Path, prompts: Path) -> None:
     answer = run("report", "--lora", LORA, "--bases", f"nano,{model}", "--prompts", prompts)
     assert answer.exit_code == 0, answer.output
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in answer.stdout.splitlines() if "│ " in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in answer.stdout.splitlines()
+        if "│ " in line
+    ]
     rows = [row for row in rows if row[3]]  # a long path is folded over several lines
     with_lora = [f"2 steps, LoRA x {scale:g}" for scale in SCALES]
     for start, guidance in ((0, 3), (8, 4)):
@@ -35,7 +41,8 @@ def test_every_base_at_every_scale_and_the_best_of_them(run, model: Path, prompt
     best = [f"{SCALES[distances.index(min(distances))]:g}" for distances in (*looks, sums)]
     assert [line.rpartition(": ")[2] for line in lines] == best
     assert lines[0].startswith("nano:") and lines[2].startswith("all:")
-    # On its own teacher the LoRA is nearer to the guided pictures than the teacher is without it at as few steps.
+    # On its own teacher the LoRA is nearer to the guided pictures than the teacher is without it at
+    # as few steps.
     assert float(rows[7][2]) < min(float(rows[0][2]), float(rows[1][2]))
 
 
@@ -46,12 +53,20 @@ def test_what_has_no_scale_is_told(run, model: Path, prompts: Path, tmp_path: Pa
     assert_one_clean_line(answer, "makes no few-step students", "Give a LoRA that does")
     answer = run("report", "--lora", LORA, "--bases", "nano_2step_lora", *asked)
     assert_one_clean_line(answer, "it would be distilled twice")
-    assert_one_clean_line(run("report", "--lora", LORA, "--bases", "nano,nowhere", *asked), "nowhere does not exist")
+    assert_one_clean_line(
+        run("report", "--lora", LORA, "--bases", "nano,nowhere", *asked), "nowhere does not exist"
+    )
 
 
 def test_one_of_run_and_lora_is_asked_for(run, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
-    for words in ((), (tmp_path, "--lora", LORA), ("--lora", LORA, "--prompts", tmp_path / "empty.txt")):
+    for words in (
+        (),
+        (tmp_path, "--lora", LORA),
+        ("--lora", LORA, "--prompts", tmp_path / "empty.txt"),
+    ):
         answer = run("report", *words)
-        assert answer.exit_code == 2 and ("give the folder" in answer.stderr or "is empty" in answer.stderr)
+        assert answer.exit_code == 2 and (
+            "give the folder" in answer.stderr or "is empty" in answer.stderr
+        )
     assert run("report", "--lora", LORA, "--prompts", tmp_path / "missing.txt").exit_code == 2

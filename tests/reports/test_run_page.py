@@ -34,7 +34,9 @@ class Outline(HTMLParser):
 
 @pytest.fixture
 def run(teacher: Bundle, source: object, tmp_path: Path) -> Path:
-    distil(LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test")
+    distil(
+        LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test"
+    )
     return tmp_path / "run"
 
 
@@ -46,7 +48,11 @@ def test_one_page_holds_everything_and_needs_nothing(run: Path) -> None:
     images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(images) == len(LORAS.phases)
     assert all(str(image).startswith("data:image/png;base64,") for image in images)
-    fetched = [attributes.get("src") or attributes.get("href") for tag, attributes in page.tags if tag != "img"]
+    fetched = [
+        attributes.get("src") or attributes.get("href")
+        for tag, attributes in page.tags
+        if tag != "img"
+    ]
     assert not any(fetched)
     assert "random-4step" in page.texts
     assert any('"lora_rank": 4' in text for text in page.texts)
@@ -55,14 +61,20 @@ def test_one_page_holds_everything_and_needs_nothing(run: Path) -> None:
 
 
 def test_of_a_resumed_run_every_environment_is_shown_once(run: Path) -> None:
-    lines = [{"part": "environment", "time": i, "machine": machine} for i, machine in enumerate(("a", "b", "a", "<b>"))]
+    lines = [
+        {"part": "environment", "time": i, "machine": machine}
+        for i, machine in enumerate(("a", "b", "a", "<b>"))
+    ]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = Outline(write_report(run).read_text())
     assert [text for text in page.texts if text in ("a", "b", "<b>")] == ["a", "b", "<b>"]
 
 
 def test_curves_show_what_was_logged(run: Path) -> None:
-    lines = [{"part": "8-conditional-lora", "iteration": i, "gap": i / 10, "bad": float("nan")} for i in (1, 2, 3)]
+    lines = [
+        {"part": "8-conditional-lora", "iteration": i, "gap": i / 10, "bad": float("nan")}
+        for i in (1, 2, 3)
+    ]
     again = {"part": "8-conditional-lora", "iteration": 2, "gap": 0.9}
     (run / "log.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, again]))
     page = Outline(write_report(run).read_text())

@@ -1,4 +1,6 @@
-"""Weights in prompts and prompts beyond the limit, against compel itself; plain prompts stay the same to the bit."""
+"""Weights in prompts and prompts beyond the limit, against compel itself; plain prompts stay the
+same to the bit.
+"""
 
 import pytest
 import torch
@@ -27,9 +29,13 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("prompt", [PLAIN, "", "a t-shirt (red)", "a fox - a dog", 'a "quoted" fox, 3:4', "x" * 18])
+@pytest.mark.parametrize(
+    "prompt", [PLAIN, "", "a t-shirt (red)", "a fox - a dog", 'a "quoted" fox, 3:4', "x" * 18]
+)
 def test_plain_prompts_are_encoded_as_ever(bundle: Bundle, prompt: str) -> None:
-    for ours, plain in zip(bundle.text.encode_whole([prompt, ""]), bundle.text.encode([prompt, ""]), strict=True):
+    for ours, plain in zip(
+        bundle.text.encode_whole([prompt, ""]), bundle.text.encode([prompt, ""]), strict=True
+    ):
         assert same(ours, plain)
 
 
@@ -56,9 +62,13 @@ def test_weights_of_a1111_are_understood(bundle: Bundle) -> None:
 
 
 def test_the_pooled_embedding_is_of_the_words_alone(bundle: Bundle) -> None:
-    for weighted in ("a (red)1.4 apple on++ a blue background", "a (red:1.4) apple on a blue+ background"):
+    for weighted in (
+        "a (red)1.4 apple on++ a blue background",
+        "a (red:1.4) apple on a blue+ background",
+    ):
         assert same(
-            bundle.text.encode_whole([weighted])[1], bundle.text.encode(["a red apple on a blue background"])[1]
+            bundle.text.encode_whole([weighted])[1],
+            bundle.text.encode(["a red apple on a blue background"])[1],
         )
         assert bundle.text.unknown_words(weighted) == []
 

@@ -85,7 +85,9 @@ sys.stdin.read()
 
 def test_two_processes_on_one_folder_are_told_and_a_killed_one_leaves_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "here\n"
         with pytest.raises(RunError, match="Another process is at work in"):

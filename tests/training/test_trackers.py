@@ -22,7 +22,10 @@ def test_tensorboard_is_told_every_figure_of_an_iteration(tmp_path: Path) -> Non
     folder.log(part="8-mse", iteration=10, loss=0.25, trouble="too red")
     read = EventAccumulator(str(folder.path / "tensorboard")).Reload()
     assert read.Tags()["scalars"] == ["8-mse/loss"]
-    assert [(event.step, event.value) for event in read.Scalars("8-mse/loss")] == [(5, 0.5), (10, 0.25)]
+    assert [(event.step, event.value) for event in read.Scalars("8-mse/loss")] == [
+        (5, 0.5),
+        (10, 0.25),
+    ]
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="it is installed here")

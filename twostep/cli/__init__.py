@@ -1,7 +1,8 @@
 """The command line: thin verbs over the library.
 
-Each verb reads its flags, calls one function of a room below, and prints. torch and everything that needs it are
-imported inside the verbs, so that help and recipes answer at once. Every `TwostepError` becomes one red line.
+Each verb reads its flags, calls one function of a room below, and prints. torch and everything that
+needs it are imported inside the verbs, so that help and recipes answer at once. Every
+`TwostepError` becomes one red line.
 """
 
 from typing import Any
@@ -16,7 +17,9 @@ from twostep.errors import TwostepError
 
 
 class _Verbs(TyperGroup):
-    """The group of all verbs: what the caller can put right is printed in one line, without a traceback."""
+    """The group of all verbs: what the caller can put right is printed in one line, without a
+    traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -11,26 +11,50 @@ from twostep.cli.draw import contract_table
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A built-in name, a folder, a file, a hub id; of LoRAs a file or name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in name, a folder, a file, a hub id; of LoRAs a file or name."
+        ),
+    ],
     to: Annotated[str, typer.Option(help="diffusers, comfyui, unet, lora-kohya or lora-peft.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for diffusers, else the .safetensors to write.")],
-    steps: Annotated[int | None, typer.Option(help="Picks the student of a model that has several.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="A LoRA to merge in, file or file:weight; or several.")] = None,
-    base: Annotated[str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="The folder for diffusers, else the .safetensors to write."
+        ),
+    ],
+    steps: Annotated[
+        int | None, typer.Option(help="Picks the student of a model that has several.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA to merge in, file or file:weight; or several.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="For the card: what it draws.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="For the card: figures, a JSON object or a list.")] = None,
-    license: Annotated[str | None, typer.Option(help="For the card: the hub's name of a licence.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="For the card: figures, a JSON object or a list.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card: the hub's name of a licence.")
+    ] = None,
 ) -> None:
     """Write a model as others load it, with its contract, a card, and for ComfyUI workflows."""
     from twostep.export.card import Card
     from twostep.export.writing import export as write
 
     card = Card(picture, evaluation, license)
-    typer.echo(f"written: {write(model, to, out, steps=steps, base=base, loras=tuple(lora or ()), card=card)}")
+    typer.echo(
+        f"written: {write(model, to, out, steps=steps, base=base, loras=tuple(lora or ()), card=card)}"
+    )
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Any .safetensors, or the name of a built-in or official one.")],
+    file: Annotated[
+        Path, typer.Argument(help="Any .safetensors, or the name of a built-in or official one.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a file is, how it is to be sampled, and who can load it; its weights are not read."""
@@ -40,10 +64,14 @@ def inspect(
 
     path = find_model(file)
     if path.is_dir():
-        raise ModelError(f"{path} is a model folder: `twostep info {path}` says what is in it. Give one file.")
+        raise ModelError(
+            f"{path} is a model folder: `twostep info {path}` says what is in it. Give one file."
+        )
     told, contract = summary(read_header(path)), carried_contract(path)
     if as_json:
-        typer.echo(json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2))
+        typer.echo(
+            json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2)
+        )
         return
     for name, value in {"file": str(path), **told}.items():
         typer.echo(f"{name:>10}  {value}")
@@ -51,10 +79,21 @@ def inspect(
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A LoRA, a whole checkpoint in one file, or a diffusers folder.")],
-    to: Annotated[str, typer.Option(help="LoRA: kohya, kohya-diffusers, peft, early; else diffusers or single-file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors, or the folder, to write.")],
-    base: Annotated[str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A LoRA, a whole checkpoint in one file, or a diffusers folder.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="LoRA: kohya, kohya-diffusers, peft, early; else diffusers or single-file."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The .safetensors, or the folder, to write.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")
+    ] = None,
 ) -> None:
     """Write a file in another form, bit for bit: every key is accounted for, nothing is left out."""
     from twostep.export.conversion import convert as write
@@ -63,20 +102,34 @@ def convert(
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="A built-in name, a folder, a file or a hub id.")] = "nano",
-    steps: Annotated[int | None, typer.Option(help="Picks the student of a model that has several.")] = None,
-    against: Annotated[str, typer.Option(help="diffusers, or comfyui where --comfyui-path is.")] = "diffusers",
+    model: Annotated[
+        str, typer.Argument(help="A built-in name, a folder, a file or a hub id.")
+    ] = "nano",
+    steps: Annotated[
+        int | None, typer.Option(help="Picks the student of a model that has several.")
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="diffusers, or comfyui where --comfyui-path is.")
+    ] = "diffusers",
     comfyui_path: Annotated[Path | None, typer.Option(help="The folder of a ComfyUI.")] = None,
     prompt: Annotated[str, typer.Option(help="What both draw.")] = "a red apple",
     seed: Annotated[int, typer.Option(help="Of the noise that both start from.")] = 0,
-    bound: Annotated[float, typer.Option(help="The relative difference over which it fails.")] = 1e-4,
+    bound: Annotated[
+        float, typer.Option(help="The relative difference over which it fails.")
+    ] = 1e-4,
 ) -> None:
-    """Draw with another program too, from the same noise, and print the differences of x0 at each step."""
+    """Draw with another program too, from the same noise, and print the differences of x0 at each
+    step.
+    """
     from twostep.export.verification import verify as compare
     from twostep.formats.locate import ModelError
 
-    if against not in ("diffusers", "comfyui") or (against == "comfyui") != (comfyui_path is not None):
-        raise ModelError(f"--against is {against!r}; expected diffusers, or comfyui together with --comfyui-path.")
+    if against not in ("diffusers", "comfyui") or (against == "comfyui") != (
+        comfyui_path is not None
+    ):
+        raise ModelError(
+            f"--against is {against!r}; expected diffusers, or comfyui together with --comfyui-path."
+        )
     found = compare(model, prompt=prompt, seed=seed, steps=steps, comfyui=comfyui_path)
     for step, (largest, relative) in enumerate(found, 1):
         typer.echo(f"step {step}: largest {largest:.2e}, relative {relative:.2e}")
@@ -87,7 +140,10 @@ def verify(
 def extract(
     base: Annotated[str, typer.Argument(help="The model that the LoRA will go on.")],
     tuned: Annotated[str, typer.Argument(help="What it shall become with the LoRA.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors to write, with card and workflows.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The .safetensors to write, with card and workflows."),
+    ],
     rank: Annotated[int, typer.Option(min=1, help="The higher, the nearer and the larger.")] = 64,
     steps: Annotated[int | None, typer.Option(help="Picks the student of the tuned model.")] = None,
 ) -> None:
@@ -97,14 +153,21 @@ def extract(
     lacks, left = write(base, tuned, out, rank=rank, steps=steps)
     typer.echo(f"written: {out}; of the layers' change it lacks {lacks:.2%}")
     if left:
-        typer.echo(f"{len(left)} other weights changed, for which a LoRA has no place, as {left[0]}", err=True)
+        typer.echo(
+            f"{len(left)} other weights changed, for which a LoRA has no place, as {left[0]}",
+            err=True,
+        )
 
 
 def push(
     path: Annotated[Path, typer.Argument(help="What `twostep export` wrote.", exists=True)],
     repo: Annotated[str, typer.Argument(help="owner/name on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="For you alone, where the repository is new.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="For you alone, where the repository is new.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")
+    ] = False,
 ) -> None:
     """Send an exported model to the hub, with its card; the login is that of `hf auth login`."""
     from twostep.export.hub import files_to_push

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +32,9 @@ if TYPE_CHECKING:
     from twostep.models.bundle import Bundle
 
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
-Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", help="key.path=value, as often as needed.")
+]
 Out = Annotated[Path, typer.Option(help="The run's folder; the same command again resumes there.")]
 
 OnProgress = Callable[[int, int | None, str], None]
@@ -48,7 +57,9 @@ def recipes() -> None:
     Console().print(table)
 
 
-def recipe(name: Annotated[str, typer.Argument(help="A name that `twostep recipes` lists.")]) -> None:
+def recipe(
+    name: Annotated[str, typer.Argument(help="A name that `twostep recipes` lists.")],
+) -> None:
     """Print a recipe: twostep recipe NAME > mine.toml copies it out."""
     from twostep.training.recipe import find_recipe
 
@@ -63,16 +74,34 @@ def cache(
             "or a .txt file of prompts, one a line, whose pictures the teacher makes."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the cache; the same command again goes on there.")],
-    model: Annotated[str, typer.Option(help="The teacher: its autoencoder and text encoders are used.")] = "nano",
-    lora: Annotated[list[str] | None, typer.Option(help="Prompts alone: LoRAs for the teacher, file:weight.")] = None,
-    square: Annotated[bool, typer.Option(help="Cut everything square, as the paper did; else to the nearest.")] = False,
-    min_side: Annotated[int, typer.Option(min=0, help="Skip pictures with a side of fewer pixels.")] = 0,
-    min_sharpness: Annotated[float, typer.Option(min=0, help="Skip blurred ones: deviation of the Laplacian.")] = 0.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the cache; the same command again goes on there.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="The teacher: its autoencoder and text encoders are used.")
+    ] = "nano",
+    lora: Annotated[
+        list[str] | None, typer.Option(help="Prompts alone: LoRAs for the teacher, file:weight.")
+    ] = None,
+    square: Annotated[
+        bool, typer.Option(help="Cut everything square, as the paper did; else to the nearest.")
+    ] = False,
+    min_side: Annotated[
+        int, typer.Option(min=0, help="Skip pictures with a side of fewer pixels.")
+    ] = 0,
+    min_sharpness: Annotated[
+        float, typer.Option(min=0, help="Skip blurred ones: deviation of the Laplacian.")
+    ] = 0.0,
     per_prompt: Annotated[int, typer.Option(min=1, help="Prompts alone: pictures of each.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Prompts alone: the teacher's steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=1, help="Prompts alone: the teacher's guidance.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that are worked on at once.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Prompts alone: the teacher's steps.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=1, help="Prompts alone: the teacher's guidance.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Pictures that are worked on at once.")
+    ] = 8,
 ) -> None:
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
@@ -81,24 +110,35 @@ def cache(
 
     path, prompts = Path(source), None
     if path.suffix == ".txt" and path.is_file():
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     entries = find_entries(source) if prompts is None else iter(())
     first = list(islice(entries, 1))  # so an empty or missing source is told before a model loads
     bundle = load_worn(model, lora or []).as_teacher()
     with progress_bar("cache") as advance:
 
         def show(done: int, skipped: int) -> None:
-            advance(done, None if prompts is None else len(prompts) * per_prompt, f"{skipped} skipped")
+            advance(
+                done, None if prompts is None else len(prompts) * per_prompt, f"{skipped} skipped"
+            )
 
         if prompts is None:
             sizes, demands = bundle.contract.sizes, Demands(min_side, min_sharpness)
             pictures = partial(
-                cache_pictures, chain(first, entries), sizes=sizes[: 1 if square else None], demands=demands
+                cache_pictures,
+                chain(first, entries),
+                sizes=sizes[: 1 if square else None],
+                demands=demands,
             )
         else:
-            pictures = partial(cache_prompts, prompts, per_prompt=per_prompt, steps=steps, guidance=guidance)
+            pictures = partial(
+                cache_prompts, prompts, per_prompt=per_prompt, steps=steps, guidance=guidance
+            )
         written = pictures(bundle, out, batch_size=batch_size, on_item=show)
-    typer.echo(f"{out}: {written.num_cached} items in {written.num_shards} shards, {len(written.skipped)} skipped")
+    typer.echo(
+        f"{out}: {written.num_cached} items in {written.num_shards} shards, {len(written.skipped)} skipped"
+    )
     for name, reason in list(written.skipped.items())[:5]:
         typer.echo(f"skipped {name}: {reason}")
     if len(written.skipped) > 5:
@@ -115,9 +155,13 @@ def _size(text: str) -> float:
 def plan(
     recipe: Recipe,
     override: Override = None,
-    memory: Annotated[float | None, typer.Option(parser=_size, help="What there is, as 24GB; less fails.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(parser=_size, help="What there is, as 24GB; less fails.")
+    ] = None,
 ) -> None:
-    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk; no weights are loaded."""
+    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk; no weights are
+    loaded.
+    """
     from twostep.distill import DistillRecipe
     from twostep.distill.plan import advise
     from twostep.distill.plan import plan as make_plan
@@ -128,18 +172,26 @@ def plan(
     for planned in phases:
         phase = planned.phase
         trained = ", ".join(f"{role} {count:,}" for role, count in planned.trained.items())
-        parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size)
-        typer.echo(f"{phase.name}: {phase.iterations} iterations of {phase.batch_size}; trained: {trained}")
+        parts = ", ".join(
+            f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size
+        )
+        typer.echo(
+            f"{phase.name}: {phase.iterations} iterations of {phase.batch_size}; trained: {trained}"
+        )
         typer.echo(f"  teacher: {planned.evaluations:g} evaluations per example and iteration")
         typer.echo(f"  {planned.peak / 2**30:.2f} GiB: {parts}")
         typer.echo(f"  {planned.pictures / 2**30:.2f} GiB while a checkpoint's pictures are drawn")
-    count = f" x {num_items:,} = {item_bytes * num_items / 2**30:.2f} GiB" if num_items else " an item"
+    count = (
+        f" x {num_items:,} = {item_bytes * num_items / 2**30:.2f} GiB" if num_items else " an item"
+    )
     typer.echo(f"data: {item_bytes:,} bytes{count}")
     worst = max(range(len(phases)), key=lambda i: phases[i].highest)
     if phases[worst].highest <= limit:
         return
     large = ", ".join(planned.phase.name for planned in phases if planned.highest > limit)
-    typer.echo(f"{limit / 2**30:.2f} GiB are too little for {large}. {phases[worst].phase.name} would take:")
+    typer.echo(
+        f"{limit / 2**30:.2f} GiB are too little for {large}. {phases[worst].phase.name} would take:"
+    )
     for change, peak in advise(settings, worst):
         told = ", ".join(f"{key} = {value}" for key, value in change.items())
         typer.echo(f"  {peak / 2**30:.2f} GiB with {told}{' (fits)' if peak <= limit else ''}")
@@ -158,10 +210,19 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     from twostep.training.run_folder import RunFolder
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
-    with joined(find_device(settings.device)) as place, progress_bar("distil", shown=place.first) as advance:
+    with (
+        joined(find_device(settings.device)) as place,
+        progress_bar("distil", shown=place.first) as advance,
+    ):
         style, folder = settings.style_lora, RunFolder(out, settings)
-        teacher = load_worn(settings.model, [str(style)] if style else [], steps=settings.model_steps)
-        start = load_bundle(settings.model, steps=settings.start_steps) if settings.starts_apart else None
+        teacher = load_worn(
+            settings.model, [str(style)] if style else [], steps=settings.model_steps
+        )
+        start = (
+            load_bundle(settings.model, steps=settings.start_steps)
+            if settings.starts_apart
+            else None
+        )
         written = distil(
             settings,
             teacher,
@@ -180,15 +241,27 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
 
 def report(
     run: Annotated[Path | None, typer.Argument(help="The folder of a `twostep distill`.")] = None,
-    lora: Annotated[str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")] = None,
-    bases: Annotated[str, typer.Option(help="The models to try it on, with commas between.")] = "nano",
-    prompts: Annotated[Path | None, typer.Option(exists=True, help="A file of what to draw, one a line.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")
+    ] = None,
+    bases: Annotated[
+        str, typer.Option(help="The models to try it on, with commas between.")
+    ] = "nano",
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, help="A file of what to draw, one a line.")
+    ] = None,
 ) -> None:
-    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on other bases."""
+    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on
+    other bases.
+    """
     if lora is not None and run is None:
         from twostep.reports.portability import PROMPTS, print_scales
 
-        asked = [line for line in prompts.read_text("utf-8").splitlines() if line.strip()] if prompts else PROMPTS
+        asked = (
+            [line for line in prompts.read_text("utf-8").splitlines() if line.strip()]
+            if prompts
+            else PROMPTS
+        )
         if not asked:
             raise typer.BadParameter(f"{prompts} is empty; give a prompt on every line.")
         print_scales(lora, bases.split(","), tuple(asked))
@@ -201,19 +274,25 @@ def report(
 
 
 def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
-    """Return what the recipe learns from: a cache, or what a function makes of the teacher, which may be here alone."""
+    """Return what the recipe learns from: a cache, or what a function makes of the teacher, which
+    may be here alone.
+    """
     from twostep.data.cache import load_cache
     from twostep.training.recipe import RecipeError
 
     if settings.data is None:
-        raise RecipeError("this recipe has no data: make some with `twostep cache`, and say -o data=FOLDER.")
+        raise RecipeError(
+            "this recipe has no data: make some with `twostep cache`, and say -o data=FOLDER."
+        )
     if settings.cache is not None:
         return load_cache(settings.cache, teacher)
     sys.path.insert(0, str(Path.cwd()))
     try:
         make = resolve_name(settings.data)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise RecipeError(f'data = "{settings.data}" is not to be found from {Path.cwd()} ({error}).') from error
+        raise RecipeError(
+            f'data = "{settings.data}" is not to be found from {Path.cwd()} ({error}).'
+        ) from error
     source: Source = make(teacher, out, advance, **settings.data_options)
     return source
 

@@ -1,8 +1,10 @@
-"""The cache that training draws from: latents and text embeddings in shards, made once and by parts.
+"""The cache that training draws from: latents and text embeddings in shards, made once and by
+parts.
 
-A folder holds `cache.json` (what made it), `empty.safetensors` (the empty prompt) and shards of at most 256 items of
-one size. A shard is whole or not there and knows the names of its items, so the same command goes on where a killed one
-stopped. What could not be used is in `skipped.jsonl` with its reason.
+A folder holds `cache.json` (what made it), `empty.safetensors` (the empty prompt) and shards of at
+most 256 items of one size. A shard is whole or not there and knows the names of its items, so the
+same command goes on where a killed one stopped. What could not be used is in `skipped.jsonl` with
+its reason.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ OnItem = Callable[[int, int], None]
 class CacheWriter:
     """Collects items by size, writes them in shards, and knows what the folder holds already."""
 
-    def __init__(self, bundle: Bundle, folder: Path, made_by: dict[str, Any], on_item: OnItem) -> None:
+    def __init__(
+        self, bundle: Bundle, folder: Path, made_by: dict[str, Any], on_item: OnItem
+    ) -> None:
         """Open or begin the folder; DataError if something else made it."""
         self.folder, self.on_item = folder, on_item
         made_by = {"format": 1, **made_by, **fingerprints(bundle)}
@@ -61,7 +65,9 @@ class CacheWriter:
         self.known = {name for shard in shards for name in shard.names} | set(self.skipped)
         self._waiting: dict[tuple[int, int], list[tuple[str, dict[str, Tensor]]]] = {}
 
-    def add(self, names: Sequence[str], latents: Float[Tensor, "n c h w"], conditioning: Conditioning) -> None:
+    def add(
+        self, names: Sequence[str], latents: Float[Tensor, "n c h w"], conditioning: Conditioning
+    ) -> None:
         """Take items of one size in; those with values that are no numbers are skipped by name."""
         for i, name in enumerate(names):
             item = {
@@ -71,7 +77,9 @@ class CacheWriter:
                 "sizes": conditioning.sizes[i].float(),
             }
             if not all(torch.isfinite(value).all() for value in item.values()):
-                self.skip(name, "its latents or embeddings hold values that are no numbers in 16 bits")
+                self.skip(
+                    name, "its latents or embeddings hold values that are no numbers in 16 bits"
+                )
                 continue
             waiting = self._waiting.setdefault((latents.shape[3], latents.shape[2]), [])
             waiting.append((name, item))
@@ -139,7 +147,9 @@ class Shard(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class CachedSource:
-    """What the trainer draws from: a batch is of one size, and sizes come up as often as they are in the cache."""
+    """What the trainer draws from: a batch is of one size, and sizes come up as often as they are
+    in the cache.
+    """
 
     shards: dict[tuple[int, int], ConcatDataset[dict[str, Tensor]]]
     empty_text: Float[Tensor, "1 tokens width"]
@@ -149,41 +159,62 @@ class CachedSource:
         """Return the number of items."""
         return sum(map(len, self.shards.values()))
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
-        """Return random items of one random size; DataError names an item whose values are no numbers."""
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
+        """Return random items of one random size; DataError names an item whose values are no
+        numbers.
+        """
         sizes = list(self.shards.values())
         counts = [len(shards) for shards in sizes]
-        chosen = int(torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=tensors))
+        chosen = int(
+            torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=tensors)
+        )
         rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
         items = [sizes[chosen][row] for row in rows]
-        latents, text, pooled, told = (torch.stack([item[key].float() for item in items]) for key in KEYS)
+        latents, text, pooled, told = (
+            torch.stack([item[key].float() for item in items]) for key in KEYS
+        )
         return latents, Conditioning(text, pooled, told)
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the empty prompt for as many items, with the same sizes."""
         count = len(like)
-        return Conditioning(self.empty_text.expand(count, -1, -1), self.empty_pooled.expand(count, -1), like.sizes)
+        return Conditioning(
+            self.empty_text.expand(count, -1, -1), self.empty_pooled.expand(count, -1), like.sizes
+        )
 
 
 def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
-    """Open a cache for training this model; DataError if it is damaged, or another codec or text encoder made it."""
+    """Open a cache for training this model; DataError if it is damaged, or another codec or text
+    encoder made it.
+    """
     record = folder / "cache.json"
     if not record.is_file():
-        raise DataError(f"{folder} is no cache: it has no cache.json. Make one with `twostep cache`.")
+        raise DataError(
+            f"{folder} is no cache: it has no cache.json. Make one with `twostep cache`."
+        )
     _compare(json.loads(record.read_text()), {"format": 1, **fingerprints(bundle)}, folder)
     shards: dict[tuple[int, int], list[Shard]] = {}
     for shard in map(read_shard, sorted(folder.glob("shard-*.safetensors"))):
         shards.setdefault(shard.size, []).append(shard)
     if not shards:
-        raise DataError(f"{folder} holds no shards yet. Run `twostep cache` again; it goes on where it stopped.")
+        raise DataError(
+            f"{folder} holds no shards yet. Run `twostep cache` again; it goes on where it stopped."
+        )
     with safe_open(folder / "empty.safetensors", "pt") as file:
         text, pooled = file.get_tensor("text").float(), file.get_tensor("pooled").float()
-    return CachedSource({size: ConcatDataset(alike) for size, alike in shards.items()}, text, pooled)
+    return CachedSource(
+        {size: ConcatDataset(alike) for size, alike in shards.items()}, text, pooled
+    )
 
 
 def fingerprints(bundle: Bundle) -> dict[str, str]:
     """Return what tells one autoencoder, and one pair of text encoders, from any other."""
-    return {"autoencoder": _fingerprint([bundle.codec.vae]), "text_encoders": _fingerprint(bundle.text.encoders)}
+    return {
+        "autoencoder": _fingerprint([bundle.codec.vae]),
+        "text_encoders": _fingerprint(bundle.text.encoders),
+    }
 
 
 def _fingerprint(networks: Iterable[nn.Module]) -> str:
@@ -211,7 +242,9 @@ def read_shard(path: Path) -> Shard:
             names = tuple(json.loads((file.metadata() or {})[METADATA_KEY]))
             height, width = file.get_slice("latents").get_shape()[2:]
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}). Delete it and run `twostep cache` again.") from error
+        raise DataError(
+            f"{path} is damaged ({error!r}). Delete it and run `twostep cache` again."
+        ) from error
     return Shard(path, names, (width, height))
 
 

@@ -25,8 +25,8 @@ def cache_pictures(
 ) -> CacheWriter:
     """Encode pictures and captions into `folder`; the same call goes on where a killed one stopped.
 
-    Raises DataError if the folder was made by another autoencoder, other text encoders or with other sizes, or if no
-    picture at all could be used.
+    Raises DataError if the folder was made by another autoencoder, other text encoders or with
+    other sizes, or if no picture at all could be used.
     """
     made_by = {"kind": "pictures", "sizes": [list(size) for size in sizes]}
     writer = CacheWriter(bundle, folder, made_by, on_item)
@@ -59,9 +59,11 @@ def cache_prompts(
     batch_size: int = 8,
     on_item: OnItem = lambda done, skipped: None,
 ) -> CacheWriter:
-    """Let the teacher make the latents of every prompt, `per_prompt` of each, where a user has no pictures.
+    """Let the teacher make the latents of every prompt, `per_prompt` of each, where a user has no
+    pictures.
 
-    Steps and guidance are the contract's if not given. Picture number k comes from the noise of seed k.
+    Steps and guidance are the contract's if not given. Picture number k comes from the noise of
+    seed k.
     """
     if not any(prompt.strip() for prompt in prompts):
         raise DataError("There are no prompts: give a text file with one on every line.")
@@ -75,7 +77,9 @@ def cache_prompts(
     for start in range(0, len(missing), batch_size):
         names = missing[start : start + batch_size]
         seeds, asked = zip(*(named[name] for name in names), strict=True)
-        noise = torch.stack([initial_noise(seed, bundle.latent_shape(width, height)) for seed in seeds])
+        noise = torch.stack(
+            [initial_noise(seed, bundle.latent_shape(width, height)) for seed in seeds]
+        )
         with torch.no_grad():
             conditioning = bundle.conditioning(asked, width, height)
             empty = bundle.conditioning([""], width, height).expand(len(names))
@@ -86,7 +90,9 @@ def cache_prompts(
 
 
 @torch.no_grad()
-def _encode(batch: list[tuple[str, str, Tensor, tuple[int, ...]]], bundle: Bundle, writer: CacheWriter) -> None:
+def _encode(
+    batch: list[tuple[str, str, Tensor, tuple[int, ...]]], bundle: Bundle, writer: CacheWriter
+) -> None:
     names, captions, pixels, told = zip(*batch, strict=True)
     latents = bundle.codec.encode(torch.stack(pixels))
     text, pooled = bundle.text.encode(captions)

@@ -1,7 +1,9 @@
-"""A user's own pictures: found with their captions, read, filtered, and cut to one of the sizes of a model.
+"""A user's own pictures: found with their captions, read, filtered, and cut to one of the sizes of
+a model.
 
-A source is a folder with `x.txt` beside `x.png`, a .jsonl file, webdataset shards (.tar), or a Hugging Face dataset.
-Nothing is read before its turn, and what cannot be used is told by name, not dropped. Latents are unknown here.
+A source is a folder with `x.txt` beside `x.png`, a .jsonl file, webdataset shards (.tar), or a
+Hugging Face dataset. Nothing is read before its turn, and what cannot be used is told by name, not
+dropped. Latents are unknown here.
 """
 
 import glob
@@ -48,14 +50,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a picture must be to be used: section 3.6 of arXiv 2402.13929 wants large and sharp ones."""
+    """What a picture must be to be used: section 3.6 of arXiv 2402.13929 wants large and sharp
+    ones.
+    """
 
     min_side: int = 0
     min_sharpness: float = 0.0
 
 
 def find_entries(source: str) -> Iterator[Entry]:
-    """Yield the pictures of a source in a fixed order; DataError where it is missing, empty or of no known kind."""
+    """Yield the pictures of a source in a fixed order; DataError where it is missing, empty or of
+    no known kind.
+    """
     if source.startswith(HUB):
         found = _from_hub(source.removeprefix(HUB))
     elif source.endswith(".tar"):
@@ -72,12 +78,16 @@ def find_entries(source: str) -> Iterator[Entry]:
 
 
 def read_picture(entry: Entry, demands: Demands) -> Image.Image:
-    """Return the picture in RGB, upright and on white; UnusablePictureError with the reason if it cannot be used."""
+    """Return the picture in RGB, upright and on white; UnusablePictureError with the reason if it
+    cannot be used.
+    """
     if entry.caption is None or not entry.caption.strip():
         raise UnusablePictureError("it has no caption")
     picture = opened(entry.read)
     if min(picture.size) < demands.min_side:
-        raise UnusablePictureError(f"it is {picture.width}x{picture.height}, smaller than {demands.min_side} px")
+        raise UnusablePictureError(
+            f"it is {picture.width}x{picture.height}, smaller than {demands.min_side} px"
+        )
     if demands.min_sharpness > 0 and (found := sharpness(picture)) < demands.min_sharpness:
         raise UnusablePictureError(f"its sharpness is {found:.4f}, below {demands.min_sharpness:g}")
     return picture
@@ -103,7 +113,9 @@ def opened(read: Callable[[], bytes | Image.Image], *, for_input: bool = False) 
 
 
 def sharpness(picture: Image.Image) -> float:
-    """Return the standard deviation of the Laplacian of its brightness (0..1) at a size of about 512 px."""
+    """Return the standard deviation of the Laplacian of its brightness (0..1) at a size of about
+    512 px.
+    """
     scale = 512 / max(picture.size)
     if scale < 1:
         size = (max(3, round(picture.width * scale)), max(3, round(picture.height * scale)))
@@ -124,7 +136,8 @@ def cut(
 ) -> tuple[Float[Tensor, "3 height width"], tuple[int, int, int, int, int, int]]:
     """Scale a picture to cover the size nearest in shape and cut out its middle.
 
-    Returns pixels in -1..1 and SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w), all in px.
+    Returns pixels in -1..1 and SDXL's micro-conditioning: original (h, w), crop (top, left), target
+    (h, w), all in px.
     """
     width, height = nearest_size(picture, sizes)
     covering = ImageOps.cover(picture, (width, height), Image.Resampling.LANCZOS)
@@ -136,7 +149,9 @@ def cut(
 
 def _from_folder(folder: Path) -> Iterator[Entry]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder, .jsonl file, .tar shard or {HUB}name of a dataset.")
+        raise DataError(
+            f"{folder} is no folder, .jsonl file, .tar shard or {HUB}name of a dataset."
+        )
     if (folder / "metadata.jsonl").is_file():
         yield from _from_lines(folder / "metadata.jsonl")
         return
@@ -171,7 +186,9 @@ def _from_shards(paths: list[str], source: str) -> Iterator[Entry]:
             with tarfile.open(path) as tar:
                 yield from _from_shard(tar, Path(path).name)
         except tarfile.TarError as error:
-            raise DataError(f"{path} is no whole tar file ({error}). Fetch it again, or leave it out.") from error
+            raise DataError(
+                f"{path} is no whole tar file ({error}). Fetch it again, or leave it out."
+            ) from error
 
 
 def _from_shard(tar: tarfile.TarFile, shard: str) -> Iterator[Entry]:
@@ -207,7 +224,9 @@ def _from_hub(name: str) -> Iterator[Entry]:
         try:
             image = _value(row, IMAGE_KEYS)
         except KeyError as error:
-            raise DataError(f"{name} has the columns {', '.join(row)}; expected one of {IMAGE_KEYS}.") from error
+            raise DataError(
+                f"{name} has the columns {', '.join(row)}; expected one of {IMAGE_KEYS}."
+            ) from error
         yield Entry(f"{name}/{number}", _caption(row), lambda image=image: image)  # type: ignore[misc]
 
 

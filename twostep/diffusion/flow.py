@@ -1,8 +1,9 @@
 """One step along the flow, and many.
 
-A step re-mixes a prediction at a lower time: x_s = alpha_s x0 + sigma_s eps (eq 5 of arXiv 2402.13929). This is DDIM
-with eta 0 (arXiv 2010.02502) and the Euler step in the coordinates x / alpha, sigma / alpha. `solve` takes such steps
-from time to time; it knows neither guidance nor conditioning, both live in the `denoise` it is given.
+A step re-mixes a prediction at a lower time: x_s = alpha_s x0 + sigma_s eps (eq 5 of arXiv
+2402.13929). This is DDIM with eta 0 (arXiv 2010.02502) and the Euler step in the coordinates x /
+alpha, sigma / alpha. `solve` takes such steps from time to time; it knows neither guidance nor
+conditioning, both live in the `denoise` it is given.
 """
 
 from collections.abc import Callable
@@ -43,16 +44,18 @@ def solve(
     on_step: OnStep | None = None,
     keep: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Batch:
-    """Follow the flow from times[0] to times[-1] with one network call per interval and return x at the last time.
+    """Follow the flow from times[0] to times[-1] with one network call per interval and return x at
+    the last time.
 
-    Each item has its own falling times; over an interval where they stand still it is left as it is. At t = T
-    x must be pure noise (eq 24 of arXiv 2402.13929). `keep(x_s, s)` returns x_s with what is known of it
-    put back, after every step. Raises FlowError for fewer than two points, for rising times, or if there is not one
-    column per item.
+    Each item has its own falling times; over an interval where they stand still it is left as it
+    is. At t = T x must be pure noise (eq 24 of arXiv 2402.13929). `keep(x_s, s)` returns x_s with
+    what is known of it put back, after every step. Raises FlowError for fewer than two points, for
+    rising times, or if there is not one column per item.
     """
     _check_times(times, x)
     for i, (t, s) in enumerate(pairwise(times)):
-        # An item that has arrived at 0 waits there: it is fed a legal time and its answer is dropped.
+        # An item that has arrived at 0 waits there: it is fed a legal time and its answer is
+        # dropped.
         prediction = denoise(x, t.clamp(min=1))
         waits = (t == s).to(x.device).view(-1, *[1] * (x.ndim - 1))
         x = torch.where(waits, x, step(prediction, s, schedule))
@@ -64,16 +67,26 @@ def solve(
 
 
 def sample(
-    denoise: Denoise, noise: Batch, num_steps: int, schedule: NoiseSchedule, on_step: OnStep | None = None
+    denoise: Denoise,
+    noise: Batch,
+    num_steps: int,
+    schedule: NoiseSchedule,
+    on_step: OnStep | None = None,
 ) -> Batch:
-    """Follow the flow from pure noise to clean along the trailing grid, all items in the same `num_steps` steps."""
+    """Follow the flow from pure noise to clean along the trailing grid, all items in the same
+    `num_steps` steps.
+    """
     times = torch.tensor(falling_times(schedule.num_times, num_steps, schedule.num_times))
     return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> Values:
-    """Draw the pure noise of one image: float32 from a generator of its own on the CPU, so the same on every device."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    """Draw the pure noise of one image: float32 from a generator of its own on the CPU, so the same
+    on every device.
+    """
+    return torch.randn(
+        shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32
+    )
 
 
 def _check_times(times: Tensor, x: Tensor) -> None:
@@ -84,4 +97,6 @@ def _check_times(times: Tensor, x: Tensor) -> None:
             "Append the landing time, usually 0, and repeat the grid for every item."
         )
     if not bool((times[1:] <= times[:-1]).all()):
-        raise FlowError(f"times must fall from point to point, noise to clean; got {times[:, 0].tolist()} for item 0.")
+        raise FlowError(
+            f"times must fall from point to point, noise to clean; got {times[:, 0].tolist()} for item 0."
+        )

@@ -1,8 +1,9 @@
 """A denoiser's answer, freed of its prediction type.
 
-A network may predict eps, x0, or v = alpha eps - sigma x0 (arXiv 2202.00512). With x_t = alpha x0 + sigma eps and
-alpha^2 + sigma^2 = 1 each of them gives the other two (eq 3 and 4 of arXiv 2402.13929). After `prediction_from_output`
-nobody asks again. Coefficients come from `NoiseSchedule.coefficients`; this file knows no times.
+A network may predict eps, x0, or v = alpha eps - sigma x0 (arXiv 2202.00512). With x_t = alpha x0 +
+sigma eps and alpha^2 + sigma^2 = 1 each of them gives the other two (eq 3 and 4 of arXiv
+2402.13929). After `prediction_from_output` nobody asks again. Coefficients come from
+`NoiseSchedule.coefficients`; this file knows no times.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ class Prediction:
     eps: Batch
 
     def v(self, alpha: Coefficients, sigma: Coefficients) -> Values:
-        """Return the same answer as v = alpha eps - sigma x0, for alpha and sigma that broadcast against it."""
+        """Return the same answer as v = alpha eps - sigma x0, for alpha and sigma that broadcast
+        against it.
+        """
         return to_v(self.x0, self.eps, alpha, sigma)
 
 
@@ -37,7 +40,9 @@ def eps_to_x0(eps: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients
 
 
 def x0_to_eps(x0: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
-    """Return eps = (x_t - alpha x0) / sigma, eq 4 of arXiv 2402.13929; sigma must not be 0, so not at t = 0."""
+    """Return eps = (x_t - alpha x0) / sigma, eq 4 of arXiv 2402.13929; sigma must not be 0, so not
+    at t = 0.
+    """
     return (x_t - alpha * x0) / sigma
 
 
@@ -57,19 +62,26 @@ def to_v(x0: Values, eps: Values, alpha: Coefficients, sigma: Coefficients) -> V
 
 
 def prediction_from_output(
-    output: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients, prediction_type: PredictionType
+    output: Values,
+    x_t: Values,
+    alpha: Coefficients,
+    sigma: Coefficients,
+    prediction_type: PredictionType,
 ) -> Prediction:
     """Read a network's raw output at x_t as a Prediction.
 
-    At t = T the same formulas hold although x_T is pure noise: alpha and sigma stay those of the schedule
-    (section 3.5 of arXiv 2402.13929). Raises PredictionTypeError for a type other than eps, x0 and v.
+    At t = T the same formulas hold although x_T is pure noise: alpha and sigma stay those of the
+    schedule (section 3.5 of arXiv 2402.13929). Raises PredictionTypeError for a type other than
+    eps, x0 and v.
     """
     if prediction_type == "eps":
         return Prediction(x0=eps_to_x0(output, x_t, alpha, sigma), eps=output)
     if prediction_type == "x0":
         return Prediction(x0=output, eps=x0_to_eps(output, x_t, alpha, sigma))
     if prediction_type == "v":
-        return Prediction(x0=v_to_x0(output, x_t, alpha, sigma), eps=v_to_eps(output, x_t, alpha, sigma))
+        return Prediction(
+            x0=v_to_x0(output, x_t, alpha, sigma), eps=v_to_eps(output, x_t, alpha, sigma)
+        )
     raise PredictionTypeError(
         f"prediction type {prediction_type!r} is not known; expected eps, x0 or v. "
         "In diffusers' words these are epsilon, sample and v_prediction."
@@ -77,7 +89,8 @@ def prediction_from_output(
 
 
 def guide(conditional: Prediction, unconditional: Prediction, scale: float) -> Prediction:
-    """Push the answer away from the unconditional one: eps_u + scale (eps_c - eps_u), eq 6 of arXiv 2207.12598.
+    """Push the answer away from the unconditional one: eps_u + scale (eps_c - eps_u), eq 6 of arXiv
+    2207.12598.
 
     x0 is linear in eps, so the same line holds for it. A scale of 1 is no guidance.
     """

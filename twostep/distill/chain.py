@@ -1,4 +1,6 @@
-"""The chain of phases: hands students on as teachers, writes them down, shows them beside the first teacher."""
+"""The chain of phases: hands students on as teachers, writes them down, shows them beside the first
+teacher.
+"""
 
 import platform
 from collections.abc import Callable, Iterator
@@ -18,7 +20,14 @@ from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.models.bundle import Bundle, save_bundle, save_student
-from twostep.networks.adapters import Lora, add_lora, checkpoint_gradients, load_lora, remove_lora, remove_loras
+from twostep.networks.adapters import (
+    Lora,
+    add_lora,
+    checkpoint_gradients,
+    load_lora,
+    remove_lora,
+    remove_loras,
+)
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
 from twostep.training.loop import Draw
@@ -29,7 +38,9 @@ from twostep.training.shards import gathered, shard
 from twostep.training.trackers import track
 
 _RUNNING = "student"
-"""The name of the LoRA that is trained; those of finished students, which teach, are called "8-step"."""
+"""The name of the LoRA that is trained; those of finished students, which teach, are called
+"8-step".
+"""
 
 OnPhase = Callable[[Phase, int, dict[str, float]], None]
 
@@ -45,15 +56,17 @@ def distil(
     start: Denoiser | None = None,
     on_iteration: OnPhase = lambda phase, iteration, figures: None,
 ) -> dict[int, Path]:
-    """Run every phase in order and return the released students' files by their steps; the same call resumes.
+    """Run every phase in order and return the released students' files by their steps; the same
+    call resumes.
 
-    The teacher is moved to the recipe's device and its UNet to base_precision, and so is `start`, the student that is
-    trained on; None is the teacher itself. With `data` its text encoders go back to the CPU. A style is merged into
-    the teacher by the caller. `folder/model` becomes a whole model: the teacher, if that is where the chain starts and
-    there is no style, and the released students.
+    The teacher is moved to the recipe's device and its UNet to base_precision, and so is `start`,
+    the student that is trained on; None is the teacher itself. With `data` its text encoders go
+    back to the CPU. A style is merged into the teacher by the caller. `folder/model` becomes a
+    whole model: the teacher, if that is where the chain starts and there is no style, and the
+    released students.
 
-    Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where the teacher surely
-    predicts something else than its contract, or the recipe, says.
+    Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where
+    the teacher surely predicts something else than its contract, or the recipe, says.
     """
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version)
     examples = Examples.of(teacher, recipe.sample_prompts)
@@ -68,7 +81,9 @@ def distil(
             # Where the teacher is, with the style, if there is one, as its running LoRA.
             nn.Module.to(start.network, teacher.denoiser.device, teacher.denoiser.network.dtype)
             if recipe.style_lora is not None:
-                start = replace(start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name)
+                start = replace(
+                    start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name
+                )
         for phase, lesson, is_last in lessons(recipe, teacher, source, start=start):
             _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
             if is_last and phase.student_steps in recipe.release:
@@ -76,16 +91,20 @@ def distil(
                 contract = student_contract(recipe, phase, teacher.contract, predicts)
                 contract = replace(contract, recipe=recipe_name, version=version)
                 weights = gathered(lesson.trained.state_dict())
-                written[phase.student_steps] = save_student(weights, contract, folder.path / "model")
+                written[phase.student_steps] = save_student(
+                    weights, contract, folder.path / "model"
+                )
     return written
 
 
 def lessons(
     recipe: DistillRecipe, teacher: Bundle, source: Source, *, start: Denoiser | None = None
 ) -> Iterator[tuple[Phase, Lesson, bool]]:
-    """Yield every phase with its lesson, and whether no later one trains a student of so many steps.
+    """Yield every phase with its lesson, and whether no later one trains a student of so many
+    steps.
 
-    Whoever asks for the next phase has trained that student: it goes on, and teaches what learns from it.
+    Whoever asks for the next phase has trained that student: it goes on, and teaches what learns
+    from it.
     """
     finished: dict[int, Denoiser] = {}
     student = start or teacher.denoiser
@@ -113,8 +132,12 @@ def lessons(
                 remove_lora(retired.network, retired.lora)
 
 
-def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, version: str) -> Bundle:
-    """Check that the teacher can teach what is asked, put it where it runs, and begin the model that is to be made."""
+def _prepare(
+    recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, version: str
+) -> Bundle:
+    """Check that the teacher can teach what is asked, put it where it runs, and begin the model
+    that is to be made.
+    """
     if teacher.contract.role == "student":
         _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
@@ -122,12 +145,18 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
     _check_shares(recipe, device)
     # To read beside times and figures.
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    versions = {
+        name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")
+    }
     versions |= {"python": platform.python_version(), "twostep": version}
-    folder.log(part="environment", machine=card, device=device.type, processes=place().count, **versions)
+    folder.log(
+        part="environment", machine=card, device=device.type, processes=place().count, **versions
+    )
     if (kind := recipe.prediction_type) is not None:
         denoiser, contract = replace(teacher.denoiser, prediction_type=kind), teacher.contract
-        teacher = replace(teacher, denoiser=denoiser, contract=replace(contract, prediction_type=kind))
+        teacher = replace(
+            teacher, denoiser=denoiser, contract=replace(contract, prediction_type=kind)
+        )
     if teacher.contract.role == "teacher" and recipe.style_lora is None and place().first:
         save_bundle(teacher, folder.path / "model")  # before it moves, for this makes copies
     teacher = teacher.to(device)
@@ -137,7 +166,8 @@ def _prepare(recipe: DistillRecipe, teacher: Bundle, source: Source, folder: Run
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
     if recipe.base_precision == "bf16":
-        nn.Module.to(teacher.denoiser.network, torch.bfloat16)  # diffusers' own would warn of nothing
+        # diffusers' own would warn of nothing
+        nn.Module.to(teacher.denoiser.network, torch.bfloat16)
     return teacher
 
 
@@ -145,9 +175,13 @@ def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
     """Refuse what several processes cannot do alike: RecipeError."""
     count = place().count
     if count > 1 and device.index is not None:
-        raise RecipeError(f'device "{device}" is one for {count} processes; "{device.type}" gives each its own.')
+        raise RecipeError(
+            f'device "{device}" is one for {count} processes; "{device.type}" gives each its own.'
+        )
     if recipe.shard and count == 1:
-        raise RecipeError("shard spreads networks over processes, and this is one: start several, or -o shard=false.")
+        raise RecipeError(
+            "shard spreads networks over processes, and this is one: start several, or -o shard=false."
+        )
     for phase in recipe.phases:
         if phase.batch_size % count:
             raise RecipeError(
@@ -174,21 +208,26 @@ def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name, "auto" being the accelerator if there is one; RecipeError if it is not here."""
+    """Return the device of that name, "auto" being the accelerator if there is one; RecipeError if
+    it is not here.
+    """
     if name == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecipeError(f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".') from error
+        raise RecipeError(
+            f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".'
+        ) from error
     return torch.device(name)
 
 
 def student_contract(
     recipe: DistillRecipe, phase: Phase, teacher: Contract, prediction_type: PredictionType
 ) -> Contract:
-    """Return what the student of this phase says of itself, which is called by its style if it has one.
+    """Return what the student of this phase says of itself, which is called by its style if it has
+    one.
 
     The base of a LoRA that was trained on a student is that student.
     """
@@ -197,7 +236,9 @@ def student_contract(
         base = student_name(base, recipe.start_steps)
     return replace(
         teacher,
-        name=student_name(recipe.style_lora.stem if recipe.style_lora else teacher.base, phase.student_steps),
+        name=student_name(
+            recipe.style_lora.stem if recipe.style_lora else teacher.base, phase.student_steps
+        ),
         role="student",
         steps=phase.student_steps,
         trained_times=trained_times(phase.student_steps),
@@ -210,7 +251,12 @@ def student_contract(
 
 
 def _train_or_load(
-    phase: Phase, lesson: Lesson, folder: RunFolder, examples: Examples, recipe: DistillRecipe, on_iteration: OnPhase
+    phase: Phase,
+    lesson: Lesson,
+    folder: RunFolder,
+    examples: Examples,
+    recipe: DistillRecipe,
+    on_iteration: OnPhase,
 ) -> None:
     """Train the phase, or take over its weights where the run has finished it before."""
     finished = folder.load(f"{phase.name}-finished")
@@ -245,10 +291,17 @@ def _frozen(denoiser: Denoiser) -> Denoiser:
 
 
 def _learner(student: Denoiser, phase: Phase) -> Denoiser:
-    """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that merged in."""
+    """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that
+    merged in.
+    """
     if phase.lora_rank is None:
         kind = phase.predicts(student.prediction_type)
-        student = replace(student, network=student.standalone().requires_grad_(True), lora=None, prediction_type=kind)
+        student = replace(
+            student,
+            network=student.standalone().requires_grad_(True),
+            lora=None,
+            prediction_type=kind,
+        )
     else:
         if student.lora is None:
             add_lora(student.network, _RUNNING, rank=phase.lora_rank)
@@ -275,7 +328,9 @@ def _discriminator(phase: Phase, sharded: bool) -> Callable[..., Judging]:
 
 
 def _kept(student: Denoiser, phase: Phase) -> Denoiser:
-    """Return the student as it is now, to teach later: a LoRA that runs on is copied to a frozen one beside it."""
+    """Return the student as it is now, to teach later: a LoRA that runs on is copied to a frozen
+    one beside it.
+    """
     if student.lora is None or phase.lora_rank is None:
         return student
     name = f"{phase.student_steps}-step"

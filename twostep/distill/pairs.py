@@ -1,4 +1,6 @@
-"""Pairs of transitions: from the same x_t, where the teacher lands in n steps and where the student lands in one."""
+"""Pairs of transitions: from the same x_t, where the teacher lands in n steps and where the student
+lands in one.
+"""
 
 from dataclasses import dataclass
 
@@ -32,9 +34,16 @@ def draw_times(student_steps: int, count: int, generator: torch.Generator) -> In
 
 
 def teacher_landing(
-    teach: Denoise, x_t: Latents, t: Times, student_steps: int, teacher_steps: int, schedule: NoiseSchedule
+    teach: Denoise,
+    x_t: Latents,
+    t: Times,
+    student_steps: int,
+    teacher_steps: int,
+    schedule: NoiseSchedule,
 ) -> Latents:
-    """Let the teacher walk n = teacher_steps / student_steps steps of its own grid, never below the student's s."""
+    """Let the teacher walk n = teacher_steps / student_steps steps of its own grid, never below the
+    student's s.
+    """
     times = [t]
     for _ in range(teacher_steps // student_steps):
         times.append(landing(times[-1], teacher_steps))
@@ -42,13 +51,19 @@ def teacher_landing(
         return solve(teach, x_t, torch.stack(times), schedule)
 
 
-def draw_noised_times(count: int, early_weight: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+def draw_noised_times(
+    count: int, early_weight: int, generator: torch.Generator
+) -> Int[Tensor, " count"]:
     """Draw one t* per item; `early_weight` is the weight of t* = 10 against 1 for the others."""
     weights = torch.tensor([early_weight, 1, 1, 1], dtype=torch.float32)
-    return torch.tensor(NOISED_TIMES)[torch.multinomial(weights, count, replacement=True, generator=generator)]
+    return torch.tensor(NOISED_TIMES)[
+        torch.multinomial(weights, count, replacement=True, generator=generator)
+    ]
 
 
-def noise_landed(x_s: Latents, s: Times, noised: Times, eps: Latents, schedule: NoiseSchedule) -> Latents:
+def noise_landed(
+    x_s: Latents, s: Times, noised: Times, eps: Latents, schedule: NoiseSchedule
+) -> Latents:
     """Noise what landed on 0 to its t*; the rest stays as it is."""
     landed = (s == 0).to(x_s.device).view(-1, 1, 1, 1)
     return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)

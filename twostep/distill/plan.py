@@ -1,7 +1,9 @@
-"""What a run will take, told before it starts: its phases are walked through on tensors without memory.
+"""What a run will take, told before it starts: its phases are walked through on tensors without
+memory.
 
-The trainer itself takes one iteration of every kind of phase, and the storages that live at its peak are added up. What
-torch's kernels take inside themselves, and the process for itself (half a GiB), is unknown here.
+The trainer itself takes one iteration of every kind of phase, and the storages that live at its
+peak are added up. What torch's kernels take inside themselves, and the process for itself (half a
+GiB), is unknown here.
 """
 
 from __future__ import annotations
@@ -35,12 +37,21 @@ from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.training.loop import Draw
 
-_TELLING = {"objective", "batch_size", "precision", "lora_rank", "discriminator_lora", "r1_weight", "reuse"}
+_TELLING = {
+    "objective",
+    "batch_size",
+    "precision",
+    "lora_rank",
+    "discriminator_lora",
+    "r1_weight",
+    "reuse",
+}
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase: the teacher's evaluations per example, trained parameters by role, bytes by what they are for.
+    """One phase: the teacher's evaluations per example, trained parameters by role, bytes by what
+    they are for.
 
     `peak` is the most bytes at once in an iteration, `pictures` while a checkpoint's are drawn.
     """
@@ -59,11 +70,16 @@ class PhasePlan:
 
 
 def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhasePlan], int, int]:
-    """Return the plan of all phases or one, bytes of an item of data, and how many items there are (0 if unknown).
+    """Return the plan of all phases or one, bytes of an item of data, and how many items there are
+    (0 if unknown).
 
     Raises ModelError where not even the model's configs are to be had.
     """
-    shards = [read_shard(path) for path in sorted(recipe.cache.glob("shard-*.safetensors"))] if recipe.cache else []
+    shards = (
+        [read_shard(path) for path in sorted(recipe.cache.glob("shard-*.safetensors"))]
+        if recipe.cache
+        else []
+    )
     is_cpu = "cpu" in (find_device("auto").type if recipe.device == "auto" else recipe.device)
     planned, known = [], dict[str, tuple[dict[str, int], int, int]]()
     with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _elsewhere():
@@ -78,10 +94,15 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
             nn.Module.to(start.network, teacher.denoiser.network.dtype)
         size = teacher.contract.sizes[0]
         shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
-        blank = _Blank(max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape), told)
+        blank = _Blank(
+            max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape),
+            told,
+        )
         drawing = _draw(Examples.of(teacher, recipe.sample_prompts), meter)
         if recipe.cache is not None and not is_cpu:
-            for weight in (weight for encoder in teacher.text.encoders for weight in encoder.parameters()):
+            for weight in (
+                weight for encoder in teacher.text.encoders for weight in encoder.parameters()
+            ):
                 weight.data = torch.empty(0)  # on another device than what is counted
         for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):
             if only in (None, position):
@@ -90,12 +111,16 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
                 kind = f"{phase.model_dump(include=_TELLING)} {phase.guidance > 1} {phase.gradient_checkpointing}"
                 known[kind] = known.get(kind) or _measure(phase, lesson, meter)
                 planned.append(_planned(phase, standing, *known[kind], drawing))
-    num_values = math.prod(blank.latents) + (told.text.numel() + told.pooled.numel() if recipe.cache else 0)
+    num_values = math.prod(blank.latents) + (
+        told.text.numel() + told.pooled.numel() if recipe.cache else 0
+    )
     return planned, 2 * num_values + (24 if recipe.cache else 3), sum(map(len, shards))
 
 
 def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
-    """Return changes that make a phase smaller, with its peak after each: the best first, and all together last."""
+    """Return changes that make a phase smaller, with its peak after each: the best first, and all
+    together last.
+    """
     phase = recipe.phases[position]
     rank = phase.lora_rank
     changes: list[tuple[bool, dict[str, Any]]] = [
@@ -105,32 +130,46 @@ def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], i
         (rank is not None and recipe.base_precision == "fp32", {"base_precision": "bf16"}),
         (phase.optimiser == "adamw", {"optimiser": "adamw8bit"}),
         (phase.student_steps > 1 and rank != 1, {"lora_rank": rank // 2 if rank else 64}),
-        (rank is not None and phase.judges and not phase.discriminator_lora, {"discriminator_lora": True}),
+        (
+            rank is not None and phase.judges and not phase.discriminator_lora,
+            {"discriminator_lora": True},
+        ),
     ]
     useful = [change for helps, change in changes if helps]
     together = {key: value for change in useful for key, value in change.items()}
-    *peaks, least = [(change, _changed_peak(recipe, position, change)) for change in (*useful, together)]
+    *peaks, least = [
+        (change, _changed_peak(recipe, position, change)) for change in (*useful, together)
+    ]
     return [*sorted(peaks, key=lambda found: found[1]), least]
 
 
 def _changed_peak(recipe: DistillRecipe, position: int, change: dict[str, Any]) -> int:
-    """Return a phase's peak if it is changed so, and with it all that train a LoRA, or a whole UNet, as it does."""
+    """Return a phase's peak if it is changed so, and with it all that train a LoRA, or a whole
+    UNet, as it does.
+    """
     phases, chosen = list(recipe.phases), recipe.phases[position]
     for i, phase in enumerate(phases):
-        if i == position or (phase.student_steps > 1 and (phase.lora_rank is None) == (chosen.lora_rank is None)):
+        if i == position or (
+            phase.student_steps > 1 and (phase.lora_rank is None) == (chosen.lora_rank is None)
+        ):
             phases[i] = phase.model_copy(update=change)
-    (changed,), *_ = plan(recipe.model_copy(update={**change, "phases": tuple(phases)}), only=position)
+    (changed,), *_ = plan(
+        recipe.model_copy(update={**change, "phases": tuple(phases)}), only=position
+    )
     return changed.highest
 
 
-def _planned(phase: Phase, standing: int, trained: dict[str, int], added: int, kept: int, drawing: int) -> PhasePlan:
+def _planned(
+    phase: Phase, standing: int, trained: dict[str, int], added: int, kept: int, drawing: int
+) -> PhasePlan:
     num_steps = 1 if phase.objective == "convert" else phase.teacher_steps // phase.student_steps
     kept *= math.ceil(phase.iterations / phase.reuse) - 1
     own, moments = 4 * trained["student"], 8 if phase.optimiser == "adamw" else 2
     memory = {"frozen weights": standing - own, "kept batches": kept, "student average": own}
     for role, count in trained.items():
         memory |= {f"{role} weights": 4 * count, f"{role} moments": moments * count}
-    pictures = sum(memory.values()) + own + drawing  # beside the averaged weights, the student's own are put aside
+    # beside the averaged weights, the student's own are put aside
+    pictures = sum(memory.values()) + own + drawing
     memory["gradients, of one at a time"] = 4 * max(trained.values())
     peak = standing + added + kept - (8 - moments) * sum(trained.values())
     memory["activations"] = max(0, peak - sum(memory.values()))
@@ -139,13 +178,20 @@ def _planned(phase: Phase, standing: int, trained: dict[str, int], added: int, k
 
 
 def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int], int, int]:
-    """Return parameters by role, and what an iteration after the first adds at its peak, and leaves behind."""
+    """Return parameters by role, and what an iteration after the first adds at its peak, and leaves
+    behind.
+    """
     before = meter.living
-    # A teacher keeps nothing but latents from one of its evaluations to the next, so one will do; what steps in 8 bits
+    # A teacher keeps nothing but latents from one of its evaluations to the next, so one will do;
+    # what steps in 8 bits
     # knows no tensors without memory.
     phase = phase.model_copy(update={"teacher_steps": phase.student_steps, "optimiser": "adamw"})
-    trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
-    learning: dict[str, tuple[Any, torch.optim.Optimizer]] = {"student": (lesson.trained, trainer.optimiser)}
+    trainer = (
+        AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+    )
+    learning: dict[str, tuple[Any, torch.optim.Optimizer]] = {
+        "student": (lesson.trained, trainer.optimiser)
+    }
     if isinstance(trainer, AdversarialTrainer):
         learning["discriminator"] = trainer.discriminator, trainer.discriminator_optimiser
     for trained, optimiser in learning.values():
@@ -156,7 +202,10 @@ def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int
     meter.peak = standing = meter.living
     trainer.iterate(0, Draw.at(0, 0))
     kept = meter.living - standing if phase.reuse > 1 else 0
-    counts = {role: sum(p.numel() for p in trained.parameters()) for role, (trained, _) in learning.items()}
+    counts = {
+        role: sum(p.numel() for p in trained.parameters())
+        for role, (trained, _) in learning.items()
+    }
     remove_lora(lesson.teacher.network, LoraDiscriminator.NAME)
     return counts, meter.peak - before, kept
 
@@ -184,7 +233,9 @@ class _Blank:
 
 
 class _Meter(FakeTensorMode):
-    """Within it tensors have no values, whoever asks for one is told 1, and the bytes that live are counted."""
+    """Within it tensors have no values, whoever asks for one is told 1, and the bytes that live are
+    counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,11 +247,15 @@ class _Meter(FakeTensorMode):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
-        kwargs = {key: None if key == "generator" else value for key, value in (kwargs or {}).items()}
+        kwargs = {
+            key: None if key == "generator" else value for key, value in (kwargs or {}).items()
+        }
         answer = super().__torch_dispatch__(func, types, args, kwargs)
         # While torch remembers what it has converted, no module can be moved.
         self.fake_tensor_converter.meta_converter.tensor_memo.clear()
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)):
+        for storage in (
+            leaf.untyped_storage() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)
+        ):
             if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 self.living += storage.nbytes()
@@ -218,11 +273,17 @@ class _Meter(FakeTensorMode):
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """Compute as off the CPU, for which tensors on it stand here: attention fused, norms under autocast in float32.
+    """Compute as off the CPU, for which tensors on it stand here: attention fused, norms under
+    autocast in float32.
 
-    A mode of torch's would not do, for it is off in backward passes, in which blocks are computed anew.
+    A mode of torch's would not do, for it is off in backward passes, in which blocks are computed
+    anew.
     """
-    attend, *norms = functional.scaled_dot_product_attention, functional.group_norm, functional.layer_norm
+    attend, *norms = (
+        functional.scaled_dot_product_attention,
+        functional.group_norm,
+        functional.layer_norm,
+    )
 
     def fused(*args: Any, **kwargs: Any) -> Tensor:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):

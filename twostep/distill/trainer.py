@@ -19,7 +19,13 @@ from typing_extensions import Protocol, runtime_checkable
 from twostep.diffusion import Denoise, landing, step
 from twostep.distill.health import Health, Monitor
 from twostep.distill.methods.discriminator import Discriminator
-from twostep.distill.pairs import Transition, draw_noised_times, draw_times, noise_landed, teacher_landing
+from twostep.distill.pairs import (
+    Transition,
+    draw_noised_times,
+    draw_times,
+    noise_landed,
+    teacher_landing,
+)
 from twostep.distill.recipe import Phase
 from twostep.networks.adapters import Lora, checkpoint_gradients
 from twostep.networks.conditioning import Conditioning
@@ -43,7 +49,9 @@ from twostep.training.run_folder import RunFolder
 class Source(Protocol):
     """Where training latents and what they are conditioned on come from."""
 
-    def draw(self, count: int, tensors: torch.Generator, words: random.Random) -> tuple[Tensor, Conditioning]:
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
         """Return `count` latents of one size and their conditioning."""
 
     def empty(self, like: Conditioning) -> Conditioning:
@@ -60,7 +68,9 @@ class Trainable(Stateful, Protocol):
 
 @runtime_checkable
 class Judging(Trainable, Protocol):
-    """A discriminator, of pictures or of anything else that has an encoder: a module with these two ways of looking."""
+    """A discriminator, of pictures or of anything else that has an encoder: a module with these two
+    ways of looking.
+    """
 
     pairs: bool
 
@@ -76,7 +86,8 @@ class Judging(Trainable, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What a phase needs beside its settings: data, the two models, and how to make a discriminator of one.
+    """What a phase needs beside its settings: data, the two models, and how to make a discriminator
+    of one.
 
     `discriminator(teacher, pairs=...)` is called once a phase.
     """
@@ -94,7 +105,9 @@ class Lesson:
 
     @property
     def device(self) -> torch.device:
-        """Where the student is, and everything goes; randomness is drawn on the CPU, so it is the same everywhere."""
+        """Where the student is, and everything goes; randomness is drawn on the CPU, so it is the
+        same everywhere.
+        """
         parameter: Tensor = next(iter(self.student.network.parameters()))
         return parameter.device
 
@@ -110,10 +123,13 @@ def train_phase(
 ) -> None:
     """Train the student of `lesson` in place; its averaged weights are what it keeps.
 
-    `on_checkpoint` sees the student with those and returns how it looks (`health.measure`). Raises TrainingError when
-    a loss stops being a number, or health asks for a pause; the checkpoint before that is kept.
+    `on_checkpoint` sees the student with those and returns how it looks (`health.measure`). Raises
+    TrainingError when a loss stops being a number, or health asks for a pause; the checkpoint
+    before that is kept.
     """
-    trainer = AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+    trainer = (
+        AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
+    )
     monitor = Monitor(health or Health())
     if kept := folder.load(f"{phase.name}-health"):
         monitor.load_state_dict(kept)
@@ -121,7 +137,9 @@ def train_phase(
 
     def iterate(iteration: int, draw: Draw) -> dict[str, float]:
         if paused:
-            raise TrainingError(f"{phase.name} paused at iteration {iteration}: {paused[0]}. The same command goes on.")
+            raise TrainingError(
+                f"{phase.name} paused at iteration {iteration}: {paused[0]}. The same command goes on."
+            )
         trainer.rate = monitor.rate
         return trainer.iterate(iteration, draw)
 
@@ -133,7 +151,12 @@ def train_phase(
         with trainer.average.applied():
             looks = on_checkpoint(iteration)
         trouble = "; ".join(monitor.symptoms(looks))
-        folder.log(part=phase.name, iteration=iteration, **looks, **({"trouble": trouble} if trouble else {}))
+        folder.log(
+            part=phase.name,
+            iteration=iteration,
+            **looks,
+            **({"trouble": trouble} if trouble else {}),
+        )
         if trouble and monitor.limits.action == "rollback":
             raise TrainingError(f"{phase.name} is ill at iteration {iteration}: {trouble}.")
         if trouble:
@@ -162,7 +185,8 @@ def train_phase(
 
 
 class RegressionTrainer:
-    """MSE against the teacher: on x_s, or, to convert the prediction type, on x0 as the frozen eps copy sees it.
+    """MSE against the teacher: on x_s, or, to convert the prediction type, on x0 as the frozen eps
+    copy sees it.
 
     The latter (eq 27-29) is where one step to 0 lands.
     """
@@ -173,7 +197,11 @@ class RegressionTrainer:
         trained = lesson.trained
         self.optimiser = _adam(trained, phase.learning_rate, (0.9, 0.999), phase)
         self.average = Average(trained, phase.ema_decay)
-        self.state: dict[str, Stateful] = {"student": trained, "optimiser": self.optimiser, "average": self.average}
+        self.state: dict[str, Stateful] = {
+            "student": trained,
+            "optimiser": self.optimiser,
+            "average": self.average,
+        }
         self.rate = 1.0
         self._kept: dict[int, tuple[_Start, Tensor]] = {}
 
@@ -184,35 +212,46 @@ class RegressionTrainer:
             (x_t, t, s, conditioning, _), target = self._taught(iteration, draw)
             reached = step(lesson.student(x_t, t, conditioning), s, lesson.student.schedule)
             loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
-        norm = descend(loss, self.optimiser, lesson.trained, phase, self.rate * rate_share(iteration, phase))
+        norm = descend(
+            loss, self.optimiser, lesson.trained, phase, self.rate * rate_share(iteration, phase)
+        )
         self.average.update()
         return {"loss": loss.item(), "gradient": norm}
 
     def _taught(self, iteration: int, draw: Draw) -> tuple[_Start, Tensor]:
-        """Return a batch and the teacher's answer, which is asked for once and kept where batches are used again.
+        """Return a batch and the teacher's answer, which is asked for once and kept where batches
+        are used again.
 
-        Which batch it is depends on the iteration alone, so a resumed run asks again and gets the same.
+        Which batch it is depends on the iteration alone, so a resumed run asks again and gets the
+        same.
         """
         number = iteration % math.ceil(self.phase.iterations / self.phase.reuse)
         taught = self._kept.get(number)
         if taught is None:
             first = draw if number == iteration else Draw.at(self.phase.seed, number)
             start = x_t, t, _, _, teach = _draw_start(self.phase, self.lesson, first)
-            taught = start, teacher_landing(teach, x_t, t, *self.phase.grids, self.lesson.student.schedule)
+            taught = (
+                start,
+                teacher_landing(teach, x_t, t, *self.phase.grids, self.lesson.student.schedule),
+            )
             if self.phase.reuse > 1:
                 self._kept[number] = taught
         return taught
 
 
 class AdversarialTrainer:
-    """Student against discriminator, one step each on the same transitions (section 3.2; 1:1 is our choice)."""
+    """Student against discriminator, one step each on the same transitions (section 3.2; 1:1 is our
+    choice).
+    """
 
     def __init__(self, phase: Phase, lesson: Lesson) -> None:
         """Make a fresh discriminator from the teacher, and Adam (0, 0.99) for both."""
         self.phase, self.lesson = phase, lesson
         trained = lesson.trained
         torch.manual_seed(phase.seed)
-        self.discriminator = lesson.discriminator(lesson.teacher, pairs=phase.objective == "conditional")
+        self.discriminator = lesson.discriminator(
+            lesson.teacher, pairs=phase.objective == "conditional"
+        )
         if phase.gradient_checkpointing and isinstance(self.discriminator, Discriminator):
             checkpoint_gradients(self.discriminator.encoder)  # a shared base does so already
         self.optimiser = _adam(trained, phase.learning_rate, (0.0, 0.99), phase)
@@ -220,8 +259,15 @@ class AdversarialTrainer:
         self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
         self.average = Average(trained, phase.ema_decay)
         self.rate = 1.0
-        self.state: dict[str, Stateful] = {"student": trained, "optimiser": self.optimiser, "average": self.average}
-        self.state |= {"discriminator": self.discriminator, "discriminator_optimiser": self.discriminator_optimiser}
+        self.state: dict[str, Stateful] = {
+            "student": trained,
+            "optimiser": self.optimiser,
+            "average": self.average,
+        }
+        self.state |= {
+            "discriminator": self.discriminator,
+            "discriminator_optimiser": self.discriminator_optimiser,
+        }
 
     def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
         """Take one step of the discriminator, then one of the student."""
@@ -244,7 +290,8 @@ class AdversarialTrainer:
             # Non-saturating, -log D(real) - log(1 - D(fake)) (eq 11).
             loss = softplus(-real_logits).mean() + softplus(fake_logits).mean()
             for logits in shaken_logits:
-                # The approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv 2501.08316).
+                # The approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv
+                # 2501.08316).
                 loss = loss + phase.r1_weight * (real_logits - logits).square().mean()
             finite(loss, "discriminator", iteration, phase)
         share = self.rate * rate_share(iteration, phase)
@@ -253,7 +300,9 @@ class AdversarialTrainer:
         self.discriminator.requires_grad_(False)
         with phase.autocast(self.lesson.device.type):
             # Non-saturating, -log D(fake) (eq 12).
-            against = finite(softplus(-self._judge_fake(judged)).mean(), "student", iteration, phase)
+            against = finite(
+                softplus(-self._judge_fake(judged)).mean(), "student", iteration, phase
+            )
         push = descend(against, self.optimiser, self.lesson.trained, phase, share)
         self.discriminator.requires_grad_(True)
         self.average.update()
@@ -274,7 +323,9 @@ class AdversarialTrainer:
         if self.discriminator.pairs:
             parts, times = [*parts, judged.x_t], [*times, judged.t]
         conditioning = Conditioning.cat([judged.conditioning] * len(parts))
-        seen = self.discriminator.features(torch.cat(parts), torch.cat(times), conditioning).chunk(len(parts))
+        seen = self.discriminator.features(torch.cat(parts), torch.cat(times), conditioning).chunk(
+            len(parts)
+        )
         before = seen[-1] if self.discriminator.pairs else None
         return [self.discriminator.judge(before, after) for after in seen[: len(landings)]]
 
@@ -288,8 +339,12 @@ class AdversarialTrainer:
         return self.discriminator.judge(before, after)
 
 
-def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, share: float) -> float:
-    """Take one clipped step of all processes at this share of the peak rate; returns the norm before clipping."""
+def descend(
+    loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, share: float
+) -> float:
+    """Take one clipped step of all processes at this share of the peak rate; returns the norm
+    before clipping.
+    """
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak", group["lr"]) * share
     with training_attention(loss.device.type):
@@ -302,14 +357,22 @@ def descend(loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, 
     return norm.item()
 
 
-def _adam(trained: Trainable, learning_rate: float, betas: tuple[float, float], phase: Phase) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": phase.weight_decay}
+def _adam(
+    trained: Trainable, learning_rate: float, betas: tuple[float, float], phase: Phase
+) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": betas,
+        "weight_decay": phase.weight_decay,
+    }
     if phase.optimiser == "adamw":
         return torch.optim.AdamW(trained.parameters(), **settings, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise RecipeError(f'optimiser "{phase.optimiser}" needs `pip install twostep[eight-bit]`.') from error
+        raise RecipeError(
+            f'optimiser "{phase.optimiser}" needs `pip install twostep[eight-bit]`.'
+        ) from error
     eight_bit: torch.optim.Optimizer = AdamW8bit(trained.parameters(), **settings)
     return eight_bit
 
@@ -318,11 +381,15 @@ _Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]
 
 
 def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
-    """Draw x_t at trained times t, where the student is to land, and the teacher for this conditioning."""
+    """Draw x_t at trained times t, where the student is to land, and the teacher for this
+    conditioning.
+    """
     mine = place().share(phase.batch_size)
     x0, conditioning = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
     x0, conditioning = x0[mine].to(lesson.device), conditioning[mine].to(lesson.device)
-    unconditional = lesson.source.empty(conditioning).to(lesson.device) if phase.guidance > 1 else conditioning
+    unconditional = (
+        lesson.source.empty(conditioning).to(lesson.device) if phase.guidance > 1 else conditioning
+    )
     t = draw_times(phase.student_steps, phase.batch_size, draw.tensors)[mine]
     eps = _draw_noise(x0, phase, draw)
     x_t = lesson.student.schedule.add_noise(x0, eps, t)

@@ -1,9 +1,11 @@
-"""How far two sets of pictures lie apart as distributions: the Frechet distance between Gaussians fitted to features.
+"""How far two sets of pictures lie apart as distributions: the Frechet distance between Gaussians
+fitted to features.
 
-d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), eq 6 of arXiv 1706.08500. The trace of the root is the sum of the
-singular values of C1^(1/2) C2^(1/2): no complex numbers, no iteration, and covariances without full rank (fewer samples
-than features) are no special case. Few samples bias the distance upwards, so compare
-only distances that were taken with the same number of samples. This file does not know where features come from.
+d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), eq 6 of arXiv 1706.08500. The trace of the root
+is the sum of the singular values of C1^(1/2) C2^(1/2): no complex numbers, no iteration, and
+covariances without full rank (fewer samples than features) are no special case. Few samples bias
+the distance upwards, so compare only distances that were taken with the same number of samples.
+This file does not know where features come from.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ class FeatureStatistics:
 
 
 def fit_features(features: Float[Tensor, "samples features"]) -> FeatureStatistics:
-    """Return mean and unbiased covariance in float64; FrechetError for fewer than two samples or for NaN."""
+    """Return mean and unbiased covariance in float64; FrechetError for fewer than two samples or
+    for NaN.
+    """
     if features.ndim != 2 or len(features) < 2:
         raise FrechetError(
             f"a covariance needs features [samples, features] of at least 2 samples; got {list(features.shape)}. "
@@ -38,13 +42,17 @@ def fit_features(features: Float[Tensor, "samples features"]) -> FeatureStatisti
     if not bool(torch.isfinite(features).all()):
         raise FrechetError("the features hold NaN or infinity; look for broken pictures.")
     samples = features.detach().to("cpu", torch.float64)
-    return FeatureStatistics(samples.mean(dim=0), torch.atleast_2d(torch.cov(samples.T)), len(samples))
+    return FeatureStatistics(
+        samples.mean(dim=0), torch.atleast_2d(torch.cov(samples.T)), len(samples)
+    )
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Return the squared Frechet distance between two Gaussians, eq 6 of arXiv 1706.08500; 0 for identical ones.
+    """Return the squared Frechet distance between two Gaussians, eq 6 of arXiv 1706.08500; 0 for
+    identical ones.
 
-    It is the number that FID reports, in the features given. Raises FrechetError where the sizes differ.
+    It is the number that FID reports, in the features given. Raises FrechetError where the sizes
+    differ.
     """
     if a.mean.shape != b.mean.shape:
         sizes = f"features of {len(a.mean)} and of {len(b.mean)} numbers"

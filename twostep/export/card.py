@@ -1,6 +1,7 @@
 """What lies beside an exported model: a card for a person, and workflows for ComfyUI.
 
-The texts are templates, card.md and workflow.json; nodes.json says of ComfyUI's nodes what their pages need.
+The texts are templates, card.md and workflow.json; nodes.json says of ComfyUI's nodes what their
+pages need.
 """
 
 import json
@@ -23,14 +24,18 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Card:
-    """What a card shows beside the contract: a picture, figures (JSON), and the hub's name of the licence."""
+    """What a card shows beside the contract: a picture, figures (JSON), and the hub's name of the
+    licence.
+    """
 
     picture: Path | None = None
     evaluation: Path | None = None
     license: str | None = None
 
     def write(self, contract: Contract, to: str, out: Path, *, full_size: bool) -> None:
-        """Write README.md into a folder, else a .md beside a file; ModelError for what cannot be shown."""
+        """Write README.md into a folder, else a .md beside a file; ModelError for what cannot be
+        shown.
+        """
         card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
         shown = card.with_name("grid.png") if out.is_dir() else out.with_suffix(".png")
         if self.picture is not None:
@@ -39,7 +44,13 @@ class Card:
             except OSError as error:
                 raise ModelError(f"{self.picture} is no picture ({error}).") from error
         recipe = RECIPES / f"{contract.recipe}.toml"
-        told = {"file": out.name, "to": to, "contract": contract, "fields": asdict(contract), "full_size": full_size}
+        told = {
+            "file": out.name,
+            "to": to,
+            "contract": contract,
+            "fields": asdict(contract),
+            "full_size": full_size,
+        }
         told["base"] = base = SDXL_BASE if contract.base == SDXL.base else contract.base
         told["license"] = self.license or ("openrail++" if base == SDXL_BASE else "other")
         told["recipe"] = recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else ""
@@ -47,21 +58,28 @@ class Card:
 
     def _figures(self) -> list[dict[str, Any]]:
         try:
-            read = json.loads(self.evaluation.read_text(encoding="utf-8")) if self.evaluation else []
+            read = (
+                json.loads(self.evaluation.read_text(encoding="utf-8")) if self.evaluation else []
+            )
             rows: list[dict[str, Any]] = read if isinstance(read, list) else [read]
             if all(row.keys() == rows[0].keys() for row in rows):
                 return rows
         except (OSError, ValueError, AttributeError):
             pass
-        raise ModelError(f"{self.evaluation} is no table: expected a JSON object, or a list of them with equal keys.")
+        raise ModelError(
+            f"{self.evaluation} is no table: expected a JSON object, or a list of them with equal keys."
+        )
 
 
 def write_workflows(contract: Contract, to: str, out: Path) -> None:
-    """Write for a file how ComfyUI draws with it: X.json to open on its page, X.api.json to send to its server."""
+    """Write for a file how ComfyUI draws with it: X.json to open on its page, X.api.json to send to
+    its server.
+    """
     api_path = out.with_suffix(".api.json")
     _render("workflow.json", api_path, file=out.name, to=to, contract=contract, name=out.stem)
     api, known = read_json(api_path), read_json(HERE / "nodes.json")
-    links: list[tuple[object, ...]] = []  # number, node and output it comes from, node and input it goes to, type
+    # number, node and output it comes from, node and input it goes to, type
+    links: list[tuple[object, ...]] = []
     for name, node in api.items():
         for place, each in enumerate(known[node["class_type"]]["inputs"]):
             start, output = node["inputs"][each]

@@ -1,6 +1,8 @@
-"""From one form of file to another, bit for bit: LoRAs between dialects, whole models between one file and a folder.
+"""From one form of file to another, bit for bit: LoRAs between dialects, whole models between one
+file and a folder.
 
-What a folder has no place for (unused keys, the metadata) lies there in a file of its own, and comes back from it.
+What a folder has no place for (unused keys, the metadata) lies there in a file of its own, and
+comes back from it.
 """
 
 import json
@@ -17,7 +19,13 @@ from twostep.formats.identify import kind_of, read_header
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import CONTRACT_FILE, ModelError, find_model, read_json
 from twostep.formats.lora_files import DIALECTS, write_lora
-from twostep.formats.single_file import LEFT_OUT, PARTS, FolderFiles, find_single_file, whole_weights
+from twostep.formats.single_file import (
+    LEFT_OUT,
+    PARTS,
+    FolderFiles,
+    find_single_file,
+    whole_weights,
+)
 from twostep.models.bundle import clean_configs, hollow_networks
 from twostep.models.contracts import DIFFUSERS_NAMES, carried_contract, read_contracts
 
@@ -25,7 +33,8 @@ REST = "single_file_rest.safetensors"
 
 
 def convert(model: str | Path, to: str, out: Path, *, base: str | None = None) -> Path:
-    """Write a LoRA in another of `DIALECTS`, a whole file as a "diffusers" folder, or a folder as a "single-file".
+    """Write a LoRA in another of `DIALECTS`, a whole file as a "diffusers" folder, or a folder as a
+    "single-file".
 
     Raises ModelError for what is not all there, has keys that nobody knows, or is of another kind.
     """
@@ -47,7 +56,11 @@ def convert(model: str | Path, to: str, out: Path, *, base: str | None = None) -
 def _convert_lora(path: Path, to: str, out: Path, base: str | None) -> Path:
     lora, networks, _ = open_lora(path, base)
     tensors, told = write_lora(lora, networks, to)
-    kept = {key: value for key, value in read_header(path).metadata.items() if key != "lora_adapter_metadata"}
+    kept = {
+        key: value
+        for key, value in read_header(path).metadata.items()
+        if key != "lora_adapter_metadata"
+    }
     save_file({key: value.contiguous() for key, value in tensors.items()}, out, {**kept, **told})
     return out
 
@@ -56,13 +69,37 @@ def _divide(path: Path, out: Path) -> Path:
     single, header = find_single_file(path), read_header(path)
     networks, (contract,) = hollow_networks(single.folder), read_contracts(path)
     divided = {name: single.weights(networks[name], part) for name, part in PARTS.items()}
-    left = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx*", "*.index.*json", "students", CONTRACT_FILE)
+    left = (
+        "*.safetensors",
+        "*.bin",
+        "*.msgpack",
+        "*.onnx*",
+        "*.index.*json",
+        "students",
+        CONTRACT_FILE,
+    )
     shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*left))
     for name, weights in divided.items():
-        names = clip_l_names(weights) if name == "text_encoder" else dict(zip(weights, weights, strict=True))
-        file = out / name / ("model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors")
-        save_file({names[key]: value.contiguous() for key, value in weights.items()}, file, {"format": "pt"})
-    rest = [key for key in header.shapes if key.endswith(LEFT_OUT) or not key.startswith(tuple(PARTS.values()))]
+        names = (
+            clip_l_names(weights)
+            if name == "text_encoder"
+            else dict(zip(weights, weights, strict=True))
+        )
+        file = (
+            out
+            / name
+            / ("model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors")
+        )
+        save_file(
+            {names[key]: value.contiguous() for key, value in weights.items()},
+            file,
+            {"format": "pt"},
+        )
+    rest = [
+        key
+        for key in header.shapes
+        if key.endswith(LEFT_OUT) or not key.startswith(tuple(PARTS.values()))
+    ]
     with safe_open(path, "pt") as read:
         save_file({key: read.get_tensor(key) for key in rest}, out / REST, header.metadata)
     if carried_contract(path):
@@ -78,12 +115,18 @@ def _divide(path: Path, out: Path) -> Path:
 def _join(folder: Path, out: Path) -> Path:
     networks = hollow_networks(folder)
     for name, part in PARTS.items():
-        networks[name].load_state_dict(FolderFiles(folder).weights(networks[name], part), assign=True)
+        networks[name].load_state_dict(
+            FolderFiles(folder).weights(networks[name], part), assign=True
+        )
     contract, rest = read_contracts(folder)[0], dict[str, Tensor]()
     told = contract.to_metadata() if (folder / CONTRACT_FILE).is_file() else {}
     if contract.prediction_type == "v":
         rest["v_pred"] = torch.zeros(0)  # as whole files say it
     if (folder / REST).is_file():
         rest, told = rest | load_file(folder / REST), read_header(folder / REST).metadata | told
-    save_file({key: value.contiguous() for key, value in (whole_weights(networks) | rest).items()}, out, told)
+    save_file(
+        {key: value.contiguous() for key, value in (whole_weights(networks) | rest).items()},
+        out,
+        told,
+    )
     return out

@@ -1,7 +1,8 @@
-"""A model as others load it: a diffusers folder, one file for ComfyUI, a UNet alone, or a LoRA by either custom.
+"""A model as others load it: a diffusers folder, one file for ComfyUI, a UNet alone, or a LoRA by
+either custom.
 
-Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); whole networks are written in
-16 bits, LoRAs as they are.
+Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); whole
+networks are written in 16 bits, LoRAs as they are.
 """
 
 import json
@@ -21,8 +22,20 @@ from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, read_lora, write_lora
 from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
-from twostep.models.bundle import Bundle, base_folder, embed_no_guidance, hollow_networks, save_bundle
-from twostep.models.contracts import DIFFUSERS_NAMES, SDXL, carried_contract, read_contracts, student_files
+from twostep.models.bundle import (
+    Bundle,
+    base_folder,
+    embed_no_guidance,
+    hollow_networks,
+    save_bundle,
+)
+from twostep.models.contracts import (
+    DIFFUSERS_NAMES,
+    SDXL,
+    carried_contract,
+    read_contracts,
+    student_files,
+)
 from twostep.models.lora_stack import load_worn
 from twostep.training.run_folder import write_whole
 
@@ -31,7 +44,9 @@ TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 
 @dataclass(frozen=True)
 class Parcel:
-    """A model on its way out: what it says of itself, in which form and whereto it goes, and what its card shows."""
+    """A model on its way out: what it says of itself, in which form and whereto it goes, and what
+    its card shows.
+    """
 
     contract: Contract
     to: str
@@ -57,7 +72,11 @@ class Parcel:
     def model_spec(self) -> dict[str, str]:
         """What ModelSpec says of it, all but the digest."""
         contract = self.contract
-        named = "stable-diffusion-xl-v1-base" if self.full_size else f"{contract.base} (SDXL's classes, smaller)"
+        named = (
+            "stable-diffusion-xl-v1-base"
+            if self.full_size
+            else f"{contract.base} (SDXL's classes, smaller)"
+        )
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{named}/lora" if self.to.startswith("lora") else named,
@@ -65,7 +84,9 @@ class Parcel:
             "title": contract.name,
             "resolution": "x".join(map(str, contract.sizes[0])),
             "date": datetime.now(UTC).date().isoformat(),
-            "prediction_type": DIFFUSERS_NAMES[contract.prediction_type].removesuffix("_prediction"),
+            "prediction_type": DIFFUSERS_NAMES[contract.prediction_type].removesuffix(
+                "_prediction"
+            ),
             "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
         }
         return {f"modelspec.{key}": value for key, value in spec.items()}
@@ -81,15 +102,18 @@ def export(
     loras: tuple[str, ...] = (),
     card: Card | None = None,
 ) -> Path:
-    """Write a model, or one of its students, as `to` says: into the folder `out` for diffusers, else into that file.
+    """Write a model, or one of its students, as `to` says: into the folder `out` for diffusers,
+    else into that file.
 
-    `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if not given. Raises
-    ModelError for what the model is not, RunError for what cannot be written.
+    `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if
+    not given. Raises ModelError for what the model is not, RunError for what cannot be written.
     """
     if to not in TARGETS:
         raise ModelError(f"There is no export to {to!r}; there are {', '.join(TARGETS)}.")
     if (out.suffix == ".safetensors") == (to == "diffusers"):
-        raise ModelError(f"--out is {out}; expected a {'folder' if to == 'diffusers' else '.safetensors'} for {to}.")
+        raise ModelError(
+            f"--out is {out}; expected a {'folder' if to == 'diffusers' else '.safetensors'} for {to}."
+        )
     card = card or Card()
     if to.startswith("lora"):
         path = _lora_file(model, steps)
@@ -105,18 +129,30 @@ def export(
     return _send_folder(bundle, parcel) if to == "diffusers" else _send_whole(bundle, parcel)
 
 
-def open_lora(path: Path, base: str | None) -> tuple[dict[str, LowRank], dict[str, nn.Module], Contract | None]:
-    """Read a LoRA with hollow networks that have its layers, and its contract if it has one; ModelError."""
+def open_lora(
+    path: Path, base: str | None
+) -> tuple[dict[str, LowRank], dict[str, nn.Module], Contract | None]:
+    """Read a LoRA with hollow networks that have its layers, and its contract if it has one;
+    ModelError.
+    """
     contract = carried_contract(path)
     if contract is not None and contract.lora_rank is None:
-        raise ModelError(f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers.")
+        raise ModelError(
+            f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers."
+        )
     if base is None and contract is None:
-        raise ModelError(f"{path} does not say whose layers it has; name a model of that kind as the base.")
+        raise ModelError(
+            f"{path} does not say whose layers it has; name a model of that kind as the base."
+        )
     of_sdxl = contract is not None and contract.base == SDXL.base
     found = base or (SDXL_BASE if of_sdxl else base_folder(path, contract))  # type: ignore[arg-type]
     networks = hollow_networks(found)
     del networks["vae"]
-    return read_lora(path, networks, alpha=contract.lora_alpha if contract else None), networks, contract
+    return (
+        read_lora(path, networks, alpha=contract.lora_alpha if contract else None),
+        networks,
+        contract,
+    )
 
 
 def _lora_file(model: str | Path, steps: int | None) -> Path:
@@ -126,7 +162,11 @@ def _lora_file(model: str | Path, steps: int | None) -> Path:
         return path
     found = student_files(path, "lora")
     if steps is None or steps not in found:
-        there = f"there are LoRAs for {', '.join(map(str, found))}" if found else "it has none; `twostep extract` can"
+        there = (
+            f"there are LoRAs for {', '.join(map(str, found))}"
+            if found
+            else "it has none; `twostep extract` can"
+        )
         raise ModelError(f"{model} is a folder, and {steps or 'no'} steps were asked for: {there}.")
     return found[steps]
 
@@ -136,31 +176,47 @@ def _send_folder(bundle: Bundle, parcel: Parcel) -> Path:
     if parcel.contract.role == "student":
         embed_no_guidance(bundle.denoiser.network)
     save_bundle(replace(bundle, contract=parcel.contract), out)
-    unet, encoder = out / "unet" / "diffusion_pytorch_model.safetensors", out / "text_encoder" / "model.safetensors"
+    unet, encoder = (
+        out / "unet" / "diffusion_pytorch_model.safetensors",
+        out / "text_encoder" / "model.safetensors",
+    )
     stamp(unet.read_bytes(), unet, parcel.contract.to_metadata() | parcel.model_spec)
-    stamp(encoder.read_bytes(), encoder, {}, clip_l_names)  # older transformers find nothing without the first word
+    # older transformers find nothing without the first word
+    stamp(encoder.read_bytes(), encoder, {}, clip_l_names)
     parcel.card.write(parcel.contract, parcel.to, out, full_size=parcel.full_size)
     return out
 
 
 def _send_whole(bundle: Bundle, parcel: Parcel) -> Path:
     networks = {**bundle.parts, "vae": bundle.codec.vae} if parcel.to == "comfyui" else bundle.parts
-    weights = whole_weights(networks) if parcel.to == "comfyui" else bundle.denoiser.network.state_dict()
+    weights = (
+        whole_weights(networks) if parcel.to == "comfyui" else bundle.denoiser.network.state_dict()
+    )
     halves = {key: value.half() for key, value in weights.items()}
     if over := next((key for key, value in halves.items() if not value.isfinite().all()), None):
-        raise ModelError(f"{over} of {parcel.contract.name} is not finite in 16 bits: damaged, or too large.")
+        raise ModelError(
+            f"{over} of {parcel.contract.name} is not finite in 16 bits: damaged, or too large."
+        )
     if parcel.to == "comfyui" and parcel.contract.prediction_type == "v":
         halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
     return parcel.send(halves, parcel.contract.to_metadata())
 
 
 def stamp(file: bytes, out: Path, metadata: Mapping[str, str], names: Naming | None = None) -> None:
-    """Write a safetensors file with more metadata and the digest of its tensors, and maybe with other names."""
+    """Write a safetensors file with more metadata and the digest of its tensors, and maybe with
+    other names.
+    """
     end = 8 + int.from_bytes(file[:8], "little")
     header, body = json.loads(file[8:end]), memoryview(file)[end:]
-    told = header.pop("__metadata__", {}) | metadata | {"modelspec.hash_sha256": f"0x{sha256(body).hexdigest()}"}
+    told = (
+        header.pop("__metadata__", {})
+        | metadata
+        | {"modelspec.hash_sha256": f"0x{sha256(body).hexdigest()}"}
+    )
     called = names(header) if names else dict(zip(header, header, strict=True))
-    text = json.dumps({"__metadata__": told, **{called[key]: value for key, value in header.items()}}).encode()
+    text = json.dumps(
+        {"__metadata__": told, **{called[key]: value for key, value in header.items()}}
+    ).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
     with write_whole(out) as written:
         written.write(len(text).to_bytes(8, "little") + text)

@@ -1,1 +1,3 @@
-"""Other people's files: where a model lies, what a file is, and by which names its weights are called."""
+"""Other people's files: where a model lies, what a file is, and by which names its weights are
+called.
+"""

@@ -1,9 +1,11 @@
-"""LoRA files in every dialect: which tensor belongs to which layer, read and written without losing a key.
+"""LoRA files in every dialect: which tensor belongs to which layer, read and written without losing
+a key.
 
-W' = W + alpha / rank * up down. Layers are called `unet.X`, `text_encoder.X` or `text_encoder_2.X`, X being the
-network's own name for it. In files PEFT adds `.lora_A` and `.lora_B`, early diffusers `.lora.down` and `.lora.up`;
-kohya writes `lora_unet_X.lora_down`, with dots as underlines and X after diffusers or after the first latent diffusion
-code. The last is what all programs read. All names follow from the networks, so small models have them too.
+W' = W + alpha / rank * up down. Layers are called `unet.X`, `text_encoder.X` or `text_encoder_2.X`,
+X being the network's own name for it. In files PEFT adds `.lora_A` and `.lora_B`, early diffusers
+`.lora.down` and `.lora.up`; kohya writes `lora_unet_X.lora_down`, with dots as underlines and X
+after diffusers or after the first latent diffusion code. The last is what all programs read. All
+names follow from the networks, so small models have them too.
 """
 
 import json
@@ -62,11 +64,14 @@ class LowRank:
         return self.alpha / self.rank * product
 
 
-def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None = None) -> dict[str, LowRank]:
-    """Read what a file does to which layer of these networks, in its precision; every key of it is accounted for.
+def read_lora(
+    path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None = None
+) -> dict[str, LowRank]:
+    """Read what a file does to which layer of these networks, in its precision; every key of it is
+    accounted for.
 
-    Alpha is what the file says of the layer, else what is given, else the rank. LoraError says what the file is, or
-    which key no layer has, lacks its other half, or has another shape.
+    Alpha is what the file says of the layer, else what is given, else the rank. LoraError says what
+    the file is, or which key no layer has, lacks its other half, or has another shape.
     """
     tensors, told = _open(path)
     layers = {said: layer for layer, names in _spelled(parts).items() for said in names}
@@ -76,10 +81,14 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
         layer = layers.get(match[1] or match[4]) if match else None
         if match is None or layer is None:
             what = kind_of(read_header(path))
-            raise LoraError(f"{path} is {what}: it has {key}, and no layer of {', '.join(parts)} is called so.")
+            raise LoraError(
+                f"{path} is {what}: it has {key}, and no layer of {', '.join(parts)} is called so."
+            )
         kind = "down" if match[2] else "up" if match[3] else "alpha"
         if kind in found.setdefault(layer, {}):
-            raise LoraError(f"{path} mixes dialects: {key} is there a second time under another name.")
+            raise LoraError(
+                f"{path} mixes dialects: {key} is there a second time under another name."
+            )
         found[layer][kind] = value
     if not found:
         raise LoraError(f"{path} is empty.")
@@ -87,7 +96,11 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
     for layer, has in found.items():
         weight = find_layer(parts, layer).weight
         _check(path, layer, has, weight)
-        own = has["alpha"].item() if "alpha" in has else told.get(layer, told.get(layer.partition(".")[0], alpha))
+        own = (
+            has["alpha"].item()
+            if "alpha" in has
+            else told.get(layer, told.get(layer.partition(".")[0], alpha))
+        )
         down = has["down"].reshape(-1, *weight.shape[1:])
         up = has["up"].reshape(len(weight), -1, *[1] * (weight.dim() - 2))
         lora[layer] = LowRank(down, up, float(len(down) if own is None else own))
@@ -95,7 +108,9 @@ def read_lora(path: Path, parts: Mapping[str, nn.Module], *, alpha: float | None
 
 
 @torch.no_grad()
-def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, weight: float = 1.0) -> None:
+def merge_lora(
+    lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, weight: float = 1.0
+) -> None:
     """Add a LoRA, so strongly, to the weights of these networks, in place."""
     for name, low in lora.items():
         target = find_layer(parts, name).weight
@@ -105,7 +120,9 @@ def merge_lora(lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], *, w
 def write_lora(
     lora: Mapping[str, LowRank], parts: Mapping[str, nn.Module], dialect: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a LoRA as a file's tensors and metadata in one of `DIALECTS`, each half bit for bit; LoraError."""
+    """Return a LoRA as a file's tensors and metadata in one of `DIALECTS`, each half bit for bit;
+    LoraError.
+    """
     if dialect not in DIALECTS:
         raise LoraError(f"There is no dialect {dialect!r}; there are {', '.join(DIALECTS)}.")
     tensors, told, names = dict[str, Tensor](), dict[str, Any](), _spelled(parts)
@@ -116,23 +133,40 @@ def write_lora(
             down, up = "lora_linear_layer.down", "lora_linear_layer.up"
         tensors |= {f"{name}.{down}.weight": low.down, f"{name}.{up}.weight": low.up}
         if dialect == "early" and low.alpha != low.rank:
-            raise LoraError(f"Early files have no alpha, and {layer} has {low.alpha:g} at rank {low.rank}. Use peft.")
+            raise LoraError(
+                f"Early files have no alpha, and {layer} has {low.alpha:g} at rank {low.rank}. Use peft."
+            )
         if place:
-            exact = torch.tensor(low.alpha, dtype=low.down.dtype)  # kohya's own have it in the precision of the rest
-            tensors[f"{name}.alpha"] = exact if exact.item() == low.alpha else torch.tensor(low.alpha)
-        rank, alpha = told.setdefault(f"{part}.r", low.rank), told.setdefault(f"{part}.lora_alpha", low.alpha)
+            # kohya's own have it in the precision of the rest
+            exact = torch.tensor(low.alpha, dtype=low.down.dtype)
+            tensors[f"{name}.alpha"] = (
+                exact if exact.item() == low.alpha else torch.tensor(low.alpha)
+            )
+        rank, alpha = (
+            told.setdefault(f"{part}.r", low.rank),
+            told.setdefault(f"{part}.lora_alpha", low.alpha),
+        )
         told.setdefault(f"{part}.target_modules", []).append(own)
-        told.setdefault(f"{part}.rank_pattern", {}).update({own: low.rank} if low.rank != rank else {})
-        told.setdefault(f"{part}.alpha_pattern", {}).update({own: low.alpha} if low.alpha != alpha else {})
+        told.setdefault(f"{part}.rank_pattern", {}).update(
+            {own: low.rank} if low.rank != rank else {}
+        )
+        told.setdefault(f"{part}.alpha_pattern", {}).update(
+            {own: low.alpha} if low.alpha != alpha else {}
+        )
     if not dialect.startswith("kohya"):
         return tensors, {"lora_adapter_metadata": json.dumps(told)} if dialect == "peft" else {}
     first = next(iter(lora.values()))
     known = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
-    return tensors, known | {"ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
+    return tensors, known | {
+        "ss_network_dim": str(first.rank),
+        "ss_network_alpha": f"{first.alpha:g}",
+    }
 
 
 def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return by layer all its names in files, without what tells the halves apart; those to write come first."""
+    """Return by layer all its names in files, without what tells the halves apart; those to write
+    come first.
+    """
     spelled = {}
     for part, network in parts.items():
         layers = [  # those that can have a LoRA, as they are called without those that are on them
@@ -143,10 +177,18 @@ def _spelled(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
         old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
         for layer in layers:
             # transformers dropped the first word of CLIP's names; files keep it.
-            full = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+            full = (
+                layer
+                if part == "unet" or layer.startswith("text_model.")
+                else f"text_model.{layer}"
+            )
             before = old.get(f"{layer}.weight", full).removesuffix(".weight")
-            names = [f"{part}.{full}", *(KOHYA[part] + name.replace(".", "_") for name in (full, before, layer))]
-            alone = [f"base_model.model.{layer}"] if part == "unet" else []  # as PEFT saves a network by itself
+            names = [
+                f"{part}.{full}",
+                *(KOHYA[part] + name.replace(".", "_") for name in (full, before, layer)),
+            ]
+            # as PEFT saves a network by itself
+            alone = [f"base_model.model.{layer}"] if part == "unet" else []
             spelled[f"{part}.{layer}"] = [*names, f"{part}.{layer}", f"{part}.{before}", *alone]
     return spelled
 
@@ -161,16 +203,23 @@ def find_layer(parts: Mapping[str, nn.Module], name: str) -> nn.Linear | nn.Conv
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return a file's tensors, and the alphas that diffusers writes into its metadata, by layer or by part."""
+    """Return a file's tensors, and the alphas that diffusers writes into its metadata, by layer or
+    by part.
+    """
     try:
         told = json.loads(read_header(path).metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError as error:
-        raise LoraError(f"{path}: its lora_adapter_metadata is damaged ({error}). Fetch or export it again.") from error
+        raise LoraError(
+            f"{path}: its lora_adapter_metadata is damaged ({error}). Fetch or export it again."
+        ) from error
     alphas = {}
     for part in KOHYA:
         if f"{part}.lora_alpha" in told:
             alphas[part] = float(told[f"{part}.lora_alpha"])
-        alphas |= {f"{part}.{layer}": float(alpha) for layer, alpha in told.get(f"{part}.alpha_pattern", {}).items()}
+        alphas |= {
+            f"{part}.{layer}": float(alpha)
+            for layer, alpha in told.get(f"{part}.alpha_pattern", {}).items()
+        }
     return load_file(path), alphas
 
 

@@ -18,7 +18,9 @@ from twostep.diffusion.shapes import Latents
 
 @dataclass(frozen=True, eq=False)
 class ImageCodec:
-    """An SDXL-type autoencoder: pictures [batch, 3, height, width] in -1..1 <-> latents of about unit variance."""
+    """An SDXL-type autoencoder: pictures [batch, 3, height, width] in -1..1 <-> latents of about
+    unit variance.
+    """
 
     vae: AutoencoderKL | AutoencoderTiny
 
@@ -42,7 +44,9 @@ class ImageCodec:
 
     @torch.no_grad()
     def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:
-        """Return what latents roughly show, a pixel each in -1..1: a linear guess that costs next to nothing."""
+        """Return what latents roughly show, a pixel each in -1..1: a linear guess that costs next
+        to nothing.
+        """
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
         return torch.einsum("bchw,cr->brhw", with_one, self._linear.to(latents)).clamp(-1, 1)
 
@@ -54,12 +58,16 @@ class ImageCodec:
         pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
         latents = self.encode(pictures.to(self.vae.device)).float().cpu()
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-        columns, wanted = (values.movedim(1, -1).flatten(0, 2) for values in (with_one, avg_pool2d(pictures, side)))
+        columns, wanted = (
+            values.movedim(1, -1).flatten(0, 2) for values in (with_one, avg_pool2d(pictures, side))
+        )
         fit: Tensor = torch.linalg.lstsq(columns, wanted).solution
         return fit
 
     def _in_range(self, work: Callable[[Any], Tensor]) -> Tensor:
-        """Do it once more in float32, on a copy, where half precision overflowed, as it does in SDXL's own VAE."""
+        """Do it once more in float32, on a copy, where half precision overflowed, as it does in
+        SDXL's own VAE.
+        """
         result = work(self.vae)
         if self.vae.dtype == torch.float16 and not bool(result.isfinite().all()):
             result = work(copy.deepcopy(self.vae).float())

@@ -1,8 +1,9 @@
-"""LoRA (arXiv 2106.09685) on a UNet: several adapters on one frozen base, one of them or none at work at a time.
+"""LoRA (arXiv 2106.09685) on a UNet: several adapters on one frozen base, one of them or none at
+work at a time.
 
-W' = W + alpha / rank * B A. B starts at zero, so a fresh adapter changes nothing. Which layers get one is section 3.6
-of arXiv 2402.13929: every convolution and linear layer but the first, the last, and the embedding of time that all
-blocks share. What an adapter is trained for is unknown here.
+W' = W + alpha / rank * B A. B starts at zero, so a fresh adapter changes nothing. Which layers get
+one is section 3.6 of arXiv 2402.13929: every convolution and linear layer but the first, the last,
+and the embedding of time that all blocks share. What an adapter is trained for is unknown here.
 """
 
 import copy
@@ -27,9 +28,18 @@ from twostep.formats.lora_files import LoraError, read_lora
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    *(
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+        "time_emb_proj",
+    ),
 )
-"""Ends of the names of the layers that get an adapter: on SDXL 788 of them, 196,751,360 parameters at rank 64."""
+"""Ends of the names of the layers that get an adapter: on SDXL 788 of them, 196,751,360 parameters
+at rank 64.
+"""
 
 PREFIX = "unet."
 """What diffusers puts before the names of a UNet's LoRA in a file."""
@@ -39,9 +49,11 @@ _SWITCHING = RLock()
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One adapter on a network, as a thing of its own: it can be trained, kept, averaged and brought back.
+    """One adapter on a network, as a thing of its own: it can be trained, kept, averaged and
+    brought back.
 
-    It knows its parameters from the first time they are asked for, so one that is put on anew is another Lora.
+    It knows its parameters from the first time they are asked for, so one that is put on anew is
+    another Lora.
     """
 
     network: UNet2DConditionModel
@@ -49,7 +61,9 @@ class Lora:
 
     @cached_property
     def _named(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by PEFT's names without its own; finding them walks the whole network."""
+        """The adapter's parameters by PEFT's names without its own; finding them walks the whole
+        network.
+        """
         found, named = f".{self.name}.", self.network.named_parameters()
         return {key.replace(found, "."): parameter for key, parameter in named if found in key}
 
@@ -70,23 +84,35 @@ class Lora:
         """Take weights over; LoraError where a key is missing, foreign, or of another shape."""
         own = self.state_dict()
         if wrong := sorted(set(own) ^ set(state_dict)):
-            raise LoraError(f"These weights are of another LoRA: {len(wrong)} keys differ, the first is {wrong[0]}.")
+            raise LoraError(
+                f"These weights are of another LoRA: {len(wrong)} keys differ, the first is {wrong[0]}."
+            )
         for key, value in state_dict.items():
             if own[key].shape != value.shape:
-                raise LoraError(f"{key} is {list(value.shape)}, expected {list(own[key].shape)}: another rank or base.")
+                raise LoraError(
+                    f"{key} is {list(value.shape)}, expected {list(own[key].shape)}: another rank or base."
+                )
         set_peft_model_state_dict(self.network, state_dict, adapter_name=self.name)
 
 
 def add_lora(
-    network: UNet2DConditionModel, name: str, *, rank: int, targets: Iterable[str] = TARGETS, encoder_only: bool = False
+    network: UNet2DConditionModel,
+    name: str,
+    *,
+    rank: int,
+    targets: Iterable[str] = TARGETS,
+    encoder_only: bool = False,
 ) -> Lora:
     """Put an adapter on every target, at zero and at work; alpha is the rank.
 
-    The base and every other adapter are frozen; this one can be trained. `encoder_only` leaves the decoder out.
+    The base and every other adapter are frozen; this one can be trained. `encoder_only` leaves the
+    decoder out.
     """
     network.requires_grad_(False)
     left_out = r"up_blocks\..*" if encoder_only else None
-    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), exclude_modules=left_out)
+    settings = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(targets), exclude_modules=left_out
+    )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # A starts at random: the same in every run, and nobody else's randomness is moved on.
         torch.manual_seed(0)
@@ -101,17 +127,27 @@ def add_lora(
 
 
 def load_lora(network: UNet2DConditionModel, name: str, path: Path) -> Lora:
-    """Put a LoRA from a file beside what is there, on the layers that it has and of its own rank, alpha in the weights.
+    """Put a LoRA from a file beside what is there, on the layers that it has and of its own rank,
+    alpha in the weights.
 
     LoraError for one with parts outside the UNet, of several ranks, or that does not fit.
     """
-    layers = {layer.removeprefix(PREFIX): low for layer, low in read_lora(path, {"unet": network}).items()}
+    layers = {
+        layer.removeprefix(PREFIX): low for layer, low in read_lora(path, {"unet": network}).items()
+    }
     ranks = {low.rank for low in layers.values()}
     if len(ranks) != 1:
-        raise LoraError(f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on.")
+        raise LoraError(
+            f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on."
+        )
     lora = add_lora(network, name, rank=ranks.pop(), targets=layers)
-    ups = {f"{layer}.lora_B.weight": low.up.float() * (low.alpha / low.rank) for layer, low in layers.items()}
-    lora.load_state_dict({f"{layer}.lora_A.weight": low.down.float() for layer, low in layers.items()} | ups)
+    ups = {
+        f"{layer}.lora_B.weight": low.up.float() * (low.alpha / low.rank)
+        for layer, low in layers.items()
+    }
+    lora.load_state_dict(
+        {f"{layer}.lora_A.weight": low.down.float() for layer, low in layers.items()} | ups
+    )
     return lora
 
 
@@ -134,11 +170,14 @@ def remove_loras(network: UNet2DConditionModel) -> None:
 def activate(network: UNet2DConditionModel, name: str | None) -> None:
     """Let one adapter work, or none; which parameters can be trained is left as it is.
 
-    Costs next to nothing, so it may be called before every forward. LoraError for a name that is not there.
+    Costs next to nothing, so it may be called before every forward. LoraError for a name that is
+    not there.
     """
     there = getattr(network, "peft_config", None) or {}
     if name is not None and name not in there:
-        raise LoraError(f"There is no LoRA called {name!r} on this network; there are {sorted(there) or 'none'}.")
+        raise LoraError(
+            f"There is no LoRA called {name!r} on this network; there are {sorted(there) or 'none'}."
+        )
     if there:
         _working(network)[:] = [] if name is None else [name]
 
@@ -154,13 +193,17 @@ def at_work(network: UNet2DConditionModel, name: str | None) -> Iterator[None]:
 def active(network: UNet2DConditionModel) -> str | None:
     """Return the name of the adapter that works, None if none does."""
     layer = next(_layers(network), None)
-    return None if layer is None or layer.disable_adapters else next(iter(layer.active_adapters), None)
+    return (
+        None if layer is None or layer.disable_adapters else next(iter(layer.active_adapters), None)
+    )
 
 
 def checkpoint_gradients(network: UNet2DConditionModel) -> None:
-    """Compute blocks anew in the backward pass instead of keeping what is inside them: less memory, a third slower.
+    """Compute blocks anew in the backward pass instead of keeping what is inside them: less memory,
+    a third slower.
 
-    By then another adapter may be at work; every block is computed anew with the one that it was computed with.
+    By then another adapter may be at work; every block is computed anew with the one that it was
+    computed with.
     """
 
     def keep_outside(block: nn.Module, *inputs: Any) -> Any:
@@ -176,11 +219,15 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
 
 
 def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
-    """Return a float32 copy of the network without adapters, this one, if one is named, added to its own weights."""
+    """Return a float32 copy of the network without adapters, this one, if one is named, added to
+    its own weights.
+    """
     if isinstance(next(network.parameters()), DTensor):  # in shards, which no adapter is put on
         with torch.device("meta"):
             whole = UNet2DConditionModel.from_config(network.config)
-        whole.load_state_dict({key: value.full_tensor() for key, value in network.state_dict().items()}, assign=True)
+        whole.load_state_dict(
+            {key: value.full_tensor() for key, value in network.state_dict().items()}, assign=True
+        )
         return whole.eval()
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
@@ -191,13 +238,17 @@ def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionMod
 
 
 class _Working(list[str]):
-    """The names of the adapters at work: one list that all layers of a network hold, so writing in it switches all."""
+    """The names of the adapters at work: one list that all layers of a network hold, so writing in
+    it switches all.
+    """
 
 
 def _working(network: UNet2DConditionModel) -> _Working:
-    """Return the network's list, given to every layer anew where adapters came or went, for then PEFT makes others.
+    """Return the network's list, given to every layer anew where adapters came or went, for then
+    PEFT makes others.
 
-    PEFT freezes what it switches off, and a parameter frozen between forward and backward gets no gradient.
+    PEFT freezes what it switches off, and a parameter frozen between forward and backward gets no
+    gradient.
     """
     layers = _layers(network)
     first = next(layers)
@@ -208,7 +259,9 @@ def _working(network: UNet2DConditionModel) -> _Working:
     for layer in (first, *layers):
         layer.enable_adapters(True)
         layer.set_adapter(working)
-        assert layer.active_adapters is working, "this PEFT copies the list of active adapters; use another version"
+        assert layer.active_adapters is working, (
+            "this PEFT copies the list of active adapters; use another version"
+        )
     for parameter, learns in learning:
         parameter.requires_grad_(learns)
     return working

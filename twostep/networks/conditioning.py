@@ -1,4 +1,6 @@
-"""What a denoiser is told beside the noisy latents: text, SDXL's micro-conditioning, known parts, and ControlNets."""
+"""What a denoiser is told beside the noisy latents: text, SDXL's micro-conditioning, known parts,
+and ControlNets.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from twostep.networks.control import Hint
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Text embeddings, pooled embedding, SDXL's sizes in pixels: original (h, w), crop (top, left), target (h, w).
+    """Text embeddings, pooled embedding, SDXL's sizes in pixels: original (h, w), crop (top, left),
+    target (h, w).
 
-    `known`, for all items alike, is what an inpainting UNet takes too: the mask, 1 where it is to be drawn, and the
-    latents of what is not masked. `hints` are the ControlNets that have a say, with a picture for every item.
+    `known`, for all items alike, is what an inpainting UNet takes too: the mask, 1 where it is to
+    be drawn, and the latents of what is not masked. `hints` are the ControlNets that have a say,
+    with a picture for every item.
     """
 
     text: Float[Tensor, "batch tokens width"]
@@ -37,10 +41,20 @@ class Conditioning:
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Put several batches one after the other."""
-        text, pooled, sizes = zip(*((part.text, part.pooled, part.sizes) for part in parts), strict=True)
+        text, pooled, sizes = zip(
+            *((part.text, part.pooled, part.sizes) for part in parts), strict=True
+        )
         shown = zip(*([hint.picture for hint in part.hints] for part in parts), strict=True)
-        hints = tuple(replace(h, picture=torch.cat(p)) for h, p in zip(parts[0].hints, shown, strict=True))
-        return replace(parts[0], text=torch.cat(text), pooled=torch.cat(pooled), sizes=torch.cat(sizes), hints=hints)
+        hints = tuple(
+            replace(h, picture=torch.cat(p)) for h, p in zip(parts[0].hints, shown, strict=True)
+        )
+        return replace(
+            parts[0],
+            text=torch.cat(text),
+            pooled=torch.cat(pooled),
+            sizes=torch.cat(sizes),
+            hints=hints,
+        )
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the same on a device."""
@@ -58,4 +72,6 @@ class Conditioning:
 
 def image_sizes(count: int, width: int, height: int) -> Float[Tensor, "count 6"]:
     """Return the micro-conditioning of uncropped pictures of this size."""
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(
+        count, -1
+    )

@@ -1,7 +1,8 @@
 """A network with its schedule and prediction type: (x_t, t, conditioning) -> Prediction.
 
-Times are those of `diffusion` (1..T); the network is fed t - 1. Feeding T - 1 together with pure noise is the fixed
-schedule of arXiv 2402.13929, section 3.5. Training loops, adapters and samplers are unknown here.
+Times are those of `diffusion` (1..T); the network is fed t - 1. Feeding T - 1 together with pure
+noise is the fixed schedule of arXiv 2402.13929, section 3.5. Training loops, adapters and samplers
+are unknown here.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,14 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
-from twostep.diffusion import Denoise, NoiseSchedule, Prediction, PredictionType, guide, prediction_from_output
+from twostep.diffusion import (
+    Denoise,
+    NoiseSchedule,
+    Prediction,
+    PredictionType,
+    guide,
+    prediction_from_output,
+)
 from twostep.diffusion.shapes import Latents, Times
 from twostep.networks.adapters import at_work, merge
 from twostep.networks.conditioning import Conditioning
@@ -22,7 +30,8 @@ from twostep.networks.control import residuals
 class Denoiser:
     """An SDXL-type UNet that answers in x0 and eps, whatever it predicts.
 
-    Several denoisers may share one network, each with another LoRA of it at work, or, as `lora` None, with none.
+    Several denoisers may share one network, each with another LoRA of it at work, or, as `lora`
+    None, with none.
     """
 
     network: UNet2DConditionModel
@@ -39,7 +48,9 @@ class Denoiser:
             more = residuals(acting, x, index, text, added) if acting else {}
             if conditioning.known is not None:
                 x = torch.cat([x, conditioning.known.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
-            output = self.network(x, index, text, added_cond_kwargs=added, return_dict=False, **more)[0]
+            output = self.network(
+                x, index, text, added_cond_kwargs=added, return_dict=False, **more
+            )[0]
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
 
@@ -50,15 +61,21 @@ class Denoiser:
         return found
 
     def standalone(self) -> UNet2DConditionModel:
-        """Return a copy of the network that computes the same by itself: with its LoRA merged in, and none on it."""
+        """Return a copy of the network that computes the same by itself: with its LoRA merged in,
+        and none on it.
+        """
         return merge(self.network, self.lora)
 
     def given(self, conditioning: Conditioning) -> Denoise:
         """Close over the conditioning, as `solve` wants it."""
         return lambda x_t, t: self(x_t, t, conditioning)
 
-    def guided(self, conditioning: Conditioning, unconditional: Conditioning, scale: float) -> Denoise:
-        """Close over both conditionings with classifier-free guidance (arXiv 2207.12598), both in one call."""
+    def guided(
+        self, conditioning: Conditioning, unconditional: Conditioning, scale: float
+    ) -> Denoise:
+        """Close over both conditionings with classifier-free guidance (arXiv 2207.12598), both in
+        one call.
+        """
         if scale == 1:
             return self.given(conditioning)
         both = Conditioning.cat([unconditional, conditioning])
@@ -83,14 +100,18 @@ def encoder_features(
     )
     hidden = network.conv_in(x)
     for block in network.down_blocks:
-        told = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        told = (
+            {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        )
         hidden, _ = block(hidden_states=hidden, temb=embedding, **told)
     features: Tensor = network.mid_block(hidden, embedding, encoder_hidden_states=text)
     return features
 
 
 def _fed(network: UNet2DConditionModel, *inputs: Tensor) -> list[Tensor]:
-    """Return inputs in the precision of the network's weights; SDXL's sizes stay exact, for it embeds them itself."""
+    """Return inputs in the precision of the network's weights; SDXL's sizes stay exact, for it
+    embeds them itself.
+    """
     return [x.to(network.conv_in.weight.dtype) for x in inputs]
 
 

@@ -1,8 +1,9 @@
 """From a request to pictures.
 
-Text is encoded once, each image starts from its own noise, the flow is followed along the trailing grid of the
-contract, and the codec turns latents into pixels. A student is sampled by the same lines as its teacher, with fewer
-times. This module keeps no state between two calls, and knows nothing of files, servers or progress bars.
+Text is encoded once, each image starts from its own noise, the flow is followed along the trailing
+grid of the contract, and the codec turns latents into pixels. A student is sampled by the same
+lines as its teacher, with fewer times. This module keeps no state between two calls, and knows
+nothing of files, servers or progress bars.
 """
 
 import time
@@ -35,9 +36,11 @@ class GenerationError(TwostepError):
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """One step taken: `num_done` of `num_steps` of the whole request, for the images at these seeds.
+    """One step taken: `num_done` of `num_steps` of the whole request, for the images at these
+    seeds.
 
-    `prediction.x0` holds the latents [batch channels height width] of the pictures as they are foreseen now.
+    `prediction.x0` holds the latents [batch channels height width] of the pictures as they are
+    foreseen now.
     """
 
     num_done: int
@@ -57,10 +60,10 @@ OnStep = Callable[[Progress], None]
 def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
     """Draw the images of a request with a model.
 
-    Image i depends on the model and on seed + i alone, not on how many others are drawn with it. What the contract
-    cannot honour raises `ContractError`, what it ignores becomes a warning; NaN or infinity out of the network raises
-    `GenerationError`. `on_step` is called after every step; what it raises ends the drawing. Several threads may draw
-    with one bundle at once.
+    Image i depends on the model and on seed + i alone, not on how many others are drawn with it.
+    What the contract cannot honour raises `ContractError`, what it ignores becomes a warning; NaN
+    or infinity out of the network raises `GenerationError`. `on_step` is called after every step;
+    what it raises ends the drawing. Several threads may draw with one bundle at once.
     """
     contract, wish = bundle.contract, request.strength
     warnings = contract.check(request.steps, request.guidance, request.width, request.height)
@@ -76,14 +79,20 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     with torch.inference_mode():
         with _timed(seconds, "text"):
             warnings += _warnings(bundle, request, times, wish)
-            prompts = [request.prompt] if request.guidance == 1 else [request.prompt, request.negative_prompt]
+            prompts = (
+                [request.prompt]
+                if request.guidance == 1
+                else [request.prompt, request.negative_prompt]
+            )
             told = bundle.conditioning(prompts, request.width or 0, request.height or 0, whole=True)
         with _timed(seconds, "encode"):
             inputs = Inputs.of(bundle, request, times)
         for start in range(0, request.num_images, MAX_BATCH):
             seeds = request.seeds[start : start + MAX_BATCH]
             with _timed(seconds, "denoise"):
-                latents = _finite(inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds)
+                latents = _finite(
+                    inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds
+                )
             with _timed(seconds, "decode"):
                 pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
                 images += to_images(inputs.finished(pictures))
@@ -91,28 +100,43 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
 
 
 def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int, ...]]:
-    """Return a checked request with nothing left open, and the times that it walks, the landing 0 included.
+    """Return a checked request with nothing left open, and the times that it walks, the landing 0
+    included.
 
-    A student's guidance is distilled into it, so it gets none, which is 1. Sizes left open are those that fit the
-    pictures best. An image is begun at that trained time, or of a teacher's grid, which is nearest to the strength.
+    A student's guidance is distilled into it, so it gets none, which is 1. Sizes left open are
+    those that fit the pictures best. An image is begun at that trained time, or of a teacher's
+    grid, which is nearest to the strength.
     """
     wish = contract.guidance if request.guidance is None else request.guidance
     steps, start, strength = request.steps or contract.steps, TOP_TIME, None
     if request.image is not None:
         wished = TOP_TIME * (request.strength or (DEFAULT_STRENGTH if request.mask is None else 1))
-        start = min(contract.trained_times or trailing_times(steps), key=lambda t: (abs(t - wished), -t))
+        start = min(
+            contract.trained_times or trailing_times(steps), key=lambda t: (abs(t - wished), -t)
+        )
         strength = start / TOP_TIME
-    fitting = [(w, h) for w, h in contract.sizes if request.width in (None, w) and request.height in (None, h)]
-    fitting = fitting or [(request.width or 0, request.height or 0)]  # between those sizes, as the contract allows
+    fitting = [
+        (w, h)
+        for w, h in contract.sizes
+        if request.width in (None, w) and request.height in (None, h)
+    ]
+    # between those sizes, as the contract allows
+    fitting = fitting or [(request.width or 0, request.height or 0)]
     picture = request.image or next((control.picture for control in request.controls), None)
     width, height = fitting[0] if picture is None else nearest_size(picture.image, fitting)
     guidance = 1.0 if contract.role == "student" else max(1.0, wish)
-    request = replace(request, steps=steps, guidance=guidance, width=width, height=height, strength=strength)
+    request = replace(
+        request, steps=steps, guidance=guidance, width=width, height=height, strength=strength
+    )
     return request, falling_times(start, steps)
 
 
-def _finite(values: Float[Tensor, "batch ..."], what: str, seeds: list[int]) -> Float[Tensor, "batch ..."]:
-    broken = [seed for seed, image in zip(seeds, values, strict=True) if not bool(image.isfinite().all())]
+def _finite(
+    values: Float[Tensor, "batch ..."], what: str, seeds: list[int]
+) -> Float[Tensor, "batch ..."]:
+    broken = [
+        seed for seed, image in zip(seeds, values, strict=True) if not bool(image.isfinite().all())
+    ]
     if broken:
         where = f"the {what} of seed(s) {', '.join(map(str, broken))}"
         advice = "Either the weights are damaged or half precision overflowed: load the model again, in float32"
@@ -120,15 +144,21 @@ def _finite(values: Float[Tensor, "batch ..."], what: str, seeds: list[int]) -> 
     return values
 
 
-def _warnings(bundle: Bundle, request: Request, times: tuple[int, ...], wish: float | None) -> list[str]:
-    """Say what of a settled request will not have the effect one expects; `wish` is the strength it asked for."""
+def _warnings(
+    bundle: Bundle, request: Request, times: tuple[int, ...], wish: float | None
+) -> list[str]:
+    """Say what of a settled request will not have the effect one expects; `wish` is the strength it
+    asked for.
+    """
     warnings, name, taken = [], bundle.contract.name, times[0] / TOP_TIME
     if not request.prompt.strip():
         warnings.append("the prompt is empty: the model may draw anything it knows.")
     texts = [request.prompt, request.negative_prompt]
     if request.negative_prompt and request.guidance == 1:
         texts.pop()
-        warnings.append("the negative prompt has no effect: it acts through guidance, and there is none here.")
+        warnings.append(
+            "the negative prompt has no effect: it acts through guidance, and there is none here."
+        )
     if unknown := dict.fromkeys(word for text in texts for word in bundle.text.unknown_words(text)):
         advice = "It has never seen these words, so expect nothing of them."
         warnings.append(f"not in the vocabulary of {name}: {', '.join(unknown)}. {advice}")
@@ -144,7 +174,9 @@ def _warnings(bundle: Bundle, request: Request, times: tuple[int, ...], wish: fl
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time of the block to its stage; the checks for NaN wait for the device, so nothing is left running."""
+    """Add the time of the block to its stage; the checks for NaN wait for the device, so nothing is
+    left running.
+    """
     start = time.perf_counter()
     yield
     seconds[stage] += time.perf_counter() - start

@@ -1,8 +1,9 @@
 """Pictures that say how they were made.
 
-Every PNG carries two text chunks: `parameters`, the line that A1111 and its relatives write and show, and `twostep`,
-JSON with the sampling contract of the model, the request that draws exactly this picture again, the names of the model
-and its LoRAs, and which pictures were drawn together: alone it may differ in its last bit.
+Every PNG carries two text chunks: `parameters`, the line that A1111 and its relatives write and
+show, and `twostep`, JSON with the sampling contract of the model, the request that draws exactly
+this picture again, the names of the model and its LoRAs, and which pictures were drawn together:
+alone it may differ in its last bit.
 
 This module does not know how a picture was drawn; it is handed a `Result`.
 """
@@ -37,9 +38,11 @@ class ProvenanceError(TwostepError):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture was made: which contract, which request (of this one picture), and the A1111 text.
+    """How a picture was made: which contract, which request (of this one picture), and the A1111
+    text.
 
-    `origin` is the model and its LoRAs as they were named, `batch` the request of all that was drawn with it.
+    `origin` is the model and its LoRAs as they were named, `batch` the request of all that was
+    drawn with it.
     """
 
     contract: Contract
@@ -52,10 +55,12 @@ class Provenance:
 def save_images(result: Result, folder: str | Path) -> list[Path]:
     """Write every image of a result as a PNG into `folder`, which is created where it is missing.
 
-    Names are made of prompt, model and seed. The same picture again keeps its file; a different one by the same name
-    gets a number, so nothing is overwritten. Raises `OutputError`, or RunError for a full disk.
+    Names are made of prompt, model and seed. The same picture again keeps its file; a different one
+    by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or RunError for
+    a full disk.
     """
-    from twostep.training.run_folder import write_whole  # brings torch, which the command line's help does without
+    # brings torch, which the command line's help does without
+    from twostep.training.run_folder import write_whole
 
     folder = prepare_folder(folder)
     paths = []
@@ -77,13 +82,21 @@ def text_chunks(result: Result, index: int) -> dict[str, str]:
         "contract": json.loads(result.contract.to_json()),
         "request": json.loads(request.to_json()),
         "origin": result.origin,
-        "batch": {"seed": result.seeds[first], "num_images": len(result.seeds[first : first + MAX_BATCH])},
+        "batch": {
+            "seed": result.seeds[first],
+            "num_images": len(result.seeds[first : first + MAX_BATCH]),
+        },
     }
-    return {A1111_CHUNK: a1111_text(result.contract, request), TWOSTEP_CHUNK: json.dumps(told, ensure_ascii=False)}
+    return {
+        A1111_CHUNK: a1111_text(result.contract, request),
+        TWOSTEP_CHUNK: json.dumps(told, ensure_ascii=False),
+    }
 
 
 def a1111_text(contract: Contract, request: Request) -> str:
-    """Describe one picture the way A1111 does: prompt, negative prompt if any, then one line of settings."""
+    """Describe one picture the way A1111 does: prompt, negative prompt if any, then one line of
+    settings.
+    """
     settings = {
         "Steps": f"{request.steps}",
         "Sampler": "Euler",
@@ -105,7 +118,9 @@ def read_provenance(path: str | Path) -> Provenance:
         with Image.open(path) as image:
             chunks = dict(image.info)
     except (OSError, ValueError) as error:
-        raise ProvenanceError(f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep.") from error
+        raise ProvenanceError(
+            f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
+        ) from error
     if TWOSTEP_CHUNK not in chunks:
         advice = "Give a PNG as twostep wrote it: editors, messengers and converters often strip text chunks"
         raise ProvenanceError(f"{path} has no {TWOSTEP_CHUNK!r} text chunk. {advice}.")
@@ -115,12 +130,18 @@ def read_provenance(path: str | Path) -> Provenance:
         request = Request.from_json(json.dumps(told["request"]))
         batch = replace(request, **told.get("batch", {}))
     except (ValueError, TypeError, KeyError) as error:
-        raise ProvenanceError(f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}.") from error
-    return Provenance(contract, request, str(chunks.get(A1111_CHUNK, "")), tuple(told.get("origin", ())), batch)
+        raise ProvenanceError(
+            f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}."
+        ) from error
+    return Provenance(
+        contract, request, str(chunks.get(A1111_CHUNK, "")), tuple(told.get("origin", ())), batch
+    )
 
 
 def prepare_folder(folder: str | Path) -> Path:
-    """Create `folder` and prove that it can be written to, before work is spent; raises `OutputError`."""
+    """Create `folder` and prove that it can be written to, before work is spent; raises
+    `OutputError`.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +149,9 @@ def prepare_folder(folder: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"cannot write to {folder}: {reason}. Choose a folder that you may write to.") from error
+        raise OutputError(
+            f"cannot write to {folder}: {reason}. Choose a folder that you may write to."
+        ) from error
     return folder
 
 
@@ -151,7 +174,10 @@ def _free_path(folder: Path, stem: str, data: bytes) -> Path:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_MAX_SLUG_LETTERS].rstrip("-") or "untitled"
+    return (
+        re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_MAX_SLUG_LETTERS].rstrip("-")
+        or "untitled"
+    )
 
 
 def _quote(value: str) -> str:

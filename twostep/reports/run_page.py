@@ -1,7 +1,8 @@
-"""A run as one page: phases, curves, grids, contracts, environment, recipe. One HTML file that needs nothing else.
+"""A run as one page: phases, curves, grids, contracts, environment, recipe. One HTML file that
+needs nothing else.
 
-Everything comes from the run's folder, so a page can be made while the run goes on, and of a run that was killed. How
-the page looks is in `report.html`.
+Everything comes from the run's folder, so a page can be made while the run goes on, and of a run
+that was killed. How the page looks is in `report.html`.
 """
 
 import base64
@@ -35,7 +36,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Part:
-    """One phase as the log tells it: its last iteration, the seconds of one, the latest grid, and all curves by name.
+    """One phase as the log tells it: its last iteration, the seconds of one, the latest grid, and
+    all curves by name.
 
     A figure that was never finite has no curve.
     """
@@ -51,21 +53,29 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a run's folder and return its path; RunError where there is no run."""
     record = folder / "run.toml"
     if not record.is_file():
-        raise RunError(f"{folder} holds no run: it has no run.toml. Give the --out of a `twostep distill`.")
+        raise RunError(
+            f"{folder} holds no run: it has no run.toml. Give the --out of a `twostep distill`."
+        )
     recipe, log = record.read_text(encoding="utf-8"), folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    students = [file_contract(path) for path in sorted((folder / "model").glob("students/*.safetensors"))]
+    students = [
+        file_contract(path) for path in sorted((folder / "model").glob("students/*.safetensors"))
+    ]
     phases = [Phase.model_validate(phase) for phase in tomllib.loads(recipe).get("phases", [])]
     here = [line for line in lines if line["part"] == "environment"]
     told = [{key: line[key] for key in line if key not in NOT_CURVES} for line in here]
     template = Path(__file__).with_name("run_page.html").read_text()
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+        template
+    )
     text = page.render(
         title=f"twostep: {folder.resolve().name}",
         phases={phase.name: phase.iterations for phase in phases},
         parts=_read_parts(lines, folder),
         encoded=lambda path: base64.b64encode(path.read_bytes()).decode(),
-        environments=[environment for i, environment in enumerate(told) if environment not in told[:i]],
+        environments=[
+            environment for i, environment in enumerate(told) if environment not in told[:i]
+        ],
         students=sorted(students, key=lambda contract: -contract.steps),
         recipe=recipe,
     )
@@ -80,14 +90,20 @@ def _read_parts(lines: Iterable[dict[str, Any]], folder: Path) -> dict[str, Part
     for line in lines:
         if "iteration" in line:
             told.setdefault(line["part"], {}).setdefault(line["iteration"], {}).update(line)
-    return {name: _read_part(name, [by[i] for i in sorted(by)], folder) for name, by in told.items()}
+    return {
+        name: _read_part(name, [by[i] for i in sorted(by)], folder) for name, by in told.items()
+    }
 
 
 def _read_part(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> Part:
     figures = dict.fromkeys(figure for line in lines for figure in line if figure not in NOT_CURVES)
     curves = {}
     for figure in figures:
-        if points := [(line["iteration"], line[figure]) for line in lines if math.isfinite(line.get(figure, math.nan))]:
+        if points := [
+            (line["iteration"], line[figure])
+            for line in lines
+            if math.isfinite(line.get(figure, math.nan))
+        ]:
             curves[figure] = _curve(points)
     pace = next((line[PACE] for line in reversed(lines) if PACE in line), 0.0)
     grids = sorted((folder / "samples").glob(f"{name}-[0-9]*.png"))

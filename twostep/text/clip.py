@@ -1,4 +1,6 @@
-"""SDXL's two text encoders as one: captions -> text embeddings, pooled embedding; and the words they do not know."""
+"""SDXL's two text encoders as one: captions -> text embeddings, pooled embedding; and the words
+they do not know.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,9 @@ from twostep.networks.conditioning import Conditioning, image_sizes
 
 _A1111 = re.compile(r"\(([^()]+):(\d*\.?\d+)\)")
 _WEIGHTS = re.compile(r'(?<=[\w)"])[+-]+(?!\w)|(?<=\))\d*\.?\d+|\.(and|blend)\([^)]*\)')
-"""The syntax of compel: red++, (red apple)1.3, ("a fox", "a dog").blend(0.7, 0.3); and A1111's (red apple:1.3)."""
+"""The syntax of compel: red++, (red apple)1.3, ("a fox", "a dog").blend(0.7, 0.3); and A1111's (red
+apple:1.3).
+"""
 
 Encoded = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 _TURN = RLock()
@@ -30,9 +34,11 @@ class PromptError(TwostepError):
 
 @dataclass(frozen=True, eq=False)
 class TextEncoders:
-    """Two CLIP text encoders; the penultimate layers of both, and the pooled projection of the second.
+    """Two CLIP text encoders; the penultimate layers of both, and the pooled projection of the
+    second.
 
-    `zeros_for_empty`: the empty prompt is all zeros, as SDXL was trained, instead of what the encoders make of it.
+    `zeros_for_empty`: the empty prompt is all zeros, as SDXL was trained, instead of what the
+    encoders make of it.
     """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
@@ -44,7 +50,9 @@ class TextEncoders:
         layers = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             with _TURN:
-                tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+                tokens = tokenizer(
+                    list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+                ).input_ids
             answer = encoder(tokens.to(encoder.device), output_hidden_states=True)
             layers.append(answer.hidden_states[-2])
         text, pooled = torch.cat(layers, dim=-1), answer[0]
@@ -53,22 +61,36 @@ class TextEncoders:
             text, pooled = text * said[:, None, None], pooled * said[:, None]
         return text, pooled
 
-    def conditioning(self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False) -> Conditioning:
-        """Encode prompts for uncropped pictures of this size in pixels; `whole` as `encode_whole` does it."""
+    def conditioning(
+        self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False
+    ) -> Conditioning:
+        """Encode prompts for uncropped pictures of this size in pixels; `whole` as `encode_whole`
+        does it.
+        """
         text, pooled = self.encode_whole(prompts) if whole else self.encode(prompts)
-        return Conditioning(text, pooled, image_sizes(len(text), width, height).to(text.device, text.dtype))
+        return Conditioning(
+            text, pooled, image_sizes(len(text), width, height).to(text.device, text.dtype)
+        )
 
     def encode_whole(self, prompts: Sequence[str]) -> Encoded:
-        """Encode prompts with their weights, and what lies beyond the tokenizer's limit in further chunks.
+        """Encode prompts with their weights, and what lies beyond the tokenizer's limit in further
+        chunks.
 
-        Prompts that need neither are encoded as `encode` does it; shorter ones are filled up with empty chunks.
+        Prompts that need neither are encoded as `encode` does it; shorter ones are filled up with
+        empty chunks.
         """
         read = [_A1111.sub(r"(\1)\2", prompt) for prompt in prompts]
         if not any(map(self._needs_compel, read)):
             return self.encode(prompts)
-        texts = [self._weighted(prompt) if self._needs_compel(prompt) else self.encode([prompt])[0] for prompt in read]
+        texts = [
+            self._weighted(prompt) if self._needs_compel(prompt) else self.encode([prompt])[0]
+            for prompt in read
+        ]
         empty, longest = self.encode([""])[0], max(text.shape[1] for text in texts)
-        filled = [torch.cat([t, *[empty] * ((longest - t.shape[1]) // empty.shape[1])], dim=1) for t in texts]
+        filled = [
+            torch.cat([t, *[empty] * ((longest - t.shape[1]) // empty.shape[1])], dim=1)
+            for t in texts
+        ]
         return torch.cat(filled), self.encode([_words(prompt) for prompt in read])[1]
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -80,7 +102,9 @@ class TextEncoders:
     def _needs_compel(self, prompt: str) -> bool:
         with _TURN:
             length = len(self.tokenizers[0](prompt, verbose=False).input_ids)
-        return length > int(self.tokenizers[0].model_max_length) or _WEIGHTS.search(prompt) is not None
+        return (
+            length > int(self.tokenizers[0].model_max_length) or _WEIGHTS.search(prompt) is not None
+        )
 
     def _weighted(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
         with _TURN, quiet_transformers():
@@ -89,9 +113,14 @@ class TextEncoders:
             layer = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
             both = zip(self.tokenizers, self.encoders, strict=True)
             try:
-                told = [Compel(*of, returned_embeddings_type=layer, truncate_long_prompts=False)(prompt) for of in both]
+                told = [
+                    Compel(*of, returned_embeddings_type=layer, truncate_long_prompts=False)(prompt)
+                    for of in both
+                ]
             except Exception as error:  # whatever compel stumbles over
-                raise PromptError(f"cannot weigh {prompt!r} ({error}). Write (red apple)1.3, red++ or red-.") from error
+                raise PromptError(
+                    f"cannot weigh {prompt!r} ({error}). Write (red apple)1.3, red++ or red-."
+                ) from error
             return torch.cat(told, dim=-1)
 
 
@@ -102,7 +131,9 @@ def _words(prompt: str) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep it from drawing a bar for every small file, and from asking for torchvision, which nothing here uses."""
+    """Keep it from drawing a bar for every small file, and from asking for torchvision, which
+    nothing here uses.
+    """
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,1 +1,3 @@
-"""Training, whatever is trained: recipes, run folders, the loop, optimisers, several processes. It knows no diffusion."""
+"""Training, whatever is trained: recipes, run folders, the loop, optimisers, several processes. It
+knows no diffusion.
+"""

@@ -1,6 +1,8 @@
-"""The loop under every training: iterate, log, checkpoint, resume. What an iteration does is its caller's matter.
+"""The loop under every training: iterate, log, checkpoint, resume. What an iteration does is its
+caller's matter.
 
-Every iteration seeds its own randomness from (seed, iteration), so a resumed run draws what the uninterrupted one would.
+Every iteration seeds its own randomness from (seed, iteration), so a resumed run draws what the
+uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -36,9 +38,15 @@ class LoopSettings(Settings):
     batch_size: int = Field(gt=0, description="examples per iteration")
     learning_rate: float = Field(gt=0, description="peak learning rate of every optimiser")
     warmup_iterations: int = Field(100, ge=0, description="iterations of linear warm-up")
-    decay_share: float = Field(0.0, ge=0, le=1, description="share of the iterations over which the rate decays")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights that are kept")
-    precision: str = Field("bf16", pattern="^(fp32|bf16)$", description="autocast precision of forward passes")
+    decay_share: float = Field(
+        0.0, ge=0, le=1, description="share of the iterations over which the rate decays"
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay per step of the averaged weights that are kept"
+    )
+    precision: str = Field(
+        "bf16", pattern="^(fp32|bf16)$", description="autocast precision of forward passes"
+    )
     checkpoint_every: int = Field(500, gt=0, description="iterations between checkpoints")
     log_every: int = Field(50, gt=0, description="iterations between lines of the log")
     seed: int = Field(0, ge=0, lt=2**20, description="seed of everything random")
@@ -46,16 +54,22 @@ class LoopSettings(Settings):
     @contextmanager
     def autocast(self, device: str = "cpu") -> Iterator[None]:
         """Set the precision of forward passes, and their attention."""
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"), training_attention(device):
+        with (
+            torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"),
+            training_attention(device),
+        ):
             yield
 
 
 def training_attention(device: str) -> AbstractContextManager[None]:
     """Choose the attention whose gradient is a quarter faster on the CPU; elsewhere torch chooses.
 
-    Backward passes need it as well, for blocks that are computed anew must be computed as they were.
+    Backward passes need it as well, for blocks that are computed anew must be computed as they
+    were.
     """
-    attention: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+    attention: AbstractContextManager[None] = (
+        sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+    )
     return attention
 
 
@@ -68,14 +82,18 @@ class Draw:
 
     @classmethod
     def at(cls, seed: int, iteration: int) -> Draw:
-        """Return the randomness that belongs to this iteration of a run, whatever happened before it."""
+        """Return the randomness that belongs to this iteration of a run, whatever happened before
+        it.
+        """
         # Mixed, because torch's generator reads only 32 bits of a seed.
         number = random.Random(f"{seed}/{iteration}").getrandbits(31)
         return cls(torch.Generator().manual_seed(number), random.Random(number))
 
 
 class Average:
-    """An exponential moving average of weights in training, a network's or a LoRA's; it follows quickly at first."""
+    """An exponential moving average of weights in training, a network's or a LoRA's; it follows
+    quickly at first.
+    """
 
     def __init__(self, trained: Stateful, decay: float) -> None:
         """Start from the weights as they are."""
@@ -88,7 +106,9 @@ class Average:
         decay = min(self.decay, self.num_updates / (self.num_updates + 10))
         current = self.trained.state_dict()
         floats = [key for key, value in self.weights.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.weights[key] for key in floats], [current[key] for key in floats], 1 - decay)
+        torch._foreach_lerp_(
+            [self.weights[key] for key in floats], [current[key] for key in floats], 1 - decay
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the number of updates."""
@@ -112,7 +132,9 @@ class Average:
 
 
 def rate_share(iteration: int, settings: LoopSettings) -> float:
-    """Return the share of the peak learning rate: linear warm-up, constant, and a cosine down to a fiftieth."""
+    """Return the share of the peak learning rate: linear warm-up, constant, and a cosine down to a
+    fiftieth.
+    """
     if iteration < settings.warmup_iterations:
         return (iteration + 1) / settings.warmup_iterations
     num_decaying = settings.decay_share * settings.iterations
@@ -138,12 +160,15 @@ def repeat(
 ) -> None:
     """Call `iterate(iteration, draw) -> figures` until the recipe's iterations are done.
 
-    `state` is kept in the checkpoint `name` and brought back when the same run starts again; `on_checkpoint` comes
-    before that, so what it refuses by raising is not kept. `keep_start` also keeps the state before the first iteration.
+    `state` is kept in the checkpoint `name` and brought back when the same run starts again;
+    `on_checkpoint` comes before that, so what it refuses by raising is not kept. `keep_start` also
+    keeps the state before the first iteration.
     """
 
     def keep(done: int) -> None:
-        folder.save(name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}})
+        folder.save(
+            name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}}
+        )
 
     start = _bring_back(folder, name, state)
     if start is None and keep_start:
@@ -166,7 +191,9 @@ def repeat(
 
 
 def _bring_back(folder: RunFolder, name: str, state: Mapping[str, Stateful]) -> int | None:
-    """Restore the checkpoint and return its iteration, None if there is none; what was read is not held on to."""
+    """Restore the checkpoint and return its iteration, None if there is none; what was read is not
+    held on to.
+    """
     kept = folder.load(name)
     if kept is None:
         return None
@@ -176,7 +203,9 @@ def _bring_back(folder: RunFolder, name: str, state: Mapping[str, Stateful]) -> 
 
 
 def finite(loss: Tensor, what: str, iteration: int, settings: LoopSettings) -> Tensor:
-    """Return the loss, or raise TrainingError if it is NaN or infinite, in every process if it is in one."""
+    """Return the loss, or raise TrainingError if it is NaN or infinite, in every process if it is
+    in one.
+    """
     mean = loss.detach().clone()
     average([mean])
     if torch.isfinite(mean).all():

@@ -1,6 +1,8 @@
-"""Several processes, one device each, that train as one: the same weights everywhere, of every batch a share.
+"""Several processes, one device each, that train as one: the same weights everywhere, of every
+batch a share.
 
-Everybody draws the whole batch's randomness and keeps a share, so how many there are changes figures by rounding only.
+Everybody draws the whole batch's randomness and keeps a share, so how many there are changes
+figures by rounding only.
 """
 
 import os
@@ -40,7 +42,9 @@ def place() -> Place:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Place]:
-    """Within it this process is one of all that `accelerate launch` or torchrun started; alone it stays alone."""
+    """Within it this process is one of all that `accelerate launch` or torchrun started; alone it
+    stays alone.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -52,7 +56,11 @@ def joined(device: torch.device) -> Iterator[Place]:
 
 def device_type() -> str:
     """Return where joined processes exchange tensors: "cpu", or the accelerator."""
-    return "cpu" if distributed.get_backend() == "gloo" else str(torch.accelerator.current_accelerator())
+    return (
+        "cpu"
+        if distributed.get_backend() == "gloo"
+        else str(torch.accelerator.current_accelerator())
+    )
 
 
 def wait() -> None:
@@ -62,14 +70,18 @@ def wait() -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over all processes into tensors, in place and in one message; shards have it already."""
+    """Put the mean over all processes into tensors, in place and in one message; shards have it
+    already.
+    """
     tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     if place().count == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
     flat /= place().count
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, mean in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(mean.view_as(tensor))
 
 

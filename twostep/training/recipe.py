@@ -44,8 +44,12 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"There is no recipe '{name}'.{hint} Built in: {', '.join(recipe_names())}.")
 
 
-def load_recipe(name: str | Path, model: type[SettingsT], overrides: Iterable[str] = ()) -> SettingsT:
-    """Read a recipe by name or path, apply `key.path=value` overrides (TOML values), and check it against `model`."""
+def load_recipe(
+    name: str | Path, model: type[SettingsT], overrides: Iterable[str] = ()
+) -> SettingsT:
+    """Read a recipe by name or path, apply `key.path=value` overrides (TOML values), and check it
+    against `model`.
+    """
     path = find_recipe(name)
     try:
         values = tomllib.loads(path.read_text())
@@ -56,13 +60,17 @@ def load_recipe(name: str | Path, model: type[SettingsT], overrides: Iterable[st
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem, model, path) for problem in error.errors())) from error
+        raise RecipeError(
+            "\n".join(_explain(problem, model, path) for problem in error.errors())
+        ) from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
-        raise RecipeError(f"'{override}' is no override; write key.path=value, as in stages.1.learning_rate=1e-5.")
+        raise RecipeError(
+            f"'{override}' is no override; write key.path=value, as in stages.1.learning_rate=1e-5."
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -70,13 +78,19 @@ def _override(values: dict[str, Any], override: str) -> None:
     target: Any = values
     *parents, last = key.split(".")
     for part in parents:
-        target = target.setdefault(part, {}) if isinstance(target, dict) else target[_position(target, part, key)]
+        target = (
+            target.setdefault(part, {})
+            if isinstance(target, dict)
+            else target[_position(target, part, key)]
+        )
     target[last if isinstance(target, dict) else _position(target, last, key)] = value
 
 
 def _position(target: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(target):
-        raise RecipeError(f"'{key}': '{part}' is no position in a list of {len(target)}; use 0 to {len(target) - 1}.")
+        raise RecipeError(
+            f"'{key}': '{part}' is no position in a list of {len(target)}; use 0 to {len(target) - 1}."
+        )
     return int(part)
 
 
@@ -85,7 +99,11 @@ def _explain(problem: Any, model: type[BaseModel], path: Path) -> str:
     if problem["type"] != "extra_forbidden":
         return f"{path}: {place or 'recipe'}: {problem['msg']} (given: {problem['input']!r})"
     schema = model.model_json_schema()
-    known = [key for part in (schema, *schema.get("$defs", {}).values()) for key in part.get("properties", ())]
+    known = [
+        key
+        for part in (schema, *schema.get("$defs", {}).values())
+        for key in part.get("properties", ())
+    ]
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
     hint = f" Did you mean '{near[0]}'?" if near else f" Known keys: {', '.join(known)}."
     return f"{path}: {place}: no such key.{hint}"

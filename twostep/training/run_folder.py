@@ -1,4 +1,5 @@
-"""The folder of a run: `run.toml`, `log.jsonl`, `checkpoints/`, `samples/`. The same command again resumes.
+"""The folder of a run: `run.toml`, `log.jsonl`, `checkpoints/`, `samples/`. The same command again
+resumes.
 
 Files appear whole or not at all: each is written beside its place and renamed.
 """
@@ -35,13 +36,17 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, recipe: Settings) -> None:
-        """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot be written."""
+        """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot
+        be written.
+        """
         self.path = path
         self.hear: Callable[[dict[str, Any]], None] = lambda values: None
         record = path / "run.toml"
         resolved = tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
         if record.exists() and record.read_text() != resolved:
-            raise RunError(f"{path} holds a run of another recipe. Give another --out, or delete that folder.")
+            raise RunError(
+                f"{path} holds a run of another recipe. Give another --out, or delete that folder."
+            )
         with _writing(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (path / "samples").mkdir(exist_ok=True)
@@ -51,7 +56,9 @@ class RunFolder:
             if place().first:
                 self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise RunError(f"Another process is at work in {path}. Wait for it, or give another --out.") from error
+            raise RunError(
+                f"Another process is at work in {path}. Wait for it, or give another --out."
+            ) from error
         if not record.exists():
             with write_whole(record) as file:
                 file.write(resolved.encode())
@@ -66,7 +73,9 @@ class RunFolder:
         self.hear(values)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint; the old one of that name stands until the new one is whole. Every process must call it."""
+        """Write a checkpoint; the old one of that name stands until the new one is whole. Every
+        process must call it.
+        """
         path, shards = self.checkpoint(name), self._shards(name, state)
         with _writing(shards):
             state = exchange_shards(state, shards, write=True)
@@ -85,7 +94,9 @@ class RunFolder:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return exchange_shards(state, self._shards(name, state), write=False)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise RunError(f"{path} is damaged ({error}). Delete it; the run starts this part again.") from error
+            raise RunError(
+                f"{path} is damaged ({error}). Delete it; the run starts this part again."
+            ) from error
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of the checkpoint of that name."""
@@ -97,7 +108,8 @@ class RunFolder:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Any]:
-    """Open a file for binary writing that takes its place at `path` only when it is whole and on disk.
+    """Open a file for binary writing that takes its place at `path` only when it is whole and on
+    disk.
 
     What any but the first of several processes writes is thrown away.
     """
@@ -124,7 +136,11 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = "the disk is full; free some space" if error.errno == errno.ENOSPC else "give another place"
+        full = (
+            "the disk is full; free some space"
+            if error.errno == errno.ENOSPC
+            else "give another place"
+        )
         raise RunError(
             f"{path} cannot be written ({error.strerror}): {full}. What was saved before is whole."
         ) from error

@@ -1,6 +1,7 @@
 """Shards: networks whose every weight is spread over all processes, and how checkpoints keep them.
 
-FSDP (arXiv 2304.11277): a block's weights are gathered while it computes; gradients come averaged over the processes.
+FSDP (arXiv 2304.11277): a block's weights are gathered while it computes; gradients come averaged
+over the processes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,15 @@ from twostep.training.processes import device_type, place
 def shard(network: nn.Module, methods: Sequence[str] = ()) -> None:
     """Leave this process its share of every weight, in place; all processes must call it.
 
-    Gathered at once are the modules that the network names as not to be split, and, when it or one of these methods of
-    it is called, what is outside of them.
+    Gathered at once are the modules that the network names as not to be split, and, when it or one
+    of these methods of it is called, what is outside of them.
     """
     mesh = _mesh()
-    blocks = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    blocks = {
+        name
+        for module in network.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
     for module in reversed(list(network.modules())):
         if module is network or type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -34,13 +39,19 @@ def shard(network: nn.Module, methods: Sequence[str] = ()) -> None:
 
 
 def gathered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole weights on the CPU to the first process, which writes, and none to the others; all must ask."""
-    tensors = ((key, value.full_tensor() if isinstance(value, DTensor) else value) for key, value in weights.items())
+    """Return whole weights on the CPU to the first process, which writes, and none to the others;
+    all must ask.
+    """
+    tensors = (
+        (key, value.full_tensor() if isinstance(value, DTensor) else value)
+        for key, value in weights.items()
+    )
     return {key: tensor.cpu() for key, tensor in tensors if place().first}
 
 
 def exchange_shards(state: dict[str, Any], folder: Path, *, write: bool) -> dict[str, Any]:
-    """Write the shards in a state, every process its own, and return it with empty tensors in their places; or read.
+    """Write the shards in a state, every process its own, and return it with empty tensors in their
+    places; or read.
 
     Then the state is such a one, and comes back whole, on as many processes as there are now.
     """
@@ -56,17 +67,25 @@ def exchange_shards(state: dict[str, Any], folder: Path, *, write: bool) -> dict
 
 
 def _mesh() -> DeviceMesh:
-    """Return all processes in a row; making it may found a group of them, which all must do together."""
+    """Return all processes in a row; making it may found a group of them, which all must do
+    together.
+    """
     return init_device_mesh(device_type(), (place().count,))
 
 
-def _exchanged(value: Any, shards: dict[str, Tensor], mesh: Callable[[], DeviceMesh], path: str = "") -> Any:
-    """Return a state with empty tensors for shards, or with shards for empty tensors, and put those into `shards`."""
+def _exchanged(
+    value: Any, shards: dict[str, Tensor], mesh: Callable[[], DeviceMesh], path: str = ""
+) -> Any:
+    """Return a state with empty tensors for shards, or with shards for empty tensors, and put those
+    into `shards`.
+    """
     if isinstance(value, dict):
         return {key: _exchanged(part, shards, mesh, f"{path}/{key}") for key, part in value.items()}
     if isinstance(value, DTensor):
         shards[path] = value
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, Tensor) and value.is_meta:
-        value = shards[path] = zeros(value.shape, dtype=value.dtype, device_mesh=mesh(), placements=[Shard(0)])
+        value = shards[path] = zeros(
+            value.shape, dtype=value.dtype, device_mesh=mesh(), placements=[Shard(0)]
+        )
     return value

@@ -1,7 +1,9 @@
-"""The discriminator: the teacher's encoder and mid-block, fully trained, and a small head (sections 3.2 to 3.4).
+"""The discriminator: the teacher's encoder and mid-block, fully trained, and a small head (sections
+3.2 to 3.4).
 
-Conditional: D(x_t, x_s, t, s, c) judges the pair, and so whether the student keeps to the teacher's flow.
-Unconditional: D'(x_s, s, c) judges the landing alone, and lets the student leave the flow where it must.
+Conditional: D(x_t, x_s, t, s, c) judges the pair, and so whether the student keeps to the teacher's
+flow. Unconditional: D'(x_s, s, c) judges the landing alone, and lets the student leave the flow
+where it must.
 """
 
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ Logits = Float[Tensor, " batch"]
 
 
 class Discriminator(nn.Module):
-    """An encoder that starts as the teacher's, without a decoder, and a head that gives one logit per item."""
+    """An encoder that starts as the teacher's, without a decoder, and a head that gives one logit
+    per item.
+    """
 
     def __init__(self, teacher: Denoiser, *, pairs: bool, sharded: bool = False) -> None:
         """Copy the teacher's encoder; `pairs` tells whether x_t is judged together with x_s."""
@@ -44,9 +48,11 @@ class Discriminator(nn.Module):
 
 
 class LoraDiscriminator:
-    """The same on a shared base: its encoder is an adapter beside the student's, so the base is there only once.
+    """The same on a shared base: its encoder is an adapter beside the student's, so the base is
+    there only once.
 
-    It starts as the teacher's encoder, its own adapter included. Not a module, since the base is not its own.
+    It starts as the teacher's encoder, its own adapter included. Not a module, since the base is
+    not its own.
     """
 
     NAME = "discriminator"
@@ -96,7 +102,8 @@ class LoraDiscriminator:
 def _head(width: int, pairs: bool, device: torch.device) -> nn.Sequential:
     """Make the head on the CPU, so that it starts the same wherever it is then moved.
 
-    How often it halves, the paper does not say; on nano's 4x4 mid-block once learns faster than twice (docs/log.md).
+    How often it halves, the paper does not say; on nano's 4x4 mid-block once learns faster than
+    twice (docs/log.md).
     """
     halving = nn.Conv2d((2 if pairs else 1) * width, width, 4, stride=2, padding=1)
     block = nn.Sequential(halving, nn.GroupNorm(32 if width % 32 == 0 else 16, width), nn.SiLU())
