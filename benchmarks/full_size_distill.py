@@ -24,14 +24,14 @@ import typer
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.distill.methods.discriminator import LoraDiscriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson
 from twostep.networks.adapters import add_lora, checkpoint_gradients
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.networks.denoiser import Denoiser
-from twostep.training.loop import Draw
+from twostep.training.loop import Randomness
 
 SDXL = Path(__file__).with_name("sdxl_unet.json")
 ENCODER_PARAMETERS = 1_243_367_040
@@ -113,7 +113,7 @@ def main(
     typer.echo(
         f"base: {total:,} parameters, {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB"
     )
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = VariancePreserving.scaled_linear()
     add_lora(network, "32-step", rank=rank)
     student = add_lora(network, "student", rank=rank)
     checkpoint_gradients(network)
@@ -147,7 +147,7 @@ def main(
         )
         for iteration in range(iterations):
             began = time.monotonic()
-            figures = trainer.iterate(iteration, Draw.at(0, iteration))
+            figures = trainer.iterate(iteration, Randomness.at(0, iteration))
             told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
             typer.echo(
                 f"{objective} {iteration + 1}: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB; {told}"

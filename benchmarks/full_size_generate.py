@@ -27,7 +27,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.formats.locate import INDEX_FILE, LIGHTNING, official_file
 from twostep.formats.single_file import SDXL_BASE
 from twostep.media.image import ImageCodec
@@ -108,7 +108,7 @@ def random_bundle(steps: int) -> Bundle:
     contract = official_contract(Path(str(official_file(LIGHTNING[0], steps))))
     assert contract is not None
     vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    denoiser = Denoiser(random_sdxl(), NoiseSchedule.scaled_linear(), contract.prediction_type)
+    denoiser = Denoiser(random_sdxl(), VariancePreserving.scaled_linear(), contract.prediction_type)
     return Bundle(denoiser, ImageCodec(vae), random_text(), contract)
 
 

@@ -26,7 +26,7 @@ from full_size_distill import GIB, SDXL, RandomLatents, random_sdxl
 from full_size_generate import ENCODERS, TOKENS, VOCABULARY, random_vae
 from transformers import CLIPTextConfig
 
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.distill import DistillRecipe
 from twostep.distill.chain import find_device, lessons
 from twostep.distill.plan import plan
@@ -35,7 +35,7 @@ from twostep.formats.locate import CONTRACT_FILE, WEIGHTS
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.denoiser import Denoiser
-from twostep.training.loop import Draw
+from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
 
@@ -66,7 +66,9 @@ def random_teacher(device: torch.device, precision: str) -> Bundle:
     network = random_sdxl(device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     codec = ImageCodec(random_vae().to(device))
     return replace(
-        load_bundle("nano"), denoiser=Denoiser(network, NoiseSchedule.scaled_linear()), codec=codec
+        load_bundle("nano"),
+        denoiser=Denoiser(network, VariancePreserving.scaled_linear()),
+        codec=codec,
     )
 
 
@@ -108,7 +110,7 @@ def main(
             if iteration == 1:
                 torch.cuda.reset_peak_memory_stats(where)
             began = time.perf_counter()
-            figures = trainer.iterate(iteration, Draw.at(0, iteration))
+            figures = trainer.iterate(iteration, Randomness.at(0, iteration))
             torch.cuda.synchronize(where)
             seconds.append(time.perf_counter() - began)
         peak = torch.cuda.max_memory_allocated(where) / GIB

@@ -93,7 +93,7 @@ def draw(
                 frozenset(range(1, 1001)),
             )
             told, untold = replace(told, hints=(hint,)), replace(untold, hints=(hint,))
-        denoise = bundle.denoiser.guided(told, untold, contract.guidance)
+        denoise = bundle.denoiser.with_guidance(told, untold, contract.guidance)
         noise = torch.stack(
             [initial_noise(task.seed, bundle.latent_shape(PIXELS, PIXELS)) for task in tasks]
         )

@@ -34,7 +34,7 @@ from examples.nano.report import evaluate
 from examples.nano.teacher import noise_loss
 from twostep.media.image import to_images
 from twostep.models.bundle import load_bundle
-from twostep.models.lora_stack import load_worn
+from twostep.models.lora_stack import load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 from twostep.training.loop import training_attention
 
@@ -108,7 +108,7 @@ def table(
     ]
     pictures: dict[str, Tensor] = {}
     for label, steps, loras, sampler in rows:
-        bundle = load_worn("nano", loras, steps=steps)
+        bundle = load_with_loras("nano", loras, steps=steps)
         parts = [draw(bundle, sampler, tasks[start : start + 64]) for start in range(0, count, 64)]
         pictures[label] = to_float(torch.cat(parts))
     typer.echo(

@@ -39,7 +39,7 @@ from examples.contact_sheet import contact_sheet
 from examples.nano.drawings import EmojiSet, load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import Report, evaluate
-from twostep.diffusion import Denoise, NoiseSchedule, guide, initial_noise, sample
+from twostep.diffusion import Denoise, VariancePreserving, guide, initial_noise, sample
 from twostep.formats.locate import find_model
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
@@ -108,7 +108,7 @@ def main(
         int | None, typer.Option(help="Only the first prompts of each set, to try it out.")
     ] = None,
 ) -> None:
-    """Draw, judge, and write the table."""
+    """Randomness, judge, and write the table."""
     began = time.monotonic()
     emoji = load_emoji(emoji_path)
     judge = load_judge(judge_path) if judge_path else load_judge()
@@ -266,7 +266,7 @@ def draw(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task]) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def solve_dpm(denoise: Denoise, noise: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
+def solve_dpm(denoise: Denoise, noise: Tensor, steps: int, schedule: VariancePreserving) -> Tensor:
     """Follow the flow with diffusers' DPM-Solver++ 2M on the same grid (arXiv 2211.01095)."""
     betas = 1 - (schedule.alphas[1:] / schedule.alphas[:-1]).square()
     scheduler = DPMSolverMultistepScheduler(

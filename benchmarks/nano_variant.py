@@ -30,7 +30,7 @@ from examples.nano.report import evaluate
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
-from twostep.models.lora_stack import Wardrobe
+from twostep.models.lora_stack import LoraCache
 from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)
@@ -58,7 +58,7 @@ def main(
         int, typer.Option(help="Prompts before these, on which the scale is chosen.")
     ] = 128,
 ) -> None:
-    """Draw, judge, and write the table."""
+    """Randomness, judge, and write the table."""
     judge = load_judge(judge_path) if judge_path else load_judge()
     every = [
         _worded(task, word)
@@ -66,11 +66,9 @@ def main(
     ]
     first, tasks = every[:num_first], every[num_first:]
     base = load_bundle(variant)
-    wardrobe, guidance, cache = (
-        Wardrobe(base, fused=True, num_kept=1),
-        base.contract.guidance,
-        out / "cache",
-    )
+    loras = LoraCache(base, fused=True, num_kept=1)
+    guidance = base.contract.guidance
+    cache = out / "cache"
 
     def drawn(row: Row, asked: list[Task]) -> Tensor:
         return draw_row(row, {"complete": asked}, cache)["complete"]
@@ -91,7 +89,7 @@ def main(
             f"lora-{steps}-{scale:g}",
             label,
             Sampler("euler", steps, 1.0),
-            lambda: wardrobe.wear(stack),
+            lambda: loras.apply(stack),
         )
 
     own = bare(TEACHER_STEPS, guidance)

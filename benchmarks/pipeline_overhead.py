@@ -30,10 +30,10 @@ PROMPT = "a 3d red apple on a blue background"
 TARGET_MILLISECONDS = 5
 NUM_WARM = 5
 
-Draw = Callable[[int], object]
+Randomness = Callable[[int], object]
 
 
-def bare(bundle: Bundle, steps: int, num_images: int) -> Draw:
+def bare(bundle: Bundle, steps: int, num_images: int) -> Randomness:
     """Return the calls of the networks alone, as many and as large as `generate` makes them."""
     tokens = [
         tokenizer(
@@ -66,14 +66,14 @@ def bare(bundle: Bundle, steps: int, num_images: int) -> Draw:
     return draw
 
 
-def ours(bundle: Bundle, steps: int, num_images: int) -> Draw:
+def ours(bundle: Bundle, steps: int, num_images: int) -> Randomness:
     """Return what a user calls."""
     return lambda seed: generate(
         bundle, Request(PROMPT, seed=seed, num_images=num_images, steps=steps)
     )
 
 
-def vanilla(bundle: Bundle, steps: int, num_images: int) -> Draw:
+def vanilla(bundle: Bundle, steps: int, num_images: int) -> Randomness:
     """Return what a user of diffusers calls, with generators of the same seeds."""
     pipeline = StableDiffusionXLPipeline(
         vae=bundle.codec.vae,
@@ -110,7 +110,7 @@ def vanilla(bundle: Bundle, steps: int, num_images: int) -> Draw:
     return draw
 
 
-def measure(draws: dict[str, Draw], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(draws: dict[str, Randomness], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Return (processor, wall) milliseconds of every round by name, the order turned from round to
     round.
     """

@@ -29,7 +29,7 @@ from examples.nano.drawings import EmojiSet, Placement, compose, load_emoji
 from examples.nano.judge import METADATA_KEY, Classes, Judge, Origin, Verdict, load_judge
 from twostep import __version__
 from twostep.cli.train import progress_bar
-from twostep.training.loop import Draw, OnIteration
+from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings, load_recipe
 from twostep.training.run_folder import RunFolder, write_whole
 
@@ -120,7 +120,7 @@ def measure_accuracy(judge: Judge, recipe: JudgeRecipe, emoji: EmojiSet) -> dict
     """
     pictures, labels = _held_out(emoji, recipe)
     damaged, blur_pixels = degrade(
-        pictures, recipe.degradation, Draw.at(recipe.loop.seed, _HELD_OUT - 1).tensors
+        pictures, recipe.degradation, Randomness.at(recipe.loop.seed, _HELD_OUT - 1).tensors
     )
     figures = _shares(judge.judge(pictures), labels)
     verdict = judge.judge(damaged)
@@ -135,7 +135,9 @@ def _held_out(
     """Compose every drawing equally often, on random backgrounds."""
     num_drawings = len(emoji.concepts) * len(emoji.styles)
     drawing = torch.arange(num_drawings).repeat(recipe.num_held_out)
-    return _compose(emoji, drawing, recipe.placement, Draw.at(recipe.loop.seed, _HELD_OUT).tensors)
+    return _compose(
+        emoji, drawing, recipe.placement, Randomness.at(recipe.loop.seed, _HELD_OUT).tensors
+    )
 
 
 def _compose(
@@ -176,7 +178,7 @@ def _fit(
     judge.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     num_drawings = len(emoji.concepts) * len(emoji.styles)
 
-    def loss(iteration: int, draw: Draw) -> Tensor:
+    def loss(iteration: int, draw: Randomness) -> Tensor:
         drawing = torch.randint(num_drawings, (recipe.loop.batch_size,), generator=draw.tensors)
         pictures, labels = _compose(emoji, drawing, recipe.placement, draw.tensors)
         pictures, blur_pixels = degrade(pictures, recipe.degradation, draw.tensors)

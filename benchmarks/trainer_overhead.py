@@ -42,7 +42,7 @@ from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import encoder_features
-from twostep.training.loop import Draw
+from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
 TARGET_PERCENT = 5
@@ -79,7 +79,7 @@ def measure(phase: Phase, bundle: Bundle, rounds: int) -> str:
     trainer = (AdversarialTrainer if phase.judges else RegressionTrainer)(phase, lesson)
 
     def iterate(number: int) -> object:
-        return trainer.iterate(number, Draw.at(phase.seed, number))
+        return trainer.iterate(number, Randomness.at(phase.seed, number))
 
     for number in range(NUM_WARM):
         iterate(number), bare(number)
@@ -172,7 +172,7 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
         optimiser.zero_grad(set_to_none=True)
 
     def iterate(number: int) -> None:
-        draw = Draw.at(phase.seed, number)
+        draw = Randomness.at(phase.seed, number)
         with phase.autocast():
             x0, told = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
             t = times[torch.randint(len(times), (phase.batch_size,), generator=draw.tensors)]

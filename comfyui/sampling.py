@@ -18,12 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from twostep.contract import Contract, ContractError
-from twostep.diffusion import NoiseSchedule, trailing_times
+from twostep.diffusion import VariancePreserving, trailing_times
 from twostep.errors import TwostepError
 from twostep.formats.locate import ModelError
 from twostep.formats.single_file import NAMES, SingleFile, is_whole
 from twostep.models.contracts import SDXL, carried_contract, file_contract
-from twostep.models.lora_stack import Garment
+from twostep.models.lora_stack import LoraFile
 
 Kind = Literal["checkpoint", "unet", "lora"]
 
@@ -92,7 +92,7 @@ def read_contract(path: Path, base: Path | None = None) -> Contract:
             f"{base.name} is {KIND_WORDS[kind_of(base)]}; a base is a whole checkpoint."
         )
     told = file_contract(base) if carried_contract(base) else teacher_contract(base)
-    return Garment(path, 1.0, file_contract(path)).together(told)
+    return LoraFile(path, 1.0, file_contract(path)).together(told)
 
 
 def teacher_contract(path: Path) -> Contract:
@@ -115,7 +115,7 @@ def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
     """Return sigma / alpha at the contract's trailing times, falling, and 0 at the end: what
     SamplerCustom follows.
     """
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = VariancePreserving.scaled_linear()
     times = torch.tensor([*trailing_times(contract.steps, schedule.num_times), 0])
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
 

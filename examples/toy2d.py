@@ -37,9 +37,9 @@ from torch.nn.functional import silu
 
 from twostep.diffusion import (
     Denoise,
-    NoiseSchedule,
     Prediction,
     PredictionType,
+    VariancePreserving,
     prediction_from_output,
     sample,
 )
@@ -105,7 +105,7 @@ def nothing(count: int) -> Conditioning:
 class PerfectDenoiser(nn.Module):
     """Answers the mean of x0 given x_t, which for a mixture of Gaussians is known."""
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
+    def __init__(self, schedule: VariancePreserving) -> None:
         """Remember how much noise there is when."""
         super().__init__()
         self.schedule = schedule
@@ -159,7 +159,7 @@ class PointDenoiser:
     """
 
     network: nn.Module
-    schedule: NoiseSchedule
+    schedule: VariancePreserving
     prediction_type: PredictionType = "v"
     lora: None = None
 
@@ -168,7 +168,7 @@ class PointDenoiser:
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(self.network(x_t, t), x_t, alpha, sigma, self.prediction_type)
 
-    def guided(
+    def with_guidance(
         self, conditioning: Conditioning, unconditional: Conditioning, scale: float
     ) -> Denoise:
         """Close over the conditioning; of points there is nothing to guide to."""
@@ -369,7 +369,7 @@ def main(
     """Train both chains, print what share of their points lies on a spot, and draw them."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    schedule = NoiseSchedule.linear()
+    schedule = VariancePreserving.linear()
     teacher = PointDenoiser(PerfectDenoiser(schedule), schedule, "x0")
     stages = [
         replace(stage, iterations=max(2, round(effort * stage.iterations))) for stage in STAGES

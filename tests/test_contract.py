@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from twostep import contract as contract_module
 from twostep.contract import METADATA_KEY, Contract, ContractError
-from twostep.diffusion import NoiseSchedule, PredictionType
+from twostep.diffusion import PredictionType, VariancePreserving
 from twostep.errors import TwostepError
 
 STUDENT = Contract(
@@ -72,7 +72,7 @@ def test_reading_a_contract_loads_no_torch():
 
 def test_its_prediction_types_and_top_time_are_those_of_the_flow():
     assert get_args(contract_module.PredictionType) == get_args(PredictionType)
-    assert NoiseSchedule.scaled_linear().num_times == contract_module.TOP_TIME
+    assert VariancePreserving.scaled_linear().num_times == contract_module.TOP_TIME
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "modelspec.title": "x"}])

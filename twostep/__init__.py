@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from twostep.contract import Contract
     from twostep.diffusion.flow import solve
     from twostep.diffusion.prediction import Prediction
-    from twostep.diffusion.schedule import NoiseSchedule
+    from twostep.diffusion.schedule import VariancePreserving
     from twostep.models.bundle import Bundle
     from twostep.models.bundle import load_bundle as load
     from twostep.pipeline.generation import generate
@@ -22,13 +22,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Bundle", "Contract", "NoiseSchedule", "Prediction", "Request", "Result", "TwostepError"]
+__all__ = [
+    "Bundle",
+    "Contract",
+    "Prediction",
+    "Request",
+    "Result",
+    "TwostepError",
+    "VariancePreserving",
+]
 __all__ += ["__version__", "generate", "load", "solve"]
 
 _HOMES = {
     "Bundle": ("twostep.models.bundle", "Bundle"),
     "Contract": ("twostep.contract", "Contract"),
-    "NoiseSchedule": ("twostep.diffusion.schedule", "NoiseSchedule"),
+    "VariancePreserving": ("twostep.diffusion.schedule", "VariancePreserving"),
     "Prediction": ("twostep.diffusion.prediction", "Prediction"),
     "Request": ("twostep.pipeline.request", "Request"),
     "Result": ("twostep.pipeline.request", "Result"),

@@ -16,7 +16,7 @@ from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import PIXELS, build_vae
 from twostep.media.image import ImageCodec
-from twostep.training.loop import Draw, OnIteration
+from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
 
@@ -44,9 +44,9 @@ def train_vae(
     """Train the autoencoder on composited drawings; returns it with its averaged weights."""
     torch.manual_seed(settings.loop.seed)
     vae = build_vae().to(memory_format=torch.channels_last)
-    pictures = random_pictures(emoji, settings.num_pictures, Draw.at(settings.loop.seed, -1))
+    pictures = random_pictures(emoji, settings.num_pictures, Randomness.at(settings.loop.seed, -1))
 
-    def loss(iteration: int, draw: Draw) -> Tensor:
+    def loss(iteration: int, draw: Randomness) -> Tensor:
         chosen = torch.randint(len(pictures), (settings.loop.batch_size,), generator=draw.tensors)
         crops = random_crop(pictures[chosen], settings.crop_pixels, draw).contiguous(
             memory_format=torch.channels_last
@@ -63,7 +63,9 @@ def train_vae(
     return ImageCodec(vae.to(memory_format=torch.contiguous_format).eval())
 
 
-def random_pictures(emoji: EmojiSet, count: int, draw: Draw) -> Float[Tensor, "count 3 64 64"]:
+def random_pictures(
+    emoji: EmojiSet, count: int, draw: Randomness
+) -> Float[Tensor, "count 3 64 64"]:
     """Composite `count` random drawings on random backgrounds."""
     drawings = emoji.drawings.flatten(0, 1)
     chosen = torch.randint(len(drawings), (count,), generator=draw.tensors)
@@ -75,7 +77,7 @@ def random_pictures(emoji: EmojiSet, count: int, draw: Draw) -> Float[Tensor, "c
 
 
 def random_crop(
-    pictures: Float[Tensor, "count 3 h w"], side: int, draw: Draw
+    pictures: Float[Tensor, "count 3 h w"], side: int, draw: Randomness
 ) -> Float[Tensor, "count 3 side side"]:
     """Cut the same random square out of every picture."""
     top, left = torch.randint(pictures.shape[-1] - side + 1, (2,), generator=draw.tensors).tolist()

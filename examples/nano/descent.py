@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.training.loop import (
-    Average,
-    Draw,
     LoopSettings,
+    MovingAverage,
     OnIteration,
+    Randomness,
     finite,
     rate_share,
     repeat,
@@ -37,7 +37,7 @@ class DescentSettings(LoopSettings):
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
 
 
-Loss = Callable[[int, Draw], Tensor]
+Loss = Callable[[int, Randomness], Tensor]
 
 
 def silent(iteration: int, figures: dict[str, float]) -> None:
@@ -65,9 +65,12 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    average, device = Average(network, settings.ema_decay), next(network.parameters()).device.type
+    average, device = (
+        MovingAverage(network, settings.ema_decay),
+        next(network.parameters()).device.type,
+    )
 
-    def iterate(iteration: int, draw: Draw) -> dict[str, float]:
+    def iterate(iteration: int, draw: Randomness) -> dict[str, float]:
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate_share(iteration, settings)
         with settings.autocast(device):

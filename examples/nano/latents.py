@@ -22,7 +22,7 @@ from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.text.clip import TextEncoders
-from twostep.training.processes import place, wait
+from twostep.training.processes import wait, world
 from twostep.training.run_folder import write_whole
 
 
@@ -144,7 +144,7 @@ def find_latents(
     """Read the cache at `path`, made there of the emoji set at `drawings` by the first process if
     it is not there.
     """
-    if place().first and not path.exists():
+    if world().is_first and not path.exists():
         cache_latents(load_emoji(drawings), codec, variants=variants, on_variant=on_variant).save(
             path
         )

@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.contract import Contract
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.denoiser import Denoiser
@@ -159,7 +159,9 @@ def random_bundle(seed: int = 0, corpus: Sequence[str] = (TEST_CORPUS,)) -> Bund
     for network in (unet, vae, *text.encoders):
         network.requires_grad_(False).eval()
     contract = teacher_contract("random", "none", "none", guidance=4.0)
-    return Bundle(Denoiser(unet, NoiseSchedule.scaled_linear()), ImageCodec(vae), text, contract)
+    return Bundle(
+        Denoiser(unet, VariancePreserving.scaled_linear()), ImageCodec(vae), text, contract
+    )
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:

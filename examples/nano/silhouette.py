@@ -25,7 +25,7 @@ from examples.nano.model import PIXELS
 from twostep.models.bundle import Bundle
 from twostep.networks.control import Hint
 from twostep.networks.denoiser import Denoiser
-from twostep.training.loop import Draw, OnIteration
+from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
 
@@ -131,7 +131,7 @@ def train_silhouette(
     silhouettes = draw_silhouettes(emoji, bundle, settings.variants, settings.loop.seed)
     drawn, always = silhouettes.drawn, frozenset(range(1, schedule.num_times + 1))
 
-    def loss(iteration: int, draw: Draw) -> Tensor:
+    def loss(iteration: int, draw: Randomness) -> Tensor:
         rows = torch.randint(
             len(drawn.latents), (settings.loop.batch_size,), generator=draw.tensors
         )

@@ -17,11 +17,11 @@ from torch import Tensor
 from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.latents import LatentCache
 from examples.nano.model import PIXELS, build_unet
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.text.clip import TextEncoders
-from twostep.training.loop import Draw, OnIteration
+from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
 
@@ -92,10 +92,10 @@ def train_teacher(
     Returns it with averaged weights.
     """
     torch.manual_seed(settings.loop.seed)
-    denoiser = start or Denoiser(build_unet(), NoiseSchedule.scaled_linear())
+    denoiser = start or Denoiser(build_unet(), VariancePreserving.scaled_linear())
     denoiser.network.requires_grad_(True).train()
 
-    def loss(iteration: int, draw: Draw) -> Tensor:
+    def loss(iteration: int, draw: Randomness) -> Tensor:
         x0, captions = latents.draw(settings.loop.batch_size, draw.tensors, draw.words)
         with torch.no_grad():
             conditioning = text.conditioning(captions, PIXELS, PIXELS)

@@ -19,7 +19,7 @@ from examples.nano.descent import DescentSettings, silent, train
 from examples.nano.drawings import EmojiSet, Placement, compose
 from examples.nano.model import TEXT_WIDTHS, build_text_encoders
 from twostep.text.clip import TextEncoders
-from twostep.training.loop import Draw, OnIteration
+from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
 
@@ -92,7 +92,7 @@ def train_text(
     )
     backgrounds = list(BACKGROUNDS)
 
-    def loss(iteration: int, draw: Draw) -> Tensor:
+    def loss(iteration: int, draw: Randomness) -> Tensor:
         count = settings.loop.batch_size
         concept = torch.randint(len(emoji.concepts), (count,), generator=draw.tensors)
         style = torch.randint(len(emoji.styles), (count,), generator=draw.tensors)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from comfyui.sampling import explain, kind_of, read_contract, sigmas, student_beside
 from twostep.contract import Contract, ContractError
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.formats.locate import ModelError
 
 from .conftest import STUDENT, Shelf, student_of
@@ -33,7 +33,7 @@ def test_sigmas_are_those_of_diffusers_trailing_times(steps: int) -> None:
 
 
 def test_sigmas_lie_on_the_times_that_were_trained() -> None:
-    schedule = NoiseSchedule.scaled_linear()
+    schedule = VariancePreserving.scaled_linear()
     table = (schedule.sigmas[1:] / schedule.alphas[1:]).log()
     nearest = [int((table - sigma.log()).abs().argmin()) for sigma in sigmas(student_of(4))[:-1]]
     assert nearest == [999, 749, 499, 249]

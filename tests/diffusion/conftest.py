@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 
 
 @pytest.fixture(scope="session")
-def schedule() -> NoiseSchedule:
-    return NoiseSchedule.scaled_linear()
+def schedule() -> VariancePreserving:
+    return VariancePreserving.scaled_linear()
 
 
 @pytest.fixture

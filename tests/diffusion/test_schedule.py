@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from twostep.diffusion.schedule import NoiseSchedule, ScheduleError
+from twostep.diffusion.schedule import ScheduleError, VariancePreserving
 from twostep.errors import TwostepError
 
 
@@ -22,7 +22,7 @@ def test_time_zero_is_clean_and_signal_falls(schedule):
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
 def test_variance_is_preserved_and_betas_are_those_of_diffusers(kind):
-    schedule = getattr(NoiseSchedule, kind)(num_times=1000, beta_start=0.00085, beta_end=0.012)
+    schedule = getattr(VariancePreserving, kind)(num_times=1000, beta_start=0.00085, beta_end=0.012)
     theirs = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=kind)
     torch.testing.assert_close(
         schedule.alphas**2 + schedule.sigmas**2, torch.ones(1001, dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_variance_is_preserved_and_betas_are_those_of_diffusers(kind):
 
 
 def test_from_betas_multiplies_them_up():
-    schedule = NoiseSchedule.from_betas(torch.tensor([0.5, 0.25]))
+    schedule = VariancePreserving.from_betas(torch.tensor([0.5, 0.25]))
     assert schedule.alphas.square().tolist() == pytest.approx([1, 0.5, 0.375])
     assert schedule.sigmas.square().tolist() == pytest.approx([0, 0.5, 0.625])
 
@@ -41,7 +41,7 @@ def test_from_betas_multiplies_them_up():
 @pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.0], [-0.1], [float("nan")]])
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ScheduleError, match="between 0 and 1"):
-        NoiseSchedule.from_betas(torch.tensor(betas, dtype=torch.float64))
+        VariancePreserving.from_betas(torch.tensor(betas, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

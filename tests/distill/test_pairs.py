@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from twostep.diffusion import NoiseSchedule, Prediction, landing
+from twostep.diffusion import Prediction, VariancePreserving, landing
 from twostep.distill.pairs import (
     NOISED_TIMES,
     draw_noised_times,
@@ -13,7 +13,7 @@ from twostep.distill.pairs import (
     trained_times,
 )
 
-SCHEDULE = NoiseSchedule.scaled_linear()
+SCHEDULE = VariancePreserving.scaled_linear()
 
 
 def test_few_step_students_train_where_image_to_image_starts() -> None:

@@ -24,7 +24,7 @@ from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
 from twostep.formats.locate import WEIGHTS
 from twostep.models.bundle import load_bundle
-from twostep.training.loop import Draw
+from twostep.training.loop import Randomness
 
 from .conftest import Handful
 
@@ -56,7 +56,7 @@ def allocated(settings: DistillRecipe) -> int:
                     else RegressionTrainer(phase, lesson)
                 )
                 for iteration in range(2):
-                    trainer.iterate(iteration, Draw.at(0, iteration))
+                    trainer.iterate(iteration, Randomness.at(0, iteration))
     living = highest = 0
     for event in profiler.profiler.kineto_results.events():
         living += event.nbytes() if event.name() == "[memory]" else 0

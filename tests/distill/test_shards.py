@@ -97,7 +97,7 @@ from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson
 from twostep.training.processes import joined
-from twostep.training.loop import Draw, TrainingError
+from twostep.training.loop import Randomness, TrainingError
 from twostep.training.shards import shard
 
 
@@ -114,14 +114,14 @@ with joined(torch.device("cpu")):
     shard(pupil.denoiser.network)
     sharded = functools.partial(Discriminator, sharded=True)
     trainer = AdversarialTrainer(phase, Lesson(Source(2), teacher.denoiser, pupil.denoiser, sharded))
-    trainer.iterate(0, Draw.at(0, 0))
+    trainer.iterate(0, Randomness.at(0, 0))
     for name, holder in trainer.state.items():
         print(name, *sizes(holder.state_dict()))
     try:
-        trainer.iterate(1, Draw.at(0, 1))
+        trainer.iterate(1, Randomness.at(0, 1))
     except TrainingError as error:
         print(error)
-    print("and on", math.isfinite(trainer.iterate(2, Draw.at(0, 2))["student_gradient"]))
+    print("and on", math.isfinite(trainer.iterate(2, Randomness.at(0, 2))["student_gradient"]))
 """
 
 
@@ -151,7 +151,7 @@ from pathlib import Path
 import torch
 from twostep.errors import TwostepError
 from examples.nano.model import random_bundle
-from twostep.training.processes import joined, place
+from twostep.training.processes import joined, world
 from twostep.training.run_folder import RunFolder
 from twostep.training.recipe import Settings
 from twostep.training.shards import gathered, shard
@@ -161,7 +161,7 @@ network = random_bundle().denoiser.network
 with joined(torch.device("cpu")):
     folder = RunFolder(Path({out!r}), Settings())
     shard(network)
-    if place().count == 2:
+    if world().size == 2:
         folder.save("phase", {{"iteration": 1, "student": network.state_dict()}})
         try:
             folder.save("phase", {{"iteration": 2, "student": network.state_dict()}})

@@ -14,7 +14,7 @@ from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer, train_phase
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
-from twostep.training.loop import Draw, TrainingError
+from twostep.training.loop import Randomness, TrainingError
 from twostep.training.run_folder import RunFolder
 
 
@@ -52,7 +52,7 @@ def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_regression_lowers_its_loss(objective: str, teacher: Bundle, source: object) -> None:
     settings = phase(objective=objective, student_steps=1, teacher_steps=2, learning_rate=1e-3)
     trainer = RegressionTrainer(settings, lesson(teacher, source, "x0"))
-    losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(60)]
+    losses = [trainer.iterate(i, Randomness.at(0, 0))["loss"] for i in range(60)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -65,7 +65,7 @@ def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
     with torch.no_grad():
         pupil.student.network.conv_out.bias += 0.5
     trainer = AdversarialTrainer(settings, pupil)
-    gaps = [trainer.iterate(i, Draw.at(0, 0))["gap"] for i in range(40)]
+    gaps = [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(40)]
     assert gaps[-1] > gaps[0] + 0.5
 
 
@@ -77,7 +77,7 @@ def test_the_penalty_keeps_the_discriminator_flat(teacher: Bundle, source: objec
         trainer = AdversarialTrainer(
             phase(learning_rate=1e-12, discriminator_learning_rate=1e-3, r1_weight=weight), pupil
         )
-        return [trainer.iterate(i, Draw.at(0, 0))["gap"] for i in range(40)][-1]
+        return [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(40)][-1]
 
     assert gap(1e6) < 0.5 * gap(0.0)
 
@@ -89,7 +89,7 @@ def test_gradients_reach_neither_teacher_nor_foreign_networks(
     before = weights(teacher.denoiser.network)
     trainer = AdversarialTrainer(phase(), pupil)
     start, judge = weights(pupil.student.network), weights(trainer.discriminator)
-    trainer.iterate(0, Draw.at(0, 0))
+    trainer.iterate(0, Randomness.at(0, 0))
     assert all(
         torch.equal(value, before[key])
         for key, value in teacher.denoiser.network.state_dict().items()
@@ -125,11 +125,11 @@ def test_batches_that_are_used_again_are_drawn_and_taught_once(
     trainer = RegressionTrainer(
         phase(objective="mse", iterations=6, reuse=3), lesson(teacher, source)
     )
-    taught = [trainer._taught(i, Draw.at(0, i)) for i in range(6)]
+    taught = [trainer._taught(i, Randomness.at(0, i)) for i in range(6)]
     assert taught[0] is taught[2] is taught[4]
     assert taught[1] is taught[3] is taught[5]
     assert not torch.equal(taught[0][1], taught[1][1])
-    late = RegressionTrainer(trainer.phase, trainer.lesson)._taught(5, Draw.at(0, 5))
+    late = RegressionTrainer(trainer.phase, trainer.lesson)._taught(5, Randomness.at(0, 5))
     assert torch.equal(late[1], taught[5][1])
 
 
@@ -143,7 +143,7 @@ def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(
         )
         calls.append(Mock(return_value=None))
         trainer.discriminator.encoder.down_blocks[0].resnets[0].register_forward_pre_hook(calls[-1])
-        figures.append([trainer.iterate(i, Draw.at(0, i)) for i in range(2)])
+        figures.append([trainer.iterate(i, Randomness.at(0, i)) for i in range(2)])
     assert [call.call_count for call in calls] == [
         6,
         10,
@@ -163,7 +163,7 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
             optimiser=optimiser,
         )
         trainer = RegressionTrainer(settings, lesson(teacher, source))
-        losses = [trainer.iterate(i, Draw.at(0, 0))["loss"] for i in range(30)]
+        losses = [trainer.iterate(i, Randomness.at(0, 0))["loss"] for i in range(30)]
         state = trainer.optimiser.state.values()
         return losses[-1] / losses[0], sum(
             value.numel() * value.element_size()

@@ -11,6 +11,4 @@ def test_the_python_of_the_page_runs() -> None:
     exec(compile(block, "docs/styles.md", "exec"), found)
     assert [found[name].contract.steps for name in ("quick", "better", "teacher")] == [2, 8, 32]
     assert found["better"].contract.name == "nano-8step:0.9"
-    assert found["wardrobe"].wear(["nano_2step_lora"]) is found["wardrobe"].wear(
-        ["nano_2step_lora"]
-    )
+    assert found["cache"].apply(["nano_2step_lora"]) is found["cache"].apply(["nano_2step_lora"])

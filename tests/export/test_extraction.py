@@ -15,7 +15,7 @@ from twostep.formats.identify import read_header
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import merge_lora, read_lora
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.lora_stack import load_worn
+from twostep.models.lora_stack import load_with_loras
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -62,12 +62,12 @@ def test_a_merged_lora_comes_out_again(folder: Path, bundle: Bundle, tmp_path: P
 
 
 def test_a_model_with_it_draws_the_same(tmp_path: Path) -> None:
-    student = load_worn("nano", ["nano_4step_lora"])
+    student = load_with_loras("nano", ["nano_4step_lora"])
     whole = replace(student.contract, lora_rank=None, lora_alpha=None)
     assemble(student, timestep_spacing="trailing").save_pretrained(tmp_path / "nano4")
     (tmp_path / "nano4" / "twostep.json").write_text(whole.to_json())
     lacks, _ = extract("nano", str(tmp_path / "nano4"), tmp_path / "lora.safetensors", rank=12)
-    again = load_worn("nano", [str(tmp_path / "lora.safetensors")])
+    again = load_with_loras("nano", [str(tmp_path / "lora.safetensors")])
     assert lacks < 1e-4 and again.contract == student.contract
     request = Request("a 3d red apple on a blue background", seed=3)
     ours, theirs = (
@@ -85,7 +85,7 @@ def test_of_a_student_it_has_the_contract(tmp_path: Path) -> None:
     contract = Contract.from_metadata(read_header(out).metadata)
     assert (contract.name, contract.base, contract.steps) == ("nano-4step", "nano", 4)
     assert (contract.lora_rank, contract.lora_alpha) == (24, 24.0)
-    assert load_worn("nano", [str(out)]).contract.steps == 4
+    assert load_with_loras("nano", [str(out)]).contract.steps == 4
     nearer, _ = extract("nano", "nano", tmp_path / "more.safetensors", rank=96, steps=4)
     assert nearer < lacks
     assert (tmp_path / "lora.api.json").is_file()

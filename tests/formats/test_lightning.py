@@ -21,7 +21,7 @@ from twostep.formats.lora_files import LowRank, merge_lora, write_lora
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract, read_contracts
-from twostep.models.lora_stack import Wardrobe, load_worn
+from twostep.models.lora_stack import LoraCache, load_with_loras
 from twostep.networks.adapters import TARGETS
 
 from ..vanilla import assemble, write_single_file
@@ -161,7 +161,7 @@ def test_a_unet_alone_may_have_the_old_names(hub: Path, tmp_path: Path) -> None:
 def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) -> None:
     assemble(small(7)).save_pretrained(tmp_path / "anime")
     lora = f"{HUB_ID}/sdxl_lightning_4step_lora.safetensors"
-    worn = load_worn(tmp_path / "anime", [lora])
+    worn = load_with_loras(tmp_path / "anime", [lora])
     assert (worn.contract.name, worn.contract.base, worn.contract.steps) == (
         "anime-4step",
         "anime",
@@ -171,10 +171,10 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
     merge_lora(style_of(expected), expected.parts)
     torch.testing.assert_close(answer(worn), answer(expected), atol=1e-5, rtol=1e-5)
     with pytest.raises(ModelError, match="draws in 4 steps, not in 8"):
-        load_worn(tmp_path / "anime", [lora], steps=8)
+        load_with_loras(tmp_path / "anime", [lora], steps=8)
     with pytest.raises(ContractError, match="draws in exactly 4 steps; asked for 8"):
         worn.contract.check(8, None, None, None)
-    beside = Wardrobe(load_bundle(tmp_path / "anime")).wear([lora])
+    beside = LoraCache(load_bundle(tmp_path / "anime")).apply([lora])
     assert beside.contract == worn.contract
     torch.testing.assert_close(answer(beside), answer(expected), atol=1e-5, rtol=1e-5)
     for student in (
@@ -183,10 +183,10 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
         "sdxl_lightning_8step_lora",
     ):
         with pytest.raises(ContractError, match="it would be distilled twice"):
-            load_worn(student, [lora])
+            load_with_loras(student, [lora])
     assemble(small(7), prediction_type="v_prediction").save_pretrained(tmp_path / "v")
     with pytest.raises(ContractError, match="was distilled where eps is predicted; v predicts v"):
-        load_worn(tmp_path / "v", [lora])
+        load_with_loras(tmp_path / "v", [lora])
 
 
 def test_a_name_that_does_not_fit_is_told(hub: Path, tmp_path: Path) -> None:

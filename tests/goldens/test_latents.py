@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.lora_stack import load_worn
+from twostep.models.lora_stack import load_with_loras
 from twostep.pipeline.generation import Progress, generate
 from twostep.pipeline.request import Control, Picture, Request
 
@@ -32,7 +32,7 @@ def load(name: str) -> Bundle:
     if name == "openmoji":
         return load_bundle(OPENMOJI)
     if name == "openmoji-nano_4step_lora":
-        return load_worn(OPENMOJI, ["nano_4step_lora"])
+        return load_with_loras(OPENMOJI, ["nano_4step_lora"])
     if name.endswith("lora"):
         return load_bundle(name)
     steps = int(name.removeprefix("nano-").removesuffix("step"))

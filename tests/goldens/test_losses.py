@@ -26,7 +26,7 @@ from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.text.clip import TextEncoders
-from twostep.training.loop import Draw
+from twostep.training.loop import Randomness
 
 GOLDEN = Path(__file__).with_name("losses.json")
 RELATIVE = 1e-3
@@ -121,7 +121,7 @@ def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
     lesson = Lesson(Latents(teacher.text), teaching, student, make)
     trainer = (AdversarialTrainer if settings.judges else RegressionTrainer)(settings, lesson)
     for iteration in range(3):
-        figures = trainer.iterate(iteration, Draw.at(settings.seed, iteration))
+        figures = trainer.iterate(iteration, Randomness.at(settings.seed, iteration))
     return {name: value for name, value in figures.items() if name != "accuracy"}
 
 

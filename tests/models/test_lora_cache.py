@@ -1,4 +1,4 @@
-"""A wardrobe: fused or not, the same picture; the model stays as it was; and stacks do not disturb
+"""A cache: fused or not, the same picture; the model stays as it was; and stacks do not disturb
 each other.
 """
 
@@ -18,7 +18,7 @@ from twostep.diffusion import initial_noise, sample
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LoraError, LowRank, write_lora
 from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.lora_stack import Wardrobe, load_worn
+from twostep.models.lora_stack import LoraCache, load_with_loras
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -64,7 +64,10 @@ def latents(bundle: Bundle, num_images: int = 4) -> torch.Tensor:
     told = bundle.conditioning(["a 3d red apple on a blue background"] * num_images, 64, 64)
     with torch.inference_mode():
         return sample(
-            bundle.denoiser.given(told), noise, bundle.contract.steps, bundle.denoiser.schedule
+            bundle.denoiser.with_conditioning(told),
+            noise,
+            bundle.contract.steps,
+            bundle.denoiser.schedule,
         )
 
 
@@ -87,9 +90,9 @@ def test_fused_and_not_fused_are_the_same_picture(
 ) -> None:
     stack = [few, *styles]
     merged, beside, fused = (
-        load_worn("nano", stack),
-        Wardrobe(base).wear(stack),
-        Wardrobe(base, fused=True).wear(stack),
+        load_with_loras("nano", stack),
+        LoraCache(base).apply(stack),
+        LoraCache(base, fused=True).apply(stack),
     )
     assert merged.contract == beside.contract == fused.contract
     assert merged.contract.name == f"nano-{few[5]}step+ink:0.8+wool:-0.5"
@@ -101,7 +104,7 @@ def test_fused_and_not_fused_are_the_same_picture(
     torch.testing.assert_close(latents(beside), latents(merged), atol=4e-5, rtol=0)
     apart = np.abs(pixels(beside).astype(int) - pixels(merged))
     assert apart.max() <= 1 and (apart > 0).mean() < 2e-4
-    plain = Wardrobe(base).wear([few])
+    plain = LoraCache(base).apply([few])
     assert (latents(plain) - latents(merged)).abs().mean() > 0.01
     assert (
         plain.conditioning(["a"], 64, 64).text - merged.conditioning(["a"], 64, 64).text
@@ -113,7 +116,7 @@ def test_without_rounding_they_are_the_same_in_every_pixel(styles: list[str]) ->
     for network in exact.parts.values():
         network.double()
     beside, fused = (
-        Wardrobe(exact, fused=fused).wear(["nano_4step_lora", *styles]) for fused in (False, True)
+        LoraCache(exact, fused=fused).apply(["nano_4step_lora", *styles]) for fused in (False, True)
     )
     assert np.array_equal(pixels(beside), pixels(fused))
 
@@ -125,7 +128,7 @@ def test_it_is_what_diffusers_makes_of_the_same_stack(styles: list[str], base: B
     for style, name in zip(styles, ("ink", "wool"), strict=True):
         pipeline.load_lora_weights(style.rpartition(":")[0], adapter_name=name)
     pipeline.set_adapters(["ink", "wool"], [0.8, -0.5])
-    worn, x, t = Wardrobe(base).wear(styles), torch.randn(2, 4, 16, 16), torch.tensor([999, 250])
+    worn, x, t = LoraCache(base).apply(styles), torch.randn(2, 4, 16, 16), torch.tensor([999, 250])
     told = worn.conditioning(["a red fox", "a blue car"], 64, 64)
     # Of the pooled embedding it leaves the LoRA on the last projection out, and only says so.
     text, *_ = pipeline.encode_prompt(
@@ -144,13 +147,13 @@ def test_it_is_what_diffusers_makes_of_the_same_stack(styles: list[str], base: B
 def test_the_model_stays_as_it_was(fused: bool, styles: list[str]) -> None:
     base = load_bundle("nano", steps=2)
     before, picture = {k: v.clone() for k, v in weights(base).items()}, pixels(base)
-    wardrobe = Wardrobe(base, fused=fused)
-    worn = wardrobe.wear(styles)
+    cache = LoraCache(base, fused=fused)
+    worn = cache.apply(styles)
     assert not np.array_equal(pixels(worn), picture)
     after = weights(base)
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
     assert np.array_equal(pixels(base), picture) and np.array_equal(
-        pixels(wardrobe.wear([])), picture
+        pixels(cache.apply([])), picture
     )
     held = {v.data_ptr() for v in after.values()}
     assert all(v.data_ptr() in held for v in weights(worn).values()) != fused
@@ -161,25 +164,25 @@ def test_a_stack_seen_before_is_not_read_again(
 ) -> None:
     path = tmp_path / "felt.safetensors"
     shutil.copy(styles[0].rpartition(":")[0], path)
-    wardrobe = Wardrobe(base)
-    worn = wardrobe.wear([f"{path}:0.5"])
+    cache = LoraCache(base)
+    worn = cache.apply([f"{path}:0.5"])
     path.unlink()
-    assert wardrobe.wear([f"{path}:0.5"]) is worn
+    assert cache.apply([f"{path}:0.5"]) is worn
     with pytest.raises(ModelError, match="does not exist"):
-        wardrobe.wear([str(path)])
+        cache.apply([str(path)])
 
 
 def test_requests_in_different_stacks_do_not_disturb_each_other(
     base: Bundle, styles: list[str]
 ) -> None:
     stacks = [["nano_2step_lora", styles[0]], ["nano_4step_lora", styles[1]], ["nano_2step_lora"]]
-    wardrobe, jobs = (
-        Wardrobe(base, num_kept=2),
+    cache, jobs = (
+        LoraCache(base, num_kept=2),
         [(stack, seed) for seed in range(2) for stack in stacks],
     )
-    alone = [pixels(Wardrobe(base).wear(stack), seed, 1) for stack, seed in jobs]
+    alone = [pixels(LoraCache(base).apply(stack), seed, 1) for stack, seed in jobs]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda job: pixels(wardrobe.wear(job[0]), job[1], 1), jobs * 2))
+        together = list(pool.map(lambda job: pixels(cache.apply(job[0]), job[1], 1), jobs * 2))
     assert all(np.array_equal(a, b) for a, b in zip(alone * 2, together, strict=True))
 
 
@@ -188,9 +191,9 @@ def test_in_16_bits_it_is_near(styles: list[str]) -> None:
     for network in half.parts.values():
         network.bfloat16()
     beside, fused = (
-        Wardrobe(half, fused=fused).wear(["nano_4step_lora", *styles]) for fused in (False, True)
+        LoraCache(half, fused=fused).apply(["nano_4step_lora", *styles]) for fused in (False, True)
     )
-    exact = latents(load_worn("nano", ["nano_4step_lora", *styles]))
+    exact = latents(load_with_loras("nano", ["nano_4step_lora", *styles]))
     errors = [(latents(worn) - exact).norm() / exact.norm() for worn in (beside, fused)]
     assert max(errors) < 0.02 and errors[0] < 1.2 * errors[1]  # 0.0096 and 0.0100 were measured
 
@@ -199,22 +202,22 @@ def test_it_goes_on_a_wardrobe_as_on_a_model_that_is_loaded(
     styles: list[str], base: Bundle, tmp_path: Path
 ) -> None:
     assert (
-        Wardrobe(base).wear([*styles, "nano_4step_lora:0.9"]).contract.name
+        LoraCache(base).apply([*styles, "nano_4step_lora:0.9"]).contract.name
         == "nano-4step:0.9+ink:0.8+wool:-0.5"
     )
-    student = Wardrobe(load_bundle("nano", steps=2))
+    student = LoraCache(load_bundle("nano", steps=2))
     with pytest.raises(ContractError, match="it would be distilled twice"):
-        student.wear(["nano_4step_lora"])
-    assert student.wear(styles).contract == replace(
+        student.apply(["nano_4step_lora"])
+    assert student.apply(styles).contract == replace(
         student.bundle.contract, name="nano-2step+ink:0.8+wool:-0.5"
     )
     with pytest.raises(ContractError, match="is one of 4 steps already"):
-        Wardrobe(base).wear(["nano_4step_lora", "nano_2step_lora"])
+        LoraCache(base).apply(["nano_4step_lora", "nano_2step_lora"])
     save_file(
         {"lora_unet_double_blocks_0_x.lora_down.weight": torch.ones(1)},
         tmp_path / "flux.safetensors",
     )
     with pytest.raises(LoraError, match="is a LoRA for Flux"):
-        Wardrobe(base).wear([str(tmp_path / "flux.safetensors")])
+        LoraCache(base).apply([str(tmp_path / "flux.safetensors")])
     with pytest.raises(ModelError, match="is a model folder"):
-        Wardrobe(base).wear([str(find_model("nano"))])
+        LoraCache(base).apply([str(find_model("nano"))])

@@ -15,7 +15,7 @@ from twostep.contract import ContractError
 from twostep.formats.locate import ModelError, find_model
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
-from twostep.models.lora_stack import load_worn
+from twostep.models.lora_stack import load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 
 TARGETS = ("to_q", "to_v")
@@ -43,15 +43,17 @@ def answer(bundle: Bundle) -> torch.Tensor:
 
 
 def test_a_style_counts_by_its_weight_and_is_named(style: Path) -> None:
-    plain = load_worn("nano", [], steps=2)
-    bundles = {weight: load_worn("nano", [f"{style}:{weight}"], steps=2) for weight in (0, 0.5, 1)}
+    plain = load_with_loras("nano", [], steps=2)
+    bundles = {
+        weight: load_with_loras("nano", [f"{style}:{weight}"], steps=2) for weight in (0, 0.5, 1)
+    }
     torch.testing.assert_close(answer(bundles[0]), answer(plain))
     assert (
         (answer(bundles[1]) - answer(plain)).abs().mean()
         > (answer(bundles[0.5]) - answer(plain)).abs().mean()
         > 0
     )
-    twice = load_worn("nano", [f"{style}:0.5", f"{style}:0.5"], steps=2)
+    twice = load_with_loras("nano", [f"{style}:0.5", f"{style}:0.5"], steps=2)
     torch.testing.assert_close(answer(twice), answer(bundles[1]), atol=1e-4, rtol=1e-4)
     assert twice.contract == replace(plain.contract, name="nano-2step+style:0.5+style:0.5")
     assert bundles[1].contract.name == "nano-2step+style"
@@ -59,7 +61,7 @@ def test_a_style_counts_by_its_weight_and_is_named(style: Path) -> None:
 
 
 def test_it_is_what_diffusers_makes_of_the_same_file(style: Path) -> None:
-    alone = load_worn("nano", [str(style)], steps=32)
+    alone = load_with_loras("nano", [str(style)], steps=32)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         find_model("nano"), torch_dtype=torch.float32
     )
@@ -77,27 +79,27 @@ def test_alpha_in_diffusers_metadata_scales_it(style: Path) -> None:
         {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 1})},
     )
     torch.testing.assert_close(
-        answer(load_worn("nano", [str(half)], steps=2)),
-        answer(load_worn("nano", [f"{style}:0.5"], steps=2)),
+        answer(load_with_loras("nano", [str(half)], steps=2)),
+        answer(load_with_loras("nano", [f"{style}:0.5"], steps=2)),
     )
 
 
 def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style: Path) -> None:
-    worn = load_worn("nano", ["nano_4step_lora", str(style)])
+    worn = load_with_loras("nano", ["nano_4step_lora", str(style)])
     assert (worn.contract.steps, worn.contract.role) == (4, "student")
     assert worn.contract.name == "nano-4step+style"
-    assert load_worn("nano", ["nano_4step_lora"], steps=4).contract == file_contract(
+    assert load_with_loras("nano", ["nano_4step_lora"], steps=4).contract == file_contract(
         find_model("nano_4step_lora")
     )
     torch.testing.assert_close(
-        answer(load_worn("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora"))
+        answer(load_with_loras("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora"))
     )
     with pytest.raises(ModelError, match="draws in 4 steps, not in 2"):
-        load_worn("nano", ["nano_4step_lora"], steps=2)
+        load_with_loras("nano", ["nano_4step_lora"], steps=2)
     with pytest.raises(
         ContractError, match="is one of 2 steps already: it would be distilled twice"
     ):
-        load_worn("nano_2step_lora", ["nano_4step_lora"])
+        load_with_loras("nano_2step_lora", ["nano_4step_lora"])
 
 
 def test_one_that_was_trained_on_a_student_goes_on_that_alone(style: Path) -> None:
@@ -107,16 +109,16 @@ def test_one_that_was_trained_on_a_student_goes_on_that_alone(style: Path) -> No
     said = replace(said, lora_rank=2, lora_alpha=2.0)
     path = style.with_name("trained.safetensors")
     save_file(load_file(style), path, said.to_metadata())
-    worn = load_worn("nano", [str(path)], steps=2)
+    worn = load_with_loras("nano", [str(path)], steps=2)
     assert worn.contract.name == "nano-2step+trained"
     assert (
-        load_worn("nano", [str(style), str(path)], steps=2).contract.name
+        load_with_loras("nano", [str(style), str(path)], steps=2).contract.name
         == "nano-2step+style+trained"
     )
-    torch.testing.assert_close(answer(worn), answer(load_worn("nano", [str(style)], steps=2)))
+    torch.testing.assert_close(answer(worn), answer(load_with_loras("nano", [str(style)], steps=2)))
     for steps in (4, 32):
         with pytest.raises(ContractError, match="was trained on nano-2step; this is nano"):
-            load_worn("nano", [str(path)], steps=steps)
+            load_with_loras("nano", [str(path)], steps=steps)
     with pytest.raises(ModelError, match=r"goes on nano-2step\. Load that"):
         load_bundle(path)
 
@@ -129,7 +131,7 @@ def test_what_does_not_fit_is_told(style: Path) -> None:
     def said(changed: dict[str, torch.Tensor]) -> str:
         save_file(changed, wrong)
         with pytest.raises(ModelError) as error:
-            load_worn("nano", [str(wrong)], steps=2)
+            load_with_loras("nano", [str(wrong)], steps=2)
         return str(error.value)
 
     assert "lora_unet_x.lora_down.weight" in said({"lora_unet_x.lora_down.weight": weights[key]})
@@ -143,6 +145,6 @@ def test_what_does_not_fit_is_told(style: Path) -> None:
     assert "lacks the down half" in said({k: v for k, v in weights.items() if k != key})
     wrong.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="no whole safetensors file"):
-        load_worn("nano", [str(wrong)])
+        load_with_loras("nano", [str(wrong)])
     with pytest.raises(ModelError, match="is a model folder"):
-        load_worn("nano", ["nano"])
+        load_with_loras("nano", ["nano"])

@@ -45,7 +45,10 @@ def known() -> tuple[Tensor, Conditioning]:
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = sample(
-            TEACHER.denoiser.guided(conditioning, empty, 3.0), noise, 8, TEACHER.denoiser.schedule
+            TEACHER.denoiser.with_guidance(conditioning, empty, 3.0),
+            noise,
+            8,
+            TEACHER.denoiser.schedule,
         )
     return latents, conditioning
 

@@ -165,13 +165,13 @@ def _make(
         import torch
 
         from twostep.models.contracts import read_contracts
-        from twostep.models.lora_stack import load_worn
+        from twostep.models.lora_stack import load_with_loras
 
         if steps is None and not loras:
             offered = [contract.steps for contract in read_contracts(model)]
             steps = 2 if 2 in offered else offered[0]
         bundle, accelerator = (
-            load_worn(model, loras or (), steps=steps),
+            load_with_loras(model, loras or (), steps=steps),
             torch.accelerator.current_accelerator(),
         )
         if accelerator is not None:

@@ -106,7 +106,7 @@ def cache(
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
     from twostep.data.sources import Demands, find_entries
-    from twostep.models.lora_stack import load_worn
+    from twostep.models.lora_stack import load_with_loras
 
     path, prompts = Path(source), None
     if path.suffix == ".txt" and path.is_file():
@@ -115,7 +115,7 @@ def cache(
         ]
     entries = find_entries(source) if prompts is None else iter(())
     first = list(islice(entries, 1))  # so an empty or missing source is told before a model loads
-    bundle = load_worn(model, lora or []).as_teacher()
+    bundle = load_with_loras(model, lora or []).as_teacher()
     with progress_bar("cache") as advance:
 
         def show(done: int, skipped: int) -> None:
@@ -204,18 +204,18 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     from twostep.distill import DistillRecipe, distil
     from twostep.distill.chain import find_device
     from twostep.models.bundle import load_bundle
-    from twostep.models.lora_stack import load_worn
+    from twostep.models.lora_stack import load_with_loras
     from twostep.training.processes import joined
     from twostep.training.recipe import load_recipe
     from twostep.training.run_folder import RunFolder
 
     settings = load_recipe(recipe, DistillRecipe, override or [])
     with (
-        joined(find_device(settings.device)) as place,
-        progress_bar("distil", shown=place.first) as advance,
+        joined(find_device(settings.device)) as world,
+        progress_bar("distil", shown=world.is_first) as advance,
     ):
         style, folder = settings.style_lora, RunFolder(out, settings)
-        teacher = load_worn(
+        teacher = load_with_loras(
             settings.model, [str(style)] if style else [], steps=settings.model_steps
         )
         start = (
@@ -235,7 +235,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
                 done, phase.iterations, f"{phase.name} {spoken(figures)}"
             ),
         )
-    for path in written.values() if place.first else ():
+    for path in written.values() if world.is_first else ():
         typer.echo(f"written: {path}")
 
 

@@ -83,7 +83,7 @@ def cache_prompts(
         with torch.no_grad():
             conditioning = bundle.conditioning(asked, width, height)
             empty = bundle.conditioning([""], width, height).expand(len(names))
-            denoise = bundle.denoiser.guided(conditioning, empty, guidance)
+            denoise = bundle.denoiser.with_guidance(conditioning, empty, guidance)
             latents = sample(denoise, noise, steps, bundle.denoiser.schedule)
         writer.add(names, latents, conditioning)
     return writer.close()

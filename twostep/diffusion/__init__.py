@@ -8,14 +8,14 @@ many or few times. This room knows tensors only: no networks, no text, no files.
 from twostep.diffusion.flow import Denoise, initial_noise, sample, solve, step
 from twostep.diffusion.grid import GridError, falling_times, landing, trailing_times, trained_times
 from twostep.diffusion.prediction import Prediction, PredictionType, guide, prediction_from_output
-from twostep.diffusion.schedule import NoiseSchedule
+from twostep.diffusion.schedule import VariancePreserving
 
 __all__ = [
     "Denoise",
     "GridError",
-    "NoiseSchedule",
     "Prediction",
     "PredictionType",
+    "VariancePreserving",
     "falling_times",
     "guide",
     "initial_noise",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twostep.diffusion.grid import falling_times
 from twostep.diffusion.prediction import Prediction
-from twostep.diffusion.schedule import NoiseSchedule
+from twostep.diffusion.schedule import VariancePreserving
 from twostep.diffusion.shapes import Batch, Times, Values
 from twostep.errors import TwostepError
 
@@ -30,7 +30,7 @@ class FlowError(TwostepError):
     """Times that cannot be walked: too few, rising, or not one per item."""
 
 
-def step(prediction: Prediction, s: Times, schedule: NoiseSchedule) -> Batch:
+def step(prediction: Prediction, s: Times, schedule: VariancePreserving) -> Batch:
     """Return x_s = alpha_s x0 + sigma_s eps, eq 5 of arXiv 2402.13929; at s = 0 this is x0 itself."""
     alpha, sigma = schedule.coefficients(s, prediction.x0)
     return alpha * prediction.x0 + sigma * prediction.eps
@@ -40,7 +40,7 @@ def solve(
     denoise: Denoise,
     x: Batch,
     times: Int[Tensor, "points batch"],
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     on_step: OnStep | None = None,
     keep: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Batch:
@@ -70,7 +70,7 @@ def sample(
     denoise: Denoise,
     noise: Batch,
     num_steps: int,
-    schedule: NoiseSchedule,
+    schedule: VariancePreserving,
     on_step: OnStep | None = None,
 ) -> Batch:
     """Follow the flow from pure noise to clean along the trailing grid, all items in the same

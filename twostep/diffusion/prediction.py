@@ -3,7 +3,7 @@
 A network may predict eps, x0, or v = alpha eps - sigma x0 (arXiv 2202.00512). With x_t = alpha x0 +
 sigma eps and alpha^2 + sigma^2 = 1 each of them gives the other two (eq 3 and 4 of arXiv
 2402.13929). After `prediction_from_output` nobody asks again. Coefficients come from
-`NoiseSchedule.coefficients`; this file knows no times.
+`VariancePreserving.coefficients`; this file knows no times.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ class ScheduleError(TwostepError):
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
+class VariancePreserving:
     """alpha_t and sigma_t for every integer time t in 0..T, in float64 on the CPU; alphas[0] = 1,
     sigmas[0] = 0.
     """
@@ -31,7 +31,7 @@ class NoiseSchedule:
     sigmas: Float64[Tensor, " times_plus_one"]
 
     @classmethod
-    def from_betas(cls, betas: Float[Tensor, " times"]) -> NoiseSchedule:
+    def from_betas(cls, betas: Float[Tensor, " times"]) -> VariancePreserving:
         """Build the schedule whose abar_t is the running product of 1 - beta; each beta must lie in
         (0, 1).
         """
@@ -39,7 +39,7 @@ class NoiseSchedule:
             raise ScheduleError(
                 f"betas must be one or more numbers between 0 and 1, both excluded; got {betas.numel()} of them"
                 f"{f' from {betas.min().item():g} to {betas.max().item():g}' if betas.numel() else ''}. "
-                "Use NoiseSchedule.scaled_linear() for the schedule of SDXL."
+                "Use VariancePreserving.scaled_linear() for the schedule of SDXL."
             )
         abar = torch.cumprod(1.0 - betas.detach().to("cpu", torch.float64), dim=0)
         abar = torch.cat([abar.new_ones(1), abar])
@@ -48,7 +48,7 @@ class NoiseSchedule:
     @classmethod
     def scaled_linear(
         cls, num_times: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-    ) -> NoiseSchedule:
+    ) -> VariancePreserving:
         """Build the schedule whose betas are linear in their square root; the defaults are SDXL's."""
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_times, dtype=torch.float64)
         return cls.from_betas(roots**2)
@@ -56,7 +56,7 @@ class NoiseSchedule:
     @classmethod
     def linear(
         cls, num_times: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02
-    ) -> NoiseSchedule:
+    ) -> VariancePreserving:
         """Build the schedule with linear betas; the defaults are those of DDPM (arXiv 2006.11239)."""
         return cls.from_betas(torch.linspace(beta_start, beta_end, num_times, dtype=torch.float64))
 

@@ -30,8 +30,8 @@ from twostep.networks.adapters import (
 )
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
-from twostep.training.loop import Draw
-from twostep.training.processes import place, wait
+from twostep.training.loop import Randomness
+from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder, write_whole
 from twostep.training.shards import gathered, shard
@@ -150,18 +150,18 @@ def _prepare(
     }
     versions |= {"python": platform.python_version(), "twostep": version}
     folder.log(
-        part="environment", machine=card, device=device.type, processes=place().count, **versions
+        part="environment", machine=card, device=device.type, processes=world().size, **versions
     )
     if (kind := recipe.prediction_type) is not None:
         denoiser, contract = replace(teacher.denoiser, prediction_type=kind), teacher.contract
         teacher = replace(
             teacher, denoiser=denoiser, contract=replace(contract, prediction_type=kind)
         )
-    if teacher.contract.role == "teacher" and recipe.style_lora is None and place().first:
+    if teacher.contract.role == "teacher" and recipe.style_lora is None and world().is_first:
         save_bundle(teacher, folder.path / "model")  # before it moves, for this makes copies
     teacher = teacher.to(device)
     if teacher.contract.role == "teacher":
-        draw = Draw.at(0, 0)
+        draw = Randomness.at(0, 0)
         x0, conditioning = source.draw(4, draw.tensors, draw.words)
         probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
         folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
@@ -173,7 +173,7 @@ def _prepare(
 
 def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
     """Refuse what several processes cannot do alike: RecipeError."""
-    count = place().count
+    count = world().size
     if count > 1 and device.index is not None:
         raise RecipeError(
             f'device "{device}" is one for {count} processes; "{device.type}" gives each its own.'

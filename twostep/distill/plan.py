@@ -35,7 +35,7 @@ from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTraine
 from twostep.models.bundle import load_bundle
 from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
-from twostep.training.loop import Draw
+from twostep.training.loop import Randomness
 
 _TELLING = {
     "objective",
@@ -200,7 +200,7 @@ def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int
         optimiser.step()
         optimiser.zero_grad()
     meter.peak = standing = meter.living
-    trainer.iterate(0, Draw.at(0, 0))
+    trainer.iterate(0, Randomness.at(0, 0))
     kept = meter.living - standing if phase.reuse > 1 else 0
     counts = {
         role: sum(p.numel() for p in trained.parameters())
@@ -214,7 +214,9 @@ def _draw(examples: Examples, meter: _Meter) -> int:
     """Return what drawing adds, by the teacher with its guidance."""
     before, teacher = meter.living, examples.teacher
     meter.peak = before
-    examples.draw(lambda told: teacher.denoiser.guided(told, told, teacher.contract.guidance), 1)
+    examples.draw(
+        lambda told: teacher.denoiser.with_guidance(told, told, teacher.contract.guidance), 1
+    )
     return meter.peak - before
 
 

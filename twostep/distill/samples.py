@@ -53,7 +53,7 @@ class Examples:
         """Return teacher above student as a sheet, and how the student's looks compare
         (`health.measure`).
         """
-        own = self.draw(student.given, student_steps)
+        own = self.draw(student.with_conditioning, student_steps)
         labels = (f"teacher {self.teacher.contract.steps}", f"student {student_steps}")
         return _sheet(labels, torch.stack([self._of_teacher[0], own[0]])), measure(
             own, self._of_teacher
@@ -61,11 +61,11 @@ class Examples:
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        return self.draw(self.guided, self.teacher.contract.steps)
+        return self.draw(self.with_guidance, self.teacher.contract.steps)
 
-    def guided(self, asked: Conditioning) -> Denoise:
+    def with_guidance(self, asked: Conditioning) -> Denoise:
         """Return the teacher with its guidance, given what to draw."""
-        return self.teacher.denoiser.guided(
+        return self.teacher.denoiser.with_guidance(
             asked, self.empty.expand(len(asked)), self.teacher.contract.guidance
         )
 

@@ -31,16 +31,16 @@ from twostep.networks.adapters import Lora, checkpoint_gradients
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
-    Average,
-    Draw,
+    MovingAverage,
     OnIteration,
+    Randomness,
     TrainingError,
     finite,
     rate_share,
     repeat,
     training_attention,
 )
-from twostep.training.processes import average, place
+from twostep.training.processes import average, world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 
@@ -135,7 +135,7 @@ def train_phase(
         monitor.load_state_dict(kept)
     paused: list[str] = []
 
-    def iterate(iteration: int, draw: Draw) -> dict[str, float]:
+    def iterate(iteration: int, draw: Randomness) -> dict[str, float]:
         if paused:
             raise TrainingError(
                 f"{phase.name} paused at iteration {iteration}: {paused[0]}. The same command goes on."
@@ -196,7 +196,7 @@ class RegressionTrainer:
         self.phase, self.lesson = phase, lesson
         trained = lesson.trained
         self.optimiser = _adam(trained, phase.learning_rate, (0.9, 0.999), phase)
-        self.average = Average(trained, phase.ema_decay)
+        self.average = MovingAverage(trained, phase.ema_decay)
         self.state: dict[str, Stateful] = {
             "student": trained,
             "optimiser": self.optimiser,
@@ -205,7 +205,7 @@ class RegressionTrainer:
         self.rate = 1.0
         self._kept: dict[int, tuple[_Start, Tensor]] = {}
 
-    def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
+    def iterate(self, iteration: int, draw: Randomness) -> dict[str, float]:
         """Take one step down the squared error."""
         phase, lesson = self.phase, self.lesson
         with phase.autocast(lesson.device.type):
@@ -218,7 +218,7 @@ class RegressionTrainer:
         self.average.update()
         return {"loss": loss.item(), "gradient": norm}
 
-    def _taught(self, iteration: int, draw: Draw) -> tuple[_Start, Tensor]:
+    def _taught(self, iteration: int, draw: Randomness) -> tuple[_Start, Tensor]:
         """Return a batch and the teacher's answer, which is asked for once and kept where batches
         are used again.
 
@@ -228,7 +228,7 @@ class RegressionTrainer:
         number = iteration % math.ceil(self.phase.iterations / self.phase.reuse)
         taught = self._kept.get(number)
         if taught is None:
-            first = draw if number == iteration else Draw.at(self.phase.seed, number)
+            first = draw if number == iteration else Randomness.at(self.phase.seed, number)
             start = x_t, t, _, _, teach = _draw_start(self.phase, self.lesson, first)
             taught = (
                 start,
@@ -257,7 +257,7 @@ class AdversarialTrainer:
         self.optimiser = _adam(trained, phase.learning_rate, (0.0, 0.99), phase)
         rate = phase.discriminator_learning_rate or phase.learning_rate
         self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
-        self.average = Average(trained, phase.ema_decay)
+        self.average = MovingAverage(trained, phase.ema_decay)
         self.rate = 1.0
         self.state: dict[str, Stateful] = {
             "student": trained,
@@ -269,7 +269,7 @@ class AdversarialTrainer:
             "discriminator_optimiser": self.discriminator_optimiser,
         }
 
-    def iterate(self, iteration: int, draw: Draw) -> dict[str, float]:
+    def iterate(self, iteration: int, draw: Randomness) -> dict[str, float]:
         """Take one step of the discriminator, then one of the student."""
         phase, student = self.phase, self.lesson.student
         with phase.autocast(self.lesson.device.type):
@@ -279,7 +279,7 @@ class AdversarialTrainer:
             seen_at = s
             if phase.student_steps <= 2:  # clean landings are judged noised to t* (section 3.7.2)
                 noised = draw_noised_times(phase.batch_size, phase.early_weight, draw.tensors)
-                seen_at = torch.where(s == 0, noised[place().share(phase.batch_size)], s)
+                seen_at = torch.where(s == 0, noised[world().share(phase.batch_size)], s)
             eps = _draw_noise(x_t, phase, draw)
             real, fake = (noise_landed(x, s, seen_at, eps, student.schedule) for x in (real, fake))
             judged = Transition(x_t, fake, t, seen_at, conditioning)
@@ -380,11 +380,11 @@ def _adam(
 _Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]
 
 
-def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
+def _draw_start(phase: Phase, lesson: Lesson, draw: Randomness) -> _Start:
     """Draw x_t at trained times t, where the student is to land, and the teacher for this
     conditioning.
     """
-    mine = place().share(phase.batch_size)
+    mine = world().share(phase.batch_size)
     x0, conditioning = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
     x0, conditioning = x0[mine].to(lesson.device), conditioning[mine].to(lesson.device)
     unconditional = (
@@ -393,11 +393,11 @@ def _draw_start(phase: Phase, lesson: Lesson, draw: Draw) -> _Start:
     t = draw_times(phase.student_steps, phase.batch_size, draw.tensors)[mine]
     eps = _draw_noise(x0, phase, draw)
     x_t = lesson.student.schedule.add_noise(x0, eps, t)
-    teach = lesson.teacher.guided(conditioning, unconditional, phase.guidance)
+    teach = lesson.teacher.with_guidance(conditioning, unconditional, phase.guidance)
     return x_t, t, landing(t, phase.grids[0]), conditioning, teach
 
 
-def _draw_noise(like: Tensor, phase: Phase, draw: Draw) -> Tensor:
+def _draw_noise(like: Tensor, phase: Phase, draw: Randomness) -> Tensor:
     """Draw the whole batch's noise and return this process's share."""
     noise = torch.randn(phase.batch_size, *like.shape[1:], generator=draw.tensors)
-    return noise[place().share(phase.batch_size)].to(like.device)
+    return noise[world().share(phase.batch_size)].to(like.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from twostep.contract import student_name
 from twostep.export.card import Card
-from twostep.export.writing import Parcel
+from twostep.export.writing import ExportJob
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import LowRank, write_lora
 from twostep.models.bundle import load_bundle
@@ -54,7 +54,7 @@ def extract(
         contract = replace(contract, name=name, base=told, lora_rank=rank, lora_alpha=float(rank))
     tensors, metadata = write_lora(lora, before.parts, "kohya")
     metadata |= contract.to_metadata() if contract.role == "student" else {}
-    Parcel(contract, "lora-kohya", out, before.denoiser.network, Card()).send(tensors, metadata)
+    ExportJob(contract, "lora-kohya", out, before.denoiser.network, Card()).send(tensors, metadata)
     return (lacks / whole) ** 0.5, left
 
 

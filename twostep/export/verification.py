@@ -32,7 +32,7 @@ def verify(
     contract, (width, height) = bundle.contract, bundle.contract.sizes[0]
     noise = initial_noise(seed, bundle.latent_shape(width, height))[None]
     told, ours = bundle.conditioning([prompt, ""], width, height), list[Tensor]()
-    denoise = bundle.denoiser.guided(told[:1], told[1:], contract.guidance)
+    denoise = bundle.denoiser.with_guidance(told[:1], told[1:], contract.guidance)
     sample(
         denoise,
         noise,

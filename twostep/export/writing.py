@@ -36,14 +36,14 @@ from twostep.models.contracts import (
     read_contracts,
     student_files,
 )
-from twostep.models.lora_stack import load_worn
+from twostep.models.lora_stack import load_with_loras
 from twostep.training.run_folder import write_whole
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 
 
 @dataclass(frozen=True)
-class Parcel:
+class ExportJob:
     """A model on its way out: what it says of itself, in which form and whereto it goes, and what
     its card shows.
     """
@@ -122,10 +122,10 @@ def export(
         contract = own or replace(read_contracts(str(base))[0], name=path.stem)
         tensors, told = write_lora(lora, networks, to.removeprefix("lora-"))
         told |= own.to_metadata() if own else {}
-        return Parcel(contract, to, out, networks["unet"], card).send(tensors, told)
-    bundle = load_worn(model, loras, steps=steps)
+        return ExportJob(contract, to, out, networks["unet"], card).send(tensors, told)
+    bundle = load_with_loras(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
-    parcel = Parcel(contract, to, out, bundle.denoiser.network, card)
+    parcel = ExportJob(contract, to, out, bundle.denoiser.network, card)
     return _send_folder(bundle, parcel) if to == "diffusers" else _send_whole(bundle, parcel)
 
 
@@ -171,7 +171,7 @@ def _lora_file(model: str | Path, steps: int | None) -> Path:
     return found[steps]
 
 
-def _send_folder(bundle: Bundle, parcel: Parcel) -> Path:
+def _send_folder(bundle: Bundle, parcel: ExportJob) -> Path:
     out = parcel.out
     if parcel.contract.role == "student":
         embed_no_guidance(bundle.denoiser.network)
@@ -187,7 +187,7 @@ def _send_folder(bundle: Bundle, parcel: Parcel) -> Path:
     return out
 
 
-def _send_whole(bundle: Bundle, parcel: Parcel) -> Path:
+def _send_whole(bundle: Bundle, parcel: ExportJob) -> Path:
     networks = {**bundle.parts, "vae": bundle.codec.vae} if parcel.to == "comfyui" else bundle.parts
     weights = (
         whole_weights(networks) if parcel.to == "comfyui" else bundle.denoiser.network.state_dict()

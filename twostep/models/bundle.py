@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.contract import TOP_TIME, Contract, student_name
-from twostep.diffusion import NoiseSchedule
+from twostep.diffusion import VariancePreserving
 from twostep.formats.locate import (
     CONFIGS,
     CONTRACT_FILE,
@@ -223,7 +223,7 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
     return path
 
 
-def load_schedule(folder: Path) -> NoiseSchedule:
+def load_schedule(folder: Path) -> VariancePreserving:
     """Read the noise schedule of a model folder; ModelError for one that this project's times do
     not fit.
     """
@@ -239,7 +239,9 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         raise ModelError(
             f"{folder} has the schedule {kind!r} over {num_times} times{zero_snr}; {known}."
         )
-    make = NoiseSchedule.scaled_linear if kind == "scaled_linear" else NoiseSchedule.linear
+    make = (
+        VariancePreserving.scaled_linear if kind == "scaled_linear" else VariancePreserving.linear
+    )
     return make(num_times, config["beta_start"], config["beta_end"])
 
 

@@ -3,7 +3,7 @@
 A LoRA without a contract is a style and changes no steps. One with a contract makes a teacher a
 student of few steps, or is a style that was trained on one student, and goes on that one alone.
 
-A `Wardrobe` puts other stacks of them on one loaded model. It copies the networks' modules, not
+A `LoraCache` puts other stacks of them on one loaded model. It copies the networks' modules, not
 their weights, and computes the LoRAs beside the layers, W x + weight * alpha / rank * up down x;
 or, fused, changes weights of its own. The model itself is never written to: it stays as it was bit
 for bit, and different stacks may draw at the same time.
@@ -31,7 +31,7 @@ from twostep.models.contracts import carried_contract, goes_on_a_student
 
 
 @dataclass(frozen=True)
-class Garment:
+class LoraFile:
     """A LoRA's file, how strongly it is put on, and what it says of itself."""
 
     path: Path
@@ -39,7 +39,7 @@ class Garment:
     contract: Contract | None
 
     @classmethod
-    def named(cls, lora: str) -> Garment:
+    def named(cls, lora: str) -> LoraFile:
         """Find "file", "file:0.8", or a built-in name; ModelError where there is none."""
         found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?", lora)
         name, weight = (found[1], float(found[2] or 1)) if found else (lora, 1.0)
@@ -93,14 +93,14 @@ class Garment:
         return replace(said, name=name, base=model.base, sizes=model.sizes)
 
 
-def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = None) -> Bundle:
+def load_with_loras(model: str | Path, loras: Sequence[str], *, steps: int | None = None) -> Bundle:
     """Load a model and merge LoRAs into it, in order, each "file" or "file:weight"; `steps` as for
     `load_bundle`.
 
     Where one of them makes students, it is the teacher that is loaded. Raises ModelError,
     ContractError.
     """
-    worn = [Garment.named(lora) for lora in loras]
+    worn = [LoraFile.named(lora) for lora in loras]
     few = next((garment for garment in worn if garment.makes_students), None)
     bundle = load_bundle(model, steps=steps if few is None else None)
     for garment in worn:
@@ -113,7 +113,7 @@ def load_worn(model: str | Path, loras: Sequence[str], *, steps: int | None = No
     return replace(bundle, origin=(str(model), *loras))
 
 
-class Wardrobe:
+class LoraCache:
     """A loaded model and the last `num_kept` stacks that it wore: one of them again costs no time
     and no look at disk.
 
@@ -129,14 +129,14 @@ class Wardrobe:
             lru_cache(num_kept)(self._take_out),
         )
 
-    def wear(self, loras: Sequence[str]) -> Bundle:
-        """Return the model with LoRAs on, each "file" or "file:weight"; raises as `load_worn`, also
+    def apply(self, loras: Sequence[str]) -> Bundle:
+        """Return the model with LoRAs on, each "file" or "file:weight"; raises as `load_with_loras`, also
         from any thread.
         """
         return self._wear(tuple(loras))
 
     def _put_on(self, loras: tuple[str, ...]) -> Bundle:
-        worn, contract = [Garment.named(lora) for lora in loras], self.bundle.contract
+        worn, contract = [LoraFile.named(lora) for lora in loras], self.bundle.contract
         for garment in worn:
             contract = garment.together(contract)
         stack = [(garment.weight, self._read(replace(garment, weight=1.0))) for garment in worn]
@@ -157,7 +157,7 @@ class Wardrobe:
         origin = (*self.bundle.origin, *loras)
         return replace(self.bundle, denoiser=denoiser, text=text, contract=contract, origin=origin)
 
-    def _take_out(self, garment: Garment) -> dict[str, LowRank]:
+    def _take_out(self, garment: LoraFile) -> dict[str, LowRank]:
         parts, found = self.bundle.parts, {}
         for name, low in garment.read(parts).items():
             weight = find_layer(parts, name).weight

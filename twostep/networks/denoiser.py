@@ -14,9 +14,9 @@ from torch import Tensor
 
 from twostep.diffusion import (
     Denoise,
-    NoiseSchedule,
     Prediction,
     PredictionType,
+    VariancePreserving,
     guide,
     prediction_from_output,
 )
@@ -35,7 +35,7 @@ class Denoiser:
     """
 
     network: UNet2DConditionModel
-    schedule: NoiseSchedule
+    schedule: VariancePreserving
     prediction_type: PredictionType = "eps"
     lora: str | None = None
 
@@ -66,18 +66,18 @@ class Denoiser:
         """
         return merge(self.network, self.lora)
 
-    def given(self, conditioning: Conditioning) -> Denoise:
+    def with_conditioning(self, conditioning: Conditioning) -> Denoise:
         """Close over the conditioning, as `solve` wants it."""
         return lambda x_t, t: self(x_t, t, conditioning)
 
-    def guided(
+    def with_guidance(
         self, conditioning: Conditioning, unconditional: Conditioning, scale: float
     ) -> Denoise:
         """Close over both conditionings with classifier-free guidance (arXiv 2207.12598), both in
         one call.
         """
         if scale == 1:
-            return self.given(conditioning)
+            return self.with_conditioning(conditioning)
         both = Conditioning.cat([unconditional, conditioning])
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:

@@ -112,7 +112,7 @@ class Inputs:
             drawn = _coarse(self.mask, noise)
             keep = lambda x_s, s: torch.where(drawn, x_s, schedule.add_noise(x0, noise, s))  # noqa: E731
         return solve(
-            denoiser.guided(shown, avoided, self.request.guidance or 1),
+            denoiser.with_guidance(shown, avoided, self.request.guidance or 1),
             x,
             t,
             schedule,

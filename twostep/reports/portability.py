@@ -15,7 +15,7 @@ from twostep.distill.samples import Examples
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
-from twostep.models.lora_stack import Wardrobe
+from twostep.models.lora_stack import LoraCache
 
 SCALES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _THINGS = (
@@ -65,8 +65,8 @@ def _drawn(lora: str, base: str, prompts: tuple[str, ...]) -> Iterator[tuple[str
     """Yield pictures with how they were drawn: by the base in its own steps, in as few as the
     LoRA's, and with it.
     """
-    wardrobe = Wardrobe(load_bundle(base).to(find_device("auto")), num_kept=1)
-    bundle, few = wardrobe.bundle, wardrobe.wear([lora]).contract
+    cache = LoraCache(load_bundle(base).to(find_device("auto")), num_kept=1)
+    bundle, few = cache.bundle, cache.apply([lora]).contract
     if few.role != "student":
         raise ContractError(
             f"{lora} makes no few-step students, so there is no best scale. Give a LoRA that does."
@@ -74,12 +74,12 @@ def _drawn(lora: str, base: str, prompts: tuple[str, ...]) -> Iterator[tuple[str
     examples = Examples.of(bundle, prompts)
     for steps in (bundle.contract.steps, few.steps):
         label = f"{steps} steps, guidance {bundle.contract.guidance:g}"
-        yield label, examples.draw(examples.guided, steps).flatten(0, 1)
+        yield label, examples.draw(examples.with_guidance, steps).flatten(0, 1)
     yield (
         f"{few.steps} steps, no guidance",
-        examples.draw(bundle.denoiser.given, few.steps).flatten(0, 1),
+        examples.draw(bundle.denoiser.with_conditioning, few.steps).flatten(0, 1),
     )
     for scale in SCALES:
-        worn = wardrobe.wear([f"{lora}:{scale}"])
-        pictures = Examples.of(worn, prompts).draw(worn.denoiser.given, few.steps)
+        worn = cache.apply([f"{lora}:{scale}"])
+        pictures = Examples.of(worn, prompts).draw(worn.denoiser.with_conditioning, few.steps)
         yield f"{few.steps} steps, LoRA x {scale:g}", pictures.flatten(0, 1)

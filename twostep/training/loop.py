@@ -74,14 +74,14 @@ def training_attention(device: str) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Randomness:
     """The randomness of one iteration: for tensors, and for words."""
 
     tensors: torch.Generator
     words: random.Random
 
     @classmethod
-    def at(cls, seed: int, iteration: int) -> Draw:
+    def at(cls, seed: int, iteration: int) -> Randomness:
         """Return the randomness that belongs to this iteration of a run, whatever happened before
         it.
         """
@@ -90,7 +90,7 @@ class Draw:
         return cls(torch.Generator().manual_seed(number), random.Random(number))
 
 
-class Average:
+class MovingAverage:
     """An exponential moving average of weights in training, a network's or a LoRA's; it follows
     quickly at first.
     """
@@ -148,7 +148,7 @@ OnIteration = Callable[[int, dict[str, float]], None]
 
 
 def repeat(
-    iterate: Callable[[int, Draw], dict[str, float]],
+    iterate: Callable[[int, Randomness], dict[str, float]],
     settings: LoopSettings,
     folder: RunFolder,
     name: str,
@@ -176,7 +176,7 @@ def repeat(
     start = start or 0
     began, sums, counted = time.monotonic(), dict[str, float](), 0
     for iteration in range(start, settings.iterations):
-        figures = averaged(iterate(iteration, Draw.at(settings.seed, iteration)))
+        figures = averaged(iterate(iteration, Randomness.at(settings.seed, iteration)))
         done, counted = iteration + 1, counted + 1
         sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
         on_iteration(done, figures)

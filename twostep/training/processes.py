@@ -16,32 +16,32 @@ from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
-class Place:
+class World:
     """Which of how many processes this is; a run of one process is the first of one."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def share(self, batch_size: int) -> slice:
         """Return which items of a batch are this process's."""
-        size = batch_size // self.count
+        size = batch_size // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
-def place() -> Place:
-    """Return the place of this process among those that were joined."""
+def world() -> World:
+    """Return the rank of this process and how many were joined."""
     if distributed.is_available() and distributed.is_initialized():
-        return Place(distributed.get_rank(), distributed.get_world_size())
-    return Place()
+        return World(distributed.get_rank(), distributed.get_world_size())
+    return World()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Place]:
+def joined(device: torch.device) -> Iterator[World]:
     """Within it this process is one of all that `accelerate launch` or torchrun started; alone it
     stays alone.
     """
@@ -49,8 +49,8 @@ def joined(device: torch.device) -> Iterator[Place]:
         from accelerate import PartialState
 
         PartialState(cpu=device.type not in ("cuda", "xpu"))
-    yield place()
-    if place().count > 1:
+    yield world()
+    if world().size > 1:
         distributed.destroy_process_group()
 
 
@@ -65,7 +65,7 @@ def device_type() -> str:
 
 def wait() -> None:
     """Wait until every process is here."""
-    if place().count > 1:
+    if world().size > 1:
         distributed.barrier()
 
 
@@ -74,11 +74,11 @@ def average(tensors: Sequence[Tensor]) -> None:
     already.
     """
     tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    if place().count == 1 or not tensors:
+    if world().size == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
-    flat /= place().count
+    flat /= world().size
     for tensor, mean in zip(
         tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
     ):
@@ -87,7 +87,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def averaged(figures: dict[str, float]) -> dict[str, float]:
     """Return the means of figures over all processes."""
-    if place().count == 1:
+    if world().size == 1:
         return figures
     means = torch.tensor(list(figures.values()), dtype=torch.float64, device=device_type())
     average([means])

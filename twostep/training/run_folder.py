@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from twostep.errors import TwostepError
-from twostep.training.processes import place
+from twostep.training.processes import world
 from twostep.training.recipe import Settings
 from twostep.training.shards import exchange_shards
 
@@ -53,7 +53,7 @@ class RunFolder:
         # Held until this folder is forgotten or the process ends, however it ends.
         self._lock = FileLock(path / "run.lock", is_singleton=True)
         try:
-            if place().first:
+            if world().is_first:
                 self._lock.acquire(blocking=False)
         except Timeout as error:
             raise RunError(
@@ -65,7 +65,7 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Append one line of JSON to log.jsonl, stamped with the time."""
-        if not place().first:
+        if not world().is_first:
             return
         line = json.dumps({"time": round(time.time(), 3), **values})
         with _writing(self.path), (self.path / "log.jsonl").open("a") as file:
@@ -79,7 +79,7 @@ class RunFolder:
         path, shards = self.checkpoint(name), self._shards(name, state)
         with _writing(shards):
             state = exchange_shards(state, shards, write=True)
-        if place().first:
+        if world().is_first:
             with write_whole(path) as file:
                 torch.save(state, file)
             for old in set(path.parent.glob(f"{name}.*.shards")) - {shards}:
@@ -113,7 +113,7 @@ def write_whole(path: Path) -> Iterator[Any]:
 
     What any but the first of several processes writes is thrown away.
     """
-    if not place().first:
+    if not world().is_first:
         with open(os.devnull, "wb") as nowhere:
             yield nowhere
         return

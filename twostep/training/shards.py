@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, zeros
 
-from twostep.training.processes import device_type, place
+from twostep.training.processes import device_type, world
 
 
 def shard(network: nn.Module, methods: Sequence[str] = ()) -> None:
@@ -46,7 +46,7 @@ def gathered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (key, value.full_tensor() if isinstance(value, DTensor) else value)
         for key, value in weights.items()
     )
-    return {key: tensor.cpu() for key, tensor in tensors if place().first}
+    return {key: tensor.cpu() for key, tensor in tensors if world().is_first}
 
 
 def exchange_shards(state: dict[str, Any], folder: Path, *, write: bool) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _mesh() -> DeviceMesh:
     """Return all processes in a row; making it may found a group of them, which all must do
     together.
     """
-    return init_device_mesh(device_type(), (place().count,))
+    return init_device_mesh(device_type(), (world().size,))
 
 
 def _exchanged(

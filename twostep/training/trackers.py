@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from twostep.training.processes import place
+from twostep.training.processes import world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 
@@ -24,7 +24,7 @@ def track(folder: RunFolder, names: Sequence[Tracker]) -> None:
             raise RecipeError(
                 f'trackers names "{name}", which is not installed: pip install {name}, or leave it out.'
             )
-    if not names or not place().first:
+    if not names or not world().is_first:
         return
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
