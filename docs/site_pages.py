@@ -22,6 +22,7 @@ HOISTED = {
     "examples/openmoji/README.md": "openmoji.md",
     "examples/openmoji/sheet.jpg": "openmoji-sheet.jpg",
     "NOTICE": "notice.md",
+    "CITATION.cff": "citation.md",
 }
 """Files outside docs/, and the pages that they become."""
 
@@ -88,5 +89,7 @@ def public_names() -> str:
     lines = ["# Public names", "", (twostep.__doc__ or "").strip(), ""]
     for name, (module, attribute) in sorted(twostep._HOMES.items()):
         lines += [f"## twostep.{name}", "", f"::: {module}.{attribute}"]
-        lines += ["    options:", "      show_root_heading: false", ""]
+        # The entry that other pages link to is the one on the page of its room.
+        lines += ["    options:", "      show_root_heading: false"]
+        lines += ["      skip_local_inventory: true", ""]
     return "\n".join(lines)
