@@ -5,7 +5,7 @@ pages need.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Card:
             "file": out.name,
             "to": to,
             "contract": contract,
-            "fields": asdict(contract),
+            "fields": {field.name: getattr(contract, field.name) for field in fields(contract)},
             "full_size": full_size,
         }
         told["base"] = base = SDXL_BASE if contract.base == SDXL.base else contract.base
