@@ -99,7 +99,7 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
     return Result(images, request.seeds, seconds, warnings, contract, request, bundle.origin)
 
 
-def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int, ...]]:
+def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int | float, ...]]:
     """Return a checked request with nothing left open, and the times that it walks, the landing 0
     included.
 
@@ -145,7 +145,7 @@ def _finite(
 
 
 def _warnings(
-    bundle: Bundle, request: Request, times: tuple[int, ...], wish: float | None
+    bundle: Bundle, request: Request, times: tuple[int | float, ...], wish: float | None
 ) -> list[str]:
     """Say what of a settled request will not have the effect one expects; `wish` is the strength it
     asked for.

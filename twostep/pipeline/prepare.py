@@ -37,7 +37,7 @@ class Inputs:
     """
 
     request: Request
-    times: tuple[int, ...]
+    times: tuple[int | float, ...]
     image: Pixels | None
     x0: Float[Tensor, "1 c h w"]
     mask: Mask | None
@@ -45,7 +45,7 @@ class Inputs:
     hints: tuple[Hint, ...]
 
     @classmethod
-    def of(cls, bundle: Bundle, request: Request, times: tuple[int, ...]) -> Inputs:
+    def of(cls, bundle: Bundle, request: Request, times: tuple[int | float, ...]) -> Inputs:
         """Cut the pictures of a settled request to its size and encode them, for a drawing that
         walks these times.
 
