@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -27,7 +27,7 @@ from twostep.errors import TwostepError
 METADATA_KEY = "twostep.contract"
 """Where the contract lies in safetensors metadata; in a PNG it is part of the chunk `twostep`."""
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION: Final = 2
 """The newest version of the format that this code reads, and the one that it writes."""
 
 TOP_TIME = 1000

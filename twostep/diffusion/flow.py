@@ -77,19 +77,19 @@ def solve(
 
 def walk(
     denoise: Denoise,
-    x: Batch,
-    times: Real[Tensor, "points batch"],
+    x: Tensor,
+    times: Tensor,
     schedule: Schedule,
     move: Move,
     on_step: OnStep | None = None,
     keep: Keep | None = None,
-) -> Batch:
+) -> Tensor:
     """Go from times[0] to times[-1] as `solve` does, by another kind of step.
 
     Args:
         denoise: what predicts x0 and eps.
-        x: the items at times[0].
-        times: falling times of each item, at least two.
+        x: the items at times[0], [batch, ...].
+        times: falling times of each item, [points, batch] with at least two points.
         schedule: whose times they are.
         move: how a step gets from a prediction to the next time.
         on_step: called after every network call.

@@ -83,7 +83,7 @@ def landing(t: Times, grid_steps: int, schedule: Schedule | None = None) -> Time
         table = torch.from_numpy(_integer_landings(grid_steps, int(top)))
         return table[t.to("cpu", torch.int64)].to(t)
     points = [_real_landing(float(time), grid_steps, schedule) for time in t.tolist()]
-    return torch.tensor(points).to(t)
+    return torch.tensor(points, dtype=t.dtype, device=t.device)
 
 
 def falling_times(
