@@ -187,8 +187,8 @@ def _by_parts(
 def _rows(batch: Tensor, part: Part) -> Tensor:
     """Return some rows of a batch, laid out and aligned in memory as a tensor of their own is."""
     if len(part) == 1:
-        rows = batch[part[0]]
-        return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()
+        alone = batch[part[0]]
+        return alone if alone.data_ptr() % _ALIGNMENT == 0 else alone.clone()
     size = sum(rows.stop - rows.start for rows in part)
     together = torch.empty_like(batch[:size])
     start = 0
