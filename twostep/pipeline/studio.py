@@ -21,6 +21,7 @@ from twostep.models.contracts import read_contracts
 from twostep.models.lora_stack import LoraCache, LoraFile
 from twostep.pipeline.generation import OnStep, OnStepOf, Progress, generate, generate_together
 from twostep.pipeline.request import Request, RequestError, Result
+from twostep.training.device import find_device
 
 FAVOURITE_STEPS = 2
 """The student that draws where a request says no number of steps, if the model has it."""
@@ -57,7 +58,7 @@ class Studio:
     ) -> None:
         if max_models < 1:
             raise RequestError(f"max_models is {max_models}; expected at least 1.")
-        self.device = _find_device(device)
+        self.device = find_device(device)
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self.dtype = dtype
@@ -148,13 +149,6 @@ class Studio:
         with self._lock:
             if self._slots.get(key) is slot:
                 del self._slots[key]
-
-
-def _find_device(name: str) -> torch.device:
-    """Return a device by name, "auto" being the accelerator if there is one."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device(name)
 
 
 def _favourite_steps(model: str) -> int:
