@@ -19,7 +19,8 @@ from torch import Tensor
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes, Concept
 from twostep.pretrain.captions import caption, complete_caption
-from twostep.pretrain.drawings import EmojiSet, Placement, compose
+from twostep.pretrain.drawings import DrawingSet, Placement, compose
+from twostep.pretrain.sizes import NANO
 
 FIRST_SEED = 1_000_000
 """Seeds from here on are held out for evaluation."""
@@ -96,7 +97,7 @@ def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
 
 
 def real_pictures(
-    attributes: Sequence[Attributes], emoji: EmojiSet, *, seed: int = FIRST_SEED
+    attributes: Sequence[Attributes], emoji: DrawingSet, *, seed: int = FIRST_SEED
 ) -> Float[Tensor, "batch 3 height width"]:
     """Compose one real picture for each wish, with whatever it leaves open drawn at random."""
     generator, rng = torch.Generator().manual_seed(seed), Random(seed)
@@ -106,7 +107,8 @@ def real_pictures(
     background = torch.tensor(
         [names.index(wish.background or rng.choice(names)) for wish in attributes]
     )
-    return compose(emoji.drawings[concept, style], background, Placement(), generator)
+    drawn = emoji.drawings[concept, style]
+    return compose(drawn, background, Placement(), generator, pixels=NANO.pixels)
 
 
 def _spread(count: int) -> list[int]:
@@ -140,7 +142,7 @@ def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attr
             yield Attributes(concepts[spread[step % len(spread)]].names, manner, background)
 
 
-def _fitting_drawing(wish: Attributes, emoji: EmojiSet, rng: Random) -> tuple[int, int]:
+def _fitting_drawing(wish: Attributes, emoji: DrawingSet, rng: Random) -> tuple[int, int]:
     fitting = [
         number
         for number, concept in enumerate(emoji.concepts)
@@ -148,7 +150,7 @@ def _fitting_drawing(wish: Attributes, emoji: EmojiSet, rng: Random) -> tuple[in
     ]
     if not fitting:
         raise PromptError(
-            f"no drawing shows {wish.names[0]!r}; use the emoji set that the prompts were made for."
+            f"no drawing shows {wish.names[0]!r}; use the drawings that the prompts were made for."
         )
     style = emoji.styles.index(wish.style) if wish.style else rng.randrange(len(emoji.styles))
     return rng.choice(fitting), style
