@@ -173,7 +173,8 @@ def load_judge(path: Path = BUILT_IN) -> Judge:
     try:
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
         return _rebuild(description, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

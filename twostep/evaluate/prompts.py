@@ -46,7 +46,7 @@ def _cut_out(words: str, pattern: re.Pattern[str]) -> tuple[str, str | None]:
 
 
 def _names_of(noun: str, concepts: Sequence[Concept]) -> tuple[str, ...]:
-    """Return the names of the concept, or the subgroup, that a noun names; empty if there is none."""
+    """Return the names of the concept or the subgroup that a noun names; empty for neither."""
     for concept in concepts:
         if noun in concept.names:
             return concept.names
