@@ -41,7 +41,7 @@ from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import encoder_features
 from twostep.pretrain.drawings import built_in_concepts
-from twostep.pretrain.latents import EmojiSource, LatentCache
+from twostep.pretrain.latents import DrawingSource, LatentCache
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
@@ -133,7 +133,7 @@ def learn_from(bundle: Bundle, phase: Phase) -> Lesson:
     cache = LatentCache(
         latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
     )
-    return Lesson(EmojiSource(cache, bundle.text, width, height), teacher, student)
+    return Lesson(DrawingSource(cache, bundle.text, width, height), teacher, student)
 
 
 def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
