@@ -109,8 +109,8 @@ def test_hints_act_at_their_own_times(
     assert torch.equal(bundle.denoiser(x, late, hinted).eps, plain.eps)
     plain = bundle.denoiser(x, early, conditioning)
     assert not torch.equal(bundle.denoiser(x, early, hinted).eps, plain.eps)
-    assert hinted.acting_at(400).hints == ()
-    assert hinted.acting_at(1000) is hinted
+    assert hinted.acting_at(400.0).hints == ()
+    assert hinted.acting_at(1000.0) is hinted
     real = replace(hint, times=frozenset({0.3}))
     assert real.acts_at(torch.tensor(0.3).item())
 

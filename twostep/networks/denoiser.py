@@ -74,7 +74,7 @@ class Denoiser:
         """
         time = self._network_time(x_t, t)
         if conditioning.hints:
-            conditioning = conditioning.acting_at(t[0].item())
+            conditioning = conditioning.acting_at(float(t[0]))
         # LoRAs are switched in the module itself, so threads that share it take turns.
         with at_work(self.network, self.lora):
             output = self.backbone(x_t, time, conditioning)
