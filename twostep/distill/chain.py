@@ -24,7 +24,7 @@ from twostep.models.bundle import Bundle, save_bundle, save_student, student_pat
 from twostep.networks.adapters import (
     Lora,
     add_lora,
-    checkpoint_gradients,
+    has_lora,
     load_lora,
     remove_lora,
     remove_loras,
@@ -81,7 +81,7 @@ def distil(
         if start is not None:
             leaving.callback(remove_loras, start.network)
             # Where the teacher is, with the style, if there is one, as its running LoRA.
-            nn.Module.to(start.network, teacher.denoiser.device, teacher.denoiser.network.dtype)
+            nn.Module.to(start.network, teacher.denoiser.device, teacher.denoiser.dtype)
             if recipe.style_lora is not None:
                 start = replace(
                     start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name
@@ -125,7 +125,7 @@ def lessons(
         student = lesson.student
         if recipe.shard and student.lora is None and any(later.lora_rank for later in rest):
             # A LoRA is put on what is whole.
-            student = replace(student, network=student.standalone())
+            student = student.standalone()
         needed = {later.teacher_steps for later in rest}
         if phase.student_steps in needed:
             finished[phase.student_steps] = _kept(student, phase)
@@ -284,16 +284,13 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
     """
     if phase.lora_rank is None:
         kind = phase.predicts(student.prediction_type)
-        student = replace(
-            student,
-            network=student.standalone().requires_grad_(True),
-            lora=None,
-            prediction_type=kind,
-        )
+        student = replace(student.standalone(), prediction_type=kind)
+        student.network.requires_grad_(True)
     else:
         if student.lora is None:
-            add_lora(student.network, _RUNNING, rank=phase.lora_rank)
-        rank = student.network.peft_config[_RUNNING].r
+            targets = student.backbone.spec.lora_targets
+            add_lora(student.network, _RUNNING, rank=phase.lora_rank, targets=targets)
+        rank = Lora(student.network, _RUNNING).rank
         if rank != phase.lora_rank:
             raise RecipeError(
                 f"phase {phase.name} has lora_rank {phase.lora_rank}; the LoRA that it trains on has {rank}."
@@ -301,10 +298,7 @@ def _learner(student: Denoiser, phase: Phase) -> Denoiser:
         student.network.requires_grad_(False)
         Lora(student.network, _RUNNING).requires_grad_(True)
         student = replace(student, lora=_RUNNING)
-    if phase.gradient_checkpointing:
-        checkpoint_gradients(student.network)
-    else:
-        student.network.disable_gradient_checkpointing()
+    student.checkpoint_gradients(phase.gradient_checkpointing)
     return student
 
 
@@ -323,8 +317,8 @@ def _kept(student: Denoiser, phase: Phase) -> Denoiser:
         return student
     name = f"{phase.student_steps}-step"
     kept = Lora(student.network, name)
-    if name not in student.network.peft_config:
-        targets = student.network.peft_config[student.lora].target_modules
+    if not has_lora(student.network, name):
+        targets = Lora(student.network, student.lora).targets
         kept = add_lora(student.network, name, rank=phase.lora_rank, targets=targets)
     kept.load_state_dict(Lora(student.network, student.lora).state_dict())
     return replace(student, lora=name)

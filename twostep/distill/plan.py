@@ -89,7 +89,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         start = None
         if recipe.starts_apart:
             start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
-            nn.Module.to(start.network, teacher.denoiser.network.dtype)
+            nn.Module.to(start.network, teacher.denoiser.dtype)
         size = teacher.contract.sizes[0]
         shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
         blank = _Blank(

@@ -27,7 +27,7 @@ from twostep.distill.pairs import (
     teacher_landing,
 )
 from twostep.distill.recipe import Phase
-from twostep.networks.adapters import Lora, checkpoint_gradients
+from twostep.networks.adapters import Lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
@@ -99,8 +99,7 @@ class Lesson:
         """Where the student is, and everything goes; randomness is drawn on the CPU, so it is the
         same everywhere.
         """
-        parameter: Tensor = next(iter(self.student.network.parameters()))
-        return parameter.device
+        return self.student.device
 
 
 def train_phase(
@@ -250,7 +249,7 @@ class AdversarialTrainer:
             lesson.teacher, pairs=phase.objective == "conditional"
         )
         if phase.gradient_checkpointing and isinstance(self.discriminator, Discriminator):
-            checkpoint_gradients(self.discriminator.encoder)  # a shared base does so already
+            self.discriminator.denoiser.checkpoint_gradients(True)  # a shared base does so already
         self.optimiser = make_optimiser(
             trained,
             phase.learning_rate,

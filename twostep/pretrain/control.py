@@ -134,7 +134,7 @@ def train_control(
     `on_checkpoint` is called before every checkpoint with the averaged weights in the ControlNet.
     """
     denoiser = bundle.denoiser
-    device = denoiser.network.device
+    device = denoiser.device
     batch_size = settings.loop.batch_size
     num_times = denoiser.schedule.num_times
     width, height = bundle.contract.sizes[0]

@@ -13,6 +13,7 @@ from twostep.diffusion import VariancePreserving
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.pretrain.sizes import NANO, ModelSize
 from twostep.pretrain.tokenizer import build_tokenizer
 from twostep.text.clip import TextEncoders
@@ -105,7 +106,7 @@ def random_bundle(
         text = build_text_encoders(size, corpus)
     for network in (unet, vae, *text.encoders):
         network.requires_grad_(False).eval()
-    denoiser = Denoiser(unet, VariancePreserving.scaled_linear())
+    denoiser = Denoiser(SdxlUnet(unet), VariancePreserving.scaled_linear())
     contract = teacher_contract(size, name="random", recipe="none", version="none", guidance=4.0)
     return Bundle(denoiser, ImageCodec(vae), text, contract)
 

@@ -120,7 +120,7 @@ def train_teacher(
     Returns:
         The same denoiser, with averaged weights.
     """
-    device = denoiser.network.device
+    device = denoiser.device
     batch_size = settings.loop.batch_size
     torch.manual_seed(settings.loop.seed)
     denoiser.network.requires_grad_(True).train()

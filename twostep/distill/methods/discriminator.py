@@ -7,6 +7,7 @@ where it must.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twostep.diffusion.shapes import Latents, Times
-from twostep.networks.adapters import Lora, activate, add_lora, remove_lora
+from twostep.networks.adapters import Lora, add_lora, remove_lora
 from twostep.networks.conditioning import Conditioning
-from twostep.networks.denoiser import Denoiser, encoder_features
+from twostep.networks.denoiser import Denoiser
 from twostep.training.shards import shard
 
 Features = Float[Tensor, "batch width fh fw"]
@@ -32,15 +33,16 @@ class Discriminator(nn.Module):
         """Copy the teacher's encoder; `pairs` tells whether x_t is judged together with x_s."""
         super().__init__()
         self.pairs = pairs
-        self.encoder = teacher.standalone().requires_grad_(True)
-        del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
-        self.head = _head(self.encoder.config.block_out_channels[-1], pairs, self.encoder.device)
+        self.denoiser = teacher.encoder_copy()
+        self.encoder = self.denoiser.network.requires_grad_(True)
+        width = teacher.backbone.spec.feature_widths[-1]
+        self.head = _head(width, pairs, self.denoiser.device)
         if sharded:
             shard(self, methods=("features", "judge"))
 
     def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of x at time t."""
-        return encoder_features(self.encoder, x, t, conditioning)
+        return self.denoiser.features(x, t, conditioning)[-1]
 
     def judge(self, before: Features | None, after: Features) -> Logits:
         """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
@@ -59,21 +61,25 @@ class LoraDiscriminator:
 
     def __init__(self, teacher: Denoiser, *, pairs: bool, rank: int) -> None:
         """Put the adapter on the teacher's network; whatever could be trained there still can."""
-        self.pairs, network = pairs, teacher.network
+        self.pairs = pairs
+        network = teacher.network
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         remove_lora(network, self.NAME)
-        self.lora = add_lora(network, self.NAME, rank=rank, encoder_only=True)
+        spec = teacher.backbone.spec
+        self.lora = add_lora(
+            network, self.NAME, rank=rank, targets=spec.lora_targets, encoder_only=True
+        )
+        self.denoiser = replace(teacher, lora=self.NAME)
         if teacher.lora is not None:
             taught = Lora(network, teacher.lora).state_dict()
             self.lora.load_state_dict({key: taught[key] for key in self.lora.state_dict()})
         for parameter in trainable:
             parameter.requires_grad_(True)
-        self.head = _head(network.config.block_out_channels[-1], pairs, network.device)
+        self.head = _head(spec.feature_widths[-1], pairs, teacher.device)
 
     def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of x at time t."""
-        activate(self.lora.network, self.lora.name)
-        return encoder_features(self.lora.network, x, t, conditioning)
+        return self.denoiser.features(x, t, conditioning)[-1]
 
     def judge(self, before: Features | None, after: Features) -> Logits:
         """Return the logits, from the features of x_s and, of a judge of pairs, those of x_t."""
