@@ -33,7 +33,8 @@ from examples.nano.report import evaluate
 from examples.nano.silhouette import PLACEMENT, hints_of
 from twostep.diffusion import initial_noise, sample
 from twostep.media.image import to_images
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.control import Hint, load_control
 
 HELD_OUT_SEED = 2**20

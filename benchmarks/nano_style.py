@@ -33,8 +33,7 @@ from examples.nano.model import PIXELS
 from examples.nano.report import evaluate
 from examples.nano.teacher import noise_loss
 from twostep.media.image import to_images
-from twostep.models.bundle import load_bundle
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 from twostep.training.loop import training_attention
 

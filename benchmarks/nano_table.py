@@ -40,9 +40,10 @@ from examples.nano.drawings import EmojiSet, load_emoji
 from examples.nano.judge import Judge, load_judge
 from examples.nano.report import Report, evaluate
 from twostep.diffusion import Denoise, VariancePreserving, guide, initial_noise, sample
+from twostep.formats import resolve
 from twostep.formats.locate import find_model
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 
 CHUNK = 128
 DECODE_CHUNK = 16
@@ -188,7 +189,7 @@ def model_rows(model: str) -> list[Row]:
 def lora_rows(model: str) -> list[Row]:
     """The students that the model also has as LoRAs."""
     contracts = {
-        path: file_contract(path)
+        path: resolve(path).contract
         for path in (find_model(model) / "students").glob("*_lora.safetensors")
     }
     return [

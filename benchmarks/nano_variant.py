@@ -29,7 +29,7 @@ from examples.nano.judge import Judge, load_judge
 from examples.nano.report import evaluate
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
 from twostep.reports.portability import SCALES
 

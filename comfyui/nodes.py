@@ -13,6 +13,8 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from twostep.formats import resolve
+
 from .sampling import FOLDERS, PREDICTIONS, explain, kind_of, read_contract, sigmas, student_beside
 
 NO_BASE = "none"
@@ -180,11 +182,13 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
     """Return model, text encoders, VAE, sigmas, steps and cfg of a file."""
+    checkpoint = resolve(path)
+    kind = kind_of(checkpoint)
     base_path = None if base == NO_BASE else _path(f"checkpoints/{base}")
-    contract = read_contract(path, base_path)
-    kind = kind_of(path)
+    contract = read_contract(checkpoint, base_path)
     model = clip = vae = None
-    if whole := path if kind == "checkpoint" else base_path:
+    whole = path if kind == "checkpoint" else base_path
+    if whole is not None:
         model, clip, vae = _checkpoint(whole, with_model=kind != "unet")
     if kind == "unet":
         model = comfy.sd.load_diffusion_model(str(path))

@@ -27,7 +27,10 @@ from twostep import __version__
 from twostep.cli.train import OnProgress, Out, Override, progress_bar, spoken
 from twostep.distill.chain import find_device
 from twostep.errors import TwostepError
-from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.saving import save_bundle
+from twostep.models.sdxl_networks import load_codec, load_text
 from twostep.training.recipe import load_recipe
 from twostep.training.run_folder import RunFolder
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twostep.formats.lora_files import merge_lora, read_lora
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 
 FOLDERS: dict[str, Path] = {}
 """ComfyUI's model folders by name, set by a test."""

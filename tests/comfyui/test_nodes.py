@@ -19,7 +19,7 @@ from comfyui.sampling import sigmas
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import initial_noise
 from twostep.formats.lora_files import merge_lora, read_lora
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

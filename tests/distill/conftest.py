@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from examples.nano.model import random_bundle
-from twostep.models.bundle import Bundle, save_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.text.clip import TextEncoders
 

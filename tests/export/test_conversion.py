@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
 from twostep.export.conversion import REST, convert
+from twostep.formats import read_contracts
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, split
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import DIALECTS, LoraError, LowRank, merge_lora, write_lora
 from twostep.formats.single_file import NAMES, PARTS, account, whole_weights
-from twostep.models.bundle import Bundle, hollow_networks, load_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.sdxl_networks import hollow_networks
 
 from ..vanilla import assemble, write_single_file
 from .conftest import random_lora, student_contract

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from twostep.contract import Contract
 from twostep.export.extraction import extract, low_rank
 from twostep.export.writing import export
-from twostep.formats.identify import read_header
+from twostep.formats.header import read_header
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import merge_lora, read_lora
-from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.saving import save_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -8,9 +8,9 @@ import pytest
 
 from twostep.export.verification import verify
 from twostep.export.writing import export
+from twostep.formats import read_contracts
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
-from twostep.models.contracts import read_contracts
 
 from ..vanilla import assemble
 

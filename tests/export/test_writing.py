@@ -17,11 +17,12 @@ from examples.nano.model import random_bundle
 from twostep.contract import Contract
 from twostep.export.card import Card
 from twostep.export.writing import export
-from twostep.formats.identify import read_header
+from twostep.formats.header import read_header
 from twostep.formats.ldm_names import CLIP_L, UNET, unet_names
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import read_lora, write_lora
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -13,7 +13,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from twostep.formats.identify import kind_of, read_header, summary
+from twostep.formats.header import read_header
+from twostep.formats.identify import kind_of, summary
 from twostep.formats.ldm_names import UNET, unet_names
 from twostep.formats.locate import ModelError, find_model
 

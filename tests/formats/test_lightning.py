@@ -15,13 +15,15 @@ from twostep.contract import ContractError
 from twostep.export.conversion import convert
 from twostep.export.verification import verify
 from twostep.export.writing import export
+from twostep.formats import read_contracts, resolve
 from twostep.formats.ldm_names import unet_names
-from twostep.formats.locate import LIGHTNING, ModelError, find_model
+from twostep.formats.lightning import LIGHTNING
+from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, merge_lora, write_lora
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract, read_contracts
-from twostep.models.lora_stack import LoraCache, load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.lora_stack import LoraCache
 from twostep.networks.adapters import TARGETS
 
 from ..vanilla import assemble, write_single_file
@@ -239,10 +241,10 @@ def test_official_files_are_inspected_converted_exported_and_verified_by_name(
         torch.equal(official[key], again[key]) for key in official
     )
     told = export(lora, "lora-kohya", tmp_path / "told.safetensors")
-    assert file_contract(told) == file_contract(find_model(lora))
+    assert resolve(told).contract == resolve(lora).contract
     assert "license: openrail++" in told.with_suffix(".md").read_text()
     whole = export("sdxl_lightning_1step_x0", "comfyui", tmp_path / "whole.safetensors")
-    assert (file_contract(whole).prediction_type, file_contract(whole).steps) == ("x0", 1)
+    assert (resolve(whole).contract.prediction_type, resolve(whole).contract.steps) == ("x0", 1)
     assert '"sampling": "x0"' in whole.with_suffix(".api.json").read_text()
     small_size = ((64, 64),)
     for name in ("sdxl_lightning_2step_unet", "sdxl_lightning_2step"):

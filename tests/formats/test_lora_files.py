@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from examples.nano.model import random_bundle
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LoraError, LowRank, merge_lora, read_lora, write_lora
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import TARGETS
 
 ROOT = Path(__file__).parents[2]

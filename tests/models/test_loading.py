@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from examples.nano.model import random_bundle
 from twostep.cli import app
+from twostep.formats import read_contracts
 from twostep.formats.locate import ModelError, find_model
-from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.saving import save_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

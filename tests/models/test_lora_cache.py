@@ -17,8 +17,9 @@ from twostep.contract import ContractError
 from twostep.diffusion import initial_noise, sample
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LoraError, LowRank, write_lora
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.lora_stack import LoraCache, load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.lora_stack import LoraCache
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

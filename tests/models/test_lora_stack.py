@@ -12,10 +12,10 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from twostep.contract import ContractError
+from twostep.formats import resolve
 from twostep.formats.locate import ModelError, find_model
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 
 TARGETS = ("to_q", "to_v")
@@ -88,8 +88,9 @@ def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style:
     worn = load_with_loras("nano", ["nano_4step_lora", str(style)])
     assert (worn.contract.steps, worn.contract.role) == (4, "student")
     assert worn.contract.name == "nano-4step+style"
-    assert load_with_loras("nano", ["nano_4step_lora"], steps=4).contract == file_contract(
-        find_model("nano_4step_lora")
+    assert (
+        load_with_loras("nano", ["nano_4step_lora"], steps=4).contract
+        == resolve(find_model("nano_4step_lora")).contract
     )
     torch.testing.assert_close(
         answer(load_with_loras("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora"))
@@ -103,9 +104,7 @@ def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style:
 
 
 def test_one_that_was_trained_on_a_student_goes_on_that_alone(style: Path) -> None:
-    said = replace(
-        file_contract(find_model("nano_2step_lora")), base="nano-2step", name="style-2step"
-    )
+    said = replace(resolve("nano_2step_lora").contract, base="nano-2step", name="style-2step")
     said = replace(said, lora_rank=2, lora_alpha=2.0)
     path = style.with_name("trained.safetensors")
     save_file(load_file(style), path, said.to_metadata())

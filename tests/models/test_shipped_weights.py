@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from examples.nano.judge import load_judge
 from examples.nano.prompts import attributes_from_prompt
 from examples.nano.report import evaluate
+from twostep.formats import read_contracts
 from twostep.formats.locate import WEIGHTS
-from twostep.models.bundle import load_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -20,7 +20,7 @@ from examples.nano.latents import cache_latents
 from examples.nano.model import PIXELS, random_bundle
 from examples.nano.teacher import TeacherSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.training.loop import TrainingError, rate_share

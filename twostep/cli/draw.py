@@ -164,16 +164,15 @@ def _make(
     with Console(stderr=True).status(f"loading {model}"):
         import torch
 
-        from twostep.models.contracts import read_contracts
-        from twostep.models.lora_stack import load_with_loras
+        from twostep.formats import resolve
+        from twostep.models.loading import load_with_loras
 
+        checkpoint = resolve(model, steps=steps)
         if steps is None and not loras:
-            offered = [contract.steps for contract in read_contracts(model)]
+            offered = [contract.steps for contract in checkpoint.contracts]
             steps = 2 if 2 in offered else offered[0]
-        bundle, accelerator = (
-            load_with_loras(model, loras or (), steps=steps),
-            torch.accelerator.current_accelerator(),
-        )
+        bundle = load_with_loras(checkpoint, loras or (), steps=steps)
+        accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None:
             bundle.to(accelerator, torch.float16)
     loading_seconds = time.perf_counter() - start
@@ -196,7 +195,7 @@ def info(
     ] = False,
 ) -> None:
     """Print what a model says of itself: how each of its checkpoints must be sampled."""
-    from twostep.models.contracts import read_contracts
+    from twostep.formats import read_contracts
 
     contracts = read_contracts(model)
     if as_json:

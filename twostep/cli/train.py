@@ -106,7 +106,7 @@ def cache(
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
     from twostep.data.sources import Demands, find_entries
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_with_loras
 
     path, prompts = Path(source), None
     if path.suffix == ".txt" and path.is_file():
@@ -203,8 +203,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     from twostep import __version__
     from twostep.distill import DistillRecipe, distil
     from twostep.distill.chain import find_device
-    from twostep.models.bundle import load_bundle
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_bundle, load_with_loras
     from twostep.training.processes import joined
     from twostep.training.recipe import load_recipe
     from twostep.training.run_folder import RunFolder

@@ -19,7 +19,8 @@ from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminat
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
-from twostep.models.bundle import Bundle, save_bundle, save_student
+from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle, save_student
 from twostep.networks.adapters import (
     Lora,
     add_lora,

@@ -32,7 +32,7 @@ from twostep.distill.methods.discriminator import LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.training.loop import Randomness
