@@ -30,19 +30,19 @@ import typer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from examples.nano.captions import STYLES
-from examples.nano.drawings import built_in_concepts
-from examples.nano.latents import EmojiSource, LatentCache
 from twostep.diffusion import landing
 from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.pairs import trained_times
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
+from twostep.evaluate.attributes import STYLES
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import encoder_features
+from twostep.pretrain.drawings import built_in_concepts
+from twostep.pretrain.latents import EmojiSource, LatentCache
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.nano.model import random_bundle
 from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.recipe import Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
 from twostep.networks.conditioning import Conditioning
+from twostep.pretrain.model import random_bundle
 from twostep.text.clip import TextEncoders
 from twostep.training.loop import Randomness
 

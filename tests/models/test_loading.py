@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.formats import read_contracts
 from twostep.formats.locate import ModelError, find_model
@@ -20,6 +19,7 @@ from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble
 
