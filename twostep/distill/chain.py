@@ -72,7 +72,7 @@ def distil(
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version)
     examples = Examples.of(teacher, recipe.sample_prompts)
     if recipe.cache is not None:  # whose texts are encoded
-        for encoder in teacher.text.encoders:
+        for encoder in teacher.text.networks.values():
             encoder.to("cpu")
     written: dict[int, Path] = {}
     with ExitStack() as leaving:

@@ -101,7 +101,9 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         drawing = _draw(Examples.of(teacher, recipe.sample_prompts), meter)
         if recipe.cache is not None and not is_cpu:
             for weight in (
-                weight for encoder in teacher.text.encoders for weight in encoder.parameters()
+                weight
+                for encoder in teacher.text.networks.values()
+                for weight in encoder.parameters()
             ):
                 weight.data = torch.empty(0)  # on another device than what is counted
         for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):

@@ -28,7 +28,7 @@ from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_with_loras
 from twostep.models.saving import save_bundle
-from twostep.models.sdxl import base_folder, embed_no_guidance
+from twostep.models.sdxl import autoencoder, base_folder, embed_no_guidance, is_sdxl
 from twostep.models.sdxl_networks import hollow_networks
 from twostep.training.run_folder import write_whole
 
@@ -72,6 +72,8 @@ class ExportJob:
     @property
     def full_size(self) -> bool:
         """Whether it is SDXL itself; most programs do not know smaller models of its classes."""
+        if not is_sdxl(self.contract):
+            return False
         channels = self.network.config.block_out_channels  # type: ignore[union-attr]
         return tuple(channels) == _SDXL_CHANNELS  # type: ignore[arg-type]
 
@@ -116,7 +118,7 @@ def export(
 
     Arguments:
         model: what is to be exported; for a LoRA its file, or a folder that has it.
-        to: one of `TARGETS`.
+        to: one of `TARGETS`; "diffusers" is the folder of the model's own family.
         out: the folder for diffusers, otherwise the .safetensors file.
         steps: picks a student of a model that has several.
         base: a model with the layers of a LoRA; found by the LoRA's contract if not given.
@@ -133,7 +135,14 @@ def export(
     bundle = load_with_loras(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
     job = ExportJob(contract, to, out, bundle.denoiser.network, card)
-    return _write_folder(bundle, job) if to == "diffusers" else _write_file(bundle, job)
+    if to != "diffusers":
+        return _write_file(bundle, job)
+    if is_sdxl(contract):
+        _write_sdxl_folder(bundle, job)
+    else:
+        save_bundle(replace(bundle, contract=contract), out)
+    job.write_card()
+    return out
 
 
 def _check_target(to: str, out: Path) -> None:
@@ -208,8 +217,8 @@ def _find_lora(model: str | Path | Checkpoint, steps: int | None) -> Checkpoint:
     return loras[steps]
 
 
-def _write_folder(bundle: Bundle, job: ExportJob) -> Path:
-    """Write a diffusers folder with its card; returns the folder."""
+def _write_sdxl_folder(bundle: Bundle, job: ExportJob) -> None:
+    """Write a folder as diffusers does, with ModelSpec and the contract in the UNet's file too."""
     if job.contract.role == "student":
         embed_no_guidance(bundle.denoiser.network)
     save_bundle(replace(bundle, contract=job.contract), job.out)
@@ -218,15 +227,22 @@ def _write_folder(bundle: Bundle, job: ExportJob) -> Path:
     # Older versions of transformers find nothing without the first word of CLIP's names.
     encoder = job.out / "text_encoder" / "model.safetensors"
     stamp(encoder.read_bytes(), encoder, {}, clip_l_names)
-    job.write_card()
-    return job.out
 
 
 def _write_file(bundle: Bundle, job: ExportJob) -> Path:
-    """Write a whole checkpoint for ComfyUI, or a UNet alone, in 16 bits; returns the file."""
+    """Write a whole checkpoint for ComfyUI, or a UNet alone, in 16 bits.
+
+    Returns the file. Raises ModelError for another family than SDXL, which such files have no names
+    for, and for weights that are not finite in 16 bits.
+    """
+    if not is_sdxl(job.contract):
+        raise ModelError(
+            f"{job.contract.name} is no SDXL model, and {job.to} files have names for SDXL alone. "
+            "Export it to diffusers, which writes the folder of its own family."
+        )
     weights = bundle.denoiser.network.state_dict()
     if job.to == "comfyui":
-        weights = whole_weights({**bundle.parts, "vae": bundle.codec.vae})
+        weights = whole_weights({**bundle.parts, "vae": autoencoder(bundle)})
     halves = {key: value.half() for key, value in weights.items()}
     for key, value in halves.items():
         if not value.isfinite().all():

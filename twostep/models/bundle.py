@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twostep.contract import Contract
 from twostep.formats.locate import ModelError
 from twostep.media.image import ImageCodec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
-from twostep.text.clip import TextEncoders
+
+
+@runtime_checkable
+class PromptEncoder(Protocol):
+    """What makes conditioning of prompts: SDXL's two CLIP encoders, or those of another family."""
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The encoders' networks by their names in a model folder."""
+
+    def with_networks(self, networks: Mapping[str, Any]) -> PromptEncoder:
+        """Return the same with other networks; more may be given than its own."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of prompts, and their pooled embeddings."""
+
+    def conditioning(
+        self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False
+    ) -> Conditioning:
+        """Return what the network is given for prompts and a size in pixels."""
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that are not in the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +49,7 @@ class Bundle:
 
     denoiser: Denoiser
     codec: ImageCodec
-    text: TextEncoders
+    text: PromptEncoder
     contract: Contract
     students: tuple[int, ...] = ()
     origin: tuple[str, ...] = ()
@@ -74,7 +97,7 @@ class Bundle:
 
         Returns the bundle.
         """
-        for network in (*self.parts.values(), self.codec.vae):
+        for network in (*self.parts.values(), *modules_of(self.codec)):
             nn.Module.to(network, device, dtype)  # diffusers' own method would warn of nothing
         return self
 
@@ -83,3 +106,10 @@ class Bundle:
         pixels = self.codec.pixels_per_latent
         channels = int(self.denoiser.network.config.out_channels)
         return channels, height // pixels, width // pixels
+
+
+def modules_of(codec: object) -> list[nn.Module]:
+    """Return the networks of a codec: itself, or those among its fields."""
+    if isinstance(codec, nn.Module):
+        return [codec]
+    return [value for value in vars(codec).values() if isinstance(value, nn.Module)]

@@ -8,8 +8,8 @@ from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.locate import CONFIGS, ModelError
 from twostep.formats.lora_files import merge_lora
 from twostep.models.bundle import Bundle
+from twostep.models.families import family_of
 from twostep.models.lora_stack import LoraFile, find_lora, spelled
-from twostep.models.sdxl import SdxlFamily
 
 
 def load_bundle(
@@ -26,7 +26,8 @@ def load_bundle(
     Raises ModelError if there is no such model or student, and lists those there are.
     """
     checkpoint = resolve(model, steps=steps, only=CONFIGS if outline else None)
-    return SdxlFamily().load(checkpoint, steps=steps, outline=outline)
+    family = family_of(checkpoint.contract_for(steps))
+    return family.load(checkpoint, steps=steps, outline=outline)
 
 
 def load_with_loras(

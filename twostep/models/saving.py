@@ -7,12 +7,12 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.models.bundle import Bundle
-from twostep.models.sdxl import SdxlFamily
+from twostep.models.families import family_of
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a model folder with its contract, as the model's family lays it out."""
-    SdxlFamily().save(bundle, folder)
+    family_of(bundle.contract).save(bundle, folder)
 
 
 def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
@@ -20,4 +20,4 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
 
     Returns the file.
     """
-    return SdxlFamily().save_student(weights, contract, folder)
+    return family_of(contract).save_student(weights, contract, folder)

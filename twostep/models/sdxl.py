@@ -32,11 +32,12 @@ from twostep.formats.single_file import (
     Weights,
     find_single_file,
 )
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.sdxl_networks import load_codec, load_network, load_schedule, load_text
 from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
-from twostep.text.clip import quiet_transformers
+from twostep.text.clip import TextEncoders, quiet_transformers
 from twostep.training.run_folder import write_whole
 
 
@@ -83,10 +84,11 @@ class SdxlFamily:
     def save(self, bundle: Bundle, folder: Path) -> None:
         """Write a model as a diffusers folder of fp16 weights, with its contract.
 
-        Every SDXL pipeline loads it.
+        Every SDXL pipeline loads it. Raises ModelError for a bundle with parts that are not SDXL's.
         """
-        networks = {**bundle.parts, "vae": bundle.codec.vae}
-        tokenizer, tokenizer_2 = bundle.text.tokenizers
+        text = text_encoders(bundle)
+        tokenizer, tokenizer_2 = text.tokenizers
+        networks = {**bundle.parts, "vae": autoencoder(bundle)}
         with quiet_transformers():
             from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
@@ -102,7 +104,7 @@ class SdxlFamily:
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
                 scheduler=scheduler,
-                force_zeros_for_empty_prompt=bundle.text.zeros_for_empty,
+                force_zeros_for_empty_prompt=text.zeros_for_empty,
                 add_watermarker=False,
             )
             pipeline.save_pretrained(folder)
@@ -129,6 +131,32 @@ class SdxlFamily:
         with write_whole(path) as file:
             file.write(save(halves, contract.to_metadata()))
         return path
+
+
+def is_sdxl(contract: Contract) -> bool:
+    """Tell whether a contract is that of a model of SDXL's family."""
+    return True
+
+
+def text_encoders(bundle: Bundle) -> TextEncoders:
+    """Return SDXL's text encoders of a bundle; raises ModelError if it has others."""
+    if not isinstance(bundle.text, TextEncoders):
+        raise ModelError(_foreign(bundle, bundle.text))
+    return bundle.text
+
+
+def autoencoder(bundle: Bundle) -> nn.Module:
+    """Return SDXL's autoencoder of a bundle; raises ModelError if it has another codec."""
+    if not isinstance(bundle.codec, ImageCodec):
+        raise ModelError(_foreign(bundle, bundle.codec))
+    return bundle.codec.vae
+
+
+def _foreign(bundle: Bundle, part: object) -> str:
+    return (
+        f"{bundle.contract.name} has {type(part).__name__}, which is no part of SDXL. Save it "
+        "with its own family (twostep.models.families)."
+    )
 
 
 def _folder_of(checkpoint: Checkpoint, contract: Contract, single: SingleFile | None) -> Checkpoint:
