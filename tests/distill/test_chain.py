@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from twostep.distill import DistillRecipe, distil
-from twostep.distill.chain import find_device
 from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
 from twostep.formats import resolve
 from twostep.formats.locate import ModelError
@@ -20,6 +19,7 @@ from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.adapters import Lora, add_lora
 from twostep.pretrain.model import random_bundle
+from twostep.training.device import find_device
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 

@@ -13,11 +13,10 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from twostep.contract import Contract
-from twostep.formats.contracts import SDXL
+from twostep.files import write_atomically
 from twostep.formats.locate import ModelError, read_json
 from twostep.formats.single_file import SDXL_BASE
 from twostep.training.recipe import RECIPES
-from twostep.training.run_folder import write_whole
 
 HERE = Path(__file__).parent
 
@@ -122,7 +121,7 @@ def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...
 
 
 def _render(template: str, out: Path, **values: object) -> None:
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
-    with write_whole(out) as file:
+    made = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = made.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
+    with write_atomically(out) as file:
         file.write(text.encode())
