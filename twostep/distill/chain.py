@@ -20,7 +20,9 @@ from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.files import write_atomically
-from twostep.models.bundle import Bundle, save_bundle, save_student, student_path
+from twostep.formats.checkpoint import student_path
+from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle, save_student
 from twostep.networks.adapters import (
     Lora,
     add_lora,

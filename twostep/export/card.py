@@ -14,6 +14,7 @@ from PIL import Image
 
 from twostep.contract import Contract
 from twostep.files import write_atomically
+from twostep.formats.contracts import SDXL
 from twostep.formats.locate import ModelError, read_json
 from twostep.formats.single_file import SDXL_BASE
 from twostep.training.recipe import RECIPES
@@ -121,7 +122,7 @@ def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...
 
 
 def _render(template: str, out: Path, **values: object) -> None:
-    made = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = made.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
     with write_atomically(out) as file:
         file.write(text.encode())

@@ -19,25 +19,18 @@ from torch import Tensor, nn
 from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
 from twostep.files import write_atomically
+from twostep.formats.checkpoint import Checkpoint, resolve
+from twostep.formats.contracts import SDXL
+from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import LowRank, read_lora, write_lora
 from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
-from twostep.models.bundle import (
-    Bundle,
-    base_folder,
-    embed_no_guidance,
-    hollow_networks,
-    save_bundle,
-)
-from twostep.models.contracts import (
-    DIFFUSERS_NAMES,
-    SDXL,
-    carried_contract,
-    read_contracts,
-    student_files,
-)
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_with_loras
+from twostep.models.saving import save_bundle
+from twostep.models.sdxl import autoencoder, base_folder, embed_no_guidance, is_sdxl
+from twostep.models.sdxl_networks import hollow_networks
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 """The forms that a model can be exported to."""
@@ -123,8 +116,17 @@ def export(
 ) -> Path:
     """Write a model, or one of its students, in a form that other programs load.
 
-    `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if
-    not given. Raises ModelError for what the model is not, WriteError for what cannot be written.
+    Arguments:
+        model: what is to be exported; for a LoRA its file, or a folder that has it.
+        to: one of `TARGETS`; "diffusers" is the folder of the model's own family.
+        out: the folder for diffusers, otherwise the .safetensors file.
+        steps: picks a student of a model that has several.
+        base: a model with the layers of a LoRA; found by the LoRA's contract if not given.
+        loras: LoRAs to merge in, each "file" or "file:weight".
+        card: what the card shows beside the contract.
+
+    Returns what was written. Raises ModelError for a model that is not what it should be, WriteError
+    for what cannot be written.
     """
     _check_target(to, out)
     card = card or Card()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from twostep.contract import Contract
+from twostep.contract import Contract, student_name
 from twostep.formats.contracts import (
     carried_contract,
     folder_contract,
@@ -183,6 +183,13 @@ def read_contracts(model: str | Path | Checkpoint) -> list[Contract]:
         contracts = [official_contract(name) for name in UNETS.values()]
         return [contract for contract in contracts if contract is not None]
     return list(resolve(model).contracts)
+
+
+def student_path(contract: Contract, folder: Path) -> Path:
+    """Return where the student of a contract lies in the model folder of its teacher."""
+    kind = "unet" if contract.lora_rank is None else "lora"
+    base = contract.name.removesuffix(student_name("", contract.steps))
+    return folder / "students" / f"{base}_{contract.steps}step_{kind}.safetensors"
 
 
 def _look_at_file(name: str, path: Path) -> Checkpoint:

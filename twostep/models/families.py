@@ -50,8 +50,8 @@ class Family(Protocol):
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
         """Write a student, or a LoRA if its contract has a rank, into its teacher's folder.
 
-        `weights` are by the names of the backbone's module. Returns the file, which carries the
-        contract in its metadata.
+        `weights` are by the names of the backbone's module. Returns the file, which is
+        `formats.checkpoint.student_path` and carries the contract in its metadata.
         """
 
 

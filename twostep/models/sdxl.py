@@ -18,8 +18,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract, student_name
-from twostep.formats.checkpoint import Checkpoint, look_at_folder
+from twostep.contract import Contract
+from twostep.files import write_atomically
+from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.locate import CONFIGS, CONTRACT_FILE, WEIGHTS, ModelError, fetch
@@ -38,7 +39,6 @@ from twostep.models.sdxl_networks import load_codec, load_network, load_schedule
 from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.text.clip import TextEncoders, quiet_transformers
-from twostep.training.run_folder import write_whole
 
 
 class SdxlFamily:
@@ -122,13 +122,11 @@ class SdxlFamily:
 
         Returns the file.
         """
-        kind = "unet" if contract.lora_rank is None else "lora"
-        base = contract.name.removesuffix(student_name("", contract.steps))
-        path = folder / "students" / f"{base}_{contract.steps}step_{kind}.safetensors"
+        path = student_path(contract, folder)
         if contract.lora_rank is not None:
             weights = {f"{PREFIX}{key}": value for key, value in weights.items()}
         halves = {key: value.half() for key, value in weights.items()}
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             file.write(save(halves, contract.to_metadata()))
         return path
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from twostep.distill.recipe import Phase
 from twostep.files import write_atomically
-from twostep.models.contracts import file_contract
+from twostep.formats import resolve
 from twostep.training.run_folder import RunError
 
 PACE = "seconds_per_iteration"
