@@ -2,8 +2,8 @@
 
 A workflow has two forms. In the API's form a node is `{"class_type": .., "inputs": {name: value or
 [node, output]}}`. In the page's form (version 0.4) nodes have places, numbered links, and the
-values of their widgets in order. Definitions have the shape of ComfyUI's own `/object_info`, so that
-its answers can be used here too; `definitions.json` holds those of the nodes in our workflows.
+values of their widgets in order. Definitions have the shape of ComfyUI's own `/object_info`, so
+that its answers can be used here too; `definitions.json` holds those of the nodes in our workflows.
 
 `python -m comfyui.graph` lays `workflows/api/*.json` out beside that folder.
 """

@@ -54,9 +54,9 @@ def test_a_merged_lora_comes_out_again(folder: Path, bundle: Bundle, tmp_path: P
     assemble(tuned, timestep_spacing="trailing").save_pretrained(tmp_path / "tuned")
     lacks, left = extract(str(folder), str(tmp_path / "tuned"), out, rank=3)
     assert lacks < 1e-5 and left == []
-    expected, found = random_lora(bundle), read_lora(out, bundle.parts)
-    assert found.keys() == expected.keys()
-    for layer, low in found.items():
+    expected, extracted = random_lora(bundle), read_lora(out, bundle.parts)
+    assert extracted.keys() == expected.keys()
+    for layer, low in extracted.items():
         change = expected[layer].change
         assert (low.change - change).norm() / change.norm() < 1e-5, layer
     assert "twostep.contract" not in read_header(out).metadata

@@ -145,7 +145,7 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("conditioner.embedders.0.model.ln_final.weight", "for the SDXL refiner"),
         ("cond_stage_model.transformer.text_model.x", "for Stable Diffusion 1"),
@@ -159,9 +159,9 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
         ("something.else", "no model"),
     ],
 )
-def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, said: str) -> None:
+def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, message: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         load_bundle(tmp_path / "x.safetensors")
 
 

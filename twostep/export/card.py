@@ -17,6 +17,7 @@ from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
 from twostep.formats.locate import ModelError, read_json
 from twostep.formats.single_file import SDXL_BASE
+from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
 
 HERE = Path(__file__).parent
@@ -60,6 +61,7 @@ class Card:
             contract=contract,
             fields=asdict(contract),
             full_size=full_size,
+            sdxl=is_sdxl(contract),
             base=base,
             license=self.license or default_license,
             recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",

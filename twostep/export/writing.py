@@ -125,8 +125,8 @@ def export(
         loras: LoRAs to merge in, each "file" or "file:weight".
         card: what the card shows beside the contract.
 
-    Returns what was written. Raises ModelError for a model that is not what it should be, WriteError
-    for what cannot be written.
+    Returns what was written. Raises ModelError for a model that is not what it should be,
+    WriteError for what cannot be written.
     """
     _check_target(to, out)
     card = card or Card()

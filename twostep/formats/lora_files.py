@@ -4,8 +4,8 @@ A LoRA changes the weights of layers to W' = W + alpha / rank * up down (arXiv 2
 layers are called `unet.X`, `text_encoder.X` or `text_encoder_2.X`, X being the network's own name.
 In files PEFT adds `.lora_A` and `.lora_B`, early diffusers `.lora.down` and `.lora.up`; kohya
 writes `lora_unet_X.lora_down`, with underscores for dots, and X after diffusers or after the first
-latent diffusion code. The last is what all programs read. All names follow from the networks, so that
-small models have them too.
+latent diffusion code. The last is what all programs read. All names follow from the networks, so
+that small models have them too.
 """
 
 import json
@@ -264,7 +264,7 @@ class _PeftPart:
 
 
 def _peft_metadata(lora: Mapping[str, LowRank]) -> dict[str, Any]:
-    """Return what diffusers writes about ranks and alphas; the first layer of a part is the rule."""
+    """Return what diffusers writes of ranks and alphas; the first layer of a part is the rule."""
     described: dict[str, _PeftPart] = {}
     for layer, low_rank in lora.items():
         part, _, name = layer.partition(".")
