@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from twostep.data.sources import DataError
 from twostep.files import write_atomically
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, modules_of
 from twostep.networks.conditioning import Conditioning
 
 SHARD_ITEMS = 256
