@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -111,7 +112,12 @@ def find_lora(lora: str | LoraFile) -> LoraFile:
 
 def spelled(lora: str | LoraFile) -> str:
     """Return a LoRA as "file" or "file:weight", a string as it is."""
-    return lora if isinstance(lora, str) else f"{lora.checkpoint.name}{_suffix(lora.weight)}"
+    if isinstance(lora, str):
+        return lora
+    if lora.weight == 1:
+        return lora.checkpoint.name
+    # Without an exponent, and exact.
+    return f"{lora.checkpoint.name}:{Decimal(repr(lora.weight)):f}"
 
 
 def _parsed(lora: str) -> tuple[str, float]:
@@ -135,6 +141,26 @@ def _suffix(weight: float) -> str:
     return "" if weight == 1 else f":{weight:g}"
 
 
+class LoraFinder:
+    """Finds LoRAs, and remembers the headers of the last `num_kept` files.
+
+    A file that was written anew is read again. May be used from any thread.
+    """
+
+    def __init__(self, num_kept: int = 32) -> None:
+        self._checkpoints = lru_cache(num_kept)(_look_at)
+
+    def find(self, lora: str | LoraFile) -> LoraFile:
+        """Return a LoRA as `find_lora` does."""
+        if isinstance(lora, LoraFile):
+            return lora
+        name, weight = _parsed(lora)
+        path = find_model(name)
+        status = path.stat()
+        checkpoint = self._checkpoints(name, path, status.st_mtime_ns, status.st_size)
+        return LoraFile(_file_only(checkpoint), weight)
+
+
 class LoraCache:
     """One loaded model under changing stacks of LoRAs, without changing the model.
 
@@ -154,7 +180,7 @@ class LoraCache:
         self.fused = fused
         self._patched = lru_cache(num_kept)(self._patch)
         self._low_ranks = lru_cache(num_kept)(self._read)
-        self._checkpoints = lru_cache(num_kept)(_look_at)
+        self._finder = LoraFinder()
 
     def apply(self, loras: Sequence[str | LoraFile]) -> Bundle:
         """Return the model with LoRAs on it, each "file", "file:weight" or a `LoraFile`.
@@ -164,7 +190,7 @@ class LoraCache:
         return self._patched(tuple(loras))
 
     def _patch(self, loras: tuple[str | LoraFile, ...]) -> Bundle:
-        files = [self._find(lora) for lora in loras]
+        files = [self._finder.find(lora) for lora in loras]
         contract = self.bundle.contract
         for lora in files:
             contract = lora.contract_on(contract)
@@ -177,16 +203,6 @@ class LoraCache:
                 _put_beside(changes, parts, weight)
         origin = (*self.bundle.origin, *map(spelled, loras))
         return replace(self.bundle.with_parts(parts), contract=contract, origin=origin)
-
-    def _find(self, lora: str | LoraFile) -> LoraFile:
-        """Find a LoRA; the header of a file that is as it was is not read again."""
-        if isinstance(lora, LoraFile):
-            return lora
-        name, weight = _parsed(lora)
-        path = find_model(name)
-        status = path.stat()
-        checkpoint = self._checkpoints(name, path, status.st_mtime_ns, status.st_size)
-        return LoraFile(_file_only(checkpoint), weight)
 
     def _read(self, checkpoint: Checkpoint) -> dict[str, LowRank]:
         """Read a LoRA to where the layers are that it changes, and in their precision."""
