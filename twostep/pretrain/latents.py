@@ -139,7 +139,7 @@ def builtin(
         variants=variants,
         on_variant=lambda done, total: advance(done, total, "latents"),
     )
-    return DrawingSource(latents, teacher.text, *teacher.contract.sizes[0])
+    return DrawingSource(latents, text_encoders(teacher), *teacher.contract.sizes[0])
 
 
 def load_latents(path: Path) -> LatentCache:

@@ -20,6 +20,7 @@ from twostep.diffusion import VariancePreserving
 from twostep.networks.adapters import checkpoint_gradients
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.pretrain.latents import LatentCache
 from twostep.pretrain.loop import PartSettings, silent, train_network
 from twostep.pretrain.model import build_unet
@@ -91,7 +92,7 @@ def noise_loss(
 def new_denoiser(size: ModelSize, seed: int) -> Denoiser:
     """Return a UNet with random weights, which predicts eps on SDXL's schedule."""
     torch.manual_seed(seed)
-    return Denoiser(build_unet(size), VariancePreserving.scaled_linear())
+    return Denoiser(SdxlUnet(build_unet(size)), VariancePreserving.scaled_linear())
 
 
 def train_teacher(
