@@ -31,6 +31,7 @@ from twostep.distill.trainer import AdversarialTrainer, Lesson
 from twostep.networks.adapters import add_lora, checkpoint_gradients
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.training.loop import Randomness
 
 SDXL = Path(__file__).with_name("sdxl_unet.json")
@@ -140,8 +141,8 @@ def main(
             phase,
             Lesson(
                 RandomLatents(pixels),
-                Denoiser(network, schedule, lora="32-step"),
-                Denoiser(network, schedule, lora="student"),
+                Denoiser(SdxlUnet(network), schedule, lora="32-step"),
+                Denoiser(SdxlUnet(network), schedule, lora="student"),
                 partial(LoraDiscriminator, rank=rank),
             ),
         )

@@ -34,6 +34,7 @@ from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import official_contract
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.text.clip import TextEncoders
@@ -108,7 +109,9 @@ def random_bundle(steps: int) -> Bundle:
     contract = official_contract(Path(str(official_file(LIGHTNING[0], steps))))
     assert contract is not None
     vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    denoiser = Denoiser(random_sdxl(), VariancePreserving.scaled_linear(), contract.prediction_type)
+    denoiser = Denoiser(
+        SdxlUnet(random_sdxl()), VariancePreserving.scaled_linear(), contract.prediction_type
+    )
     return Bundle(denoiser, ImageCodec(vae), random_text(), contract)
 
 

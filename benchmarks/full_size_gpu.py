@@ -35,6 +35,7 @@ from twostep.formats.locate import CONTRACT_FILE, WEIGHTS
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
@@ -67,7 +68,7 @@ def random_teacher(device: torch.device, precision: str) -> Bundle:
     codec = ImageCodec(random_vae().to(device))
     return replace(
         load_bundle("nano"),
-        denoiser=Denoiser(network, VariancePreserving.scaled_linear()),
+        denoiser=Denoiser(SdxlUnet(network), VariancePreserving.scaled_linear()),
         codec=codec,
     )
 

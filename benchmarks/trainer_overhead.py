@@ -41,7 +41,6 @@ from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTraine
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
-from twostep.networks.denoiser import encoder_features
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
@@ -123,7 +122,7 @@ def learn_from(bundle: Bundle, phase: Phase) -> Lesson:
                 )
     Lora(network, "student").requires_grad_(True)
     teacher, student = (
-        replace(bundle.denoiser, network=network, lora=name) for name in ("teacher", "student")
+        replace(bundle.denoiser.with_network(network), lora=name) for name in ("teacher", "student")
     )
     names = tuple((concept.names, concept.subgroup) for concept in built_in_concepts())
     width, height = bundle.contract.sizes[0]
@@ -192,9 +191,7 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
             if judge.pairs:
                 parts, at = [*parts, x_t], [*at, t]
             many = Conditioning.cat([told] * len(parts))
-            seen = encoder_features(judge.encoder, torch.cat(parts), torch.cat(at), many).chunk(
-                len(parts)
-            )
+            seen = judge.features(torch.cat(parts), torch.cat(at), many).chunk(len(parts))
             before = seen[2] if judge.pairs else None
             loss = (
                 softplus(-judge.judge(before, seen[0])).mean()
@@ -203,8 +200,8 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
             descend(loss, judge_optimiser)
             judge.requires_grad_(False)
             with torch.no_grad():
-                before = encoder_features(judge.encoder, x_t, t, told) if judge.pairs else None
-            after = encoder_features(judge.encoder, fake, now, told)
+                before = judge.features(x_t, t, told) if judge.pairs else None
+            after = judge.features(fake, now, told)
             descend(softplus(-judge.judge(before, after)).mean(), optimiser)
             judge.requires_grad_(True)
 

@@ -125,7 +125,7 @@ def train_silhouette_part(
     bundle = load_bundle(settings.model)
     bundle.denoiser.network.to(find_device("auto"))
     for encoder in bundle.text.encoders:
-        encoder.to(bundle.denoiser.network.device)
+        encoder.to(bundle.denoiser.device)
     train_silhouette(
         load_emoji(emoji),
         bundle,

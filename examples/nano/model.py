@@ -22,6 +22,7 @@ from twostep.diffusion import VariancePreserving
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders
 
 PIXELS = 64
@@ -160,7 +161,10 @@ def random_bundle(seed: int = 0, corpus: Sequence[str] = (TEST_CORPUS,)) -> Bund
         network.requires_grad_(False).eval()
     contract = teacher_contract("random", "none", "none", guidance=4.0)
     return Bundle(
-        Denoiser(unet, VariancePreserving.scaled_linear()), ImageCodec(vae), text, contract
+        Denoiser(SdxlUnet(unet), VariancePreserving.scaled_linear()),
+        ImageCodec(vae),
+        text,
+        contract,
     )
 
 

@@ -123,7 +123,7 @@ def train_silhouette(
     """Train a ControlNet on the frozen teacher, where that is; returns it with averaged weights."""
     torch.manual_seed(settings.loop.seed)
     device, denoiser, schedule = (
-        bundle.denoiser.network.device,
+        bundle.denoiser.device,
         bundle.denoiser,
         bundle.denoiser.schedule,
     )

@@ -20,6 +20,7 @@ from examples.nano.model import PIXELS, build_unet
 from twostep.diffusion import VariancePreserving
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings
@@ -92,14 +93,14 @@ def train_teacher(
     Returns it with averaged weights.
     """
     torch.manual_seed(settings.loop.seed)
-    denoiser = start or Denoiser(build_unet(), VariancePreserving.scaled_linear())
+    denoiser = start or Denoiser(SdxlUnet(build_unet()), VariancePreserving.scaled_linear())
     denoiser.network.requires_grad_(True).train()
 
     def loss(iteration: int, draw: Randomness) -> Tensor:
         x0, captions = latents.draw(settings.loop.batch_size, draw.tensors, draw.words)
         with torch.no_grad():
             conditioning = text.conditioning(captions, PIXELS, PIXELS)
-        x0 = x0.to(denoiser.network.device)
+        x0 = x0.to(denoiser.device)
         return noise_loss(denoiser, x0, conditioning, draw.tensors, snr_limit=settings.snr_limit)
 
     train(

@@ -74,7 +74,7 @@ def test_an_inpainting_model_is_refused_before_anything_runs(
     network = UNet2DConditionModel.from_config(
         {**teacher.denoiser.network.config, "in_channels": 9}
     )
-    inpainting = replace(teacher, denoiser=replace(teacher.denoiser, network=network))
+    inpainting = replace(teacher, denoiser=teacher.denoiser.with_network(network))
     folder = RunFolder(tmp_path / "run", RECIPE)
     with pytest.raises(ModelError, match="random has an inpainting UNet, which is no teacher here"):
         distil(RECIPE, inpainting, source, folder, version="0", recipe_name="test")
@@ -89,9 +89,7 @@ def test_conversion_keeps_the_students_x0(teacher: Bundle) -> None:
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     conditioning = teacher.text.conditioning(["a red fox", ""], 64, 64)
     as_eps = teacher.denoiser(x, t, conditioning)
-    as_x0 = type(teacher.denoiser)(teacher.denoiser.network, teacher.denoiser.schedule, "x0")(
-        x, t, conditioning
-    )
+    as_x0 = replace(teacher.denoiser, prediction_type="x0")(x, t, conditioning)
     assert torch.allclose(as_x0.x0, as_eps.eps)
     assert not torch.allclose(as_x0.x0, as_eps.x0)
 

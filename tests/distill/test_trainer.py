@@ -3,6 +3,7 @@ nothing.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -40,7 +41,7 @@ def lesson(teacher: Bundle, source: object, prediction_type: str = "eps") -> Les
     return Lesson(
         source,
         teacher.denoiser,
-        type(teacher.denoiser)(student, teacher.denoiser.schedule, prediction_type),
+        replace(teacher.denoiser.with_network(student), prediction_type=prediction_type),
     )
 
 

@@ -106,7 +106,8 @@ def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
     )
     predicts = settings.predicts("eps")
     student = replace(
-        teacher.denoiser, network=copy.deepcopy(teacher.denoiser.network), prediction_type=predicts
+        teacher.denoiser.with_network(copy.deepcopy(teacher.denoiser.network)),
+        prediction_type=predicts,
     )
     teaching = teacher.denoiser
     make: Any = Discriminator

@@ -54,6 +54,7 @@ from twostep.models.contracts import (
 from twostep.networks.adapters import PREFIX
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders, quiet_transformers
 from twostep.training.run_folder import write_whole
 
@@ -88,9 +89,7 @@ class Bundle:
         """Whether the UNet takes a mask, and the latents of what is not masked, beside the noisy
         latents.
         """
-        return bool(
-            self.denoiser.network.config.in_channels != self.denoiser.network.config.out_channels
-        )
+        return self.denoiser.backbone.spec.is_inpainting
 
     def as_teacher(self) -> Bundle:
         """Return the bundle itself if something can be distilled from it; ModelError if it is for
@@ -119,7 +118,7 @@ class Bundle:
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a picture of this size in pixels."""
         pixels = self.codec.pixels_per_latent
-        return int(self.denoiser.network.config.out_channels), height // pixels, width // pixels
+        return self.denoiser.backbone.spec.out_channels, height // pixels, width // pixels
 
 
 def load_bundle(
@@ -155,7 +154,7 @@ def load_bundle(
     network: UNet2DConditionModel = _load(folder, "unet", of_unet)
     if file and contract.lora_rank is not None:
         merge_lora(read_lora(file, {"unet": network}, alpha=contract.lora_alpha), {"unet": network})
-    denoiser = Denoiser(network, load_schedule(folder), contract.prediction_type)
+    denoiser = Denoiser(SdxlUnet(network), load_schedule(folder), contract.prediction_type)
     offered = tuple(sorted(student_files(folder), reverse=True))
     return Bundle(
         denoiser,

@@ -153,7 +153,7 @@ class LoraCache:
                 scale = weight * low.alpha / low.rank
                 find_layer(parts, name).register_forward_hook(partial(_beside, low, scale))
         text = replace(self.bundle.text, encoders=(parts["text_encoder"], parts["text_encoder_2"]))
-        denoiser = replace(self.bundle.denoiser, network=parts["unet"])
+        denoiser = self.bundle.denoiser.with_network(parts["unet"])
         origin = (*self.bundle.origin, *loras)
         return replace(self.bundle, denoiser=denoiser, text=text, contract=contract, origin=origin)
 

@@ -67,6 +67,16 @@ class Lora:
         found, named = f".{self.name}.", self.network.named_parameters()
         return {key.replace(found, "."): parameter for key, parameter in named if found in key}
 
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter's matrices."""
+        return int(self.network.peft_config[self.name].r)
+
+    @property
+    def targets(self) -> list[str]:
+        """The names, or endings of names, of the layers that it was put on."""
+        return sorted(self.network.peft_config[self.name].target_modules)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's parameters and nothing of the base."""
         return iter(self._named.values())
@@ -106,13 +116,16 @@ def add_lora(
     """Put an adapter on every target, at zero and at work; alpha is the rank.
 
     The base and every other adapter are frozen; this one can be trained. `encoder_only` leaves the
-    decoder out.
+    decoder out. LoraError for a network that takes none.
     """
+    targets = list(targets)
+    if not targets or not hasattr(network, "add_adapter"):
+        raise LoraError(
+            f"{type(network).__name__} takes no LoRA. Train the whole network: leave lora_rank out."
+        )
     network.requires_grad_(False)
     left_out = r"up_blocks\..*" if encoder_only else None
-    settings = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(targets), exclude_modules=left_out
-    )
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, exclude_modules=left_out)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # A starts at random: the same in every run, and nobody else's randomness is moved on.
         torch.manual_seed(0)
@@ -151,23 +164,28 @@ def load_lora(network: UNet2DConditionModel, name: str, path: Path) -> Lora:
     return lora
 
 
-def remove_lora(network: UNet2DConditionModel, name: str) -> None:
+def has_lora(network: nn.Module, name: str) -> bool:
+    """Whether the network carries an adapter of this name, at work or not."""
+    return name in (getattr(network, "peft_config", None) or {})
+
+
+def remove_lora(network: nn.Module, name: str) -> None:
     """Take one adapter off, if it is there."""
-    if name in (getattr(network, "peft_config", None) or {}):
+    if has_lora(network, name):
         with warnings.catch_warnings():
             # PEFT says which one it puts to work instead; every forward pass chooses its own.
             warnings.filterwarnings("ignore", message="Adapter .* was active")
             network.delete_adapters(name)
 
 
-def remove_loras(network: UNet2DConditionModel) -> None:
+def remove_loras(network: nn.Module) -> None:
     """Take every adapter off; the base is as it was before the first."""
     if getattr(network, "peft_config", None):
         network.unload_lora()
         network.peft_config = {}
 
 
-def activate(network: UNet2DConditionModel, name: str | None) -> None:
+def activate(network: nn.Module, name: str | None) -> None:
     """Let one adapter work, or none; which parameters can be trained is left as it is.
 
     Costs next to nothing, so it may be called before every forward. LoraError for a name that is
@@ -183,14 +201,14 @@ def activate(network: UNet2DConditionModel, name: str | None) -> None:
 
 
 @contextmanager
-def at_work(network: UNet2DConditionModel, name: str | None) -> Iterator[None]:
+def at_work(network: nn.Module, name: str | None) -> Iterator[None]:
     """Let one adapter work, or none, until the block ends; no other thread switches meanwhile."""
     with _SWITCHING if getattr(network, "peft_config", None) else nullcontext():
         activate(network, name)
         yield
 
 
-def active(network: UNet2DConditionModel) -> str | None:
+def active(network: nn.Module) -> str | None:
     """Return the name of the adapter that works, None if none does."""
     layer = next(_layers(network), None)
     return (
