@@ -29,9 +29,10 @@ from examples.nano.drawings import EmojiSet, Placement, compose, load_emoji
 from examples.nano.judge import METADATA_KEY, Classes, Judge, Origin, Verdict, load_judge
 from twostep import __version__
 from twostep.cli.train import progress_bar
+from twostep.files import write_atomically
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings, load_recipe
-from twostep.training.run_folder import RunFolder, write_whole
+from twostep.training.run_folder import RunFolder
 
 RECIPE = Path(__file__).with_name("judge.toml")
 
@@ -82,7 +83,7 @@ def train_judge(
     accuracy = measure_accuracy(judge, recipe, emoji)
     judge.origin = Origin(recipe.name, __version__, accuracy)
     save_judge(judge, path)
-    with write_whole(out / "eval.json") as file:
+    with write_atomically(out / "eval.json") as file:
         file.write(json.dumps(accuracy, indent=2).encode())
     return load_judge(path)
 
@@ -105,7 +106,7 @@ def save_judge(judge: Judge, path: Path) -> None:
         "origin": vars(judge.origin) if judge.origin else None,
         "num_real": judge.real.num_samples if judge.real else 0,
     }
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(
             save(
                 {name: t.contiguous() for name, t in tensors.items()},

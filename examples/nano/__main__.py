@@ -25,9 +25,9 @@ from examples.nano.teacher import TeacherSettings, TuneSettings, train_teacher
 from examples.nano.text import TextSettings, train_text
 from twostep import __version__
 from twostep.cli.train import OnProgress, Out, Override, progress_bar, spoken
-from twostep.distill.chain import find_device
 from twostep.errors import TwostepError
 from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
+from twostep.training.device import find_device
 from twostep.training.recipe import load_recipe
 from twostep.training.run_folder import RunFolder
 

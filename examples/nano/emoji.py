@@ -22,7 +22,7 @@ from torch import Tensor
 
 from examples.nano.captions import STYLES
 from examples.nano.drawings import DRAWING_PIXELS, Concept, EmojiError, EmojiSet
-from twostep.training.run_folder import write_whole
+from twostep.files import write_atomically
 
 
 def build_emoji(
@@ -46,7 +46,7 @@ def save_emoji(emoji: EmojiSet, path: Path) -> None:
     """Write the set to one safetensors file."""
     listing = [[c.icon, c.subgroup, list(c.names)] for c in emoji.concepts]
     metadata = {"twostep.emoji": json.dumps({"concepts": listing, "styles": emoji.styles})}
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(save({"drawings": emoji.drawings.contiguous()}, metadata))
 
 

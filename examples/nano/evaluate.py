@@ -19,8 +19,8 @@ from examples.nano.prompts import attributes_from_prompt
 from examples.nano.report import Report, Score
 from examples.nano.report import evaluate as evaluate_pictures
 from twostep.errors import TwostepError
+from twostep.files import write_atomically
 from twostep.pipeline.png import ProvenanceError, read_provenance
-from twostep.training.run_folder import write_whole
 
 _NUM_NAMED = 5
 
@@ -63,7 +63,7 @@ def evaluate(
         real=referee.real if len(paths) > 1 else None,
     )
     if json_path is not None:
-        with write_whole(json_path) as file:
+        with write_atomically(json_path) as file:
             file.write(json.dumps(report.to_dict(), indent=2).encode())
     _warn_of_unknown([path for path, wish in zip(paths, attributes, strict=True) if wish is None])
     Console().print(_table(report, reference))

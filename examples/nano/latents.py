@@ -18,12 +18,12 @@ from torch import Tensor
 
 from examples.nano.captions import BACKGROUNDS, Attributes, Omission, caption
 from examples.nano.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
+from twostep.files import write_atomically
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.text.clip import TextEncoders
 from twostep.training.processes import wait, world
-from twostep.training.run_folder import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class LatentCache:
     def save(self, path: Path) -> None:
         """Write the cache to one safetensors file."""
         words = json.dumps({"names": self.names, "styles": self.styles})
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             file.write(
                 save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words})
             )

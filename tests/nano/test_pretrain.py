@@ -23,7 +23,7 @@ from examples.nano.text import TextSettings, train_text
 from twostep.models.bundle import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
-from twostep.training.loop import TrainingError, rate_share
+from twostep.training.loop import TrainingError, learning_rate_factor
 from twostep.training.run_folder import RunFolder
 
 SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
@@ -125,7 +125,7 @@ def test_a_loss_that_explodes_is_told_with_what_to_do(emoji: EmojiSet, tmp_path:
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
     settings = DescentSettings.model_validate(loop(iterations=1000, warmup_iterations=100))
-    rates = [rate_share(i, settings) for i in range(1000)]
+    rates = [learning_rate_factor(i, settings) for i in range(1000)]
     assert rates[0] == 0.01
     assert rates[100] == rates[749] == 1.0
     assert rates[-1] < 0.03

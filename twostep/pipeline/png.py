@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
+from twostep.files import write_atomically
 from twostep.pipeline.request import MAX_BATCH, Request, Result
 
 A1111_CHUNK = "parameters"
@@ -56,19 +57,16 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
     """Write every image of a result as a PNG into `folder`, which is created where it is missing.
 
     Names are made of prompt, model and seed. The same picture again keeps its file; a different one
-    by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or RunError for
-    a full disk.
+    by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or
+    WriteError for a full disk.
     """
-    # brings torch, which the command line's help does without
-    from twostep.training.run_folder import write_whole
-
     folder = prepare_folder(folder)
     paths = []
     for index, image in enumerate(result.images):
         data = encode_png(image, text_chunks(result, index))
         stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
         path = _free_path(folder, stem, data)
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             file.write(data)
         paths.append(path)
     return paths
