@@ -365,9 +365,7 @@ def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:
     return student_path(contract, folder.path / "model")
 
 
-def student_contract(
-    recipe: DistillRecipe, prepared: PreparedStage, teacher: Contract
-) -> Contract:
+def student_contract(recipe: DistillRecipe, prepared: PreparedStage, teacher: Contract) -> Contract:
     """Return the contract of a stage's student.
 
     It is named after its style, if it has one. The base of a LoRA that was trained on a student is

@@ -148,9 +148,7 @@ def _to_toml(values: Mapping[str, Any]) -> str:
         parts.append(f"[defaults.methods.{name}]\n{tomli_w.dumps(settings)}")
     for stage in stages:
         first = {key: stage[key] for key in _FIRST_KEYS if key in stage}
-        others = {
-            key: value for key, value in stage.items() if key not in (*_FIRST_KEYS, "method")
-        }
+        others = {key: value for key, value in stage.items() if key not in (*_FIRST_KEYS, "method")}
         parts.append(f"[[stages]]\n{tomli_w.dumps({**first, **others})}")
         parts.append(f"[stages.method]\n{tomli_w.dumps(stage['method'])}")
     return "\n".join(part for part in parts if part)

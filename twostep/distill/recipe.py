@@ -44,9 +44,7 @@ class Stage(LoopSettings):
     lora_rank: int | None = Field(
         None, gt=0, description="train a LoRA of this rank; the whole network where not given"
     )
-    optimiser: OptimiserName = Field(
-        "adamw", description="adamw8bit keeps its moments in 8 bits"
-    )
+    optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of any network")
     gradient_checkpointing: bool = Field(
@@ -195,13 +193,14 @@ class DistillRecipe(Settings):
         """Check a stage against the steps of the students that there are before it."""
         learns_from_itself = find_method(stage.method.name).learns_from_itself
         is_student = stage.teacher_steps in known
-        if stage.teacher_steps is not None and not is_student:
-            if stage.teacher_steps < max(known, default=0):
-                raise ValueError(
-                    f"stage {stage.name} learns from a {stage.teacher_steps}-step student that no "
-                    f"stage before it makes; there are {sorted(known, reverse=True)}, and above "
-                    "them the model itself"
-                )
+        fewest_of_the_model = max(known, default=0)
+        is_model = stage.teacher_steps is None or stage.teacher_steps >= fewest_of_the_model
+        if not is_student and not is_model:
+            raise ValueError(
+                f"stage {stage.name} learns from a {stage.teacher_steps}-step student that no "
+                f"stage before it makes; there are {sorted(known, reverse=True)}, and above them "
+                "the model itself"
+            )
         if stage.guidance > 1 and (
             is_student or learns_from_itself or self.model_steps is not None
         ):
@@ -271,5 +270,5 @@ def _filled(
     values = {**defaults, **stage}
     method = values.get("method")
     if isinstance(method, Mapping):
-        values["method"] = {**by_method.get(method.get("name"), {}), **method}
+        values["method"] = {**by_method.get(str(method.get("name")), {}), **method}
     return values

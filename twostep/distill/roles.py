@@ -201,7 +201,9 @@ def frozen_lora_copy(denoiser: Denoiser, name: str) -> Denoiser:
 
 
 @torch.no_grad()
-def move_average(average: Mapping[str, Tensor], current: Mapping[str, Tensor], decay: float) -> None:
+def move_average(
+    average: Mapping[str, Tensor], current: Mapping[str, Tensor], decay: float
+) -> None:
     """Move averaged weights towards the current ones, in place: average = decay * average + ..."""
     keys = [key for key, value in average.items() if value.is_floating_point()]
     torch._foreach_lerp_(

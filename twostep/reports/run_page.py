@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from pydantic import ValidationError
 
 from twostep.contract import Contract
 from twostep.distill.recipe import Stage
@@ -101,7 +102,10 @@ def _iterations_by_stage(recipe: str, parts: dict[str, Part]) -> dict[str, int]:
     values = tomllib.loads(recipe)
     if "stages" not in values:
         return {name: part.iteration for name, part in parts.items()}
-    stages = [Stage.model_validate(stage) for stage in values["stages"]]
+    try:
+        stages = [Stage.model_validate(stage) for stage in values["stages"]]
+    except ValidationError as error:
+        raise RunError(f"the recipe of this run cannot be read: {error}") from error
     return {stage.name: stage.iterations for stage in stages}
 
 

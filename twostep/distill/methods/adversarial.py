@@ -159,9 +159,7 @@ class Adversarial(Method[JudgedPair]):
         if stage.student_steps <= 2:
             # Clean landings are judged noised to t* (section 3.7.2); real and fake get the same t*
             # and the same noise, so that these tell nothing.
-            noised = draw_noised_times(
-                stage.batch_size, self.settings.early_weight, random.tensors
-            )
+            noised = draw_noised_times(stage.batch_size, self.settings.early_weight, random.tensors)
             seen_at = torch.where(taken.s == 0, batches.share(noised), taken.s)
         eps = batches.noise(taken.x_t, random)
         real = noise_landed(taken.x_s, taken.s, seen_at, eps, schedule)

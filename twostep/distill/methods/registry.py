@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from twostep.distill.method import Method
@@ -17,10 +17,12 @@ _BUILT_IN = {
 }
 """Where the built-in methods are; each is imported when it is first asked for."""
 
+MethodT = TypeVar("MethodT", bound="type[Method[Any]]")
+
 _REGISTERED: dict[str, type[Method[Any]]] = {}
 
 
-def register_method(method: type[Method[Any]]) -> type[Method[Any]]:
+def register_method(method: MethodT) -> MethodT:
     """Let recipes name a method, by its `name`; can be used as a decorator.
 
     Raises:
