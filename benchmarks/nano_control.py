@@ -1,6 +1,6 @@
 """The silhouette ControlNet, trained on the teacher, at work on the teacher and on its students, unchanged.
 
-    python benchmarks/train_judge.py --out runs/judge-wide -o name=wide-judge -o loop.iterations=2500 \\
+    twostep pretrain nano-judge --out runs/judge-wide -o name=wide-judge -o loop.iterations=2500 \\
         -o placement.smallest_scale=0.6 -o placement.shift_pixels=9 -o placement.rotation_degrees=20
     python benchmarks/nano_control.py --judge runs/judge-wide/judge.safetensors
 
@@ -25,16 +25,16 @@ from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
-from examples.nano.captions import BACKGROUNDS
-from examples.nano.drawings import EmojiSet, lay_on, load_emoji, place_drawings
-from examples.nano.judge import BUILT_IN, load_judge
-from examples.nano.model import PIXELS
-from examples.nano.report import evaluate
-from examples.nano.silhouette import PLACEMENT, hints_of
 from twostep.diffusion import initial_noise, sample
+from twostep.evaluate.attributes import BACKGROUNDS
+from twostep.evaluate.judge import BUILT_IN, load_judge
+from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.control import Hint, load_control
+from twostep.pretrain.control import PLACEMENT, hints_of
+from twostep.pretrain.drawings import EmojiSet, lay_on, load_emoji, place_drawings
+from twostep.pretrain.model import PIXELS
 
 HELD_OUT_SEED = 2**20
 """Above every seed that a recipe may have."""
@@ -51,8 +51,8 @@ class Asked:
     """What is asked for: prompts, their silhouettes, and real pictures that are right in every way."""
 
     tasks: list[Task]
-    masks: UInt8[Tensor, "tasks 64 64"]
-    real: Float[Tensor, "tasks 3 64 64"]
+    masks: UInt8[Tensor, "tasks height width"]
+    real: Float[Tensor, "tasks 3 height width"]
     backgrounds: Float[Tensor, "tasks 3"]
 
 
@@ -74,7 +74,7 @@ def ask(emoji: EmojiSet, count: int) -> Asked:
 @torch.no_grad()
 def draw(
     bundle: Bundle, asked: Asked, control: Path | None, scale: float
-) -> Float[Tensor, "tasks 3 64 64"]:
+) -> Float[Tensor, "tasks 3 height width"]:
     """Draw every task, with the silhouettes in sight or without."""
     contract, pictures = bundle.contract, []
     empty = bundle.conditioning([""], PIXELS, PIXELS)
@@ -104,15 +104,15 @@ def draw(
 
 
 def silhouettes(
-    pictures: Float[Tensor, "tasks 3 64 64"], backgrounds: Float[Tensor, "tasks 3"]
-) -> Bool[Tensor, "tasks 64 64"]:
+    pictures: Float[Tensor, "tasks 3 height width"], backgrounds: Float[Tensor, "tasks 3"]
+) -> Bool[Tensor, "tasks height width"]:
     """Return where pictures differ from the background that was asked for."""
     away = ((pictures + 1) / 2 - backgrounds[:, :, None, None]).abs().amax(1)
     return away > THRESHOLD
 
 
 def agreement(
-    found: Bool[Tensor, "tasks 64 64"], wanted: UInt8[Tensor, "tasks 64 64"]
+    found: Bool[Tensor, "tasks height width"], wanted: UInt8[Tensor, "tasks 64 64"]
 ) -> Float[Tensor, " tasks"]:
     """Return the intersection over the union of each pair of silhouettes, in 0..1."""
     both, either = (

@@ -25,17 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
-from examples.nano.captions import Attributes, Omission, with_article
-from examples.nano.drawings import load_emoji
-from examples.nano.judge import load_judge
-from examples.nano.latents import cache_latents
-from examples.nano.model import PIXELS
-from examples.nano.report import evaluate
-from examples.nano.teacher import noise_loss
+from twostep.evaluate.attributes import Attributes
+from twostep.evaluate.judge import load_judge
+from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
 from twostep.models.bundle import load_bundle
 from twostep.models.lora_stack import load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
+from twostep.pretrain.captions import Omission, with_article
+from twostep.pretrain.drawings import load_emoji
+from twostep.pretrain.latents import cache_latents
+from twostep.pretrain.model import PIXELS
+from twostep.pretrain.teacher import noise_loss
 from twostep.training.loop import training_attention
 
 STYLE = "noto"

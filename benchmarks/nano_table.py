@@ -36,13 +36,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
-from examples.nano.drawings import EmojiSet, load_emoji
-from examples.nano.judge import Judge, load_judge
-from examples.nano.report import Report, evaluate
 from twostep.diffusion import Denoise, VariancePreserving, guide, initial_noise, sample
+from twostep.evaluate.judge import Judge, load_judge
+from twostep.evaluate.metrics import Report, evaluate
 from twostep.formats.locate import find_model
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
+from twostep.pretrain.drawings import EmojiSet, load_emoji
 
 CHUNK = 128
 DECODE_CHUNK = 16

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from examples.nano.captions import BACKGROUNDS, STYLES, Attributes, caption, complete_caption
-from examples.nano.drawings import Concept, EmojiSet, Placement, compose
 from twostep.errors import TwostepError
+from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes, Concept
+from twostep.pretrain.captions import caption, complete_caption
+from twostep.pretrain.drawings import EmojiSet, Placement, compose
 
 FIRST_SEED = 1_000_000
 """Seeds from here on are held out for evaluation."""
@@ -96,7 +97,7 @@ def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
 
 def real_pictures(
     attributes: Sequence[Attributes], emoji: EmojiSet, *, seed: int = FIRST_SEED
-) -> Float[Tensor, "batch 3 64 64"]:
+) -> Float[Tensor, "batch 3 height width"]:
     """Compose one real picture for each wish, with whatever it leaves open drawn at random."""
     generator, rng = torch.Generator().manual_seed(seed), Random(seed)
     chosen = [_fitting_drawing(wish, emoji, rng) for wish in attributes]

@@ -22,15 +22,16 @@ from nano_table import TEACHER_STEPS, Row, Sampler, draw_row, to_float, write_sh
 from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
-from examples.nano.captions import Attributes, with_article
-from examples.nano.diversity import pixel_diversity
-from examples.nano.drawings import load_emoji
-from examples.nano.judge import Judge, load_judge
-from examples.nano.report import evaluate
+from twostep.evaluate.attributes import Attributes
+from twostep.evaluate.diversity import pixel_diversity
 from twostep.evaluate.frechet import fit_features, frechet_distance
+from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.likeness import looks
+from twostep.evaluate.metrics import evaluate
 from twostep.models.bundle import load_bundle
 from twostep.models.lora_stack import LoraCache
+from twostep.pretrain.captions import with_article
+from twostep.pretrain.drawings import load_emoji
 from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)

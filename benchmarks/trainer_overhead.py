@@ -30,9 +30,6 @@ import typer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from examples.nano.captions import STYLES
-from examples.nano.drawings import built_in_concepts
-from examples.nano.latents import EmojiSource, LatentCache
 from twostep.diffusion import landing
 from twostep.distill.methods.adversarial import BETAS, AdversarialSettings
 from twostep.distill.methods.discriminator import Discriminator
@@ -40,10 +37,13 @@ from twostep.distill.pairs import trained_times
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import weights_of
 from twostep.distill.trainer import StageTrainer
+from twostep.evaluate.attributes import STYLES
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.pretrain.drawings import built_in_concepts
+from twostep.pretrain.latents import EmojiSource, LatentCache
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 

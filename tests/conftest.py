@@ -1,9 +1,37 @@
-"""Shapes in signatures are checked in every test, and one worker uses one thread."""
+"""Shapes in signatures are checked in every test, one worker uses one thread, and what several
+rooms' tests draw and judge is made once.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["twostep", "examples.nano"], "beartype.beartype")
+install_import_hook(["twostep"], "beartype.beartype")
+
+if TYPE_CHECKING:
+    from twostep.evaluate.judge import Judge
+    from twostep.pretrain.drawings import EmojiSet
+
+SAMPLE = Path(__file__).parent / "pretrain" / "emoji_sample.safetensors"
+
+
+@pytest.fixture(scope="session")
+def emoji() -> "EmojiSet":
+    """A sample of the built-in drawings, half as large."""
+    from twostep.pretrain.drawings import load_emoji
+
+    return load_emoji(SAMPLE)
+
+
+@pytest.fixture(scope="session")
+def judge() -> "Judge":
+    """The judge that ships."""
+    from twostep.evaluate.judge import load_judge
+
+    return load_judge()

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.diffusion import trailing_times
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble
 

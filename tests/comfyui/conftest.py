@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from examples.nano.model import random_bundle
 from twostep.contract import Contract
 from twostep.formats.lora_files import LowRank, write_lora
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble, write_single_file
 

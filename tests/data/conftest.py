@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle
+from twostep.pretrain.model import random_bundle
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from examples.nano.model import random_bundle
 from twostep.data import cache as cache_module
 from twostep.data.cache import CachedSource, load_cache
 from twostep.data.encoding import cache_pictures, cache_prompts
 from twostep.data.sources import DataError, Demands, cut, find_entries, read_picture
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+from twostep.pretrain.model import random_bundle
 
 SIZES = ((64, 64), (96, 48), (48, 96))
 

@@ -17,7 +17,7 @@ import tomli_w
 import torch
 
 ROOT = Path(__file__).parents[2]
-EMOJI = ROOT / "tests" / "nano" / "emoji_sample.safetensors"
+EMOJI = ROOT / "tests" / "pretrain" / "emoji_sample.safetensors"
 REGRESSION = {"name": "regression"}
 CONDITIONAL = {"name": "adversarial", "objective": "conditional"}
 UNCONDITIONAL = {"name": "adversarial", "objective": "unconditional"}
@@ -36,7 +36,7 @@ CLOCKS = {"time", "seconds_per_iteration"}
 FORKS = multiprocessing.get_context("forkserver")
 # What every process would import anew, which takes longer than what it then does.
 FORKS.set_forkserver_preload(
-    ["twostep.distill", "examples.nano.latents", "twostep.data.cache", "accelerate"]
+    ["twostep.distill", "twostep.pretrain.latents", "twostep.data.cache", "accelerate"]
 )
 WORK = """
 import os, sys
@@ -48,7 +48,7 @@ os.environ.update({environment!r})
 MODELS = """
 import torch
 from pathlib import Path
-from examples.nano.model import random_bundle
+from twostep.pretrain.model import random_bundle
 
 teacher, pupil = random_bundle(), random_bundle()
 pupil.denoiser.network.requires_grad_(True)
@@ -152,7 +152,7 @@ def write_recipe(
         "sample_prompts": ["a red fox"],
     }
     values |= {
-        "data": "examples.nano.latents:drawings",
+        "data": "twostep.pretrain.latents:builtin",
         "data_options": {"variants": 1, "emoji": str(EMOJI)},
     }
     folder.mkdir(exist_ok=True)

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig
 from typer.testing import CliRunner
 
-from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.distill import DistillRecipe
 from twostep.distill.chain import prepared_stages
@@ -24,6 +23,7 @@ from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import StageTrainer
 from twostep.formats.locate import WEIGHTS
 from twostep.models.bundle import load_bundle
+from twostep.pretrain.model import random_bundle
 from twostep.training.loop import Randomness
 
 from .conftest import Handful

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import twostep
-from examples.nano.model import random_bundle
+from twostep.pretrain.model import random_bundle
 
 from .launching import (
     CONDITIONAL,
@@ -162,7 +162,7 @@ KEPT = """
 from pathlib import Path
 import torch
 from twostep.errors import TwostepError
-from examples.nano.model import random_bundle
+from twostep.pretrain.model import random_bundle
 from twostep.training.processes import joined, world
 from twostep.training.run_folder import RunFolder
 from twostep.training.recipe import Settings

@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.contract import Contract
 from twostep.diffusion import trained_times
@@ -20,6 +19,7 @@ from twostep.formats.lora_files import LowRank
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import TARGETS
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble
 

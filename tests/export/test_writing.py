@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from examples.nano.model import random_bundle
 from twostep.contract import Contract
 from twostep.export.card import Card
 from twostep.export.writing import export
@@ -24,6 +23,7 @@ from twostep.formats.lora_files import read_lora, write_lora
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
+from twostep.pretrain.model import random_bundle
 
 from .conftest import random_lora, student_contract
 

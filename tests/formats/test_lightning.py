@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from examples.nano.model import random_bundle
 from twostep.contract import ContractError
 from twostep.export.conversion import convert
 from twostep.export.verification import verify
@@ -23,6 +22,7 @@ from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract, read_contracts
 from twostep.models.lora_stack import LoraCache, load_with_loras
 from twostep.networks.adapters import TARGETS
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble, write_single_file
 

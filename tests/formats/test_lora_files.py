@@ -10,11 +10,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from examples.nano.model import random_bundle
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LoraError, LowRank, merge_lora, read_lora, write_lora
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.adapters import TARGETS
+from twostep.pretrain.model import random_bundle
 
 ROOT = Path(__file__).parents[2]
 RANK, ALPHA = 3, 1.5

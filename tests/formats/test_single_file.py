@@ -16,12 +16,12 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
-from examples.nano.model import random_bundle
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, unet_names
 from twostep.formats.locate import ModelError
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import read_contracts
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble, write_single_file
 

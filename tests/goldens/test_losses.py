@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.nano.model import random_bundle
 from twostep.distill.recipe import Stage
 from twostep.distill.trainer import StageTrainer
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
 from twostep.networks.conditioning import Conditioning
+from twostep.pretrain.model import random_bundle
 from twostep.text.clip import TextEncoders
 from twostep.training.loop import Randomness
 

@@ -11,13 +11,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from examples.nano.model import random_bundle
 from twostep.cli import app
 from twostep.formats.locate import ModelError, find_model
 from twostep.models.bundle import Bundle, load_bundle, save_bundle
 from twostep.models.contracts import read_contracts
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
+from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble
 

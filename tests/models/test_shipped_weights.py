@@ -9,9 +9,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from examples.nano.judge import load_judge
-from examples.nano.prompts import attributes_from_prompt
-from examples.nano.report import evaluate
+from twostep.evaluate.judge import load_judge
+from twostep.evaluate.metrics import evaluate
+from twostep.evaluate.prompts import attributes_from_prompt
 from twostep.formats.locate import WEIGHTS
 from twostep.models.bundle import load_bundle
 from twostep.models.contracts import read_contracts

@@ -12,7 +12,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import (
     LoraError,
@@ -24,6 +23,7 @@ from twostep.networks.adapters import (
     remove_lora,
     remove_loras,
 )
+from twostep.pretrain.model import random_bundle
 
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
 

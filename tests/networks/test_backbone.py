@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.nano.model import random_bundle
+from twostep.pretrain.model import random_bundle
 from twostep.diffusion import VariancePreserving, sample
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import LoraError, add_lora
@@ -161,7 +161,7 @@ def replace_unchecked(denoiser: Denoiser, backbone: object) -> Denoiser:
 GRAPHS = """
 from dataclasses import replace
 import torch
-from examples.nano.model import random_bundle
+from twostep.pretrain.model import random_bundle
 from twostep.networks.control import Hint, load_control
 
 bundle = random_bundle()

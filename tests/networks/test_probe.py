@@ -8,13 +8,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from examples.nano.model import random_bundle
 from twostep.diffusion import sample
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import load_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type, probe_prediction_type
+from twostep.pretrain.model import random_bundle
 
 TEACHER = load_bundle("nano")
 

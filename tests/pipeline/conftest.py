@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from examples.nano.model import random_bundle
 from twostep.models.bundle import Bundle
+from twostep.pretrain.model import random_bundle
 
 
 def _as_student(teacher: Bundle, steps: int) -> Bundle:

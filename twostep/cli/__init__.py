@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from twostep.cli import draw, files, train
+from twostep.cli import draw, evaluate, files, pretrain, train
 from twostep.errors import TwostepError
 
 
@@ -39,5 +39,6 @@ app = typer.Typer(
 _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, train.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
-for verb in (*_DRAWING, *_TRAINING, *_FILES):
+_BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
+for verb in (*_DRAWING, *_TRAINING, *_BUILT_IN, *_FILES):
     app.command()(verb)

@@ -1,0 +1,39 @@
+"""A judge that has seen the sample of drawings for a few seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from twostep.evaluate.judge import Judge, load_judge
+from twostep.pretrain.descent import DescentSettings
+from twostep.pretrain.drawings import EmojiSet
+from twostep.pretrain.judge import JudgeSettings, train_judge
+
+QUICK = JudgeSettings(
+    name="quick",
+    channels=(24, 48, 64),
+    num_held_out=2,
+    loop=DescentSettings(
+        iterations=120,
+        batch_size=32,
+        learning_rate=5e-3,
+        warmup_iterations=10,
+        decay_share=1.0,
+        ema_decay=0.8,
+        checkpoint_every=50,
+        log_every=20,
+    ),
+)
+
+
+@pytest.fixture(scope="session")
+def quick_run(emoji: EmojiSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished short training."""
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    train_judge(QUICK, emoji, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def quick_judge(quick_run: Path) -> Judge:
+    return load_judge(quick_run / "judge.safetensors")

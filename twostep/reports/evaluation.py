@@ -1,0 +1,105 @@
+"""The figures of a folder of pictures against the prompts written into them, by a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from twostep.errors import TwostepError
+from twostep.evaluate.judge import BUILT_IN, PICTURE_PIXELS, load_judge
+from twostep.evaluate.metrics import Report, evaluate
+from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.pipeline.png import ProvenanceError, read_provenance
+
+
+class FolderError(TwostepError):
+    """A folder that holds no pictures which can be scored."""
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """The figures of a folder, and the pictures in it that no prompt could be read of."""
+
+    report: Report
+    unknown: tuple[Path, ...]
+
+
+def evaluate_folder(
+    folder: Path, *, reference: Path | None = None, judge: Path | None = None
+) -> FolderReport:
+    """Score the PNGs of a folder, as `twostep generate` wrote them, against their prompts.
+
+    `reference` is a folder of PNGs to which the Frechet distance is measured; `judge` is a
+    judge.safetensors, the built-in one if none is given. Pictures without a prompt, or with one
+    that names what the judge does not know, count in the distances only.
+
+    Raises FolderError for a folder without pictures, or with one that is damaged or of another
+    size; JudgeError for a file that is no judge.
+    """
+    referee = load_judge(judge or BUILT_IN)
+    paths = _pictures_in(folder)
+    prompts = [_prompt_of(path) for path in paths]
+    concepts = referee.classes.concepts
+    attributes = [
+        None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts
+    ]
+    compared = None
+    if reference is not None:
+        compared = referee.statistics(_load_pictures(_pictures_in(reference)))
+    report = evaluate(
+        _load_pictures(paths),
+        attributes,
+        referee,
+        reference=compared,
+        real=referee.real if len(paths) > 1 else None,
+    )
+    unknown = [path for path, known in zip(paths, attributes, strict=True) if known is None]
+    return FolderReport(report, tuple(unknown))
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FolderError(f"{folder} is no folder; give one that holds the PNGs to score.")
+    paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise FolderError(
+            f"{folder} holds no PNG. Draw some with: twostep generate PROMPT --out {folder}"
+        )
+    return paths
+
+
+def _load_pictures(paths: Sequence[Path]) -> Float[Tensor, "pictures 3 height width"]:
+    """Read PNGs as pictures in -1..1."""
+    pictures = [_load_picture(path) for path in paths]
+    return torch.stack(pictures).float() / 127.5 - 1
+
+
+def _load_picture(path: Path) -> Tensor:
+    """Read a PNG as uint8 [3, height, width]; FolderError if damaged or of another size."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise FolderError(
+            f"{path} cannot be read as a picture ({error}). Take it out of the folder."
+        ) from error
+    height, width = pixels.shape[:2]
+    if (height, width) != (PICTURE_PIXELS, PICTURE_PIXELS):
+        raise FolderError(
+            f"{path} is {width}x{height}; the judge knows {PICTURE_PIXELS}x{PICTURE_PIXELS} only."
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _prompt_of(path: Path) -> str | None:
+    try:
+        return read_provenance(path).request.prompt
+    except ProvenanceError:
+        return None
