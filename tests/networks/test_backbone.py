@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from twostep.pretrain.model import random_bundle
 from twostep.diffusion import VariancePreserving, sample
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import LoraError, add_lora
@@ -18,6 +17,7 @@ from twostep.networks.backbone import Backbone, BackboneError, BackboneSpec, Has
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.control import Hint, load_control
 from twostep.networks.denoiser import Denoiser
+from twostep.pretrain.model import random_bundle
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ one meant.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ _METHODS = {
 
 _FIRST_KEYS = ("student_steps", "teacher_steps", "lora_rank")
 """What a stage begins with. It is never a default: it says what a stage is."""
+
+_NUMBERS = re.compile(r"\[\n((?: +[\d.]+,\n)+)\]")
+"""A list of numbers as tomli_w writes it, one in a line."""
 
 _NEVER_DEFAULTS = (*_FIRST_KEYS, "method", "guidance")
 
@@ -116,7 +120,7 @@ def _take_common(
             continue
         values = [table.get(key, own_default) for table in tables]
         ((value, _),) = Counter(values).most_common(1)
-        if value == own_default and type(value) is type(own_default):
+        if value == own_default and not all(key in table for table in tables):
             continue
         common[key] = value
         for table, own in zip(tables, values, strict=True):
@@ -151,4 +155,9 @@ def _to_toml(values: Mapping[str, Any]) -> str:
         others = {key: value for key, value in stage.items() if key not in (*_FIRST_KEYS, "method")}
         parts.append(f"[[stages]]\n{tomli_w.dumps({**first, **others})}")
         parts.append(f"[stages.method]\n{tomli_w.dumps(stage['method'])}")
-    return "\n".join(part for part in parts if part)
+    return _NUMBERS.sub(_on_one_line, "\n".join(part for part in parts if part))
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    numbers = [line.strip().rstrip(",") for line in match[1].splitlines()]
+    return f"[{', '.join(numbers)}]"

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion import Denoise, VariancePreserving, landing, solve, step, trained_times
-from twostep.diffusion.shapes import Latents, Times
+from twostep.diffusion.shapes import Batch, Times
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
@@ -56,7 +56,7 @@ class Batches:
     batch_size: int
     device: torch.device
 
-    def examples(self, random: Randomness) -> tuple[Latents, Conditioning]:
+    def examples(self, random: Randomness) -> tuple[Batch, Conditioning]:
         """Draw clean latents x0 and their conditioning."""
         x0, conditioning = self.source.draw(self.batch_size, random.tensors, random.words)
         share = world().share(self.batch_size)
@@ -70,7 +70,7 @@ class Batches:
         """Return this process's share of what was drawn for the whole batch, on the CPU."""
         return whole[world().share(self.batch_size)]
 
-    def noise(self, like: Latents, random: Randomness) -> Latents:
+    def noise(self, like: Batch, random: Randomness) -> Batch:
         """Draw normal noise in the shape of latents."""
         whole = torch.randn(self.batch_size, *like.shape[1:], generator=random.tensors)
         return self.share(whole).to(like.device)
@@ -88,8 +88,8 @@ class Transition:
         conditioning: what both are to show.
     """
 
-    x_t: Latents
-    x_s: Latents
+    x_t: Batch
+    x_s: Batch
     t: Times
     s: Times
     conditioning: Conditioning
@@ -105,7 +105,7 @@ class Pair:
     """
 
     teacher: Transition
-    student: Latents
+    student: Batch
 
 
 def draw_teacher_step(
@@ -139,7 +139,7 @@ def draw_teacher_step(
     return Transition(x_t, x_s, t, landing(t, student_steps), positive)
 
 
-def student_landing(student: Denoiser, taken: Transition) -> Latents:
+def student_landing(student: Denoiser, taken: Transition) -> Batch:
     """Return where the student lands in one step from where the teacher started."""
     prediction = student(taken.x_t, taken.t, taken.conditioning)
     return step(prediction, taken.s, student.schedule)
@@ -153,12 +153,12 @@ def draw_times(student_steps: int, count: int, generator: torch.Generator) -> In
 
 def teacher_landing(
     teacher: Denoise,
-    x_t: Latents,
+    x_t: Batch,
     t: Times,
     student_steps: int,
     teacher_steps: int,
     schedule: VariancePreserving,
-) -> Latents:
+) -> Batch:
     """Return where the teacher lands in n = teacher_steps / student_steps steps of its own grid.
 
     It stops at 0, and so never lands below the student's s.
@@ -186,8 +186,8 @@ def draw_noised_times(
 
 
 def noise_landed(
-    x_s: Latents, s: Times, noised: Times, eps: Latents, schedule: VariancePreserving
-) -> Latents:
+    x_s: Batch, s: Times, noised: Times, eps: Batch, schedule: VariancePreserving
+) -> Batch:
     """Return latents with those that landed on 0 noised to their t*, and the others as they are."""
-    landed = (s == 0).to(x_s.device).view(-1, 1, 1, 1)
+    landed = (s == 0).to(x_s.device).view(-1, *[1] * (x_s.ndim - 1))
     return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)

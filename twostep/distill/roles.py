@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
 from twostep.networks.adapters import Lora, add_lora, has_lora, remove_lora
 from twostep.networks.denoiser import Denoiser

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from twostep.diffusion import PredictionType, trained_times
-from twostep.diffusion.shapes import Latents
+from twostep.diffusion.shapes import Batch
 from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodSettings, Models
 from twostep.distill.methods.discriminator import (
     FORWARD_METHODS,
@@ -89,8 +89,8 @@ class JudgedPair:
     """
 
     student: Transition
-    real: Latents
-    perturbed: Latents | None
+    real: Batch
+    perturbed: Batch | None
 
 
 class Adversarial(Method[JudgedPair]):
@@ -221,7 +221,7 @@ class Adversarial(Method[JudgedPair]):
         return Cost(num_calls, savings=({"discriminator_lora": True},))
 
 
-def judge_landings(judge: Judge, step: Transition, landings: Sequence[Latents]) -> list[Tensor]:
+def judge_landings(judge: Judge, step: Transition, landings: Sequence[Batch]) -> list[Tensor]:
     """Return the logits of several landings of a step from the same x_t.
 
     All go through the encoder in one batch, and x_t, if the discriminator is conditional, once.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Protocol, runtime_checkable
 
-from twostep.diffusion.shapes import Latents, Times
+from twostep.diffusion.shapes import Batch, Times
 from twostep.distill.roles import Weights, place_lora
 from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
@@ -67,7 +68,7 @@ class Discriminator(nn.Module):
         width = teacher.backbone.spec.feature_widths[-1]
         self.head = _make_head(width, conditional, teacher.device)
 
-    def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
+    def features(self, x: Batch, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of latents x at times t in 0..1000."""
         return self._denoiser.features(x, t, conditioning)[-1]
 
@@ -102,7 +103,7 @@ class LoraDiscriminator:
         width = teacher.backbone.spec.feature_widths[-1]
         self.head = _make_head(width, conditional, teacher.device)
 
-    def features(self, x: Latents, t: Times, conditioning: Conditioning) -> Features:
+    def features(self, x: Batch, t: Times, conditioning: Conditioning) -> Features:
         """Return the mid-block's features of latents x at times t in 0..1000."""
         return self._denoiser.features(x, t, conditioning)[-1]
 
