@@ -9,18 +9,18 @@ READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all weights lint
+.PHONY: help setup demo test test-all weights lint house docs docs-serve
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
-setup: $(READY) ## Create .venv and install twostep with everything that its tests need.
+setup: $(READY) ## Create .venv and install twostep with everything that its tests and its site need.
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "twostep needs Python 3.11 or newer, this is $$($(PYTHON) -V); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 demo: setup ## Draw a gallery with the two-step student beside its teacher, and time them.
@@ -42,3 +42,12 @@ lint: setup ## Check style, types, and who imports whom.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+house: setup ## Show how large each room is and how many files import it.
+	$(BIN)/python benchmarks/house.py
+
+docs: setup ## Build the site, with search and the API reference, into site/.
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup ## Show the site at http://127.0.0.1:8000 and build it again at every change.
+	$(BIN)/mkdocs serve --strict

@@ -105,7 +105,7 @@ contract = Contract(
     prediction_type="eps", spacing="trailing", guidance=1.0, sizes=((64, 64),), base="nano",
     lora_rank=None, lora_alpha=None, recipe="nano", version="0.1.0",
 )
-request = Request("a fox", seed=1, width=64, height=64, steps=2)
+request = Request("a fox", seed=1, width=64, height=64, steps=2, guidance=1.0)
 result = Result([Image.new("RGB", (64, 64))], [1], {}, [], contract, request)
 (path,) = save_images(result, Path(sys.argv[1]))
 assert path.is_file()

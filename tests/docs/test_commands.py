@@ -55,8 +55,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "apple.png").stat().st_size > 500
 
 
-def test_the_make_targets_of_the_readme_exist() -> None:
-    targets = re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M)
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [("README.md", {"demo", "test"}), ("CONTRIBUTING.md", {"setup", "test", "lint"})],
+)
+def test_the_make_targets_that_a_page_names_exist(page: str, expected: set[str]) -> None:
+    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / page).read_text(), re.M))
     makefile = (ROOT / "Makefile").read_text()
-    assert {"demo", "test"} <= set(targets)
+    assert expected <= targets
     assert all(f"\n{target}:" in makefile for target in targets)
