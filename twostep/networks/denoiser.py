@@ -22,7 +22,7 @@ from twostep.diffusion import (
 )
 from twostep.diffusion.shapes import Batch, Times
 from twostep.networks import backbone as backbones
-from twostep.networks.adapters import at_work
+from twostep.networks.adapters import activated
 from twostep.networks.backbone import Backbone
 from twostep.networks.conditioning import Conditioning
 
@@ -74,9 +74,9 @@ class Denoiser:
         """
         time = self._network_time(x_t, t)
         if conditioning.hints:
-            conditioning = conditioning.acting_at(t[0].item())
+            conditioning = conditioning.acting_at(float(t[0]))
         # LoRAs are switched in the module itself, so threads that share it take turns.
-        with at_work(self.network, self.lora):
+        with activated(self.network, self.lora):
             output = self.backbone(x_t, time, conditioning)
         alpha, sigma = self.schedule.coefficients(t, x_t)
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
@@ -87,7 +87,7 @@ class Denoiser:
         Raises BackboneError if the backbone has no features.
         """
         time = self._network_time(x_t, t)
-        with at_work(self.network, self.lora):
+        with activated(self.network, self.lora):
             return backbones.features(self.backbone, x_t, time, conditioning)
 
     def with_network(self, network: nn.Module) -> Denoiser:
