@@ -145,7 +145,8 @@ def main(
     frozen = 4 * (2 * total + ENCODER_PARAMETERS) / GIB
     typer.echo(f"measured peak: {peak():.1f} GiB")
     typer.echo(
-        f"three networks, the weights alone: {frozen:.1f} GiB; student and discriminator trained: {separate:.1f}"
+        f"three networks, the weights alone: {frozen:.1f} GiB; "
+        f"student and discriminator trained: {separate:.1f}"
     )
 
 

@@ -1,7 +1,7 @@
 """A recipe for SDXL on a GPU, at SDXL's full size with random weights: what its plan says beside
 what is measured.
 
-    python benchmarks/full_size_gpu.py sdxl-lora-24gb [-o stages.0.batch_size=2] [--iterations 2] [--pixels 1024]
+    python benchmarks/full_size_gpu.py sdxl-lora-24gb [-o stages.0.batch_size=2] [--pixels 1024]
 
 Every stage is trained for a few iterations by the very trainer, on noise in the shapes of SDXL's
 latents and texts; what is trained for so short a time is not looked at. Measured is the peak of

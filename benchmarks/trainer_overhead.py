@@ -63,7 +63,8 @@ def main(
     settings = load_recipe(recipe, DistillRecipe)
     bundle = load_bundle(settings.model)
     typer.echo(
-        "| stage | batch | iterations per second | forward | backward | optimisers | outside | overhead |"
+        "| stage | batch | iterations per second "
+        "| forward | backward | optimisers | outside | overhead |"
     )
     typer.echo("|---|---:|---:|---:|---:|---:|---:|---:|")
     for stage in settings.stages:
@@ -178,9 +179,13 @@ def bare_loop(stage: Stage, models: Models) -> Callable[[int], None]:
         judge_optimiser = adam(judge.parameters(), lr=judge_rate)
         activate(student, "student")
 
-    def walk(network: nn.Module, x: Tensor, t: Tensor, s: Tensor, told: Conditioning) -> Tensor:
-        added = {"text_embeds": told.pooled, "time_ids": told.sizes}
-        eps = network(x, t - 1, told.text, added_cond_kwargs=added, return_dict=False)[0].float()
+    def walk(
+        network: nn.Module, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
+        eps = network(x, t - 1, conditioning.text, added_cond_kwargs=added, return_dict=False)[
+            0
+        ].float()
         return alphas[s] * ((x - sigmas[t] * eps) / alphas[t]) + sigmas[s] * eps
 
     def descend(loss: Tensor, optimiser: Any) -> None:
@@ -191,7 +196,7 @@ def bare_loop(stage: Stage, models: Models) -> Callable[[int], None]:
     def iterate(number: int) -> None:
         draw = Randomness.at(stage.seed, number)
         with stage.autocast():
-            x0, told = models.source.draw(stage.batch_size, draw.tensors, draw.words)
+            x0, conditioning = models.source.draw(stage.batch_size, draw.tensors, draw.words)
             t = times[torch.randint(len(times), (stage.batch_size,), generator=draw.tensors)]
             noise = torch.randn(x0.shape, generator=draw.tensors)
             x_t = torch.where(
@@ -201,14 +206,14 @@ def bare_loop(stage: Stage, models: Models) -> Callable[[int], None]:
             with torch.no_grad():
                 for _ in range(num_teacher_steps):
                     then = landing(now, stage.teacher_steps)
-                    real, now = walk(teacher, real, now, then, told), then
-            fake = walk(student, x_t, t, now, told)
+                    real, now = walk(teacher, real, now, then, conditioning), then
+            fake = walk(student, x_t, t, now, conditioning)
             if not adversarial:
                 return descend((fake - real).square().mean(), optimiser)
             parts, at = [real, fake.detach()], [now, now]
             if judge.conditional:
                 parts, at = [*parts, x_t], [*at, t]
-            many = Conditioning.cat([told] * len(parts))
+            many = Conditioning.cat([conditioning] * len(parts))
             seen = judge.features(torch.cat(parts), torch.cat(at), many).chunk(len(parts))
             before = seen[2] if judge.conditional else None
             loss = (
@@ -218,8 +223,8 @@ def bare_loop(stage: Stage, models: Models) -> Callable[[int], None]:
             descend(loss, judge_optimiser)
             judge.requires_grad_(False)
             with torch.no_grad():
-                before = judge.features(x_t, t, told) if judge.conditional else None
-            after = judge.features(fake, now, told)
+                before = judge.features(x_t, t, conditioning) if judge.conditional else None
+            after = judge.features(fake, now, conditioning)
             descend(softplus(-judge.judge(before, after)).mean(), optimiser)
             judge.requires_grad_(True)
 

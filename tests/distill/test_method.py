@@ -1,4 +1,4 @@
-"""The seam: a method, a backbone and a source from this file alone train by the package's trainer."""
+"""The seam: a method, a backbone and a source from this file train by the package's trainer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

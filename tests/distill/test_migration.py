@@ -1,4 +1,4 @@
-"""Old recipes, of phases and objectives, are refused with what rewrites them, and mean the same after."""
+"""Old recipes, of phases and objectives, are refused, and mean the same once rewritten."""
 
 import tomllib
 from pathlib import Path
@@ -81,7 +81,8 @@ def test_a_limit_of_the_gap_becomes_a_setting_of_the_method() -> None:
             "[health]\naction = 'pause'\nlargest_gap = 3.0",
             f"[[phases]]\nobjective = 'mse'\n{phase}",
             f"[[phases]]\nobjective = 'conditional'\nr1_weight = 2.0\n{phase}",
-            f"[[phases]]\nobjective = 'unconditional'\nlora_rank = 4\ndiscriminator_lora = true\n{phase}",
+            f"[[phases]]\nobjective = 'unconditional'\n{phase}",
+            "lora_rank = 4\ndiscriminator_lora = true",
         ]
     )
     recipe = DistillRecipe.model_validate(tomllib.loads(migrate(text)))

@@ -185,7 +185,8 @@ with joined(torch.device("cpu")):
     kept = folder.load("phase")
     network.load_state_dict(kept["student"])
     found, expected = gathered(network.state_dict()), whole.state_dict()
-    print(kept["iteration"], len(found), all(torch.equal(value, expected[key]) for key, value in found.items()))
+    same = all(torch.equal(value, expected[key]) for key, value in found.items())
+    print(kept["iteration"], len(found), same)
 """
 
 

@@ -1,4 +1,4 @@
-"""The trainer: methods are learned, gradients stay where they belong, and resuming changes nothing."""
+"""The trainer: methods learn, gradients stay where they belong, and resuming changes nothing."""
 
 import copy
 from dataclasses import replace

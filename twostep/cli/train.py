@@ -1,4 +1,4 @@
-"""The verbs that make a cache to train from and students, and say what it takes and how it went."""
+"""The verbs of training: recipes, recipe, cache, plan, distill, report."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
 
 
-def spoken(figures: dict[str, float]) -> str:
-    """Return the figures of one iteration in a few words."""
+def _figures_text(figures: dict[str, float]) -> str:
+    """Return the figures of one iteration in one line."""
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
 
 
@@ -82,8 +82,8 @@ def cache(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of pictures with .txt captions, .jsonl, .tar shards (a pattern), hf:dataset; "
-            "or a .txt file of prompts, one a line, whose pictures the teacher makes."
+            help="Folder of pictures with .txt captions, .jsonl, .tar shards (a pattern), "
+            "hf:dataset; or a .txt file of prompts, one a line, whose pictures the teacher makes."
         ),
     ],
     out: Annotated[
@@ -149,7 +149,8 @@ def cache(
             )
         written = pictures(bundle, out, batch_size=batch_size, on_item=show)
     typer.echo(
-        f"{out}: {written.num_cached} items in {written.num_shards} shards, {len(written.skipped)} skipped"
+        f"{out}: {written.num_cached} items in {written.num_shards} shards, "
+        f"{len(written.skipped)} skipped"
     )
     for name, reason in list(written.skipped.items())[:5]:
         typer.echo(f"skipped {name}: {reason}")
@@ -172,8 +173,9 @@ def plan(
         float | None, typer.Option(parser=_size, help="What there is, as 24GB; less fails.")
     ] = None,
 ) -> None:
-    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk; no weights are
-    loaded.
+    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk.
+
+    No weights are loaded.
     """
     from twostep.distill.plan import plan as make_plan
 
@@ -249,7 +251,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
             recipe_name=Path(recipe).stem,
             start=start,
             on_iteration=lambda stage, done, figures: advance(
-                done, stage.iterations, f"{stage.name} {spoken(figures)}"
+                done, stage.iterations, f"{stage.name} {_figures_text(figures)}"
             ),
         )
     if world.is_first:
@@ -269,26 +271,30 @@ def report(
         Path | None, typer.Option(exists=True, help="A file of what to draw, one a line.")
     ] = None,
 ) -> None:
-    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on
-    other bases.
-    """
-    if lora is not None and run is None:
-        from twostep.reports.portability import PROMPTS, print_scales
+    """Make one HTML page of a run, or find the weight at which a LoRA is best on other bases.
 
-        asked = (
-            [line for line in prompts.read_text("utf-8").splitlines() if line.strip()]
-            if prompts
-            else PROMPTS
-        )
-        if not asked:
-            raise typer.BadParameter(f"{prompts} is empty; give a prompt on every line.")
-        print_scales(lora, bases.split(","), tuple(asked))
-    elif run is not None and lora is None:
+    The page can be made while the run goes on.
+    """
+    if run is not None and lora is None:
         from twostep.reports.run_page import write_report
 
         typer.echo(f"written: {write_report(run)}")
+    elif lora is not None and run is None:
+        from twostep.reports.portability import PROMPTS, print_scales
+
+        chosen = PROMPTS if prompts is None else _read_prompts(prompts)
+        print_scales(lora, bases.split(","), chosen)
     else:
         raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
+
+
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the lines of a file that are not blank."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise typer.BadParameter(f"{path} is empty; give a prompt on every line.")
+    return prompts
 
 
 def _load_recipe(name: str, overrides: list[str] | None) -> DistillRecipe:
@@ -323,11 +329,19 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
 
 @contextmanager
 def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
-    """Show a bar with counts and the time that remains; yields what moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True), disable=not shown) as bar:
+    """Show a bar with counts and the time that remains; yields the function that moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=f"{title} {text}".strip()
-        )
+
+        def advance(done: int, total: int | None, text: str) -> None:
+            description = f"{title} {text}".strip()
+            bar.update(task, completed=done, total=total, description=description)
+
+        yield advance

@@ -114,19 +114,19 @@ def _take_common(
     for key in dict.fromkeys(key for table in tables for key in table):
         if key in never or key not in fields:
             continue
-        own_default = fields[key].default
-        if any(table.get(key, own_default) is None for table in tables):
+        fallback = fields[key].default
+        if any(table.get(key, fallback) is None for table in tables):
             # TOML has no word for "not given", so it cannot be written into a table.
             continue
-        values = [table.get(key, own_default) for table in tables]
+        values = [table.get(key, fallback) for table in tables]
         ((value, _),) = Counter(values).most_common(1)
-        if value == own_default and not all(key in table for table in tables):
+        if value == fallback and not all(key in table for table in tables):
             continue
         common[key] = value
-        for table, own in zip(tables, values, strict=True):
+        for table, stated in zip(tables, values, strict=True):
             table.pop(key, None)
-            if own != value:
-                table[key] = own
+            if stated != value:
+                table[key] = stated
     return common
 
 

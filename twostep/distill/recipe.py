@@ -120,7 +120,8 @@ class DistillRecipe(Settings):
         None, gt=0, description="start from that model's student of so many steps"
     )
     style_lora: Path | None = Field(
-        None, description="a LoRA that the teacher wears, and the student's own starts as"
+        None,
+        description="a LoRA that is merged into the teacher, and that the student's LoRA starts as",
     )
     start_steps: int | None = Field(
         None, gt=0, description="train on its student of so many steps; the model teaches"

@@ -1,4 +1,4 @@
-"""The samples of a run: fixed prompts from fixed noise, by the teacher once, by every checkpoint."""
+"""The samples of a run: fixed prompts from fixed noise, by the teacher and every checkpoint."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Adversarial(Method[JudgedPair]):
         return JudgedPair(judged, real, perturbed)
 
     def turns(self, iteration: int) -> Sequence[str]:
-        """Return the discriminator, then the student, which faces the discriminator as it is now."""
+        """Return the discriminator, then the student, which faces the one that has just learned."""
         return ("discriminator", "student")
 
     def loss(self, role: str, pair: JudgedPair, models: Models) -> Mapping[str, Tensor]:
