@@ -18,7 +18,15 @@ from torch.nn.functional import softplus
 
 from twostep.diffusion import PredictionType, trained_times
 from twostep.diffusion.shapes import Batch
-from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodSettings, Models
+from twostep.distill.method import (
+    ContractChanges,
+    Cost,
+    Limit,
+    Method,
+    MethodSettings,
+    Models,
+    few_step_prediction,
+)
 from twostep.distill.methods.discriminator import (
     FORWARD_METHODS,
     Discriminator,
@@ -196,13 +204,9 @@ class Adversarial(Method[JudgedPair]):
         return {"total": total, "accuracy": share_told_apart, "gap": (real - fake).mean()}
 
     def describe(self, before: PredictionType) -> ContractChanges:
-        """Return the contract's changes: a student of one step predicts x0 instead of eps.
-
-        An error in eps at the top time is multiplied by 14.6 in x0 (section 3.7.3).
-        """
+        """Return the contract's changes: a student of one step predicts x0 instead of eps."""
         steps = self.stage.student_steps
-        prediction_type: PredictionType = "x0" if steps == 1 and before == "eps" else before
-        return ContractChanges(prediction_type, trained_times(steps))
+        return ContractChanges(few_step_prediction(steps, before), trained_times(steps))
 
     def limits(self) -> Mapping[str, Limit]:
         """Return the largest gap, beyond which one side of the game wins outright."""

@@ -7,14 +7,21 @@ arXiv 2402.13929 (section 3.6).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import PredictionType, trained_times
-from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodSettings, Models
+from twostep.distill.method import (
+    ContractChanges,
+    Cost,
+    Method,
+    MethodSettings,
+    Models,
+    few_step_prediction,
+)
 from twostep.distill.pairs import Batches, Pair, Transition, draw_teacher_step, student_landing
 from twostep.distill.roles import Adam, Role, learner
 from twostep.networks.denoiser import Denoiser
@@ -95,27 +102,15 @@ class Regression(Method[Pair]):
             self._kept[number] = taken
         return taken
 
-    def turns(self, iteration: int) -> Sequence[str]:
-        """Return the student alone."""
-        return ("student",)
-
     def loss(self, role: str, pair: Pair, models: Models) -> Mapping[str, Tensor]:
         """Return the mean squared error, in float32."""
         difference = pair.student - pair.teacher.x_s
         return {"total": (difference.float() ** 2).mean()}
 
     def describe(self, before: PredictionType) -> ContractChanges:
-        """Return the contract's changes: a student of one step predicts x0 instead of eps.
-
-        An error in eps at the top time is multiplied by 14.6 in x0 (section 3.7.3).
-        """
+        """Return the contract's changes: a student of one step predicts x0 instead of eps."""
         steps = self.stage.student_steps
-        prediction_type: PredictionType = "x0" if steps == 1 and before == "eps" else before
-        return ContractChanges(prediction_type, trained_times(steps))
-
-    def limits(self) -> Mapping[str, Limit]:
-        """Return no limits: a high loss is no illness."""
-        return {}
+        return ContractChanges(few_step_prediction(steps, before), trained_times(steps))
 
     def cost(self) -> Cost:
         """Return the teacher's steps, divided by how often each is used."""
