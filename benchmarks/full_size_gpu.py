@@ -28,13 +28,14 @@ from transformers import CLIPTextConfig
 
 from twostep.diffusion import VariancePreserving
 from twostep.distill import DistillRecipe
-from twostep.distill.chain import find_device, lessons
+from twostep.distill.chain import lessons
 from twostep.distill.plan import plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
 from twostep.formats.locate import CONTRACT_FILE, WEIGHTS
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.denoiser import Denoiser
+from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 

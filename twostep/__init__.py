@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from twostep.models.bundle import load_bundle as load
     from twostep.pipeline.generation import generate
     from twostep.pipeline.request import Request, Result
+    from twostep.pipeline.studio import Studio
 
 __version__ = "0.1.0"
 
@@ -28,10 +29,14 @@ __all__ = [
     "Prediction",
     "Request",
     "Result",
+    "Studio",
     "TwostepError",
     "VariancePreserving",
+    "__version__",
+    "generate",
+    "load",
+    "solve",
 ]
-__all__ += ["__version__", "generate", "load", "solve"]
 
 _HOMES = {
     "Bundle": ("twostep.models.bundle", "Bundle"),
@@ -40,6 +45,7 @@ _HOMES = {
     "Prediction": ("twostep.diffusion.prediction", "Prediction"),
     "Request": ("twostep.pipeline.request", "Request"),
     "Result": ("twostep.pipeline.request", "Result"),
+    "Studio": ("twostep.pipeline.studio", "Studio"),
     "generate": ("twostep.pipeline.generation", "generate"),
     "load": ("twostep.models.bundle", "load_bundle"),
     "solve": ("twostep.diffusion.flow", "solve"),

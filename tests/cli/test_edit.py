@@ -1,13 +1,19 @@
 """edit, replay and --control as a user types them, with good input and bad."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from twostep.pipeline.png import read_provenance
+from twostep.models.bundle import load_bundle
+from twostep.models.lora_stack import load_with_loras
+from twostep.pipeline.generation import generate
+from twostep.pipeline.png import read_provenance, save_images
+from twostep.pipeline.request import LoraChoice, Request
 
 from .test_draw import PROMPT, assert_one_clean_line
 
@@ -118,6 +124,41 @@ def test_replay_wears_the_same_loras(run, tmp_path: Path) -> None:
         path = png(run("generate", PROMPT, *words, "-o", out), out)
         assert read_provenance(path).origin == ("nano", words[1])
         answer = run("replay", path, "-o", tmp_path / "again")
+        assert answer.exit_code == 0 and "every pixel" in answer.stdout, answer.output
+
+
+def make_old(path: Path) -> None:
+    """Take out of a PNG what was not written before a request named its model and its LoRAs."""
+    with Image.open(path) as image:
+        described = json.loads(image.info["twostep"])
+        for name in ("model", "loras", "engine"):
+            del described["request"][name]
+        chunks = PngInfo()
+        chunks.add_text("parameters", image.info["parameters"])
+        chunks.add_text("twostep", json.dumps(described))
+        image.save(path, pnginfo=chunks)
+
+
+def test_replay_reads_pictures_from_before_requests_named_models(
+    run, model: Path, tmp_path: Path
+) -> None:
+    """Their LoRAs were merged into the weights."""
+    loras = ["nano_2step_lora:0.9"]
+    wish = Request(PROMPT, seed=5, num_images=2)
+    (path, _) = save_images(generate(load_with_loras("nano", loras), wish), tmp_path / "out")
+    assert not read_provenance(path).has_merged_loras
+    make_old(path)
+    provenance = read_provenance(path)
+    assert provenance.has_merged_loras
+    assert (provenance.request.model, provenance.request.loras) == (
+        "nano",
+        (LoraChoice("nano_2step_lora", 0.9),),
+    )
+    bundle = load_bundle(model, steps=32)
+    (plain,) = save_images(generate(bundle, Request(PROMPT, steps=10)), tmp_path / "plain")
+    make_old(plain)
+    for picture in (path, plain):
+        answer = run("replay", picture, "-o", tmp_path / "again")
         assert answer.exit_code == 0 and "every pixel" in answer.stdout, answer.output
 
 

@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from twostep.distill import DistillRecipe, distil
-from twostep.distill.chain import find_device
 from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle, load_bundle
 from twostep.models.contracts import file_contract
 from twostep.networks.adapters import Lora, add_lora
 from twostep.pretrain.model import random_bundle
+from twostep.training.device import find_device
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 
-from twostep.pipeline.request import Request, RequestError
+from twostep.pipeline.request import LoraChoice, Request, RequestError
 
 WRONG = [
+    ({"model": " "}, "a name that is not empty"),
+    ({"engine": ""}, "a name that is not empty"),
+    ({"loras": ("",)}, "file:weight"),
     ({"num_images": 0}, "at least one image"),
     ({"seed": -1}, "from 0 up"),
     ({"seed": 2**63}, "below 2\\*\\*63"),
@@ -39,6 +42,9 @@ WRONG_TYPES = [
     "'a', seed=True",
     "'a', steps=2.0",
     "'a', negative_prompt=None",
+    "'a', model=3",
+    "'a', loras=(3,)",
+    "'a', engine=None",
 ]
 
 
@@ -72,6 +78,45 @@ def test_largest_seed_is_allowed() -> None:
 def test_json_round_trip() -> None:
     request = Request('a "fox", größer', num_images=3, seed=5, guidance=4.5, width=64)
     assert Request.from_json(request.to_json()) == request
+
+
+def test_the_model_and_its_loras_survive_json() -> None:
+    loras = ("ink.safetensors:0.8", LoraChoice("wool", -0.5), "nano_2step_lora")
+    request = Request("a fox", model="models/mine", loras=loras, engine="eager")
+    assert request.loras == (
+        LoraChoice("ink.safetensors", 0.8),
+        LoraChoice("wool", -0.5),
+        LoraChoice("nano_2step_lora"),
+    )
+    assert '"loras": ["ink.safetensors:0.8", "wool:-0.5", "nano_2step_lora"]' in request.to_json()
+    assert Request.from_json(request.to_json()) == request
+
+
+def test_json_without_a_model_is_read() -> None:
+    read = Request.from_json('{"prompt": "a fox", "seed": 3}')
+    assert read == Request("a fox", seed=3, model="nano", loras=(), engine="eager")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weight"),
+    [
+        ("ink", "ink", 1.0),
+        ("ink:0.8", "ink", 0.8),
+        ("a:b/ink.safetensors:-.5", "a:b/ink.safetensors", -0.5),
+        ("ink:", "ink:", 1.0),
+        ("ink:0", "ink", 0.0),
+        ("ink:0.00001", "ink", 1e-5),
+    ],
+)
+def test_a_lora_is_read_with_its_weight(text: str, name: str, weight: float) -> None:
+    choice = LoraChoice.parse(text)
+    assert choice == LoraChoice(name, weight)
+    assert LoraChoice.parse(str(choice)) == choice
+
+
+def test_a_lora_has_a_finite_weight() -> None:
+    with pytest.raises(RequestError, match="expected a finite one"):
+        LoraChoice("ink", float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -378,13 +378,13 @@ def test_requests_with_pictures_survive_json_and_are_found_again(
     assert read.image is not None and read.image.pixels is None
     with pytest.raises(RequestError, match="known by name alone"):
         _ = read.image.image
-    found = read.found([tmp_path / "nowhere", tmp_path])
+    found = read.reopen([tmp_path / "nowhere", tmp_path])
     assert found.image is not None and found.image.image.tobytes() == stripes().tobytes()
     stripes(32, 64).save(tmp_path / "in.png")
     with pytest.raises(RequestError, match=r"in\.png is not the file that went in, by its SHA-256"):
-        read.found([tmp_path])
+        read.reopen([tmp_path])
     with pytest.raises(RequestError, match="a picture without a file is not there"):
-        Request(PROMPT, image=image).found([tmp_path])
+        Request(PROMPT, image=image).reopen([tmp_path])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from twostep.pretrain.parts import train_part
 from twostep.pretrain.teacher import TeacherSettings, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
 from twostep.pretrain.vae import VaeSettings, train_vae
-from twostep.training.loop import TrainingError, rate_share
+from twostep.training.loop import TrainingError, learning_rate_factor
 from twostep.training.run_folder import RunFolder
 
 SAMPLE = Path(__file__).parent / "emoji_sample.safetensors"
@@ -120,7 +120,7 @@ def test_a_loss_that_explodes_is_told_with_what_to_do(emoji: EmojiSet, tmp_path:
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
     settings = DescentSettings.model_validate(loop(iterations=1000, warmup_iterations=100))
-    rates = [rate_share(i, settings) for i in range(1000)]
+    rates = [learning_rate_factor(i, settings) for i in range(1000)]
     assert rates[0] == 0.01
     assert rates[100] == rates[749] == 1.0
     assert rates[-1] < 0.03

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from twostep.training.loop import LoopSettings
-from twostep.training.run_folder import RunError, RunFolder, write_whole
+from twostep.training.run_folder import RunError, RunFolder
 
 SETTINGS = LoopSettings(iterations=1, batch_size=1, learning_rate=1.0)
 
@@ -39,22 +39,29 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         folder.load("a")
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), write_whole(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", SETTINGS)
+    partial = folder.checkpoint("a").with_name("a.pt.0123.partial")
+    partial.write_bytes(b"half")
+    folder.save("a", {})
+    RunFolder(tmp_path / "run", SETTINGS)
+    assert not partial.exists()
+    assert folder.checkpoint("a").exists()
 
 
-def test_a_full_disk_is_told_and_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RunError, match="disk is full"), write_whole(path):
+def test_a_full_disk_is_told_and_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run", SETTINGS)
+    folder.save("a", {"iteration": 3})
+
+    def fill(state: object, file: object) -> None:
         raise OSError(28, "No space left on device")
-    assert path.read_text() == "old"
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(RunError, match=r"a\.pt cannot be written .* disk is full"):
+        folder.save("a", {"iteration": 4})
+    assert folder.load("a") == {"iteration": 3}
 
 
 def test_an_unwritable_place_is_told(tmp_path: Path) -> None:

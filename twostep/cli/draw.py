@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,11 +18,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from twostep.contract import Contract
-from twostep.pipeline.png import ProvenanceError, prepare_folder, read_provenance, save_images
+from twostep.pipeline.png import (
+    Provenance,
+    ProvenanceError,
+    prepare_folder,
+    read_provenance,
+    save_images,
+)
 from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
 
 if TYPE_CHECKING:
     from twostep.models.bundle import Bundle
+    from twostep.pipeline.generation import OnStep
 
 _Model = Annotated[
     str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")
@@ -47,12 +55,14 @@ _Seed = Annotated[int, typer.Option(help="Image i is drawn from seed + i.")]
 _Guidance = Annotated[
     float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")
 ]
-_CONTROL = re.compile(
-    r"(?P<picture>.+)@(?P<model>[^@]+?)(:(?P<scale>\d*\.?\d+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?"
-)
 _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
 ]
+
+_CONTROL = re.compile(
+    r"(?P<picture>.+)@(?P<model>[^@]+?)"
+    r"(:(?P<scale>\d*\.?\d+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?"
+)
 
 
 def generate(
@@ -72,20 +82,21 @@ def generate(
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
     width, height = _parse_size(size)
+    _check_steps(model, steps)
     request = Request(
         prompt,
         num_images=num_images,
         seed=seed,
+        steps=steps,
         guidance=guidance,
+        negative_prompt=negative,
+        width=width,
+        height=height,
         controls=_parse_controls(control),
+        model=model,
+        loras=tuple(lora or ()),
     )
-    _make(
-        replace(request, negative_prompt=negative, width=width, height=height),
-        model,
-        lora,
-        steps,
-        out,
-    )
+    _draw_and_save(request, out)
 
 
 def edit(
@@ -107,21 +118,21 @@ def edit(
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
+    _check_steps(model, steps)
     request = Request(
         prompt,
         num_images=num_images,
         seed=seed,
+        steps=steps,
         guidance=guidance,
+        image=Picture.of(image),
+        strength=strength,
+        mask=None if mask is None else Picture.of(mask),
         controls=_parse_controls(control),
+        model=model,
+        loras=tuple(lora or ()),
     )
-    shown = None if mask is None else Picture.of(mask)
-    _make(
-        replace(request, image=Picture.of(image), strength=strength, mask=shown),
-        model,
-        lora,
-        steps,
-        out,
-    )
+    _draw_and_save(request, out)
 
 
 def replay(
@@ -137,54 +148,22 @@ def replay(
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
     from PIL import Image, ImageChops
 
-    told = read_provenance(picture)
-    origin = told.origin or ((model,) if model else ())
-    if not origin:
+    provenance = read_provenance(picture)
+    if not provenance.origin and model is None:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
-    request = told.batch.found([inputs, Path(), picture.parent])
-    result, paths = _make(request, model or origin[0], origin[1:], told.contract.steps, out)
-    index = told.request.seed - request.seed
+    request = provenance.batch.reopen([inputs, Path(), picture.parent])
+    if model is not None:
+        request = replace(request, model=model)
+    result, paths = _draw_and_save(request, out, provenance)
+    index = provenance.request.seed - request.seed
     with Image.open(picture) as first:
-        apart = max(ImageChops.difference(first.convert("RGB"), result.images[index]).tobytes())
-    if apart:
+        difference = ImageChops.difference(first.convert("RGB"), result.images[index])
+    largest = max(difference.tobytes())
+    if largest:
         raise ProvenanceError(
-            f"{paths[index]} differs by up to {apart} of 255: other weights, or another machine."
+            f"{paths[index]} differs by up to {largest} of 255: other weights, or another machine."
         )
     typer.echo(f"every pixel of {paths[index]} is the same")
-
-
-def _make(
-    request: Request, model: str, loras: Sequence[str] | None, steps: int | None, out: Path
-) -> tuple[Result, list[Path]]:
-    """Draw a request, write the PNGs, and print their paths, what is to be warned of, and the
-    times.
-    """
-    prepare_folder(out)
-    start = time.perf_counter()
-    with Console(stderr=True).status(f"loading {model}"):
-        import torch
-
-        from twostep.models.contracts import read_contracts
-        from twostep.models.lora_stack import load_with_loras
-
-        if steps is None and not loras:
-            offered = [contract.steps for contract in read_contracts(model)]
-            steps = 2 if 2 in offered else offered[0]
-        bundle, accelerator = (
-            load_with_loras(model, loras or (), steps=steps),
-            torch.accelerator.current_accelerator(),
-        )
-        if accelerator is not None:
-            bundle.to(accelerator, torch.float16)
-    loading_seconds = time.perf_counter() - start
-    result = _draw(bundle, request)
-    paths = save_images(result, out)
-    for path in paths:
-        typer.echo(path)
-    for warning in result.warnings:
-        Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    typer.echo(_times(result, loading_seconds))
-    return result, paths
 
 
 def info(
@@ -205,12 +184,64 @@ def info(
         Console().print(contract_table(contracts))
 
 
-def _draw(bundle: Bundle, request: Request) -> Result:
-    """Draw a request under a progress bar."""
-    from twostep.pipeline.generation import Progress as Step
-    from twostep.pipeline.generation import generate as draw
+def contract_table(contracts: list[Contract]) -> Table:
+    """Lay contracts out side by side, one column each and a row for every field."""
+    columns = [Column(contract.name, overflow="fold") for contract in contracts]
+    table = Table("contract", *columns)
+    for field in list(asdict(contracts[0]))[1:]:
+        values = [Text(_in_words(getattr(contract, field))) for contract in contracts]
+        table.add_row(field.replace("_", " "), *values)
+    return table
 
-    name, console = bundle.contract.name, Console(stderr=True)
+
+def _draw_and_save(
+    request: Request, out: Path, provenance: Provenance | None = None
+) -> tuple[Result, list[Path]]:
+    """Draw a request, write the PNGs, and print their paths, the warnings and the times.
+
+    With a provenance, the request is drawn with the checkpoint that is named there.
+    """
+    prepare_folder(out)
+    start = time.perf_counter()
+    with Console(stderr=True).status(f"loading {request.model}"):
+        bundle = _load(request, provenance)
+    loading_seconds = time.perf_counter() - start
+    with _progress_bar(bundle.contract.name) as on_step:
+        from twostep.pipeline.generation import generate
+
+        result = generate(bundle, request, on_step=on_step)
+    paths = save_images(result, out)
+    for path in paths:
+        typer.echo(path)
+    for warning in result.warnings:
+        Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    typer.echo(_times(result, loading_seconds))
+    return result, paths
+
+
+def _load(request: Request, provenance: Provenance | None) -> Bundle:
+    """Load the model of a request, or the checkpoint that drew a picture before."""
+    from twostep.models.lora_stack import load_with_loras
+    from twostep.pipeline.studio import Studio
+
+    studio = Studio()
+    if provenance is None:
+        return studio.load(request)
+    # A teacher may have drawn in another number of steps than its own, which is what picks it.
+    request = replace(request, steps=provenance.contract.steps)
+    if not provenance.has_merged_loras:
+        return studio.load(request)
+    loras = [str(lora) for lora in request.loras]
+    bundle = load_with_loras(request.model, loras, steps=request.steps)
+    return bundle.to(studio.device, studio.dtype)
+
+
+@contextmanager
+def _progress_bar(name: str) -> Iterator[OnStep]:
+    """Show a progress bar on a terminal; gives what is to be called after every step."""
+    from twostep.pipeline.generation import Progress as Step
+
+    console = Console(stderr=True)
     columns = (
         TextColumn(name),
         BarColumn(),
@@ -226,56 +257,63 @@ def _draw(bundle: Bundle, request: Request) -> Result:
         def on_step(step: Step) -> None:
             bar.update(task, advance=1, total=step.num_steps)
 
-        return draw(bundle, request, on_step=on_step)
+        yield on_step
 
 
 def _times(result: Result, loading_seconds: float) -> str:
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
-    number = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
-    return f"{number}, {result.seconds_per_image:.2f} s each: {stages}; loading {loading_seconds:.2f} s"
+    plural = "s" if len(result.images) > 1 else ""
+    return (
+        f"{len(result.images)} image{plural}, {result.seconds_per_image:.2f} s each: {stages}; "
+        f"loading {loading_seconds:.2f} s"
+    )
 
 
-def contract_table(contracts: list[Contract]) -> Table:
-    """Lay contracts out side by side, one column each and a row for every field."""
-    table = Table("contract", *(Column(contract.name, overflow="fold") for contract in contracts))
-    for field in list(asdict(contracts[0]))[1:]:
-        table.add_row(
-            field.replace("_", " "),
-            *(Text(_said(getattr(contract, field))) for contract in contracts),
-        )
-    return table
+def _in_words(value: object) -> str:
+    """Write a value of a contract: pictures as 64x64, several with spaces, none as a dash."""
+    if value is None:
+        return "-"
+    if not isinstance(value, tuple):
+        return str(value)
+    parts = ["x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in value]
+    return " ".join(parts) or "all"
 
 
-def _said(value: object) -> str:
-    """Say a value of a contract in words: pictures as 64x64, several things with spaces, none as a
-    dash.
-    """
-    if isinstance(value, tuple):
-        return (
-            " ".join(
-                "x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in value
-            )
-            or "all"
-        )
-    return "-" if value is None else str(value)
+def _check_steps(model: str, steps: int | None) -> None:
+    """Refuse a number of steps that no request may have, and list those that the model has."""
+    if steps is None or steps >= 1:
+        return
+    from twostep.models.contracts import read_contracts
+
+    offered = ", ".join(str(contract.steps) for contract in read_contracts(model))
+    raise RequestError(
+        f"{model} has nothing for {steps} steps; there are {offered}. Give one of these."
+    )
 
 
 def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:
-    found = []
+    """Read "PICTURE@CONTROLNET:SCALE:FROM-TO", of which all after the ControlNet may be missing."""
+    parsed = []
     for text in controls or ():
         match = _CONTROL.fullmatch(text)
         if match is None:
             raise RequestError(
-                f"control is {text!r}; expected PICTURE@CONTROLNET:SCALE, as shape.png@silhouette:0.8."
+                f"control is {text!r}; expected PICTURE@CONTROLNET:SCALE, "
+                "as shape.png@silhouette:0.8."
             )
-        scale, start, end = (
-            float(match[key] or usual) for key, usual in (("scale", 1), ("start", 0), ("end", 1))
+        control = Control(
+            Picture.of(match["picture"]),
+            match["model"],
+            scale=float(match["scale"] or 1),
+            start=float(match["start"] or 0),
+            end=float(match["end"] or 1),
         )
-        found.append(Control(Picture.of(match["picture"]), match["model"], scale, start, end))
-    return tuple(found)
+        parsed.append(control)
+    return tuple(parsed)
 
 
 def _parse_size(size: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Read WIDTHxHEIGHT."""
     if size is None:
         return None, None
     match = re.fullmatch(r"(\d+)[xX](\d+)", size.strip())

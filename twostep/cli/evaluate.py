@@ -34,12 +34,12 @@ def evaluate(
     """Score pictures against their prompts: concept, style, background, distances, diversity."""
     import json
 
+    from twostep.files import write_atomically
     from twostep.reports.evaluation import evaluate_folder
-    from twostep.training.run_folder import write_whole
 
     answer = evaluate_folder(folder, reference=reference, judge=judge)
     if json_path is not None:
-        with write_whole(json_path) as file:
+        with write_atomically(json_path) as file:
             file.write(json.dumps(answer.report.to_dict(), indent=2).encode())
     _warn_of_unknown(answer.unknown)
     Console().print(_table(answer.report, reference))

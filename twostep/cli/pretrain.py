@@ -24,9 +24,9 @@ def pretrain(
     ),
 ) -> None:
     """Train one part of a built-in model by its recipe; the same command again resumes."""
-    from twostep.distill.chain import find_device
     from twostep.pretrain.drawings import load_emoji
     from twostep.pretrain.parts import train_part
+    from twostep.training.device import find_device
 
     with progress_bar(part) as advance:
         written = train_part(

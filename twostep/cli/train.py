@@ -202,9 +202,9 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     """Distil a teacher into students of few steps, by the phases of the recipe."""
     from twostep import __version__
     from twostep.distill import DistillRecipe, distil
-    from twostep.distill.chain import find_device
     from twostep.models.bundle import load_bundle
     from twostep.models.lora_stack import load_with_loras
+    from twostep.training.device import find_device
     from twostep.training.processes import joined
     from twostep.training.recipe import load_recipe
     from twostep.training.run_folder import RunFolder

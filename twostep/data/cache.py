@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from twostep.data.sources import DataError
+from twostep.files import write_atomically
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
-from twostep.training.run_folder import write_whole
 
 SHARD_ITEMS = 256
 METADATA_KEY = "twostep.cache"
@@ -54,9 +54,9 @@ class CacheWriter:
         else:
             with torch.no_grad():
                 empty = bundle.conditioning([""], *made_by["sizes"][0])
-            with write_whole(folder / "empty.safetensors") as file:
+            with write_atomically(folder / "empty.safetensors") as file:
                 file.write(save({"text": empty.text.half(), "pooled": empty.pooled.half()}))
-            with write_whole(record) as file:
+            with write_atomically(record) as file:
                 file.write(json.dumps(made_by, indent=2).encode())
         shards = [read_shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.num_shards = len(shards)
@@ -112,7 +112,7 @@ class CacheWriter:
         tensors = {key: torch.stack([item[key] for _, item in waiting]) for key in waiting[0][1]}
         names = json.dumps([name for name, _ in waiting])
         paths = (self.folder / f"shard-{number:05d}.safetensors" for number in count())
-        with write_whole(next(path for path in paths if not path.exists())) as file:
+        with write_atomically(next(path for path in paths if not path.exists())) as file:
             file.write(save(tensors, {METADATA_KEY: names}))
         self.num_shards += 1
         waiting.clear()

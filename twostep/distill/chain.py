@@ -19,7 +19,8 @@ from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminat
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
-from twostep.models.bundle import Bundle, save_bundle, save_student
+from twostep.files import write_atomically
+from twostep.models.bundle import Bundle, save_bundle, save_student, student_path
 from twostep.networks.adapters import (
     Lora,
     add_lora,
@@ -30,10 +31,11 @@ from twostep.networks.adapters import (
 )
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
+from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
-from twostep.training.run_folder import RunFolder, write_whole
+from twostep.training.run_folder import RunFolder
 from twostep.training.shards import gathered, shard
 from twostep.training.trackers import track
 
@@ -91,9 +93,9 @@ def distil(
                 contract = student_contract(recipe, phase, teacher.contract, predicts)
                 contract = replace(contract, recipe=recipe_name, version=version)
                 weights = gathered(lesson.trained.state_dict())
-                written[phase.student_steps] = save_student(
-                    weights, contract, folder.path / "model"
-                )
+                written[phase.student_steps] = student_path(contract, folder.path / "model")
+                if world().is_first:
+                    save_student(weights, contract, folder.path / "model")
     return written
 
 
@@ -207,22 +209,6 @@ def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
         made.add(phase.student_steps)
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device of that name, "auto" being the accelerator if there is one; RecipeError if
-    it is not here.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(
-            f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".'
-        ) from error
-    return torch.device(name)
-
-
 def student_contract(
     recipe: DistillRecipe, phase: Phase, teacher: Contract, prediction_type: PredictionType
 ) -> Contract:
@@ -270,8 +256,10 @@ def _train_or_load(
 
     def show(iteration: int) -> dict[str, float]:
         sheet, looks = examples.show(lesson.student, phase.student_steps)
-        with write_whole(folder.path / "samples" / f"{phase.name}-{iteration:06d}.png") as file:
-            sheet.save(file, format="PNG")
+        if world().is_first:
+            path = folder.path / "samples" / f"{phase.name}-{iteration:06d}.png"
+            with write_atomically(path) as file:
+                sheet.save(file, format="PNG")
         return looks
 
     train_phase(

@@ -11,23 +11,15 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from twostep.data.cache import read_shard
-from twostep.distill.chain import find_device, lessons
+from twostep.distill.chain import lessons
 from twostep.distill.methods.discriminator import LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
@@ -35,7 +27,9 @@ from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTraine
 from twostep.models.bundle import load_bundle
 from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
+from twostep.training.device import find_device
 from twostep.training.loop import Randomness
+from twostep.training.memory import Meter, computing_off_cpu
 
 _TELLING = {
     "objective",
@@ -82,7 +76,11 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
     )
     is_cpu = "cpu" in (find_device("auto").type if recipe.device == "auto" else recipe.device)
     planned, known = [], dict[str, tuple[dict[str, int], int, int]]()
-    with warnings.catch_warnings(), _Meter() as meter, nullcontext() if is_cpu else _elsewhere():
+    with (
+        warnings.catch_warnings(),
+        Meter() as meter,
+        nullcontext() if is_cpu else computing_off_cpu(),
+    ):
         # Copying a network asks where its weights lie, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True).as_teacher()
@@ -177,7 +175,7 @@ def _planned(
     return PhasePlan(phase, evaluations, trained, memory, peak, pictures)
 
 
-def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int], int, int]:
+def _measure(phase: Phase, lesson: Lesson, meter: Meter) -> tuple[dict[str, int], int, int]:
     """Return parameters by role, and what an iteration after the first adds at its peak, and leaves
     behind.
     """
@@ -210,7 +208,7 @@ def _measure(phase: Phase, lesson: Lesson, meter: _Meter) -> tuple[dict[str, int
     return counts, meter.peak - before, kept
 
 
-def _draw(examples: Examples, meter: _Meter) -> int:
+def _draw(examples: Examples, meter: Meter) -> int:
     """Return what drawing adds, by the teacher with its guidance."""
     before, teacher = meter.living, examples.teacher
     meter.peak = before
@@ -232,71 +230,3 @@ class _Blank:
 
     def empty(self, like: Conditioning) -> Conditioning:
         return Conditioning.cat([self.told] * len(like))
-
-
-class _Meter(FakeTensorMode):
-    """Within it tensors have no values, whoever asks for one is told 1, and the bytes that live are
-    counted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.living = self.peak = 0
-        self._known = set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
-        kwargs = {
-            key: None if key == "generator" else value for key, value in (kwargs or {}).items()
-        }
-        answer = super().__torch_dispatch__(func, types, args, kwargs)
-        # While torch remembers what it has converted, no module can be moved.
-        self.fake_tensor_converter.meta_converter.tensor_memo.clear()
-        for storage in (
-            leaf.untyped_storage() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)
-        ):
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.living += storage.nbytes()
-                self.peak = max(self.peak, self.living)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return answer
-
-    def __deepcopy__(self, memo: object) -> _Meter:
-        return self  # the weights of a network that is copied know it
-
-    def _free(self, key: int, num_bytes: int) -> None:
-        self._known.remove(key)
-        self.living -= num_bytes
-
-
-@contextmanager
-def _elsewhere() -> Iterator[None]:
-    """Compute as off the CPU, for which tensors on it stand here: attention fused, norms under
-    autocast in float32.
-
-    A mode of torch's would not do, for it is off in backward passes, in which blocks are computed
-    anew.
-    """
-    attend, *norms = (
-        functional.scaled_dot_product_attention,
-        functional.group_norm,
-        functional.layer_norm,
-    )
-
-    def fused(*args: Any, **kwargs: Any) -> Tensor:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            return attend(*args, **kwargs)
-
-    def exact(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        answer: Tensor = norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
-        return answer
-
-    with ExitStack() as patched:
-        patched.enter_context(patch.object(functional, "scaled_dot_product_attention", fused))
-        for norm in norms:
-            patched.enter_context(patch.object(functional, norm.__name__, partial(exact, norm)))
-        yield

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.functional import softplus
 from typing_extensions import Protocol, runtime_checkable
@@ -35,13 +35,12 @@ from twostep.training.loop import (
     OnIteration,
     Randomness,
     TrainingError,
-    finite,
-    rate_share,
-    repeat,
-    training_attention,
+    check_finite,
+    learning_rate_factor,
+    run_loop,
 )
-from twostep.training.processes import average, world
-from twostep.training.recipe import RecipeError
+from twostep.training.optimiser import Trainable, make_optimiser, optimiser_step
+from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 
 
@@ -56,14 +55,6 @@ class Source(Protocol):
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for as many items of the same sizes."""
-
-
-@runtime_checkable
-class Trainable(Stateful, Protocol):
-    """What an optimiser can work on, and a checkpoint keep: a network, or a LoRA on one."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what learns."""
 
 
 @runtime_checkable
@@ -165,13 +156,13 @@ def train_phase(
 
     while True:
         try:
-            repeat(
+            run_loop(
                 iterate,
                 phase,
                 folder,
                 phase.name,
                 trainer.state,
-                keep_start=monitor.limits.action == "rollback",
+                checkpoint_start=monitor.limits.action == "rollback",
                 on_iteration=tell,
                 on_checkpoint=keep,
             )
@@ -195,7 +186,12 @@ class RegressionTrainer:
         """Make the optimiser, Adam (0.9, 0.999), and the average."""
         self.phase, self.lesson = phase, lesson
         trained = lesson.trained
-        self.optimiser = _adam(trained, phase.learning_rate, (0.9, 0.999), phase)
+        self.optimiser = make_optimiser(
+            trained,
+            phase.learning_rate,
+            weight_decay=phase.weight_decay,
+            name=phase.optimiser,
+        )
         self.average = MovingAverage(trained, phase.ema_decay)
         self.state: dict[str, Stateful] = {
             "student": trained,
@@ -211,10 +207,11 @@ class RegressionTrainer:
         with phase.autocast(lesson.device.type):
             (x_t, t, s, conditioning, _), target = self._taught(iteration, draw)
             reached = step(lesson.student(x_t, t, conditioning), s, lesson.student.schedule)
-            loss = finite(((reached - target).float() ** 2).mean(), phase.name, iteration, phase)
-        norm = descend(
-            loss, self.optimiser, lesson.trained, phase, self.rate * rate_share(iteration, phase)
-        )
+            loss = check_finite(
+                ((reached - target).float() ** 2).mean(), phase.name, iteration, phase
+            )
+        factor = self.rate * learning_rate_factor(iteration, phase)
+        norm = optimiser_step(loss, self.optimiser, lesson.trained, phase.gradient_clip, factor)
         self.average.update()
         return {"loss": loss.item(), "gradient": norm}
 
@@ -254,9 +251,21 @@ class AdversarialTrainer:
         )
         if phase.gradient_checkpointing and isinstance(self.discriminator, Discriminator):
             checkpoint_gradients(self.discriminator.encoder)  # a shared base does so already
-        self.optimiser = _adam(trained, phase.learning_rate, (0.0, 0.99), phase)
+        self.optimiser = make_optimiser(
+            trained,
+            phase.learning_rate,
+            betas=(0.0, 0.99),
+            weight_decay=phase.weight_decay,
+            name=phase.optimiser,
+        )
         rate = phase.discriminator_learning_rate or phase.learning_rate
-        self.discriminator_optimiser = _adam(self.discriminator, rate, (0.0, 0.99), phase)
+        self.discriminator_optimiser = make_optimiser(
+            self.discriminator,
+            rate,
+            betas=(0.0, 0.99),
+            weight_decay=phase.weight_decay,
+            name=phase.optimiser,
+        )
         self.average = MovingAverage(trained, phase.ema_decay)
         self.rate = 1.0
         self.state: dict[str, Stateful] = {
@@ -293,17 +302,21 @@ class AdversarialTrainer:
                 # The approximated R1 penalty, |D(x) - D(x + N(0, 0.01^2))|^2 (eq 5 of arXiv
                 # 2501.08316).
                 loss = loss + phase.r1_weight * (real_logits - logits).square().mean()
-            finite(loss, "discriminator", iteration, phase)
-        share = self.rate * rate_share(iteration, phase)
-        strain = descend(loss, self.discriminator_optimiser, self.discriminator, phase, share)
+            check_finite(loss, "discriminator", iteration, phase)
+        share = self.rate * learning_rate_factor(iteration, phase)
+        strain = optimiser_step(
+            loss, self.discriminator_optimiser, self.discriminator, phase.gradient_clip, share
+        )
         # Off until the backward pass is over, in which blocks may be computed anew.
         self.discriminator.requires_grad_(False)
         with phase.autocast(self.lesson.device.type):
             # Non-saturating, -log D(fake) (eq 12).
-            against = finite(
+            against = check_finite(
                 softplus(-self._judge_fake(judged)).mean(), "student", iteration, phase
             )
-        push = descend(against, self.optimiser, self.lesson.trained, phase, share)
+        push = optimiser_step(
+            against, self.optimiser, self.lesson.trained, phase.gradient_clip, share
+        )
         self.discriminator.requires_grad_(True)
         self.average.update()
         accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
@@ -337,44 +350,6 @@ class AdversarialTrainer:
                 before = self.discriminator.features(judged.x_t, judged.t, judged.conditioning)
         after = self.discriminator.features(judged.x_s, judged.s, judged.conditioning)
         return self.discriminator.judge(before, after)
-
-
-def descend(
-    loss: Tensor, optimiser: torch.optim.Optimizer, trained: Trainable, phase: Phase, share: float
-) -> float:
-    """Take one clipped step of all processes at this share of the peak rate; returns the norm
-    before clipping.
-    """
-    for group in optimiser.param_groups:
-        group["lr"] = group.setdefault("peak", group["lr"]) * share
-    with training_attention(loss.device.type):
-        loss.backward()
-    parameters = list(trained.parameters())
-    average([parameter.grad for parameter in parameters if parameter.grad is not None])
-    norm = nn.utils.clip_grad_norm_(parameters, phase.gradient_clip)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def _adam(
-    trained: Trainable, learning_rate: float, betas: tuple[float, float], phase: Phase
-) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {
-        "lr": learning_rate,
-        "betas": betas,
-        "weight_decay": phase.weight_decay,
-    }
-    if phase.optimiser == "adamw":
-        return torch.optim.AdamW(trained.parameters(), **settings, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise RecipeError(
-            f'optimiser "{phase.optimiser}" needs `pip install twostep[eight-bit]`.'
-        ) from error
-    eight_bit: torch.optim.Optimizer = AdamW8bit(trained.parameters(), **settings)
-    return eight_bit
 
 
 _Start = tuple[Tensor, Tensor, Tensor, Conditioning, Denoise]

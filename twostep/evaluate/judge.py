@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import Concept
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
-from twostep.training.run_folder import write_whole
+from twostep.files import write_atomically
 
 BUILT_IN = Path(__file__).parents[1] / "weights" / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""
@@ -173,7 +173,7 @@ def save_judge(judge: Judge, path: Path) -> None:
         "origin": vars(judge.origin) if judge.origin else None,
         "num_real": judge.real.num_samples if judge.real else 0,
     }
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(
             save(
                 {name: t.contiguous() for name, t in tensors.items()},

@@ -13,11 +13,11 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from twostep.contract import Contract
+from twostep.files import write_atomically
 from twostep.formats.locate import ModelError, read_json
 from twostep.formats.single_file import SDXL_BASE
 from twostep.models.contracts import SDXL
 from twostep.training.recipe import RECIPES
-from twostep.training.run_folder import write_whole
 
 HERE = Path(__file__).parent
 
@@ -91,5 +91,5 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
 def _render(template: str, out: Path, **values: object) -> None:
     made = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = made.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
-    with write_whole(out) as file:
+    with write_atomically(out) as file:
         file.write(text.encode())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
+from twostep.files import write_atomically
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, read_lora, write_lora
@@ -37,7 +38,6 @@ from twostep.models.contracts import (
     student_files,
 )
 from twostep.models.lora_stack import load_with_loras
-from twostep.training.run_folder import write_whole
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 
@@ -106,7 +106,7 @@ def export(
     else into that file.
 
     `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if
-    not given. Raises ModelError for what the model is not, RunError for what cannot be written.
+    not given. Raises ModelError for what the model is not, WriteError for what cannot be written.
     """
     if to not in TARGETS:
         raise ModelError(f"There is no export to {to!r}; there are {', '.join(TARGETS)}.")
@@ -218,6 +218,6 @@ def stamp(file: bytes, out: Path, metadata: Mapping[str, str], names: Naming | N
         {"__metadata__": told, **{called[key]: value for key, value in header.items()}}
     ).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
-    with write_whole(out) as written:
+    with write_atomically(out) as written:
         written.write(len(text).to_bytes(8, "little") + text)
         written.write(body)

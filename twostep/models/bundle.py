@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from twostep.contract import TOP_TIME, Contract, student_name
 from twostep.diffusion import VariancePreserving
+from twostep.files import write_atomically
 from twostep.formats.locate import (
     CONFIGS,
     CONTRACT_FILE,
@@ -55,7 +56,6 @@ from twostep.networks.adapters import PREFIX
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.text.clip import TextEncoders, quiet_transformers
-from twostep.training.run_folder import write_whole
 
 Weights = SingleFile | Outline | None
 """Where weights are that do not lie beside their configs."""
@@ -211,16 +211,21 @@ def save_student(weights: Mapping[str, Tensor], contract: Contract, folder: Path
 
     A UNet has diffusers' names; a LoRA those that diffusers' `load_lora_weights` reads.
     """
-    kind = "unet" if contract.lora_rank is None else "lora"
-    base = contract.name.removesuffix(student_name("", contract.steps))
-    path = folder / "students" / f"{base}_{contract.steps}step_{kind}.safetensors"
+    path = student_path(contract, folder)
     if contract.lora_rank is not None:
         weights = {f"{PREFIX}{key}": value for key, value in weights.items()}
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(
             save({key: value.half() for key, value in weights.items()}, contract.to_metadata())
         )
     return path
+
+
+def student_path(contract: Contract, folder: Path) -> Path:
+    """Return where `save_student` writes a student of this contract."""
+    kind = "unet" if contract.lora_rank is None else "lora"
+    base = contract.name.removesuffix(student_name("", contract.steps))
+    return folder / "students" / f"{base}_{contract.steps}step_{kind}.safetensors"
 
 
 def load_schedule(folder: Path) -> VariancePreserving:

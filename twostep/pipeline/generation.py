@@ -1,33 +1,30 @@
-"""From a request to pictures.
+"""From requests to pictures.
 
-Text is encoded once, each image starts from its own noise, the flow is followed along the trailing
-grid of the contract, and the codec turns latents into pixels. A student is sampled by the same
-lines as its teacher, with fewer times. This module keeps no state between two calls, and knows
-nothing of files, servers or progress bars.
+Each image starts from the noise of its own seed, the flow is followed along the trailing grid of
+the contract, and the codec turns latents into pixels. A student is sampled by the same lines as its
+teacher, with fewer times. This module keeps no state between two calls, and knows nothing of files,
+servers or progress bars.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import count
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from twostep.contract import TOP_TIME, Contract
-from twostep.data.sources import nearest_size
-from twostep.diffusion import Prediction, falling_times, trailing_times
+from twostep.diffusion import Prediction, solve
 from twostep.errors import TwostepError
 from twostep.media.image import ImageCodec, to_images
 from twostep.models.bundle import Bundle
-from twostep.pipeline.prepare import Inputs
-from twostep.pipeline.request import MAX_BATCH, NUM_DISTINCT_SEEDS, Request, Result
-
-DEFAULT_STRENGTH = 0.75
-"""How much of an image is changed where a request does not say it and has no mask."""
+from twostep.networks.conditioning import Conditioning
+from twostep.pipeline.batching import ExactBatch
+from twostep.pipeline.prepare import Prepared, prepare, timed
+from twostep.pipeline.request import MAX_BATCH, Request, Result
 
 
 class GenerationError(TwostepError):
@@ -36,8 +33,7 @@ class GenerationError(TwostepError):
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """One step taken: `num_done` of `num_steps` of the whole request, for the images at these
-    seeds.
+    """One step taken: `num_done` of `num_steps` of a whole request, for the images at these seeds.
 
     `prediction.x0` holds the latents [batch channels height width] of the pictures as they are
     foreseen now.
@@ -55,128 +51,213 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
+"""Called after every step of a request. What it raises ends the drawing."""
+
+OnStepOf = Callable[[int, Progress], None]
+"""The same for several requests; the number is the place of the request."""
 
 
 def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
     """Draw the images of a request with a model.
 
-    Image i depends on the model and on seed + i alone, not on how many others are drawn with it.
-    What the contract cannot honour raises `ContractError`, what it ignores becomes a warning; NaN
-    or infinity out of the network raises `GenerationError`. `on_step` is called after every step;
-    what it raises ends the drawing. Several threads may draw with one bundle at once.
+    Image i depends on the model and on seed + i alone, not on how many others are drawn with it, to
+    rounding. What the contract cannot honour raises `ContractError`, what it ignores becomes a
+    warning; NaN or infinity out of the network raises `GenerationError`. `on_step` is called after
+    every step; what it raises ends the drawing. Several threads may draw with one bundle at once.
     """
-    contract, wish = bundle.contract, request.strength
-    warnings = contract.check(request.steps, request.guidance, request.width, request.height)
-    request, times = _settled(contract, request)
-    seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
-    images: list[Image.Image] = []
-    num_steps, done = -(-request.num_images // MAX_BATCH) * (len(times) - 1), count(1)
+
+    def report(_: int, progress: Progress) -> None:
+        if on_step is not None:
+            on_step(progress)
+
+    (answer,) = generate_together(bundle, [request], on_step=report)
+    if isinstance(answer, TwostepError):
+        raise answer
+    return answer
+
+
+def generate_together(
+    bundle: Bundle, requests: Sequence[Request], *, on_step: OnStepOf | None = None
+) -> list[Result | TwostepError]:
+    """Draw several requests with one model, in shared batches where they are alike enough.
+
+    Every request gets the same pixels as from `generate`, and its result, or the error that
+    `generate` would raise, stands at its place. `on_step` gets the place of a request and its
+    progress; what it raises ends the drawing of all.
+    """
+    drawings: list[_Drawing | TwostepError] = []
+    with torch.inference_mode():
+        for place, request in enumerate(requests):
+            try:
+                drawings.append(_Drawing(place, prepare(bundle, request)))
+            except TwostepError as error:
+                drawings.append(error)
+        ready = [drawing for drawing in drawings if isinstance(drawing, _Drawing)]
+        for batch in _batches(ready):
+            _draw(bundle, batch, on_step)
+    return [
+        drawing.answer(bundle) if isinstance(drawing, _Drawing) else drawing for drawing in drawings
+    ]
+
+
+@dataclass(eq=False)
+class _Drawing:
+    """A request while it is drawn: what was made of it so far, or the error that ended it."""
+
+    place: int
+    prepared: Prepared
+    images: dict[int, Image.Image] = field(default_factory=dict)
+    num_done: int = 0
+    error: GenerationError | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all batches of the request together."""
+        num_batches = -(-self.prepared.request.num_images // MAX_BATCH)
+        return num_batches * (len(self.prepared.times) - 1)
+
+    def answer(self, bundle: Bundle) -> Result | TwostepError:
+        """Return the result, or the error that ended the drawing."""
+        if self.error is not None:
+            return self.error
+        request = self.prepared.request
+        return Result(
+            images=[self.images[seed] for seed in request.seeds],
+            seeds=request.seeds,
+            seconds=self.prepared.seconds,
+            warnings=self.prepared.warnings,
+            contract=bundle.contract,
+            request=request,
+            origin=bundle.origin,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The images of one request that go through the network together."""
+
+    drawing: _Drawing
+    seeds: list[int]
+
+
+def _batches(drawings: list[_Drawing]) -> list[list[_Part]]:
+    """Return batches of at most MAX_BATCH images, of parts that may be drawn together.
+
+    A request is cut into the same parts whatever else is drawn.
+    """
+    alike: defaultdict[object, list[_Part]] = defaultdict(list)
+    for drawing in drawings:
+        seeds = drawing.prepared.request.seeds
+        for start in range(0, len(seeds), MAX_BATCH):
+            part = _Part(drawing, seeds[start : start + MAX_BATCH])
+            alike[drawing.prepared.batch_key].append(part)
+    batches: list[list[_Part]] = []
+    for parts in alike.values():
+        batch: list[_Part] = []
+        for part in parts:
+            if batch and sum(len(each.seeds) for each in (*batch, part)) > MAX_BATCH:
+                batches.append(batch)
+                batch = []
+            batch.append(part)
+        batches.append(batch)
+    return batches
+
+
+def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> None:
+    """Draw the images of one batch and give them to their requests.
+
+    A part with NaN or infinity in it ends its own request alone.
+    """
+    parts = [part for part in parts if part.drawing.error is None]
+    if not parts:
+        return
+    sizes = [len(part.seeds) for part in parts]
+    start = time.perf_counter()
+    with nullcontext() if len(parts) == 1 else ExactBatch(sizes):
+        latents = _latents(bundle, parts, on_step).split(sizes)
+    damages = [
+        _damage(part, values, "latents") for part, values in zip(parts, latents, strict=True)
+    ]
+    seconds = time.perf_counter() - start
+    for part, values, damage in zip(parts, latents, damages, strict=True):
+        part.drawing.error = damage
+        part.drawing.prepared.seconds["denoise"] += seconds * len(part.seeds) / sum(sizes)
+        if damage is None:
+            _decode(bundle, part, values)
+
+
+def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
+    """Turn the latents of a part into its images.
+
+    Parts are decoded one after the other: a codec in half precision decodes again what overflowed,
+    all of the batch, and decoding gains nothing from larger batches.
+    """
+    drawing = part.drawing
+    with timed(drawing.prepared.seconds, "decode"):
+        pictures = bundle.codec.decode(latents)
+        drawing.error = _damage(part, pictures, "pixels")
+        if drawing.error is None:
+            images = to_images(drawing.prepared.finished(pictures))
+            drawing.images.update(zip(part.seeds, images, strict=True))
+
+
+def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Tensor:
+    """Follow the flow from the noise of every part, or its noised image, to clean latents."""
+    schedule = bundle.denoiser.schedule
+    prepared = [part.drawing.prepared for part in parts]
+    sizes = [len(part.seeds) for part in parts]
+    noises = [one.noise(part.seeds) for one, part in zip(prepared, parts, strict=True)]
+    beginnings = [
+        one.beginning(noise, schedule) for one, noise in zip(prepared, noises, strict=True)
+    ]
+
+    def keep(x: Tensor, s: Tensor) -> Tensor:
+        pieces = zip(prepared, x.split(sizes), s.split(sizes), noises, strict=True)
+        return torch.cat([one.put_back(x, s, noise, schedule) for one, x, s, noise in pieces])
 
     def report(_: int, prediction: Prediction) -> None:
-        if on_step is not None:
-            on_step(Progress(next(done), num_steps, seeds, prediction, bundle.codec))
-
-    with torch.inference_mode():
-        with _timed(seconds, "text"):
-            warnings += _warnings(bundle, request, times, wish)
-            prompts = (
-                [request.prompt]
-                if request.guidance == 1
-                else [request.prompt, request.negative_prompt]
-            )
-            told = bundle.conditioning(prompts, request.width or 0, request.height or 0, whole=True)
-        with _timed(seconds, "encode"):
-            inputs = Inputs.of(bundle, request, times)
-        for start in range(0, request.num_images, MAX_BATCH):
-            seeds = request.seeds[start : start + MAX_BATCH]
-            with _timed(seconds, "denoise"):
-                latents = _finite(
-                    inputs.draw(bundle.denoiser, told, seeds, report), "latents", seeds
+        pieces = zip(parts, prediction.x0.split(sizes), prediction.eps.split(sizes), strict=True)
+        for part, x0, eps in pieces:
+            drawing = part.drawing
+            drawing.num_done += 1
+            if on_step is not None:
+                progress = Progress(
+                    num_done=drawing.num_done,
+                    num_steps=drawing.num_steps,
+                    seeds=part.seeds,
+                    prediction=Prediction(x0, eps),
+                    codec=bundle.codec,
                 )
-            with _timed(seconds, "decode"):
-                pictures = _finite(bundle.codec.decode(latents), "pixels", seeds)
-                images += to_images(inputs.finished(pictures))
-    return Result(images, request.seeds, seconds, warnings, contract, request, bundle.origin)
+                on_step(drawing.place, progress)
 
-
-def _settled(contract: Contract, request: Request) -> tuple[Request, tuple[int, ...]]:
-    """Return a checked request with nothing left open, and the times that it walks, the landing 0
-    included.
-
-    A student's guidance is distilled into it, so it gets none, which is 1. Sizes left open are
-    those that fit the pictures best. An image is begun at that trained time, or of a teacher's
-    grid, which is nearest to the strength.
-    """
-    wish = contract.guidance if request.guidance is None else request.guidance
-    steps, start, strength = request.steps or contract.steps, TOP_TIME, None
-    if request.image is not None:
-        wished = TOP_TIME * (request.strength or (DEFAULT_STRENGTH if request.mask is None else 1))
-        start = min(
-            contract.trained_times or trailing_times(steps), key=lambda t: (abs(t - wished), -t)
-        )
-        strength = start / TOP_TIME
-    fitting = [
-        (w, h)
-        for w, h in contract.sizes
-        if request.width in (None, w) and request.height in (None, h)
-    ]
-    # between those sizes, as the contract allows
-    fitting = fitting or [(request.width or 0, request.height or 0)]
-    picture = request.image or next((control.picture for control in request.controls), None)
-    width, height = fitting[0] if picture is None else nearest_size(picture.image, fitting)
-    guidance = 1.0 if contract.role == "student" else max(1.0, wish)
-    request = replace(
-        request, steps=steps, guidance=guidance, width=width, height=height, strength=strength
+    first = prepared[0]
+    positive = _together([one.positive for one in prepared], sizes)
+    if first.negative is None:
+        denoise = bundle.denoiser.with_conditioning(positive)
+    else:
+        negative = _together([one.negative for one in prepared if one.negative], sizes)
+        denoise = bundle.denoiser.with_guidance(positive, negative, first.guidance)
+    times = torch.tensor(first.times)[:, None].expand(-1, sum(sizes))
+    has_mask = first.mask is not None
+    return solve(
+        denoise, torch.cat(beginnings), times, schedule, report, keep if has_mask else None
     )
-    return request, falling_times(start, steps)
 
 
-def _finite(
-    values: Float[Tensor, "batch ..."], what: str, seeds: list[int]
-) -> Float[Tensor, "batch ..."]:
-    broken = [
-        seed for seed, image in zip(seeds, values, strict=True) if not bool(image.isfinite().all())
-    ]
-    if broken:
-        where = f"the {what} of seed(s) {', '.join(map(str, broken))}"
-        advice = "Either the weights are damaged or half precision overflowed: load the model again, in float32"
-        raise GenerationError(f"{where} hold NaN or infinity; expected finite numbers. {advice}.")
-    return values
+def _together(conditionings: list[Conditioning], sizes: list[int]) -> Conditioning:
+    """Repeat each conditioning, of one item, as often as its part has images, one after another."""
+    repeated = [one.expand(size) for one, size in zip(conditionings, sizes, strict=True)]
+    return repeated[0] if len(repeated) == 1 else Conditioning.cat(repeated)
 
 
-def _warnings(
-    bundle: Bundle, request: Request, times: tuple[int, ...], wish: float | None
-) -> list[str]:
-    """Say what of a settled request will not have the effect one expects; `wish` is the strength it
-    asked for.
-    """
-    warnings, name, taken = [], bundle.contract.name, times[0] / TOP_TIME
-    if not request.prompt.strip():
-        warnings.append("the prompt is empty: the model may draw anything it knows.")
-    texts = [request.prompt, request.negative_prompt]
-    if request.negative_prompt and request.guidance == 1:
-        texts.pop()
-        warnings.append(
-            "the negative prompt has no effect: it acts through guidance, and there is none here."
-        )
-    if unknown := dict.fromkeys(word for text in texts for word in bundle.text.unknown_words(text)):
-        advice = "It has never seen these words, so expect nothing of them."
-        warnings.append(f"not in the vocabulary of {name}: {', '.join(unknown)}. {advice}")
-    if (last := request.seeds[-1]) >= NUM_DISTINCT_SEEDS:
-        same = f"draws the same noise as seed {last % NUM_DISTINCT_SEEDS}"
-        warnings.append(f"seed {last} {same}: torch's generator tells only 2**32 seeds apart.")
-    if wish not in (None, taken) and bundle.contract.role == "student":
-        stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(bundle.contract.trained_times))
-        why = f"which takes {len(times) - 1} step(s): {name} was trained to begin at {stops}, and nowhere between."
-        warnings.append(f"strength {wish:g} became {taken:g}, {why}")
-    return warnings
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time of the block to its stage; the checks for NaN wait for the device, so nothing is
-    left running.
-    """
-    start = time.perf_counter()
-    yield
-    seconds[stage] += time.perf_counter() - start
+def _damage(part: _Part, values: Float[Tensor, "batch ..."], what: str) -> GenerationError | None:
+    """Return an error if an image holds NaN or infinity; this also waits for the device."""
+    pairs = zip(part.seeds, values, strict=True)
+    broken = [str(seed) for seed, image in pairs if not bool(image.isfinite().all())]
+    if not broken:
+        return None
+    return GenerationError(
+        f"the {what} of seed(s) {', '.join(broken)} hold NaN or infinity; expected finite numbers. "
+        "Either the weights are damaged or half precision overflowed: load the model again, in "
+        "float32."
+    )

@@ -1,9 +1,9 @@
-"""Pictures that say how they were made.
+"""Files that say how they were made.
 
-Every PNG carries two text chunks: `parameters`, the line that A1111 and its relatives write and
-show, and `twostep`, JSON with the sampling contract of the model, the request that draws exactly
-this picture again, the names of the model and its LoRAs, and which pictures were drawn together:
-alone it may differ in its last bit.
+Every PNG carries two text chunks. `parameters` is the line that A1111 and its relatives write and
+show. `twostep` is JSON: the sampling contract of the model, the request that draws exactly this
+picture again, the names of the model and its LoRAs, and which pictures were drawn in one batch, for
+alone a picture may differ in its last bit.
 
 This module does not know how a picture was drawn; it is handed a `Result`.
 """
@@ -15,13 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
-from twostep.pipeline.request import MAX_BATCH, Request, Result
+from twostep.files import write_atomically
+from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
@@ -38,11 +40,15 @@ class ProvenanceError(TwostepError):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture was made: which contract, which request (of this one picture), and the A1111
-    text.
+    """How a picture was made.
 
-    `origin` is the model and its LoRAs as they were named, `batch` the request of all that was
-    drawn with it.
+    - `contract`: how its checkpoint is sampled.
+    - `request`: the request of this one picture.
+    - `parameters`: the text that A1111 shows.
+    - `origin`: the model and its LoRAs as they were named; empty where that is not known.
+    - `batch`: the request of all that was drawn in one batch with it.
+    - `has_merged_loras`: whether its LoRAs were merged into the weights, as they were before a
+      request could name them. The sums are then rounded in another order.
     """
 
     contract: Contract
@@ -50,52 +56,49 @@ class Provenance:
     parameters: str
     origin: tuple[str, ...]
     batch: Request
+    has_merged_loras: bool
 
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
     """Write every image of a result as a PNG into `folder`, which is created where it is missing.
 
     Names are made of prompt, model and seed. The same picture again keeps its file; a different one
-    by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or RunError for
-    a full disk.
+    by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or WriteError
+    for a full disk.
     """
-    # brings torch, which the command line's help does without
-    from twostep.training.run_folder import write_whole
-
     folder = prepare_folder(folder)
     paths = []
     for index, image in enumerate(result.images):
         data = encode_png(image, text_chunks(result, index))
         stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
         path = _free_path(folder, stem, data)
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             file.write(data)
         paths.append(path)
     return paths
 
 
 def text_chunks(result: Result, index: int) -> dict[str, str]:
-    """Write down the origin of image `index` as PNG text chunks, by chunk name."""
+    """Return what image `index` says of its origin: the text of every PNG chunk by its name."""
     request = result.request.only(result.seeds[index])
     first = index // MAX_BATCH * MAX_BATCH
-    told = {
+    batch_seeds = result.seeds[first : first + MAX_BATCH]
+    described = {
         "contract": json.loads(result.contract.to_json()),
         "request": json.loads(request.to_json()),
         "origin": result.origin,
-        "batch": {
-            "seed": result.seeds[first],
-            "num_images": len(result.seeds[first : first + MAX_BATCH]),
-        },
+        "batch": {"seed": batch_seeds[0], "num_images": len(batch_seeds)},
     }
     return {
         A1111_CHUNK: a1111_text(result.contract, request),
-        TWOSTEP_CHUNK: json.dumps(told, ensure_ascii=False),
+        TWOSTEP_CHUNK: json.dumps(described, ensure_ascii=False),
     }
 
 
 def a1111_text(contract: Contract, request: Request) -> str:
-    """Describe one picture the way A1111 does: prompt, negative prompt if any, then one line of
-    settings.
+    """Describe one picture the way A1111 does.
+
+    That is the prompt, the negative prompt if there is any, and one line of settings.
     """
     settings = {
         "Steps": f"{request.steps}",
@@ -108,8 +111,11 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "RNG": "CPU",
         "Version": f"twostep {contract.version}",
     }
-    avoided = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    return f"{request.prompt}{avoided}\n{', '.join(f'{key}: {_quote(value)}' for key, value in settings.items())}"
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items()))
+    return "\n".join(lines)
 
 
 def read_provenance(path: str | Path) -> Provenance:
@@ -122,25 +128,42 @@ def read_provenance(path: str | Path) -> Provenance:
             f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
         ) from error
     if TWOSTEP_CHUNK not in chunks:
-        advice = "Give a PNG as twostep wrote it: editors, messengers and converters often strip text chunks"
-        raise ProvenanceError(f"{path} has no {TWOSTEP_CHUNK!r} text chunk. {advice}.")
+        raise ProvenanceError(
+            f"{path} has no {TWOSTEP_CHUNK!r} text chunk. Give a PNG as twostep wrote it: editors, "
+            "messengers and converters often strip text chunks."
+        )
     try:
-        told = json.loads(chunks[TWOSTEP_CHUNK])
-        contract = Contract.from_json(json.dumps(told["contract"]))
-        request = Request.from_json(json.dumps(told["request"]))
-        batch = replace(request, **told.get("batch", {}))
+        return _read_chunks(json.loads(chunks[TWOSTEP_CHUNK]), str(chunks.get(A1111_CHUNK, "")))
     except (ValueError, TypeError, KeyError) as error:
         raise ProvenanceError(
             f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}."
         ) from error
+
+
+def _read_chunks(described: dict[str, Any], parameters: str) -> Provenance:
+    """Read what `text_chunks` wrote, also before a request named its model and its LoRAs."""
+    contract = Contract.from_json(json.dumps(described["contract"]))
+    request = Request.from_json(json.dumps(described["request"]))
+    origin = tuple(described.get("origin", ()))
+    is_old = "model" not in described["request"]
+    if is_old and origin:
+        model, *loras = origin
+        choices = tuple(LoraChoice.parse(lora) for lora in loras)
+        request = replace(request, model=model, loras=choices)
     return Provenance(
-        contract, request, str(chunks.get(A1111_CHUNK, "")), tuple(told.get("origin", ())), batch
+        contract=contract,
+        request=request,
+        parameters=parameters,
+        origin=origin,
+        batch=replace(request, **described.get("batch", {})),
+        has_merged_loras=is_old and len(origin) > 1,
     )
 
 
 def prepare_folder(folder: str | Path) -> Path:
-    """Create `folder` and prove that it can be written to, before work is spent; raises
-    `OutputError`.
+    """Create a folder and prove that it can be written to, before work is spent.
+
+    Raises `OutputError` where it cannot.
     """
     folder = Path(folder)
     try:
@@ -166,7 +189,9 @@ def encode_png(image: Image.Image, chunks: Mapping[str, str]) -> bytes:
 
 
 def _free_path(folder: Path, stem: str, data: bytes) -> Path:
-    path, number = folder / f"{stem}.png", 1
+    """Return a path that no other content has: the stem, or with a number."""
+    path = folder / f"{stem}.png"
+    number = 1
     while path.exists() and not (path.is_file() and path.read_bytes() == data):
         number += 1
         path = folder / f"{stem}_{number}.png"
@@ -174,11 +199,11 @@ def _free_path(folder: Path, stem: str, data: bytes) -> Path:
 
 
 def _slug(text: str) -> str:
-    return (
-        re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_MAX_SLUG_LETTERS].rstrip("-")
-        or "untitled"
-    )
+    """Return a text as a file name: lower-case letters and digits of ASCII, hyphens between."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:_MAX_SLUG_LETTERS].rstrip("-") or "untitled"
 
 
 def _quote(value: str) -> str:
+    """Quote a value as A1111 does where it holds what separates values."""
     return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value

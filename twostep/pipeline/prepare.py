@@ -1,15 +1,16 @@
-"""The pictures that go into a drawing, made ready: an image to change, a mask of where, and what
-ControlNets look at.
+"""A request made ready for a model: text encoded, pictures cut and encoded, ControlNets loaded.
 
-An image is cut to the size that is drawn and encoded once; a drawing begins at its noised latents.
-Outside of the mask it is put back after every step, noised to where that landed, and at the end
-pixel by pixel. Networks that were made for inpainting are shown the mask and what is not masked
-instead.
+An image is cut to the size that is drawn and encoded once; the drawing begins at its noised
+latents. Outside of the mask it is put back after every step, noised to the time where that landed,
+and at the end pixel by pixel. Networks that were made for inpainting are shown the mask and what is
+not masked instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,130 +18,305 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from twostep.data.sources import cut
-from twostep.diffusion import Prediction, initial_noise, solve
+from twostep.contract import TOP_TIME, Contract
+from twostep.data.sources import cut, nearest_size
+from twostep.diffusion import VariancePreserving, falling_times, initial_noise, trailing_times
 from twostep.diffusion.shapes import Latents
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.control import Hint, load_control
-from twostep.networks.denoiser import Denoiser
-from twostep.pipeline.request import Picture, Request, RequestError
+from twostep.pipeline.request import (
+    NUM_DISTINCT_SEEDS,
+    Control,
+    LoraChoice,
+    Picture,
+    Request,
+    RequestError,
+)
+
+DEFAULT_STRENGTH = 0.75
+"""How much of an image is changed where a request does not say it and has no mask."""
+
+STAGES = ("text", "encode", "denoise", "decode")
+"""The stages of a drawing, in order, by which time is counted."""
 
 Pixels = Float[Tensor, "batch 3 height width"]
 Mask = Bool[Tensor, "1 1 height width"]
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """What of a request's pictures a drawing needs, for one item; the mask is true where it is
-    drawn.
+class Prepared:
+    """A request made ready for a model; whatever is drawn of it depends on this and on the seeds.
+
+    - `request`: the request with nothing left open.
+    - `times`: the times that are walked, falling, the landing 0 included.
+    - `positive`, `negative`: what is drawn and what is avoided, one item each; the second is None
+      where there is no guidance.
+    - `image`, `mask`: the image in -1..1 and where it is drawn, both at the size that is drawn.
+    - `x0`: the latents of the image, zeros without one.
+    - `warnings`, `seconds`: as in `Result`, so far.
     """
 
     request: Request
     times: tuple[int, ...]
-    image: Pixels | None
-    x0: Float[Tensor, "1 c h w"]
+    positive: Conditioning
+    negative: Conditioning | None
+    image: Float[Tensor, "1 3 height width"] | None
     mask: Mask | None
-    known: Float[Tensor, "1 known h w"] | None
-    hints: tuple[Hint, ...]
+    x0: Float[Tensor, "1 c h w"]
+    warnings: list[str]
+    seconds: dict[str, float]
 
-    @classmethod
-    def of(cls, bundle: Bundle, request: Request, times: tuple[int, ...]) -> Inputs:
-        """Cut the pictures of a settled request to its size and encode them, for a drawing that
-        walks these times.
+    @property
+    def guidance(self) -> float:
+        """How strongly the prompt is followed; 1 is no guidance."""
+        return 1.0 if self.request.guidance is None else self.request.guidance
 
-        Raises RequestError for a mask that leaves nothing to draw, ModelError for a ControlNet that
-        does not fit.
+    @property
+    def batch_key(self) -> object:
+        """What two requests must have in common to be drawn in one batch.
+
+        These are times, guidance, size, tokens, ControlNets with their scales and shares, and
+        whether anything is put back. What an inpainting network is shown is one picture for the
+        whole batch, so those are drawn by themselves.
         """
-        size, unet = (int(request.width or 0), int(request.height or 0)), bundle.denoiser.network
+        controls = [replace(each, picture=Picture("", "")) for each in self.request.controls]
+        known = self.positive.known
+        return (
+            self.times,
+            self.guidance,
+            self.x0.shape,
+            self.positive.text.shape,
+            tuple(controls),
+            self.request.init_noise,
+            self.mask is None,
+            None if known is None else id(known),
+        )
 
-        def pixels(picture: Picture) -> Pixels:
-            return cut(picture.image, [size])[0][None].to(bundle.denoiser.device)
+    def noise(self, seeds: list[int]) -> Latents:
+        """Return the noise of each seed."""
+        drawn = [initial_noise(seed, self.x0.shape[1:]) for seed in seeds]
+        return torch.stack(drawn).to(self.x0.device)
 
-        image = None if request.image is None else pixels(request.image)
-        mask = None if request.mask is None else pixels(request.mask).mean(dim=1, keepdim=True) >= 0
-        if mask is not None and not bool(mask.any()):
-            raise RequestError(
-                "the mask is black everywhere; paint what is to be drawn anew white."
-            )
-        x0 = torch.zeros(1, *bundle.latent_shape(*size), device=bundle.denoiser.device)
-        x0 = x0 if image is None else bundle.codec.encode(image)
-        hints, count = [], len(times) - 1
-        for control in request.controls:
-            # A step counts if it lies wholly in the control's share of them.
-            acting = [
-                i
-                for i in range(count)
-                if control.start <= i / count and (i + 1) / count <= control.end
-            ]
-            network, shown = (
-                load_control(control.model, unet, bundle.codec.pixels_per_latent),
-                pixels(control.picture),
-            )
-            hints.append(
-                Hint(network, (shown + 1) / 2, control.scale, frozenset(times[i] for i in acting))
-            )
-        known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
-        return cls(request, times, image, x0, mask, known, tuple(hints))
+    def beginning(self, noise: Latents, schedule: VariancePreserving) -> Latents:
+        """Return x at the first time: the noise, or the noised image."""
+        t = torch.full((len(noise),), self.times[0])
+        x0 = self.x0.expand_as(noise)
+        if self.request.init_noise == "comfyui":
+            return schedule.add_noise(x0, noise, t)
+        alpha, sigma = schedule.coefficients(t, noise)
+        if self.mask is not None and self.times[0] == schedule.num_times:
+            return sigma * noise  # as diffusers inpaints
+        return sigma * noise + alpha * x0
 
-    def draw(
-        self,
-        denoiser: Denoiser,
-        told: Conditioning,
-        seeds: list[int],
-        on_step: Callable[[int, Prediction], None],
+    def put_back(
+        self, x: Latents, s: Tensor, noise: Latents, schedule: VariancePreserving
     ) -> Latents:
-        """Follow the flow from the noise of these seeds, or the noised image, to clean latents.
+        """Return x at times s with the image, noised to s, outside of the mask.
 
-        `told` is the prompt, and with guidance after it what is to be avoided.
+        Inpainting networks see themselves what they have to keep.
         """
-        schedule, start = denoiser.schedule, self.times[0]
-        shown = replace(told[:1], known=self.known, hints=self.hints).expand(len(seeds))
-        avoided = replace(told[-1:], known=self.known, hints=self.hints).expand(len(seeds))
-        noise = torch.stack([initial_noise(seed, self.x0.shape[1:]) for seed in seeds]).to(
-            self.x0.device
-        )
-        x0, t = self.x0.expand_as(noise), torch.tensor(self.times)[:, None].expand(-1, len(seeds))
-        x, keep = schedule.add_noise(x0, noise, t[0]), None
-        if self.request.init_noise == "diffusers":
-            alpha, sigma = schedule.coefficients(t[0], noise)
-            x = sigma * noise + (
-                0 if self.mask is not None and start == schedule.num_times else alpha * x0
-            )
-        # inpainting networks see themselves what they have to keep
-        if self.mask is not None and self.known is None:
-            drawn = _coarse(self.mask, noise)
-            keep = lambda x_s, s: torch.where(drawn, x_s, schedule.add_noise(x0, noise, s))  # noqa: E731
-        return solve(
-            denoiser.with_guidance(shown, avoided, self.request.guidance or 1),
-            x,
-            t,
-            schedule,
-            on_step,
-            keep,
-        )
+        if self.mask is None or self.positive.known is not None:
+            return x
+        image = schedule.add_noise(self.x0.expand_as(noise), noise, s)
+        return torch.where(_coarse(self.mask, noise), x, image)
 
     def finished(self, pictures: Pixels) -> Pixels:
         """Put the image's own pixels back outside of the mask."""
-        return (
-            pictures
-            if self.mask is None or self.image is None
-            else torch.where(self.mask, pictures, self.image)
-        )
+        if self.mask is None or self.image is None:
+            return pictures
+        return torch.where(self.mask, pictures, self.image)
+
+
+def prepare(bundle: Bundle, request: Request) -> Prepared:
+    """Make a request ready for a model.
+
+    Raises ContractError for what the contract of the model cannot honour, RequestError for a mask
+    that leaves nothing to draw, PromptError for weights in a prompt that cannot be read, and
+    ModelError for a ControlNet that does not fit.
+    """
+    warnings = bundle.contract.check(request.steps, request.guidance, request.width, request.height)
+    wished_strength = request.strength
+    request, times = _settled(bundle, request)
+    seconds = dict.fromkeys(STAGES, 0.0)
+    with timed(seconds, "text"):
+        warnings = [*warnings, *_warnings(bundle, request, times, wished_strength)]
+        positive, negative = _encode_text(bundle, request)
+    with timed(seconds, "encode"):
+        size = (int(request.width or 0), int(request.height or 0))
+        image = None if request.image is None else _pixels(bundle, request.image, size)
+        mask = None if request.mask is None else _mask(bundle, request.mask, size)
+        if image is None:
+            x0 = torch.zeros(1, *bundle.latent_shape(*size), device=bundle.denoiser.device)
+        else:
+            x0 = bundle.codec.encode(image)
+        known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
+        hints = tuple(_hint(bundle, control, size, times) for control in request.controls)
+    positive = replace(positive, known=known, hints=hints)
+    if negative is not None:
+        negative = replace(negative, known=known, hints=hints)
+    return Prepared(request, times, positive, negative, image, mask, x0, warnings, seconds)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time of the block to its stage.
+
+    What a stage leaves running on a device is counted where it is next waited for.
+    """
+    start = time.perf_counter()
+    yield
+    seconds[stage] += time.perf_counter() - start
+
+
+def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[int, ...]]:
+    """Return a checked request with nothing left open, and the times that it walks.
+
+    A student's guidance is distilled into it, so it gets none, which is 1. The model and the LoRAs
+    are those of the bundle, if it says which.
+    """
+    contract = bundle.contract
+    if contract.role == "student":
+        guidance = 1.0
+    else:
+        wished = contract.guidance if request.guidance is None else request.guidance
+        guidance = max(1.0, wished)
+    steps = request.steps or contract.steps
+    start = TOP_TIME
+    strength = None
+    if request.image is not None:
+        start = _first_time(contract, request, steps)
+        strength = start / TOP_TIME
+    width, height = _size(contract, request)
+    settled = replace(
+        request, steps=steps, guidance=guidance, width=width, height=height, strength=strength
+    )
+    if bundle.origin:
+        model, *loras = bundle.origin
+        choices = tuple(LoraChoice.parse(lora) for lora in loras)
+        settled = replace(settled, model=model, loras=choices)
+    return settled, falling_times(start, steps)
+
+
+def _first_time(contract: Contract, request: Request, steps: int) -> int:
+    """Return the time at which an image is begun.
+
+    It is that trained time, or of a teacher's grid, which is nearest to the strength.
+    """
+    usual = DEFAULT_STRENGTH if request.mask is None else 1.0
+    wished = TOP_TIME * (request.strength or usual)
+    times = contract.trained_times or trailing_times(steps)
+    return min(times, key=lambda t: (abs(t - wished), -t))
+
+
+def _size(contract: Contract, request: Request) -> tuple[int, int]:
+    """Return (width, height) in pixels: what a request leaves open fits its pictures best."""
+    fitting = [
+        (width, height)
+        for width, height in contract.sizes
+        if request.width in (None, width) and request.height in (None, height)
+    ]
+    if not fitting:  # a size between those of the contract, which allows it
+        fitting = [(request.width or 0, request.height or 0)]
+    pictures = [control.picture for control in request.controls]
+    if request.image is not None:
+        pictures.insert(0, request.image)
+    if not pictures:
+        return fitting[0]
+    return nearest_size(pictures[0].image, fitting)
+
+
+def _encode_text(bundle: Bundle, request: Request) -> tuple[Conditioning, Conditioning | None]:
+    """Encode the prompt, and with guidance also what is to be avoided."""
+    is_guided = request.guidance != 1
+    prompts = [request.prompt, request.negative_prompt] if is_guided else [request.prompt]
+    encoded = bundle.conditioning(prompts, request.width or 0, request.height or 0, whole=True)
+    return encoded[:1], encoded[1:] if is_guided else None
+
+
+def _pixels(
+    bundle: Bundle, picture: Picture, size: tuple[int, int]
+) -> Float[Tensor, "1 3 height width"]:
+    """Cut a picture to a size (width, height); in -1..1, where the network is."""
+    return cut(picture.image, [size])[0][None].to(bundle.denoiser.device)
+
+
+def _mask(bundle: Bundle, picture: Picture, size: tuple[int, int]) -> Mask:
+    """Return where a mask is white; RequestError where that is nowhere."""
+    mask = _pixels(bundle, picture, size).mean(dim=1, keepdim=True) >= 0
+    if not bool(mask.any()):
+        raise RequestError("the mask is black everywhere; paint what is to be drawn anew white.")
+    return mask
+
+
+def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[int, ...]) -> Hint:
+    """Load a ControlNet and say at which times it acts.
+
+    A step counts if it lies wholly in the control's share of them.
+    """
+    count = len(times) - 1
+    acting = [
+        times[i]
+        for i in range(count)
+        if control.start <= i / count and (i + 1) / count <= control.end
+    ]
+    network = load_control(control.model, bundle.denoiser.network, bundle.codec.pixels_per_latent)
+    picture = (_pixels(bundle, control.picture, size) + 1) / 2
+    return Hint(network, picture, control.scale, frozenset(acting))
 
 
 def _known(
     bundle: Bundle, size: tuple[int, int], image: Pixels | None, mask: Mask | None
 ) -> Float[Tensor, "1 known h w"]:
-    """Return what an inpainting UNet takes: the mask, and the latents of the image, grey where it
-    is to be drawn.
+    """Return what an inpainting UNet takes: the mask, and the latents of the image.
+
+    The image is grey where it is to be drawn.
     """
     if image is None or mask is None:
-        image = torch.zeros(1, 3, *size[::-1], device=bundle.denoiser.device)
+        width, height = size
+        image = torch.zeros(1, 3, height, width, device=bundle.denoiser.device)
         mask = torch.ones_like(image[:, :1], dtype=torch.bool)
     latents = bundle.codec.encode(image.masked_fill(mask, 0))
     return torch.cat([_coarse(mask, latents).to(latents.dtype), latents], dim=1)
 
 
 def _coarse(mask: Mask, like: Latents) -> Bool[Tensor, "1 1 h w"]:
+    """Return a mask at the size of latents."""
     return interpolate(mask.float(), like.shape[2:]) > 0
+
+
+def _warnings(
+    bundle: Bundle, request: Request, times: tuple[int, ...], wished_strength: float | None
+) -> list[str]:
+    """Say what of a settled request will not have the effect that one expects."""
+    warnings = []
+    contract = bundle.contract
+    if not request.prompt.strip():
+        warnings.append("the prompt is empty: the model may draw anything it knows.")
+    texts = [request.prompt, request.negative_prompt]
+    if request.negative_prompt and request.guidance == 1:
+        texts.pop()
+        warnings.append(
+            "the negative prompt has no effect: it acts through guidance, and there is none here."
+        )
+    unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
+    if unknown:
+        words = ", ".join(dict.fromkeys(unknown))
+        warnings.append(
+            f"not in the vocabulary of {contract.name}: {words}. "
+            "It has never seen these words, so expect nothing of them."
+        )
+    last = request.seeds[-1]
+    if last >= NUM_DISTINCT_SEEDS:
+        warnings.append(
+            f"seed {last} draws the same noise as seed {last % NUM_DISTINCT_SEEDS}: "
+            "torch's generator tells only 2**32 seeds apart."
+        )
+    taken = times[0] / TOP_TIME
+    if wished_strength not in (None, taken) and contract.role == "student":
+        stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(contract.trained_times))
+        warnings.append(
+            f"strength {wished_strength:g} became {taken:g}, which takes {len(times) - 1} "
+            f"step(s): {contract.name} was trained to begin at {stops}, and nowhere between."
+        )
+    return warnings

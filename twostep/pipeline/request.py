@@ -1,18 +1,20 @@
-"""What to make, of which pictures, and what was made.
+"""The wish and the answer: `Request` says all that a drawing depends on, `Result` what came of it.
 
-A `Request` is the one description of a wish that Python, command line, server and evaluation share;
-a `Result` is everything that is known of its answer. Image i of a request is drawn from seed + i,
-so any single picture of a batch can be asked for again by itself.
+Python, the command line, the server and evaluation share these two. Image i of a request is drawn
+from seed + i, so any single picture of a request can be asked for again by itself.
 
-This module does not know models: whether a model can honour a request is its contract's business.
+This module loads neither torch nor models: whether a model can honour a request is decided by its
+contract.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
@@ -29,18 +31,20 @@ and language.
 """
 
 NUM_DISTINCT_SEEDS = 2**32
-"""torch's CPU generator reads the lowest 32 bits of a seed; larger seeds draw the noise of a
+"""torch's CPU generator reads the lowest 32 bits of a seed. A larger seed draws the noise of a
 smaller one.
 """
 
 MAX_BATCH = 16
-"""Images that go through the network together; larger requests are drawn in several such batches.
-"""
+"""Images that go through the network together. Larger requests are drawn in several batches."""
 
 InitNoise = Literal["comfyui", "diffusers"]
-"""Where a drawing begins: at pure noise, as students are trained and ComfyUI does it, or at sigma_T
-times that.
+"""Where a drawing begins.
+
+"comfyui" begins at pure noise, as students are trained. "diffusers" begins at sigma_T times that.
 """
+
+_LORA = re.compile(r"(?P<name>.+?)(?::(?P<weight>-?(?:\d+\.?\d*|\.\d+)))?")
 
 
 class RequestError(TwostepError):
@@ -49,11 +53,10 @@ class RequestError(TwostepError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that goes in: its file's name, the hash of what that holds, and the pixels, in RGB
-    on white.
+    """A picture that goes into a drawing: the name of its file, a hash, and the pixels.
 
-    Without a file the name is empty and the hash is that of the pixels. One from JSON has none
-    until it is `found`.
+    `sha256` is that of the file, or of the pixels where there is no file; `name` is then empty. The
+    pixels are RGB on white. A picture that was read from JSON has none until `reopen` is called.
     """
 
     name: str
@@ -62,10 +65,12 @@ class Picture:
 
     @classmethod
     def of(cls, source: str | Path | Image) -> Picture:
-        """Read a picture's file, or take one in memory; RequestError where it is none, too small or
-        too large.
+        """Read a picture from a file or take one in memory.
+
+        Raises RequestError where it is no picture, or too small or too large to draw from.
         """
-        from twostep.data.sources import UnusablePictureError, opened  # brings torch
+        # These bring torch, which a request without pictures does without.
+        from twostep.data.sources import UnusablePictureError, opened
 
         try:
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source
@@ -74,43 +79,41 @@ class Picture:
             raise RequestError(
                 f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP."
             ) from error
-        name, content = (
-            ("", data.tobytes()) if isinstance(data, Image) else (Path(str(source)).name, data)
-        )
-        return cls(name, sha256(content).hexdigest(), pixels)
+        if isinstance(data, Image):
+            return cls("", sha256(data.tobytes()).hexdigest(), pixels)
+        return cls(Path(str(source)).name, sha256(data).hexdigest(), pixels)
 
     @property
     def image(self) -> Image:
-        """The pixels; RequestError where they were not read again yet."""
+        """The pixels; raises RequestError where they have not been read again yet."""
         if self.pixels is None:
-            raise RequestError(
-                f"{self.name or 'a picture in memory'} is known by name alone; call found(folders)."
-            )
+            name = self.name or "a picture in memory"
+            raise RequestError(f"{name} is known by name alone; call reopen(folders).")
         return self.pixels
 
-    def found(self, folders: Sequence[Path]) -> Picture:
-        """Read the same file again, from the first folder that has it; RequestError for none, or
-        only another one.
+    def reopen(self, folders: Sequence[Path]) -> Picture:
+        """Read the same file again from the first of the folders that has it.
+
+        Raises RequestError where no folder has a file of that name, or only one with other content.
         """
-        there = [
-            Picture.of(path)
-            for folder in folders
-            if self.name and (path := folder / self.name).is_file()
-        ]
-        if self in there:
-            return there[there.index(self)]
-        problem = "is not the file that went in, by its SHA-256" if there else "is not there"
-        raise RequestError(
-            f"{self.name or 'a picture without a file'} {problem}; looked in {[*map(str, folders)]}."
-        )
+        paths = [folder / self.name for folder in folders if self.name]
+        candidates = [Picture.of(path) for path in paths if path.is_file()]
+        for candidate in candidates:
+            if candidate == self:
+                return candidate
+        problem = "is not there"
+        if candidates:
+            problem = "is not the file that went in, by its SHA-256"
+        name = self.name or "a picture without a file"
+        raise RequestError(f"{name} {problem}; looked in {[str(folder) for folder in folders]}.")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet with the picture it looks at, how strongly it acts, and from and to which share
-    of the steps.
+    """A ControlNet, the picture it looks at, its scale, and the share of the steps it acts in.
 
-    `model` is a built-in name, a folder or a hub id. Raises RequestError for impossible values.
+    `model` is a built-in name, a folder or a hub id. `scale` is 0 or more. `start` and `end` are
+    shares of the steps in 0..1. Raises RequestError for values outside of these.
     """
 
     picture: Picture
@@ -120,21 +123,69 @@ class Control:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.scale < float("inf") and 0 <= self.start < self.end <= 1):
-            expected = "expected a scale from 0 up, rising shares in 0..1"
+        has_scale = 0 <= self.scale < math.inf
+        has_share = 0 <= self.start < self.end <= 1
+        if not (has_scale and has_share):
             raise RequestError(
-                f"control at {self.scale:g}, {self.start:g}-{self.end:g}: {expected}."
+                f"control at {self.scale:g}, {self.start:g}-{self.end:g}: "
+                "expected a scale from 0 up, rising shares in 0..1."
             )
 
 
 @dataclass(frozen=True)
-class Request:
-    """One wish: a prompt, how many pictures of it, and from which noise.
+class LoraChoice:
+    """A LoRA and its weight.
 
-    `steps`, `guidance`, `width` and `height` (pixels) left at None take what the model's contract
-    recommends. `image` is changed instead of drawn anew: `strength`, above 0 and up to 1, says how
-    much (0.75, with a mask 1), and only where `mask`, of the same size, is white. Raises
-    `RequestError` where a value is impossible for any model.
+    `name` is a path, a built-in name or an official file. A weight of 1 adds the LoRA as it was
+    trained; weights may be negative. Raises RequestError for an empty name or an infinite weight.
+    """
+
+    name: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise RequestError("a LoRA has an empty name; expected a file, or file:weight.")
+        if not math.isfinite(self.weight):
+            raise RequestError(f"{self.name} has the weight {self.weight}; expected a finite one.")
+
+    @classmethod
+    def parse(cls, text: str) -> LoraChoice:
+        """Read "file" or "file:0.8"."""
+        match = _LORA.fullmatch(text)
+        if match is None or match["weight"] is None:
+            return cls(text)
+        return cls(match["name"], float(match["weight"]))
+
+    def __str__(self) -> str:
+        """Return what `parse` reads."""
+        if self.weight == 1:
+            return self.name
+        return f"{self.name}:{Decimal(repr(self.weight)):f}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One wish: what to draw, how many pictures of it, from which noise, and with which model.
+
+    Arguments left at None take what the contract of the model recommends.
+
+    - `prompt`, `negative_prompt`: text; the second acts through guidance alone.
+    - `num_images`, `seed`: image i is drawn from seed + i.
+    - `steps`: picks the student that was trained for it, or the teacher by its own number.
+    - `guidance`: 1 is none; students have none.
+    - `width`, `height`: pixels.
+    - `image`, `strength`, `mask`: a picture that is changed instead of drawn anew; how much of it,
+      above 0 and up to 1 (0.75, with a mask 1); and where, white in a picture of the same size.
+    - `controls`: ControlNets.
+    - `init_noise`: where the drawing begins.
+    - `model`: a built-in name, a folder, a file or a hub id.
+    - `loras`: LoRAs in order, each a `LoraChoice`, "file" or "file:0.8".
+    - `engine`: what runs the network.
+
+    `generate(bundle, request)` draws with the bundle it is given and reads neither `model`, `loras`
+    nor `engine`; a `Studio` loads what they say. Raises `RequestError` where a value is impossible
+    for any model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -152,61 +203,78 @@ class Request:
     mask: Picture | None = field(default=None, kw_only=True)
     controls: tuple[Control, ...] = field(default=(), kw_only=True)
     init_noise: InitNoise = field(default="comfyui", kw_only=True)
+    model: str = field(default="nano", kw_only=True)
+    loras: tuple[LoraChoice | str, ...] = field(default=(), kw_only=True)
+    engine: str = field(default="eager", kw_only=True)
 
     def __post_init__(self) -> None:
         for name, holds, expected in self._rules():
             if not holds:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
-        image, mask = (picture and picture.pixels for picture in (self.image, self.mask))
-        if image and mask and image.size != mask.size:
-            sizes = f"{mask.width}x{mask.height} and the image {image.width}x{image.height}"
-            raise RequestError(
-                f"the mask is {sizes} pixels; expected the same size. Paint it on a copy of the image."
-            )
+        self._check_mask()
+        choices = tuple(
+            LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in self.loras
+        )
+        object.__setattr__(self, "loras", choices)
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield fields, whether they hold what is possible, and what that is; a rule may rest on
-        those before it.
+        """Yield the name of a field, whether its value is possible, and what is.
+
+        A rule may rest on those before it.
         """
+        yield from self._text_rules()
+        yield from self._number_rules()
+        yield from self._picture_rules()
+
+    def _text_rules(self) -> Iterator[tuple[str, bool, str]]:
         for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            encodable = isinstance(text, str) and re.search("[\ud800-\udfff]", text) is None
-            yield name, encodable, "text in UTF-8. For several prompts make one request each"
-        yield (
-            "num_images",
-            _is_whole(self.num_images, 1),
-            "a whole number from 1 up: ask for at least one image",
+            expected = "text in UTF-8. For several prompts make one request each"
+            yield name, _is_text(getattr(self, name)), expected
+        for name in ("model", "engine"):
+            value = getattr(self, name)
+            yield name, _is_text(value) and bool(value.strip()), "a name that is not empty"
+        known = all(isinstance(lora, LoraChoice | str) for lora in self.loras)
+        yield "loras", known, "each to be a file, file:weight or a LoraChoice"
+
+    def _number_rules(self) -> Iterator[tuple[str, bool, str]]:
+        expected = "a whole number from 1 up: ask for at least one image"
+        yield "num_images", _is_whole(self.num_images, 1), expected
+        expected = "a whole number from 0 up. Image i is drawn from seed + i"
+        yield "seed", _is_whole(self.seed, 0), expected
+        expected = (
+            f"every seed of {self.num_images} image(s) below 2**63; "
+            "below 2**32 torch tells them apart"
         )
-        yield (
-            "seed",
-            _is_whole(self.seed, 0),
-            "a whole number from 0 up. Image i is drawn from seed + i",
-        )
-        known = f"every seed of {self.num_images} image(s) below 2**63; below 2**32 torch tells them apart"
-        yield "seed", self.seed + self.num_images <= NUM_SEEDS, known
+        yield "seed", self.seed + self.num_images <= NUM_SEEDS, expected
         for name in ("steps", "width", "height"):
-            possible = getattr(self, name) is None or _is_whole(getattr(self, name), 1)
-            yield (
-                name,
-                possible,
-                "a whole number from 1 up, or leave it out to take the model's own",
-            )
-        fits = self.guidance is None or 0 <= self.guidance < float("inf")
-        yield "guidance", fits, "a number from 0 up. 1 means none, 3 to 8 is usual"
-        yield (
-            "init_noise",
-            self.init_noise in get_args(InitNoise),
-            f"one of {', '.join(get_args(InitNoise))}",
-        )
+            value = getattr(self, name)
+            expected = "a whole number from 1 up, or leave it out to take the model's own"
+            yield name, value is None or _is_whole(value, 1), expected
+        possible = self.guidance is None or 0 <= self.guidance < math.inf
+        yield "guidance", possible, "a number from 0 up. 1 means none, 3 to 8 is usual"
+
+    def _picture_rules(self) -> Iterator[tuple[str, bool, str]]:
+        choices = get_args(InitNoise)
+        yield "init_noise", self.init_noise in choices, f"one of {', '.join(choices)}"
         for name in ("strength", "mask"):
             has_image = getattr(self, name) is None or self.image is not None
-            yield (
-                name,
-                has_image,
-                "none without an image, for it says how that is changed: give the image too",
+            expected = "none without an image, for it says how that is changed: give the image too"
+            yield name, has_image, expected
+        possible = self.strength is None or 0 < self.strength <= 1
+        yield "strength", possible, "a number above 0, up to 1 for all of the image"
+
+    def _check_mask(self) -> None:
+        """Refuse a mask of another size than the image, where the pixels of both are known."""
+        if self.image is None or self.mask is None:
+            return
+        image = self.image.pixels
+        mask = self.mask.pixels
+        if image is not None and mask is not None and image.size != mask.size:
+            raise RequestError(
+                f"the mask is {mask.width}x{mask.height} and the image "
+                f"{image.width}x{image.height} pixels; expected the same size. "
+                "Paint it on a copy of the image."
             )
-        share = self.strength is None or 0 < self.strength <= 1
-        yield "strength", share, "a number above 0, up to 1 for all of the image"
 
     @property
     def seeds(self) -> list[int]:
@@ -217,32 +285,42 @@ class Request:
         """Return the request that draws exactly one of this request's pictures."""
         return replace(self, num_images=1, seed=seed)
 
-    def found(self, folders: Sequence[Path]) -> Request:
-        """Return the same request with every picture that goes in read again."""
+    def reopen(self, folders: Sequence[Path]) -> Request:
+        """Return the same request with every picture that goes in read again.
+
+        Raises as `Picture.reopen`.
+        """
         controls = tuple(
-            replace(control, picture=control.picture.found(folders)) for control in self.controls
+            replace(control, picture=control.picture.reopen(folders)) for control in self.controls
         )
-        image, mask = (picture and picture.found(folders) for picture in (self.image, self.mask))
+        image = None if self.image is None else self.image.reopen(folders)
+        mask = None if self.mask is None else self.mask.reopen(folders)
         return replace(self, image=image, mask=mask, controls=controls)
 
     def to_json(self) -> str:
-        """Write the request as one line of JSON; of pictures names and hashes."""
-        values = asdict(
-            self, dict_factory=lambda pairs: {key: value for key, value in pairs if key != "pixels"}
-        )
+        """Write the request as one line of JSON.
+
+        Of pictures it holds names and hashes, of LoRAs "file" or "file:weight".
+        """
+        values = asdict(self, dict_factory=_without_pixels)
+        values["loras"] = [str(lora) for lora in self.loras]
         return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Request:
-        """Read what `to_json` wrote; raises `RequestError` for anything else."""
+        """Read what `to_json` wrote, also before there were `model`, `loras` and `engine`.
+
+        Raises `RequestError` for anything else.
+        """
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
-            first, known = error.errors()[0], ", ".join(each.name for each in fields(cls))
+            first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it"
-            expected = f"expected a JSON object with a prompt and none but {known}"
+            known = ", ".join(each.name for each in fields(cls))
             raise RequestError(
-                f"{text[:80]!r} is no request, for {place}: {first['msg']}; {expected}."
+                f"{text[:80]!r} is no request, for {place}: {first['msg']}; "
+                f"expected a JSON object with a prompt and none but {known}."
             ) from error
 
 
@@ -250,9 +328,12 @@ class Request:
 class Result:
     """What was made of a request.
 
-    `request` has every default filled in and the guidance and strength that were really used,
-    `seconds` is per stage ("text", "encode", "denoise", "decode"), `warnings` are sentences for a
-    person, `origin` is the model and the LoRAs as they were named when the bundle was loaded.
+    - `images`: one for each seed.
+    - `seconds`: per stage ("text", "encode", "denoise", "decode"). Of a batch that several requests
+      shared, each has the share of its images.
+    - `warnings`: sentences for a person.
+    - `request`: has every default filled in, with the guidance and strength that were really used.
+    - `origin`: the model and its LoRAs as they were named when the bundle was loaded.
     """
 
     images: list[Image]
@@ -269,5 +350,14 @@ class Result:
         return sum(self.seconds.values()) / len(self.images)
 
 
+def _is_text(value: object) -> bool:
+    """Tell whether a value is text that can be written as UTF-8: no lone surrogates."""
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
+
+
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _without_pixels(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    return {key: value for key, value in pairs if key != "pixels"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
@@ -20,10 +19,11 @@ from twostep.training.loop import (
     MovingAverage,
     OnIteration,
     Randomness,
-    finite,
-    rate_share,
-    repeat,
+    check_finite,
+    learning_rate_factor,
+    run_loop,
 )
+from twostep.training.optimiser import make_optimiser, optimiser_step
 from twostep.training.run_folder import RunFolder
 
 
@@ -59,26 +59,15 @@ def train(
     `on_checkpoint` sees the network with its averaged weights. Raises TrainingError on a loss that
     is not finite.
     """
-    optimiser = torch.optim.AdamW(
-        network.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    average, device = (
-        MovingAverage(network, settings.ema_decay),
-        next(network.parameters()).device.type,
-    )
+    optimiser = make_optimiser(network, settings.learning_rate, weight_decay=settings.weight_decay)
+    average = MovingAverage(network, settings.ema_decay)
+    device = next(network.parameters()).device.type
 
     def iterate(iteration: int, draw: Randomness) -> dict[str, float]:
-        for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * rate_share(iteration, settings)
         with settings.autocast(device):
-            value = finite(loss(iteration, draw), name, iteration, settings)
-        value.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+            value = check_finite(loss(iteration, draw), name, iteration, settings)
+        factor = learning_rate_factor(iteration, settings)
+        optimiser_step(value, optimiser, network, settings.gradient_clip, factor)
         average.update()
         return {"loss": value.item()}
 
@@ -87,5 +76,5 @@ def train(
             on_checkpoint(iteration)
 
     state: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "average": average}
-    repeat(iterate, settings, folder, name, state, on_iteration=on_iteration, on_checkpoint=keep)
+    run_loop(iterate, settings, folder, name, state, on_iteration=on_iteration, on_checkpoint=keep)
     network.load_state_dict(average.weights)

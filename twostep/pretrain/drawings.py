@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import BACKGROUNDS, Concept
-from twostep.training.run_folder import write_whole
+from twostep.files import write_atomically
 
 DRAWING_PIXELS = 128
 PICTURE_PIXELS = 64
@@ -69,7 +69,7 @@ def save_emoji(emoji: EmojiSet, path: Path) -> None:
     """Write the set to one safetensors file."""
     listing = [[c.icon, c.subgroup, list(c.names)] for c in emoji.concepts]
     metadata = {"twostep.emoji": json.dumps({"concepts": listing, "styles": emoji.styles})}
-    with write_whole(path) as file:
+    with write_atomically(path) as file:
         file.write(save({"drawings": emoji.drawings.contiguous()}, metadata))
 
 

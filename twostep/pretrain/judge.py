@@ -20,12 +20,13 @@ from torch.nn import functional
 from twostep import __version__
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.judge import Classes, Judge, Origin, Verdict, load_judge, save_judge
+from twostep.files import write_atomically
 from twostep.pretrain.degradation import Degradation, degrade
 from twostep.pretrain.descent import DescentSettings, silent, train
 from twostep.pretrain.drawings import EmojiSet, Placement, compose
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.recipe import Settings
-from twostep.training.run_folder import RunFolder, write_whole
+from twostep.training.run_folder import RunFolder
 
 _HELD_OUT = -1
 """The iteration whose randomness is kept for held-out pictures: training never gets there."""
@@ -72,7 +73,7 @@ def train_judge(
     accuracy = measure_accuracy(judge, recipe, emoji)
     judge.origin = Origin(recipe.name, __version__, accuracy)
     save_judge(judge, path)
-    with write_whole(out / "eval.json") as file:
+    with write_atomically(out / "eval.json") as file:
         file.write(json.dumps(accuracy, indent=2).encode())
     return load_judge(path)
 

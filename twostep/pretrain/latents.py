@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from twostep.evaluate.attributes import BACKGROUNDS, Attributes
+from twostep.files import write_atomically
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
@@ -24,7 +25,6 @@ from twostep.pretrain.captions import Omission, caption
 from twostep.pretrain.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
 from twostep.text.clip import TextEncoders
 from twostep.training.processes import wait, world
-from twostep.training.run_folder import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class LatentCache:
     def save(self, path: Path) -> None:
         """Write the cache to one safetensors file."""
         words = json.dumps({"names": self.names, "styles": self.styles})
-        with write_whole(path) as file:
+        with write_atomically(path) as file:
             file.write(
                 save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words})
             )

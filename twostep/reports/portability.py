@@ -10,12 +10,12 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from twostep.contract import ContractError
-from twostep.distill.chain import find_device
 from twostep.distill.samples import Examples
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
 from twostep.models.bundle import load_bundle
 from twostep.models.lora_stack import LoraCache
+from twostep.training.device import find_device
 
 SCALES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _THINGS = (

@@ -17,8 +17,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from twostep.distill.recipe import Phase
+from twostep.files import write_atomically
 from twostep.models.contracts import file_contract
-from twostep.training.run_folder import RunError, write_whole
+from twostep.training.run_folder import RunError
 
 PACE = "seconds_per_iteration"
 NOT_CURVES = {"time", "part", "iteration", "trouble", PACE}
@@ -79,7 +80,7 @@ def write_report(folder: Path) -> Path:
         students=sorted(students, key=lambda contract: -contract.steps),
         recipe=recipe,
     )
-    with write_whole(folder / "report.html") as file:
+    with write_atomically(folder / "report.html") as file:
         file.write(text.encode())
     return folder / "report.html"
 

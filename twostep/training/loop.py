@@ -1,8 +1,7 @@
-"""The loop under every training: iterate, log, checkpoint, resume. What an iteration does is its
-caller's matter.
+"""The loop under every training: iterate, log, save checkpoints, resume.
 
-Every iteration seeds its own randomness from (seed, iteration), so a resumed run draws what the
-uninterrupted one would.
+What one iteration does is its caller's matter. Every iteration gets randomness of its own that is
+seeded from (seed, iteration), so a resumed run draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -26,13 +25,19 @@ from twostep.training.processes import average, averaged
 from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
 
+OnIteration = Callable[[int, dict[str, float]], None]
+"""Called after every iteration with the number of iterations done and the figures of the last."""
+
+_FINAL_LEARNING_RATE_FACTOR = 0.02
+"""Where the cosine decay ends, as a factor of the peak learning rate."""
+
 
 class TrainingError(TwostepError):
-    """Training cannot go on: a loss is no number any more."""
+    """Training cannot go on, for instance because a loss is not a finite number."""
 
 
 class LoopSettings(Settings):
-    """How often, from which seed, and how often something is kept."""
+    """Number and size of iterations, learning rate, precision, seed, and how often to keep what."""
 
     iterations: int = Field(gt=0, description="number of iterations")
     batch_size: int = Field(gt=0, description="examples per iteration")
@@ -53,7 +58,7 @@ class LoopSettings(Settings):
 
     @contextmanager
     def autocast(self, device: str = "cpu") -> Iterator[None]:
-        """Set the precision of forward passes, and their attention."""
+        """Run forward passes of the block in the precision of these settings on a device type."""
         with (
             torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"),
             training_attention(device),
@@ -62,52 +67,62 @@ class LoopSettings(Settings):
 
 
 def training_attention(device: str) -> AbstractContextManager[None]:
-    """Choose the attention whose gradient is a quarter faster on the CPU; elsewhere torch chooses.
+    """Choose the attention kernel for training on a device type, as a context manager.
 
-    Backward passes need it as well, for blocks that are computed anew must be computed as they
-    were.
+    On the CPU the backward pass of the plain kernel is a quarter faster than that of the fused one;
+    on other devices torch chooses. Backward passes need this context as well: a block under
+    gradient checkpointing is computed again there, and must be computed by the same kernel.
     """
-    attention: AbstractContextManager[None] = (
-        sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
-    )
-    return attention
+    if device != "cpu":
+        return nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """The randomness of one iteration: for tensors, and for words."""
+    """The random numbers of one iteration: a generator for tensors and one for words."""
 
     tensors: torch.Generator
     words: random.Random
 
     @classmethod
     def at(cls, seed: int, iteration: int) -> Randomness:
-        """Return the randomness that belongs to this iteration of a run, whatever happened before
-        it.
-        """
-        # Mixed, because torch's generator reads only 32 bits of a seed.
+        """Return the randomness of one iteration, which depends on these two numbers alone."""
+        # Both numbers are hashed into 31 bits, because torch's generator reads 32 bits of a seed.
         number = random.Random(f"{seed}/{iteration}").getrandbits(31)
         return cls(torch.Generator().manual_seed(number), random.Random(number))
 
 
 class MovingAverage:
-    """An exponential moving average of weights in training, a network's or a LoRA's; it follows
-    quickly at first.
+    """An exponential moving average of weights in training, of a network or of a LoRA.
+
+    The decay grows from about a tenth to `decay` over the first updates, so that the average soon
+    forgets the weights from which training started.
     """
 
     def __init__(self, trained: Stateful, decay: float) -> None:
-        """Start from the weights as they are."""
-        self.trained, self.decay, self.num_updates = trained, decay, 0
+        """Start from the present weights.
+
+        Args:
+            trained: whose `state_dict` is averaged.
+            decay: share of the old average that an update keeps, in [0, 1).
+        """
+        self.trained = trained
+        self.decay = decay
+        self.num_updates = 0
         self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
 
     def update(self) -> None:
-        """Take in the present weights."""
+        """Take the present weights into the average."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + 10))
         current = self.trained.state_dict()
         floats = [key for key, value in self.weights.items() if value.is_floating_point()]
         torch._foreach_lerp_(
-            [self.weights[key] for key in floats], [current[key] for key in floats], 1 - decay
+            [self.weights[key] for key in floats],
+            [current[key] for key in floats],
+            1 - decay,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,25 +130,27 @@ class MovingAverage:
         return {"weights": self.weights, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.num_updates = state_dict["num_updates"]
         for key, value in state_dict["weights"].items():
             self.weights[key].copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it what is trained has the averaged weights; after it, its own again."""
-        own = {key: value.clone() for key, value in self.trained.state_dict().items()}
+        """Put the averaged weights into what is trained for the block, and its own back after it."""
+        trained_weights = {key: value.clone() for key, value in self.trained.state_dict().items()}
         self.trained.load_state_dict(self.weights)
         try:
             yield
         finally:
-            self.trained.load_state_dict(own)
+            self.trained.load_state_dict(trained_weights)
 
 
-def rate_share(iteration: int, settings: LoopSettings) -> float:
-    """Return the share of the peak learning rate: linear warm-up, constant, and a cosine down to a
-    fiftieth.
+def learning_rate_factor(iteration: int, settings: LoopSettings) -> float:
+    """Return the factor of the peak learning rate at an iteration, in (0, 1].
+
+    The rate rises linearly over the warm-up, stays constant, and falls along a cosine to a fiftieth
+    over the last `decay_share` of the iterations.
     """
     if iteration < settings.warmup_iterations:
         return (iteration + 1) / settings.warmup_iterations
@@ -141,76 +158,94 @@ def rate_share(iteration: int, settings: LoopSettings) -> float:
     if num_decaying == 0:
         return 1.0
     progress = max(0.0, 1 - (settings.iterations - iteration) / num_decaying)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return _FINAL_LEARNING_RATE_FACTOR + (1 - _FINAL_LEARNING_RATE_FACTOR) * cosine
 
 
-OnIteration = Callable[[int, dict[str, float]], None]
-
-
-def repeat(
+def run_loop(
     iterate: Callable[[int, Randomness], dict[str, float]],
     settings: LoopSettings,
     folder: RunFolder,
     name: str,
     state: Mapping[str, Stateful],
     *,
-    keep_start: bool = False,
+    checkpoint_start: bool = False,
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
-    """Call `iterate(iteration, draw) -> figures` until the recipe's iterations are done.
+    """Call `iterate(iteration, randomness) -> figures` until the iterations of `settings` are done.
 
-    `state` is kept in the checkpoint `name` and brought back when the same run starts again;
-    `on_checkpoint` comes before that, so what it refuses by raising is not kept. `keep_start` also
-    keeps the state before the first iteration.
+    If the folder holds a checkpoint of this name, `state` is restored from it and the loop goes on
+    after it.
+
+    Args:
+        iterate: does one iteration and returns its figures, for instance its loss.
+        settings: number of iterations, seed, and how often to log and to save.
+        folder: the run folder that takes checkpoints and the log.
+        name: of the checkpoint, and of these figures in the log.
+        state: everything that a checkpoint keeps, by name.
+        checkpoint_start: whether to save the state before the first iteration too.
+        on_iteration: called after every iteration with figures averaged over all processes.
+        on_checkpoint: called before every checkpoint; if it raises, the checkpoint is not saved.
     """
 
-    def keep(done: int) -> None:
-        folder.save(
-            name, {"iteration": done, **{key: holder.state_dict() for key, holder in state.items()}}
-        )
+    def save_checkpoint(num_done: int) -> None:
+        states = {key: holder.state_dict() for key, holder in state.items()}
+        folder.save(name, {"iteration": num_done, **states})
 
-    start = _bring_back(folder, name, state)
-    if start is None and keep_start:
-        keep(0)
-    start = start or 0
-    began, sums, counted = time.monotonic(), dict[str, float](), 0
+    start = _resume(folder, name, state)
+    if start is None:
+        start = 0
+        if checkpoint_start:
+            save_checkpoint(0)
+    started_at = time.monotonic()
+    sums: dict[str, float] = {}
+    num_summed = 0
     for iteration in range(start, settings.iterations):
         figures = averaged(iterate(iteration, Randomness.at(settings.seed, iteration)))
-        done, counted = iteration + 1, counted + 1
+        num_done = iteration + 1
         sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
-        on_iteration(done, figures)
-        if done % settings.log_every == 0:
-            means = {key: value / counted for key, value in sums.items()}
-            seconds = round((time.monotonic() - began) / (done - start), 4)
-            folder.log(part=name, iteration=done, **means, seconds_per_iteration=seconds)
-            sums, counted = {}, 0
-        if done % settings.checkpoint_every == 0 or done == settings.iterations:
-            on_checkpoint(done)
-            keep(done)
+        num_summed += 1
+        on_iteration(num_done, figures)
+        if num_done % settings.log_every == 0:
+            means = {key: value / num_summed for key, value in sums.items()}
+            seconds = round((time.monotonic() - started_at) / (num_done - start), 4)
+            folder.log(part=name, iteration=num_done, **means, seconds_per_iteration=seconds)
+            sums = {}
+            num_summed = 0
+        if num_done % settings.checkpoint_every == 0 or num_done == settings.iterations:
+            on_checkpoint(num_done)
+            save_checkpoint(num_done)
 
 
-def _bring_back(folder: RunFolder, name: str, state: Mapping[str, Stateful]) -> int | None:
-    """Restore the checkpoint and return its iteration, None if there is none; what was read is not
-    held on to.
-    """
-    kept = folder.load(name)
-    if kept is None:
-        return None
-    for key, holder in state.items():
-        holder.load_state_dict(kept[key])
-    return int(kept["iteration"])
+def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings) -> Tensor:
+    """Return the loss; TrainingError if it is NaN or infinite in any of the processes.
 
-
-def finite(loss: Tensor, what: str, iteration: int, settings: LoopSettings) -> Tensor:
-    """Return the loss, or raise TrainingError if it is NaN or infinite, in every process if it is
-    in one.
+    Args:
+        loss: a scalar of this process.
+        name: of the loss, for the message.
+        iteration: for the message.
+        settings: for the message, which says what could be changed.
     """
     mean = loss.detach().clone()
     average([mean])
     if torch.isfinite(mean).all():
         return loss
     raise TrainingError(
-        f"The {what} loss is {mean.item()} at iteration {iteration}. The last checkpoint is whole: lower learning_rate "
-        f"(now {settings.learning_rate}) or set precision to fp32 under another --out, and run the command again."
+        f"The {name} loss is {mean.item()} at iteration {iteration}. The last checkpoint is whole: "
+        f"lower learning_rate (now {settings.learning_rate}) or set precision to fp32 under "
+        "another --out, and run the command again."
     )
+
+
+def _resume(folder: RunFolder, name: str, state: Mapping[str, Stateful]) -> int | None:
+    """Restore `state` from a checkpoint and return its iteration, or None if there is none.
+
+    A function of its own, so that the loop does not hold the loaded tensors while it runs.
+    """
+    checkpoint = folder.load(name)
+    if checkpoint is None:
+        return None
+    for key, holder in state.items():
+        holder.load_state_dict(checkpoint[key])
+    return int(checkpoint["iteration"])

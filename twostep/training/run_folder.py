@@ -1,12 +1,10 @@
-"""The folder of a run: `run.toml`, `log.jsonl`, `checkpoints/`, `samples/`. The same command again
-resumes.
+"""The folder of a run: `run.toml`, `log.jsonl`, `checkpoints/`, `samples/`.
 
-Files appear whole or not at all: each is written beside its place and renamed.
+The same command with the same folder resumes the run. Files appear whole or not at all, so a run
+may be killed at any time.
 """
 
-import errno
 import json
-import os
 import pickle
 import shutil
 import time
@@ -20,6 +18,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from twostep.errors import TwostepError
+from twostep.files import (
+    PARTIAL_SUFFIX,
+    WriteError,
+    reporting_write_errors,
+    write_atomically,
+)
 from twostep.training.processes import world
 from twostep.training.recipe import Settings
 from twostep.training.shards import exchange_shards
@@ -30,63 +34,79 @@ class RunError(TwostepError):
 
 
 class RunFolder:
-    """One run's folder; opening it creates it, or finds the run that is to be resumed.
+    """The folder of one run, which is created, or opened again to resume the run.
 
-    Of several processes that train as one all read it, and the first writes.
+    Of several processes that train together every one opens the folder and reads; only the first
+    one writes, apart from shards, of which each process writes its own.
+
+    Attributes:
+        path: the folder.
+        on_log: called with the values of every line that is logged; replaced by trackers.
     """
 
     def __init__(self, path: Path, recipe: Settings) -> None:
-        """Open `path` for a run of `recipe`; RunError if it holds a run of another recipe or cannot
-        be written.
+        """Open the folder for a run of a recipe.
+
+        Raises:
+            RunError: the folder holds a run of another recipe, another process is at work in it,
+                or it cannot be written.
         """
         self.path = path
-        self.hear: Callable[[dict[str, Any]], None] = lambda values: None
-        record = path / "run.toml"
+        self.on_log: Callable[[dict[str, Any]], None] = lambda values: None
         resolved = tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+        record = path / "run.toml"
         if record.exists() and record.read_text() != resolved:
             raise RunError(
                 f"{path} holds a run of another recipe. Give another --out, or delete that folder."
             )
-        with _writing(path):
+        with _as_run_error(), reporting_write_errors(path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (path / "samples").mkdir(exist_ok=True)
-        # Held until this folder is forgotten or the process ends, however it ends.
         self._lock = FileLock(path / "run.lock", is_singleton=True)
+        if not world().is_first:
+            return
+        # Held until this object is deleted or the process ends, however it ends.
         try:
-            if world().is_first:
-                self._lock.acquire(blocking=False)
+            self._lock.acquire(blocking=False)
         except Timeout as error:
             raise RunError(
                 f"Another process is at work in {path}. Wait for it, or give another --out."
             ) from error
-        if not record.exists():
-            with write_whole(record) as file:
-                file.write(resolved.encode())
+        with _as_run_error():
+            if not record.exists():
+                with write_atomically(record) as file:
+                    file.write(resolved.encode())
+            self._remove_partial_files()
 
     def log(self, **values: Any) -> None:
         """Append one line of JSON to log.jsonl, stamped with the time."""
         if not world().is_first:
             return
         line = json.dumps({"time": round(time.time(), 3), **values})
-        with _writing(self.path), (self.path / "log.jsonl").open("a") as file:
+        path = self.path / "log.jsonl"
+        with _as_run_error(), reporting_write_errors(path), path.open("a") as file:
             file.write(line + "\n")
-        self.hear(values)
+        self.on_log(values)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint; the old one of that name stands until the new one is whole. Every
-        process must call it.
+        """Write a checkpoint; the old one of that name stays until the new one is complete.
+
+        Every process must call it, because each writes its shards of the tensors in `state`.
         """
-        path, shards = self.checkpoint(name), self._shards(name, state)
-        with _writing(shards):
-            state = exchange_shards(state, shards, write=True)
-        if world().is_first:
-            with write_whole(path) as file:
+        path = self.checkpoint(name)
+        shards = self._shards(name, state)
+        with _as_run_error():
+            with reporting_write_errors(shards):
+                state = exchange_shards(state, shards, write=True)
+            if not world().is_first:
+                return
+            with write_atomically(path) as file:
                 torch.save(state, file)
-            for old in set(path.parent.glob(f"{name}.*.shards")) - {shards}:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in set(path.parent.glob(f"{name}.*.shards")) - {shards}:
+            shutil.rmtree(old, ignore_errors=True)
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """Read a checkpoint, None if there is none yet; RunError if it is damaged."""
+        """Read a checkpoint; None if there is none yet, RunError if it is damaged."""
         path = self.checkpoint(name)
         if not path.exists():
             return None
@@ -99,48 +119,23 @@ class RunFolder:
             ) from error
 
     def checkpoint(self, name: str) -> Path:
-        """Return the path of the checkpoint of that name."""
+        """Return the path of the checkpoint of a name."""
         return self.path / "checkpoints" / f"{name}.pt"
 
     def _shards(self, name: str, state: dict[str, Any]) -> Path:
         return self.path / "checkpoints" / f"{name}.{state.get('iteration')}.shards"
 
-
-@contextmanager
-def write_whole(path: Path) -> Iterator[Any]:
-    """Open a file for binary writing that takes its place at `path` only when it is whole and on
-    disk.
-
-    What any but the first of several processes writes is thrown away.
-    """
-    if not world().is_first:
-        with open(os.devnull, "wb") as nowhere:
-            yield nowhere
-        return
-    partial = path.with_name(path.name + ".partial")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    def _remove_partial_files(self) -> None:
+        """Remove what a killed process of this run left half written."""
+        for folder in ("checkpoints", "samples"):
+            for partial in (self.path / folder).glob(f"*{PARTIAL_SUFFIX}"):
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _as_run_error() -> Iterator[None]:
+    """Turn a WriteError of the block into a RunError."""
     try:
         yield
-    except OSError as error:
-        full = (
-            "the disk is full; free some space"
-            if error.errno == errno.ENOSPC
-            else "give another place"
-        )
-        raise RunError(
-            f"{path} cannot be written ({error.strerror}): {full}. What was saved before is whole."
-        ) from error
+    except WriteError as error:
+        raise RunError(str(error)) from error

@@ -1,5 +1,6 @@
-"""TensorBoard and Weights & Biases beside `log.jsonl`, through accelerate's trackers; only where a
-recipe names them.
+"""TensorBoard and Weights & Biases beside `log.jsonl`, only where a recipe names them.
+
+Both are written through the trackers of accelerate.
 """
 
 from collections.abc import Sequence
@@ -14,38 +15,44 @@ Tracker = Literal["tensorboard", "wandb"]
 
 
 def track(folder: RunFolder, names: Sequence[Tracker]) -> None:
-    """Let trackers hear the figures that the folder logs; RecipeError for one that is not
-    installed.
+    """Send the figures of every logged iteration to the named trackers.
 
-    TensorBoard's files go into `tensorboard` in the folder; W&B asks for its key as it always does.
+    The files of TensorBoard go into `tensorboard` in the run folder. Weights & Biases asks for its
+    key as it always does.
+
+    Raises:
+        RecipeError: a named tracker is not installed.
     """
     for name in names:
         if find_spec(name) is None:
             raise RecipeError(
-                f'trackers names "{name}", which is not installed: pip install {name}, or leave it out.'
+                f'trackers names "{name}", which is not installed: pip install {name}, '
+                "or leave it out."
             )
     if not names or not world().is_first:
         return
+    trackers = [_start_tracker(name, folder) for name in names]
+
+    def log_figures(values: dict[str, Any]) -> None:
+        if "iteration" not in values:
+            return
+        figures = {
+            f"{values['part']}/{key}": value
+            for key, value in values.items()
+            if isinstance(value, float)
+        }
+        for tracker in trackers:
+            tracker.log(figures, step=values["iteration"])
+
+    folder.on_log = log_figures
+
+
+def _start_tracker(name: Tracker, folder: RunFolder) -> Any:
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-    run = {"name": folder.path.name, "dir": str(folder.path)}
-    trackers = [
-        TensorBoardTracker(name, folder.path)
-        if name == "tensorboard"
-        else WandBTracker("twostep", **run)
-        for name in names
-    ]
-    for tracker in trackers:
-        tracker.start()
-
-    def hear(values: dict[str, Any]) -> None:
-        if "iteration" in values:
-            figures = {
-                f"{values['part']}/{key}": value
-                for key, value in values.items()
-                if isinstance(value, float)
-            }
-            for tracker in trackers:
-                tracker.log(figures, step=values["iteration"])
-
-    folder.hear = hear
+    if name == "tensorboard":
+        tracker = TensorBoardTracker(name, folder.path)
+    else:
+        tracker = WandBTracker("twostep", name=folder.path.name, dir=str(folder.path))
+    tracker.start()
+    return tracker

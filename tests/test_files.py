@@ -1,0 +1,119 @@
+"""Files that appear whole or not at all, whoever else writes them at the same time."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from twostep.errors import TwostepError
+from twostep.files import WriteError, write_atomically
+
+
+def test_a_written_file_appears_with_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    with write_atomically(path) as file:
+        file.write(b"half")
+        assert not path.exists()
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), write_atomically(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_reported_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(WriteError, match="disk is full"), write_atomically(path):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old"
+    assert issubclass(WriteError, TwostepError)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "below"
+    complaint = r"below cannot be written .* give another place"
+    with pytest.raises(WriteError, match=complaint), write_atomically(path):
+        pytest.fail("the block must not be entered")
+
+
+def test_a_long_name_leaves_room_for_that_of_the_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    with write_atomically(path) as file:
+        file.write(b"long")
+    assert path.read_bytes() == b"long"
+
+
+def test_nested_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with write_atomically(path) as outer:
+        outer.write(b"outer")
+        with write_atomically(path) as inner:
+            inner.write(b"inner")
+        assert path.read_bytes() == b"inner"
+    assert path.read_bytes() == b"outer"
+
+
+def test_of_many_threads_one_complete_file_remains(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    start = threading.Barrier(8)
+    failures: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            start.wait()
+            for _ in range(20):
+                with write_atomically(path) as file:
+                    for _ in range(100):
+                        file.write(bytes([number]) * 100)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    written = path.read_bytes()
+    assert len(written) == 10_000
+    assert len(set(written)) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+SAVE_A_PICTURE = """
+import sys
+from pathlib import Path
+from PIL import Image
+from twostep.contract import Contract
+from twostep.pipeline.png import save_images
+from twostep.pipeline.request import Request, Result
+
+contract = Contract(
+    name="nano-2step", role="student", steps=2, trained_times=(1000, 500),
+    prediction_type="eps", spacing="trailing", guidance=1.0, sizes=((64, 64),), base="nano",
+    lora_rank=None, lora_alpha=None, recipe="nano", version="0.1.0",
+)
+request = Request("a fox", seed=1, width=64, height=64, steps=2, guidance=1.0)
+result = Result([Image.new("RGB", (64, 64))], [1], {}, [], contract, request)
+(path,) = save_images(result, Path(sys.argv[1]))
+assert path.is_file()
+print([name for name in sys.modules if name == "torch" or name.startswith("torch.distributed")])
+"""
+
+
+def test_saving_a_picture_loads_no_torch(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SAVE_A_PICTURE, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,0 +1,71 @@
+"""Writing files that appear whole or not at all.
+
+This module knows neither torch nor processes that train together: whoever runs in several processes
+decides which of them writes.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from twostep.errors import TwostepError
+
+PARTIAL_SUFFIX = ".partial"
+"""How the name of a file ends while it is being written."""
+
+# File systems allow 255 bytes in a name; the random part and the suffix need some of them.
+_MAX_NAME_LETTERS = 50
+
+
+class WriteError(TwostepError):
+    """A file or folder cannot be written."""
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for binary writing that takes its place at `path` only once it is complete.
+
+    The bytes go into a partial file beside `path`, are flushed to the disk, and the partial file
+    is renamed. If the block raises, the partial file is removed and an older file at `path` stays
+    as it was. Every call has a partial file of its own, so when several threads or processes write
+    the same path at once, one of their complete files stands there in the end. Missing parent
+    folders are created.
+
+    Raises:
+        WriteError: the disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    with reporting_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        token = secrets.token_hex(8)
+        partial = path.with_name(f"{path.name[:_MAX_NAME_LETTERS]}.{token}{PARTIAL_SUFFIX}")
+        try:
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                # Without this a power failure after the rename could leave an empty file.
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def reporting_write_errors(path: str | Path) -> Iterator[None]:
+    """Turn every OSError of the block into a WriteError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            advice = "the disk is full; free some space"
+        else:
+            advice = "give another place"
+        raise WriteError(
+            f"{path} cannot be written ({error.strerror}): {advice}. "
+            "What was saved before is whole."
+        ) from error

@@ -1,0 +1,166 @@
+"""The models that are loaded, and requests drawn with them.
+
+A `Studio` decides what a request leaves open about its model: the student, the device and the
+precision. It keeps the models that were used last, each once, and adds the LoRAs of a request
+beside their layers instead of merging them, so that requests with different LoRAs share a model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+
+from twostep.errors import TwostepError
+from twostep.formats.locate import ModelError
+from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.contracts import read_contracts
+from twostep.models.lora_stack import LoraCache, LoraFile
+from twostep.pipeline.generation import OnStep, OnStepOf, Progress, generate, generate_together
+from twostep.pipeline.request import Request, RequestError, Result
+from twostep.training.device import find_device
+
+FAVOURITE_STEPS = 2
+"""The student that draws where a request says no number of steps, if the model has it."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A place for one model. The lock is held while it is loaded, so that it is loaded once."""
+
+    lock: Lock = field(default_factory=Lock)
+    cache: LoraCache | None = None
+
+
+class Studio:
+    """Loaded models, and where requests are drawn with them.
+
+    Args:
+        device: "auto", which is an accelerator if there is one, or a name as torch has it.
+        dtype: precision of the networks; by default float16 on an accelerator, float32 on a CPU.
+        max_models: how many models are kept; the one that was used longest ago leaves first. Each
+            student of a model counts as one.
+        num_kept_loras: how many combinations of LoRAs are kept for each model.
+
+    A studio may be used by several threads at once.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        *,
+        max_models: int = 2,
+        num_kept_loras: int = 8,
+    ) -> None:
+        if max_models < 1:
+            raise RequestError(f"max_models is {max_models}; expected at least 1.")
+        self.device = find_device(device)
+        if dtype is None:
+            dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+        self.dtype = dtype
+        self._max_models = max_models
+        self._num_kept_loras = num_kept_loras
+        self._lock = Lock()
+        self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
+
+    def draw(self, request: Request, *, on_step: OnStep | None = None) -> Result:
+        """Draw one request; raises the TwostepError that ended it.
+
+        `on_step` is called after every step; what it raises ends the drawing.
+        """
+        return generate(self.load(request), request, on_step=on_step)
+
+    def submit(
+        self, requests: Sequence[Request], *, on_step: OnStepOf | None = None
+    ) -> list[Result | TwostepError]:
+        """Draw several requests, those that are alike enough in shared batches.
+
+        Alike are requests with the same model, LoRAs, engine, steps, strength, guidance, size,
+        length of text, and ControlNets with their scales and shares. Each gets the pixels that
+        `draw` would give it. Results stand in the order of the requests; where one failed, the
+        TwostepError that `draw` would raise stands in its place, and the others are drawn all the
+        same. `on_step` gets the place of a request and its progress; what it raises ends the
+        drawing of all.
+        """
+        answers: dict[int, Result | TwostepError] = {}
+        for places in _by_model(requests):
+            try:
+                bundle = self.load(requests[places[0]])
+            except TwostepError as error:
+                answers.update(dict.fromkeys(places, error))
+                continue
+
+            def report(index: int, progress: Progress, places: list[int] = places) -> None:
+                if on_step is not None:
+                    on_step(places[index], progress)
+
+            drawn = generate_together(bundle, [requests[place] for place in places], on_step=report)
+            answers.update(zip(places, drawn, strict=True))
+        return [answers[place] for place in range(len(requests))]
+
+    def load(self, request: Request) -> Bundle:
+        """Return the model of a request with its LoRAs on, loaded if it is not there yet.
+
+        `steps` picks the student. Left open, it is the student of two steps if there is one, else
+        the teacher; with LoRAs, the teacher. A LoRA that makes students needs the teacher too.
+        Raises ModelError where there is no such model, or none for these steps, and ContractError
+        for a LoRA that does not go on it.
+        """
+        if request.engine != "eager":
+            raise RequestError(f"engine is {request.engine!r}; expected 'eager'.")
+        loras = [str(lora) for lora in request.loras]
+        steps = request.steps
+        if any(LoraFile.named(lora).makes_students for lora in loras):
+            steps = None
+        elif steps is None and not loras:
+            steps = _favourite_steps(request.model)
+        bundle = self._model(request.model, steps).apply(loras)
+        contract = bundle.contract
+        if request.steps not in (None, contract.steps) and contract.role == "student":
+            raise ModelError(
+                f"{contract.name} draws in {contract.steps} steps, not in {request.steps}."
+            )
+        return bundle
+
+    def _model(self, model: str, steps: int | None) -> LoraCache:
+        """Return a loaded model, which is then the one that was used last."""
+        key = (model, steps)
+        with self._lock:
+            slot = self._slots.setdefault(key, _Slot())
+            self._slots.move_to_end(key)
+            while len(self._slots) > self._max_models:
+                self._slots.popitem(last=False)
+        with slot.lock:
+            if slot.cache is None:
+                try:
+                    bundle = load_bundle(model, steps=steps).to(self.device, self.dtype)
+                except BaseException:
+                    self._forget(key, slot)
+                    raise
+                slot.cache = LoraCache(bundle, num_kept=self._num_kept_loras)
+            return slot.cache
+
+    def _forget(self, key: tuple[str, int | None], slot: _Slot) -> None:
+        """Free the place of a model that could not be loaded."""
+        with self._lock:
+            if self._slots.get(key) is slot:
+                del self._slots[key]
+
+
+def _favourite_steps(model: str) -> int:
+    """Return the steps that are taken where a request says nothing of them."""
+    offered = [contract.steps for contract in read_contracts(model)]
+    return FAVOURITE_STEPS if FAVOURITE_STEPS in offered else offered[0]
+
+
+def _by_model(requests: Sequence[Request]) -> list[list[int]]:
+    """Return the places of the requests that need the same model with the same LoRAs."""
+    alike: dict[object, list[int]] = {}
+    for place, request in enumerate(requests):
+        key = (request.model, request.loras, request.steps, request.engine)
+        alike.setdefault(key, []).append(place)
+    return list(alike.values())

@@ -1,0 +1,95 @@
+"""Optimisers, and the step that every training takes with them."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+from typing_extensions import Protocol, runtime_checkable
+
+from twostep.training.loop import training_attention
+from twostep.training.processes import average
+from twostep.training.recipe import RecipeError
+
+OptimiserName = Literal["adamw", "adamw8bit"]
+"""AdamW (arXiv 1711.05101), or the same with moments of 8 bits (arXiv 2110.02861)."""
+
+
+@runtime_checkable
+class Trainable(Stateful, Protocol):
+    """What an optimiser can train and a checkpoint can keep: a network, or a LoRA on one."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that are trained."""
+
+
+def make_optimiser(
+    trainable: Trainable,
+    learning_rate: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    name: OptimiserName = "adamw",
+) -> torch.optim.Optimizer:
+    """Make an AdamW optimiser of everything trainable; RecipeError if the 8-bit one is missing.
+
+    Args:
+        trainable: whose parameters are optimised.
+        learning_rate: the peak learning rate; `optimiser_step` scales it.
+        betas: decay of the first and of the second moment.
+        weight_decay: decoupled weight decay per step, relative to the learning rate.
+        name: "adamw", or "adamw8bit", which needs the package bitsandbytes.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(
+            trainable.parameters(),
+            lr=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise RecipeError(f'optimiser "{name}" needs `pip install twostep[eight-bit]`.') from error
+    optimiser: torch.optim.Optimizer = AdamW8bit(
+        trainable.parameters(),
+        lr=learning_rate,
+        betas=betas,
+        weight_decay=weight_decay,
+    )
+    return optimiser
+
+
+def optimiser_step(
+    loss: Tensor,
+    optimiser: torch.optim.Optimizer,
+    trainable: Trainable,
+    clip: float,
+    factor: float,
+) -> float:
+    """Go back from a loss and take one optimiser step; return the gradient norm before clipping.
+
+    Of several processes every one must call it: gradients are averaged over them before they are
+    clipped, so all take the same step.
+
+    Args:
+        loss: a scalar of this process with its graph.
+        optimiser: made by `make_optimiser` of the same `trainable`.
+        trainable: whose gradients are averaged and clipped.
+        clip: largest norm of all gradients together; longer ones are scaled down to it.
+        factor: of the peak learning rate, as of `learning_rate_factor`.
+    """
+    for group in optimiser.param_groups:
+        # The peak is kept in the group, and so in checkpoints, because "lr" is overwritten.
+        peak = group.setdefault("peak", group["lr"])
+        group["lr"] = peak * factor
+    with training_attention(loss.device.type):
+        loss.backward()
+    parameters = list(trainable.parameters())
+    average([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm.item()
