@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.evaluate.judge import load_judge
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.pretrain.control import build_control

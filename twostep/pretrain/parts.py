@@ -17,8 +17,10 @@ import torch
 from diffusers import ControlNetModel
 
 from twostep import __version__
-from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
-from twostep.networks.denoiser import Denoiser
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.saving import save_bundle
+from twostep.models.sdxl_networks import load_codec, load_text
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.control import ControlSettings, train_control
 from twostep.pretrain.drawings import DrawingSet
@@ -228,7 +230,7 @@ def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     bundle = load_bundle(settings.model)
     device = find_device(settings.device)
     bundle.denoiser.network.to(device)
-    for encoder in bundle.text.encoders:
+    for encoder in bundle.text.networks.values():
         encoder.to(device)
 
     def write(iteration: int, control: ControlNetModel) -> None:
