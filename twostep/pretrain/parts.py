@@ -21,6 +21,7 @@ from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
 from twostep.models.sdxl_networks import load_codec, load_text
+from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.control import ControlSettings, train_control
 from twostep.pretrain.drawings import DrawingSet
