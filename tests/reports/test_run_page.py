@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distill.conftest import Handful
 from tests.distill.test_chain import LORAS
 from twostep.distill import distil
-from twostep.models.bundle import Bundle
+from twostep.pretrain.model import random_bundle
 from twostep.reports.run_page import write_report
 from twostep.training.run_folder import RunError, RunFolder
 
@@ -31,12 +33,20 @@ class Outline(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; tests take a copy of it."""
+    teacher = random_bundle()
+    path = tmp_path_factory.mktemp("finished") / "run"
+    folder = RunFolder(path, LORAS)
+    distil(LORAS, teacher, Handful(teacher.text), folder, version="0", recipe_name="test")
+    return path
+
+
 @pytest.fixture
-def run(teacher: Bundle, source: object, tmp_path: Path) -> Path:
-    distil(
-        LORAS, teacher, source, RunFolder(tmp_path / "run", LORAS), version="0", recipe_name="test"
-    )
-    return tmp_path / "run"
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run that a test may change."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("run.lock"))
 
 
 def test_one_page_holds_everything_and_needs_nothing(run: Path) -> None:
