@@ -68,7 +68,7 @@ def to_v(x0: Values, eps: Values, alpha: Coefficients, sigma: Coefficients) -> V
 
 
 def flow_to_x0(flow: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
-    """Return x0 = (x_t - sigma u) / (alpha + sigma) of u = eps - x0, at any time of any schedule."""
+    """Return x0 = (x_t - sigma u) / (alpha + sigma) of u = eps - x0, in any schedule."""
     return (x_t - sigma * flow) / (alpha + sigma)
 
 

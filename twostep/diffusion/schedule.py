@@ -42,7 +42,8 @@ class Schedule(Protocol):
     ) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
         """Return (alpha_t, sigma_t) of each item, shaped [batch, 1, ...].
 
-        They have the dtype and the device of `like`. Raises ScheduleError for a time outside 0..top.
+        They have the dtype and the device of `like`. Raises ScheduleError for a time outside of
+        0..top.
         """
 
     def network_time(self, t: Times) -> Times:
