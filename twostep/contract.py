@@ -450,4 +450,7 @@ def _field_of(problem: ErrorDetails) -> str:
 
 
 def _wrong_value(name: str, given: object, expected: str) -> str:
-    return f"the contract's {name} must be {expected}; got {given!r:.60}. Take it anew from its source."
+    return (
+        f"the contract's {name} must be {expected}; got {given!r:.60}. "
+        "Take it anew from its source."
+    )

@@ -26,7 +26,7 @@ def randn() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def gaussian() -> Callable[[float, float, Schedule], Denoise]:
-    """Make the exact denoiser of data drawn from N(mean, deviation^2), E[x0 | x_t] and E[eps | x_t]."""
+    """Make the exact denoiser of data from N(mean, deviation^2): E[x0 | x_t] and E[eps | x_t]."""
 
     def make(mean: float, deviation: float, schedule: Schedule) -> Denoise:
         def denoise(x: Tensor, t: Tensor) -> Prediction:

@@ -2,9 +2,9 @@
 
 A step mixes a prediction again at a lower time: x_s = alpha_s x0 + sigma_s eps (eq 5 of arXiv
 2402.13929). This is DDIM with eta 0 (arXiv 2010.02502), the Euler step of the probability flow in
-the coordinates x / alpha and sigma / alpha, and for rectified flow Euler's step itself. A walk takes
-such steps from time to time. It knows neither guidance nor conditioning: both live in the `denoise`
-that it is given.
+the coordinates x / alpha and sigma / alpha, and for rectified flow Euler's step itself. A walk
+takes such steps from time to time. It knows neither guidance nor conditioning: both live in the
+`denoise` that it is given.
 """
 
 from collections.abc import Callable

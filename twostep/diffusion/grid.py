@@ -1,9 +1,9 @@
 """Which times a sampler visits, and where a step lands.
 
-The trailing grid of N steps has its times at the shares 1, (N - 1)/N, ..., 1/N of the way from clean
-data to pure noise; the last step lands on 0 (section 3.5 of arXiv 2402.13929). Grids nest: every
-time of N steps is one of 2N steps. Where times are integers they are rounded half to even. Every
-function takes a schedule, and without one assumes the integer times 1..1000 of SDXL.
+The trailing grid of N steps has its times at the shares 1, (N - 1)/N, ..., 1/N of the way from
+clean data to pure noise; the last step lands on 0 (section 3.5 of arXiv 2402.13929). Grids nest:
+every time of N steps is one of 2N steps. Where times are integers they are rounded half to even.
+Every function takes a schedule, and without one assumes the integer times 1..1000 of SDXL.
 """
 
 from fractions import Fraction

@@ -47,12 +47,18 @@ def x0_to_eps(x0: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients)
 
 
 def v_to_x0(v: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
-    """Return x0 = alpha x_t - sigma v, appendix D of arXiv 2202.00512; needs preserved variance."""
+    """Return x0 = alpha x_t - sigma v, appendix D of arXiv 2202.00512.
+
+    The schedule must preserve variance.
+    """
     return alpha * x_t - sigma * v
 
 
 def v_to_eps(v: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
-    """Return eps = sigma x_t + alpha v, appendix D of arXiv 2202.00512; needs preserved variance."""
+    """Return eps = sigma x_t + alpha v, appendix D of arXiv 2202.00512.
+
+    The schedule must preserve variance.
+    """
     return sigma * x_t + alpha * v
 
 
@@ -62,7 +68,7 @@ def to_v(x0: Values, eps: Values, alpha: Coefficients, sigma: Coefficients) -> V
 
 
 def flow_to_x0(flow: Values, x_t: Values, alpha: Coefficients, sigma: Coefficients) -> Values:
-    """Return x0 = (x_t - sigma u) / (alpha + sigma) of u = eps - x0, at any time of any schedule."""
+    """Return x0 = (x_t - sigma u) / (alpha + sigma) of u = eps - x0, in any schedule."""
     return (x_t - sigma * flow) / (alpha + sigma)
 
 

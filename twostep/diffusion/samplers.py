@@ -1,9 +1,9 @@
 """Samplers: how a student goes from pure noise to data, named in its contract.
 
 `euler` follows the flow and adds no noise: the sampler of progressive and adversarial distillation
-(arXiv 2402.13929) and of every teacher. `renoise` predicts x0 and adds fresh noise to it at the next
-time: the multistep sampler of consistency models (algorithm 1 of arXiv 2303.01469), which LCM (arXiv
-2310.04378), ADD (arXiv 2311.17042) and DMD2 (arXiv 2405.14867) use.
+(arXiv 2402.13929) and of every teacher. `renoise` predicts x0 and adds fresh noise to it at the
+next time: the multistep sampler of consistency models (algorithm 1 of arXiv 2303.01469), which LCM
+(arXiv 2310.04378), ADD (arXiv 2311.17042) and DMD2 (arXiv 2405.14867) use.
 """
 
 import random

@@ -40,9 +40,10 @@ class Schedule(Protocol):
     def coefficients(
         self, t: Times, like: Batch
     ) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
-        """Return (alpha_t, sigma_t) of each item, shaped [batch, 1, ...], dtype and device of `like`.
+        """Return (alpha_t, sigma_t) of each item, shaped [batch, 1, ...].
 
-        Raises ScheduleError for a time outside 0..top.
+        They have the dtype and the device of `like`. Raises ScheduleError for a time outside of
+        0..top.
         """
 
     def network_time(self, t: Times) -> Times:
@@ -265,7 +266,7 @@ def _make_variance_preserving(
 
 
 def _like(values: Tensor, like: Tensor) -> Tensor:
-    """Return one value per item shaped [batch, 1, ...], in the dtype and on the device of `like`."""
+    """Return one value per item, shaped [batch, 1, ...], with the dtype and device of `like`."""
     shaped = values.view((-1,) + (1,) * (like.ndim - 1))
     # dtype before device: some accelerators have no float64.
     return shaped.to(like.dtype).to(like.device)

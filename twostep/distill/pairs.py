@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from twostep.diffusion import Denoise, VariancePreserving, landing, solve, step, trained_times
+from twostep.diffusion import Denoise, Schedule, landing, solve, step, trained_times
 from twostep.diffusion.shapes import Batch, Times
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -157,7 +157,7 @@ def teacher_landing(
     t: Times,
     student_steps: int,
     teacher_steps: int,
-    schedule: VariancePreserving,
+    schedule: Schedule,
 ) -> Batch:
     """Return where the teacher lands in n = teacher_steps / student_steps steps of its own grid.
 
@@ -185,9 +185,7 @@ def draw_noised_times(
     return torch.tensor(NOISED_TIMES)[drawn]
 
 
-def noise_landed(
-    x_s: Batch, s: Times, noised: Times, eps: Batch, schedule: VariancePreserving
-) -> Batch:
+def noise_landed(x_s: Batch, s: Times, noised: Times, eps: Batch, schedule: Schedule) -> Batch:
     """Return latents with those that landed on 0 noised to their t*, and the others as they are."""
     landed = (s == 0).to(x_s.device).view(-1, *[1] * (x_s.ndim - 1))
     return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)

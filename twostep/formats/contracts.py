@@ -10,7 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from twostep.contract import METADATA_KEY, Contract, ContractError, is_student_name
+from twostep.contract import (
+    METADATA_KEY,
+    TOP_TIME,
+    Contract,
+    ContractError,
+    VariancePreservingSpec,
+    is_student_name,
+)
 from twostep.diffusion import trained_times
 from twostep.formats.diffusers_names import PREDICTION_TYPES
 from twostep.formats.header import Header
@@ -145,7 +152,25 @@ def derived_contract(folder: Path) -> Contract:
         name=name,
         base=name,
         prediction_type=PREDICTION_TYPES[predicts],
+        schedule=_schedule(scheduler),
         sizes=sizes_around(unet["sample_size"] * pixels_per_latent, max(multiple, 64)),
+    )
+
+
+def _schedule(config: dict[str, Any]) -> VariancePreservingSpec:
+    """Return the schedule of a scheduler's config, whose defaults are those of diffusers.
+
+    Other betas than linear and scaled linear ones cannot be said in a contract; loading the model
+    refuses them.
+    """
+    betas = config.get("beta_schedule", "linear")
+    if betas not in ("scaled_linear", "linear"):
+        return VariancePreservingSpec()
+    return VariancePreservingSpec(
+        betas=betas,
+        beta_start=config.get("beta_start", 0.0001),
+        beta_end=config.get("beta_end", 0.02),
+        num_times=config.get("num_train_timesteps", TOP_TIME),
     )
 
 

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract
+from twostep.contract import Contract, VariancePreservingSpec
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
@@ -87,6 +87,11 @@ class SdxlFamily:
 
         Every SDXL pipeline loads it. Raises ModelError for a bundle with parts that are not SDXL's.
         """
+        schedule = bundle.contract.schedule
+        if not isinstance(schedule, VariancePreservingSpec):
+            raise ModelError(
+                f"SDXL's schedule preserves variance; that of this model is {schedule}."
+            )
         text = text_encoders(bundle)
         tokenizer, tokenizer_2 = text.tokenizers
         networks = {**bundle.parts, "vae": autoencoder(bundle)}
@@ -94,9 +99,10 @@ class SdxlFamily:
             from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
             scheduler = EulerDiscreteScheduler(
-                beta_schedule="scaled_linear",
-                beta_start=0.00085,
-                beta_end=0.012,
+                num_train_timesteps=schedule.num_times,
+                beta_schedule=schedule.betas,
+                beta_start=schedule.beta_start,
+                beta_end=schedule.beta_end,
                 timestep_spacing="trailing",
                 prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
             )

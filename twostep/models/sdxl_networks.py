@@ -102,7 +102,7 @@ def load_schedule(folder: Path) -> VariancePreserving:
             f"{folder} has the schedule {betas!r} over {num_times} times{rescaled}; only "
             f"scaled_linear and linear betas over {TOP_TIME} times are known."
         )
-    return makers[betas](num_times, config["beta_start"], config["beta_end"])
+    return makers[betas](num_times, config.get("beta_start", 0.0001), config.get("beta_end", 0.02))
 
 
 def hollow_networks(model: str | Path | Checkpoint) -> dict[str, nn.Module]:

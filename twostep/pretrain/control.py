@@ -136,7 +136,7 @@ def train_control(
     denoiser = bundle.denoiser
     device = denoiser.device
     batch_size = settings.loop.batch_size
-    num_times = denoiser.schedule.num_times
+    top = int(denoiser.schedule.top)  # SDXL's times are integers
     width, height = bundle.contract.sizes[0]
     torch.manual_seed(settings.loop.seed)
     control = build_control(denoiser).to(device).train()
@@ -144,14 +144,14 @@ def train_control(
         control.enable_gradient_checkpointing()
     silhouettes = draw_silhouettes(drawings, bundle, settings.variants, settings.loop.seed)
     drawn = silhouettes.drawn
-    all_times = frozenset(range(1, num_times + 1))
+    all_times = frozenset(range(1, top + 1))
 
     def loss(iteration: int, randomness: Randomness) -> Tensor:
         generator = randomness.tensors
         share = world().share(batch_size)
         rows = torch.randint(len(drawn.latents), (batch_size,), generator=generator)
         captions = [drawn.caption(row, randomness.words) for row in rows.tolist()]
-        t = torch.randint(1, num_times + 1, (batch_size,), generator=generator)[share]
+        t = torch.randint(1, top + 1, (batch_size,), generator=generator)[share]
         eps = torch.randn((batch_size, *drawn.latents.shape[1:]), generator=generator)[share]
         eps = eps.to(device)
         x0 = drawn.latents[rows[share]].float().to(device)

@@ -128,11 +128,13 @@ def train_teacher(
     if settings.gradient_checkpointing:
         checkpoint_gradients(denoiser.network)
 
+    top = int(denoiser.schedule.top)  # SDXL's times are integers
+
     def loss(iteration: int, randomness: Randomness) -> Tensor:
         generator = randomness.tensors
         share = world().share(batch_size)
         x0, captions = latents.draw(batch_size, generator, randomness.words)
-        t = torch.randint(1, denoiser.schedule.num_times + 1, (batch_size,), generator=generator)
+        t = torch.randint(1, top + 1, (batch_size,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         with torch.no_grad():
             conditioning = text.conditioning(captions[share], pixels, pixels)

@@ -137,7 +137,7 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averaged weights into what is trained for the block, and its own back after it."""
+        """Put the averaged weights into what is trained for the block, and its own back after."""
         trained_weights = {key: value.clone() for key, value in self.trained.state_dict().items()}
         self.trained.load_state_dict(self.weights)
         try:
