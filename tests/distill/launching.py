@@ -17,7 +17,7 @@ import tomli_w
 import torch
 
 ROOT = Path(__file__).parents[2]
-EMOJI = ROOT / "tests" / "pretrain" / "emoji_sample.safetensors"
+DRAWINGS = ROOT / "tests" / "pretrain" / "sample"
 REGRESSION = {"name": "regression"}
 CONDITIONAL = {"name": "adversarial", "objective": "conditional"}
 UNCONDITIONAL = {"name": "adversarial", "objective": "unconditional"}
@@ -153,7 +153,7 @@ def write_recipe(
     }
     values |= {
         "data": "twostep.pretrain.latents:builtin",
-        "data_options": {"variants": 1, "emoji": str(EMOJI)},
+        "data_options": {"variants": 1, "drawings": str(DRAWINGS)},
     }
     folder.mkdir(exist_ok=True)
     path = folder / "run.toml"

@@ -118,7 +118,7 @@ def cache(
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
     from twostep.data.sources import Demands, find_entries
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_with_loras
 
     path, prompts = Path(source), None
     if path.suffix == ".txt" and path.is_file():
@@ -225,8 +225,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     """Distil a teacher into students of few steps, by the stages of the recipe."""
     from twostep import __version__
     from twostep.distill import distil
-    from twostep.models.bundle import load_bundle
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_bundle, load_with_loras
     from twostep.training.device import find_device
     from twostep.training.processes import joined
     from twostep.training.run_folder import RunFolder
@@ -306,9 +305,14 @@ def _load_recipe(name: str, overrides: list[str] | None) -> DistillRecipe:
     return load_recipe(name, DistillRecipe, overrides or [])
 
 
+_BUILTIN_DATA = "twostep.pretrain.latents:builtin"
+"""Makes the source of the built-in drawings, which travel with the package."""
+
+
 def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
     """Return what the recipe learns from: a cache, or what its function makes of the teacher."""
     from twostep.data.cache import load_cache
+    from twostep.distill.recipe import BUILTIN
     from twostep.training.recipe import RecipeError
 
     if settings.data is None:
@@ -318,7 +322,7 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
     if settings.cache is not None:
         return load_cache(settings.cache, teacher)
     try:
-        make = resolve_name(settings.data)
+        make = resolve_name(_BUILTIN_DATA if settings.data == BUILTIN else settings.data)
     except (ModuleNotFoundError, AttributeError) as error:
         raise RecipeError(
             f'data = "{settings.data}" is not to be found from {Path.cwd()} ({error}).'

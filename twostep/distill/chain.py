@@ -23,7 +23,9 @@ from twostep.distill.roles import frozen_lora_copy, weights_of
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
-from twostep.models.bundle import Bundle, save_bundle, save_student, student_path
+from twostep.formats.checkpoint import student_path
+from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle, save_student
 from twostep.networks.adapters import Lora, add_lora, load_lora, remove_lora, remove_loras
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
@@ -99,7 +101,7 @@ def distil(
     examples = Examples.of(teacher, recipe.sample_prompts)
     if recipe.cache is not None:
         # The texts of a cache are encoded already.
-        for encoder in teacher.text.encoders:
+        for encoder in teacher.text.networks.values():
             encoder.to("cpu")
     written: dict[int, Path] = {}
     with ExitStack() as stack:

@@ -24,7 +24,8 @@ from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import STUDENT, StageTrainer
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.device import find_device
@@ -288,7 +289,7 @@ def _outline(recipe: DistillRecipe) -> tuple[Bundle, Denoiser | None]:
 
 def _drop_text_encoders(teacher: Bundle) -> None:
     """Let the text encoders weigh nothing: they are on the CPU while something else computes."""
-    for encoder in teacher.text.encoders:
+    for encoder in teacher.text.networks.values():
         for parameter in encoder.parameters():
             parameter.data = torch.empty(0)
 

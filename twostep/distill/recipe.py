@@ -24,6 +24,9 @@ from twostep.training.optimiser import OptimiserName
 from twostep.training.recipe import Settings
 from twostep.training.trackers import Tracker
 
+BUILTIN = "builtin"
+"""The value of `data` that means the drawings in the package."""
+
 
 class Stage(LoopSettings):
     """One stage: which student learns from whom, by which method, for how long."""
@@ -134,8 +137,8 @@ class DistillRecipe(Settings):
     )
     data: str | None = Field(
         None,
-        description='folder of `twostep cache`, or "module:function" that makes a '
-        "`distill.pairs.Source`",
+        description='folder of `twostep cache`, "builtin" for the drawings in the package, or '
+        '"module:function" that makes a `distill.pairs.Source`',
     )
     data_options: dict[str, str | int | float] = Field(
         {}, description="arguments of that function beside the teacher"
@@ -213,7 +216,7 @@ class DistillRecipe(Settings):
     @property
     def cache(self) -> Path | None:
         """The folder of encoded pictures and texts to train from; None if a function makes data."""
-        if self.data is None or re.fullmatch(r"[\w.]+:\w+", self.data):
+        if self.data in (None, BUILTIN) or re.fullmatch(r"[\w.]+:\w+", self.data):
             return None
         return Path(self.data)
 

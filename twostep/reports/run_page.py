@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from twostep.contract import Contract
 from twostep.distill.recipe import Stage
 from twostep.files import write_atomically
-from twostep.models.contracts import file_contract
+from twostep.formats import resolve
 from twostep.training.run_folder import RunError
 
 SECONDS = "seconds_per_iteration"
@@ -123,7 +123,7 @@ def _environments(lines: Iterable[Line]) -> list[Line]:
 def _students(folder: Path) -> list[Contract]:
     """Return the contracts of the released students, that of the most steps first."""
     paths = sorted((folder / "model").glob("students/*.safetensors"))
-    contracts = [file_contract(path) for path in paths]
+    contracts = [resolve(path).contract for path in paths]
     return sorted(contracts, key=lambda contract: -contract.steps)
 
 
