@@ -30,10 +30,10 @@ import typer
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from twostep.diffusion import landing
+from twostep.diffusion import landing, trained_times
 from twostep.distill.methods.adversarial import BETAS, AdversarialSettings
 from twostep.distill.methods.discriminator import Discriminator
-from twostep.distill.pairs import trained_times
+from twostep.distill.pairs import Transition
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import weights_of
 from twostep.distill.trainer import StageTrainer
@@ -79,7 +79,7 @@ def main(
 def measure(stage: Stage, bundle: Bundle, rounds: int) -> str:
     """Return the row of one stage."""
     models = make_models(bundle, stage)
-    bare = bare_loop(stage, make_models(bundle, stage))
+    bare = BareLoop(stage, make_models(bundle, stage))
     trainer = StageTrainer(stage, models.source, models.teacher, models.student)
 
     def iterate(number: int) -> object:
@@ -154,81 +154,102 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
     return Models(EmojiSource(cache, bundle.text, width, height), teacher, student)
 
 
-def bare_loop(stage: Stage, models: Models) -> Callable[[int], None]:
-    """Return an iteration written down for this stage alone, with teacher and student on bases of
-    their own.
+class BareLoop:
+    """Iterations written down for one stage alone, with teacher and student on bases of their own.
+
+    Calling it with the number of an iteration does that iteration.
     """
-    schedule = models.student.schedule
-    alphas = schedule.alphas.float().view(-1, 1, 1, 1)
-    sigmas = schedule.sigmas.float().view(-1, 1, 1, 1)
-    times = torch.tensor(trained_times(stage.student_steps))
-    student = models.student.network
-    teacher = copy.deepcopy(student)
-    activate(student, "student")
-    activate(teacher, "teacher")
-    settings = stage.method
-    adversarial = isinstance(settings, AdversarialSettings)
-    assert stage.teacher_steps is not None
-    num_teacher_steps = stage.teacher_steps // stage.student_steps
-    betas = BETAS if adversarial else (0.9, 0.999)
-    adam = partial(torch.optim.AdamW, betas=betas, fused=True)
-    optimiser = adam(weights_of(models.student).parameters(), lr=stage.learning_rate)
-    if adversarial:
-        judge = Discriminator(models.teacher, conditional=settings.objective == "conditional")
-        judge_rate = settings.discriminator_learning_rate or stage.learning_rate
-        judge_optimiser = adam(judge.parameters(), lr=judge_rate)
-        activate(student, "student")
 
-    def walk(
-        network: nn.Module, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
+    def __init__(self, stage: Stage, models: Models) -> None:
+        """Copy the teacher, and make the discriminator, if there is one, and the optimisers."""
+        assert stage.teacher_steps is not None
+        self.stage = stage
+        self.teacher_steps = stage.teacher_steps
+        self.source = models.source
+        schedule = models.student.schedule
+        self.alphas = schedule.alphas.float().view(-1, 1, 1, 1)
+        self.sigmas = schedule.sigmas.float().view(-1, 1, 1, 1)
+        self.times = torch.tensor(trained_times(stage.student_steps))
+        self.student = models.student.network
+        self.teacher = copy.deepcopy(self.student)
+        settings = stage.method
+        is_adversarial = isinstance(settings, AdversarialSettings)
+        betas = BETAS if is_adversarial else (0.9, 0.999)
+        adam = partial(torch.optim.AdamW, betas=betas, fused=True)
+        self.optimiser = adam(weights_of(models.student).parameters(), lr=stage.learning_rate)
+        self.judge: Discriminator | None = None
+        if is_adversarial:
+            conditional = settings.objective == "conditional"
+            self.judge = Discriminator(models.teacher, conditional=conditional)
+            judge_rate = settings.discriminator_learning_rate or stage.learning_rate
+            self.judge_optimiser = adam(self.judge.parameters(), lr=judge_rate)
+        activate(self.student, "student")
+        activate(self.teacher, "teacher")
+
+    def __call__(self, number: int) -> None:
+        """Do one iteration."""
+        random = Randomness.at(self.stage.seed, number)
+        with self.stage.autocast():
+            x_t, t, conditioning = self.draw(random)
+            real = x_t
+            s = t
+            with torch.no_grad():
+                for _ in range(self.teacher_steps // self.stage.student_steps):
+                    then = landing(s, self.teacher_steps)
+                    real = self.step(self.teacher, real, s, then, conditioning)
+                    s = then
+            fake = self.step(self.student, x_t, t, s, conditioning)
+            if self.judge is None:
+                descend((fake - real).square().mean(), self.optimiser)
+            else:
+                self.play(self.judge, Transition(x_t, fake, t, s, conditioning), real)
+
+    def draw(self, random: Randomness) -> tuple[Tensor, Tensor, Conditioning]:
+        """Return x_t, t and conditioning."""
+        count = self.stage.batch_size
+        x0, conditioning = self.source.draw(count, random.tensors, random.words)
+        t = self.times[torch.randint(len(self.times), (count,), generator=random.tensors)]
+        noise = torch.randn(x0.shape, generator=random.tensors)
+        noisy = self.alphas[t] * x0 + self.sigmas[t] * noise
+        return torch.where((t == 1000).view(-1, 1, 1, 1), noise, noisy), t, conditioning
+
+    def step(
+        self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """Return x at s."""
         added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
-        eps = network(x, t - 1, conditioning.text, added_cond_kwargs=added, return_dict=False)[
-            0
-        ].float()
-        return alphas[s] * ((x - sigmas[t] * eps) / alphas[t]) + sigmas[s] * eps
+        output = network(x, t - 1, conditioning.text, added_cond_kwargs=added, return_dict=False)
+        eps = output[0].float()
+        x0 = (x - self.sigmas[t] * eps) / self.alphas[t]
+        return self.alphas[s] * x0 + self.sigmas[s] * eps
 
-    def descend(loss: Tensor, optimiser: Any) -> None:
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
-    def iterate(number: int) -> None:
-        draw = Randomness.at(stage.seed, number)
-        with stage.autocast():
-            x0, conditioning = models.source.draw(stage.batch_size, draw.tensors, draw.words)
-            t = times[torch.randint(len(times), (stage.batch_size,), generator=draw.tensors)]
-            noise = torch.randn(x0.shape, generator=draw.tensors)
-            x_t = torch.where(
-                (t == 1000).view(-1, 1, 1, 1), noise, alphas[t] * x0 + sigmas[t] * noise
-            )
-            real, now = x_t, t
+    def play(self, judge: Discriminator, taken: Transition, real: Tensor) -> None:
+        """Let the discriminator take a step, then the student."""
+        latents = [real, taken.x_s.detach()]
+        times = [taken.s, taken.s]
+        if judge.conditional:
+            latents.append(taken.x_t)
+            times.append(taken.t)
+        many = Conditioning.cat([taken.conditioning] * len(latents))
+        features = judge.features(torch.cat(latents), torch.cat(times), many).chunk(len(latents))
+        before = features[2] if judge.conditional else None
+        of_real = softplus(-judge.judge(before, features[0])).mean()
+        of_fake = softplus(judge.judge(before, features[1])).mean()
+        descend(of_real + of_fake, self.judge_optimiser)
+        judge.requires_grad_(False)
+        if judge.conditional:
             with torch.no_grad():
-                for _ in range(num_teacher_steps):
-                    then = landing(now, stage.teacher_steps)
-                    real, now = walk(teacher, real, now, then, conditioning), then
-            fake = walk(student, x_t, t, now, conditioning)
-            if not adversarial:
-                return descend((fake - real).square().mean(), optimiser)
-            parts, at = [real, fake.detach()], [now, now]
-            if judge.conditional:
-                parts, at = [*parts, x_t], [*at, t]
-            many = Conditioning.cat([conditioning] * len(parts))
-            seen = judge.features(torch.cat(parts), torch.cat(at), many).chunk(len(parts))
-            before = seen[2] if judge.conditional else None
-            loss = (
-                softplus(-judge.judge(before, seen[0])).mean()
-                + softplus(judge.judge(before, seen[1])).mean()
-            )
-            descend(loss, judge_optimiser)
-            judge.requires_grad_(False)
-            with torch.no_grad():
-                before = judge.features(x_t, t, conditioning) if judge.conditional else None
-            after = judge.features(fake, now, conditioning)
-            descend(softplus(-judge.judge(before, after)).mean(), optimiser)
-            judge.requires_grad_(True)
+                before = judge.features(taken.x_t, taken.t, taken.conditioning)
+        after = judge.features(taken.x_s, taken.s, taken.conditioning)
+        descend(softplus(-judge.judge(before, after)).mean(), self.optimiser)
+        judge.requires_grad_(True)
 
-    return iterate
+
+def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Take one step of an optimiser, without clipping."""
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
 
 
 def share_out(

@@ -20,7 +20,7 @@ sample_prompts = ["a red fox"]
 [[stages]]
 student_steps = 4
 teacher_steps = 8
-method = { name = "adversarial", objective = "conditional" }
+method = {{ name = "adversarial", objective = "conditional" }}
 lora_rank = 2
 iterations = 2
 batch_size = 2

@@ -75,6 +75,16 @@ def test_examples_are_measured_and_shown_beside_the_teacher(teacher: Bundle) -> 
     assert same == pytest.approx({"saturation": 1, "contrast": 1, "diversity": 1})
 
 
+def test_a_student_is_shown_by_the_sampler_that_it_declares(teacher: Bundle) -> None:
+    examples = Examples.of(teacher, ("a red fox",))
+    flow, again, renoised = (
+        examples.draw(teacher.denoiser.with_conditioning, 2, sampler)
+        for sampler in ("euler", "euler", "renoise")
+    )
+    assert torch.equal(flow, again)
+    assert not torch.equal(flow, renoised)
+
+
 def run(
     action: str, teacher: Bundle, source: object, folder: RunFolder, looks: list[dict[str, float]]
 ) -> None:

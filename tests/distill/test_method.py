@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from twostep.diffusion import PredictionType, VariancePreserving, trained_times
+from twostep.diffusion import VariancePreserving, trained_times
 from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodSettings, Models
 from twostep.distill.methods.registry import find_method, method_names, register_method
 from twostep.distill.pairs import Batches
@@ -112,8 +112,9 @@ class Chase(Method[Chased]):
             assert not any(parameter.requires_grad for parameter in critic.parameters())
         return {"total": (answer - aim.detach()).square().mean(), "size": answer.abs().mean()}
 
-    def describe(self, before: PredictionType) -> ContractChanges:
-        return ContractChanges(before, trained_times(self.stage.student_steps))
+    def describe(self, last_student: Denoiser) -> ContractChanges:
+        times = trained_times(self.stage.student_steps, last_student.schedule)
+        return ContractChanges(last_student.prediction_type, times, "renoise")
 
     def limits(self) -> Mapping[str, Limit]:
         return {"size": Limit(100.0, "a chase that got away")}

@@ -217,3 +217,19 @@ def test_what_cannot_be_planned_says_why(
     monkeypatch.setenv("COLUMNS", "300")
     answer = CliRunner().invoke(app, ["plan", *words])
     assert answer.exit_code != 0 and told in answer.output
+
+
+def test_a_method_in_this_folder_can_be_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_method.py").write_text(
+        "from twostep.distill.methods.regression import Regression\n\n"
+        "class Mine(Regression):\n    name = 'mine'\n"
+    )
+    stage = {**SHARED, "student_steps": 8, "teacher_steps": 32, "batch_size": 1}
+    values = {"sample_prompts": ["x"], "stages": [{**stage, "method": {"name": "my_method:Mine"}}]}
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(values))
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(app, ["plan", "mine.toml"])
+    assert answer.exit_code == 0, answer.output
+    assert answer.output.startswith("8-mine: 1 iterations of 1")

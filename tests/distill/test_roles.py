@@ -72,7 +72,9 @@ def test_a_moving_average_stays_behind(of_lora: bool, teacher: Bundle, with_lora
     else:
         network = copy.deepcopy(teacher.denoiser.network)
         denoiser = teacher.denoiser.with_network(network)
+    weights_of(denoiser).requires_grad_(True)
     role = moving_average_of("student", denoiser, name="target", decay=0.75)
+    assert all(parameter.requires_grad for parameter in weights_of(denoiser).parameters())
     assert role.adam is None
     assert role.follow is not None
     assert (role.follow.role, role.follow.decay) == ("student", 0.75)

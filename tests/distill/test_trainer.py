@@ -47,7 +47,7 @@ def make_student(teacher: Bundle, prediction_type: str = "eps") -> Denoiser:
 
 
 def make_trainer(stage: Stage, teacher: Bundle, source: object) -> StageTrainer:
-    prediction_type = stage.make_method().describe("eps").prediction_type
+    prediction_type = stage.make_method().describe(teacher.denoiser).prediction_type
     return StageTrainer(stage, source, teacher.denoiser, make_student(teacher, prediction_type))
 
 

@@ -124,7 +124,7 @@ def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
     )
     student = replace(
         teacher.denoiser.with_network(copy.deepcopy(teacher.denoiser.network)),
-        prediction_type=stage.make_method().describe("eps").prediction_type,
+        prediction_type=stage.make_method().describe(teacher.denoiser).prediction_type,
     )
     teaching = teacher.denoiser
     if stage.lora_rank is None:

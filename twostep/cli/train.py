@@ -277,6 +277,7 @@ def report(
     if run is not None and lora is None:
         from twostep.reports.run_page import write_report
 
+        _find_modules_here()
         typer.echo(f"written: {write_report(run)}")
     elif lora is not None and run is None:
         from twostep.reports.portability import PROMPTS, print_scales
@@ -296,12 +297,19 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def _find_modules_here() -> None:
+    """Let recipes name modules in the folder that the command is run in."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
 def _load_recipe(name: str, overrides: list[str] | None) -> DistillRecipe:
     """Read a recipe of distillation, whose method or data may be a module in this folder."""
     from twostep.distill import DistillRecipe
     from twostep.training.recipe import load_recipe
 
-    sys.path.insert(0, str(Path.cwd()))
+    _find_modules_here()
     return load_recipe(name, DistillRecipe, overrides or [])
 
 

@@ -177,7 +177,7 @@ def _prepare_stage(
 
 def _learner(last_student: Denoiser, stage: Stage) -> Denoiser:
     """Return the student that a stage trains: the running LoRA, or a whole copy, LoRA merged in."""
-    prediction_type = stage.make_method().describe(last_student.prediction_type).prediction_type
+    prediction_type = stage.make_method().describe(last_student).prediction_type
     if stage.lora_rank is None:
         student = replace(last_student.standalone(), prediction_type=prediction_type)
         student.network.requires_grad_(True)
@@ -337,8 +337,10 @@ def _train_or_load(
     if finished is not None:
         return
 
+    sampler = stage.make_method().describe(student).sampler
+
     def show(iteration: int) -> dict[str, float]:
-        sheet, looks = examples.show(student, stage.student_steps)
+        sheet, looks = examples.show(student, stage.student_steps, sampler)
         if world().is_first:
             path = folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
             with write_atomically(path) as file:
@@ -379,7 +381,7 @@ def student_contract(recipe: DistillRecipe, prepared: PreparedStage, teacher: Co
         teacher: the contract of the first teacher.
     """
     stage = prepared.stage
-    changes = stage.make_method().describe(prepared.student.prediction_type)
+    changes = stage.make_method().describe(prepared.student)
     base = teacher.base
     if recipe.start_steps is not None and stage.lora_rank is not None:
         base = student_name(base, recipe.start_steps)
@@ -391,6 +393,7 @@ def student_contract(recipe: DistillRecipe, prepared: PreparedStage, teacher: Co
         role="student",
         steps=stage.student_steps,
         trained_times=changes.trained_times,
+        sampler=changes.sampler,
         prediction_type=prepared.student.prediction_type,
         guidance=1.0,
         base=base,

@@ -21,7 +21,9 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
+from twostep.contract import SamplerName
 from twostep.diffusion import PredictionType
+from twostep.diffusion.shapes import Time
 from twostep.distill.pairs import Batches
 from twostep.distill.roles import Role
 from twostep.networks.denoiser import Denoiser
@@ -56,11 +58,13 @@ class ContractChanges:
 
     Args:
         prediction_type: what its network predicts.
-        trained_times: the times at which it was trained, falling.
+        trained_times: the times at which it was trained, falling, in the unit of its schedule.
+        sampler: how it is sampled: along the flow ("euler"), or with fresh noise ("renoise").
     """
 
     prediction_type: PredictionType
-    trained_times: tuple[int | float, ...]
+    trained_times: tuple[Time, ...]
+    sampler: SamplerName = "euler"
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,12 @@ class Method(Protocol[PairT]):
         other roles but the student are frozen until the step is done.
         """
 
-    def describe(self, before: PredictionType) -> ContractChanges:
-        """Return what the student declares, given what the last stage's student predicted."""
+    def describe(self, last_student: Denoiser) -> ContractChanges:
+        """Return what the student declares.
+
+        Args:
+            last_student: the student as it was before the stage.
+        """
 
     def limits(self) -> Mapping[str, Limit]:
         """Return bounds on this method's own figures, by the figure's name."""

@@ -1,8 +1,8 @@
 """Drawing pairs: from the same noisy latents, where the teacher lands in n steps and where the
 student lands in one.
 
-t is the time where a step starts, s < t the time where it lands; both are in 0..1000, and 0 is
-clean. Section numbers are those of arXiv 2402.13929.
+t is the time where a step starts, s < t the time where it lands; 0 is clean, and the top time of
+the schedule is pure noise. Section numbers are those of arXiv 2402.13929.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
@@ -22,8 +21,11 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
 from twostep.training.processes import world
 
-NOISED_TIMES = (10, 250, 500, 750)
-"""t*: times to which clean landings are noised before they are judged (section 3.7.2)."""
+NOISED_SHARES = (0.01, 0.25, 0.5, 0.75)
+"""Where t* lies, to which clean landings are noised before they are judged (section 3.7.2).
+
+Shares of the way from clean data to pure noise: for SDXL the times 10, 250, 500 and 750.
+"""
 
 
 @runtime_checkable
@@ -131,12 +133,14 @@ def draw_teacher_step(
     """
     x0, positive = batches.examples(random)
     negative = batches.empty(positive) if guidance > 1 else positive
-    t = batches.share(draw_times(drawn_steps, batches.batch_size, random.tensors))
+    schedule = teacher.schedule
+    drawn = draw_times(drawn_steps, batches.batch_size, random.tensors, schedule)
+    t = batches.share(drawn)
     eps = batches.noise(x0, random)
-    x_t = teacher.schedule.add_noise(x0, eps, t)
+    x_t = schedule.add_noise(x0, eps, t)
     guided = teacher.with_guidance(positive, negative, guidance)
-    x_s = teacher_landing(guided, x_t, t, student_steps, teacher_steps, teacher.schedule)
-    return Transition(x_t, x_s, t, landing(t, student_steps), positive)
+    x_s = teacher_landing(guided, x_t, t, student_steps, teacher_steps, schedule)
+    return Transition(x_t, x_s, t, landing(t, student_steps, schedule), positive)
 
 
 def student_landing(student: Denoiser, taken: Transition) -> Batch:
@@ -145,9 +149,11 @@ def student_landing(student: Denoiser, taken: Transition) -> Batch:
     return step(prediction, taken.s, student.schedule)
 
 
-def draw_times(student_steps: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+def draw_times(
+    student_steps: int, count: int, generator: torch.Generator, schedule: Schedule
+) -> Times:
     """Draw one of the times per item that a student of so many steps is trained at."""
-    times = torch.tensor(trained_times(student_steps))
+    times = torch.tensor(trained_times(student_steps, schedule))
     return times[torch.randint(len(times), (count,), generator=generator)]
 
 
@@ -165,24 +171,25 @@ def teacher_landing(
     """
     times = [t]
     for _ in range(teacher_steps // student_steps):
-        times.append(landing(times[-1], teacher_steps))
+        times.append(landing(times[-1], teacher_steps, schedule))
     with torch.no_grad():
         return solve(teacher, x_t, torch.stack(times), schedule)
 
 
 def draw_noised_times(
-    count: int, early_weight: int, generator: torch.Generator
-) -> Int[Tensor, " count"]:
+    count: int, early_weight: int, generator: torch.Generator, schedule: Schedule
+) -> Times:
     """Draw one t* per item.
 
     Args:
         count: number of items.
-        early_weight: weight of t* = 10, where every other time has weight 1.
+        early_weight: weight of the lowest t*, where every other time has weight 1.
         generator: of the random numbers.
+        schedule: whose times they are.
     """
     weights = torch.tensor([early_weight, 1, 1, 1], dtype=torch.float32)
     drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
-    return torch.tensor(NOISED_TIMES)[drawn]
+    return torch.tensor([schedule.time_at(share) for share in NOISED_SHARES])[drawn]
 
 
 def noise_landed(x_s: Batch, s: Times, noised: Times, eps: Batch, schedule: Schedule) -> Batch:

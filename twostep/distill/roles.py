@@ -11,12 +11,13 @@ Ways to start one:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.networks.adapters import Lora, add_lora, has_lora, remove_lora
@@ -147,23 +148,31 @@ def place_lora(denoiser: Denoiser, name: str, *, rank: int, encoder_only: bool =
     Whatever else could be trained on that network still can be.
     """
     network = denoiser.network
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    remove_lora(network, name)
-    lora = add_lora(
-        network,
-        name,
-        rank=rank,
-        targets=denoiser.backbone.spec.lora_targets,
-        encoder_only=encoder_only,
-    )
+    with _keeping_trainable(network):
+        remove_lora(network, name)
+        lora = add_lora(
+            network,
+            name,
+            rank=rank,
+            targets=denoiser.backbone.spec.lora_targets,
+            encoder_only=encoder_only,
+        )
     if denoiser.lora is not None:
         # What that LoRA does not change stays at zero.
         start = Lora(network, denoiser.lora).state_dict()
         fresh = lora.state_dict()
         lora.load_state_dict({key: start.get(key, value) for key, value in fresh.items()})
+    lora.requires_grad_(True)
+    return lora
+
+
+@contextmanager
+def _keeping_trainable(network: nn.Module) -> Iterator[None]:
+    """Let what could be trained before the block be trainable after it: adding a LoRA freezes."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    yield
     for parameter in trainable:
         parameter.requires_grad_(True)
-    return lora
 
 
 def moving_average_of(role: str, denoiser: Denoiser, *, name: str, decay: float) -> Role:
@@ -196,8 +205,10 @@ def frozen_lora_copy(denoiser: Denoiser, name: str) -> Denoiser:
     running = Lora(network, denoiser.lora)
     copied = Lora(network, name)
     if not has_lora(network, name):
-        copied = add_lora(network, name, rank=running.rank, targets=running.targets)
+        with _keeping_trainable(network):
+            copied = add_lora(network, name, rank=running.rank, targets=running.targets)
     copied.load_state_dict(running.state_dict())
+    copied.requires_grad_(False)
     return replace(denoiser, lora=name)
 
 

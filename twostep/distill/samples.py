@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import pad
 
-from twostep.diffusion import Denoise, sample
+from twostep.contract import SamplerName
+from twostep.diffusion import Denoise, falling_times, find_sampler, seeded_noise
 from twostep.distill.health import measure
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
@@ -53,14 +54,21 @@ class Examples:
             empty = teacher.conditioning([""], *size)
         return cls(teacher, conditioning, empty)
 
-    def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
+    def show(
+        self, student: Denoiser, student_steps: int, sampler: SamplerName = "euler"
+    ) -> tuple[Image.Image, dict[str, float]]:
         """Draw the prompts with a student.
+
+        Args:
+            student: that draws.
+            student_steps: of the sampler.
+            sampler: by which the student is sampled.
 
         Returns:
             A sheet with the first seed's pictures, the teacher's above the student's, and how the
             looks of all seeds compare (`health.measure`).
         """
-        pictures = self.draw(student.with_conditioning, student_steps)
+        pictures = self.draw(student.with_conditioning, student_steps, sampler)
         labels = (f"teacher {self.teacher.contract.steps}", f"student {student_steps}")
         sheet = _sheet(labels, torch.stack([self._of_teacher[0], pictures[0]]))
         return sheet, measure(pictures, self._of_teacher)
@@ -77,26 +85,34 @@ class Examples:
 
     @torch.no_grad()
     def draw(
-        self, conditioned: Callable[[Conditioning], Denoise], num_steps: int
+        self,
+        conditioned: Callable[[Conditioning], Denoise],
+        num_steps: int,
+        sampler: SamplerName = "euler",
     ) -> Float[Tensor, "seeds prompts 3 height width"]:
         """Draw every prompt, from the same noise in every call.
 
         Args:
             conditioned: returns the function to sample with for a conditioning.
             num_steps: of the sampler.
+            sampler: its name.
         """
+        schedule = self.teacher.denoiser.schedule
+        times = torch.tensor(falling_times(schedule.top, num_steps, schedule))
+        walk = find_sampler(sampler)
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(self.conditioning), *shape, generator=generator)
         pictures: list[Tensor] = []
         for start in range(0, len(noise), AT_ONCE):
             conditioning = self.conditioning[start : start + AT_ONCE]
-            device = conditioning.text.device
-            latents = sample(
+            x = noise[start : start + AT_ONCE].to(conditioning.text.device)
+            latents = walk(
                 conditioned(conditioning),
-                noise[start : start + AT_ONCE].to(device),
-                num_steps,
-                self.teacher.denoiser.schedule,
+                x,
+                times[:, None].expand(-1, len(x)),
+                schedule,
+                seeded_noise(range(start, start + len(x)), x),
             )
             for latent in latents.split(1):
                 pictures.append(self.teacher.codec.decode(latent).cpu())

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from twostep.diffusion import PredictionType, trained_times
+from twostep.diffusion import trained_times
 from twostep.diffusion.shapes import Batch
 from twostep.distill.method import (
     ContractChanges,
@@ -167,7 +167,9 @@ class Adversarial(Method[JudgedPair]):
         if stage.student_steps <= 2:
             # Clean landings are judged noised to t* (section 3.7.2); real and fake get the same t*
             # and the same noise, so that these tell nothing.
-            noised = draw_noised_times(stage.batch_size, self.settings.early_weight, random.tensors)
+            noised = draw_noised_times(
+                stage.batch_size, self.settings.early_weight, random.tensors, schedule
+            )
             seen_at = torch.where(taken.s == 0, batches.share(noised), taken.s)
         eps = batches.noise(taken.x_t, random)
         real = noise_landed(taken.x_s, taken.s, seen_at, eps, schedule)
@@ -203,10 +205,13 @@ class Adversarial(Method[JudgedPair]):
         share_told_apart = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
         return {"total": total, "accuracy": share_told_apart, "gap": (real - fake).mean()}
 
-    def describe(self, before: PredictionType) -> ContractChanges:
+    def describe(self, last_student: Denoiser) -> ContractChanges:
         """Return the contract's changes: a student of one step predicts x0 instead of eps."""
         steps = self.stage.student_steps
-        return ContractChanges(few_step_prediction(steps, before), trained_times(steps))
+        return ContractChanges(
+            few_step_prediction(steps, last_student.prediction_type),
+            trained_times(steps, last_student.schedule),
+        )
 
     def limits(self) -> Mapping[str, Limit]:
         """Return the largest gap, beyond which one side of the game wins outright."""

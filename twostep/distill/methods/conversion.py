@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from twostep.diffusion import PredictionType, trained_times
+from twostep.diffusion import trained_times
 from twostep.distill.method import ContractChanges, MethodSettings
 from twostep.distill.methods.regression import Regression, RegressionSettings
+from twostep.networks.denoiser import Denoiser
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -43,6 +44,7 @@ class Conversion(Regression):
         """One step of a grid of one step lands on x0."""
         return 1, 1
 
-    def describe(self, before: PredictionType) -> ContractChanges:
+    def describe(self, last_student: Denoiser) -> ContractChanges:
         """Return the contract's changes: the student predicts x0."""
-        return ContractChanges("x0", trained_times(self.stage.student_steps))
+        times = trained_times(self.stage.student_steps, last_student.schedule)
+        return ContractChanges("x0", times)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from twostep.distill.method import Method
 
+    MethodT = TypeVar("MethodT", bound=type[Method[Any]])
+
 _BUILT_IN = {
     "regression": "twostep.distill.methods.regression:Regression",
     "conversion": "twostep.distill.methods.conversion:Conversion",
     "adversarial": "twostep.distill.methods.adversarial:Adversarial",
 }
 """Where the built-in methods are; each is imported when it is first asked for."""
-
-MethodT = TypeVar("MethodT", bound="type[Method[Any]]")
 
 _REGISTERED: dict[str, type[Method[Any]]] = {}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from twostep.diffusion import PredictionType, trained_times
+from twostep.diffusion import trained_times
 from twostep.distill.method import (
     ContractChanges,
     Cost,
@@ -107,10 +107,13 @@ class Regression(Method[Pair]):
         difference = pair.student - pair.teacher.x_s
         return {"total": (difference.float() ** 2).mean()}
 
-    def describe(self, before: PredictionType) -> ContractChanges:
+    def describe(self, last_student: Denoiser) -> ContractChanges:
         """Return the contract's changes: a student of one step predicts x0 instead of eps."""
         steps = self.stage.student_steps
-        return ContractChanges(few_step_prediction(steps, before), trained_times(steps))
+        return ContractChanges(
+            few_step_prediction(steps, last_student.prediction_type),
+            trained_times(steps, last_student.schedule),
+        )
 
     def cost(self) -> Cost:
         """Return the teacher's steps, divided by how often each is used."""
