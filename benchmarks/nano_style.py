@@ -1,13 +1,10 @@
-"""A style LoRA on a few-step student: put there as it is, and trained on it by `twostep distill
-nano-style`.
+"""A style LoRA on a few-step student: put there as it is, and trained on it by a recipe.
 
-    twostep pretrain nano-noto --out runs/style              # a LoRA that draws like Noto where no style is named
-    twostep cache runs/style/prompts.txt --lora runs/style/noto.safetensors --steps 16 --out runs/style/cache
-    twostep distill nano-style --out runs/nano-style         # trains it on, on the 2-step student
-    python benchmarks/nano_style.py                          # judges teacher and student with it
-
-The LoRA is trained as users train theirs: on the teacher, by the noise it has to predict, on
-pictures of one style.
+    twostep pretrain nano-noto --out runs/style         # a LoRA that draws as Noto does
+    twostep cache runs/style/prompts.txt --lora runs/style/noto.safetensors \\
+        --steps 16 --out runs/style/cache
+    twostep distill nano-style --out runs/nano-style    # trains it on, on the 2-step student
+    python benchmarks/nano_style.py                     # judges teacher and student with it
 """
 
 from __future__ import annotations
@@ -33,6 +30,9 @@ from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
 
 STYLE = "noto"
+STYLED_TEACHER = "teacher with the style, 32 steps"
+BATCH = 64
+SHEET_COLUMNS = 12
 LORA = Path("runs/style/noto.safetensors")
 RETRAINED = Path("runs/nano-style/model/students/noto_2step_lora.safetensors")
 Drawings = Annotated[Path, typer.Option("--drawings", help="Folder of the drawings.")]
@@ -40,50 +40,46 @@ Drawings = Annotated[Path, typer.Option("--drawings", help="Folder of the drawin
 
 def main(
     drawings_path: Drawings = DRAWINGS,
-    retrained: Path = RETRAINED,
+    retrained: Annotated[Path, typer.Option(help="The LoRA that was trained on.")] = RETRAINED,
     count: Annotated[int, typer.Option(help="Prompts, of which none names a style.")] = 256,
 ) -> None:
-    """Judge pictures of prompts that name no style: does it draw in the style, and still the right
-    thing.
-    """
-    emoji, judge = load_drawings(drawings_path), load_judge()
-    tasks = [_without_style(task) for task in complete_tasks(emoji.concepts, count)]
+    """Judge pictures of prompts that name no style: is it the style, and still the right thing."""
+    drawings = load_drawings(drawings_path)
+    judge = load_judge()
+    tasks = [_without_style(task) for task in complete_tasks(drawings.concepts, count)]
     wishes = [replace(task.attributes, style=STYLE) for task in tasks]
-    few, many = (
-        Sampler("euler", 2, 1.0),
-        Sampler("euler", 32, load_bundle("nano").contract.guidance),
-    )
+    few = Sampler("euler", 2, 1.0)
+    many = Sampler("euler", 32, load_bundle("nano").contract.guidance)
     rows = [
-        ("teacher, 32 steps", 32, [], many),
-        ("teacher with the style, 32 steps", 32, [str(LORA)], many),
-        ("student, 2 steps", 2, [], few),
-        ("student with the style as it is", 2, [str(LORA)], few),
-        ("student with the style trained on it", 2, [str(retrained)], few),
+        ("teacher, 32 steps", [], many),
+        (STYLED_TEACHER, [str(LORA)], many),
+        ("student, 2 steps", [], few),
+        ("student with the style as it is", [str(LORA)], few),
+        ("student with the style trained on it", [str(retrained)], few),
     ]
     pictures: dict[str, Tensor] = {}
-    for label, steps, loras, sampler in rows:
-        bundle = load_with_loras("nano", loras, steps=steps)
-        parts = [draw(bundle, sampler, tasks[start : start + 64]) for start in range(0, count, 64)]
+    for label, loras, sampler in rows:
+        bundle = load_with_loras("nano", loras, steps=sampler.steps)
+        parts = [
+            draw(bundle, sampler, tasks[start : start + BATCH]) for start in range(0, count, BATCH)
+        ]
         pictures[label] = to_float(torch.cat(parts))
-    typer.echo(
-        "| | concept | style | background | distance to the styled teacher |\n|---|---:|---:|---:|---:|"
-    )
-    reference = judge.statistics(pictures["teacher with the style, 32 steps"])
-    for label, *_ in rows:
-        report = evaluate(pictures[label], wishes, judge, reference=reference)
-        shares = " | ".join(
-            f"{100 * (score.share or 0):.1f} %"
-            for score in (report.concept, report.style, report.background)
-        )
+    typer.echo("| | concept | style | background | distance to the styled teacher |")
+    typer.echo("|---|---:|---:|---:|---:|")
+    reference = judge.statistics(pictures[STYLED_TEACHER])
+    for label, drawn in pictures.items():
+        report = evaluate(drawn, wishes, judge, reference=reference)
+        scores = (report.concept, report.style, report.background)
+        shares = " | ".join(f"{100 * (score.share or 0):.1f} %" for score in scores)
         typer.echo(f"| {label} | {shares} | {report.frechet_to_reference:.2f} |")
-    chosen = range(0, count, count // 12)
-    lines = [(label, to_images(pictures[label][list(chosen)])) for label, *_ in rows]
-    contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(
-        LORA.with_name("sheet.png")
-    )
+    chosen = list(range(0, count, max(1, count // SHEET_COLUMNS)))
+    lines = [(label, to_images(drawn[chosen])) for label, drawn in pictures.items()]
+    sheet = contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2)
+    sheet.save(LORA.with_name("sheet.png"))
 
 
 def _without_style(task: Task) -> Task:
+    """Return the task without the word for its style, from another seed."""
     wish = task.attributes
     prompt = f"{with_article(wish.names[0])} on {with_article(f'{wish.background} background')}"
     return Task(prompt, Attributes(wish.names, None, wish.background), task.seed + FIRST_SEED)
