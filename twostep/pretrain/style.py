@@ -86,13 +86,14 @@ def train_style(
     torch.manual_seed(settings.loop.seed)
     lora = add_lora(bundle.denoiser.network, _ADAPTER, rank=settings.rank)
     denoiser = replace(bundle.denoiser, lora=lora.name)
-    device = next(iter(lora.parameters())).device
+    device = denoiser.device
+    top = int(denoiser.schedule.top)  # SDXL's times are integers
 
     def loss(iteration: int, randomness: Randomness) -> Tensor:
         generator = randomness.tensors
         share = world().share(batch_size)
         x0, captions = latents.draw(batch_size, generator, randomness.words)
-        t = torch.randint(1, denoiser.schedule.num_times + 1, (batch_size,), generator=generator)
+        t = torch.randint(1, top + 1, (batch_size,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         with torch.no_grad():
             conditioning = bundle.conditioning(captions[share], width, height)
