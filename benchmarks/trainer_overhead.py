@@ -38,12 +38,13 @@ from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import weights_of
 from twostep.distill.trainer import StageTrainer
 from twostep.evaluate.attributes import STYLES
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.drawings import built_in_concepts
-from twostep.pretrain.latents import EmojiSource, LatentCache
+from twostep.pretrain.latents import DrawingSource, LatentCache
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
@@ -151,7 +152,7 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
     cache = LatentCache(
         latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
     )
-    return Models(EmojiSource(cache, bundle.text, width, height), teacher, student)
+    return Models(DrawingSource(cache, bundle.text, width, height), teacher, student)
 
 
 class BareLoop:

@@ -1,9 +1,10 @@
 """A gallery of the 2-step student beside its teacher, from the same noise, and the seconds that
 every student takes.
 
-python examples/gallery.py [--model nano] [--seed 7] [--out out/gallery.png]
+    python examples/gallery.py [--model nano] [--seed 7] [--out out/gallery.png]
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -42,44 +43,32 @@ def main(
         "out/gallery.png"
     ),
 ) -> None:
-    """Draw every prompt with every step count, show two of them side by side, and compare their
-    times.
-    """
+    """Draw every prompt with every step count, show two of them, and compare their times."""
     prepare_folder(out.parent)
     counts = sorted({contract.steps for contract in read_contracts(model)}, reverse=True)
     drawn = {steps: draw(model, steps, seed) for steps in counts}
-    shown = [drawn[counts[0]], drawn[2 if 2 in drawn else counts[-1]]]
-    rows = [
-        (
-            prompt,
-            [
-                image
-                for pair in zip(*(results[i].images for results in shown), strict=True)
-                for image in pair
-            ],
-        )
-        for i, prompt in enumerate(PROMPTS)
-    ]
-    labels = [
-        f"{contract.role}, {contract.steps} steps"
-        for contract in (results[0].contract for results in shown)
-    ]
-    contact_sheet(rows, labels * NUM_SEEDS, scale=max(1, PIXELS // rows[0][1][0].width)).save(out)
+    fewest = 2 if 2 in drawn else counts[-1]
+    shown = [drawn[counts[0]], drawn[fewest]]
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        # Teacher and student of one noise stand side by side.
+        pairs = zip(*(results[number].images for results in shown), strict=True)
+        rows.append((prompt, list(chain.from_iterable(pairs))))
+    contracts = [results[0].contract for results in shown]
+    labels = [f"{contract.role}, {contract.steps} steps" for contract in contracts]
+    scale = max(1, PIXELS // rows[0][1][0].width)
+    contact_sheet(rows, labels * NUM_SEEDS, scale=scale).save(out)
     Console().print(speed_table(list(drawn.values())))
     typer.echo(out)
 
 
 def draw(model: str, steps: int, seed: int) -> list[twostep.Result]:
-    """Draw all prompts; one picture goes first, so that the times are those of a machine that has
-    run before.
-    """
+    """Draw all prompts in so many steps."""
     bundle = twostep.load(model, steps=steps)
-    twostep.generate(bundle, twostep.Request(PROMPTS[0]))
+    twostep.generate(bundle, twostep.Request(PROMPTS[0]))  # the first one takes longer
+    requests = [twostep.Request(prompt, num_images=NUM_SEEDS, seed=seed) for prompt in PROMPTS]
     with Console(stderr=True).status(f"{steps} steps"):
-        return [
-            twostep.generate(bundle, twostep.Request(p, num_images=NUM_SEEDS, seed=seed))
-            for p in PROMPTS
-        ]
+        return [twostep.generate(bundle, request) for request in requests]
 
 
 def speed_table(results: list[list[twostep.Result]]) -> Table:
@@ -88,9 +77,8 @@ def speed_table(results: list[list[twostep.Result]]) -> Table:
     seconds = [sum(result.seconds_per_image for result in drawn) / len(drawn) for drawn in results]
     for drawn, each in zip(results, seconds, strict=True):
         contract = drawn[0].contract
-        table.add_row(
-            Text(contract.name), str(contract.steps), f"{each:.3f}", f"{seconds[0] / each:.1f}x"
-        )
+        speed_up = seconds[0] / each
+        table.add_row(Text(contract.name), str(contract.steps), f"{each:.3f}", f"{speed_up:.1f}x")
     return table
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.evaluate.judge import load_judge
-from twostep.models.loading import load_bundle
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.pretrain.control import build_control
@@ -163,8 +163,8 @@ def test_a_part_that_is_none_is_told(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('part = "unet"\n')
     for name, complaint in (
-        ("nano-unet", "nano-judge, nano-openmoji, nano-silhouette, nano-teacher, nano-text"),
-        (str(recipe), 'part = "unet" is none of vae, text, teacher, tune, control, judge'),
+        ("nano-unet", "nano-judge, nano-noto, nano-openmoji, nano-silhouette, nano-teacher"),
+        (str(recipe), 'part = "unet" is none of vae, text, teacher, tune, control, style, judge'),
     ):
         answer = CliRunner().invoke(app, ["pretrain", name, "--out", "x"], env={"COLUMNS": "400"})
         assert answer.exit_code == 1
@@ -201,6 +201,19 @@ def test_a_control_net_learns_and_changes_nothing_at_first(
     assert all(bool((value == 0).all()) for value in zeros.state_dict().values())
     trained = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert bool(trained["controlnet_mid_block.weight"].abs().sum() > 0)
+
+
+def test_a_style_lora_is_trained_and_goes_on_the_teacher(emoji: DrawingSet, tmp_path: Path) -> None:
+    quick = ["loop.iterations=3", "loop.batch_size=4", "variants=1"]
+    path = load_part("nano-noto", ["device=cpu", *quick]).train(emoji, tmp_path / "style")
+    bundle = load_with_loras("nano", [str(path)])
+    plain = load_bundle("nano")
+    key = "mid_block.attentions.0.proj_in.weight"
+    changed = bundle.denoiser.network.state_dict()[key]
+    assert not torch.equal(changed, plain.denoiser.network.state_dict()[key])
+    prompts = (tmp_path / "style" / "prompts.txt").read_text().splitlines()
+    assert len(prompts) > 400
+    assert not any("noto" in prompt for prompt in prompts)
 
 
 def test_checkpointed_gradients_are_the_same(emoji: DrawingSet, tmp_path: Path) -> None:

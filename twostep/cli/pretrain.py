@@ -14,8 +14,8 @@ def pretrain(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="nano-vae, nano-text, nano-teacher, nano-openmoji, nano-silhouette, nano-judge, "
-            "or the path of a TOML file."
+            help="nano-vae, nano-text, nano-teacher, nano-openmoji, nano-silhouette, nano-noto, "
+            "nano-judge, or the path of a TOML file."
         ),
     ],
     out: Out,

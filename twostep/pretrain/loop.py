@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.training.loop import (
@@ -21,7 +21,7 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import OptimiserName, make_optimiser, optimiser_step
+from twostep.training.optimiser import OptimiserName, Trainable, make_optimiser, optimiser_step
 from twostep.training.processes import world
 from twostep.training.recipe import RecipeError, Settings
 from twostep.training.run_folder import RunFolder
@@ -62,7 +62,7 @@ def silent(iteration: int, figures: dict[str, float]) -> None:
 
 
 def train_network(
-    network: nn.Module,
+    network: Trainable,
     loss: Loss,
     settings: NetworkLoopSettings,
     folder: RunFolder,
@@ -71,10 +71,10 @@ def train_network(
     on_iteration: OnIteration = silent,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
-    """Train a network in place, where it is, and leave its averaged weights in it.
+    """Train a network, or a LoRA on one, in place, and leave its averaged weights in it.
 
     Args:
-        network: whose parameters are trained.
+        network: whose parameters are trained, on the device where they are.
         loss: the loss of an iteration.
         settings: iterations, optimiser, precision, seed.
         folder: the run folder, from whose checkpoint the training goes on.
@@ -99,7 +99,7 @@ def train_network(
         name=settings.optimiser,
     )
     average = MovingAverage(network, settings.ema_decay)
-    device_type = next(network.parameters()).device.type
+    device_type = next(iter(network.parameters())).device.type
 
     def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
         with settings.autocast(device_type):

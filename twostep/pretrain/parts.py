@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
+from safetensors.torch import save
 
 from twostep import __version__
+from twostep.files import write_atomically
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
 from twostep.models.sdxl_networks import load_codec, load_text
+from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.control import ControlSettings, train_control
@@ -30,6 +33,7 @@ from twostep.pretrain.latents import LatentCache, find_latents
 from twostep.pretrain.loop import PartSettings
 from twostep.pretrain.model import teacher_contract
 from twostep.pretrain.sizes import find_size
+from twostep.pretrain.style import StyleSettings, style_latents, style_prompts, train_style
 from twostep.pretrain.teacher import TeacherSettings, TuneSettings, new_denoiser, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
 from twostep.pretrain.vae import VaeSettings, train_vae
@@ -254,12 +258,31 @@ def _train_judge(settings: JudgeSettings, run: PartRun) -> Path:
     return run.out / "judge.safetensors"
 
 
+def _train_style(settings: StyleSettings, run: PartRun) -> Path:
+    folder = RunFolder(run.out, settings)
+    bundle = load_bundle(settings.model)
+    latents = style_latents(run.drawings, bundle, settings, on_variant=run.show_latents)
+    bundle = bundle.to(find_device(settings.device))
+    lora = train_style(latents, bundle, settings, folder, on_iteration=run.show(settings.loop))
+    path = run.out / f"{settings.style}.safetensors"
+    if world().is_first:
+        tensors = {
+            f"{PREFIX}{key}": value.cpu().contiguous() for key, value in lora.state_dict().items()
+        }
+        with write_atomically(path) as file:
+            file.write(save(tensors))
+        prompts = style_prompts(latents, settings.loop.seed)
+        (run.out / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    return path
+
+
 _PARTS: dict[str, tuple[type[PartSettings], Callable[[Any, PartRun], Path]]] = {
     "vae": (VaeSettings, _train_vae),
     "text": (TextSettings, _train_text),
     "teacher": (TeacherSettings, _train_teacher),
     "tune": (TuneSettings, _tune_teacher),
     "control": (ControlSettings, _train_control),
+    "style": (StyleSettings, _train_style),
     "judge": (JudgeSettings, _train_judge),
 }
 """Part -> the settings of its recipe, and what trains it and returns what it wrote."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from twostep.diffusion import VariancePreserving
 from twostep.models.bundle import PromptEncoder
-from twostep.networks.adapters import checkpoint_gradients
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
@@ -125,8 +124,7 @@ def train_teacher(
     batch_size = settings.loop.batch_size
     torch.manual_seed(settings.loop.seed)
     denoiser.network.requires_grad_(True).train()
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(denoiser.network)
+    denoiser.checkpoint_gradients(settings.gradient_checkpointing)
 
     top = int(denoiser.schedule.top)  # SDXL's times are integers
 
