@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import PREFIX, add_lora
 
 RECIPE = """
@@ -17,10 +17,10 @@ data = "{data}"
 release = [4]
 sample_prompts = ["a red fox"]
 
-[[phases]]
+[[stages]]
 student_steps = 4
 teacher_steps = 8
-objective = "conditional"
+method = { name = "adversarial", objective = "conditional" }
 lora_rank = 2
 iterations = 2
 batch_size = 2

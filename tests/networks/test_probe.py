@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twostep.diffusion import sample
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type, probe_prediction_type
@@ -32,7 +32,7 @@ class Restated(UNet2DConditionModel):
 def restated(said_in: str) -> Denoiser:
     network = copy.deepcopy(TEACHER.denoiser.network)
     network.__class__, network.said_in = Restated, said_in
-    return Denoiser(network, TEACHER.denoiser.schedule, "eps")
+    return replace(TEACHER.denoiser.with_network(network), prediction_type="eps")
 
 
 @pytest.fixture(scope="module")

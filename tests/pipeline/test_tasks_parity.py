@@ -21,7 +21,8 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Control, Picture, Request
 
@@ -159,7 +160,7 @@ def inpainting(models: dict[int, Bundle]) -> Bundle:
         if key != "conv_in.weight"
     }
     unet.load_state_dict(weights, strict=False)
-    return replace(teacher, denoiser=replace(teacher.denoiser, network=unet.requires_grad_(False)))
+    return replace(teacher, denoiser=teacher.denoiser.with_network(unet.requires_grad_(False)))
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
