@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract
+from twostep.contract import Contract, RectifiedFlowSpec
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
@@ -71,7 +71,7 @@ class SdxlFamily:
         return Bundle(
             denoiser=Denoiser(
                 _load_unet(folder.path, weights, student, contract),
-                load_schedule(folder.path),
+                load_schedule(folder.path, contract),
                 contract.prediction_type,
             ),
             codec=load_codec(folder.path, weights),
@@ -90,20 +90,13 @@ class SdxlFamily:
         tokenizer, tokenizer_2 = text.tokenizers
         networks = {**bundle.parts, "vae": autoencoder(bundle)}
         with quiet_transformers():
-            from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+            from diffusers import StableDiffusionXLPipeline
 
-            scheduler = EulerDiscreteScheduler(
-                beta_schedule="scaled_linear",
-                beta_start=0.00085,
-                beta_end=0.012,
-                timestep_spacing="trailing",
-                prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
-            )
             pipeline = StableDiffusionXLPipeline(
                 **{name: _in_half_precision(network) for name, network in networks.items()},
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
-                scheduler=scheduler,
+                scheduler=_diffusers_scheduler(bundle.contract),
                 force_zeros_for_empty_prompt=text.zeros_for_empty,
                 add_watermarker=False,
             )
@@ -131,9 +124,24 @@ class SdxlFamily:
         return path
 
 
+def _diffusers_scheduler(contract: Contract) -> Any:
+    """Return the scheduler with which diffusers samples as a contract says."""
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    if isinstance(contract.schedule, RectifiedFlowSpec):
+        return FlowMatchEulerDiscreteScheduler(shift=contract.schedule.shift)
+    return EulerDiscreteScheduler(
+        beta_schedule=contract.schedule.betas,
+        beta_start=contract.schedule.beta_start,
+        beta_end=contract.schedule.beta_end,
+        timestep_spacing="trailing",
+        prediction_type=DIFFUSERS_NAMES[contract.prediction_type],
+    )
+
+
 def is_sdxl(contract: Contract) -> bool:
     """Tell whether a contract is that of a model of SDXL's family."""
-    return True
+    return contract.family == SdxlFamily.name
 
 
 def text_encoders(bundle: Bundle) -> TextEncoders:

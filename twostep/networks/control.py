@@ -45,7 +45,7 @@ class Hint:
     network: ControlNetModel
     picture: Float[Tensor, "batch 3 height width"]
     scale: float
-    times: frozenset[int]
+    times: frozenset[int | float]
 
 
 def residuals(
