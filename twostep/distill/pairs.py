@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twostep.diffusion import Denoise, Schedule, landing, solve, trained_times
+from twostep.diffusion import Denoise, VariancePreserving, landing, solve, trained_times
 from twostep.diffusion.shapes import Latents, Times
 from twostep.networks.conditioning import Conditioning
 
@@ -39,7 +39,7 @@ def teacher_landing(
     t: Times,
     student_steps: int,
     teacher_steps: int,
-    schedule: Schedule,
+    schedule: VariancePreserving,
 ) -> Latents:
     """Let the teacher walk n = teacher_steps / student_steps steps of its own grid, never below the
     student's s.
@@ -62,7 +62,7 @@ def draw_noised_times(
 
 
 def noise_landed(
-    x_s: Latents, s: Times, noised: Times, eps: Latents, schedule: Schedule
+    x_s: Latents, s: Times, noised: Times, eps: Latents, schedule: VariancePreserving
 ) -> Latents:
     """Noise what landed on 0 to its t*; the rest stays as it is."""
     landed = (s == 0).to(x_s.device).view(-1, 1, 1, 1)

@@ -16,7 +16,7 @@ from twostep.diffusion import (
     Denoise,
     Prediction,
     PredictionType,
-    Schedule,
+    VariancePreserving,
     guide,
     prediction_from_output,
 )
@@ -35,7 +35,7 @@ class Denoiser:
     """
 
     network: UNet2DConditionModel
-    schedule: Schedule
+    schedule: VariancePreserving
     prediction_type: PredictionType = "eps"
     lora: str | None = None
 
