@@ -36,6 +36,7 @@ from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.text.clip import TextEncoders
@@ -110,7 +111,9 @@ def random_bundle(steps: int) -> Bundle:
     contract = official_contract(str(official_file(LIGHTNING[0], steps)))
     assert contract is not None
     vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    denoiser = Denoiser(random_sdxl(), VariancePreserving.scaled_linear(), contract.prediction_type)
+    denoiser = Denoiser(
+        SdxlUnet(random_sdxl()), VariancePreserving.scaled_linear(), contract.prediction_type
+    )
     return Bundle(denoiser, ImageCodec(vae), random_text(), contract)
 
 

@@ -171,7 +171,7 @@ def test_an_inpainting_checkpoint_takes_the_configs_of_sdxl_s_own(
     unet = UNet2DConditionModel.from_config(
         {**bundle.denoiser.network.config, "in_channels": 9}
     ).eval()
-    inpainting = replace(bundle, denoiser=replace(bundle.denoiser, network=unet))
+    inpainting = replace(bundle, denoiser=bundle.denoiser.with_network(unet))
     write_single_file(inpainting, tmp_path / "mine.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

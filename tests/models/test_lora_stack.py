@@ -67,7 +67,7 @@ def test_it_is_what_diffusers_makes_of_the_same_file(style: Path) -> None:
     )
     pipeline.load_lora_weights(style)
     pipeline.fuse_lora(components=["unet"])
-    theirs = replace(alone, denoiser=replace(alone.denoiser, network=pipeline.unet))
+    theirs = replace(alone, denoiser=alone.denoiser.with_network(pipeline.unet))
     torch.testing.assert_close(answer(alone), answer(theirs), atol=1e-4, rtol=1e-4)
 
 

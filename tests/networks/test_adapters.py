@@ -95,7 +95,7 @@ def test_switching_is_right_after_adapters_came_and_went_and_copies_switch_apart
     add_lora(network, "passing", rank=4)
     activate(network, "passing")
     remove_lora(network, "passing")
-    twin = replace(bundle, denoiser=replace(bundle.denoiser, network=copy.deepcopy(network)))
+    twin = replace(bundle, denoiser=bundle.denoiser.with_network(copy.deepcopy(network)))
     activate(twin.denoiser.network, "judge")
     network.disable_adapters()
     for one in (bundle, twin):
@@ -122,7 +122,7 @@ def test_merged_it_is_the_same_function_and_a_plain_network(bundle: Bundle) -> N
         if isinstance(layer, BaseTunerLayer):
             layer.scaling["student"] = 0.5
     expected = answer(bundle, "student")
-    merged = replace(bundle.denoiser, network=merge(network, "student"))
+    merged = bundle.denoiser.with_network(merge(network, "student"))
     assert list(merged.network.state_dict()) == plain
     torch.testing.assert_close(
         answer(replace(bundle, denoiser=merged)), expected, atol=1e-4, rtol=1e-4

@@ -32,7 +32,7 @@ class Restated(UNet2DConditionModel):
 def restated(said_in: str) -> Denoiser:
     network = copy.deepcopy(TEACHER.denoiser.network)
     network.__class__, network.said_in = Restated, said_in
-    return Denoiser(network, TEACHER.denoiser.schedule, "eps")
+    return replace(TEACHER.denoiser.with_network(network), prediction_type="eps")
 
 
 @pytest.fixture(scope="module")

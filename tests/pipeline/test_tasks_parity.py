@@ -160,7 +160,7 @@ def inpainting(models: dict[int, Bundle]) -> Bundle:
         if key != "conv_in.weight"
     }
     unet.load_state_dict(weights, strict=False)
-    return replace(teacher, denoiser=replace(teacher.denoiser, network=unet.requires_grad_(False)))
+    return replace(teacher, denoiser=teacher.denoiser.with_network(unet.requires_grad_(False)))
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

@@ -67,8 +67,7 @@ class Bundle:
     @property
     def is_inpainting(self) -> bool:
         """Whether the network also takes a mask, and the latents of what is not masked."""
-        config = self.denoiser.network.config
-        return bool(config.in_channels != config.out_channels)
+        return self.denoiser.backbone.spec.is_inpainting
 
     def as_teacher(self) -> Bundle:
         """Return the bundle if something can be distilled from it; raises ModelError if not."""
@@ -88,7 +87,7 @@ class Bundle:
         """Return the bundle with other networks in the place of its own, all of `parts`."""
         return replace(
             self,
-            denoiser=replace(self.denoiser, network=parts["unet"]),
+            denoiser=self.denoiser.with_network(parts["unet"]),
             text=self.text.with_networks(parts),
         )
 
@@ -104,7 +103,7 @@ class Bundle:
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a picture of this size in pixels."""
         pixels = self.codec.pixels_per_latent
-        channels = int(self.denoiser.network.config.out_channels)
+        channels = self.denoiser.backbone.spec.out_channels
         return channels, height // pixels, width // pixels
 
 

@@ -38,6 +38,7 @@ from twostep.models.bundle import Bundle
 from twostep.models.sdxl_networks import load_codec, load_network, load_schedule, load_text
 from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders, quiet_transformers
 
 
@@ -70,7 +71,7 @@ class SdxlFamily:
             student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
         return Bundle(
             denoiser=Denoiser(
-                _load_unet(folder.path, weights, student, contract),
+                SdxlUnet(_load_unet(folder.path, weights, student, contract)),
                 load_schedule(folder.path, contract),
                 contract.prediction_type,
             ),

@@ -1,9 +1,8 @@
-"""LoRA (arXiv 2106.09685) on a UNet: several adapters on one frozen base, one of them or none at
-work at a time.
+"""LoRA (arXiv 2106.09685) on a backbone: several adapters on one frozen base, at most one active.
 
-W' = W + alpha / rank * B A. B starts at zero, so a fresh adapter changes nothing. Which layers get
-one is section 3.6 of arXiv 2402.13929: every convolution and linear layer but the first, the last,
-and the embedding of time that all blocks share. What an adapter is trained for is unknown here.
+W' = W + alpha / rank * B A. B starts at zero, so a fresh adapter changes nothing. The layers that
+get one are those of section 3.6 of arXiv 2402.13929: every convolution and linear layer but the
+first, the last, and the embedding of time that all blocks share.
 """
 
 import copy
@@ -27,186 +26,239 @@ from torch.utils.checkpoint import checkpoint
 from twostep.formats.lora_files import LoraError, read_lora
 
 TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *(
-        "conv1",
-        "conv2",
-        "conv_shortcut",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
-        "time_emb_proj",
-    ),
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
 )
-"""Ends of the names of the layers that get an adapter: on SDXL 788 of them, 196,751,360 parameters
-at rank 64.
+"""Endings of the names of the UNet's layers that get an adapter.
+
+On SDXL these are 788 layers, and 196,751,360 parameters at rank 64.
 """
 
 PREFIX = "unet."
 """What diffusers puts before the names of a UNet's LoRA in a file."""
 
 _SWITCHING = RLock()
+"""Held while an adapter is active in a call, for all callers share the network's switch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One adapter on a network, as a thing of its own: it can be trained, kept, averaged and
-    brought back.
+    """One adapter on a network, which can be trained, saved, averaged and loaded by itself.
 
-    It knows its parameters from the first time they are asked for, so one that is put on anew is
-    another Lora.
+    It looks its parameters up once. After an adapter of the same name was removed and added again,
+    make another Lora.
+
+    Args:
+        network: The network that carries the adapter.
+        name: The adapter's name on that network.
     """
 
-    network: UNet2DConditionModel
+    network: nn.Module
     name: str
 
     @cached_property
     def _named(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by PEFT's names without its own; finding them walks the whole
-        network.
-        """
-        found, named = f".{self.name}.", self.network.named_parameters()
-        return {key.replace(found, "."): parameter for key, parameter in named if found in key}
+        """The adapter's parameters by PEFT's names, without the adapter's name in them."""
+        marker = f".{self.name}."
+        return {
+            key.replace(marker, "."): parameter
+            for key, parameter in self.network.named_parameters()
+            if marker in key
+        }
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter's matrices."""
+        return int(_peft_configs(self.network)[self.name].r)
+
+    @property
+    def targets(self) -> list[str]:
+        """The names, or endings of names, of the layers that it was added to."""
+        return sorted(_peft_configs(self.network)[self.name].target_modules)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's parameters and nothing of the base."""
         return iter(self._named.values())
 
     def requires_grad_(self, requires_grad: bool) -> None:
-        """Switch the adapter's learning on or off; the base is left as it is."""
+        """Switch training of the adapter on or off; the base is left as it is."""
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the adapter's weights by PEFT's names, which do not depend on the adapter's own."""
+        """Return the weights by PEFT's names, which are the same for every adapter's name."""
         return {key: parameter.detach() for key, parameter in self._named.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take weights over; LoraError where a key is missing, foreign, or of another shape."""
-        own = self.state_dict()
-        if wrong := sorted(set(own) ^ set(state_dict)):
+        """Load weights; LoraError where a key is missing, unknown, or of another shape."""
+        present = self.state_dict()
+        differing = sorted(set(present) ^ set(state_dict))
+        if differing:
             raise LoraError(
-                f"These weights are of another LoRA: {len(wrong)} keys differ, the first is {wrong[0]}."
+                f"These weights are of another LoRA: {len(differing)} keys differ, "
+                f"the first is {differing[0]}."
             )
         for key, value in state_dict.items():
-            if own[key].shape != value.shape:
+            if present[key].shape != value.shape:
                 raise LoraError(
-                    f"{key} is {list(value.shape)}, expected {list(own[key].shape)}: another rank or base."
+                    f"{key} is {list(value.shape)}, expected {list(present[key].shape)}: "
+                    "another rank or base."
                 )
         set_peft_model_state_dict(self.network, state_dict, adapter_name=self.name)
 
 
 def add_lora(
-    network: UNet2DConditionModel,
+    network: nn.Module,
     name: str,
     *,
     rank: int,
     targets: Iterable[str] = TARGETS,
     encoder_only: bool = False,
 ) -> Lora:
-    """Put an adapter on every target, at zero and at work; alpha is the rank.
+    """Add an adapter to every target layer, and make it the active one.
 
-    The base and every other adapter are frozen; this one can be trained. `encoder_only` leaves the
-    decoder out.
+    The base and every other adapter are frozen; this one can be trained. Its weights are float32
+    whatever the base's precision is, and its alpha is the rank.
+
+    Args:
+        network: A network with diffusers' adapter methods.
+        name: The adapter's name, new on this network.
+        rank: The rank of its matrices.
+        targets: Names, or endings of names, of the layers that get it.
+        encoder_only: Whether to leave the UNet's decoder out.
+
+    Raises:
+        LoraError: If the network takes no LoRA.
     """
+    targets = list(targets)
+    if not targets or not hasattr(network, "add_adapter"):
+        raise LoraError(
+            f"{type(network).__name__} takes no LoRA. Train the whole network: leave lora_rank out."
+        )
     network.requires_grad_(False)
-    left_out = r"up_blocks\..*" if encoder_only else None
-    settings = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(targets), exclude_modules=left_out
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=targets,
+        exclude_modules=r"up_blocks\..*" if encoder_only else None,
     )
+    adaptable: Any = network
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # A starts at random: the same in every run, and nobody else's randomness is moved on.
+        # A starts at random: the same in every run, without advancing the global generator.
         torch.manual_seed(0)
-        # PEFT wants to make sure that several adapters are meant; they are.
+        # PEFT warns of a second adapter; here several on one base are the normal case.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        network.add_adapter(settings, adapter_name=name)
+        adaptable.add_adapter(config, adapter_name=name)
     activate(network, name)
     lora = Lora(network, name)
     for parameter in lora.parameters():
-        parameter.data = parameter.data.float()  # whatever the precision of the base
+        parameter.data = parameter.data.float()
     return lora
 
 
-def load_lora(network: UNet2DConditionModel, name: str, path: Path) -> Lora:
-    """Put a LoRA from a file beside what is there, on the layers that it has and of its own rank,
-    alpha in the weights.
+def load_lora(network: nn.Module, name: str, path: Path) -> Lora:
+    """Add an adapter from a file, on the file's layers and at the file's rank.
 
-    LoraError for one with parts outside the UNet, of several ranks, or that does not fit.
+    The file's alpha is multiplied into the weights.
+
+    Raises:
+        LoraError: If the file changes parts beside the UNet, mixes ranks, or does not fit.
     """
     layers = {
-        layer.removeprefix(PREFIX): low for layer, low in read_lora(path, {"unet": network}).items()
+        layer.removeprefix(PREFIX): low_rank
+        for layer, low_rank in read_lora(path, {"unet": network}).items()
     }
-    ranks = {low.rank for low in layers.values()}
+    ranks = {low_rank.rank for low_rank in layers.values()}
     if len(ranks) != 1:
         raise LoraError(
             f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on."
         )
     lora = add_lora(network, name, rank=ranks.pop(), targets=layers)
-    ups = {
-        f"{layer}.lora_B.weight": low.up.float() * (low.alpha / low.rank)
-        for layer, low in layers.items()
-    }
-    lora.load_state_dict(
-        {f"{layer}.lora_A.weight": low.down.float() for layer, low in layers.items()} | ups
-    )
+    weights = {}
+    for layer, low_rank in layers.items():
+        scale = low_rank.alpha / low_rank.rank
+        weights[f"{layer}.lora_A.weight"] = low_rank.down.float()
+        weights[f"{layer}.lora_B.weight"] = low_rank.up.float() * scale
+    lora.load_state_dict(weights)
     return lora
 
 
-def remove_lora(network: UNet2DConditionModel, name: str) -> None:
-    """Take one adapter off, if it is there."""
-    if name in (getattr(network, "peft_config", None) or {}):
-        with warnings.catch_warnings():
-            # PEFT says which one it puts to work instead; every forward pass chooses its own.
-            warnings.filterwarnings("ignore", message="Adapter .* was active")
-            network.delete_adapters(name)
+def has_lora(network: nn.Module, name: str) -> bool:
+    """Whether the network carries an adapter of this name, active or not."""
+    return name in _peft_configs(network)
 
 
-def remove_loras(network: UNet2DConditionModel) -> None:
-    """Take every adapter off; the base is as it was before the first."""
-    if getattr(network, "peft_config", None):
-        network.unload_lora()
-        network.peft_config = {}
+def remove_lora(network: nn.Module, name: str) -> None:
+    """Remove one adapter, if the network carries it."""
+    if not has_lora(network, name):
+        return
+    adaptable: Any = network
+    with warnings.catch_warnings():
+        # PEFT says which adapter it activates instead; here every forward pass chooses its own.
+        warnings.filterwarnings("ignore", message="Adapter .* was active")
+        adaptable.delete_adapters(name)
 
 
-def activate(network: UNet2DConditionModel, name: str | None) -> None:
-    """Let one adapter work, or none; which parameters can be trained is left as it is.
+def remove_loras(network: nn.Module) -> None:
+    """Remove every adapter; the base is as it was before the first."""
+    if _peft_configs(network):
+        adaptable: Any = network
+        adaptable.unload_lora()
+        adaptable.peft_config = {}
 
-    Costs next to nothing, so it may be called before every forward. LoraError for a name that is
-    not there.
+
+def activate(network: nn.Module, name: str | None) -> None:
+    """Make one adapter the active one, or none; what can be trained is left as it is.
+
+    Costs next to nothing, so it may be called before every forward pass. Raises LoraError for an
+    adapter that the network does not carry.
     """
-    there = getattr(network, "peft_config", None) or {}
-    if name is not None and name not in there:
+    present = _peft_configs(network)
+    if name is not None and name not in present:
         raise LoraError(
-            f"There is no LoRA called {name!r} on this network; there are {sorted(there) or 'none'}."
+            f"There is no LoRA called {name!r} on this network; "
+            f"there are {sorted(present) or 'none'}."
         )
-    if there:
-        _working(network)[:] = [] if name is None else [name]
+    if present:
+        _active_names(network)[:] = [] if name is None else [name]
 
 
 @contextmanager
-def at_work(network: UNet2DConditionModel, name: str | None) -> Iterator[None]:
-    """Let one adapter work, or none, until the block ends; no other thread switches meanwhile."""
-    with _SWITCHING if getattr(network, "peft_config", None) else nullcontext():
+def activated(network: nn.Module, name: str | None) -> Iterator[None]:
+    """Keep one adapter active, or none, for a block; other threads wait before they switch."""
+    with _SWITCHING if _peft_configs(network) else nullcontext():
         activate(network, name)
         yield
 
 
-def active(network: UNet2DConditionModel) -> str | None:
-    """Return the name of the adapter that works, None if none does."""
+def active(network: nn.Module) -> str | None:
+    """Return the name of the active adapter, None if there is none."""
     layer = next(_layers(network), None)
-    return (
-        None if layer is None or layer.disable_adapters else next(iter(layer.active_adapters), None)
-    )
+    if layer is None or layer.disable_adapters:
+        return None
+    return next(iter(layer.active_adapters), None)
 
 
 def checkpoint_gradients(network: UNet2DConditionModel) -> None:
-    """Compute blocks anew in the backward pass instead of keeping what is inside them: less memory,
-    a third slower.
+    """Recompute blocks in the backward pass instead of keeping their activations.
 
-    By then another adapter may be at work; every block is computed anew with the one that it was
-    computed with.
+    Saves memory and costs about a third more time. Another adapter may be active by the time of
+    the backward pass: every block is recomputed with the one that it was first computed with.
     """
 
-    def keep_outside(block: nn.Module, *inputs: Any) -> Any:
+    def run_block(block: nn.Module, *inputs: Any) -> Any:
         name = active(network)
 
         def compute(*inputs: Any) -> Any:
@@ -215,19 +267,17 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
 
         return checkpoint(compute, *inputs, use_reentrant=False)
 
-    network.enable_gradient_checkpointing(keep_outside)
+    network.enable_gradient_checkpointing(run_block)
 
 
 def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
-    """Return a float32 copy of the network without adapters, this one, if one is named, added to
-    its own weights.
-    """
-    if isinstance(next(network.parameters()), DTensor):  # in shards, which no adapter is put on
+    """Return a float32 copy without adapters, the named one merged into the copy's weights."""
+    if isinstance(next(network.parameters()), DTensor):
+        # A sharded network carries no adapter, and cannot be copied as a module.
         with torch.device("meta"):
             whole = UNet2DConditionModel.from_config(network.config)
-        whole.load_state_dict(
-            {key: value.full_tensor() for key, value in network.state_dict().items()}, assign=True
-        )
+        weights = {key: value.full_tensor() for key, value in network.state_dict().items()}
+        whole.load_state_dict(weights, assign=True)
         return whole.eval()
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
@@ -237,34 +287,36 @@ def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionMod
     return merged
 
 
-class _Working(list[str]):
-    """The names of the adapters at work: one list that all layers of a network hold, so writing in
-    it switches all.
+class _ActiveNames(list[str]):
+    """The active adapters' names: one list that all layers share, so writing to it switches all."""
+
+
+def _active_names(network: nn.Module) -> _ActiveNames:
+    """Return the list that the network's layers share, and give it to them where they do not.
+
+    PEFT makes other lists whenever an adapter is added or removed. Its own way of switching
+    freezes what it switches off, and a parameter that is frozen between the forward and the
+    backward pass gets no gradient.
     """
-
-
-def _working(network: UNet2DConditionModel) -> _Working:
-    """Return the network's list, given to every layer anew where adapters came or went, for then
-    PEFT makes others.
-
-    PEFT freezes what it switches off, and a parameter frozen between forward and backward gets no
-    gradient.
-    """
-    layers = _layers(network)
-    first = next(layers)
-    if isinstance(first.active_adapter, _Working) and not first.disable_adapters:
+    first = next(_layers(network))
+    if isinstance(first.active_adapter, _ActiveNames) and not first.disable_adapters:
         return first.active_adapter
-    learning = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    working = _Working()
-    for layer in (first, *layers):
+    trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    names = _ActiveNames()
+    for layer in _layers(network):
         layer.enable_adapters(True)
-        layer.set_adapter(working)
-        assert layer.active_adapters is working, (
+        layer.set_adapter(names)
+        assert layer.active_adapters is names, (
             "this PEFT copies the list of active adapters; use another version"
         )
-    for parameter, learns in learning:
-        parameter.requires_grad_(learns)
-    return working
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad_(requires_grad)
+    return names
+
+
+def _peft_configs(network: nn.Module) -> dict[str, Any]:
+    """Return PEFT's configs of the adapters that the network carries, by their names."""
+    return getattr(network, "peft_config", None) or {}
 
 
 def _layers(network: nn.Module) -> Iterator[BaseTunerLayer]:

@@ -1,6 +1,4 @@
-"""What a denoiser is told beside the noisy latents: text, SDXL's micro-conditioning, known parts,
-and ControlNets.
-"""
+"""What a denoiser is given beside the noisy latents: text, sizes, known parts and ControlNets."""
 
 from __future__ import annotations
 
@@ -16,12 +14,16 @@ from twostep.networks.control import Hint
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Text embeddings, pooled embedding, SDXL's sizes in pixels: original (h, w), crop (top, left),
-    target (h, w).
+    """What the items of a batch are to show.
 
-    `known`, for all items alike, is what an inpainting UNet takes too: the mask, 1 where it is to
-    be drawn, and the latents of what is not masked. `hints` are the ControlNets that have a say,
-    with a picture for every item.
+    Args:
+        text: Embeddings of the prompts.
+        pooled: One embedding per prompt as a whole.
+        sizes: SDXL's micro-conditioning in pixels (section 2.2 of arXiv 2307.01952): original
+            (height, width), crop (top, left), target (height, width).
+        known: What an inpainting network takes beside the latents, for all items alike: the mask,
+            1 where it is to draw, and the latents of what is not masked.
+        hints: ControlNets, each with a picture for every item.
     """
 
     text: Float[Tensor, "batch tokens width"]
@@ -36,42 +38,50 @@ class Conditioning:
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
         """Select items by a slice or an index tensor."""
-        return self._changed(lambda values: values[index])
+        return self._mapped(lambda values: values[index])
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Put several batches one after the other."""
-        text, pooled, sizes = zip(
-            *((part.text, part.pooled, part.sizes) for part in parts), strict=True
-        )
-        shown = zip(*([hint.picture for hint in part.hints] for part in parts), strict=True)
-        hints = tuple(
-            replace(h, picture=torch.cat(p)) for h, p in zip(parts[0].hints, shown, strict=True)
-        )
+        """Join batches that share their ControlNets and known parts, one after the other."""
+        hints = []
+        for position, hint in enumerate(parts[0].hints):
+            pictures = [part.hints[position].picture for part in parts]
+            hints.append(replace(hint, picture=torch.cat(pictures)))
         return replace(
             parts[0],
-            text=torch.cat(text),
-            pooled=torch.cat(pooled),
-            sizes=torch.cat(sizes),
-            hints=hints,
+            text=torch.cat([part.text for part in parts]),
+            pooled=torch.cat([part.pooled for part in parts]),
+            sizes=torch.cat([part.sizes for part in parts]),
+            hints=tuple(hints),
         )
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the same on a device."""
-        return self._changed(lambda values: values.to(device))
+        return self._mapped(lambda values: values.to(device))
 
     def expand(self, count: int) -> Conditioning:
         """Repeat a single item `count` times."""
-        return self._changed(lambda values: values.expand(count, *values.shape[1:]))
+        return self._mapped(lambda values: values.expand(count, *values.shape[1:]))
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        text, pooled, sizes = change(self.text), change(self.pooled), change(self.sizes)
-        hints = tuple(replace(hint, picture=change(hint.picture)) for hint in self.hints)
-        return replace(self, text=text, pooled=pooled, sizes=sizes, hints=hints)
+    def acting_at(self, time: float) -> Conditioning:
+        """Return the same with only those ControlNets that act at this time."""
+        if all(hint.acts_at(time) for hint in self.hints):
+            return self
+        return replace(self, hints=tuple(hint for hint in self.hints if hint.acts_at(time)))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply a change to every tensor that has one row per item."""
+        hints = [replace(hint, picture=change(hint.picture)) for hint in self.hints]
+        return replace(
+            self,
+            text=change(self.text),
+            pooled=change(self.pooled),
+            sizes=change(self.sizes),
+            hints=tuple(hints),
+        )
 
 
 def image_sizes(count: int, width: int, height: int) -> Float[Tensor, "count 6"]:
-    """Return the micro-conditioning of uncropped pictures of this size."""
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(
-        count, -1
-    )
+    """Return the micro-conditioning of uncropped pictures of this size in pixels."""
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    return sizes.expand(count, -1)

@@ -1,13 +1,12 @@
-"""ControlNets (arXiv 2302.05543): a second encoder that looks at a picture and adds to what a
-UNet's own encoder says.
+"""ControlNets (arXiv 2302.05543): a second encoder that looks at a picture and adds to a UNet's own.
 
-One that was made for a teacher serves its students unchanged. Where pictures come from is unknown
-here.
+A ControlNet that was made for a teacher serves its students unchanged.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,29 +16,36 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from twostep.formats.locate import WEIGHTS, ModelError, fetch, read_json, weights_variant
 
 BUILT_IN = {"silhouette": WEIGHTS / "nano" / "controlnet"}
-_CONFIG, _EMBEDDING = "config.json", "conditioning_embedding_out_channels"
-_ALIKE = (
-    *(
-        "block_out_channels",
-        "layers_per_block",
-        "cross_attention_dim",
-        "in_channels",
-        "addition_embed_type",
-    ),
-    *("projection_class_embeddings_input_dim", "pixels_per_latent"),
+"""Folders of the ControlNets that come with the package, by name."""
+
+SHARED_CONFIG = (
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "in_channels",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+    "pixels_per_latent",
 )
 """What a ControlNet's config must share with that of its UNet."""
+
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Hint:
-    """A ControlNet at work: its network, the picture it looks at in 0..1, how strongly it acts, and
-    at which times.
+    """A ControlNet at work.
+
+    Args:
+        network: The ControlNet.
+        picture: What it looks at, in 0..1.
+        scale: How strongly it acts; 1 is as it was trained, 0 not at all.
+        times: The times at which it acts.
     """
 
     network: ControlNetModel
@@ -47,59 +53,111 @@ class Hint:
     scale: float
     times: frozenset[int | float]
 
+    def acts_at(self, time: float) -> bool:
+        """Whether it acts at a time, which may be rounded to single precision."""
+        return time in self.times or any(
+            math.isclose(time, listed, rel_tol=1e-6) for listed in self.times
+        )
+
 
 def residuals(
-    hints: Sequence[Hint], x: Tensor, index: Tensor, text: Tensor, added: dict[str, Tensor]
+    hints: Sequence[Hint], x: Tensor, time: Tensor, text: Tensor, embedded: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Return what ControlNets, at least one, together add to a UNet, as its arguments; `index` is
-    the time less 1.
+    """Return what ControlNets together add to a UNet, as arguments of its forward pass.
+
+    Args:
+        hints: The ControlNets that act, at least one.
+        x: Noisy latents [batch, channels, h, w].
+        time: Times as the UNet reads them, 0 to 999, one per item.
+        text: Text embeddings [batch, tokens, width].
+        embedded: What the UNet embeds together with the time.
     """
     total: list[Tensor] = []
     for hint in hints:
-        picture = hint.picture.to(x.dtype)
-        down, mid = hint.network(
-            x, index, text, picture, hint.scale, added_cond_kwargs=added, return_dict=False
+        down, middle = hint.network(
+            x,
+            time,
+            text,
+            hint.picture.to(x.dtype),
+            hint.scale,
+            added_cond_kwargs=embedded,
+            return_dict=False,
         )
-        total = [a + b for a, b in zip(total, (*down, mid), strict=True)] if total else [*down, mid]
+        added = [*down, middle]
+        if total:
+            added = [before + after for before, after in zip(total, added, strict=True)]
+        total = added
     return {
         "down_block_additional_residuals": tuple(total[:-1]),
         "mid_block_additional_residual": total[-1],
     }
 
 
-def load_control(name: str, unet: UNet2DConditionModel, pixels_per_latent: int) -> ControlNetModel:
-    """Load a ControlNet by a built-in name, folder or hub id, where the UNet is and as precise; the
-    last few are kept.
+def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlNetModel:
+    """Load a ControlNet, on the UNet's device and in its precision; the last four are kept.
 
-    Raises ModelError for what is no ControlNet, or one for another architecture, and says how that
-    differs.
+    Args:
+        name: A built-in name, a folder, or a hub id.
+        unet: The UNet that it is to act on.
+        pixels_per_latent: Pixels along each side of one latent.
+
+    Raises:
+        ModelError: If there is no ControlNet, or it was made for another architecture; the message
+            lists the differences.
     """
-    folder = BUILT_IN.get(name, Path(name))
-    if not folder.exists() and "/" in name:
-        folder = fetch(name, only=("*.json", "*.safetensors"), holding=_CONFIG)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ModelError(
+            f"ControlNets act on SDXL's UNet; this model has a {type(unet).__name__}. "
+            "Draw without a ControlNet, or with an SDXL model."
+        )
+    folder = _control_folder(name)
     config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if config.get("_class_name") != "ControlNetModel":
-        kind, known = config.get("_class_name", "no folder of a network"), ", ".join(BUILT_IN)
-        expected = f"a ControlNetModel's folder or hub id, or a built-in one: {known}"
-        raise ModelError(f"{folder} is {kind}. Expected {expected}.")
-    own = {"in_channels": 4, **config, "pixels_per_latent": 2 ** (len(config[_EMBEDDING]) - 1)}
-    wanted = {
-        **unet.config,
-        "in_channels": unet.config.out_channels,
-        "pixels_per_latent": pixels_per_latent,
-    }
-    said = {key: (json.dumps(own.get(key)), json.dumps(wanted[key])) for key in _ALIKE}
-    if wrong := [
-        f"{key} {has}, expected {needs}" for key, (has, needs) in said.items() if has != needs
-    ]:
+        kind = config.get("_class_name", "no folder of a network")
+        expected = "a ControlNetModel's folder or hub id, or a built-in one"
+        raise ModelError(f"{folder} is {kind}. Expected {expected}: {', '.join(BUILT_IN)}.")
+    differences = _differences(config, unet, pixels_per_latent)
+    if differences:
         raise ModelError(
-            f"{folder} is a ControlNet for another model: {'; '.join(wrong)}. Use one made for this."
+            f"{folder} is a ControlNet for another model: {'; '.join(differences)}. "
+            "Use one made for this."
         )
     return _load(folder.resolve(), unet.device, unet.dtype)
 
 
+def _control_folder(name: str) -> Path:
+    """Return the local folder of a ControlNet, fetched from the hub if it is a hub id."""
+    folder = BUILT_IN.get(name, Path(name))
+    if folder.exists() or "/" not in name:
+        return folder
+    return fetch(name, only=("*.json", "*.safetensors"), holding=_CONFIG)
+
+
+def _differences(
+    config: dict[str, Any], unet: UNet2DConditionModel, pixels_per_latent: int
+) -> list[str]:
+    """Say where a ControlNet's config differs from what its UNet needs."""
+    # The picture is halved once between two neighbouring widths of its embedding.
+    halvings = len(config["conditioning_embedding_out_channels"]) - 1
+    given = {"in_channels": 4, **config, "pixels_per_latent": 2**halvings}
+    # A ControlNet takes latents alone, also where the UNet takes a mask too.
+    needed = {
+        **unet.config,
+        "in_channels": unet.config.out_channels,
+        "pixels_per_latent": pixels_per_latent,
+    }
+    differences = []
+    for key in SHARED_CONFIG:
+        has = json.dumps(given.get(key))
+        needs = json.dumps(needed[key])
+        if has != needs:
+            differences.append(f"{key} {has}, expected {needs}")
+    return differences
+
+
 @lru_cache(maxsize=4)
 def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlNetModel:
-    form = {"torch_dtype": dtype, "variant": weights_variant(folder)}
-    network = ControlNetModel.from_pretrained(folder, use_safetensors=True, **form)
+    network = ControlNetModel.from_pretrained(
+        folder, use_safetensors=True, torch_dtype=dtype, variant=weights_variant(folder)
+    )
     return network.to(device).eval().requires_grad_(False)

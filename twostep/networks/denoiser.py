@@ -1,16 +1,16 @@
-"""A network with its schedule and prediction type: (x_t, t, conditioning) -> Prediction.
+"""A backbone with its schedule and prediction type: (x_t, t, conditioning) -> Prediction.
 
-Times are those of `diffusion` (1..T); the network is fed t - 1. Feeding T - 1 together with pure
-noise is the fixed schedule of arXiv 2402.13929, section 3.5. Training loops, adapters and samplers
-are unknown here.
+Times are those of `diffusion`, 1..T. What the backbone is given is the time that it was trained to
+read, t - 1. Feeding T - 1 together with pure noise is the fixed schedule of section 3.5 of arXiv
+2402.13929.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
-from diffusers import UNet2DConditionModel
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from twostep.diffusion import (
     Denoise,
@@ -20,100 +20,120 @@ from twostep.diffusion import (
     guide,
     prediction_from_output,
 )
-from twostep.diffusion.shapes import Latents, Times
-from twostep.networks.adapters import at_work, merge
+from twostep.diffusion.shapes import Batch, Times
+from twostep.networks import backbone as backbones
+from twostep.networks.adapters import activated
+from twostep.networks.backbone import Backbone
 from twostep.networks.conditioning import Conditioning
-from twostep.networks.control import residuals
 
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """An SDXL-type UNet that answers in x0 and eps, whatever it predicts.
+    """A backbone that answers in x0 and eps, whatever it predicts.
 
-    Several denoisers may share one network, each with another LoRA of it at work, or, as `lora`
-    None, with none.
+    Several denoisers may share one network, each with another LoRA at work.
+
+    Args:
+        backbone: The network to call.
+        schedule: Signal and noise at every time.
+        prediction_type: What the network's output means.
+        lora: The name of the LoRA that is at work in a call; None for the network alone.
     """
 
-    network: UNet2DConditionModel
+    backbone: Backbone
     schedule: VariancePreserving
     prediction_type: PredictionType = "eps"
     lora: str | None = None
 
-    def __call__(self, x_t: Latents, t: Times, conditioning: Conditioning) -> Prediction:
-        """Predict x0 and eps of x_t at times t in 1..T; computed in float32 after the network."""
-        index, added = t.to(x_t.device) - 1, _added(conditioning)
-        x, text = _fed(self.network, x_t, conditioning.text)
-        with at_work(self.network, self.lora):
-            acting = [hint for hint in conditioning.hints if int(t[0]) in hint.times]
-            more = residuals(acting, x, index, text, added) if acting else {}
-            if conditioning.known is not None:
-                x = torch.cat([x, conditioning.known.to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
-            output = self.network(
-                x, index, text, added_cond_kwargs=added, return_dict=False, **more
-            )[0]
-        alpha, sigma = self.schedule.coefficients(t, x_t)
-        return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
+    @property
+    def network(self) -> nn.Module:
+        """The module that holds the backbone's weights."""
+        return backbones.module_of(self.backbone)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; diffusers' own `device` walks through all modules every time."""
-        found: torch.device = self.network.conv_in.weight.device
-        return found
+        """Where the weights are."""
+        return next(self.network.parameters()).device
 
-    def standalone(self) -> UNet2DConditionModel:
-        """Return a copy of the network that computes the same by itself: with its LoRA merged in,
-        and none on it.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the network's own weights; those of a LoRA may be another."""
+        return next(self.network.parameters()).dtype
+
+    def __call__(self, x_t: Batch, t: Times, conditioning: Conditioning) -> Prediction:
+        """Predict x0 and eps.
+
+        Args:
+            x_t: Noisy latents [batch, ...] on the network's device.
+            t: Times in 1..T, one per item; cheapest on the CPU.
+            conditioning: What the latents are to show, for as many items. Its ControlNets act if
+                they do at the first item's time.
+
+        Returns:
+            The prediction in the precision of `x_t`, whatever the network computes in.
         """
-        return merge(self.network, self.lora)
+        time = self._network_time(x_t, t)
+        if conditioning.hints:
+            conditioning = conditioning.acting_at(float(t[0]))
+        # LoRAs are switched in the module itself, so threads that share it take turns.
+        with activated(self.network, self.lora):
+            output = self.backbone(x_t, time, conditioning)
+        alpha, sigma = self.schedule.coefficients(t, x_t)
+        return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
+
+    def features(self, x_t: Batch, t: Times, conditioning: Conditioning) -> list[Tensor]:
+        """Return the backbone's features of `x_t` at times `t` in 0..T, the deepest last.
+
+        Raises BackboneError if the backbone has no features.
+        """
+        time = self._network_time(x_t, t)
+        with activated(self.network, self.lora):
+            return backbones.features(self.backbone, x_t, time, conditioning)
+
+    def with_network(self, network: nn.Module) -> Denoiser:
+        """Return the same denoiser on another module of the same architecture."""
+        return replace(self, backbone=backbones.with_module(self.backbone, network))
+
+    def standalone(self) -> Denoiser:
+        """Return a float32 copy that computes the same by itself, with its LoRA merged in."""
+        copied = backbones.standalone(self.backbone, self.lora)
+        return replace(self, backbone=copied, lora=None)
+
+    def encoder_copy(self) -> Denoiser:
+        """Return a float32 copy that only offers `features`, with its LoRA merged in."""
+        copied = backbones.encoder_copy(self.backbone, self.lora)
+        return replace(self, backbone=copied, lora=None)
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Switch gradient checkpointing on or off; BackboneError where it cannot be switched on."""
+        backbones.checkpoint_gradients(self.backbone, enabled)
 
     def with_conditioning(self, conditioning: Conditioning) -> Denoise:
-        """Close over the conditioning, as `solve` wants it."""
+        """Return the function (x_t, t) -> Prediction that `solve` follows."""
         return lambda x_t, t: self(x_t, t, conditioning)
 
     def with_guidance(
-        self, conditioning: Conditioning, unconditional: Conditioning, scale: float
+        self, positive: Conditioning, negative: Conditioning, scale: float
     ) -> Denoise:
-        """Close over both conditionings with classifier-free guidance (arXiv 2207.12598), both in
-        one call.
+        """Return the same with classifier-free guidance (arXiv 2207.12598).
+
+        Both conditionings are computed in one call of twice the batch. A scale of 1 is no
+        guidance, and calls the network with `positive` alone.
         """
         if scale == 1:
-            return self.with_conditioning(conditioning)
-        both = Conditioning.cat([unconditional, conditioning])
+            return self.with_conditioning(positive)
+        both = Conditioning.cat([negative, positive])
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            answer = self(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-            (x0_without, x0_with), (eps_without, eps_with) = answer.x0.chunk(2), answer.eps.chunk(2)
-            return guide(Prediction(x0_with, eps_with), Prediction(x0_without, eps_without), scale)
+            prediction = self(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            x0_negative, x0_positive = prediction.x0.chunk(2)
+            eps_negative, eps_positive = prediction.eps.chunk(2)
+            return guide(
+                Prediction(x0_positive, eps_positive), Prediction(x0_negative, eps_negative), scale
+            )
 
         return denoise
 
-
-def encoder_features(
-    network: UNet2DConditionModel, x_t: Latents, t: Times, conditioning: Conditioning
-) -> Float[Tensor, "batch features fh fw"]:
-    """Run the UNet's encoder and mid-block alone, at times t in 0..T; the decoder need not exist."""
-    index = (t.to(x_t.device) - 1).clamp(min=0)
-    x, text = _fed(network, x_t, conditioning.text)
-    embedding = network.time_embedding(network.get_time_embed(sample=x, timestep=index))
-    embedding = embedding + network.get_aug_embed(
-        emb=embedding, encoder_hidden_states=text, added_cond_kwargs=_added(conditioning)
-    )
-    hidden = network.conv_in(x)
-    for block in network.down_blocks:
-        told = (
-            {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-        )
-        hidden, _ = block(hidden_states=hidden, temb=embedding, **told)
-    features: Tensor = network.mid_block(hidden, embedding, encoder_hidden_states=text)
-    return features
-
-
-def _fed(network: UNet2DConditionModel, *inputs: Tensor) -> list[Tensor]:
-    """Return inputs in the precision of the network's weights; SDXL's sizes stay exact, for it
-    embeds them itself.
-    """
-    return [x.to(network.conv_in.weight.dtype) for x in inputs]
-
-
-def _added(conditioning: Conditioning) -> dict[str, Tensor]:
-    return {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
+    def _network_time(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the times as the network reads them, where it is; clean latents are read at 0."""
+        return (t.to(x_t.device) - 1).clamp(min=0)

@@ -109,6 +109,10 @@ def _position(target: list[Any], part: str, key: str) -> int:
 def _explain(problem: Any, model: type[BaseModel], path: Path) -> str:
     """Say where a recipe does not fit its model, and what would."""
     place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        # A check of our own, which says what was given.
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{path}: {place}: {message}." if place else f"{path}: {message}."
     if problem["type"] != "extra_forbidden":
         return f"{path}: {place or 'recipe'}: {problem['msg']} (given: {problem['input']!r})"
     schema = model.model_json_schema()
