@@ -193,6 +193,7 @@ def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
     kind = kind_of(checkpoint)
     base_path = None if base == NO_BASE else _path(f"checkpoints/{base}")
     contract = read_contract(checkpoint, base_path)
+    steps_of_noise = sigmas(contract)
     model = clip = vae = None
     whole = path if kind == "checkpoint" else base_path
     if whole is not None:
@@ -206,7 +207,7 @@ def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
         _sampled(model, contract.prediction_type),
         clip,
         vae,
-        sigmas(contract),
+        steps_of_noise,
         contract.steps,
         contract.guidance,
     )

@@ -134,9 +134,15 @@ def teacher_contract(file: Path | Checkpoint) -> Contract:
 
 
 def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
-    """Return sigma / alpha at the contract's trailing times, falling, and 0 at the end: what
-    SamplerCustom follows.
+    """Return sigma / alpha at the contract's trailing times, falling, and 0 at the end.
+
+    SamplerCustom follows them. Raises ContractError for a rectified flow.
     """
+    if contract.prediction_type not in PREDICTIONS:
+        raise ContractError(
+            f"{contract.name} predicts {contract.prediction_type}, which these nodes do not "
+            f"sample; they know {', '.join(PREDICTIONS)}. Draw with it in twostep."
+        )
     schedule = VariancePreserving.scaled_linear()
     times = torch.tensor([*trailing_times(contract.steps, schedule), 0])
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
@@ -208,10 +214,10 @@ def explain(file: Path | Checkpoint) -> str:
     what = KIND_WORDS[kind_of(checkpoint)]
     if contract.lora_rank is not None:
         what += f" of rank {contract.lora_rank} and alpha {contract.lora_alpha:g}"
-    sampling = SAMPLINGS[contract.prediction_type]
     values = [f"{value:.4f}" for value in sigmas(contract).tolist()[:_MAX_SIGMAS_SHOWN]]
     if contract.steps >= _MAX_SIGMAS_SHOWN:
         values.append("...")
+    sampling = SAMPLINGS[contract.prediction_type]
     sizes = [f"{width}x{height}" for width, height in contract.sizes[:_MAX_SIZES_SHOWN]]
     origin = "none: derived from what is in the file"
     if carried is not None:

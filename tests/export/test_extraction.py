@@ -48,7 +48,7 @@ def test_a_change_of_low_rank_is_given_back(shape: torch.Size) -> None:
 
 
 def test_a_merged_lora_comes_out_again(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
-    """Text encoders too; of float32 models, so that the sum of weight and change is exact enough."""
+    """Text encoders too; in float32, so that the sum of weight and change is exact enough."""
     tuned, out = small_bundle(), tmp_path / "lora.safetensors"
     merge_lora(random_lora(tuned), tuned.parts)
     assemble(tuned, timestep_spacing="trailing").save_pretrained(tmp_path / "tuned")

@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def num_right(pictures: torch.Tensor, prompts: list[str]) -> int:
-    """Count the pictures without any fault that the judge sees; one with two faults counts as two."""
+    """Count the pictures without faults that the judge sees; two faults in one count twice."""
     judge = load_judge()
     report = evaluate(
         pictures,

@@ -163,6 +163,7 @@ def _export_lora(lora: Checkpoint, to: str, out: Path, base: str | None, card: C
         # Without a contract it is a style, which is sampled as its base is.
         contract = replace(resolve(str(base)).contract, name=lora.path.stem)
     tensors, more = write_lora(changes, networks, to.removeprefix("lora-"))
+    _check_file(contract, to)
     job = ExportJob(contract, to, out, networks["unet"], card)
     return job.write(tensors, more | metadata)
 
@@ -235,11 +236,7 @@ def _write_file(bundle: Bundle, job: ExportJob) -> Path:
     Returns the file. Raises ModelError for another family than SDXL, which such files have no names
     for, and for weights that are not finite in 16 bits.
     """
-    if not is_sdxl(job.contract):
-        raise ModelError(
-            f"{job.contract.name} is no SDXL model, and {job.to} files have names for SDXL alone. "
-            "Export it to diffusers, which writes the folder of its own family."
-        )
+    _check_file(job.contract, job.to)
     weights = bundle.denoiser.network.state_dict()
     if job.to == "comfyui":
         weights = whole_weights({**bundle.parts, "vae": autoencoder(bundle)})
@@ -252,6 +249,20 @@ def _write_file(bundle: Bundle, job: ExportJob) -> Path:
     if job.to == "comfyui" and job.contract.prediction_type == "v":
         halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
     return job.write(halves, job.contract.to_metadata())
+
+
+def _check_file(contract: Contract, to: str) -> None:
+    """Raise ModelError unless single files have names and words for a model."""
+    if not is_sdxl(contract):
+        raise ModelError(
+            f"{contract.name} is no SDXL model, and {to} files have names for SDXL alone. Export "
+            "it to diffusers, which writes the folder of its own family."
+        )
+    if contract.prediction_type == "flow":
+        raise ModelError(
+            f"{contract.name} predicts flow, which programs that read {to} files do not expect of "
+            "SDXL. Export it to diffusers."
+        )
 
 
 def stamp(file: bytes, out: Path, metadata: Mapping[str, str], names: Naming | None = None) -> None:

@@ -7,7 +7,12 @@ PREDICTION_TYPES: dict[str, PredictionType] = {
     "v_prediction": "v",
     "sample": "x0",
 }
-"""Our prediction types by diffusers' `prediction_type`."""
+"""Our prediction types by diffusers' `prediction_type`, as SDXL's scheduler configs have it."""
 
-DIFFUSERS_NAMES: dict[PredictionType, str] = {kind: name for name, kind in PREDICTION_TYPES.items()}
+DIFFUSERS_NAMES: dict[PredictionType, str] = {
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "x0": "sample",
+    "flow": "flow_prediction",
+}
 """diffusers' `prediction_type` by ours."""

@@ -84,10 +84,9 @@ def family_of(contract: Contract) -> Family:
 
     Raises ModelError if no such family is registered.
     """
-    name = contract.family
-    if ":" in name:
-        raise ModelError(f"{contract.name}: {_unknown(name)}")
-    return find_family(name)
+    if ":" in contract.family:
+        raise ModelError(f"{contract.name}: {_unknown(contract.family)}")
+    return find_family(contract.family)
 
 
 def _imported(name: str, module: str, attribute: str) -> Family:

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract, VariancePreservingSpec
+from twostep.contract import Contract, RectifiedFlowSpec
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
@@ -72,7 +72,7 @@ class SdxlFamily:
         return Bundle(
             denoiser=Denoiser(
                 SdxlUnet(_load_unet(folder.path, weights, student, contract)),
-                load_schedule(folder.path),
+                load_schedule(folder.path, contract),
                 contract.prediction_type,
             ),
             codec=load_codec(folder.path, weights),
@@ -87,30 +87,17 @@ class SdxlFamily:
 
         Every SDXL pipeline loads it. Raises ModelError for a bundle with parts that are not SDXL's.
         """
-        schedule = bundle.contract.schedule
-        if not isinstance(schedule, VariancePreservingSpec):
-            raise ModelError(
-                f"SDXL's schedule preserves variance; that of this model is {schedule}."
-            )
         text = text_encoders(bundle)
         tokenizer, tokenizer_2 = text.tokenizers
         networks = {**bundle.parts, "vae": autoencoder(bundle)}
         with quiet_transformers():
-            from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+            from diffusers import StableDiffusionXLPipeline
 
-            scheduler = EulerDiscreteScheduler(
-                num_train_timesteps=schedule.num_times,
-                beta_schedule=schedule.betas,
-                beta_start=schedule.beta_start,
-                beta_end=schedule.beta_end,
-                timestep_spacing="trailing",
-                prediction_type=DIFFUSERS_NAMES[bundle.contract.prediction_type],
-            )
             pipeline = StableDiffusionXLPipeline(
                 **{name: _in_half_precision(network) for name, network in networks.items()},
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
-                scheduler=scheduler,
+                scheduler=_diffusers_scheduler(bundle.contract),
                 force_zeros_for_empty_prompt=text.zeros_for_empty,
                 add_watermarker=False,
             )
@@ -138,9 +125,25 @@ class SdxlFamily:
         return path
 
 
+def _diffusers_scheduler(contract: Contract) -> Any:
+    """Return the scheduler with which diffusers samples as a contract says."""
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    if isinstance(contract.schedule, RectifiedFlowSpec):
+        return FlowMatchEulerDiscreteScheduler(shift=contract.schedule.shift)
+    return EulerDiscreteScheduler(
+        num_train_timesteps=contract.schedule.num_times,
+        beta_schedule=contract.schedule.betas,
+        beta_start=contract.schedule.beta_start,
+        beta_end=contract.schedule.beta_end,
+        timestep_spacing="trailing",
+        prediction_type=DIFFUSERS_NAMES[contract.prediction_type],
+    )
+
+
 def is_sdxl(contract: Contract) -> bool:
     """Tell whether a contract is that of a model of SDXL's family."""
-    return True
+    return contract.family == SdxlFamily.name
 
 
 def text_encoders(bundle: Bundle) -> TextEncoders:

@@ -1,5 +1,6 @@
 """The networks of an SDXL model folder, made by their configs and loaded with weights."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from twostep.contract import TOP_TIME
-from twostep.diffusion import VariancePreserving
+from twostep.contract import TOP_TIME, Contract, RectifiedFlowSpec
+from twostep.diffusion import VariancePreserving, make_schedule
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.locate import CONFIGS, INDEX_FILE, ModelError, read_json
 from twostep.formats.single_file import PARTS, FolderFiles, Weights, find_single_file
@@ -83,11 +84,15 @@ def load_text(folder: Path, weights: Weights | None = None) -> TextEncoders:
     )
 
 
-def load_schedule(folder: Path) -> VariancePreserving:
-    """Read the noise schedule of a model folder.
+def load_schedule(folder: Path, contract: Contract) -> Any:
+    """Return the `diffusion.Schedule` of a model.
 
-    Raises ModelError unless it has linear or scaled linear betas over T = 1000 times.
+    A rectified flow stands in the contract. Variance-preserving schedules are read from the
+    scheduler's config, which every folder has. Raises ModelError unless it has linear or scaled
+    linear betas over T = 1000 times.
     """
+    if isinstance(contract.schedule, RectifiedFlowSpec):
+        return make_schedule(**asdict(contract.schedule))
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     betas = config.get("beta_schedule", "linear")
     num_times = config.get("num_train_timesteps", TOP_TIME)
