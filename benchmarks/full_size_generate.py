@@ -28,11 +28,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.diffusion import VariancePreserving
-from twostep.formats.locate import INDEX_FILE, LIGHTNING, official_file
+from twostep.formats.contracts import official_contract
+from twostep.formats.lightning import LIGHTNING, official_file
+from twostep.formats.locate import INDEX_FILE
 from twostep.formats.single_file import SDXL_BASE
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import official_contract
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.pipeline.generation import generate
@@ -106,7 +108,7 @@ def random_vae() -> AutoencoderKL:
 
 def random_bundle(steps: int) -> Bundle:
     """Return the student of so many steps as if its official file had been loaded."""
-    contract = official_contract(Path(str(official_file(LIGHTNING[0], steps))))
+    contract = official_contract(str(official_file(LIGHTNING[0], steps)))
     assert contract is not None
     vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     denoiser = Denoiser(

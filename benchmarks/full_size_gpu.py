@@ -33,7 +33,8 @@ from twostep.distill.plan import plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
 from twostep.formats.locate import CONTRACT_FILE, WEIGHTS
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.training.device import find_device

@@ -30,7 +30,8 @@ from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.judge import BUILT_IN, load_judge
 from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.control import Hint, load_control
 from twostep.pretrain.control import PLACEMENT, hints_of
 from twostep.pretrain.drawings import EmojiSet, lay_on, load_emoji, place_drawings

@@ -29,8 +29,7 @@ from twostep.evaluate.attributes import Attributes
 from twostep.evaluate.judge import load_judge
 from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
-from twostep.models.bundle import load_bundle
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 from twostep.pretrain.captions import Omission, with_article
 from twostep.pretrain.drawings import load_emoji

@@ -39,9 +39,10 @@ from examples.contact_sheet import contact_sheet
 from twostep.diffusion import Denoise, VariancePreserving, guide, initial_noise, sample
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.metrics import Report, evaluate
+from twostep.formats import resolve
 from twostep.formats.locate import find_model
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pretrain.drawings import EmojiSet, load_emoji
 
 CHUNK = 128
@@ -188,7 +189,7 @@ def model_rows(model: str) -> list[Row]:
 def lora_rows(model: str) -> list[Row]:
     """The students that the model also has as LoRAs."""
     contracts = {
-        path: file_contract(path)
+        path: resolve(path).contract
         for path in (find_model(model) / "students").glob("*_lora.safetensors")
     }
     return [

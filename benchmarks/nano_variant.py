@@ -28,7 +28,7 @@ from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.likeness import looks
 from twostep.evaluate.metrics import evaluate
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
 from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import load_emoji

@@ -21,8 +21,9 @@ import typer
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from twostep.diffusion import initial_noise, trailing_times
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import DIFFUSERS_NAMES
+from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

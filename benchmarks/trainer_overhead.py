@@ -36,7 +36,8 @@ from twostep.distill.pairs import trained_times
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
 from twostep.evaluate.attributes import STYLES
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.drawings import built_in_concepts

@@ -1,10 +1,11 @@
-"""Workflows: checked against node definitions, and laid out for the page.
+"""Workflows: checked against node definitions, and laid out for ComfyUI's page.
 
-A workflow has two forms. In the API's, a node is `{"class_type": .., "inputs": {name: value or
-[node, output]}}`; in the page's, nodes have places, numbered links and their widgets' values in
-order (version 0.4). Definitions have the shape of ComfyUI's own `/object_info`, so what it answers
-can be used here too; `definitions.json` holds those of the nodes that our workflows use. `python -m
-comfyui.graph` lays `workflows/api/*.json` out beside that folder.
+A workflow has two forms. In the API's form a node is `{"class_type": .., "inputs": {name: value or
+[node, output]}}`. In the page's form (version 0.4) nodes have places, numbered links, and the
+values of their widgets in order. Definitions have the shape of ComfyUI's own `/object_info`, so
+that its answers can be used here too; `definitions.json` holds those of the nodes in our workflows.
+
+`python -m comfyui.graph` lays `workflows/api/*.json` out beside that folder.
 """
 
 from __future__ import annotations
@@ -15,124 +16,170 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+
 ANY = "*"
 """The type of an input that takes whatever there is."""
 
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 PYTHON_TYPES = {"INT": int, "FLOAT": int | float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
-COLUMN, ROW, SIZE = 420, 300, (340, 200)
+"""The types of inputs that are typed into a widget, and the Python types of their values."""
+
+WIDGETS = tuple(PYTHON_TYPES)
+
+COLUMN = 420
+ROW = 300
+SIZE = (340, 200)
+"""The distances and the size of nodes on the page, in its pixels."""
+
+MARGIN = 60
 
 Workflow = dict[str, Any]
 Definitions = Mapping[str, Any]
 
 
 def definitions() -> dict[str, Any]:
-    """Return the definitions of ComfyUI's own nodes that our workflows use, and of ours."""
-    found: dict[str, Any] = json.loads((HERE / "definitions.json").read_text(encoding="utf-8"))
-    return found
+    """Return the definitions of the nodes in our workflows, ComfyUI's own and ours."""
+    known: dict[str, Any] = json.loads((HERE / "definitions.json").read_text(encoding="utf-8"))
+    return known
 
 
 def problems(api: Workflow, known: Definitions) -> list[str]:
-    """List what ComfyUI would refuse in a workflow of the API's form: nodes, inputs, values, links
-    and their types.
+    """List what ComfyUI would refuse in a workflow of the API's form.
+
+    These are unknown nodes, missing or unknown inputs, wrong values, and links of the wrong type.
     """
-    found = []
+    listed = []
     for name, node in api.items():
         definition = known.get(node["class_type"])
         if definition is None:
-            found.append(f"node {name}: there is no {node['class_type']}")
-            continue
-        inputs, where = inputs_of(definition), f"node {name} ({node['class_type']})"
-        missing = set(definition["input"].get("required", {})) - set(node["inputs"])
-        found += [f"{where}: {each} is missing" for each in sorted(missing)]
-        for each, value in node["inputs"].items():
-            if each not in inputs:
-                found.append(f"{where}: has no input {each}")
-            elif is_link(value):
-                found += _link_problems(
-                    api, known, value, kind_of(inputs[each]), f"{where}: {each}"
-                )
-            else:
-                found += [
-                    f"{where}: {each} {problem}" for problem in _value_problems(value, inputs[each])
-                ]
+            listed.append(f"node {name}: there is no {node['class_type']}")
+        else:
+            listed += _node_problems(api, known, name, definition)
     if not any(known.get(node["class_type"], {}).get("output_node") for node in api.values()):
-        found.append("no node gives anything out")
-    return found
+        listed.append("no node gives anything out")
+    return listed
+
+
+def _node_problems(
+    api: Workflow, known: Definitions, name: str, definition: Mapping[str, Any]
+) -> list[str]:
+    """List what is wrong with the inputs of one node."""
+    node = api[name]
+    where = f"node {name} ({node['class_type']})"
+    inputs = inputs_of(definition)
+    missing = set(definition["input"].get("required", {})) - set(node["inputs"])
+    listed = [f"{where}: {each} is missing" for each in sorted(missing)]
+    for each, value in node["inputs"].items():
+        if each not in inputs:
+            listed.append(f"{where}: has no input {each}")
+        elif is_link(value):
+            wanted = kind_of(inputs[each])
+            listed += _link_problems(api, known, value, wanted, f"{where}: {each}")
+        else:
+            for problem in _value_problems(value, inputs[each]):
+                listed.append(f"{where}: {each} {problem}")
+    return listed
 
 
 def page_problems(page: Workflow, known: Definitions) -> list[str]:
-    """List what is wrong in a workflow of the page's form; its links must agree with themselves at
-    both ends.
+    """List what is wrong in a workflow of the page's form.
+
+    Its links must agree with the nodes at both ends; the rest is checked as by `problems`.
     """
     nodes = {node["id"]: node for node in page["nodes"]}
-    found = []
+    listed = []
     for number, start, output, end, place, kind in page["links"]:
-        out, into = nodes[start]["outputs"][output], nodes[end]["inputs"][place]
-        agree = out["type"] == kind and into["type"] in (kind, ANY) and into["link"] == number
-        if not agree or number not in (out["links"] or []):
-            found.append(f"link {number} of {kind}: {out} and {into} do not agree")
-    used = [
-        entry["link"]
-        for node in nodes.values()
-        for entry in node["inputs"]
-        if entry["link"] is not None
-    ]
-    if sorted(used) != sorted(link[0] for link in page["links"]):
-        found.append(
-            f"links {sorted(used)} are used, {sorted(link[0] for link in page['links'])} are there"
-        )
+        source = nodes[start]["outputs"][output]
+        target = nodes[end]["inputs"][place]
+        agree = source["type"] == kind and target["type"] in (kind, ANY)
+        if not agree or target["link"] != number or number not in (source["links"] or []):
+            listed.append(f"link {number} of {kind}: {source} and {target} do not agree")
+    entries = [entry for node in nodes.values() for entry in node["inputs"]]
+    used = sorted(entry["link"] for entry in entries if entry["link"] is not None)
+    there = sorted(link[0] for link in page["links"])
+    if used != there:
+        listed.append(f"links {used} are used, {there} are there")
     for node in nodes.values():
         outputs = [(output["name"], output["type"]) for output in node["outputs"]]
         definition = known.get(node["type"], {"output": [], "output_name": []})
         if outputs != list(zip(definition["output_name"], definition["output"], strict=True)):
-            found.append(f"node {node['id']} ({node['type']}): has outputs {outputs}")
-    return found + problems(from_page(page, known), known)
+            listed.append(f"node {node['id']} ({node['type']}): has outputs {outputs}")
+    return listed + problems(from_page(page, known), known)
 
 
 def to_page(api: Workflow, known: Definitions) -> Workflow:
-    """Lay a workflow of the API's form out for the page: a column for each step away from the
-    loaders.
+    """Lay a workflow of the API's form out for the page.
+
+    There is a column for each step away from the loaders.
     """
     depths = {name: _depth(api, name) for name in api}
-    order = sorted(api, key=lambda name: (depths[name], int(name)))
     rows: dict[int, int] = {}
     nodes: dict[str, Workflow] = {}
     links: list[list[Any]] = []
-    for place, name in enumerate(order):
-        depth, kind = depths[name], api[name]["class_type"]
-        rows[depth] = rows.get(depth, -1) + 1
-        outputs = zip(known[kind]["output_name"], known[kind]["output"], strict=True)
-        nodes[name] = {
-            "id": int(name),
-            "type": kind,
-            "pos": [60 + COLUMN * depth, 60 + ROW * rows[depth]],
-            "size": list(SIZE),
-            "flags": {},
-            "order": place,
-            "mode": 0,
-            "inputs": [],
-            "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
-            "properties": {"Node name for S&R": kind},
-            "widgets_values": _widget_values(api[name], known[kind]),
-        }
-        for each, spec in inputs_of(known[kind]).items():
-            value = api[name]["inputs"].get(each)
-            if kind_of(spec) in WIDGETS and not is_link(value):
-                continue
-            entry: Workflow = {"name": each, "type": kind_of(spec), "link": None}
-            if kind_of(spec) in WIDGETS:
-                entry["widget"] = {"name": each}
-            if is_link(value):
-                start, output = value
-                entry["link"] = len(links) + 1
-                nodes[start]["outputs"][output]["links"].append(entry["link"])
-                ends = [int(start), output, int(name), len(nodes[name]["inputs"])]
-                links.append([entry["link"], *ends, nodes[start]["outputs"][output]["type"]])
-            nodes[name]["inputs"].append(entry)
-    numbers = {"last_node_id": max(map(int, api)), "last_link_id": len(links)}
-    rest = {"groups": [], "config": {}, "extra": {}, "version": 0.4}
-    return {**numbers, "nodes": list(nodes.values()), "links": links, **rest}
+    for order, name in enumerate(sorted(api, key=lambda name: (depths[name], int(name)))):
+        depth = depths[name]
+        row = rows.get(depth, 0)
+        rows[depth] = row + 1
+        node = _page_node(name, api[name], known[api[name]["class_type"]])
+        node["pos"] = [MARGIN + COLUMN * depth, MARGIN + ROW * row]
+        node["order"] = order
+        nodes[name] = node
+        _connect(name, api[name], known[api[name]["class_type"]], nodes, links)
+    return {
+        "last_node_id": max(map(int, api)),
+        "last_link_id": len(links),
+        "nodes": list(nodes.values()),
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _page_node(name: str, node: Workflow, definition: Mapping[str, Any]) -> Workflow:
+    """Return a node of the page's form without links, at no place yet."""
+    kind = node["class_type"]
+    outputs = zip(definition["output_name"], definition["output"], strict=True)
+    return {
+        "id": int(name),
+        "type": kind,
+        "pos": [],
+        "size": list(SIZE),
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
+        "properties": {"Node name for S&R": kind},
+        "widgets_values": _widget_values(node, definition),
+    }
+
+
+def _connect(
+    name: str,
+    node: Workflow,
+    definition: Mapping[str, Any],
+    nodes: dict[str, Workflow],
+    links: list[list[Any]],
+) -> None:
+    """Add the inputs of a node to the page, and their links, which are numbered from 1."""
+    for each, spec in inputs_of(definition).items():
+        value = node["inputs"].get(each)
+        is_widget = kind_of(spec) in WIDGETS
+        if is_widget and not is_link(value):
+            continue  # its value stands in the widget
+        entry: Workflow = {"name": each, "type": kind_of(spec), "link": None}
+        if is_widget:
+            entry["widget"] = {"name": each}
+        if is_link(value):
+            start, output = value
+            source = nodes[start]["outputs"][output]
+            number = len(links) + 1
+            entry["link"] = number
+            source["links"].append(number)
+            place = len(nodes[name]["inputs"])
+            links.append([number, int(start), output, int(name), place, source["type"]])
+        nodes[name]["inputs"].append(entry)
 
 
 def from_page(page: Workflow, known: Definitions) -> Workflow:
@@ -140,27 +187,31 @@ def from_page(page: Workflow, known: Definitions) -> Workflow:
     links = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
     api = {}
     for node in sorted(page["nodes"], key=lambda node: node["id"]):
-        definition = known.get(node["type"], {"input": {}})
-        names = [
-            name
-            for each, spec in inputs_of(definition).items()
-            if kind_of(spec) in WIDGETS
-            for name in ([each, None] if _is_rolled(spec) else [each])
-        ]
-        given = dict(zip(names, node.get("widgets_values", []), strict=True))
-        given |= {
-            entry["name"]: links[entry["link"]]
-            for entry in node["inputs"]
-            if entry["link"] is not None
-        }
-        inputs = {name: given[name] for name in inputs_of(definition) if name in given}
-        api[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+        inputs = inputs_of(known.get(node["type"], {"input": {}}))
+        values = dict(zip(_widget_names(inputs), node.get("widgets_values", []), strict=True))
+        for entry in node["inputs"]:
+            if entry["link"] is not None:
+                values[entry["name"]] = links[entry["link"]]
+        ordered = {name: values[name] for name in inputs if name in values}
+        api[str(node["id"])] = {"class_type": node["type"], "inputs": ordered}
     return api
 
 
+def _widget_names(inputs: Mapping[str, Any]) -> list[str | None]:
+    """List the inputs with widgets; None stands for the widget after a seed."""
+    names: list[str | None] = []
+    for name, spec in inputs.items():
+        if kind_of(spec) in WIDGETS:
+            names.append(name)
+            if _is_seed(spec):
+                names.append(None)
+    return names
+
+
 def inputs_of(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all inputs of a node by name: the type, or the choices, and what else is said of it."""
-    return {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
+    """Return all inputs of a node by name: each its type, or its choices, and its options."""
+    inputs = definition["input"]
+    return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
 def kind_of(spec: list[Any]) -> str:
@@ -173,63 +224,71 @@ def is_link(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
-def _said_of(spec: list[Any]) -> dict[str, Any]:
+def _options(spec: list[Any]) -> dict[str, Any]:
+    """Return what a definition says of an input beside its type: default, bounds, choices."""
     return spec[1] if len(spec) > 1 else {}
 
 
-def _is_rolled(spec: list[Any]) -> bool:
-    """A seed's widget is followed by one that says what becomes of it after every run."""
-    return bool(_said_of(spec).get("control_after_generate"))
+def _is_seed(spec: list[Any]) -> bool:
+    """Tell whether a widget follows that says what becomes of the value after every run."""
+    return bool(_options(spec).get("control_after_generate"))
 
 
 def _link_problems(
     api: Workflow, known: Definitions, link: list[Any], wanted: str, where: str
 ) -> list[str]:
+    """List what is wrong with a link; `wanted` is the type of the input that it goes to."""
     start, output = link
     if start not in api:
         return [f"{where} comes from node {start}, which is not there"]
     if api[start]["class_type"] not in known:
-        return []  # told of that node already
+        return []  # that node itself is listed
     given = known[api[start]["class_type"]]["output"]
     if not 0 <= output < len(given):
         return [f"{where} comes from output {output} of node {start}, which has {len(given)}"]
-    return (
-        []
-        if wanted in (given[output], ANY)
-        else [f"{where} is {wanted}, node {start} gives {given[output]}"]
-    )
+    if wanted not in (given[output], ANY):
+        return [f"{where} is {wanted}, node {start} gives {given[output]}"]
+    return []
 
 
 def _value_problems(value: object, spec: list[Any]) -> list[str]:
-    kind, said = kind_of(spec), _said_of(spec)
+    """List what is wrong with a value that was typed into a widget."""
+    kind = kind_of(spec)
+    options = _options(spec)
     if kind not in WIDGETS:
         return [f"is {kind} and needs a link"]
-    if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
+    is_misplaced_bool = isinstance(value, bool) and kind != "BOOLEAN"
+    if not isinstance(value, PYTHON_TYPES[kind]) or is_misplaced_bool:
         return [f"is {kind}, not {value!r}"]
-    choices = spec[0] if isinstance(spec[0], list) else said.get("options", [])
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options", [])
     if kind == "COMBO" and choices and value not in choices:
         return [f"is none of {', '.join(map(str, choices))}: {value!r}"]
-    if kind in ("INT", "FLOAT") and not said.get("min", value) <= value <= said.get("max", value):
-        return [f"lies in {said.get('min')}..{said.get('max')}, not at {value!r}"]
+    lowest = options.get("min", value)
+    highest = options.get("max", value)
+    if kind in ("INT", "FLOAT") and not lowest <= value <= highest:
+        return [f"lies in {options.get('min')}..{options.get('max')}, not at {value!r}"]
     return []
 
 
 def _depth(api: Workflow, name: str) -> int:
+    """Return how many nodes lie between a node and the farthest loader that it depends on."""
     starts = [value[0] for value in api[name]["inputs"].values() if is_link(value)]
     return 1 + max((_depth(api, start) for start in starts), default=-1)
 
 
 def _widget_values(node: Workflow, definition: Mapping[str, Any]) -> list[Any]:
+    """List the values of a node's widgets; what comes by a link has its default there."""
+    required = definition["input"].get("required", {})
     values = []
     for name, spec in inputs_of(definition).items():
-        if kind_of(spec) in WIDGETS and (
-            name in node["inputs"] or name in definition["input"].get("required", {})
-        ):
-            value = node["inputs"].get(name)
-            values += [
-                _said_of(spec).get("default", "") if value is None or is_link(value) else value
-            ]
-            values += ["fixed"] if _is_rolled(spec) else []
+        if kind_of(spec) not in WIDGETS or (name not in node["inputs"] and name not in required):
+            continue
+        value = node["inputs"].get(name)
+        if value is None or is_link(value):
+            value = _options(spec).get("default", "")
+        values.append(value)
+        if _is_seed(spec):
+            values.append("fixed")
     return values
 
 
@@ -237,9 +296,8 @@ def main() -> None:
     """Write the page's form of every workflow."""
     for path in sorted((HERE / "workflows" / "api").glob("*.json")):
         page = to_page(json.loads(path.read_text(encoding="utf-8")), definitions())
-        (path.parent.parent / path.name).write_text(
-            json.dumps(page, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(page, indent=2) + "\n"
+        (path.parent.parent / path.name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The nodes: a loader, a switch between students, an inspector. What is known of sampling stands in
-`sampling`.
+"""The nodes: a loader, a switch between students, and an inspector.
+
+They put what `sampling` knows into ComfyUI's terms.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
+
+from twostep.formats import resolve
 
 from .sampling import FOLDERS, PREDICTIONS, explain, kind_of, read_contract, sigmas, student_beside
 
@@ -29,8 +32,11 @@ class TwostepLoader(io.ComfyNode):
             node_id="TwostepLoader",
             display_name="Twostep Loader",
             category=CATEGORY,
-            description="Reads the sampling contract of a checkpoint, UNet or LoRA: the model predicts what it was "
-            "trained to predict, and sigmas, steps and cfg are the ones it was made for.",
+            description=(
+                "Reads the sampling contract of a checkpoint, UNet or LoRA: the model predicts "
+                "what it was trained to predict, and sigmas, steps and cfg are the ones it was "
+                "made for."
+            ),
             inputs=[_file_input(), _base_input(), _strength_input()],
             outputs=_outputs(),
         )
@@ -56,8 +62,10 @@ class TwostepStudentSwitch(io.ComfyNode):
             node_id="TwostepStudentSwitch",
             display_name="Twostep Student Switch",
             category=CATEGORY,
-            description="Give any student of a family and the steps you want: the one that was trained for these is "
-            "found beside it by its contract.",
+            description=(
+                "Give any student of a family and the steps you want: the one that was trained "
+                "for these is found beside it by its contract."
+            ),
             inputs=[
                 _file_input(),
                 io.Int.Input(
@@ -77,12 +85,8 @@ class TwostepStudentSwitch(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str, steps: int, base: str, strength: float) -> object:
         """Look again when a student was added to the folder, or written anew."""
-        return (
-            tuple(_stamp(path) for path in _path(file).parent.glob("*.safetensors")),
-            steps,
-            base,
-            strength,
-        )
+        beside = _path(file).parent.glob("*.safetensors")
+        return tuple(_stamp(path) for path in beside), steps, base, strength
 
 
 class TwostepContract(io.ComfyNode):
@@ -95,7 +99,10 @@ class TwostepContract(io.ComfyNode):
             node_id="TwostepContract",
             display_name="Twostep Contract",
             category=CATEGORY,
-            description="Tells what a checkpoint, UNet or LoRA says of itself: steps, prediction, sizes, recipe.",
+            description=(
+                "Tells what a checkpoint, UNet or LoRA says of itself: steps, prediction, sizes, "
+                "recipe."
+            ),
             inputs=[_file_input()],
             outputs=[io.String.Output("contract", display_name="contract")],
             is_output_node=True,
@@ -104,8 +111,8 @@ class TwostepContract(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         """Read the contract."""
-        said = explain(_path(file))
-        return io.NodeOutput(said, ui={"text": (said,)})
+        explanation = explain(_path(file))
+        return io.NodeOutput(explanation, ui={"text": (explanation,)})
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> object:
@@ -122,26 +129,26 @@ class TwostepExtension(ComfyExtension):
 
 
 def _file_input() -> io.Combo.Input:
-    files = [
-        f"{folder}/{name}"
-        for folder in FOLDERS
-        for name in folder_paths.get_filename_list(folder)
-        if name.endswith(".safetensors")
-    ]
+    """Return the choice among all files of ComfyUI's model folders, as "folder/name"."""
+    files = []
+    for folder in FOLDERS:
+        for name in folder_paths.get_filename_list(folder):
+            if name.endswith(".safetensors"):
+                files.append(f"{folder}/{name}")
     return io.Combo.Input("file", options=files, tooltip="A checkpoint, a UNet alone, or a LoRA.")
 
 
 def _base_input() -> io.Combo.Input:
-    names = [
-        name
-        for name in folder_paths.get_filename_list("checkpoints")
-        if name.endswith(".safetensors")
-    ]
+    """Return the choice among whole checkpoints, or none."""
+    checkpoints = folder_paths.get_filename_list("checkpoints")
+    names = [name for name in checkpoints if name.endswith(".safetensors")]
     return io.Combo.Input(
         "base",
         options=[NO_BASE, *names],
         default=NO_BASE,
-        tooltip="The checkpoint that a LoRA goes on, and that lends a UNet its text encoders and VAE.",
+        tooltip=(
+            "The checkpoint that a LoRA goes on, and that lends a UNet its text encoders and VAE."
+        ),
     )
 
 
@@ -169,22 +176,26 @@ def _outputs() -> list[io.Output]:
 
 
 def _path(file: str) -> Path:
+    """Return where a file lies that was chosen as "folder/name"."""
     folder, _, name = file.partition("/")
     return Path(folder_paths.get_full_path_or_raise(folder, name))
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
+    """Return what changes when a file is written anew."""
     status = path.stat()
     return str(path), status.st_mtime_ns, status.st_size
 
 
 def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
     """Return model, text encoders, VAE, sigmas, steps and cfg of a file."""
+    checkpoint = resolve(path)
+    kind = kind_of(checkpoint)
     base_path = None if base == NO_BASE else _path(f"checkpoints/{base}")
-    contract = read_contract(path, base_path)
-    kind = kind_of(path)
+    contract = read_contract(checkpoint, base_path)
     model = clip = vae = None
-    if whole := path if kind == "checkpoint" else base_path:
+    whole = path if kind == "checkpoint" else base_path
+    if whole is not None:
         model, clip, vae = _checkpoint(whole, with_model=kind != "unet")
     if kind == "unet":
         model = comfy.sd.load_diffusion_model(str(path))
@@ -202,6 +213,7 @@ def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
 
 
 def _checkpoint(path: Path, *, with_model: bool) -> tuple[Any, ...]:
+    """Let ComfyUI load model, text encoders and VAE of a whole checkpoint."""
     return comfy.sd.load_checkpoint_guess_config(
         str(path),
         output_vae=True,
@@ -213,8 +225,9 @@ def _checkpoint(path: Path, *, with_model: bool) -> tuple[Any, ...]:
 
 def _sampled(model: Any, prediction_type: str) -> Any:
     """Return the model with the answers of its network read as what they are."""
-    schedule, reading = comfy.model_sampling.ModelSamplingDiscrete, PREDICTIONS[prediction_type]
-    sampling = type("ContractSampling", (schedule, getattr(comfy.model_sampling, reading)), {})
+    schedule = comfy.model_sampling.ModelSamplingDiscrete
+    reading = getattr(comfy.model_sampling, PREDICTIONS[prediction_type])
+    sampling = type("ContractSampling", (schedule, reading), {})
     model = model.clone()
     model.add_object_patch("model_sampling", sampling(model.model.model_config, zsnr=False))
     return model

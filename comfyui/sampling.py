@@ -4,6 +4,9 @@ prediction.
 ComfyUI counts noise as sigma / alpha of the variance-preserving schedule, the sigma of k-diffusion.
 A student's times are those of the trailing grid, so its sigmas are (sigma / alpha)(t) at T, .., T /
 N, and 0 at the end. Nothing here imports ComfyUI.
+
+A file is given as a path, or as the checkpoint that `twostep.formats.resolve` returned for it, so
+that several questions cost one look at the file.
 """
 
 from __future__ import annotations
@@ -14,15 +17,14 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float32
-from safetensors import safe_open
 from torch import Tensor
 
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import VariancePreserving, trailing_times
 from twostep.errors import TwostepError
-from twostep.formats.locate import ModelError
-from twostep.formats.single_file import NAMES, SingleFile, is_whole
-from twostep.models.contracts import SDXL, carried_contract, file_contract
+from twostep.formats import Checkpoint, ModelError, resolve
+from twostep.formats.contracts import SDXL
+from twostep.formats.single_file import NAMES, SingleFile
 from twostep.models.lora_stack import LoraFile
 
 Kind = Literal["checkpoint", "unet", "lora"]
@@ -45,69 +47,89 @@ KOHYA = ("lora_unet_", "lora_te")
 """How keys of LoRAs begin that ComfyUI reads in full; of PEFT's names it silently leaves most out.
 """
 
+_MAX_SIGMAS_SHOWN = 9
+_MAX_SIZES_SHOWN = 6
 
-def kind_of(path: Path) -> Kind:
-    """Tell by its tensors whether a file is a whole checkpoint, a UNet alone, or a LoRA."""
-    if any("lora" in key for key in keys_of(path)):
+
+def kind_of(file: Path | Checkpoint) -> Kind:
+    """Tell by its tensors whether a file is a whole checkpoint, a UNet alone, or a LoRA.
+
+    Raises ModelError for what is no safetensors file.
+    """
+    checkpoint = resolve(file)
+    if any("lora" in key for key in checkpoint.file.shapes):
         return "lora"
-    return "checkpoint" if is_whole(path) else "unet"
+    return "checkpoint" if checkpoint.is_whole else "unet"
 
 
-def keys_of(path: Path) -> list[str]:
-    """List a file's tensors without reading them; ModelError for what is no safetensors."""
-    carried_contract(path)  # says what is wrong with a file that is none
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
-
-
-def read_contract(path: Path, base: Path | None = None) -> Contract:
+def read_contract(file: Path | Checkpoint, base: Path | Checkpoint | None = None) -> Contract:
     """Return how a file is sampled, a LoRA on the checkpoint `base`.
 
-    A whole checkpoint that says nothing of itself is a teacher, and what it predicts is read from
-    it. ContractError for a LoRA that does not belong on that base; ModelError for a UNet or a LoRA
-    that carries no contract.
+    A whole checkpoint that carries no contract is a teacher, and what it predicts is read from it.
+    Raises ContractError for a LoRA that does not belong on that base, ModelError for a UNet or a
+    LoRA that carries no contract.
     """
-    kind = kind_of(path)
-    if not carried_contract(path):
+    checkpoint = resolve(file)
+    kind = kind_of(checkpoint)
+    if checkpoint.carried is None:
         if kind == "checkpoint":
-            return teacher_contract(path)
+            return teacher_contract(checkpoint)
         raise ModelError(
-            f"{path.name} carries no sampling contract, and its name is none of the official ones: how a "
-            f"{kind} alone is sampled cannot be seen from its weights. Load it with ComfyUI's own nodes, or write it "
-            "anew with `twostep export`."
+            f"{checkpoint.path.name} carries no sampling contract, and its name is none of the "
+            f"official ones: how a {kind} alone is sampled cannot be seen from its weights. Load "
+            "it with ComfyUI's own nodes, or write it anew with `twostep export`."
         )
     if kind != "lora":
-        return file_contract(path)
+        return checkpoint.carried
     if base is None:
         raise ContractError(
-            f"{path.name} is a LoRA: choose the checkpoint that it goes on as the base."
+            f"{checkpoint.path.name} is a LoRA: choose the checkpoint that it goes on as the base."
         )
-    if foreign := next((key for key in keys_of(path) if not key.startswith(KOHYA)), None):
-        raise ModelError(
-            f"{path.name} has names that ComfyUI reads only in part (as {foreign}). Write it for ComfyUI first: "
-            f"twostep export {path.name} --to lora-kohya --out for-comfyui.safetensors"
-        )
-    if kind_of(base) != "checkpoint":
+    _check_dialect(checkpoint)
+    return LoraFile(checkpoint).contract_on(_base_contract(resolve(base)))
+
+
+def _check_dialect(lora: Checkpoint) -> None:
+    """Raise ModelError unless ComfyUI reads all of a LoRA."""
+    name = lora.path.name
+    for key in lora.file.shapes:
+        if not key.startswith(KOHYA):
+            raise ModelError(
+                f"{name} has names that ComfyUI reads only in part (as {key}). Write it for "
+                f"ComfyUI first: twostep export {name} --to lora-kohya --out "
+                "for-comfyui.safetensors"
+            )
+
+
+def _base_contract(base: Checkpoint) -> Contract:
+    """Return the contract of the checkpoint that a LoRA goes on."""
+    kind = kind_of(base)
+    if kind != "checkpoint":
         raise ContractError(
-            f"{base.name} is {KIND_WORDS[kind_of(base)]}; a base is a whole checkpoint."
+            f"{base.path.name} is {KIND_WORDS[kind]}; a base is a whole checkpoint."
         )
-    told = file_contract(base) if carried_contract(base) else teacher_contract(base)
-    return LoraFile(path, 1.0, file_contract(path)).together(told)
+    return base.carried or teacher_contract(base)
 
 
-def teacher_contract(path: Path) -> Contract:
-    """Say of a whole SDXL checkpoint what it tells of itself; ModelError for any other file.
+def teacher_contract(file: Path | Checkpoint) -> Contract:
+    """Return the contract of a whole SDXL checkpoint that carries none.
 
-    Its configs are not needed: ComfyUI knows those of SDXL.
+    Its configs are not needed: ComfyUI knows those of SDXL. Raises ModelError for any other file.
     """
-    keys = keys_of(path)
-    if lacking := [part for part in NAMES if not any(key.startswith(part) for key in keys)]:
+    checkpoint = resolve(file)
+    header = checkpoint.file
+    lacking = [part for part in NAMES if not header.has(part)]
+    if lacking:
         raise ModelError(
-            f"{path.name} is no whole SDXL checkpoint: it has no {lacking[0]}*. Nothing else is loaded here."
+            f"{header.path.name} is no whole SDXL checkpoint: it has no {lacking[0]}*. Nothing "
+            "else is loaded here."
         )
-    kind = SingleFile(path, path.parent).prediction_type or "eps"
     return replace(
-        SDXL, name=path.stem, prediction_type=kind, sizes=((1024, 1024),), base=path.stem
+        SDXL,
+        name=header.path.stem,
+        base=header.path.stem,
+        prediction_type=SingleFile(header, header.path.parent).prediction_type or "eps",
+        sizes=((1024, 1024),),
     )
 
 
@@ -120,67 +142,89 @@ def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
 
 
-def student_beside(path: Path, steps: int) -> Path:
-    """Return the file of the same kind, base and recipe in the same folder that draws in so many
-    steps.
+def student_beside(file: Path | Checkpoint, steps: int) -> Path:
+    """Return the student of so many steps beside another one.
 
-    ContractError lists the steps there are, or the files where there are several.
+    It is the file of the same kind, base and recipe in the same folder. Raises ContractError with
+    the steps there are, or with the files if there are several.
     """
-    if not carried_contract(path):
+    checkpoint = resolve(file)
+    path = checkpoint.path
+    if checkpoint.carried is None:
         raise ContractError(
             f"{path.name} carries no sampling contract; choose one of the students as the family."
         )
-    family = _family(path)
-    found: dict[int, list[Path]] = {}
-    broken = []
-    for file in sorted(path.parent.glob("*.safetensors")):
-        try:
-            if carried_contract(file) and _family(file) == family:
-                found.setdefault(file_contract(file).steps, []).append(file)
-        # a damaged neighbour matters only if it may be the one that is looked for
-        except TwostepError as error:
-            broken.append(f" Not readable: {error}")
-    fitting = found.get(steps, [])
-    if path in fitting or len(fitting) == 1:
-        return path if path in fitting else fitting[0]
+    students, broken = _students_like(checkpoint)
+    fitting = students.get(steps, [])
+    if path in fitting:
+        return path
+    if len(fitting) == 1:
+        return fitting[0]
     if fitting:
-        names = ", ".join(file.name for file in fitting)
+        names = ", ".join(student.name for student in fitting)
         raise ContractError(
             f"{len(fitting)} files beside {path.name} draw in {steps} steps ({names}). Choose one."
         )
+    offered = ", ".join(map(str, sorted(students, reverse=True)))
     raise ContractError(
-        f"no file beside {path.name} draws in {steps} steps; there are students for "
-        f"{', '.join(map(str, sorted(found, reverse=True)))}. A student draws in the steps it was trained for."
-        + "".join(broken)
+        f"no file beside {path.name} draws in {steps} steps; there are students for {offered}. A "
+        "student draws in the steps it was trained for." + "".join(broken)
     )
 
 
-def _family(path: Path) -> tuple[str, ...]:
-    contract = file_contract(path)
-    return kind_of(path), contract.base, contract.recipe, contract.role
+def _students_like(checkpoint: Checkpoint) -> tuple[dict[int, list[Path]], list[str]]:
+    """Return the students of the same family in the same folder, by their steps.
 
-
-def explain(path: Path) -> str:
-    """Say in a few lines what a file is and how it is sampled; ModelError where nothing is known of
-    it.
+    The second is what is wrong with files that cannot be read.
     """
-    kind, known = kind_of(path), carried_contract(path)
-    contract = file_contract(path) if known else read_contract(path)
-    what = KIND_WORDS[kind]
+    family = _family(checkpoint)
+    students: dict[int, list[Path]] = {}
+    broken = []
+    for path in sorted(checkpoint.path.parent.glob("*.safetensors")):
+        try:
+            other = checkpoint if path == checkpoint.path else resolve(path)
+            if other.carried is not None and _family(other) == family:
+                students.setdefault(other.carried.steps, []).append(path)
+        # a damaged neighbour matters only if it may be the one that is looked for
+        except TwostepError as error:
+            broken.append(f" Not readable: {error}")
+    return students, broken
+
+
+def _family(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what students of one teacher and one recipe have in common."""
+    contract = checkpoint.contract
+    return kind_of(checkpoint), contract.base, contract.recipe, contract.role
+
+
+def explain(file: Path | Checkpoint) -> str:
+    """Say in a few lines what a file is and how it is sampled.
+
+    Raises ModelError if nothing is known of it.
+    """
+    checkpoint = resolve(file)
+    carried = checkpoint.carried
+    contract = carried or read_contract(checkpoint)
+    what = KIND_WORDS[kind_of(checkpoint)]
     if contract.lora_rank is not None:
         what += f" of rank {contract.lora_rank} and alpha {contract.lora_alpha:g}"
-    listed = ", ".join(f"{value:.4f}" for value in sigmas(contract).tolist()[:9])
+    sampling = SAMPLINGS[contract.prediction_type]
+    values = [f"{value:.4f}" for value in sigmas(contract).tolist()[:_MAX_SIGMAS_SHOWN]]
+    if contract.steps >= _MAX_SIGMAS_SHOWN:
+        values.append("...")
+    sizes = [f"{width}x{height}" for width, height in contract.sizes[:_MAX_SIZES_SHOWN]]
+    origin = "none: derived from what is in the file"
+    if carried is not None:
+        origin = "its own, or that of an official file"
     lines = {
         "name": f"{contract.name} ({what}, {contract.role})",
         "base": contract.base,
         "sampler": f"euler, scheduler simple, {contract.steps} steps, cfg {contract.guidance:g}",
-        "predicts": f"{contract.prediction_type} (node ModelSamplingDiscrete: {SAMPLINGS[contract.prediction_type]})",
-        "sigmas": listed + (", ..." if contract.steps > 8 else ""),
-        "sizes": ", ".join(f"{width}x{height}" for width, height in contract.sizes[:6]),
+        "predicts": f"{contract.prediction_type} (node ModelSamplingDiscrete: {sampling})",
+        "sigmas": ", ".join(values),
+        "sizes": ", ".join(sizes),
         "trained at": ", ".join(map(str, contract.trained_times)) or "all times",
         "recipe": f"{contract.recipe or 'not said'}, written by {contract.version or 'others'}",
-        "contract": "its own, or that of an official file"
-        if known
-        else "none: derived from what is in the file",
+        "contract": origin,
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import twostep
-from twostep.models.contracts import read_contracts
+from twostep.formats import read_contracts
 from twostep.pipeline.png import prepare_folder
 
 PROMPTS = (

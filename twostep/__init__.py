@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from twostep.diffusion.prediction import Prediction
     from twostep.diffusion.schedule import VariancePreserving
     from twostep.models.bundle import Bundle
-    from twostep.models.bundle import load_bundle as load
+    from twostep.models.loading import load_bundle as load
     from twostep.pipeline.generation import generate
     from twostep.pipeline.request import Request, Result
     from twostep.pipeline.studio import Studio
@@ -47,7 +47,7 @@ _HOMES = {
     "Result": ("twostep.pipeline.request", "Result"),
     "Studio": ("twostep.pipeline.studio", "Studio"),
     "generate": ("twostep.pipeline.generation", "generate"),
-    "load": ("twostep.models.bundle", "load_bundle"),
+    "load": ("twostep.models.loading", "load_bundle"),
     "solve": ("twostep.diffusion.flow", "solve"),
 }
 

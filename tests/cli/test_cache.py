@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import PREFIX, add_lora
 
 RECIPE = """

@@ -9,8 +9,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from twostep.models.bundle import load_bundle
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pipeline.generation import generate
 from twostep.pipeline.png import read_provenance, save_images
 from twostep.pipeline.request import LoraChoice, Request

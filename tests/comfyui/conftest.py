@@ -1,4 +1,6 @@
-"""ComfyUI's model folders with files of every kind: small random weights, true names and contracts."""
+"""ComfyUI's model folders with files of every kind: small random weights, true names and
+contracts.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +38,12 @@ STUDENT = Contract(
 
 def student_of(steps: int, **changes: object) -> Contract:
     """The contract of a student of so many steps."""
-    said = {
+    fields = {
         "name": f"small-{steps}step",
         "steps": steps,
         "prediction_type": "x0" if steps == 1 else "eps",
     }
-    return replace(STUDENT, **said | changes)
+    return replace(STUDENT, **fields | changes)
 
 
 def small(seed: int) -> Bundle:
@@ -59,15 +61,15 @@ def small(seed: int) -> Bundle:
 
 def lora_of(bundle: Bundle) -> dict[str, LowRank]:
     """A LoRA of rank 2 on queries."""
-    generator, found = torch.Generator().manual_seed(1), {}
+    generator, changes = torch.Generator().manual_seed(1), {}
     for name, module in bundle.denoiser.network.named_modules():
         if name.endswith("to_q"):
             rows, columns = module.weight.shape
             down = torch.randn(2, columns, generator=generator) / 8
-            found[f"unet.{name}"] = LowRank(
+            changes[f"unet.{name}"] = LowRank(
                 down, torch.randn(rows, 2, generator=generator) / 8, 1.0
             )
-    return found
+    return changes
 
 
 class Shelf:
@@ -104,8 +106,8 @@ class Shelf:
     def lora(self, name: str, contract: Contract | None = None, *, dialect: str = "kohya") -> Path:
         """Write a LoRA of the UNet."""
         path, lora = self.root / "loras" / f"{name}.safetensors", lora_of(self.bundle)
-        weights, told = write_lora(lora, self.bundle.parts, dialect)
-        metadata = {} if dialect == "kohya" else told
+        weights, more = write_lora(lora, self.bundle.parts, dialect)
+        metadata = {} if dialect == "kohya" else more
         save_file(weights, path, metadata | (contract.to_metadata() if contract else {}))
         return path
 

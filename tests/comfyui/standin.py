@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twostep.formats.lora_files import merge_lora, read_lora
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 
 FOLDERS: dict[str, Path] = {}
 """ComfyUI's model folders by name, set by a test."""
@@ -37,22 +37,22 @@ class Socket:
 
     type: str
     id: str | None
-    said: dict[str, Any]
+    options: dict[str, Any]
 
 
 def _input(type_: str, allowed: set[str]) -> Any:
-    def make(id: str, **said: Any) -> Socket:
+    def make(id: str, **options: Any) -> Socket:
         assert isinstance(id, str) and id.isidentifier(), id
-        assert said.keys() <= allowed | {"display_name", "optional", "tooltip", "lazy"}, said
-        return Socket(type_, id, said)
+        assert options.keys() <= allowed | {"display_name", "optional", "tooltip", "lazy"}, options
+        return Socket(type_, id, options)
 
     return make
 
 
 def _type(type_: str, allowed: tuple[str, ...] = ()) -> SimpleNamespace:
-    def output(id: str | None = None, **said: Any) -> Socket:
-        assert said.keys() <= {"display_name", "tooltip", "is_output_list"}, said
-        return Socket(type_, id, said)
+    def output(id: str | None = None, **options: Any) -> Socket:
+        assert options.keys() <= {"display_name", "tooltip", "is_output_list"}, options
+        return Socket(type_, id, options)
 
     return SimpleNamespace(Input=_input(type_, set(allowed)), Output=output)
 
@@ -74,9 +74,9 @@ class Schema:
         assert len(set(ids)) == len(ids), f"ids of {self.node_id} are not unique: {ids}"
         for socket in self.inputs:
             if socket.type == "COMBO":
-                assert isinstance(socket.said["options"], list)
+                assert isinstance(socket.options["options"], list)
             if socket.type in ("INT", "FLOAT"):
-                assert socket.said["min"] <= socket.said["default"] <= socket.said["max"]
+                assert socket.options["min"] <= socket.options["default"] <= socket.options["max"]
 
 
 class NodeOutput:
@@ -95,14 +95,14 @@ class ComfyNode:
         schema = cls.define_schema()  # type: ignore[attr-defined]
         schema.check()
         required = {
-            i.id: [i.type, {k: v for k, v in i.said.items() if k != "tooltip"}]
+            i.id: [i.type, {k: v for k, v in i.options.items() if k != "tooltip"}]
             for i in schema.inputs
         }
         return {
             "input": {"required": required},
             "output": [output.type for output in schema.outputs],
             "output_name": [
-                output.said.get("display_name", output.type) for output in schema.outputs
+                output.options.get("display_name", output.type) for output in schema.outputs
             ],
             "output_node": schema.is_output_node,
         }
@@ -162,7 +162,7 @@ class Steps(torch.nn.Module):
 
 
 class Eps:
-    """A network that predicts the noise: x = x0 + sigma eps, and it is fed x / sqrt(1 + sigma^2)."""
+    """A network that predicts the noise: x = x0 + sigma eps, fed with x / sqrt(1 + sigma^2)."""
 
     def denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
         return x - sigma * output

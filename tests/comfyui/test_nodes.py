@@ -19,7 +19,7 @@ from comfyui.sampling import sigmas
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import initial_noise
 from twostep.formats.lora_files import merge_lora, read_lora
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -41,11 +41,11 @@ def nodes(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def feed(text: object) -> object:
     """Call the network with the text as ComfyUI does: by index, with SDXL's added conditioning."""
-    told = text.conditioning([PROMPT], 64, 64)
+    conditioning = text.conditioning([PROMPT], 64, 64)
 
     def call(network: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        added = {"text_embeds": told.pooled, "time_ids": told.sizes}
-        return network(x[None], index[None], told.text, added_cond_kwargs=added).sample[0]
+        added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
+        return network(x[None], index[None], conditioning.text, added_cond_kwargs=added).sample[0]
 
     return call
 
@@ -68,18 +68,21 @@ def ours(bundle: object) -> torch.Tensor:
 
 
 def test_the_package_is_imported_without_comfyui() -> None:
-    code = "import comfyui, sys; print([name for name in sys.modules if name in ('torch', 'comfy_api', 'folder_paths')])"
-    found = subprocess.run(
+    code = (
+        "import comfyui, sys; heavy = ('torch', 'comfy_api', 'folder_paths'); "
+        "print([name for name in sys.modules if name in heavy])"
+    )
+    answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    assert found.stdout.strip() == "[]", found.stderr
+    assert answer.stdout.strip() == "[]", answer.stderr
 
 
 def test_comfyui_finds_three_nodes(nodes: ModuleType) -> None:
     extension = asyncio.run(comfyui.comfy_entrypoint())
     assert isinstance(extension, standin.ComfyExtension)
-    found = asyncio.run(extension.get_node_list())
-    assert [node.define_schema().node_id for node in found] == [
+    listed = asyncio.run(extension.get_node_list())
+    assert [node.define_schema().node_id for node in listed] == [
         *("TwostepLoader", "TwostepStudentSwitch", "TwostepContract")
     ]
     assert not hasattr(comfyui, "NODE_CLASS_MAPPINGS"), "V1 would win"
@@ -91,11 +94,11 @@ def test_schemas_are_those_that_workflows_are_checked_against(
     shelf.checkpoint("a")
     known = definitions()
     for node in (nodes.TwostepLoader, nodes.TwostepStudentSwitch, nodes.TwostepContract):
-        schema, said = node.define_schema(), node.object_info()
-        for spec in said["input"]["required"].values():
+        schema, info = node.define_schema(), node.object_info()
+        for spec in info["input"]["required"].values():
             spec[1].pop("options", None)
             spec[1].pop("step", None)
-        assert said == known[schema.node_id]
+        assert info == known[schema.node_id]
         assert schema.display_name.startswith("Twostep ") and schema.description.endswith(".")
 
 
@@ -103,10 +106,10 @@ def test_files_are_offered_by_folder(nodes: ModuleType, shelf: Shelf) -> None:
     shelf.checkpoint("c"), shelf.unet("u"), shelf.lora("l")
     (shelf.root / "checkpoints" / "old.ckpt").write_bytes(b"")
     file, base, _ = nodes.TwostepLoader.define_schema().inputs
-    assert file.said["options"] == [
+    assert file.options["options"] == [
         *("checkpoints/c.safetensors", "diffusion_models/u.safetensors", "loras/l.safetensors")
     ]
-    assert base.said["options"] == ["none", "c.safetensors"]
+    assert base.options["options"] == ["none", "c.safetensors"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -145,11 +148,11 @@ def test_a_unet_takes_text_encoders_and_vae_of_the_base(nodes: ModuleType, shelf
     calls = [("checkpoint", "base.safetensors", False), ("unet", path.name)]
     assert calls == standin.CALLS
     bundle = load_bundle("nano", steps=2)
-    told = loaded.args[1].conditioning([PROMPT], 64, 64)
+    conditioning = loaded.args[1].conditioning([PROMPT], 64, 64)
     expected = ours(bundle)
     both = standin.NodeOutput(loaded.args[0], bundle.text, *loaded.args[2:])
     torch.testing.assert_close(drawn(both), expected, atol=1e-4, rtol=1e-4)
-    assert told.text.shape[-1] == 160 and loaded.args[2] is not None
+    assert conditioning.text.shape[-1] == 160 and loaded.args[2] is not None
     alone = nodes.TwostepLoader.run(**inputs, base="none")
     assert alone.args[1:3] == (None, None) and alone.args[4:] == (2, 1.0)
 
@@ -194,9 +197,9 @@ def test_the_switch_loads_the_student_of_so_many_steps(nodes: ModuleType, shelf:
 
 def test_the_inspector_says_it_and_shows_it(nodes: ModuleType, shelf: Shelf) -> None:
     shelf.unet("u", student_of(1))
-    said = nodes.TwostepContract.run(file="diffusion_models/u.safetensors")
-    assert said.args[0].startswith("name: small-1step (a UNet alone, student)")
-    assert said.ui == {"text": (said.args[0],)}
+    answer = nodes.TwostepContract.run(file="diffusion_models/u.safetensors")
+    assert answer.args[0].startswith("name: small-1step (a UNet alone, student)")
+    assert answer.ui == {"text": (answer.args[0],)}
     assert standin.CALLS == [], "no weights were loaded"
 
 

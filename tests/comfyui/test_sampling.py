@@ -26,10 +26,10 @@ def test_sigmas_are_those_of_diffusers_trailing_times(steps: int) -> None:
         timestep_spacing="trailing",
     )
     scheduler.set_timesteps(steps)
-    found = sigmas(student_of(steps))
-    torch.testing.assert_close(found, scheduler.sigmas.float(), atol=0, rtol=1e-4)
-    assert found.dtype == torch.float32 and found[-1] == 0 and len(found) == steps + 1
-    assert bool((found[1:] < found[:-1]).all())
+    values = sigmas(student_of(steps))
+    torch.testing.assert_close(values, scheduler.sigmas.float(), atol=0, rtol=1e-4)
+    assert values.dtype == torch.float32 and values[-1] == 0 and len(values) == steps + 1
+    assert bool((values[1:] < values[:-1]).all())
 
 
 def test_sigmas_lie_on_the_times_that_were_trained() -> None:
@@ -97,8 +97,13 @@ def test_what_nobody_can_know_is_told(shelf: Shelf) -> None:
 
 def test_a_lora_goes_where_it_belongs(shelf: Shelf) -> None:
     lora, base = shelf.lora("l", lora_for(4)), shelf.checkpoint("anime")
-    worn = read_contract(lora, base)
-    assert (worn.name, worn.steps, worn.guidance, worn.base) == ("anime-4step", 4, 1, "anime")
+    contract = read_contract(lora, base)
+    assert (contract.name, contract.steps, contract.guidance, contract.base) == (
+        "anime-4step",
+        4,
+        1,
+        "anime",
+    )
     with pytest.raises(ContractError, match="choose the checkpoint that it goes on as the base"):
         read_contract(lora)
     with pytest.raises(ContractError, match="it would be distilled twice"):
@@ -113,8 +118,8 @@ def test_a_lora_goes_where_it_belongs(shelf: Shelf) -> None:
 
 def test_a_style_trained_on_a_student_goes_on_that_one(shelf: Shelf) -> None:
     style = shelf.lora("style", lora_for(2, base="small-2step"))
-    worn = read_contract(style, shelf.checkpoint("fast", student_of(2)))
-    assert (worn.name, worn.steps) == ("small-2step+style", 2)
+    contract = read_contract(style, shelf.checkpoint("fast", student_of(2)))
+    assert (contract.name, contract.steps) == ("small-2step+style", 2)
     with pytest.raises(ContractError, match="was trained on small-2step; this is small-4step"):
         read_contract(style, shelf.checkpoint("four", student_of(4)))
 
@@ -176,11 +181,11 @@ def test_the_kinds_of_file_are_families_of_their_own(shelf: Shelf) -> None:
 
 
 def test_a_file_is_explained(shelf: Shelf) -> None:
-    said = explain(shelf.lora("l", lora_for(4)))
-    assert "name: small-4step (a LoRA of rank 2 and alpha 1, student)" in said
-    assert "sampler: euler, scheduler simple, 4 steps, cfg 1" in said
-    assert "sigmas: 14.6146, " in said and said.count("0.0000") == 1
-    assert "trained at: 1000, 750, 500, 250" in said and "contract: its own" in said
+    explanation = explain(shelf.lora("l", lora_for(4)))
+    assert "name: small-4step (a LoRA of rank 2 and alpha 1, student)" in explanation
+    assert "sampler: euler, scheduler simple, 4 steps, cfg 1" in explanation
+    assert "sigmas: 14.6146, " in explanation and explanation.count("0.0000") == 1
+    assert "trained at: 1000, 750, 500, 250" in explanation and "contract: its own" in explanation
     one = explain(shelf.unet("u", student_of(1)))
     assert "predicts: x0 (node ModelSamplingDiscrete: x0)" in one
     plain = explain(shelf.checkpoint("plain"))

@@ -99,13 +99,13 @@ BROKEN: dict[str, tuple[Callable[[Any], object], str]] = {
 def test_what_is_wrong_is_found(what: str) -> None:
     broken = copy.deepcopy(api())
     BROKEN[what][0](broken)
-    found = graph.problems(broken, KNOWN)
-    assert len(found) == 1 and BROKEN[what][1] in found[0], found
+    listed = graph.problems(broken, KNOWN)
+    assert len(listed) == 1 and BROKEN[what][1] in listed[0], listed
 
 
 def test_what_is_wrong_on_the_page_is_found() -> None:
     page = graph.to_page(api(), KNOWN)
-    for change, said in (
+    for change, message in (
         (lambda p: p["links"][0].__setitem__(5, "VAE"), "do not agree"),
         (lambda p: p["nodes"][0]["outputs"][0]["links"].clear(), "do not agree"),
         (
@@ -116,7 +116,7 @@ def test_what_is_wrong_on_the_page_is_found() -> None:
     ):
         broken = copy.deepcopy(page)
         change(broken)
-        assert any(said in problem for problem in graph.page_problems(broken, KNOWN)), said
+        assert any(message in problem for problem in graph.page_problems(broken, KNOWN)), message
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_exported_workflows_are_valid(
     )
     written = [json.loads(file.read_text()) for file in out.parent.glob("*.json")]
     flows = [
-        said
-        for said in written
-        if "nodes" in said or any("class_type" in part for part in said.values())
+        workflow
+        for workflow in written
+        if "nodes" in workflow or any("class_type" in part for part in workflow.values())
     ]
     assert flows
     for flow in flows:
@@ -181,8 +181,8 @@ def base_of(shelf: Shelf, target: str) -> str | None:
 
 
 def test_the_registry_takes_the_package() -> None:
-    said = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    project, comfy = said["project"], said["tool"]["comfy"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, comfy = settings["project"], settings["tool"]["comfy"]
     assert (
         re.fullmatch(r"[a-z][a-z0-9]*([-_.][a-z0-9]+)*", project["name"])
         and len(project["name"]) < 100

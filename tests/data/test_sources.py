@@ -22,7 +22,7 @@ from twostep.data.sources import (
     read_picture,
 )
 from twostep.data.sources import sharpness as sharpness_of
-from twostep.models.contracts import sizes_around
+from twostep.formats.contracts import sizes_around
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.models.bundle import Bundle, save_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.model import random_bundle
 from twostep.text.clip import TextEncoders

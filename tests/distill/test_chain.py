@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from twostep.distill import DistillRecipe, distil
 from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
+from twostep.formats import resolve
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import Lora, add_lora
 from twostep.pretrain.model import random_bundle
 from twostep.training.device import find_device
@@ -340,7 +341,7 @@ def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teach
     (written,) = distil(
         recipe, teacher, source, folder, version="0", recipe_name="test", start=start
     ).values()
-    found, contract = load_file(written), file_contract(written)
+    found, contract = load_file(written), resolve(written).contract
     assert (contract.name, contract.base, contract.lora_rank) == ("ink-2step", "random-2step", 4)
     assert found.keys() == style.keys()
     # a teacher with a style is no base of anything

@@ -22,7 +22,7 @@ from twostep.distill.chain import lessons
 from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
 from twostep.formats.locate import WEIGHTS
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
 from twostep.training.loop import Randomness
 

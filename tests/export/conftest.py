@@ -56,7 +56,7 @@ def random_lora(
 ) -> dict[str, LowRank]:
     """A LoRA on every target of the UNet, and on the attention of both text encoders."""
     generator = torch.Generator().manual_seed(3)
-    found = {}
+    changes = {}
     for part, network in bundle.parts.items():
         for name, module in network.named_modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith(
@@ -65,8 +65,8 @@ def random_lora(
                 shape = module.weight.shape
                 down = torch.randn((rank, *shape[1:]), generator=generator) / 8
                 up = torch.randn((shape[0], rank, *[1] * (len(shape) - 2)), generator=generator) / 8
-                found[f"{part}.{name}"] = LowRank(down, up, alpha)
-    return found
+                changes[f"{part}.{name}"] = LowRank(down, up, alpha)
+    return changes
 
 
 @pytest.fixture

@@ -48,12 +48,12 @@ def test_of_the_base_of_sdxl_the_licence_is_known_and_a_picture_can_be_given(
 ) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "mine.png")
     lora = {key: low for key, low in random_lora(bundle).items() if key.startswith("unet.")}
-    told = student_contract(bundle.contract, 2, rank=3).to_metadata()
-    told = {
+    carried = student_contract(bundle.contract, 2, rank=3).to_metadata()
+    carried = {
         key: value.replace('"base": "random"', '"base": "stable-diffusion-xl-base-1.0"')
-        for key, value in told.items()
+        for key, value in carried.items()
     }
-    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "in.safetensors", told)
+    save_file(write_lora(lora, bundle.parts, "kohya")[0], tmp_path / "in.safetensors", carried)
     card = Card(picture=tmp_path / "mine.png")
     export(
         tmp_path / "in.safetensors",
@@ -150,9 +150,9 @@ def check_page(api: dict[str, Any], page: dict[str, Any]) -> None:
     for name, node in nodes.items():
         widgets = KNOWN[node["type"]]["widgets"]
         assert node["type"] == api[name]["class_type"]
-        said = {
+        widget_values = {
             key: value for key, value in api[name]["inputs"].items() if not isinstance(value, list)
         }
         assert dict(zip(widgets, node["widgets_values"], strict=True)) == (
-            said | {"fixed": "fixed"} if "fixed" in widgets else said
+            widget_values | {"fixed": "fixed"} if "fixed" in widgets else widget_values
         )

@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
 from twostep.export.conversion import REST, convert
+from twostep.formats import read_contracts
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, split
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import DIALECTS, LoraError, LowRank, merge_lora, write_lora
 from twostep.formats.single_file import NAMES, PARTS, account, whole_weights
-from twostep.models.bundle import Bundle, hollow_networks, load_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.sdxl_networks import hollow_networks
 
 from ..vanilla import assemble, write_single_file
 from .conftest import random_lora, student_contract
@@ -55,19 +57,19 @@ def test_a_lora_comes_back_from_every_dialect_bit_for_bit(
         )
         for layer, low in random_lora(bundle).items()
     }
-    told = student_contract(bundle.contract, 4, rank=3).to_metadata() | {"mine": "stays"}
+    carried = student_contract(bundle.contract, 4, rank=3).to_metadata() | {"mine": "stays"}
     for start, over in permutations(("kohya", "kohya-diffusers", "peft"), 2):
         first, second, third = (
             tmp_path / f"{start} {over} {number}.safetensors" for number in "123"
         )
         tensors, more = write_lora(lora, bundle.parts, start)
-        save_file(tensors, first, told | more)
+        save_file(tensors, first, carried | more)
         convert(str(first), over, second, base=str(folder))
         convert(str(second), start, third, base=str(folder))
         assert same_bits(load_file(first), load_file(third)), (start, over)
         assert {value.dtype for value in load_file(second).values()} == {precision}
         for path in (second, third):
-            assert (told | {"mine": "stays"}).items() <= metadata(path).items()
+            assert (carried | {"mine": "stays"}).items() <= metadata(path).items()
         assert ("lora_adapter_metadata" in metadata(second)) == (over == "peft")
 
 
@@ -116,8 +118,8 @@ def test_early_files_have_no_alpha(folder: Path, bundle: Bundle, tmp_path: Path)
 def test_diffusers_makes_the_same_of_every_dialect(dialect: str, tmp_path: Path) -> None:
     ours = load_bundle("nano")
     lora = random_lora(ours, alpha=3.0 if dialect == "early" else 1.5)
-    tensors, told = write_lora(lora, ours.parts, dialect)
-    save_file(tensors, tmp_path / "lora.safetensors", told)
+    tensors, more = write_lora(lora, ours.parts, dialect)
+    save_file(tensors, tmp_path / "lora.safetensors", more)
     merge_lora(lora, ours.parts, weight=0.8)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         find_model("nano"), torch_dtype=torch.float32
@@ -258,12 +260,12 @@ def test_at_the_full_size_every_key_goes_there_and_back(tmp_path: Path) -> None:
     assert whole[f"{UNET}label_emb.0.0.weight"].shape == (1280, 2816)
     assert whole[f"{CLIP_L}text_model.encoder.layers.11.mlp.fc2.bias"].shape == (768,)
     for name, part in PARTS.items():
-        found = {
+        named = {
             key.removeprefix(part): value for key, value in whole.items() if key.startswith(part)
         }
         expected = networks[name].state_dict()
         weights = account(
-            split(found) if part == CLIP_G else found, expected, NAMES[part](expected), name
+            split(named) if part == CLIP_G else named, expected, NAMES[part](expected), name
         )
         assert {key: value.shape for key, value in weights.items()} == {
             k: v.shape for k, v in expected.items()
@@ -286,7 +288,7 @@ def test_what_does_not_convert_is_told(
     partly.pop(f"{CLIP_G}ln_final.weight")
     save_file(partly, tmp_path / "partly.safetensors")
     (tmp_path / "partly").symlink_to(folder)
-    for model, to, where, base, said in (
+    for model, to, where, base, message in (
         (lora, "diffusers", out, None, "is a LoRA, which does not go to 'diffusers'"),
         (lora, "a1111", out, None, "a LoRA goes to peft, early, kohya-diffusers, kohya"),
         (lora, "peft", out, None, "does not say whose layers it has"),
@@ -302,7 +304,7 @@ def test_what_does_not_convert_is_told(
         ),
         ("nano", "single-file", out, None, "is an AutoencoderTiny"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             convert(model, to, where, base=base and str(base))
     assert not out.exists() and not (tmp_path / "o").exists()
     again = convert(single, "diffusers", tmp_path / "damaged")

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from twostep.contract import Contract
 from twostep.export.extraction import extract, low_rank
 from twostep.export.writing import export
-from twostep.formats.identify import read_header
+from twostep.formats.header import read_header
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import merge_lora, read_lora
-from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.saving import save_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -53,9 +54,9 @@ def test_a_merged_lora_comes_out_again(folder: Path, bundle: Bundle, tmp_path: P
     assemble(tuned, timestep_spacing="trailing").save_pretrained(tmp_path / "tuned")
     lacks, left = extract(str(folder), str(tmp_path / "tuned"), out, rank=3)
     assert lacks < 1e-5 and left == []
-    expected, found = random_lora(bundle), read_lora(out, bundle.parts)
-    assert found.keys() == expected.keys()
-    for layer, low in found.items():
+    expected, extracted = random_lora(bundle), read_lora(out, bundle.parts)
+    assert extracted.keys() == expected.keys()
+    for layer, low in extracted.items():
         change = expected[layer].change
         assert (low.change - change).norm() / change.norm() < 1e-5, layer
     assert "twostep.contract" not in read_header(out).metadata

@@ -8,9 +8,9 @@ import pytest
 
 from twostep.export.verification import verify
 from twostep.export.writing import export
+from twostep.formats import read_contracts
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
-from twostep.models.contracts import read_contracts
 
 from ..vanilla import assemble
 
@@ -19,9 +19,9 @@ PROMPT = "a 3d red apple"
 
 @pytest.mark.parametrize("steps", [8, 4, 2, 1])
 def test_students_are_what_diffusers_makes_of_the_same_files(steps: int) -> None:
-    found = verify("nano", prompt=PROMPT, seed=3, steps=steps)
-    assert len(found) == steps
-    assert all(0 < relative < 1e-5 and largest < 1e-4 for largest, relative in found)
+    differences = verify("nano", prompt=PROMPT, seed=3, steps=steps)
+    assert len(differences) == steps
+    assert all(0 < relative < 1e-5 and largest < 1e-4 for largest, relative in differences)
 
 
 def test_teachers_loras_and_exports_too(folder: Path, tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
     scheduler.write_text(
         json.dumps(json.loads(scheduler.read_text()) | {"use_karras_sigmas": True})
     )
-    found = [relative for _, relative in verify(str(out), prompt=PROMPT)]
-    assert found[0] < 1e-5 and min(found[1:]) > 1e-3
+    differences = [relative for _, relative in verify(str(out), prompt=PROMPT)]
+    assert differences[0] < 1e-5 and min(differences[1:]) > 1e-3
 
 
 def test_the_verb_fails_over_the_bound(run: Callable) -> None:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from twostep.contract import Contract
 from twostep.export.card import Card
 from twostep.export.writing import export
-from twostep.formats.identify import read_header
+from twostep.formats.header import read_header
 from twostep.formats.ldm_names import CLIP_L, UNET, unet_names
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import read_lora, write_lora
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.pretrain.model import random_bundle
@@ -110,13 +111,13 @@ def test_one_file_for_comfyui_loads_and_says_how_it_is_sampled(
     one = Request(PROMPT, steps=2) if steps is None else Request(PROMPT)
     ours, theirs = (pixels(generate(each, one).images[0]) for each in (model, again))
     assert np.abs(ours - theirs).mean() < 1.5  # weights in 16 bits
-    told = metadata(out)
-    assert told["modelspec.sai_model_spec"] == "1.0.1"
-    assert told["modelspec.prediction_type"] == ("sample" if steps == 1 else "epsilon")
-    assert told["modelspec.resolution"] == "64x64"
+    written = metadata(out)
+    assert written["modelspec.sai_model_spec"] == "1.0.1"
+    assert written["modelspec.prediction_type"] == ("sample" if steps == 1 else "epsilon")
+    assert written["modelspec.resolution"] == "64x64"
     content = out.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    assert told["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[start:]).hexdigest()}"
+    assert written["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[start:]).hexdigest()}"
     names = read_header(out).shapes
     assert {
         f"{UNET}out.2.weight",
@@ -162,18 +163,18 @@ def test_a_lora_keeps_its_bits_alpha_and_contract(
         contract.to_metadata(),
     )
     out = export(tmp_path / "in.safetensors", to, tmp_path / "out.safetensors", base=str(folder))
-    told, again = metadata(out), read_lora(out, bundle.parts)
+    written, again = metadata(out), read_lora(out, bundle.parts)
     assert again.keys() == lora.keys()
     for layer, low in lora.items():
         assert torch.equal(again[layer].down, low.down) and torch.equal(again[layer].up, low.up)
         assert again[layer].alpha == low.alpha == 1.5
-    assert Contract.from_metadata(told) == contract
+    assert Contract.from_metadata(written) == contract
     if to == "lora-kohya":
-        assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("3", "1.5")
-        assert told["modelspec.architecture"].endswith("/lora")
+        assert (written["ss_network_dim"], written["ss_network_alpha"]) == ("3", "1.5")
+        assert written["modelspec.architecture"].endswith("/lora")
         assert all(key.startswith("lora_unet_") for key in load_file(out))
     else:
-        assert json.loads(told["lora_adapter_metadata"])["unet.lora_alpha"] == 1.5
+        assert json.loads(written["lora_adapter_metadata"])["unet.lora_alpha"] == 1.5
         assert not (tmp_path / "out.json").exists()
 
 
@@ -205,11 +206,11 @@ def test_loras_are_merged_into_what_is_exported(
         loras=(f"{tmp_path / 'style.safetensors'}:0.5",),
     )
     assert json.loads(metadata(out)["twostep.contract"])["name"] == "random-4step+style:0.5"
-    plain, worn = random_bundle(4).denoiser.network.state_dict(), load_file(out)
+    plain, merged = random_bundle(4).denoiser.network.state_dict(), load_file(out)
     key = "mid_block.resnets.0.conv1.weight"
     change = 0.5 * random_lora(bundle)["unet.mid_block.resnets.0.conv1"].change
     torch.testing.assert_close(
-        worn[key].float(), plain[key] + change.reshape(plain[key].shape), atol=1e-3, rtol=1e-3
+        merged[key].float(), plain[key] + change.reshape(plain[key].shape), atol=1e-3, rtol=1e-3
     )
 
 
@@ -221,7 +222,7 @@ def test_what_cannot_be_exported_is_told(folder: Path, bundle: Bundle, tmp_path:
     save_file(
         write_lora(random_lora(bundle), bundle.parts, "kohya")[0], tmp_path / "style.safetensors"
     )
-    for model, to, out, more, said in (
+    for model, to, out, more, message in (
         ("nano", "onnx", file, {}, "There is no export to 'onnx'; there are diffusers, comfyui"),
         ("nano", "comfyui", file, {}, "an AutoencoderTiny"),
         ("nano", "comfyui", tmp_path / "x", {}, "expected a .safetensors for comfyui"),
@@ -246,7 +247,7 @@ def test_what_cannot_be_exported_is_told(folder: Path, bundle: Bundle, tmp_path:
         ("nano", "unet", file, {"card": Card(picture=student)}, "is no picture"),
         ("nano", "unet", file, {"card": Card(evaluation=student)}, "is no table"),
     ):
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             export(model, to, out, **more)
     weights = load_file(student)
     weights["conv_in.weight"] = weights["conv_in.weight"] * 1e6

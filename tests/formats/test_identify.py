@@ -13,7 +13,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from twostep.formats.identify import kind_of, read_header, summary
+from twostep.formats.header import read_header
+from twostep.formats.identify import kind_of, summary
 from twostep.formats.ldm_names import UNET, unet_names
 from twostep.formats.locate import ModelError, find_model
 
@@ -56,17 +57,17 @@ def test_a_whole_checkpoint_of_five_gigabytes_is_told_at_once(tmp_path: Path) ->
     path = hollow(tmp_path / "big.safetensors", shapes, {"modelspec.prediction_type": "epsilon"})
     assert path.stat().st_size > 5e9
     start = time.perf_counter()
-    told = summary(read_header(path))
+    described = summary(read_header(path))
     assert time.perf_counter() - start < 0.5
-    assert told["is"] == "a whole checkpoint for SDXL"
-    assert (told["names"], told["predicts"]) == ("latent diffusion", "epsilon")
-    assert told["weights"].startswith("1,683 tensors, 2,567,4")
-    assert told["weights"].endswith("F16")
-    assert "InvokeAI" in told["read by"]
+    assert described["is"] == "a whole checkpoint for SDXL"
+    assert (described["names"], described["predicts"]) == ("latent diffusion", "epsilon")
+    assert described["weights"].startswith("1,683 tensors, 2,567,4")
+    assert described["weights"].endswith("F16")
+    assert "InvokeAI" in described["read by"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({}, "a UNet alone for SDXL"),
         ({"in_channels": 9}, "a UNet alone for SDXL, inpainting (9 channels)"),
@@ -77,19 +78,21 @@ def test_a_whole_checkpoint_of_five_gigabytes_is_told_at_once(tmp_path: Path) ->
         ({"cross_attention_dim": 160}, "a UNet alone for SDXL's classes, in another size"),
     ],
 )
-def test_unets_are_told_by_their_shapes(tmp_path: Path, changes: dict[str, int], said: str) -> None:
+def test_unets_are_told_by_their_shapes(
+    tmp_path: Path, changes: dict[str, int], expected: str
+) -> None:
     shapes = unet_shapes(**changes)
     before = "latent diffusion"
     for named, names in ((shapes, "diffusers"), (old(shapes), before), (old(shapes, ""), before)):
         kind = kind_of(read_header(hollow(tmp_path / "unet.safetensors", named)))
-        assert (str(kind), kind.names) == (said, names)
+        assert (str(kind), kind.names) == (expected, names)
         assert kind.readers.startswith(
-            "not twostep" if "Stable" in said or "refiner" in said else "twostep"
+            "not twostep" if "Stable" in expected or "refiner" in expected else "twostep"
         )
 
 
 @pytest.mark.parametrize(
-    ("shapes", "said", "reader"),
+    ("shapes", "expected", "reader"),
     [
         (
             {"lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048)},
@@ -162,11 +165,11 @@ def test_unets_are_told_by_their_shapes(tmp_path: Path, changes: dict[str, int],
     ],
 )
 def test_other_files_are_told_by_their_names(
-    tmp_path: Path, shapes: dict[str, tuple[int, ...]], said: str, reader: str
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], expected: str, reader: str
 ) -> None:
-    told = summary(read_header(hollow(tmp_path / "x.safetensors", shapes)))
-    assert told["is"].startswith(said)
-    assert reader in told["read by"]
+    described = summary(read_header(hollow(tmp_path / "x.safetensors", shapes)))
+    assert described["is"].startswith(expected)
+    assert reader in described["read by"]
 
 
 def test_controlnets_and_autoencoders_are_told(tmp_path: Path) -> None:
@@ -176,10 +179,10 @@ def test_controlnets_and_autoencoders_are_told(tmp_path: Path) -> None:
             ControlNetModel.from_unet(unet, load_weights_from_unet=False),
             AutoencoderKL(),
         )
-    for network, said in ((control, "a ControlNet for SDXL"), (vae, "a VAE alone")):
+    for network, expected in ((control, "a ControlNet for SDXL"), (vae, "a VAE alone")):
         shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         kind = kind_of(read_header(hollow(tmp_path / "x.safetensors", shapes)))
-        assert (str(kind), kind.names) == (said, "diffusers")
+        assert (str(kind), kind.names) == (expected, "diffusers")
 
 
 def test_ranks_and_alphas_are_told(tmp_path: Path) -> None:
@@ -190,8 +193,8 @@ def test_ranks_and_alphas_are_told(tmp_path: Path) -> None:
         f"{layer}.alpha": (),
         "lora_te1_x.lora_down.weight": (4, 768),
     }
-    told = summary(read_header(hollow(tmp_path / "x.safetensors", shapes)))
-    assert (told["rank"], told["alpha"], told["names"]) == (
+    described = summary(read_header(hollow(tmp_path / "x.safetensors", shapes)))
+    assert (described["rank"], described["alpha"], described["names"]) == (
         "4, 8",
         "in the file",
         "kohya, after latent diffusion",
@@ -207,7 +210,7 @@ def test_what_is_no_whole_file_is_told(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "zipped.ckpt", "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps({}))
     pickled = "is a pickle.*weights_only=True.*safetensors.torch.save_file"
-    for content, said in (
+    for content, expected in (
         (b"", "is empty"),
         (b"tiny", "is no whole safetensors file .4 bytes"),
         (good[:-1], r"no whole safetensors file .it has \d+ of \d+ bytes"),
@@ -223,7 +226,7 @@ def test_what_is_no_whole_file_is_told(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html>", "is a web page"),
     ):
         path.write_bytes(content)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=expected):
             read_header(path)
     for missing in (tmp_path / "nothing", tmp_path):
         with pytest.raises(ModelError, match="no whole safetensors file"):

@@ -14,13 +14,15 @@ from twostep.contract import ContractError
 from twostep.export.conversion import convert
 from twostep.export.verification import verify
 from twostep.export.writing import export
+from twostep.formats import read_contracts, resolve
 from twostep.formats.ldm_names import unet_names
-from twostep.formats.locate import LIGHTNING, ModelError, find_model
+from twostep.formats.lightning import LIGHTNING
+from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, merge_lora, write_lora
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract, read_contracts
-from twostep.models.lora_stack import LoraCache, load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.lora_stack import LoraCache
 from twostep.networks.adapters import TARGETS
 from twostep.pretrain.model import random_bundle
 
@@ -59,14 +61,14 @@ def repository(hub: Path, name: str) -> Path:
 
 def style_of(bundle: Bundle) -> dict[str, LowRank]:
     generator = torch.Generator().manual_seed(3)
-    found = {}
+    changes = {}
     for name, module in bundle.denoiser.network.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith(TARGETS):
             shape = module.weight.shape
             down = torch.randn((2, *shape[1:]), generator=generator) / 8
             up = torch.randn((shape[0], 2, *[1] * (len(shape) - 2)), generator=generator) / 8
-            found[f"unet.{name}"] = LowRank(down, up, 1.0)
-    return found
+            changes[f"unet.{name}"] = LowRank(down, up, 1.0)
+    return changes
 
 
 @pytest.fixture(scope="module")
@@ -161,21 +163,21 @@ def test_a_unet_alone_may_have_the_old_names(hub: Path, tmp_path: Path) -> None:
 def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) -> None:
     assemble(small(7)).save_pretrained(tmp_path / "anime")
     lora = f"{HUB_ID}/sdxl_lightning_4step_lora.safetensors"
-    worn = load_with_loras(tmp_path / "anime", [lora])
-    assert (worn.contract.name, worn.contract.base, worn.contract.steps) == (
+    patched = load_with_loras(tmp_path / "anime", [lora])
+    assert (patched.contract.name, patched.contract.base, patched.contract.steps) == (
         "anime-4step",
         "anime",
         4,
     )
     expected = small(7)
     merge_lora(style_of(expected), expected.parts)
-    torch.testing.assert_close(answer(worn), answer(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer(patched), answer(expected), atol=1e-5, rtol=1e-5)
     with pytest.raises(ModelError, match="draws in 4 steps, not in 8"):
         load_with_loras(tmp_path / "anime", [lora], steps=8)
     with pytest.raises(ContractError, match="draws in exactly 4 steps; asked for 8"):
-        worn.contract.check(8, None, None, None)
+        patched.contract.check(8, None, None, None)
     beside = LoraCache(load_bundle(tmp_path / "anime")).apply([lora])
-    assert beside.contract == worn.contract
+    assert beside.contract == patched.contract
     torch.testing.assert_close(answer(beside), answer(expected), atol=1e-5, rtol=1e-5)
     for student in (
         "sdxl_lightning_4step",
@@ -191,7 +193,7 @@ def test_the_lora_goes_on_any_base_and_on_no_student(hub: Path, tmp_path: Path) 
 
 def test_a_name_that_does_not_fit_is_told(hub: Path, tmp_path: Path) -> None:
     lora = write_lora(style_of(small(0)), small(0).parts, "kohya")[0]
-    for name, said in (
+    for name, message in (
         ("sdxl_lightning_4step_unet", "is a LoRA; by its name it would be a UNet alone"),
         ("sdxl_lightning_4step", "is a LoRA; by its name it would be a whole checkpoint"),
         ("sdxl_lightning_1step_unet", "1 step x0"),
@@ -199,7 +201,7 @@ def test_a_name_that_does_not_fit_is_told(hub: Path, tmp_path: Path) -> None:
         ("sdxl_lightning_3step_lora", "There is no official sdxl_lightning_3step_lora"),
     ):
         save_file(lora, tmp_path / f"{name}.safetensors")
-        with pytest.raises(ContractError, match=said):
+        with pytest.raises(ContractError, match=message):
             load_bundle(tmp_path / f"{name}.safetensors")
 
 
@@ -238,11 +240,11 @@ def test_official_files_are_inspected_converted_exported_and_verified_by_name(
     assert official.keys() == again.keys() and all(
         torch.equal(official[key], again[key]) for key in official
     )
-    told = export(lora, "lora-kohya", tmp_path / "told.safetensors")
-    assert file_contract(told) == file_contract(find_model(lora))
-    assert "license: openrail++" in told.with_suffix(".md").read_text()
+    exported = export(lora, "lora-kohya", tmp_path / "told.safetensors")
+    assert resolve(exported).contract == resolve(lora).contract
+    assert "license: openrail++" in exported.with_suffix(".md").read_text()
     whole = export("sdxl_lightning_1step_x0", "comfyui", tmp_path / "whole.safetensors")
-    assert (file_contract(whole).prediction_type, file_contract(whole).steps) == ("x0", 1)
+    assert (resolve(whole).contract.prediction_type, resolve(whole).contract.steps) == ("x0", 1)
     assert '"sampling": "x0"' in whole.with_suffix(".api.json").read_text()
     small_size = ((64, 64),)
     for name in ("sdxl_lightning_2step_unet", "sdxl_lightning_2step"):

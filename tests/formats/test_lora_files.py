@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LoraError, LowRank, merge_lora, read_lora, write_lora
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import TARGETS
 from twostep.pretrain.model import random_bundle
 
@@ -29,7 +30,7 @@ def bundle() -> Bundle:
 def lora(bundle: Bundle) -> dict[str, LowRank]:
     """A random LoRA on every target of the UNet, and on the attention of both text encoders."""
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    changes = {}
     for part, network in bundle.parts.items():
         for name, module in network.named_modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.endswith(
@@ -41,9 +42,9 @@ def lora(bundle: Bundle) -> dict[str, LowRank]:
                 )
                 tall = torch.Size((*tall, 1, 1)) if module.weight.dim() == 4 else tall
                 down, up = (torch.randn(size, generator=generator) / 8 for size in (wide, tall))
-                found[f"{part}.{name}"] = LowRank(down, up, ALPHA)
-    assert len(found) > 100
-    return found
+                changes[f"{part}.{name}"] = LowRank(down, up, ALPHA)
+    assert len(changes) > 100
+    return changes
 
 
 def same(a: dict[str, LowRank], b: dict[str, LowRank]) -> bool:
@@ -66,8 +67,8 @@ def with_text_model(layer: str) -> str:
 def peft(lora: dict[str, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors = {f"{with_text_model(k)}.lora_A.weight": low.down for k, low in lora.items()}
     tensors |= {f"{with_text_model(k)}.lora_B.weight": low.up for k, low in lora.items()}
-    told = {f"{part}.lora_alpha": ALPHA for part in ("unet", "text_encoder", "text_encoder_2")}
-    return tensors, {"lora_adapter_metadata": json.dumps(told)}
+    alphas = {f"{part}.lora_alpha": ALPHA for part in ("unet", "text_encoder", "text_encoder_2")}
+    return tensors, {"lora_adapter_metadata": json.dumps(alphas)}
 
 
 def early(lora: dict[str, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -175,7 +176,7 @@ def test_what_is_no_lora_for_this_model_is_told(
     ]
     doubled, twice = next(iter(peft(lora)[0].items()))
     sd1_or_2 = "is a LoRA for Stable Diffusion 1 or 2"
-    for tensors, said in (
+    for tensors, message in (
         ({}, "is empty"),
         ({"lora_te_text_model_x.lora_down.weight": torch.ones(1)}, sd1_or_2),
         ({"lora_unet_down_blocks_0_attentions_0_proj_in.alpha": torch.ones(1)}, sd1_or_2),
@@ -203,7 +204,7 @@ def test_what_is_no_lora_for_this_model_is_told(
         ),
     ):
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-        with pytest.raises(LoraError, match=said):
+        with pytest.raises(LoraError, match=message):
             read_lora(path, bundle.parts)
     save_file(good, path, {"lora_adapter_metadata": "{half"})
     with pytest.raises(LoraError, match="lora_adapter_metadata is damaged"):

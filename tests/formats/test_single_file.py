@@ -16,11 +16,12 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from twostep.formats import read_contracts
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, unet_names
 from twostep.formats.locate import ModelError
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
 
 from ..vanilla import assemble, write_single_file
@@ -144,7 +145,7 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("conditioner.embedders.0.model.ln_final.weight", "for the SDXL refiner"),
         ("cond_stage_model.transformer.text_model.x", "for Stable Diffusion 1"),
@@ -158,9 +159,9 @@ def test_missing_foreign_and_misshapen_weights_are_told(single: Path) -> None:
         ("something.else", "no model"),
     ],
 )
-def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, said: str) -> None:
+def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, message: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         load_bundle(tmp_path / "x.safetensors")
 
 

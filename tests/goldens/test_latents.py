@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pipeline.generation import Progress, generate
 from twostep.pipeline.request import Control, Picture, Request
 

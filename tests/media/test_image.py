@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from twostep.cli import app
+from twostep.formats import read_contracts
 from twostep.formats.locate import ModelError, find_model
-from twostep.models.bundle import Bundle, load_bundle, save_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.saving import save_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.pretrain.model import random_bundle
@@ -97,7 +99,7 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "values", "said"),
+    ("file", "values", "message"),
     [
         (
             "model_index.json",
@@ -112,10 +114,10 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
     ],
 )
 def test_what_is_no_teacher_is_told_by_what_it_is(
-    vanilla: Path, file: str, values: dict[str, object], said: str
+    vanilla: Path, file: str, values: dict[str, object], message: str
 ) -> None:
     change(vanilla / file, **values)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         load_bundle(vanilla)
 
 
@@ -155,7 +157,7 @@ def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(
     (path,) = (vanilla / part).glob("*.safetensors")
     whole, weights = path.read_bytes(), load_file(path)
     key = sorted(weights)[3]
-    for changed, said in (
+    for changed, message in (
         (
             {name: value for name, value in weights.items() if name != key},
             f"{part}: 1 weights are missing or foreign, as ",
@@ -170,7 +172,7 @@ def test_weights_that_are_missing_foreign_misshapen_or_cut_off_are_told(
         ),
     ):
         save_file(changed, path, {"format": "pt"})
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             load_bundle(vanilla)
     path.write_bytes(whole[:-7])
     with pytest.raises(ModelError, match=rf"{path.name} is no whole safetensors file"):

@@ -17,8 +17,9 @@ from twostep.contract import ContractError
 from twostep.diffusion import initial_noise, sample
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LoraError, LowRank, write_lora
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.lora_stack import LoraCache, load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.lora_stack import LoraCache
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 
@@ -61,10 +62,10 @@ def latents(bundle: Bundle, num_images: int = 4) -> torch.Tensor:
     noise = torch.stack(
         [initial_noise(seed, bundle.latent_shape(64, 64)) for seed in range(num_images)]
     )
-    told = bundle.conditioning(["a 3d red apple on a blue background"] * num_images, 64, 64)
+    conditioning = bundle.conditioning(["a 3d red apple on a blue background"] * num_images, 64, 64)
     with torch.inference_mode():
         return sample(
-            bundle.denoiser.with_conditioning(told),
+            bundle.denoiser.with_conditioning(conditioning),
             noise,
             bundle.contract.steps,
             bundle.denoiser.schedule,
@@ -128,17 +129,21 @@ def test_it_is_what_diffusers_makes_of_the_same_stack(styles: list[str], base: B
     for style, name in zip(styles, ("ink", "wool"), strict=True):
         pipeline.load_lora_weights(style.rpartition(":")[0], adapter_name=name)
     pipeline.set_adapters(["ink", "wool"], [0.8, -0.5])
-    worn, x, t = LoraCache(base).apply(styles), torch.randn(2, 4, 16, 16), torch.tensor([999, 250])
-    told = worn.conditioning(["a red fox", "a blue car"], 64, 64)
+    patched, x, t = (
+        LoraCache(base).apply(styles),
+        torch.randn(2, 4, 16, 16),
+        torch.tensor([999, 250]),
+    )
+    conditioning = patched.conditioning(["a red fox", "a blue car"], 64, 64)
     # Of the pooled embedding it leaves the LoRA on the last projection out, and only says so.
     text, *_ = pipeline.encode_prompt(
         ["a red fox", "a blue car"], do_classifier_free_guidance=False
     )
-    torch.testing.assert_close(told.text, text, atol=1e-5, rtol=1e-5)
-    added = {"text_embeds": told.pooled, "time_ids": told.sizes}
+    torch.testing.assert_close(conditioning.text, text, atol=1e-5, rtol=1e-5)
+    added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
     ours, theirs = (
-        net(x, t, told.text, added_cond_kwargs=added).sample
-        for net in (worn.parts["unet"], pipeline.unet)
+        net(x, t, conditioning.text, added_cond_kwargs=added).sample
+        for net in (patched.parts["unet"], pipeline.unet)
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -148,15 +153,15 @@ def test_the_model_stays_as_it_was(fused: bool, styles: list[str]) -> None:
     base = load_bundle("nano", steps=2)
     before, picture = {k: v.clone() for k, v in weights(base).items()}, pixels(base)
     cache = LoraCache(base, fused=fused)
-    worn = cache.apply(styles)
-    assert not np.array_equal(pixels(worn), picture)
+    patched = cache.apply(styles)
+    assert not np.array_equal(pixels(patched), picture)
     after = weights(base)
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
     assert np.array_equal(pixels(base), picture) and np.array_equal(
         pixels(cache.apply([])), picture
     )
     held = {v.data_ptr() for v in after.values()}
-    assert all(v.data_ptr() in held for v in weights(worn).values()) != fused
+    assert all(v.data_ptr() in held for v in weights(patched).values()) != fused
 
 
 def test_a_stack_seen_before_is_not_read_again(
@@ -165,9 +170,9 @@ def test_a_stack_seen_before_is_not_read_again(
     path = tmp_path / "felt.safetensors"
     shutil.copy(styles[0].rpartition(":")[0], path)
     cache = LoraCache(base)
-    worn = cache.apply([f"{path}:0.5"])
+    patched = cache.apply([f"{path}:0.5"])
     path.unlink()
-    assert cache.apply([f"{path}:0.5"]) is worn
+    assert cache.apply([f"{path}:0.5"]) is patched
     with pytest.raises(ModelError, match="does not exist"):
         cache.apply([str(path)])
 
@@ -194,11 +199,11 @@ def test_in_16_bits_it_is_near(styles: list[str]) -> None:
         LoraCache(half, fused=fused).apply(["nano_4step_lora", *styles]) for fused in (False, True)
     )
     exact = latents(load_with_loras("nano", ["nano_4step_lora", *styles]))
-    errors = [(latents(worn) - exact).norm() / exact.norm() for worn in (beside, fused)]
+    errors = [(latents(patched) - exact).norm() / exact.norm() for patched in (beside, fused)]
     assert max(errors) < 0.02 and errors[0] < 1.2 * errors[1]  # 0.0096 and 0.0100 were measured
 
 
-def test_it_goes_on_a_wardrobe_as_on_a_model_that_is_loaded(
+def test_contracts_are_checked_as_when_loras_are_merged(
     styles: list[str], base: Bundle, tmp_path: Path
 ) -> None:
     assert (

@@ -12,10 +12,10 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from twostep.contract import ContractError
+from twostep.formats import resolve
 from twostep.formats.locate import ModelError, find_model
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import file_contract
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 
 TARGETS = ("to_q", "to_v")
@@ -85,11 +85,12 @@ def test_alpha_in_diffusers_metadata_scales_it(style: Path) -> None:
 
 
 def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style: Path) -> None:
-    worn = load_with_loras("nano", ["nano_4step_lora", str(style)])
-    assert (worn.contract.steps, worn.contract.role) == (4, "student")
-    assert worn.contract.name == "nano-4step+style"
-    assert load_with_loras("nano", ["nano_4step_lora"], steps=4).contract == file_contract(
-        find_model("nano_4step_lora")
+    patched = load_with_loras("nano", ["nano_4step_lora", str(style)])
+    assert (patched.contract.steps, patched.contract.role) == (4, "student")
+    assert patched.contract.name == "nano-4step+style"
+    assert (
+        load_with_loras("nano", ["nano_4step_lora"], steps=4).contract
+        == resolve(find_model("nano_4step_lora")).contract
     )
     torch.testing.assert_close(
         answer(load_with_loras("nano", ["nano_4step_lora"])), answer(load_bundle("nano_4step_lora"))
@@ -103,19 +104,19 @@ def test_a_lora_that_makes_students_takes_the_teacher_and_its_steps_count(style:
 
 
 def test_one_that_was_trained_on_a_student_goes_on_that_alone(style: Path) -> None:
-    said = replace(
-        file_contract(find_model("nano_2step_lora")), base="nano-2step", name="style-2step"
-    )
-    said = replace(said, lora_rank=2, lora_alpha=2.0)
+    contract = replace(resolve("nano_2step_lora").contract, base="nano-2step", name="style-2step")
+    contract = replace(contract, lora_rank=2, lora_alpha=2.0)
     path = style.with_name("trained.safetensors")
-    save_file(load_file(style), path, said.to_metadata())
-    worn = load_with_loras("nano", [str(path)], steps=2)
-    assert worn.contract.name == "nano-2step+trained"
+    save_file(load_file(style), path, contract.to_metadata())
+    patched = load_with_loras("nano", [str(path)], steps=2)
+    assert patched.contract.name == "nano-2step+trained"
     assert (
         load_with_loras("nano", [str(style), str(path)], steps=2).contract.name
         == "nano-2step+style+trained"
     )
-    torch.testing.assert_close(answer(worn), answer(load_with_loras("nano", [str(style)], steps=2)))
+    torch.testing.assert_close(
+        answer(patched), answer(load_with_loras("nano", [str(style)], steps=2))
+    )
     for steps in (4, 32):
         with pytest.raises(ContractError, match="was trained on nano-2step; this is nano"):
             load_with_loras("nano", [str(path)], steps=steps)
@@ -128,21 +129,23 @@ def test_what_does_not_fit_is_told(style: Path) -> None:
     weights = load_file(style)
     key = next(iter(weights))
 
-    def said(changed: dict[str, torch.Tensor]) -> str:
+    def refusal(changed: dict[str, torch.Tensor]) -> str:
         save_file(changed, wrong)
         with pytest.raises(ModelError) as error:
             load_with_loras("nano", [str(wrong)], steps=2)
         return str(error.value)
 
-    assert "lora_unet_x.lora_down.weight" in said({"lora_unet_x.lora_down.weight": weights[key]})
-    assert "text_encoder.x.lora_A.weight" in said(
+    assert "lora_unet_x.lora_down.weight" in refusal({"lora_unet_x.lora_down.weight": weights[key]})
+    assert "text_encoder.x.lora_A.weight" in refusal(
         {**weights, "text_encoder.x.lora_A.weight": torch.ones(2, 2)}
     )
-    assert "its halves are [96, 2] and [1, 96]" in said({**weights, key: weights[key][:1].clone()})
-    assert "no layer of unet" in said(
+    assert "its halves are [96, 2] and [1, 96]" in refusal(
+        {**weights, key: weights[key][:1].clone()}
+    )
+    assert "no layer of unet" in refusal(
         {k.replace("down_blocks.1", "down_blocks.9"): v for k, v in weights.items()}
     )
-    assert "lacks the down half" in said({k: v for k, v in weights.items() if k != key})
+    assert "lacks the down half" in refusal({k: v for k, v in weights.items() if k != key})
     wrong.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="no whole safetensors file"):
         load_with_loras("nano", [str(wrong)])

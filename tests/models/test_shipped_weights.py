@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from twostep.evaluate.judge import load_judge
 from twostep.evaluate.metrics import evaluate
 from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.formats import read_contracts
 from twostep.formats.locate import WEIGHTS
-from twostep.models.bundle import load_bundle
-from twostep.models.contracts import read_contracts
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 

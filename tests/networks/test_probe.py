@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twostep.diffusion import sample
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type, probe_prediction_type

@@ -16,7 +16,8 @@ from PIL import Image
 
 from twostep.contract import ContractError
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import add_lora, remove_loras
 from twostep.pipeline.generation import Progress, generate
 from twostep.pipeline.png import read_provenance, save_images

@@ -21,7 +21,8 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Control, Picture, Request
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from twostep.cli import app
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
 from twostep.pretrain.descent import DescentSettings

@@ -6,7 +6,8 @@ import pytest
 import torch
 from compel import CompelForSDXL
 
-from twostep.models.bundle import Bundle, load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.text.clip import PromptError
 
 from ..vanilla import assemble

@@ -175,7 +175,7 @@ def info(
     ] = False,
 ) -> None:
     """Print what a model says of itself: how each of its checkpoints must be sampled."""
-    from twostep.models.contracts import read_contracts
+    from twostep.formats import read_contracts
 
     contracts = read_contracts(model)
     if as_json:
@@ -221,7 +221,7 @@ def _draw_and_save(
 
 def _load(request: Request, provenance: Provenance | None) -> Bundle:
     """Load the model of a request, or the checkpoint that drew a picture before."""
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_with_loras
     from twostep.pipeline.studio import Studio
 
     studio = Studio()
@@ -283,7 +283,7 @@ def _check_steps(model: str, steps: int | None) -> None:
     """Refuse a number of steps that no request may have, and list those that the model has."""
     if steps is None or steps >= 1:
         return
-    from twostep.models.contracts import read_contracts
+    from twostep.formats import read_contracts
 
     offered = ", ".join(str(contract.steps) for contract in read_contracts(model))
     raise RequestError(

@@ -58,16 +58,17 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a file is, how it is to be sampled, and who can load it; its weights are not read."""
-    from twostep.formats.identify import read_header, summary
-    from twostep.formats.locate import ModelError, find_model
-    from twostep.models.contracts import carried_contract
+    from twostep.formats import ModelError, resolve
+    from twostep.formats.identify import summary
 
-    path = find_model(file)
-    if path.is_dir():
+    checkpoint = resolve(file)
+    path = checkpoint.path
+    if checkpoint.is_folder:
         raise ModelError(
             f"{path} is a model folder: `twostep info {path}` says what is in it. Give one file."
         )
-    told, contract = summary(read_header(path)), carried_contract(path)
+    told = summary(checkpoint.file)
+    contract = checkpoint.carried
     if as_json:
         typer.echo(
             json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2)

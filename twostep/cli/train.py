@@ -106,7 +106,7 @@ def cache(
     """Encode pictures and captions, or let the teacher draw prompts, into shards to train from."""
     from twostep.data.encoding import cache_pictures, cache_prompts
     from twostep.data.sources import Demands, find_entries
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_with_loras
 
     path, prompts = Path(source), None
     if path.suffix == ".txt" and path.is_file():
@@ -202,8 +202,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     """Distil a teacher into students of few steps, by the phases of the recipe."""
     from twostep import __version__
     from twostep.distill import DistillRecipe, distil
-    from twostep.models.bundle import load_bundle
-    from twostep.models.lora_stack import load_with_loras
+    from twostep.models.loading import load_bundle, load_with_loras
     from twostep.training.device import find_device
     from twostep.training.processes import joined
     from twostep.training.recipe import load_recipe

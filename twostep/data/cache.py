@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from twostep.data.sources import DataError
 from twostep.files import write_atomically
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, modules_of
 from twostep.networks.conditioning import Conditioning
 
 SHARD_ITEMS = 256
@@ -212,8 +212,8 @@ def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
 def fingerprints(bundle: Bundle) -> dict[str, str]:
     """Return what tells one autoencoder, and one pair of text encoders, from any other."""
     return {
-        "autoencoder": _fingerprint([bundle.codec.vae]),
-        "text_encoders": _fingerprint(bundle.text.encoders),
+        "autoencoder": _fingerprint(modules_of(bundle.codec)),
+        "text_encoders": _fingerprint(bundle.text.networks.values()),
     }
 
 

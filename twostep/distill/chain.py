@@ -20,7 +20,9 @@ from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import Judging, Lesson, Source, train_phase
 from twostep.files import write_atomically
-from twostep.models.bundle import Bundle, save_bundle, save_student, student_path
+from twostep.formats.checkpoint import student_path
+from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle, save_student
 from twostep.networks.adapters import (
     Lora,
     add_lora,
@@ -73,7 +75,7 @@ def distil(
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version)
     examples = Examples.of(teacher, recipe.sample_prompts)
     if recipe.cache is not None:  # whose texts are encoded
-        for encoder in teacher.text.encoders:
+        for encoder in teacher.text.networks.values():
             encoder.to("cpu")
     written: dict[int, Path] = {}
     with ExitStack() as leaving:

@@ -24,7 +24,7 @@ from twostep.distill.methods.discriminator import LoraDiscriminator
 from twostep.distill.recipe import DistillRecipe, Phase
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.training.device import find_device
@@ -99,7 +99,9 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhaseP
         drawing = _draw(Examples.of(teacher, recipe.sample_prompts), meter)
         if recipe.cache is not None and not is_cpu:
             for weight in (
-                weight for encoder in teacher.text.encoders for weight in encoder.parameters()
+                weight
+                for encoder in teacher.text.networks.values()
+                for weight in encoder.parameters()
             ):
                 weight.data = torch.empty(0)  # on another device than what is counted
         for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):

@@ -1,6 +1,4 @@
-"""Models written for others to load: each file says of itself how it is to be sampled, and what it
-is.
+"""Models written for others to load: each file says of itself what it is and how it is sampled.
 
-Beside it lie a card for a person and, where ComfyUI reads it, a workflow. What a model draws is
-unknown here.
+Beside it lie a card for a person and, where ComfyUI reads it, a workflow.
 """

@@ -1,7 +1,7 @@
 """What lies beside an exported model: a card for a person, and workflows for ComfyUI.
 
-The texts are templates, card.md and workflow.json; nodes.json says of ComfyUI's nodes what their
-pages need.
+The texts are the templates card.md and workflow.json; nodes.json says what ComfyUI's page needs to
+know of its nodes.
 """
 
 import json
@@ -14,9 +14,10 @@ from PIL import Image
 
 from twostep.contract import Contract
 from twostep.files import write_atomically
+from twostep.formats.contracts import SDXL
 from twostep.formats.locate import ModelError, read_json
 from twostep.formats.single_file import SDXL_BASE
-from twostep.models.contracts import SDXL
+from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
 
 HERE = Path(__file__).parent
@@ -24,8 +25,10 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Card:
-    """What a card shows beside the contract: a picture, figures (JSON), and the hub's name of the
-    licence.
+    """What a card shows beside the contract.
+
+    `picture` is what the model draws, `evaluation` a JSON file with figures, and `license` the
+    hub's name of the licence.
     """
 
     picture: Path | None = None
@@ -33,63 +36,95 @@ class Card:
     license: str | None = None
 
     def write(self, contract: Contract, to: str, out: Path, *, full_size: bool) -> None:
-        """Write README.md into a folder, else a .md beside a file; ModelError for what cannot be
-        shown.
+        """Write README.md into a folder, or a .md beside a file, with the picture.
+
+        Arguments:
+            contract: what the model says of itself.
+            to: the form that it was exported to, as `writing.TARGETS`.
+            out: the exported folder or file.
+            full_size: whether the model is SDXL itself, and no smaller one of its classes.
+
+        Raises ModelError for a picture or figures that cannot be read.
         """
         card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
         shown = card.with_name("grid.png") if out.is_dir() else out.with_suffix(".png")
         if self.picture is not None:
-            try:
-                Image.open(self.picture).convert("RGB").save(shown)
-            except OSError as error:
-                raise ModelError(f"{self.picture} is no picture ({error}).") from error
+            _copy_picture(self.picture, shown)
+        base = SDXL_BASE if contract.base == SDXL.base else contract.base
+        default_license = "openrail++" if base == SDXL_BASE else "other"
         recipe = RECIPES / f"{contract.recipe}.toml"
-        told = {
-            "file": out.name,
-            "to": to,
-            "contract": contract,
-            "fields": asdict(contract),
-            "full_size": full_size,
-        }
-        told["base"] = base = SDXL_BASE if contract.base == SDXL.base else contract.base
-        told["license"] = self.license or ("openrail++" if base == SDXL_BASE else "other")
-        told["recipe"] = recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else ""
-        _render("card.md", card, rows=self._figures(), picture=self.picture and shown.name, **told)
+        _render(
+            "card.md",
+            card,
+            file=out.name,
+            to=to,
+            contract=contract,
+            fields=asdict(contract),
+            full_size=full_size,
+            sdxl=is_sdxl(contract),
+            base=base,
+            license=self.license or default_license,
+            recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",
+            rows=self._figures(),
+            picture=shown.name if self.picture is not None else None,
+        )
 
     def _figures(self) -> list[dict[str, Any]]:
-        try:
-            read = (
-                json.loads(self.evaluation.read_text(encoding="utf-8")) if self.evaluation else []
-            )
-            rows: list[dict[str, Any]] = read if isinstance(read, list) else [read]
-            if all(row.keys() == rows[0].keys() for row in rows):
-                return rows
-        except (OSError, ValueError, AttributeError):
-            pass
-        raise ModelError(
-            f"{self.evaluation} is no table: expected a JSON object, or a list of them with equal keys."
+        """Read the evaluation as the rows of a table; none without one."""
+        if self.evaluation is None:
+            return []
+        problem = ModelError(
+            f"{self.evaluation} is no table: expected a JSON object, or a list of them with equal "
+            "keys."
         )
+        try:
+            read = json.loads(self.evaluation.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise problem from error
+        rows = read if isinstance(read, list) else [read]
+        for row in rows:
+            if not isinstance(row, dict) or row.keys() != rows[0].keys():
+                raise problem
+        return rows
+
+
+def _copy_picture(picture: Path, out: Path) -> None:
+    try:
+        Image.open(picture).convert("RGB").save(out)
+    except OSError as error:
+        raise ModelError(f"{picture} is no picture ({error}).") from error
 
 
 def write_workflows(contract: Contract, to: str, out: Path) -> None:
-    """Write for a file how ComfyUI draws with it: X.json to open on its page, X.api.json to send to
-    its server.
+    """Write how ComfyUI draws with an exported file.
+
+    For X.safetensors these are X.json, to be opened on ComfyUI's page, and X.api.json, to be sent
+    to its server.
     """
     api_path = out.with_suffix(".api.json")
     _render("workflow.json", api_path, file=out.name, to=to, contract=contract, name=out.stem)
-    api, known = read_json(api_path), read_json(HERE / "nodes.json")
-    # number, node and output it comes from, node and input it goes to, type
+    api = read_json(api_path)
+    known = read_json(HERE / "nodes.json")
+    links = _links(api, known)
+    _render("page.json", out.with_suffix(".json"), api=api, known=known, links=links)
+
+
+def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...]]:
+    """List the links of a workflow as the page counts them.
+
+    Each is: number, node and output that it comes from, node and input that it goes to, type.
+    """
     links: list[tuple[object, ...]] = []
     for name, node in api.items():
         for place, each in enumerate(known[node["class_type"]]["inputs"]):
             start, output = node["inputs"][each]
             kind = known[api[start]["class_type"]]["outputs"][output]
             links.append((len(links) + 1, int(start), output, int(name), place, kind))
-    _render("page.json", out.with_suffix(".json"), api=api, known=known, links=links)
+    return links
 
 
 def _render(template: str, out: Path, **values: object) -> None:
-    made = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = made.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
     with write_atomically(out) as file:
         file.write(text.encode())

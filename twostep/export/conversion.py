@@ -10,123 +10,142 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from twostep.contract import Contract
 from twostep.export.writing import open_lora
-from twostep.formats.identify import kind_of, read_header
+from twostep.formats.checkpoint import Checkpoint, resolve
+from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.formats.header import read_header
+from twostep.formats.identify import WHOLE
 from twostep.formats.ldm_names import clip_l_names
-from twostep.formats.locate import CONTRACT_FILE, ModelError, find_model, read_json
+from twostep.formats.locate import CONTRACT_FILE, ModelError, read_json
 from twostep.formats.lora_files import DIALECTS, write_lora
 from twostep.formats.single_file import (
     LEFT_OUT,
     PARTS,
     FolderFiles,
+    SingleFile,
     find_single_file,
     whole_weights,
 )
-from twostep.models.bundle import clean_configs, hollow_networks
-from twostep.models.contracts import DIFFUSERS_NAMES, carried_contract, read_contracts
+from twostep.models.sdxl import clean_configs
+from twostep.models.sdxl_networks import hollow_networks
 
 REST = "single_file_rest.safetensors"
+"""What a whole file had and the networks of a folder do not need."""
+
+_NOT_COPIED = (
+    "*.safetensors",
+    "*.bin",
+    "*.msgpack",
+    "*.onnx*",
+    "*.index.*json",
+    "students",
+    CONTRACT_FILE,
+)
+"""What is left behind of the folder whose configs are taken."""
 
 
-def convert(model: str | Path, to: str, out: Path, *, base: str | None = None) -> Path:
-    """Write a LoRA in another of `DIALECTS`, a whole file as a "diffusers" folder, or a folder as a
-    "single-file".
+def convert(model: str | Path | Checkpoint, to: str, out: Path, *, base: str | None = None) -> Path:
+    """Write a model's file in another form.
 
-    Raises ModelError for what is not all there, has keys that nobody knows, or is of another kind.
+    Arguments:
+        model: a LoRA, a whole checkpoint in one file, or a diffusers folder.
+        to: one of `DIALECTS` for a LoRA, "diffusers" for a whole checkpoint, "single-file" for a
+            folder.
+        out: the file or folder to write, which must not exist.
+        base: a model with the layers of a LoRA that does not say them.
+
+    Returns `out`. Raises ModelError for what is incomplete, has unknown keys, or is of another
+    kind.
     """
-    path = find_model(model)
-    what = "a folder" if path.is_dir() else kind_of(read_header(path)).what
+    checkpoint = resolve(model)
     if out.exists():
         raise ModelError(f"{out} is already there. Give another --out, or delete it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if what == "a LoRA" and to in DIALECTS:
-        return _convert_lora(path, to, out, base)
-    if what == "a folder" and to == "single-file":
-        return _join(path, out)
-    if what == "a whole checkpoint" and to == "diffusers":
-        return _divide(path, out)
-    known = f"a LoRA goes to {', '.join(DIALECTS)}, a whole checkpoint to diffusers, a folder to single-file"
-    raise ModelError(f"{path} is {what}, which does not go to {to!r}: {known}.")
+    if checkpoint.is_lora and to in DIALECTS:
+        return _convert_lora(checkpoint, to, out, base)
+    if checkpoint.is_folder and to == "single-file":
+        return _join(checkpoint, out)
+    if checkpoint.kind.what == WHOLE and to == "diffusers":
+        return _divide(checkpoint, out)
+    raise ModelError(
+        f"{checkpoint.path} is {checkpoint.kind.what}, which does not go to {to!r}: a LoRA goes to "
+        f"{', '.join(DIALECTS)}, a whole checkpoint to diffusers, a folder to single-file."
+    )
 
 
-def _convert_lora(path: Path, to: str, out: Path, base: str | None) -> Path:
-    lora, networks, _ = open_lora(path, base)
-    tensors, told = write_lora(lora, networks, to)
-    kept = {
-        key: value
-        for key, value in read_header(path).metadata.items()
-        if key != "lora_adapter_metadata"
-    }
-    save_file({key: value.contiguous() for key, value in tensors.items()}, out, {**kept, **told})
+def _convert_lora(lora: Checkpoint, to: str, out: Path, base: str | None) -> Path:
+    """Write a LoRA in another dialect; its other metadata stays."""
+    changes, networks = open_lora(lora, base)
+    tensors, metadata = write_lora(changes, networks, to)
+    kept = dict(lora.file.metadata)
+    kept.pop("lora_adapter_metadata", None)  # belongs to the dialect that it came in
+    _save(tensors, out, {**kept, **metadata})
     return out
 
 
-def _divide(path: Path, out: Path) -> Path:
-    single, header = find_single_file(path), read_header(path)
-    networks, (contract,) = hollow_networks(single.folder), read_contracts(path)
+def _divide(checkpoint: Checkpoint, out: Path) -> Path:
+    """Write a whole checkpoint as a folder, with the configs that fit it."""
+    single = find_single_file(checkpoint.file)
+    networks = hollow_networks(single.folder)
+    contract = checkpoint.contract
+    # All is read before anything is written, so that a damaged file leaves nothing behind.
     divided = {name: single.weights(networks[name], part) for name, part in PARTS.items()}
-    left = (
-        "*.safetensors",
-        "*.bin",
-        "*.msgpack",
-        "*.onnx*",
-        "*.index.*json",
-        "students",
-        CONTRACT_FILE,
-    )
-    shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*left))
+    shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*_NOT_COPIED))
     for name, weights in divided.items():
-        names = (
-            clip_l_names(weights)
-            if name == "text_encoder"
-            else dict(zip(weights, weights, strict=True))
-        )
-        file = (
-            out
-            / name
-            / ("model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors")
-        )
-        save_file(
-            {names[key]: value.contiguous() for key, value in weights.items()},
-            file,
-            {"format": "pt"},
-        )
-    rest = [
-        key
-        for key in header.shapes
-        if key.endswith(LEFT_OUT) or not key.startswith(tuple(PARTS.values()))
-    ]
-    with safe_open(path, "pt") as read:
-        save_file({key: read.get_tensor(key) for key in rest}, out / REST, header.metadata)
-    if carried_contract(path):
+        file = "model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors"
+        if name == "text_encoder":
+            names = clip_l_names(weights)
+            weights = {names[key]: value for key, value in weights.items()}
+        _save(weights, out / name / file, {"format": "pt"})
+    _save(_rest(single), out / REST, checkpoint.file.metadata)
+    if checkpoint.carried is not None:
         (out / CONTRACT_FILE).write_text(contract.to_json())
     clean_configs(out)
-    scheduler = read_json(out / "scheduler" / "scheduler_config.json")
-    scheduler["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
-    scheduler |= {"timestep_spacing": "trailing"} if contract.role == "student" else {}
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
+    _adapt_scheduler(out / "scheduler" / "scheduler_config.json", contract)
     return out
 
 
-def _join(folder: Path, out: Path) -> Path:
-    networks = hollow_networks(folder)
+def _rest(single: SingleFile) -> dict[str, Tensor]:
+    """Return the tensors of a whole file that no network needs."""
+    rest = {}
+    for key in single.header.shapes:
+        if key.endswith(LEFT_OUT) or not key.startswith(tuple(PARTS.values())):
+            rest[key] = single.tensor(key)
+    return rest
+
+
+def _adapt_scheduler(path: Path, contract: Contract) -> None:
+    """Let a scheduler's config say what the contract does about prediction and spacing."""
+    config = read_json(path)
+    config["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
+    if contract.role == "student":
+        config["timestep_spacing"] = "trailing"
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _join(checkpoint: Checkpoint, out: Path) -> Path:
+    """Write a folder as a whole checkpoint, with what `_divide` laid aside."""
+    folder = checkpoint.path
+    networks = hollow_networks(checkpoint)
+    files = FolderFiles(folder)
     for name, part in PARTS.items():
-        networks[name].load_state_dict(
-            FolderFiles(folder).weights(networks[name], part), assign=True
-        )
-    contract, rest = read_contracts(folder)[0], dict[str, Tensor]()
-    told = contract.to_metadata() if (folder / CONTRACT_FILE).is_file() else {}
-    if contract.prediction_type == "v":
+        networks[name].load_state_dict(files.weights(networks[name], part), assign=True)
+    rest: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    if checkpoint.contract.prediction_type == "v":
         rest["v_pred"] = torch.zeros(0)  # as whole files say it
     if (folder / REST).is_file():
-        rest, told = rest | load_file(folder / REST), read_header(folder / REST).metadata | told
-    save_file(
-        {key: value.contiguous() for key, value in (whole_weights(networks) | rest).items()},
-        out,
-        told,
-    )
+        rest |= load_file(folder / REST)
+        metadata |= read_header(folder / REST).metadata
+    if (folder / CONTRACT_FILE).is_file():
+        metadata |= checkpoint.contract.to_metadata()
+    _save(whole_weights(networks) | rest, out, metadata)
     return out
+
+
+def _save(tensors: dict[str, Tensor], out: Path, metadata: dict[str, str]) -> None:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, out, metadata)

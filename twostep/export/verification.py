@@ -15,81 +15,100 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.diffusion import initial_noise, sample
-from twostep.formats.locate import ModelError, find_model, weights_variant
-from twostep.formats.single_file import is_whole
-from twostep.models.bundle import base_folder, load_bundle
-from twostep.models.contracts import DIFFUSERS_NAMES, read_contracts, student_files
+from twostep.formats.checkpoint import Checkpoint, look_at_folder, resolve
+from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.formats.locate import ModelError, weights_variant
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.sdxl import base_folder
+
+_COMFYUI_NAMES = {"x0": "x0", "v": "v_prediction"}
+"""What ComfyUI's node ModelSamplingDiscrete calls the prediction types other than eps."""
 
 
 @torch.inference_mode()
 def verify(
-    model: str, *, prompt: str, seed: int = 0, steps: int | None = None, comfyui: Path | None = None
+    model: str | Path | Checkpoint,
+    *,
+    prompt: str,
+    seed: int = 0,
+    steps: int | None = None,
+    comfyui: Path | None = None,
 ) -> list[tuple[float, float]]:
-    """Return for each step the largest difference to diffusers, or to the ComfyUI there, and the
-    relative one.
+    """Draw with another program too, from the same noise, and compare x0 at each step.
+
+    Arguments:
+        model: what is drawn with.
+        prompt: what is drawn.
+        seed: of the noise.
+        steps: picks the student of a model that has several.
+        comfyui: the folder of a ComfyUI to compare with; diffusers if not given.
+
+    Returns for each step the largest difference, and the relative one (norms). Raises ModelError
+    if the other program cannot load the model.
     """
-    path, bundle = find_model(model, steps=steps), load_bundle(model, steps=steps)
-    contract, (width, height) = bundle.contract, bundle.contract.sizes[0]
+    checkpoint = resolve(model, steps=steps)
+    bundle = load_bundle(checkpoint, steps=steps)
+    width, height = bundle.contract.sizes[0]
     noise = initial_noise(seed, bundle.latent_shape(width, height))[None]
-    told, ours = bundle.conditioning([prompt, ""], width, height), list[Tensor]()
-    denoise = bundle.denoiser.with_guidance(told[:1], told[1:], contract.guidance)
+    ours = _sampled(bundle, prompt, noise)
+    if comfyui is None:
+        theirs = _sampled_by_diffusers(checkpoint, bundle.contract, prompt, noise)
+    else:
+        theirs = _sampled_by_comfyui(comfyui, checkpoint, bundle.contract, prompt, noise)
+    differences = []
+    for x0, other in zip(ours, theirs, strict=True):
+        largest = (x0 - other).abs().max().item()
+        relative = ((x0 - other).norm() / other.norm()).item()
+        differences.append((largest, relative))
+    return differences
+
+
+def _sampled(bundle: Bundle, prompt: str, noise: Tensor) -> list[Tensor]:
+    """Return x0 at each step of the bundle itself."""
+    contract = bundle.contract
+    width, height = contract.sizes[0]
+    both = bundle.conditioning([prompt, ""], width, height)
+    states: list[Tensor] = []
     sample(
-        denoise,
+        bundle.denoiser.with_guidance(both[:1], both[1:], contract.guidance),
         noise,
         contract.steps,
         bundle.denoiser.schedule,
-        lambda _, step: ours.append(step.x0),
+        lambda _, step: states.append(step.x0),
     )
-    theirs = (
-        _comfyui(comfyui, path, contract, prompt, noise)
-        if comfyui
-        else _diffusers(path, contract, prompt, noise)
-    )
-    pairs = zip(ours, theirs, strict=True)
-    return [((a - b).abs().max().item(), ((a - b).norm() / b.norm()).item()) for a, b in pairs]
+    return states
 
 
-def _diffusers(path: Path, contract: Contract, prompt: str, noise: Tensor) -> list[Tensor]:
-    """Let diffusers load the model by itself, and draw with the steps and the guidance of the
-    contract.
-    """
-    if path.is_file() and is_whole(path):
-        problem = "is one file, whose text encoders diffusers does not find beside transformers 5.6 or newer"
-        advice = f"Verify the folder instead: twostep convert {path} --to diffusers --out FOLDER"
-        raise ModelError(f"{path} {problem}. {advice}.")
-    folder = path if path.is_dir() else base_folder(path, contract)
-    variant = weights_variant(folder / "unet")
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, variant=variant
+def _sampled_by_diffusers(
+    checkpoint: Checkpoint, contract: Contract, prompt: str, noise: Tensor
+) -> list[Tensor]:
+    """Return x0 at each step of diffusers, which loads the model by itself."""
+    pipeline = _diffusers_pipeline(checkpoint, contract)
+    scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config,
+        timestep_spacing="trailing",
+        prediction_type=DIFFUSERS_NAMES[contract.prediction_type],
     )
-    student = path if path.is_file() else student_files(folder).get(contract.steps)
-    if contract.lora_rank is not None:
-        pipeline.load_lora_weights(path)
-    elif student is not None and read_contracts(folder)[0] != contract:
-        pipeline.unet.load_state_dict(load_file(student))
-    settings = {
-        "timestep_spacing": "trailing",
-        "prediction_type": DIFFUSERS_NAMES[contract.prediction_type],
-    }
-    scheduler = pipeline.scheduler = EulerDiscreteScheduler.from_config(
-        pipeline.scheduler.config, **settings
-    )
+    pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
+    # diffusers starts from 0.99767 of this.
+    states = [noise * (1 + scheduler.sigmas.max() ** 2).sqrt()]
 
-    def keep(*told: Any) -> dict[str, Tensor]:
-        states.append(told[-1]["latents"])
+    def keep_latents(*arguments: Any) -> dict[str, Tensor]:
+        states.append(arguments[-1]["latents"])
         return {}
 
-    # diffusers starts from 0.99767 of this
-    states = [noise * (1 + scheduler.sigmas.max() ** 2).sqrt()]
-    (width, height), start = contract.sizes[0], states[0] / scheduler.init_noise_sigma
-    asked = {
-        "num_inference_steps": contract.steps,
-        "guidance_scale": contract.guidance,
-        "latents": start,
-    }
+    width, height = contract.sizes[0]
     pipeline(
-        prompt, width=width, height=height, output_type="latent", callback_on_step_end=keep, **asked
+        prompt,
+        width=width,
+        height=height,
+        output_type="latent",
+        callback_on_step_end=keep_latents,
+        num_inference_steps=contract.steps,
+        guidance_scale=contract.guidance,
+        latents=states[0] / scheduler.init_noise_sigma,
     )
     # An Euler step goes along the line through x and x0: with the states before and after it, x0 is
     # known.
@@ -97,41 +116,65 @@ def _diffusers(path: Path, contract: Contract, prompt: str, noise: Tensor) -> li
     return [x + t * (x - after) / (s - t) for (x, after), (t, s) in steps]
 
 
-def _comfyui(
-    folder: Path, path: Path, contract: Contract, prompt: str, noise: Tensor
-) -> list[Tensor]:
-    """Let a ComfyUI draw, on the CPU in float32; it wants whole files."""
-    if not (folder / "comfy" / "sd.py").is_file():
+def _diffusers_pipeline(checkpoint: Checkpoint, contract: Contract) -> Any:
+    """Let diffusers load a model, or its student that has this contract."""
+    path = checkpoint.path
+    if checkpoint.is_whole:
         raise ModelError(
-            f"{folder} is no ComfyUI: it has no comfy/sd.py. Give the folder with its main.py."
+            f"{path} is one file, whose text encoders diffusers does not find beside transformers "
+            f"5.6 or newer. Verify the folder instead: twostep convert {path} --to diffusers --out "
+            "FOLDER."
         )
-    if path.is_dir() or not is_whole(path):
-        advice = f"twostep export {path} --to comfyui --out FILE"
-        raise ModelError(f"{path} is no whole file, which ComfyUI loads: {advice}.")
-    sys.path.insert(0, str(folder))
+    folder = checkpoint
+    if not checkpoint.is_folder:
+        folder = look_at_folder(base_folder(path, contract), known=(checkpoint,))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        folder.path, torch_dtype=torch.float32, variant=weights_variant(folder.path / "unet")
+    )
+    if contract.lora_rank is not None:
+        pipeline.load_lora_weights(path)
+        return pipeline
+    student = checkpoint
+    if checkpoint.is_folder and contract.steps in folder.students:
+        student = folder.students[contract.steps]
+    if not student.is_folder and folder.contract != contract:
+        pipeline.unet.load_state_dict(load_file(student.path))
+    return pipeline
+
+
+def _sampled_by_comfyui(
+    comfyui: Path, checkpoint: Checkpoint, contract: Contract, prompt: str, noise: Tensor
+) -> list[Tensor]:
+    """Return x0 at each step of a ComfyUI, on the CPU in float32; it wants whole files."""
+    if not (comfyui / "comfy" / "sd.py").is_file():
+        raise ModelError(
+            f"{comfyui} is no ComfyUI: it has no comfy/sd.py. Give the folder with its main.py."
+        )
+    if not checkpoint.is_whole:
+        raise ModelError(
+            f"{checkpoint.path} is no whole file, which ComfyUI loads: "
+            f"twostep export {checkpoint.path} --to comfyui --out FILE."
+        )
+    sys.path.insert(0, str(comfyui))
     vars(import_module("comfy.cli_args").args).update(cpu=True, force_fp32=True)
     model, clip, *_ = import_module("comfy.sd").load_checkpoint_guess_config(
-        str(path), output_vae=False
+        str(checkpoint.path), output_vae=False
     )
     if contract.prediction_type != "eps":
-        named, node = (
-            {"x0": "x0", "v": "v_prediction"},
-            import_module("comfy_extras.nodes_model_advanced"),
-        )
-        (model,) = node.ModelSamplingDiscrete().patch(model, named[contract.prediction_type], False)
+        node = import_module("comfy_extras.nodes_model_advanced").ModelSamplingDiscrete()
+        (model,) = node.patch(model, _COMFYUI_NAMES[contract.prediction_type], False)
     texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
-    found: list[Tensor] = []
-    more: dict[str, Any] = {
-        "callback": lambda i, x0, x, n: found.append(x0.cpu().float()),
-        "disable_pbar": True,
-    }
-    settings = (
+    states: list[Tensor] = []
+    import_module("comfy.sample").sample(
+        model,
+        noise,
         contract.steps,
         contract.guidance,
         "euler",
         "simple",
         *texts,
         torch.zeros_like(noise),
+        callback=lambda i, x0, x, n: states.append(x0.cpu().float()),
+        disable_pbar=True,
     )
-    import_module("comfy.sample").sample(model, noise, *settings, **more)
-    return found
+    return states

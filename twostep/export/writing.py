@@ -1,7 +1,7 @@
-"""A model as others load it: a diffusers folder, one file for ComfyUI, a UNet alone, or a LoRA by
-either custom.
+"""A model as other programs load it: a diffusers folder, one file for ComfyUI, a UNet alone, or a
+LoRA in either custom.
 
-Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1); whole
+Every file carries the sampling contract and ModelSpec (Stability AI's metadata, 1.0.1). Whole
 networks are written in 16 bits, LoRAs as they are.
 """
 
@@ -19,33 +19,32 @@ from torch import Tensor, nn
 from twostep.contract import Contract
 from twostep.export.card import Card, write_workflows
 from twostep.files import write_atomically
+from twostep.formats.checkpoint import Checkpoint, resolve
+from twostep.formats.contracts import SDXL
+from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.ldm_names import clip_l_names
-from twostep.formats.locate import ModelError, find_model
+from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import LowRank, read_lora, write_lora
 from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
-from twostep.models.bundle import (
-    Bundle,
-    base_folder,
-    embed_no_guidance,
-    hollow_networks,
-    save_bundle,
-)
-from twostep.models.contracts import (
-    DIFFUSERS_NAMES,
-    SDXL,
-    carried_contract,
-    read_contracts,
-    student_files,
-)
-from twostep.models.lora_stack import load_with_loras
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_with_loras
+from twostep.models.saving import save_bundle
+from twostep.models.sdxl import autoencoder, base_folder, embed_no_guidance, is_sdxl
+from twostep.models.sdxl_networks import hollow_networks
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
+"""The forms that a model can be exported to."""
+
+_SDXL_CHANNELS = (320, 640, 1280)
+"""The channels of SDXL's own UNet, by level."""
 
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A model on its way out: what it says of itself, in which form and whereto it goes, and what
-    its card shows.
+    """A model that is being exported.
+
+    `contract` is what it says of itself, `to` one of `TARGETS`, `out` the file or folder to write.
+    `network` is its UNet, whose shape alone counts, and `card` what is shown beside it.
     """
 
     contract: Contract
@@ -54,46 +53,59 @@ class ExportJob:
     network: nn.Module
     card: Card
 
-    def send(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-        """Write a file with its card and, where ComfyUI reads it, its workflows; returns the file."""
+    def write(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+        """Write a file with its card and, where ComfyUI reads it, its workflows.
+
+        Returns the file.
+        """
         file = save({key: value.cpu().contiguous() for key, value in weights.items()})
         stamp(file, self.out, {"format": "pt", **metadata, **self.model_spec})
-        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
+        self.write_card()
         if self.to != "lora-peft":
             write_workflows(self.contract, self.to, self.out)
         return self.out
 
+    def write_card(self) -> None:
+        """Write the card beside the file, or into the folder."""
+        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
+
     @property
     def full_size(self) -> bool:
-        """Whether it is SDXL itself: smaller models of its classes most programs do not know."""
-        return tuple(self.network.config.block_out_channels) == (320, 640, 1280)  # type: ignore[union-attr,arg-type]
+        """Whether it is SDXL itself; most programs do not know smaller models of its classes."""
+        if not is_sdxl(self.contract):
+            return False
+        channels = self.network.config.block_out_channels  # type: ignore[union-attr]
+        return tuple(channels) == _SDXL_CHANNELS  # type: ignore[arg-type]
 
     @property
     def model_spec(self) -> dict[str, str]:
-        """What ModelSpec says of it, all but the digest."""
+        """The fields of ModelSpec, all but the digest of the tensors."""
         contract = self.contract
-        named = (
-            "stable-diffusion-xl-v1-base"
-            if self.full_size
-            else f"{contract.base} (SDXL's classes, smaller)"
-        )
-        spec = {
+        architecture = "stable-diffusion-xl-v1-base"
+        if not self.full_size:
+            architecture = f"{contract.base} (SDXL's classes, smaller)"
+        if self.to.startswith("lora"):
+            architecture = f"{architecture}/lora"
+        uses_old_names = self.to in ("comfyui", "lora-kohya")
+        predicts = DIFFUSERS_NAMES[contract.prediction_type]
+        fields = {
             "sai_model_spec": "1.0.1",
-            "architecture": f"{named}/lora" if self.to.startswith("lora") else named,
-            "implementation": "sgm" if self.to in ("comfyui", "lora-kohya") else "diffusers",
+            "architecture": architecture,
+            "implementation": "sgm" if uses_old_names else "diffusers",
             "title": contract.name,
             "resolution": "x".join(map(str, contract.sizes[0])),
             "date": datetime.now(UTC).date().isoformat(),
-            "prediction_type": DIFFUSERS_NAMES[contract.prediction_type].removesuffix(
-                "_prediction"
+            "prediction_type": predicts.removesuffix("_prediction"),
+            "usage_hint": (
+                f"{contract.steps} steps, Euler, trailing times ('simple'), "
+                f"guidance {contract.guidance:g}"
             ),
-            "usage_hint": f"{contract.steps} steps, Euler, trailing times ('simple'), guidance {contract.guidance:g}",
         }
-        return {f"modelspec.{key}": value for key, value in spec.items()}
+        return {f"modelspec.{name}": value for name, value in fields.items()}
 
 
 def export(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     to: str,
     out: Path,
     *,
@@ -102,121 +114,164 @@ def export(
     loras: tuple[str, ...] = (),
     card: Card | None = None,
 ) -> Path:
-    """Write a model, or one of its students, as `to` says: into the folder `out` for diffusers,
-    else into that file.
+    """Write a model, or one of its students, in a form that other programs load.
 
-    `loras` are merged in. A LoRA's layers are those of its base, which is found by its contract if
-    not given. Raises ModelError for what the model is not, WriteError for what cannot be written.
+    Arguments:
+        model: what is to be exported; for a LoRA its file, or a folder that has it.
+        to: one of `TARGETS`; "diffusers" is the folder of the model's own family.
+        out: the folder for diffusers, otherwise the .safetensors file.
+        steps: picks a student of a model that has several.
+        base: a model with the layers of a LoRA; found by the LoRA's contract if not given.
+        loras: LoRAs to merge in, each "file" or "file:weight".
+        card: what the card shows beside the contract.
+
+    Returns what was written. Raises ModelError for a model that is not what it should be,
+    WriteError for what cannot be written.
     """
-    if to not in TARGETS:
-        raise ModelError(f"There is no export to {to!r}; there are {', '.join(TARGETS)}.")
-    if (out.suffix == ".safetensors") == (to == "diffusers"):
-        raise ModelError(
-            f"--out is {out}; expected a {'folder' if to == 'diffusers' else '.safetensors'} for {to}."
-        )
+    _check_target(to, out)
     card = card or Card()
     if to.startswith("lora"):
-        path = _lora_file(model, steps)
-        lora, networks, own = open_lora(path, base)
-        # One without a contract is a style: it is drawn with as its base is.
-        contract = own or replace(read_contracts(str(base))[0], name=path.stem)
-        tensors, told = write_lora(lora, networks, to.removeprefix("lora-"))
-        told |= own.to_metadata() if own else {}
-        return ExportJob(contract, to, out, networks["unet"], card).send(tensors, told)
+        return _export_lora(_find_lora(model, steps), to, out, base, card)
     bundle = load_with_loras(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
-    parcel = ExportJob(contract, to, out, bundle.denoiser.network, card)
-    return _send_folder(bundle, parcel) if to == "diffusers" else _send_whole(bundle, parcel)
-
-
-def open_lora(
-    path: Path, base: str | None
-) -> tuple[dict[str, LowRank], dict[str, nn.Module], Contract | None]:
-    """Read a LoRA with hollow networks that have its layers, and its contract if it has one;
-    ModelError.
-    """
-    contract = carried_contract(path)
-    if contract is not None and contract.lora_rank is None:
-        raise ModelError(
-            f"{path} is a student's whole network, no LoRA. Export it to unet, comfyui or diffusers."
-        )
-    if base is None and contract is None:
-        raise ModelError(
-            f"{path} does not say whose layers it has; name a model of that kind as the base."
-        )
-    of_sdxl = contract is not None and contract.base == SDXL.base
-    found = base or (SDXL_BASE if of_sdxl else base_folder(path, contract))  # type: ignore[arg-type]
-    networks = hollow_networks(found)
-    del networks["vae"]
-    return (
-        read_lora(path, networks, alpha=contract.lora_alpha if contract else None),
-        networks,
-        contract,
-    )
-
-
-def _lora_file(model: str | Path, steps: int | None) -> Path:
-    """Find a LoRA's file, or the one of so many steps in a model's folder."""
-    path = find_model(model)
-    if path.is_file():
-        return path
-    found = student_files(path, "lora")
-    if steps is None or steps not in found:
-        there = (
-            f"there are LoRAs for {', '.join(map(str, found))}"
-            if found
-            else "it has none; `twostep extract` can"
-        )
-        raise ModelError(f"{model} is a folder, and {steps or 'no'} steps were asked for: {there}.")
-    return found[steps]
-
-
-def _send_folder(bundle: Bundle, parcel: ExportJob) -> Path:
-    out = parcel.out
-    if parcel.contract.role == "student":
-        embed_no_guidance(bundle.denoiser.network)
-    save_bundle(replace(bundle, contract=parcel.contract), out)
-    unet, encoder = (
-        out / "unet" / "diffusion_pytorch_model.safetensors",
-        out / "text_encoder" / "model.safetensors",
-    )
-    stamp(unet.read_bytes(), unet, parcel.contract.to_metadata() | parcel.model_spec)
-    # older transformers find nothing without the first word
-    stamp(encoder.read_bytes(), encoder, {}, clip_l_names)
-    parcel.card.write(parcel.contract, parcel.to, out, full_size=parcel.full_size)
+    job = ExportJob(contract, to, out, bundle.denoiser.network, card)
+    if to != "diffusers":
+        return _write_file(bundle, job)
+    if is_sdxl(contract):
+        _write_sdxl_folder(bundle, job)
+    else:
+        save_bundle(replace(bundle, contract=contract), out)
+    job.write_card()
     return out
 
 
-def _send_whole(bundle: Bundle, parcel: ExportJob) -> Path:
-    networks = {**bundle.parts, "vae": bundle.codec.vae} if parcel.to == "comfyui" else bundle.parts
-    weights = (
-        whole_weights(networks) if parcel.to == "comfyui" else bundle.denoiser.network.state_dict()
-    )
-    halves = {key: value.half() for key, value in weights.items()}
-    if over := next((key for key, value in halves.items() if not value.isfinite().all()), None):
+def _check_target(to: str, out: Path) -> None:
+    """Raise ModelError unless there is such an export, and `out` is what it writes."""
+    if to not in TARGETS:
+        raise ModelError(f"There is no export to {to!r}; there are {', '.join(TARGETS)}.")
+    wants_folder = to == "diffusers"
+    if (out.suffix == ".safetensors") == wants_folder:
+        expected = "folder" if wants_folder else ".safetensors"
+        raise ModelError(f"--out is {out}; expected a {expected} for {to}.")
+
+
+def _export_lora(lora: Checkpoint, to: str, out: Path, base: str | None, card: Card) -> Path:
+    changes, networks = open_lora(lora, base)
+    contract = lora.carried
+    metadata = {} if contract is None else contract.to_metadata()
+    if contract is None:
+        # Without a contract it is a style, which is sampled as its base is.
+        contract = replace(resolve(str(base)).contract, name=lora.path.stem)
+    tensors, more = write_lora(changes, networks, to.removeprefix("lora-"))
+    job = ExportJob(contract, to, out, networks["unet"], card)
+    return job.write(tensors, more | metadata)
+
+
+def open_lora(
+    lora: Checkpoint, base: str | None
+) -> tuple[dict[str, LowRank], dict[str, nn.Module]]:
+    """Read a LoRA, and make networks without weights that have its layers.
+
+    Arguments:
+        lora: the file.
+        base: a model with the same layers; found by the LoRA's contract if not given.
+
+    Raises ModelError for what is no LoRA, or does not say which layers it has.
+    """
+    contract = lora.carried
+    if contract is not None and contract.lora_rank is None:
         raise ModelError(
-            f"{over} of {parcel.contract.name} is not finite in 16 bits: damaged, or too large."
+            f"{lora.path} is a student's whole network, no LoRA. Export it to unet, comfyui or "
+            "diffusers."
         )
-    if parcel.to == "comfyui" and parcel.contract.prediction_type == "v":
+    model: str | Path
+    if base is not None:
+        model = base
+    elif contract is None:
+        raise ModelError(
+            f"{lora.path} does not say whose layers it has; name a model of that kind as the base."
+        )
+    elif contract.base == SDXL.base:
+        model = SDXL_BASE
+    else:
+        model = base_folder(lora.path, contract)
+    networks = hollow_networks(model)
+    del networks["vae"]
+    alpha = None if contract is None else contract.lora_alpha
+    return read_lora(lora, networks, alpha=alpha), networks
+
+
+def _find_lora(model: str | Path | Checkpoint, steps: int | None) -> Checkpoint:
+    """Return a LoRA's file, or the one of so many steps in a model's folder."""
+    checkpoint = resolve(model)
+    if not checkpoint.is_folder:
+        return checkpoint
+    loras = checkpoint.student_loras
+    if steps is None or steps not in loras:
+        offered = "it has none; `twostep extract` can"
+        if loras:
+            offered = f"there are LoRAs for {', '.join(map(str, loras))}"
+        raise ModelError(
+            f"{checkpoint.name} is a folder, and {steps or 'no'} steps were asked for: {offered}."
+        )
+    return loras[steps]
+
+
+def _write_sdxl_folder(bundle: Bundle, job: ExportJob) -> None:
+    """Write a folder as diffusers does, with ModelSpec and the contract in the UNet's file too."""
+    if job.contract.role == "student":
+        embed_no_guidance(bundle.denoiser.network)
+    save_bundle(replace(bundle, contract=job.contract), job.out)
+    unet = job.out / "unet" / "diffusion_pytorch_model.safetensors"
+    stamp(unet.read_bytes(), unet, job.contract.to_metadata() | job.model_spec)
+    # Older versions of transformers find nothing without the first word of CLIP's names.
+    encoder = job.out / "text_encoder" / "model.safetensors"
+    stamp(encoder.read_bytes(), encoder, {}, clip_l_names)
+
+
+def _write_file(bundle: Bundle, job: ExportJob) -> Path:
+    """Write a whole checkpoint for ComfyUI, or a UNet alone, in 16 bits.
+
+    Returns the file. Raises ModelError for another family than SDXL, which such files have no names
+    for, and for weights that are not finite in 16 bits.
+    """
+    if not is_sdxl(job.contract):
+        raise ModelError(
+            f"{job.contract.name} is no SDXL model, and {job.to} files have names for SDXL alone. "
+            "Export it to diffusers, which writes the folder of its own family."
+        )
+    weights = bundle.denoiser.network.state_dict()
+    if job.to == "comfyui":
+        weights = whole_weights({**bundle.parts, "vae": autoencoder(bundle)})
+    halves = {key: value.half() for key, value in weights.items()}
+    for key, value in halves.items():
+        if not value.isfinite().all():
+            raise ModelError(
+                f"{key} of {job.contract.name} is not finite in 16 bits: damaged, or too large."
+            )
+    if job.to == "comfyui" and job.contract.prediction_type == "v":
         halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
-    return parcel.send(halves, parcel.contract.to_metadata())
+    return job.write(halves, job.contract.to_metadata())
 
 
 def stamp(file: bytes, out: Path, metadata: Mapping[str, str], names: Naming | None = None) -> None:
-    """Write a safetensors file with more metadata and the digest of its tensors, and maybe with
-    other names.
+    """Write a safetensors file with more metadata, and the digest of its tensors.
+
+    Arguments:
+        file: the whole file as it was serialised.
+        out: where it is written.
+        metadata: what is added to the file's own.
+        names: other names for the tensors, if they are to change.
     """
     end = 8 + int.from_bytes(file[:8], "little")
-    header, body = json.loads(file[8:end]), memoryview(file)[end:]
-    told = (
-        header.pop("__metadata__", {})
-        | metadata
-        | {"modelspec.hash_sha256": f"0x{sha256(body).hexdigest()}"}
-    )
-    called = names(header) if names else dict(zip(header, header, strict=True))
-    text = json.dumps(
-        {"__metadata__": told, **{called[key]: value for key, value in header.items()}}
-    ).encode()
+    header = json.loads(file[8:end])
+    body = memoryview(file)[end:]
+    stamped = header.pop("__metadata__", {}) | metadata
+    stamped["modelspec.hash_sha256"] = f"0x{sha256(body).hexdigest()}"
+    if names is not None:
+        renamed = names(header)
+        header = {renamed[key]: value for key, value in header.items()}
+    text = json.dumps({"__metadata__": stamped, **header}).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
     with write_atomically(out) as written:
         written.write(len(text).to_bytes(8, "little") + text)

@@ -1,147 +1,132 @@
-"""What a .safetensors file is, told by its header alone: names, shapes and metadata, never a
-weight.
+"""What a .safetensors file is: which kind, for which architecture, and by whose names.
 
-A file of many gigabytes is told in milliseconds. The knowledge stands in kinds.toml, other
-architectures too, so that the answer to them is a clear no. How a model is put together is unknown
-here.
+Only the header is looked at, so that a file of many gigabytes is identified in milliseconds. The
+knowledge stands in identify.toml. Architectures that are not supported are listed there too, so
+that the answer to them is a clear no.
 """
 
-import json
 import math
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from twostep.formats.locate import ModelError
+from twostep.formats.header import Header
 
 _KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 )
 _SMALLER = "SDXL's classes, in another size"
+
 DOWN = r"(lora_down|lora_A|lora(_linear_layer)?\.down)\.weight"
-_MAX_HEADER_BYTES = 100_000_000  # as in the format's own library
+"""The first half of a LoRA's layer, in any dialect."""
 
-
-@dataclass(frozen=True)
-class Header:
-    """A file's names, sorted, with their shapes and precisions, and its metadata; the file is all
-    there.
-    """
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-    precisions: dict[str, str]
-    metadata: dict[str, str]
-
-    def shape(self, pattern: str) -> tuple[int, ...]:
-        """Return the shape of the first weight whose name ends so, () if none does."""
-        return next(
-            (shape for key, shape in self.shapes.items() if re.search(rf"{pattern}$", key)), ()
-        )
+LORA = "a LoRA"
+WHOLE = "a whole checkpoint"
+UNET_ALONE = "a UNet alone"
+"""The kinds of file that are loaded here, as identify.toml calls them."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is: "a LoRA", for which architecture, and by whose names."""
+    """What a file is (as "a LoRA"), for which architecture, and by whose names, if known."""
 
     what: str
-    architecture: str | None
-    names: str | None
+    architecture: str | None = None
+    names: str | None = None
 
     def __str__(self) -> str:
-        """Say it: "a LoRA for Flux"."""
+        """Return kind and architecture in words, as "a LoRA for Flux"."""
         return self.what if self.architecture is None else f"{self.what} for {self.architecture}"
 
     @property
     def readers(self) -> str:
-        """Who loads such a file."""
+        """The programs that load such a file."""
         if self.architecture is not None and not self.architecture.startswith("SDXL"):
             return "not twostep, which knows SDXL alone"
         if self.architecture == _SMALLER:
             return "twostep, diffusers; others know the full size alone"
-        return _KNOWN["readers"].get(
-            (self.names or "") if self.what == "a LoRA" else self.what, "not twostep"
-        )
-
-
-def read_header(path: Path) -> Header:
-    """Read a file's header; ModelError for pickles, for what is empty, cut off, or no such file at
-    all.
-    """
-    start = b""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"{size} bytes cannot have a header of {length}")
-            told: dict[str, Any] = json.loads(file.read(length))
-        metadata = told.pop("__metadata__", {})
-        whole = 8 + length + max((value["data_offsets"][1] for value in told.values()), default=0)
-        if whole != size:
-            raise ValueError(f"it has {size} of {whole} bytes")
-        shapes = {key: tuple(told[key]["shape"]) for key in sorted(told)}
-        return Header(path, shapes, {key: told[key]["dtype"] for key in shapes}, metadata)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        none = f"is no whole safetensors file ({error}). Fetch or export it again."
-        empty = "is empty. Fetch or export it again." if start == b"" and path.is_file() else none
-        raise ModelError(
-            f"{path} {_first('start', start.decode('latin-1'), re.match) or empty}"
-        ) from error
+        # Who reads a LoRA depends on its dialect.
+        key = (self.names or "") if self.what == LORA else self.what
+        return _KNOWN["readers"].get(key, "not twostep")
 
 
 def kind_of(header: Header) -> Kind:
-    """Tell what a file is by its names and shapes."""
-    names = "".join(f"{key}\n" for key in header.shapes)
-    what = _first("what", names) or (
-        "no model that is known here" if names else "a file without any weights"
+    """Identify a file by the names and shapes of its tensors."""
+    names = "".join(f"{name}\n" for name in header.shapes)
+    unknown = "no model that is known here" if names else "a file without any weights"
+    return Kind(
+        what=_first("what", names) or unknown,
+        architecture=(
+            _first("architecture", names)
+            or _architecture_by_shapes(header)
+            or _first("otherwise", names)
+        ),
+        names=_first("names", names),
     )
-    architecture = _first("architecture", names) or _by_shapes(header) or _first("otherwise", names)
-    return Kind(what, architecture, _first("names", names))
 
 
 def summary(header: Header) -> dict[str, str]:
-    """Say of a file what one would ask; what cannot be said is left out."""
+    """Describe a file in a few lines by their headings; what cannot be known is left out."""
     kind = kind_of(header)
-    ranks = {shape[0] for key, shape in header.shapes.items() if re.search(DOWN, key) and shape}
-    sizes = [math.prod(shape) for shape in header.shapes.values()]
-    alphas = (
-        sum(key.endswith(".alpha") for key in header.shapes)
-        or "lora_adapter_metadata" in header.metadata
-    )
-    predicts = (
-        "v" if "v_pred" in header.shapes else header.metadata.get("modelspec.prediction_type")
-    )
-    precisions = ", ".join(sorted({*header.precisions.values()}))
-    told = {
+    lines = {
         "is": str(kind),
         "names": kind.names,
-        "rank": ranks and ", ".join(map(str, sorted(ranks))),
-        "alpha": ranks
-        and ("in the file" if alphas else "not in the file: the rank, or the contract's"),
-        "weights": f"{len(sizes):,} tensors, {sum(sizes):,} numbers, {precisions}",
-        "predicts": re.search("UNet|checkpoint", kind.what) and predicts,
+        "rank": _ranks(header),
+        "alpha": _alpha_source(header),
+        "weights": _amount(header),
+        "predicts": _prediction(header) if re.search("UNet|checkpoint", kind.what) else None,
         "title": header.metadata.get("modelspec.title"),
         "read by": kind.readers,
     }
-    return {name: str(value) for name, value in told.items() if value}
+    return {heading: line for heading, line in lines.items() if line}
 
 
-def _by_shapes(header: Header) -> str | None:
+def _ranks(header: Header) -> str | None:
+    """List the ranks of a LoRA's layers, None for what is no LoRA."""
+    ranks = set()
+    for name, shape in header.shapes.items():
+        if re.search(DOWN, name) and shape:
+            ranks.add(shape[0])
+    return ", ".join(map(str, sorted(ranks))) or None
+
+
+def _alpha_source(header: Header) -> str | None:
+    """Say where a LoRA's alpha stands, None for what is no LoRA."""
+    if _ranks(header) is None:
+        return None
+    in_tensors = any(name.endswith(".alpha") for name in header.shapes)
+    if in_tensors or "lora_adapter_metadata" in header.metadata:
+        return "in the file"
+    return "not in the file: the rank, or the contract's"
+
+
+def _amount(header: Header) -> str:
+    sizes = [math.prod(shape) for shape in header.shapes.values()]
+    precisions = ", ".join(sorted(set(header.precisions.values())))
+    return f"{len(sizes):,} tensors, {sum(sizes):,} numbers, {precisions}"
+
+
+def _prediction(header: Header) -> str | None:
+    if "v_pred" in header.shapes:
+        return "v"
+    return header.metadata.get("modelspec.prediction_type")
+
+
+def _architecture_by_shapes(header: Header) -> str | None:
+    """Tell a UNet's architecture by the width of its text and its number of input channels."""
     context = header.shape(rf"attn2[._]to_k(\.weight|[._]{DOWN})")
     if not context:
         return None
-    channels = header.shape(r"(input_blocks\.0\.0|(^|\.)conv_in)\.weight") or (0, 4)
-    return _KNOWN["context"].get(str(context[1]), _SMALLER) + _KNOWN["channels"].get(
-        str(channels[1]), ""
-    )
+    first = header.shape(r"(input_blocks\.0\.0|(^|\.)conv_in)\.weight")
+    channels = first[1] if first else 4
+    architecture = _KNOWN["context"].get(str(context[1]), _SMALLER)
+    return architecture + _KNOWN["channels"].get(str(channels), "")
 
 
-def _first(table: str, text: str, search: Any = re.search) -> str | None:
-    return next(
-        (said for pattern, said in _KNOWN[table].items() if search(pattern, text, re.MULTILINE)),
-        None,
-    )
+def _first(table: str, names: str) -> str | None:
+    """Return what a table of identify.toml says for its first pattern that fits."""
+    for pattern, answer in _KNOWN[table].items():
+        if re.search(pattern, names, re.MULTILINE):
+            return answer
+    return None

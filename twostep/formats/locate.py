@@ -1,9 +1,7 @@
-"""Where a model lies: a built-in name, a folder as diffusers saves it, a .safetensors file, or a
-hub id.
+"""Where a model lies: a built-in name, a folder as diffusers saves it, a .safetensors file, or the
+hub.
 
-ByteDance's SDXL-Lightning files are known by name: `sdxl_lightning_4step.safetensors` is a whole
-checkpoint, `.._unet` the UNet alone, `.._lora` a LoRA for any SDXL base, and so for 8 and 2 steps.
-For 1 step they end with `_x0`, for they predict x0, and there is no LoRA.
+Nothing here looks into a file of weights; see `checkpoint.resolve` for that.
 """
 
 import json
@@ -11,89 +9,99 @@ import re
 from pathlib import Path
 from typing import Any
 
-from twostep.contract import ContractError
 from twostep.errors import TwostepError
+from twostep.formats.lightning import LIGHTNING, official_file
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+"""The built-in models, a folder each."""
+
 CONTRACT_FILE = "twostep.json"
+"""The sampling contract in a model folder that was written here."""
+
 INDEX_FILE = "model_index.json"
+"""The file that makes a folder a diffusers pipeline."""
+
 CONFIGS = ("*.json", "*.txt")
-"""What of a hub repository is no weights: configs and tokenizers."""
+"""Patterns for what is no weights in a hub repository: configs and tokenizers."""
 
-LIGHTNING = ("ByteDance/SDXL-Lightning", "sdxl-lightning")
-"""ByteDance's repository, and what it is called here."""
-
-UNETS = {
-    steps: f"sdxl_lightning_{steps}step_unet{'_x0' if steps == 1 else ''}.safetensors"
-    for steps in (8, 4, 2, 1)
-}
-NAMED = re.compile(r"sdxl_lightning_(\d+)step(|_unet|_lora)(|_x0)\.safetensors")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelError(TwostepError):
-    """Something that is no model, is damaged, or has no student of that many steps."""
+    """A model that does not exist, is damaged, is of another kind, or lacks such a student."""
 
 
 def find_model(
     model: str | Path, *, steps: int | None = None, only: tuple[str, ...] | None = None
 ) -> Path:
-    """Return the folder or .safetensors file of a model; a hub id, or what of it is asked for, is
-    fetched or cached.
+    """Return the folder or .safetensors file of a model; hub repositories are fetched or cached.
 
-    `steps` picks the file of ByteDance's repository. Raises `ModelError` with what was found
-    instead.
+    Arguments:
+        model: a built-in name, a path, an official SDXL-Lightning name, or a hub id.
+        steps: picks the file of ByteDance's repository; of no effect on other models.
+        only: patterns of what to fetch of a hub repository; configs and weights by default.
+
+    Raises ModelError if there is no such model, with what was found instead.
     """
-    built_in = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CONTRACT_FILE}"))
-    students = {path.stem: path for path in WEIGHTS.glob("*/students/*.safetensors")}
-    path = WEIGHTS / str(model) if str(model) in built_in else students.get(str(model), Path(model))
-    if path.is_file() or any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE)):
+    path = (_built_in_students() | _built_in_models()).get(str(model), Path(model))
+    if _is_model(path):
         return path
-    if not path.exists() and (name := official_file(model, steps)) is not None:
-        return fetch(LIGHTNING[0], file=name)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
-    neither = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
-    names = ", ".join([*built_in, *sorted(students)])
-    expected = (
-        f"a model folder, a .safetensors file, a hub id (owner/name) or a built-in name ({names})"
+    if not path.exists():
+        official = official_file(model, steps)
+        if official is not None:
+            return fetch(LIGHTNING[0], file=official)
+        if _HUB_ID.fullmatch(str(model)):
+            return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
+    raise ModelError(_no_model(path))
+
+
+def _built_in_models() -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted(WEIGHTS.glob(f"*/{CONTRACT_FILE}"))}
+
+
+def _built_in_students() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(WEIGHTS.glob("*/students/*.safetensors"))}
+
+
+def _is_model(path: Path) -> bool:
+    if path.is_file():
+        return True
+    return any((path / name).is_file() for name in (CONTRACT_FILE, INDEX_FILE))
+
+
+def _no_model(path: Path) -> str:
+    """Explain that there is no model at a path."""
+    problem = "does not exist"
+    if path.is_dir():
+        problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
+    names = ", ".join([*_built_in_models(), *_built_in_students()])
+    return (
+        f"{path} {problem}. Give a model folder, a .safetensors file, a hub id (owner/name) or a "
+        f"built-in name ({names})."
     )
-    raise ModelError(f"{path} {neither if path.is_dir() else 'does not exist'}. Give {expected}.")
-
-
-def official_file(model: str | Path, steps: int | None = None) -> str | None:
-    """Return the name of the official file that is meant, by itself or as the UNet of so many steps
-    (2 if not said).
-    """
-    name = str(model).removeprefix(f"{LIGHTNING[0]}/").removesuffix(".safetensors") + ".safetensors"
-    if str(model) in LIGHTNING:
-        if steps not in (None, *UNETS):
-            raise ContractError(
-                f"{model} has students for {', '.join(map(str, UNETS))} steps; asked for {steps}."
-            )
-        return UNETS[steps or 2]
-    return name if NAMED.fullmatch(name) else None
 
 
 def weights_variant(folder: Path) -> str | None:
-    """Return "fp16" where a part of a model has only such weights; ModelError where it has none but
-    pickles.
+    """Return "fp16" if one part of a model has weights of that variant alone, else None.
+
+    Raises ModelError if the folder has no safetensors weights at all.
     """
-    # a cache half filled has dead links
-    there = [path.name for path in folder.glob("*.safetensors") if path.exists()]
-    if any(".fp16." not in name for name in there):
+    # A hub cache that was half downloaded has links to files that do not exist.
+    names = [path.name for path in folder.glob("*.safetensors") if path.exists()]
+    if any(".fp16." not in name for name in names):
         return None
-    if there:
+    if names:
         return "fp16"
-    found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-    advice = (
-        "load them once with diffusers and call save_pretrained(folder, safe_serialization=True)"
+    present = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+    raise ModelError(
+        f"{folder} has no .safetensors weights (found: {present}). Pickled weights can run code, "
+        "so they are not read: load them once with diffusers and call "
+        "save_pretrained(folder, safe_serialization=True)."
     )
-    problem = f"{folder} has no .safetensors weights (found: {found})"
-    raise ModelError(f"{problem}. Pickled weights can run code, so they are not read: {advice}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a config; ModelError where it is missing or damaged."""
+    """Read a config; raises ModelError if it is missing or damaged."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -112,8 +120,15 @@ def fetch(
     file: str | None = None,
     holding: str = INDEX_FILE,
 ) -> Path:
-    """Return the local copy of what matches of a hub repository, or of a file of it; ModelError if
-    not to be had.
+    """Return the local copy of a hub repository, fetched if it is not in the cache.
+
+    Arguments:
+        hub_id: the repository, as owner/name.
+        only: patterns of the files that are wanted.
+        file: one file that is wanted instead; its path is returned.
+        holding: a file that the repository must have.
+
+    Raises ModelError if it cannot be had, or does not hold what it must.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -121,13 +136,13 @@ def fetch(
     try:
         if file is not None:
             return Path(hf_hub_download(hub_id, file))
-        found = Path(snapshot_download(hub_id, allow_patterns=list(only)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(only)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        problem = (
-            f"is neither a folder here nor to be had from the hub ({str(error).splitlines()[0]})"
-        )
-        advice = "Check the name and the connection, or give the path of a model folder"
-        raise ModelError(f"{hub_id} {problem}. {advice}.") from error
-    if not (found / holding).is_file():
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{hub_id} is neither a folder here nor to be had from the hub ({reason}). "
+            "Check the name and the connection, or give the path of a model folder."
+        ) from error
+    if not (folder / holding).is_file():
         raise ModelError(f"{hub_id} has no {holding}: it is no diffusers folder. Give one that is.")
-    return found
+    return folder

@@ -1,12 +1,8 @@
-"""LoRAs on a model: which one may go on which, and how the two are then sampled.
+"""LoRAs on a model: which one may go on which, how the two are then sampled, and how to change them
+without changing the model.
 
 A LoRA without a contract is a style and changes no steps. One with a contract makes a teacher a
 student of few steps, or is a style that was trained on one student, and goes on that one alone.
-
-A `LoraCache` puts other stacks of them on one loaded model. It copies the networks' modules, not
-their weights, and computes the LoRAs beside the layers, W x + weight * alpha / rank * up down x;
-or, fused, changes weights of its own. The model itself is never written to: it stays as it was bit
-for bit, and different stacks may draw at the same time.
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -24,31 +21,32 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from twostep.contract import Contract, ContractError, student_name
+from twostep.formats.checkpoint import Checkpoint, resolve
+from twostep.formats.contracts import goes_on_a_student
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, find_layer, merge_lora, read_lora
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import carried_contract, goes_on_a_student
+from twostep.models.bundle import Bundle
+
+_SPELLED = re.compile(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?")
+"""A LoRA with its weight: "file", or "file:0.8"."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA's file, how strongly it is put on, and what it says of itself."""
+    """A LoRA's file, and how strongly it is applied: 1 is as it was trained."""
 
-    path: Path
-    weight: float
-    contract: Contract | None
+    checkpoint: Checkpoint
+    weight: float = 1.0
 
-    @classmethod
-    def named(cls, lora: str) -> LoraFile:
-        """Find "file", "file:0.8", or a built-in name; ModelError where there is none."""
-        found = re.fullmatch(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?", lora)
-        name, weight = (found[1], float(found[2] or 1)) if found else (lora, 1.0)
-        path = find_model(name)
-        if path.is_dir():
-            raise ModelError(
-                f"{path} is a model folder; give a LoRA's .safetensors, or its built-in name."
-            )
-        return cls(path, weight, carried_contract(path))
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.checkpoint.path
+
+    @property
+    def contract(self) -> Contract | None:
+        """The contract that the file carries, None for a plain style."""
+        return self.checkpoint.carried
 
     @property
     def makes_students(self) -> bool:
@@ -56,119 +54,202 @@ class LoraFile:
         return self.contract is not None and not goes_on_a_student(self.contract)
 
     def read(self, parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
-        """Read what it does to these networks; LoraError for a misfit."""
-        return read_lora(
-            self.path, parts, alpha=None if self.contract is None else self.contract.lora_alpha
-        )
+        """Read what it does to networks, at a weight of 1; raises LoraError if it does not fit."""
+        alpha = None if self.contract is None else self.contract.lora_alpha
+        return read_lora(self.checkpoint, parts, alpha=alpha)
 
-    def together(self, model: Contract) -> Contract:
-        """Return the contract of such a model with this on it; ContractError where it was made for
-        another.
+    def contract_on(self, model: Contract) -> Contract:
+        """Return the contract of a model with this LoRA on it.
+
+        Raises ContractError if the LoRA was made for another model.
         """
-        said, weight = self.contract, "" if self.weight == 1 else f":{self.weight:g}"
-        if (
-            said is not None
-            and not self.makes_students
-            and said.base != re.split("[+:]", model.name)[0]
-        ):
-            raise ContractError(
-                f"{self.path} was trained on {said.base}; this is {model.name}. Load that student."
-            )
-        if said is None or not self.makes_students:
-            # The name goes into every picture.
-            return replace(model, name=f"{model.name}+{self.path.stem}{weight}")
-        if model.role == "student":
-            twice = (
-                f"{model.name} is one of {model.steps} steps already: it would be distilled twice"
-            )
-            makes = f"{self.path} makes {said.steps}-step students of teachers"
-            raise ContractError(f"{makes}, and {twice}. Load its teacher, or leave this LoRA out.")
-        if said.prediction_type != model.prediction_type:
-            other = f"{model.name} predicts {model.prediction_type}. Use a LoRA of such a teacher"
-            raise ContractError(
-                f"{self.path} was distilled where {said.prediction_type} is predicted; {other}."
-            )
+        if self.contract is None:
+            return self._as_style(model)
+        if not self.makes_students:
+            if self.contract.base != re.split("[+:]", model.name)[0]:
+                raise ContractError(
+                    f"{self.path} was trained on {self.contract.base}; this is {model.name}. Load "
+                    "that student."
+                )
+            return self._as_style(model)
+        self._check_teacher(model, self.contract)
         _, plus, styles = model.name.partition("+")
-        name = f"{student_name(model.base, said.steps)}{weight}{plus}{styles}"
-        return replace(said, name=name, base=model.base, sizes=model.sizes)
+        student = student_name(model.base, self.contract.steps)
+        name = f"{student}{_suffix(self.weight)}{plus}{styles}"
+        return replace(self.contract, name=name, base=model.base, sizes=model.sizes)
+
+    def _as_style(self, model: Contract) -> Contract:
+        """Return the contract of a model that is sampled as before, but whose name, which goes
+        into every picture, names the style.
+        """
+        return replace(model, name=f"{model.name}+{self.path.stem}{_suffix(self.weight)}")
+
+    def _check_teacher(self, model: Contract, contract: Contract) -> None:
+        """Raise ContractError unless this LoRA can make a student of a model."""
+        if model.role == "student":
+            raise ContractError(
+                f"{self.path} makes {contract.steps}-step students of teachers, and {model.name} "
+                f"is one of {model.steps} steps already: it would be distilled twice. Load its "
+                "teacher, or leave this LoRA out."
+            )
+        if contract.prediction_type != model.prediction_type:
+            raise ContractError(
+                f"{self.path} was distilled where {contract.prediction_type} is predicted; "
+                f"{model.name} predicts {model.prediction_type}. Use a LoRA of such a teacher."
+            )
 
 
-def load_with_loras(model: str | Path, loras: Sequence[str], *, steps: int | None = None) -> Bundle:
-    """Load a model and merge LoRAs into it, in order, each "file" or "file:weight"; `steps` as for
-    `load_bundle`.
+def find_lora(lora: str | LoraFile) -> LoraFile:
+    """Return a LoRA by "file", "file:0.8" or a built-in name; its header is read.
 
-    Where one of them makes students, it is the teacher that is loaded. Raises ModelError,
-    ContractError.
+    Raises ModelError if there is none.
     """
-    worn = [LoraFile.named(lora) for lora in loras]
-    few = next((garment for garment in worn if garment.makes_students), None)
-    bundle = load_bundle(model, steps=steps if few is None else None)
-    for garment in worn:
-        bundle = replace(bundle, contract=garment.together(bundle.contract))
-        merge_lora(garment.read(bundle.parts), bundle.parts, weight=garment.weight)
-    if steps not in (None, bundle.contract.steps) and bundle.contract.role == "student":
+    if isinstance(lora, LoraFile):
+        return lora
+    name, weight = _parsed(lora)
+    return LoraFile(_file_only(resolve(name)), weight)
+
+
+def spelled(lora: str | LoraFile) -> str:
+    """Return a LoRA as "file" or "file:weight", a string as it is."""
+    if isinstance(lora, str):
+        return lora
+    if lora.weight == 1:
+        return lora.checkpoint.name
+    # Without an exponent, and exact.
+    return f"{lora.checkpoint.name}:{Decimal(repr(lora.weight)):f}"
+
+
+def _parsed(lora: str) -> tuple[str, float]:
+    """Return name and weight of a LoRA that is spelled as "file" or "file:0.8"."""
+    match = _SPELLED.fullmatch(lora)
+    if match is None:
+        return lora, 1.0
+    return match[1], float(match[2] or 1)
+
+
+def _file_only(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.is_folder:
         raise ModelError(
-            f"{bundle.contract.name} draws in {bundle.contract.steps} steps, not in {steps}."
+            f"{checkpoint.path} is a model folder; give a LoRA's .safetensors, or its built-in "
+            "name."
         )
-    return replace(bundle, origin=(str(model), *loras))
+    return checkpoint
+
+
+def _suffix(weight: float) -> str:
+    return "" if weight == 1 else f":{weight:g}"
+
+
+class LoraFinder:
+    """Finds LoRAs, and remembers the headers of the last `num_kept` files.
+
+    A file that was written anew is read again. May be used from any thread.
+    """
+
+    def __init__(self, num_kept: int = 32) -> None:
+        self._checkpoints = lru_cache(num_kept)(_look_at)
+
+    def find(self, lora: str | LoraFile) -> LoraFile:
+        """Return a LoRA as `find_lora` does."""
+        if isinstance(lora, LoraFile):
+            return lora
+        name, weight = _parsed(lora)
+        path = find_model(name)
+        status = path.stat()
+        checkpoint = self._checkpoints(name, path, status.st_mtime_ns, status.st_size)
+        return LoraFile(_file_only(checkpoint), weight)
 
 
 class LoraCache:
-    """A loaded model and the last `num_kept` stacks that it wore: one of them again costs no time
-    and no look at disk.
+    """One loaded model under changing stacks of LoRAs, without changing the model.
 
-    Move the model to its device and precision before. Not fused, a stack takes no memory beyond its
-    LoRAs, which are shared between stacks; fused, it takes that of the networks it changes, and
-    draws as fast as the model alone.
+    The networks' modules are copied for each stack, but not their weights. A LoRA is computed
+    beside its layer, W x + weight * alpha / rank * up down x; or, `fused`, it is added to a copy of
+    the weights. The model itself is never written to: it stays as it was bit for bit, and different
+    stacks may sample at the same time.
+
+    Not fused, a stack takes no memory beyond its LoRAs, which stacks share; fused, it takes that of
+    the networks it changes, and samples as fast as the model alone. The last `num_kept` stacks are
+    kept, so that one of them again costs no time and no look at the disk. Move the model to its
+    device and precision before.
     """
 
     def __init__(self, bundle: Bundle, *, fused: bool = False, num_kept: int = 8) -> None:
-        self.bundle, self.fused = bundle, fused
-        self._wear, self._read = (
-            lru_cache(num_kept)(self._put_on),
-            lru_cache(num_kept)(self._take_out),
-        )
+        self.bundle = bundle
+        self.fused = fused
+        self._patched = lru_cache(num_kept)(self._patch)
+        self._low_ranks = lru_cache(num_kept)(self._read)
+        self._finder = LoraFinder()
 
-    def apply(self, loras: Sequence[str]) -> Bundle:
-        """Return the model with LoRAs on, each "file" or "file:weight"; raises as `load_with_loras`, also
-        from any thread.
+    def apply(self, loras: Sequence[str | LoraFile]) -> Bundle:
+        """Return the model with LoRAs on it, each "file", "file:weight" or a `LoraFile`.
+
+        Raises as `load_with_loras`. May be called from any thread.
         """
-        return self._wear(tuple(loras))
+        return self._patched(tuple(loras))
 
-    def _put_on(self, loras: tuple[str, ...]) -> Bundle:
-        worn, contract = [LoraFile.named(lora) for lora in loras], self.bundle.contract
-        for garment in worn:
-            contract = garment.together(contract)
-        stack = [(garment.weight, self._read(replace(garment, weight=1.0))) for garment in worn]
-        parts: dict[str, Any] = self.bundle.parts
-        for part in {layer.partition(".")[0] for _, lora in stack for layer in lora}:
-            weights = chain(parts[part].parameters(), parts[part].buffers())
-            parts[part] = copy.deepcopy(
-                parts[part], {} if self.fused else {id(kept): kept for kept in weights}
-            )
-        for weight, lora in stack:
+    def _patch(self, loras: tuple[str | LoraFile, ...]) -> Bundle:
+        files = [self._finder.find(lora) for lora in loras]
+        contract = self.bundle.contract
+        for lora in files:
+            contract = lora.contract_on(contract)
+        stack = [(lora.weight, self._low_ranks(lora.checkpoint)) for lora in files]
+        parts = self._copied_parts({layer for _, changes in stack for layer in changes})
+        for weight, changes in stack:
             if self.fused:
-                merge_lora(lora, parts, weight=weight)
-            for name, low in lora.items() if not self.fused else ():
-                scale = weight * low.alpha / low.rank
-                find_layer(parts, name).register_forward_hook(partial(_beside, low, scale))
-        text = replace(self.bundle.text, encoders=(parts["text_encoder"], parts["text_encoder_2"]))
-        denoiser = self.bundle.denoiser.with_network(parts["unet"])
-        origin = (*self.bundle.origin, *loras)
-        return replace(self.bundle, denoiser=denoiser, text=text, contract=contract, origin=origin)
+                merge_lora(changes, parts, weight=weight)
+            else:
+                _put_beside(changes, parts, weight)
+        origin = (*self.bundle.origin, *map(spelled, loras))
+        return replace(self.bundle.with_parts(parts), contract=contract, origin=origin)
 
-    def _take_out(self, garment: LoraFile) -> dict[str, LowRank]:
-        parts, found = self.bundle.parts, {}
-        for name, low in garment.read(parts).items():
+    def _read(self, checkpoint: Checkpoint) -> dict[str, LowRank]:
+        """Read a LoRA to where the layers are that it changes, and in their precision."""
+        parts = self.bundle.parts
+        changes = {}
+        for name, low_rank in LoraFile(checkpoint).read(parts).items():
             weight = find_layer(parts, name).weight
-            found[name] = replace(low, down=low.down.to(weight), up=low.up.to(weight))
-        return found
+            down = low_rank.down.to(weight)
+            changes[name] = replace(low_rank, down=down, up=low_rank.up.to(weight))
+        return changes
+
+    def _copied_parts(self, layers: set[str]) -> dict[str, nn.Module]:
+        """Return the model's networks, those with such layers as copies.
+
+        Not fused, the copies share all weights and buffers with the model.
+        """
+        parts = dict(self.bundle.parts)
+        for part in {layer.partition(".")[0] for layer in layers}:
+            network = parts[part]
+            shared: dict[int, Any] = {}
+            if not self.fused:
+                weights = chain(network.parameters(), network.buffers())
+                shared = {id(weight): weight for weight in weights}
+            parts[part] = copy.deepcopy(network, shared)
+        return parts
+
+
+def _look_at(name: str, path: Path, modified: int, size: int) -> Checkpoint:
+    """Resolve a LoRA; `modified` and `size` tell a file that was written anew from the old one."""
+    return replace(resolve(path), name=name)
+
+
+def _put_beside(
+    changes: Mapping[str, LowRank], parts: Mapping[str, nn.Module], weight: float
+) -> None:
+    """Let the layers of networks compute a LoRA beside themselves."""
+    for name, low_rank in changes.items():
+        scale = weight * low_rank.alpha / low_rank.rank
+        find_layer(parts, name).register_forward_hook(partial(_beside, low_rank, scale))
 
 
 def _beside(
-    low: LowRank, scale: float, layer: Any, inputs: tuple[Tensor], output: Tensor
+    low_rank: LowRank, scale: float, layer: Any, inputs: tuple[Tensor], output: Tensor
 ) -> Tensor:
+    """Return a layer's output with a LoRA's added: a forward hook."""
+    x = inputs[0]
     if isinstance(layer, nn.Linear):
-        return output + linear(scale * linear(inputs[0], low.down), low.up)
-    inner = conv2d(inputs[0], low.down, None, layer.stride, layer.padding, layer.dilation)
-    return output + conv2d(scale * inner, low.up)
+        return output + linear(scale * linear(x, low_rank.down), low_rank.up)
+    inner = conv2d(x, low_rank.down, None, layer.stride, layer.padding, layer.dilation)
+    return output + conv2d(scale * inner, low_rank.up)

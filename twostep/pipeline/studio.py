@@ -15,10 +15,11 @@ from threading import Lock
 import torch
 
 from twostep.errors import TwostepError
+from twostep.formats import Checkpoint, resolve
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import Bundle, load_bundle
-from twostep.models.contracts import read_contracts
-from twostep.models.lora_stack import LoraCache, LoraFile
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.lora_stack import LoraCache, LoraFinder
 from twostep.pipeline.generation import OnStep, OnStepOf, Progress, generate, generate_together
 from twostep.pipeline.request import Request, RequestError, Result
 from twostep.training.device import find_device
@@ -64,6 +65,7 @@ class Studio:
         self.dtype = dtype
         self._max_models = max_models
         self._num_kept_loras = num_kept_loras
+        self._loras = LoraFinder()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
 
@@ -112,13 +114,15 @@ class Studio:
         """
         if request.engine != "eager":
             raise RequestError(f"engine is {request.engine!r}; expected 'eager'.")
-        loras = [str(lora) for lora in request.loras]
+        loras = [self._loras.find(str(lora)) for lora in request.loras]
         steps = request.steps
-        if any(LoraFile.named(lora).makes_students for lora in loras):
+        checkpoint = None
+        if any(lora.makes_students for lora in loras):
             steps = None
         elif steps is None and not loras:
-            steps = _favourite_steps(request.model)
-        bundle = self._model(request.model, steps).apply(loras)
+            checkpoint = resolve(request.model)
+            steps = _favourite_steps(checkpoint)
+        bundle = self._model(request.model, steps, checkpoint).apply(loras)
         contract = bundle.contract
         if request.steps not in (None, contract.steps) and contract.role == "student":
             raise ModelError(
@@ -126,8 +130,11 @@ class Studio:
             )
         return bundle
 
-    def _model(self, model: str, steps: int | None) -> LoraCache:
-        """Return a loaded model, which is then the one that was used last."""
+    def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
+        """Return a loaded model, which is then the one that was used last.
+
+        `checkpoint` is the model if it has been resolved already.
+        """
         key = (model, steps)
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
@@ -137,7 +144,9 @@ class Studio:
         with slot.lock:
             if slot.cache is None:
                 try:
-                    bundle = load_bundle(model, steps=steps).to(self.device, self.dtype)
+                    bundle = load_bundle(checkpoint or model, steps=steps).to(
+                        self.device, self.dtype
+                    )
                 except BaseException:
                     self._forget(key, slot)
                     raise
@@ -151,9 +160,9 @@ class Studio:
                 del self._slots[key]
 
 
-def _favourite_steps(model: str) -> int:
+def _favourite_steps(model: Checkpoint) -> int:
     """Return the steps that are taken where a request says nothing of them."""
-    offered = [contract.steps for contract in read_contracts(model)]
+    offered = [contract.steps for contract in model.contracts]
     return FAVOURITE_STEPS if FAVOURITE_STEPS in offered else offered[0]
 
 

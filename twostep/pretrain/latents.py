@@ -20,6 +20,7 @@ from twostep.evaluate.attributes import BACKGROUNDS, Attributes
 from twostep.files import write_atomically
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+from twostep.models.sdxl import text_encoders
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.captions import Omission, caption
 from twostep.pretrain.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
@@ -111,7 +112,7 @@ def builtin(
         variants=variants,
         on_variant=lambda done, total: advance(done, total, "latents"),
     )
-    return EmojiSource(latents, teacher.text, *teacher.contract.sizes[0])
+    return EmojiSource(latents, text_encoders(teacher), *teacher.contract.sizes[0])
 
 
 def load_latents(path: Path) -> LatentCache:

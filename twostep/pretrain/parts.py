@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 
 from twostep import __version__
-from twostep.models.bundle import Bundle, load_bundle, load_codec, load_text, save_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.saving import save_bundle
+from twostep.models.sdxl import text_encoders
+from twostep.models.sdxl_networks import load_codec, load_text
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.control import SilhouetteSettings, train_silhouette
 from twostep.pretrain.drawings import EmojiSet
@@ -146,7 +150,7 @@ def _tune_teacher(run: PartRun) -> Path:
     contract = teacher_contract(settings.name, run.name, __version__, bundle.contract.guidance)
     train_teacher(
         replace(latents, omission=Omission(style=1.0)),
-        bundle.text,
+        text_encoders(bundle),
         settings,
         folder,
         start=bundle.denoiser,
@@ -163,7 +167,7 @@ def _train_silhouette(run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
     bundle = load_bundle(settings.model)
     bundle.denoiser.network.to(run.device)
-    for encoder in bundle.text.encoders:
+    for encoder in bundle.text.networks.values():
         encoder.to(run.device)
     train_silhouette(
         run.drawings,

@@ -13,7 +13,7 @@ from twostep.contract import ContractError
 from twostep.distill.samples import Examples
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.likeness import looks
-from twostep.models.bundle import load_bundle
+from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
 from twostep.training.device import find_device
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from twostep.distill.recipe import Phase
 from twostep.files import write_atomically
-from twostep.models.contracts import file_contract
+from twostep.formats import resolve
 from twostep.training.run_folder import RunError
 
 PACE = "seconds_per_iteration"
@@ -60,7 +60,7 @@ def write_report(folder: Path) -> Path:
     recipe, log = record.read_text(encoding="utf-8"), folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     students = [
-        file_contract(path) for path in sorted((folder / "model").glob("students/*.safetensors"))
+        resolve(path).contract for path in sorted((folder / "model").glob("students/*.safetensors"))
     ]
     phases = [Phase.model_validate(phase) for phase in tomllib.loads(recipe).get("phases", [])]
     here = [line for line in lines if line["part"] == "environment"]

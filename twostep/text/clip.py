@@ -3,14 +3,15 @@ they do not know.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
@@ -44,6 +45,16 @@ class TextEncoders:
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zeros_for_empty: bool = False
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The encoders by the names that diffusers gives them."""
+        first, second = self.encoders
+        return {"text_encoder": first, "text_encoder_2": second}
+
+    def with_networks(self, networks: Mapping[str, Any]) -> "TextEncoders":
+        """Return these text encoders with other networks in the place of their own."""
+        return replace(self, encoders=(networks["text_encoder"], networks["text_encoder_2"]))
 
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""

@@ -1,0 +1,122 @@
+"""The header of a .safetensors file: the names, shapes and precisions of its tensors, and its
+metadata.
+
+A header is read once, by `checkpoint.resolve`, and then passed on. It takes milliseconds, however
+large the file is.
+"""
+
+import json
+import re
+import struct
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from twostep.formats.locate import ModelError
+
+_STARTS: dict[str, str] = tomllib.loads(
+    Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+)["start"]
+"""Explanations of files that are no safetensors, by a pattern of how they begin."""
+
+_MAX_HEADER_BYTES = 100_000_000  # as in the format's own library
+
+_NUMBERS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
+"""How `struct` reads one number of each precision that alphas come in; see also BF16 below."""
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What the header of a .safetensors file says; the file has been found complete.
+
+    `shapes` and `precisions` (as "F16") are by the sorted names of the tensors. `alpha` is the
+    first number whose name ends with `.alpha`, which LoRAs have; it is read together with the
+    header, so that the file is not opened again for it.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    precisions: dict[str, str]
+    metadata: dict[str, str]
+    alpha: float | None = None
+
+    def shape(self, pattern: str) -> tuple[int, ...]:
+        """Return the shape of the first tensor whose name ends with a pattern, () without one."""
+        for name, shape in self.shapes.items():
+            if re.search(rf"{pattern}$", name):
+                return shape
+        return ()
+
+    def has(self, prefix: str) -> bool:
+        """Tell whether the name of any tensor starts with a prefix."""
+        return any(name.startswith(prefix) for name in self.shapes)
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a file, and check that the file is complete.
+
+    Raises ModelError for pickles and for whatever else is no safetensors file, is empty, is cut
+    off, or does not exist.
+    """
+    start = b""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = _header_length(start, size)
+            tensors: dict[str, Any] = json.loads(file.read(length))
+            metadata = tensors.pop("__metadata__", {})
+            _check_size(tensors, start=8 + length, size=size)
+            alpha = _first_alpha(file, tensors, start=8 + length)
+        names = sorted(tensors)
+        shapes = {name: tuple(tensors[name]["shape"]) for name in names}
+        precisions = {name: tensors[name]["dtype"] for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} {_explanation(path, start, error)}") from error
+    return Header(path, shapes, precisions, metadata, alpha)
+
+
+def _header_length(start: bytes, size: int) -> int:
+    """Return how many bytes the header has; the first eight bytes of the file say it."""
+    length = int.from_bytes(start, "little")
+    if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+        raise ValueError(f"{size} bytes cannot have a header of {length}")
+    return length
+
+
+def _check_size(tensors: dict[str, Any], *, start: int, size: int) -> None:
+    """Raise ValueError unless the file ends where its last tensor ends."""
+    complete = start + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    if complete != size:
+        raise ValueError(f"it has {size} of {complete} bytes")
+
+
+def _first_alpha(file: BinaryIO, tensors: dict[str, Any], *, start: int) -> float | None:
+    """Read the first single number called `.alpha`, None if there is none."""
+    name = min((name for name in tensors if name.endswith(".alpha")), default=None)
+    if name is None:
+        return None
+    begin, end = tensors[name]["data_offsets"]
+    file.seek(start + begin)
+    data = file.read(end - begin)
+    precision = tensors[name]["dtype"]
+    if precision == "BF16":  # the upper half of a float32
+        data = b"\x00\x00" + data
+        precision = "F32"
+    form = _NUMBERS.get(precision)
+    if form is None or len(data) != struct.calcsize(form):
+        return None
+    (number,) = struct.unpack(form, data)
+    return float(number)
+
+
+def _explanation(path: Path, start: bytes, error: Exception) -> str:
+    """Say what a file is that has no readable header."""
+    text = start.decode("latin-1")
+    for pattern, explanation in _STARTS.items():
+        if re.match(pattern, text):
+            return explanation
+    if start == b"" and path.is_file():
+        return "is empty. Fetch or export it again."
+    return f"is no whole safetensors file ({error}). Fetch or export it again."
