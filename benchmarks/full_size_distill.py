@@ -4,7 +4,7 @@ three copies take.
     python benchmarks/full_size_distill.py [--pixels 256] [--iterations 2]
 
 The weights are random, for the real ones are not needed to know memory and time. One frozen base
-carries a teacher, a student and a discriminator as adapters, as the recipes of LoRA phases have it;
+carries a teacher, a student and a discriminator as adapters, as the recipes of LoRA stages have it;
 batch 1, fp32, blocks recomputed in the backward pass. Prints seconds per iteration and the peak of
 resident memory, beside the arithmetic for three networks.
 """
@@ -15,7 +15,6 @@ import json
 import random
 import resource
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -25,10 +24,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from twostep.diffusion import VariancePreserving
-from twostep.distill.methods.discriminator import LoraDiscriminator
-from twostep.distill.recipe import Phase
-from twostep.distill.trainer import AdversarialTrainer, Lesson
-from twostep.networks.adapters import add_lora, checkpoint_gradients
+from twostep.distill.recipe import Stage
+from twostep.distill.trainer import StageTrainer
+from twostep.networks.adapters import add_lora
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
@@ -102,63 +100,53 @@ def peak() -> float:
 
 def main(
     pixels: Annotated[int, typer.Option(help="Side of the pictures.")] = 256,
-    iterations: Annotated[int, typer.Option(help="Iterations of each of the two phases.")] = 2,
+    iterations: Annotated[int, typer.Option(help="Iterations of each of the two stages.")] = 2,
     rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 64,
 ) -> None:
-    """Run iterations of the conditional and of the unconditional phase, 8 steps from 32, and
-    report.
-    """
+    """Run iterations of the conditional and of the unconditional stage, 8 steps from 32."""
     began = time.monotonic()
     network = random_sdxl()
     total = sum(parameter.numel() for parameter in network.parameters())
     typer.echo(
         f"base: {total:,} parameters, {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB"
     )
+    backbone = SdxlUnet(network)
     schedule = VariancePreserving.scaled_linear()
     add_lora(network, "32-step", rank=rank)
-    student = add_lora(network, "student", rank=rank)
-    checkpoint_gradients(network)
+    lora = add_lora(network, "student", rank=rank)
+    backbone.checkpoint_gradients(True)
+    teacher = Denoiser(backbone, schedule, lora="32-step")
+    student = Denoiser(backbone, schedule, lora="student")
     for objective in ("conditional", "unconditional"):
-        phase = Phase.model_validate(
-            {
-                **{
-                    "student_steps": 8,
-                    "teacher_steps": 32,
-                    "objective": objective,
-                    "lora_rank": rank,
-                },
-                **{
-                    "iterations": iterations,
-                    "batch_size": 1,
-                    "learning_rate": 1e-6,
-                    "precision": "fp32",
-                },
-                **{"discriminator_lora": True, "gradient_checkpointing": True},
-            }
+        stage = Stage(
+            student_steps=8,
+            teacher_steps=32,
+            method={"name": "adversarial", "objective": objective, "discriminator_lora": True},
+            lora_rank=rank,
+            iterations=iterations,
+            batch_size=1,
+            learning_rate=1e-6,
+            precision="fp32",
+            gradient_checkpointing=True,
         )
-        student.requires_grad_(True)
-        trainer = AdversarialTrainer(
-            phase,
-            Lesson(
-                RandomLatents(pixels),
-                Denoiser(SdxlUnet(network), schedule, lora="32-step"),
-                Denoiser(SdxlUnet(network), schedule, lora="student"),
-                partial(LoraDiscriminator, rank=rank),
-            ),
-        )
+        lora.requires_grad_(True)
+        trainer = StageTrainer(stage, RandomLatents(pixels), teacher, student)
         for iteration in range(iterations):
             began = time.monotonic()
             figures = trainer.iterate(iteration, Randomness.at(0, iteration))
-            told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            seconds = time.monotonic() - began
+            values = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
             typer.echo(
-                f"{objective} {iteration + 1}: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB; {told}"
+                f"{objective} {iteration + 1}: {seconds:.0f} s, peak {peak():.1f} GiB; {values}"
             )
+        trainer.remove_roles()
     # Weights, gradients and two moments of Adam for what is trained; weights alone for what is not.
     separate = 4 * (total + 4 * total + 4 * ENCODER_PARAMETERS) / GIB
     frozen = 4 * (2 * total + ENCODER_PARAMETERS) / GIB
     typer.echo(f"measured peak: {peak():.1f} GiB")
     typer.echo(
-        f"three networks, the weights alone: {frozen:.1f} GiB; student and discriminator trained: {separate:.1f}"
+        f"three networks, the weights alone: {frozen:.1f} GiB; "
+        f"student and discriminator trained: {separate:.1f}"
     )
 
 

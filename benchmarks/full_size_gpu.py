@@ -1,9 +1,9 @@
 """A recipe for SDXL on a GPU, at SDXL's full size with random weights: what its plan says beside
 what is measured.
 
-    python benchmarks/full_size_gpu.py sdxl-lora-24gb [-o phases.0.batch_size=2] [--iterations 2] [--pixels 1024]
+    python benchmarks/full_size_gpu.py sdxl-lora-24gb [-o stages.0.batch_size=2] [--pixels 1024]
 
-Every phase is taught for a few iterations by the very trainer, on noise in the shapes of SDXL's
+Every stage is trained for a few iterations by the very trainer, on noise in the shapes of SDXL's
 latents and texts; what is trained for so short a time is not looked at. Measured is the peak of
 torch's allocator on the device, so neither the context of the driver (about half a GiB) nor what
 the allocator keeps in reserve.
@@ -28,9 +28,9 @@ from transformers import CLIPTextConfig
 
 from twostep.diffusion import VariancePreserving
 from twostep.distill import DistillRecipe
-from twostep.distill.chain import lessons
+from twostep.distill.chain import prepared_stages
 from twostep.distill.plan import plan
-from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
+from twostep.distill.trainer import StageTrainer
 from twostep.formats.locate import CONTRACT_FILE, WEIGHTS
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
@@ -84,30 +84,27 @@ def main(
     ] = None,
     pixels: Annotated[int, typer.Option(help="Side of the pictures.")] = 1024,
     iterations: Annotated[
-        int, typer.Option(help="Iterations of each phase; the first is not timed.")
+        int, typer.Option(help="Iterations of each stage; the first is not timed.")
     ] = 3,
     device: Annotated[str, typer.Option(help="Where to measure; none only plans.")] = "cuda",
     planned: Annotated[bool, typer.Option(help="Also say what the plan says.")] = True,
 ) -> None:
-    """Print the planned and the measured peak of every phase, and its seconds an iteration."""
+    """Print the planned and the measured peak of every stage, and its seconds an iteration."""
     settings = load_recipe(recipe, DistillRecipe, override or [])
     if planned:
         with tempfile.TemporaryDirectory() as folder:
             model = write_configs(Path(folder) / "sdxl", pixels)
-            for phase in plan(settings.model_copy(update={"model": str(model), "device": "cuda"}))[
-                0
-            ]:
-                typer.echo(f"planned  {phase.phase.name}: {phase.peak / GIB:.2f} GiB", nl=True)
+            changed = settings.model_copy(update={"model": str(model), "device": "cuda"})
+            for stage in plan(changed).stages:
+                typer.echo(f"planned  {stage.stage.name}: {stage.peak / GIB:.2f} GiB")
     if device == "none":
         return
     where = find_device(device)
     typer.echo(f"device: {torch.cuda.get_device_name(where)}, torch {torch.__version__}")
     teacher, source = random_teacher(where, settings.base_precision), RandomLatents(pixels)
-    for phase, lesson, _ in lessons(settings, teacher, source):
+    for prepared in prepared_stages(settings, teacher):
         gc.collect()
-        trainer = (
-            AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
-        )
+        trainer = StageTrainer(prepared.stage, source, prepared.teacher, prepared.student)
         seconds = []
         for iteration in range(iterations):
             if iteration == 1:
@@ -116,12 +113,14 @@ def main(
             figures = trainer.iterate(iteration, Randomness.at(0, iteration))
             torch.cuda.synchronize(where)
             seconds.append(time.perf_counter() - began)
+        trainer.remove_roles()
         peak = torch.cuda.max_memory_allocated(where) / GIB
-        told = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        values = " ".join(f"{key} {value:.4g}" for key, value in figures.items())
         typer.echo(
-            f"measured {phase.name}: {peak:.2f} GiB, {min(seconds[1:]):.2f} s an iteration; {told}"
+            f"measured {prepared.stage.name}: {peak:.2f} GiB, "
+            f"{min(seconds[1:]):.2f} s an iteration; {values}"
         )
-        del trainer, lesson
+        del trainer, prepared
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.control import Hint, load_control
 from twostep.pretrain.control import PLACEMENT, hints_of
-from twostep.pretrain.drawings import EmojiSet, lay_on, load_emoji, place_drawings
-from twostep.pretrain.model import PIXELS
+from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
+from twostep.pretrain.drawings import DrawingSet, lay_on, load_drawings, place_drawings
+from twostep.pretrain.sizes import NANO
 
 HELD_OUT_SEED = 2**20
 """Above every seed that a recipe may have."""
@@ -57,14 +58,16 @@ class Asked:
     backgrounds: Float[Tensor, "tasks 3"]
 
 
-def ask(emoji: EmojiSet, count: int) -> Asked:
+def ask(emoji: DrawingSet, count: int) -> Asked:
     """Return prompts with silhouettes at held-out places."""
     tasks = complete_tasks(emoji.concepts, count)
     numbers = {concept.names[0]: number for number, concept in enumerate(emoji.concepts)}
     concept = [numbers[task.attributes.names[0]] for task in tasks]
     style = [emoji.styles.index(str(task.attributes.style)) for task in tasks]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    placed = place_drawings(emoji.drawings[concept, style], PLACEMENT, generator)
+    placed = place_drawings(
+        emoji.drawings[concept, style], PLACEMENT, generator, pixels=NANO.pixels
+    )
     background = torch.tensor(
         [list(BACKGROUNDS).index(str(task.attributes.background)) for task in tasks]
     )
@@ -78,10 +81,10 @@ def draw(
 ) -> Float[Tensor, "tasks 3 height width"]:
     """Draw every task, with the silhouettes in sight or without."""
     contract, pictures = bundle.contract, []
-    empty = bundle.conditioning([""], PIXELS, PIXELS)
+    empty = bundle.conditioning([""], NANO.pixels, NANO.pixels)
     for start in range(0, len(asked.tasks), BATCH):
         tasks = asked.tasks[start : start + BATCH]
-        told = bundle.conditioning([task.prompt for task in tasks], PIXELS, PIXELS)
+        told = bundle.conditioning([task.prompt for task in tasks], NANO.pixels, NANO.pixels)
         untold = empty.expand(len(tasks))
         if control is not None:
             network = load_control(
@@ -96,7 +99,10 @@ def draw(
             told, untold = replace(told, hints=(hint,)), replace(untold, hints=(hint,))
         denoise = bundle.denoiser.with_guidance(told, untold, contract.guidance)
         noise = torch.stack(
-            [initial_noise(task.seed, bundle.latent_shape(PIXELS, PIXELS)) for task in tasks]
+            [
+                initial_noise(task.seed, bundle.latent_shape(NANO.pixels, NANO.pixels))
+                for task in tasks
+            ]
         )
         pictures.append(
             bundle.codec.decode(sample(denoise, noise, contract.steps, bundle.denoiser.schedule))
@@ -127,9 +133,9 @@ def main(
     control: Annotated[Path, typer.Option(help="The ControlNet's folder.")] = Path(
         "twostep/weights/nano/controlnet"
     ),
-    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path(
-        "runs/emoji.safetensors"
-    ),
+    drawings_path: Annotated[
+        Path, typer.Option("--drawings", help="Folder of the drawings.")
+    ] = DRAWINGS,
     count: Annotated[int, typer.Option(help="Prompts.")] = 512,
     steps: Annotated[
         list[int] | None, typer.Option(help="Steps to draw in; 32 is the teacher.")
@@ -145,7 +151,7 @@ def main(
     """Print agreement and accuracy, for real pictures and for every model with and without the
     ControlNet.
     """
-    emoji, judge = load_emoji(emoji_path), load_judge(judge_path)
+    emoji, judge = load_drawings(drawings_path), load_judge(judge_path)
     asked = ask(emoji, count)
     rows: list[tuple[str, Tensor]] = [("real pictures", asked.real)]
     for number in steps or (32, 8, 4, 2, 1):

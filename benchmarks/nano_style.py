@@ -32,9 +32,10 @@ from twostep.media.image import to_images
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.networks.adapters import PREFIX, add_lora
 from twostep.pretrain.captions import Omission, with_article
-from twostep.pretrain.drawings import load_emoji
+from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
+from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.latents import cache_latents
-from twostep.pretrain.model import PIXELS
+from twostep.pretrain.sizes import NANO
 from twostep.pretrain.teacher import noise_loss
 from twostep.training.loop import training_attention
 
@@ -42,22 +43,22 @@ STYLE = "noto"
 LORA = Path("runs/style/noto.safetensors")
 PROMPTS = LORA.with_name("prompts.txt")
 RETRAINED = Path("runs/nano-style/model/students/noto_2step_lora.safetensors")
-Emoji = Annotated[Path, typer.Option("--emoji", help="The drawings.")]
+Drawings = Annotated[Path, typer.Option("--drawings", help="Folder of the drawings.")]
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.command()
 def train(
-    emoji_path: Emoji = Path("runs/emoji.safetensors"),
+    drawings_path: Drawings = DRAWINGS,
     iterations: int = 500,
     rank: int = 8,
     batch_size: int = 32,
 ) -> None:
     """Train the style on the teacher."""
-    bundle, emoji = load_bundle("nano"), load_emoji(emoji_path)
+    bundle, emoji = load_bundle("nano"), load_drawings(drawings_path)
     column = emoji.styles.index(STYLE)
     drawings = replace(emoji, drawings=emoji.drawings[:, [column]], styles=(STYLE,))
-    cached = cache_latents(drawings, bundle.codec, variants=24, on_variant=lambda done, total: None)
+    cached = cache_latents(drawings, bundle.codec, pixels=NANO.pixels, variants=24)
     latents = replace(cached, omission=Omission(everything=0.1, style=1.0, background=0.2))
     lora = add_lora(bundle.denoiser.network, "style", rank=rank)
     optimiser = torch.optim.AdamW(lora.parameters(), lr=1e-3, weight_decay=0.0)
@@ -65,9 +66,11 @@ def train(
     tensors, words = torch.Generator().manual_seed(0), random.Random(0)
     for iteration in range(iterations):
         x0, captions = latents.draw(batch_size, tensors, words)
-        told = bundle.text.conditioning(captions, PIXELS, PIXELS)
+        told = bundle.text.conditioning(captions, NANO.pixels, NANO.pixels)
         with training_attention("cpu"):
-            loss = noise_loss(denoiser, x0, told, tensors, snr_limit=5)
+            t = torch.randint(1, 1001, (batch_size,), generator=tensors)
+            eps = torch.randn(x0.shape, generator=tensors)
+            loss = noise_loss(denoiser, x0, told, t, eps, snr_limit=5)
             loss.backward()
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * (1 - iteration / iterations)
@@ -85,14 +88,14 @@ def train(
 
 @app.command()
 def table(
-    emoji_path: Emoji = Path("runs/emoji.safetensors"),
+    drawings_path: Drawings = DRAWINGS,
     retrained: Path = RETRAINED,
     count: Annotated[int, typer.Option(help="Prompts, of which none names a style.")] = 256,
 ) -> None:
     """Judge pictures of prompts that name no style: does it draw in the style, and still the right
     thing.
     """
-    emoji, judge = load_emoji(emoji_path), load_judge()
+    emoji, judge = load_drawings(drawings_path), load_judge()
     tasks = [_without_style(task) for task in complete_tasks(emoji.concepts, count)]
     wishes = [replace(task.attributes, style=STYLE) for task in tasks]
     few, many = (

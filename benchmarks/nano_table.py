@@ -39,11 +39,11 @@ from examples.contact_sheet import contact_sheet
 from twostep.diffusion import Denoise, VariancePreserving, guide, initial_noise, sample
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.metrics import Report, evaluate
-from twostep.formats import resolve
 from twostep.formats.locate import find_model
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
-from twostep.pretrain.drawings import EmojiSet, load_emoji
+from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
+from twostep.pretrain.drawings import DrawingSet, load_drawings
 
 CHUNK = 128
 DECODE_CHUNK = 16
@@ -101,9 +101,9 @@ def main(
         Path | None,
         typer.Option(help="Folder of *_{2,1}step_unet.safetensors trained by MSE only."),
     ] = None,
-    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path(
-        "runs/emoji.safetensors"
-    ),
+    drawings_path: Annotated[
+        Path, typer.Option("--drawings", help="Folder of the drawings.")
+    ] = DRAWINGS,
     judge_path: Annotated[Path | None, typer.Option("--judge", help="Another judge.")] = None,
     limit: Annotated[
         int | None, typer.Option(help="Only the first prompts of each set, to try it out.")
@@ -111,7 +111,7 @@ def main(
 ) -> None:
     """Randomness, judge, and write the table."""
     began = time.monotonic()
-    emoji = load_emoji(emoji_path)
+    emoji = load_drawings(drawings_path)
     judge = load_judge(judge_path) if judge_path else load_judge()
     tasks = {
         "complete": complete_tasks(emoji.concepts)[:limit],
@@ -291,7 +291,7 @@ def judge_rows(
     pictures: dict[str, dict[str, Tensor]],
     tasks: dict[str, list[Task]],
     judge: Judge,
-    emoji: EmojiSet,
+    emoji: DrawingSet,
 ) -> list[Figures]:
     """Judge every row against its prompts, the teacher's pictures and real ones."""
     statistics = {
@@ -327,7 +327,7 @@ def judge_real(
     pictures: dict[str, dict[str, Tensor]],
     tasks: dict[str, list[Task]],
     judge: Judge,
-    emoji: EmojiSet,
+    emoji: DrawingSet,
 ) -> Figures:
     """Judge real pictures for the same prompts: what a perfect model would get, the judge's own
     errors included.
@@ -350,7 +350,7 @@ def judge_real(
     )
 
 
-def _real(tasks: Sequence[Task], emoji: EmojiSet) -> Tensor:
+def _real(tasks: Sequence[Task], emoji: DrawingSet) -> Tensor:
     wishes = [task.attributes for task in tasks]
     return torch.cat(
         [

@@ -24,8 +24,11 @@ _RIVALS = {
 }
 """For each student: the teacher at as many evaluations, then at as many steps."""
 _LEAST_DIVERSITY = {"diversity": 0.8, "incomplete": 0.7}
-_LORA_STEPS, _LORA_POINTS = (8, 4), 0.05
-"""Where a LoRA is to keep up with the whole UNet, and how far behind it may be."""
+_LORA_STEPS = (8, 4)
+"""Steps at which a LoRA is to keep up with the whole UNet."""
+
+_LORA_POINTS = 0.05
+"""How far behind it may be, as a share of the prompts."""
 _KINDS = ("feature_diversity", "pixel_diversity")
 
 
@@ -33,18 +36,20 @@ def checks(rows: Sequence[Figures]) -> list[Check]:
     """List every claim with the number, the bound, and whether it holds."""
     by_key = {row["key"]: row for row in rows}
     teacher = by_key["teacher"]
-    found = [
+    claims = [
         _at_least(f"teacher: {name}", _share(teacher, name), least)
         for name, least in zip(_SHARES, _LEAST_TEACHER, strict=True)
     ]
     for steps, bounds in _LEAST_OF_TEACHER.items():
         student = by_key.get(f"student-{steps}")
         if student is not None:
-            found += _student_checks(student, teacher, bounds)
-            found += [check for key in _RIVALS[steps] for check in _beats(student, by_key.get(key))]
-            found += _beats_mse(student, by_key.get(f"mse-{steps}"))
-            found += _lora_checks(student, by_key.get(f"lora-{steps}"))
-    return found
+            claims += _student_checks(student, teacher, bounds)
+            claims += [
+                check for key in _RIVALS[steps] for check in _beats(student, by_key.get(key))
+            ]
+            claims += _beats_mse(student, by_key.get(f"mse-{steps}"))
+            claims += _lora_checks(student, by_key.get(f"lora-{steps}"))
+    return claims
 
 
 def to_markdown(
@@ -53,20 +58,21 @@ def to_markdown(
     """Write the table, the claims and how to read them."""
     teacher = rows[0]
     head = (
-        "| | steps | evaluations | concept | style | background | to teacher | to real | incomplete: to teacher "
-        "| to real | diversity, complete | incomplete | blur, px |"
+        "| | steps | evaluations | concept | style | background | to teacher | to real "
+        "| incomplete: to teacher | to real | diversity, complete | incomplete | blur, px |"
     )
     lines = [head, "|---|" + "---:|" * 12, *(_line(row, teacher) for row in rows)]
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in accuracy.items())
     notes = [
-        "Accuracy in % over complete prompts, in brackets as a share of the teacher's. 'To teacher' and 'to real' are "
-        "Frechet distances in the judge's features: to the teacher's pictures of the same prompts and noise, and to "
-        "real drawings. Diversity is the mean distance between seeds of one prompt, in features / in pixels, in "
-        f"brackets as shares of the teacher's. Samples: {teacher['complete']['num_images']} complete, "
-        f"{teacher['incomplete']['num_images']} incomplete; few samples bias Frechet distances upwards, for all rows "
-        "alike. Guidance counts as two evaluations a step. Below three steps DPM-Solver++ 2M is Euler.",
-        "The judge's own accuracy on held-out placements and backgrounds: "
-        + ", ".join(f"{name} {value:.4g}" for name, value in accuracy.items())
-        + ".",
+        "Accuracy in % over complete prompts, in brackets as a share of the teacher's. 'To "
+        "teacher' and 'to real' are Frechet distances in the judge's features: to the teacher's "
+        "pictures of the same prompts and noise, and to real drawings. Diversity is the mean "
+        "distance between seeds of one prompt, in features / in pixels, in brackets as shares of "
+        f"the teacher's. Samples: {teacher['complete']['num_images']} complete, "
+        f"{teacher['incomplete']['num_images']} incomplete; few samples bias Frechet distances "
+        "upwards, for all rows alike. Guidance counts as two evaluations a step. Below three "
+        "steps DPM-Solver++ 2M is Euler.",
+        f"The judge's own accuracy on held-out placements and backgrounds: {measured}.",
     ]
     verdicts = [
         f"- {'yes' if c['holds'] else '**NO**'}: {c['claim']}: {c['value']:.4g}, {c['bound']}"
@@ -76,7 +82,7 @@ def to_markdown(
 
 
 def _student_checks(student: Figures, teacher: Figures, bounds: Sequence[float]) -> list[Check]:
-    found = [
+    claims = [
         _at_least(
             f"{student['label']}: {name}, share of the teacher's",
             _ratio(student, teacher, name),
@@ -89,20 +95,21 @@ def _student_checks(student: Figures, teacher: Figures, bounds: Sequence[float])
             value = _diversity_ratio(student, teacher, part, kind)
             if value is not None:
                 what = "complete" if part == "diversity" else part
-                found.append(
+                claims.append(
                     _at_least(
                         f"{student['label']}: {kind} of {what} prompts, of the teacher's",
                         value,
                         least,
                     )
                 )
-    return found
+    return claims
 
 
 def _beats(student: Figures, rival: Figures | None) -> list[Check]:
     if rival is None:
         return []
-    distance, other = (row["complete"]["frechet_to_reference"] for row in (student, rival))
+    distance = student["complete"]["frechet_to_reference"]
+    other = rival["complete"]["frechet_to_reference"]
     against = f"{student['label']} against {rival['label']}"
     return [
         _check(
@@ -123,8 +130,10 @@ def _beats(student: Figures, rival: Figures | None) -> list[Check]:
 def _beats_mse(student: Figures, rival: Figures | None) -> list[Check]:
     if rival is None:
         return []
-    distance, other = (row["incomplete"]["frechet_to_reference"] for row in (student, rival))
-    claim = f"{student['label']} against {rival['label']}: Frechet distance to the teacher, incomplete prompts"
+    distance = student["incomplete"]["frechet_to_reference"]
+    other = rival["incomplete"]["frechet_to_reference"]
+    against = f"{student['label']} against {rival['label']}"
+    claim = f"{against}: Frechet distance to the teacher, incomplete prompts"
     return [_check(claim, distance, distance < other, f"below {other:.4g}")]
 
 
@@ -157,11 +166,13 @@ def _diversity_cell(row: Figures, teacher: Figures, part: str) -> str:
     if row[part] is None or None in ratios:
         return ""
     values = " / ".join(f"{row[part][kind]:.3g}" for kind in _KINDS)
-    return f"{values} ({' / '.join(f'{100 * ratio:.0f}' for ratio in ratios if ratio is not None)})"
+    shares = " / ".join(f"{100 * ratio:.0f}" for ratio in ratios if ratio is not None)
+    return f"{values} ({shares})"
 
 
 def _diversity_ratio(row: Figures, teacher: Figures, part: str, kind: str) -> float | None:
-    value, whole = ((r[part] or {}).get(kind) for r in (row, teacher))
+    value = (row[part] or {}).get(kind)
+    whole = (teacher[part] or {}).get(kind)
     return value / whole if value is not None and whole else None
 
 

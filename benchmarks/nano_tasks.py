@@ -19,7 +19,8 @@ from torch import Tensor
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes, Concept
 from twostep.pretrain.captions import caption, complete_caption
-from twostep.pretrain.drawings import EmojiSet, Placement, compose
+from twostep.pretrain.drawings import DrawingSet, Placement, compose
+from twostep.pretrain.sizes import NANO
 
 FIRST_SEED = 1_000_000
 """Seeds from here on are held out for evaluation."""
@@ -53,17 +54,18 @@ def complete_tasks(concepts: Sequence[Concept], count: int = NUM_COMPLETE) -> li
         raise PromptError(
             f"{count} complete prompts were asked for; {len(concepts)} concepts give 1 to {most}."
         )
-    styles, backgrounds = list(STYLES), list(BACKGROUNDS)
+    backgrounds = list(BACKGROUNDS)
+    # Neighbours in the list are alike (all animals first): an order of long strides spreads a last,
+    # incomplete turn over all.
+    order = _spread(len(concepts))
     tasks = []
     for index in range(count):
         turn, place = divmod(index, len(concepts))
-        # Neighbours in the list are alike (all animals first): a stride spreads a last, incomplete
-        # turn over all.
-        number = _spread(len(concepts))[place]
-        style = styles[(number + turn) % len(styles)]
-        background = backgrounds[
-            (5 * number + 3 * (turn % len(styles)) + turn // len(styles)) % len(backgrounds)
-        ]
+        number = order[place]
+        style = STYLES[(number + turn) % len(STYLES)]
+        # Every concept meets another background in each style, and others again after all styles.
+        shift = 3 * (turn % len(STYLES)) + turn // len(STYLES)
+        background = backgrounds[(5 * number + shift) % len(backgrounds)]
         names = concepts[number].names
         prompt = complete_caption(names[0], style, background)
         tasks.append(Task(prompt, Attributes(names, style, background), FIRST_SEED + index))
@@ -71,7 +73,7 @@ def complete_tasks(concepts: Sequence[Concept], count: int = NUM_COMPLETE) -> li
 
 
 def repeated_tasks(concepts: Sequence[Concept]) -> list[Task]:
-    """Return 64 complete prompts with 4 seeds each, those of a prompt side by side, for diversity."""
+    """Return 64 complete prompts with 4 seeds each, those of a prompt side by side."""
     tasks = complete_tasks(concepts, NUM_DIVERSITY_PROMPTS)
     return _with_seeds([(task.prompt, task.attributes) for task in tasks], FIRST_SEED + 10_000)
 
@@ -88,7 +90,8 @@ def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
                 chosen[attributes] = caption(attributes, Random(len(chosen)))
     if len(chosen) < NUM_DIVERSITY_PROMPTS:
         raise PromptError(
-            f"{len(concepts)} concepts give only {len(chosen)} incomplete prompts; use more concepts."
+            f"{len(concepts)} concepts give only {len(chosen)} incomplete prompts; "
+            "use more concepts."
         )
     return _with_seeds(
         [(prompt, attributes) for attributes, prompt in chosen.items()], FIRST_SEED + 20_000
@@ -96,20 +99,23 @@ def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
 
 
 def real_pictures(
-    attributes: Sequence[Attributes], emoji: EmojiSet, *, seed: int = FIRST_SEED
+    attributes: Sequence[Attributes], drawings: DrawingSet, *, seed: int = FIRST_SEED
 ) -> Float[Tensor, "batch 3 height width"]:
     """Compose one real picture for each wish, with whatever it leaves open drawn at random."""
-    generator, rng = torch.Generator().manual_seed(seed), Random(seed)
-    chosen = [_fitting_drawing(wish, emoji, rng) for wish in attributes]
+    generator = torch.Generator().manual_seed(seed)
+    rng = Random(seed)
+    chosen = [_fitting_drawing(wish, drawings, rng) for wish in attributes]
     concept, style = torch.tensor(chosen).T
     names = list(BACKGROUNDS)
     background = torch.tensor(
         [names.index(wish.background or rng.choice(names)) for wish in attributes]
     )
-    return compose(emoji.drawings[concept, style], background, Placement(), generator)
+    drawn = drawings.drawings[concept, style]
+    return compose(drawn, background, Placement(), generator, pixels=NANO.pixels)
 
 
 def _spread(count: int) -> list[int]:
+    """Order numbers so that neighbours lie far apart: by the multiples of the golden ratio."""
     return sorted(range(count), key=lambda number: (number * 0.6180339887498949) % 1)
 
 
@@ -124,9 +130,9 @@ def _with_seeds(prompts: Sequence[tuple[str, Attributes]], first_seed: int) -> l
 def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attributes]:
     """Yield one wish for each way of leaving something out, other ones in every round."""
     subgroups = list(dict.fromkeys(concept.subgroup for concept in concepts))
-    styles, backgrounds = list(STYLES), list(BACKGROUNDS)
-    spread = _spread(len(concepts))
-    style = styles[round_number % len(styles)]
+    backgrounds = list(BACKGROUNDS)
+    order = _spread(len(concepts))
+    style = STYLES[round_number % len(STYLES)]
     for place, (with_style, with_background) in enumerate(
         ((False, False), (True, False), (False, True), (True, True))
     ):
@@ -137,18 +143,19 @@ def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attr
         yield Attributes((subgroup,), manner, background)
         yield Attributes((), manner, background)
         if not (with_style and with_background):
-            yield Attributes(concepts[spread[step % len(spread)]].names, manner, background)
+            yield Attributes(concepts[order[step % len(order)]].names, manner, background)
 
 
-def _fitting_drawing(wish: Attributes, emoji: EmojiSet, rng: Random) -> tuple[int, int]:
+def _fitting_drawing(wish: Attributes, drawings: DrawingSet, rng: Random) -> tuple[int, int]:
     fitting = [
         number
-        for number, concept in enumerate(emoji.concepts)
+        for number, concept in enumerate(drawings.concepts)
         if not wish.names or wish.names[0] in concept.names or wish.names == (concept.subgroup,)
     ]
     if not fitting:
         raise PromptError(
-            f"no drawing shows {wish.names[0]!r}; use the emoji set that the prompts were made for."
+            f"no drawing shows {wish.names[0]!r}; use the drawings that prompts were made for."
         )
-    style = emoji.styles.index(wish.style) if wish.style else rng.randrange(len(emoji.styles))
+    styles = drawings.styles
+    style = styles.index(wish.style) if wish.style else rng.randrange(len(styles))
     return rng.choice(fitting), style

@@ -31,7 +31,8 @@ from twostep.evaluate.metrics import evaluate
 from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
 from twostep.pretrain.captions import with_article
-from twostep.pretrain.drawings import load_emoji
+from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
+from twostep.pretrain.drawings import load_drawings
 from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)
@@ -51,9 +52,9 @@ def main(
     word: Annotated[
         str, typer.Option(help="The style word of the prompts; none at all if empty.")
     ] = "",
-    emoji_path: Annotated[Path, typer.Option("--emoji", help="The drawings.")] = Path(
-        "runs/emoji.safetensors"
-    ),
+    drawings_path: Annotated[
+        Path, typer.Option("--drawings", help="Folder of the drawings.")
+    ] = DRAWINGS,
     count: Annotated[int, typer.Option(help="Prompts of the table.")] = 512,
     num_first: Annotated[
         int, typer.Option(help="Prompts before these, on which the scale is chosen.")
@@ -63,7 +64,7 @@ def main(
     judge = load_judge(judge_path) if judge_path else load_judge()
     every = [
         _worded(task, word)
-        for task in complete_tasks(load_emoji(emoji_path).concepts, num_first + count)
+        for task in complete_tasks(load_drawings(drawings_path).concepts, num_first + count)
     ]
     first, tasks = every[:num_first], every[num_first:]
     base = load_bundle(variant)

@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 from unittest import mock
@@ -31,15 +31,17 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from twostep.diffusion import landing
+from twostep.distill.methods.adversarial import BETAS, AdversarialSettings
 from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.pairs import trained_times
-from twostep.distill.recipe import DistillRecipe, Phase
-from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
+from twostep.distill.recipe import DistillRecipe, Stage
+from twostep.distill.roles import weights_of
+from twostep.distill.trainer import StageTrainer
 from twostep.evaluate.attributes import STYLES
-from twostep.models.bundle import Bundle
-from twostep.models.loading import load_bundle
+from twostep.models.bundle import Bundle, load_bundle
 from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.drawings import built_in_concepts
 from twostep.pretrain.latents import EmojiSource, LatentCache
 from twostep.training.loop import Randomness
@@ -51,53 +53,60 @@ NUM_WARM = 3
 
 def main(
     recipe: Annotated[
-        str, typer.Option(help="A recipe whose phases train LoRAs without guidance.")
+        str, typer.Option(help="A recipe whose stages train LoRAs without guidance.")
     ] = "nano-lora",
-    student_steps: Annotated[int, typer.Option(help="Measure the phases of this student.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Pairs of iterations for each phase.")] = 24,
+    student_steps: Annotated[int, typer.Option(help="Measure the stages of this student.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Pairs of iterations for each stage.")] = 24,
 ) -> None:
-    """Measure every phase of one student and print a table."""
+    """Measure every stage of one student and print a table."""
     torch.set_num_threads(1)
     settings = load_recipe(recipe, DistillRecipe)
     bundle = load_bundle(settings.model)
     typer.echo(
-        "| phase | batch | iterations per second | forward | backward | optimisers | outside | overhead |"
+        "| stage | batch | iterations per second "
+        "| forward | backward | optimisers | outside | overhead |"
     )
     typer.echo("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for phase in settings.phases:
-        if phase.student_steps == student_steps:
-            typer.echo(measure(phase, bundle, rounds))
+    for stage in settings.stages:
+        if stage.student_steps == student_steps:
+            typer.echo(measure(stage, bundle, rounds))
     typer.echo(
-        f"\nOverhead: median (quartiles) of {rounds} pairs. Wanted: outside and overhead under {TARGET_PERCENT} %."
+        f"\nOverhead: median (quartiles) of {rounds} pairs. "
+        f"Wanted: outside and overhead under {TARGET_PERCENT} %."
     )
 
 
-def measure(phase: Phase, bundle: Bundle, rounds: int) -> str:
-    """Return the row of one phase."""
-    lesson = learn_from(bundle, phase)
-    bare = bare_loop(phase, learn_from(bundle, phase))
-    trainer = (AdversarialTrainer if phase.judges else RegressionTrainer)(phase, lesson)
+def measure(stage: Stage, bundle: Bundle, rounds: int) -> str:
+    """Return the row of one stage."""
+    models = make_models(bundle, stage)
+    bare = bare_loop(stage, make_models(bundle, stage))
+    trainer = StageTrainer(stage, models.source, models.teacher, models.student)
 
     def iterate(number: int) -> object:
-        return trainer.iterate(number, Randomness.at(phase.seed, number))
+        return trainer.iterate(number, Randomness.at(stage.seed, number))
 
     for number in range(NUM_WARM):
-        iterate(number), bare(number)
-    ratios, seconds = [], []
+        iterate(number)
+        bare(number)
+    ratios = []
+    seconds = []
     for number in range(NUM_WARM, NUM_WARM + rounds):
         order = (iterate, bare) if number % 2 else (bare, iterate)
         taken = {loop: clock(loop, number) for loop in order}
         seconds.append(taken[iterate][1])
         ratios.append(100 * (taken[iterate][0] / taken[bare][0] - 1))
     shares = share_out(
-        trainer, lesson, lambda: [clock(iterate, NUM_WARM + number) for number in range(rounds)]
+        trainer,
+        models.source,
+        lambda: [clock(iterate, NUM_WARM + number) for number in range(rounds)],
     )
     low, middle, high = statistics.quantiles(ratios, n=4)
     parts = " | ".join(
         f"{shares[part]:.1f} %" for part in ("forward", "backward", "optimisers", "outside")
     )
     speed = 1 / statistics.median(seconds)
-    return f"| {phase.name} | {phase.batch_size} | {speed:.2f} | {parts} | {middle:.1f} % ({low:.1f} to {high:.1f}) |"
+    overhead = f"{middle:.1f} % ({low:.1f} to {high:.1f})"
+    return f"| {stage.name} | {stage.batch_size} | {speed:.2f} | {parts} | {overhead} |"
 
 
 def clock(loop: Callable[[int], object], number: int) -> tuple[float, float]:
@@ -107,15 +116,24 @@ def clock(loop: Callable[[int], object], number: int) -> tuple[float, float]:
     return time.process_time() - processor, time.perf_counter() - wall
 
 
-def learn_from(bundle: Bundle, phase: Phase) -> Lesson:
-    """Return a lesson as the chain makes it: teacher and student are adapters on one base, a copy
+@dataclass(frozen=True, eq=False)
+class Models:
+    """What a stage works with."""
+
+    source: Any
+    teacher: Denoiser
+    student: Denoiser
+
+
+def make_models(bundle: Bundle, stage: Stage) -> Models:
+    """Return models as the chain makes them: teacher and student are adapters on one base, a copy
     of the bundle's.
     """
     network = copy.deepcopy(bundle.denoiser.network)
-    assert phase.lora_rank is not None
-    assert phase.guidance == 1
+    assert stage.lora_rank is not None
+    assert stage.guidance == 1
     for name in ("teacher", "student"):
-        adapter = add_lora(network, name, rank=phase.lora_rank)
+        adapter = add_lora(network, name, rank=stage.lora_rank)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.add_(
@@ -133,37 +151,41 @@ def learn_from(bundle: Bundle, phase: Phase) -> Lesson:
     cache = LatentCache(
         latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
     )
-    return Lesson(EmojiSource(cache, bundle.text, width, height), teacher, student)
+    return Models(EmojiSource(cache, bundle.text, width, height), teacher, student)
 
 
-def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
-    """Return an iteration written down for this phase alone, with teacher and student on bases of
+def bare_loop(stage: Stage, models: Models) -> Callable[[int], None]:
+    """Return an iteration written down for this stage alone, with teacher and student on bases of
     their own.
     """
-    schedule = lesson.student.schedule
-    alphas, sigmas = (
-        schedule.alphas.float().view(-1, 1, 1, 1),
-        schedule.sigmas.float().view(-1, 1, 1, 1),
-    )
-    times = torch.tensor(trained_times(phase.student_steps))
-    student = lesson.student.network
+    schedule = models.student.schedule
+    alphas = schedule.alphas.float().view(-1, 1, 1, 1)
+    sigmas = schedule.sigmas.float().view(-1, 1, 1, 1)
+    times = torch.tensor(trained_times(stage.student_steps))
+    student = models.student.network
     teacher = copy.deepcopy(student)
     activate(student, "student")
     activate(teacher, "teacher")
-    adam = partial(
-        torch.optim.AdamW, betas=(0.0, 0.99) if phase.judges else (0.9, 0.999), fused=True
-    )
-    optimiser = adam(lesson.trained.parameters(), lr=phase.learning_rate)
-    if phase.judges:
-        judge = Discriminator(lesson.teacher, pairs=phase.objective == "conditional")
-        judge_optimiser = adam(
-            judge.parameters(), lr=phase.discriminator_learning_rate or phase.learning_rate
-        )
+    settings = stage.method
+    adversarial = isinstance(settings, AdversarialSettings)
+    assert stage.teacher_steps is not None
+    num_teacher_steps = stage.teacher_steps // stage.student_steps
+    betas = BETAS if adversarial else (0.9, 0.999)
+    adam = partial(torch.optim.AdamW, betas=betas, fused=True)
+    optimiser = adam(weights_of(models.student).parameters(), lr=stage.learning_rate)
+    if adversarial:
+        judge = Discriminator(models.teacher, conditional=settings.objective == "conditional")
+        judge_rate = settings.discriminator_learning_rate or stage.learning_rate
+        judge_optimiser = adam(judge.parameters(), lr=judge_rate)
         activate(student, "student")
 
-    def walk(network: nn.Module, x: Tensor, t: Tensor, s: Tensor, told: Conditioning) -> Tensor:
-        added = {"text_embeds": told.pooled, "time_ids": told.sizes}
-        eps = network(x, t - 1, told.text, added_cond_kwargs=added, return_dict=False)[0].float()
+    def walk(
+        network: nn.Module, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
+        eps = network(x, t - 1, conditioning.text, added_cond_kwargs=added, return_dict=False)[
+            0
+        ].float()
         return alphas[s] * ((x - sigmas[t] * eps) / alphas[t]) + sigmas[s] * eps
 
     def descend(loss: Tensor, optimiser: Any) -> None:
@@ -172,28 +194,28 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
         optimiser.zero_grad(set_to_none=True)
 
     def iterate(number: int) -> None:
-        draw = Randomness.at(phase.seed, number)
-        with phase.autocast():
-            x0, told = lesson.source.draw(phase.batch_size, draw.tensors, draw.words)
-            t = times[torch.randint(len(times), (phase.batch_size,), generator=draw.tensors)]
+        draw = Randomness.at(stage.seed, number)
+        with stage.autocast():
+            x0, conditioning = models.source.draw(stage.batch_size, draw.tensors, draw.words)
+            t = times[torch.randint(len(times), (stage.batch_size,), generator=draw.tensors)]
             noise = torch.randn(x0.shape, generator=draw.tensors)
             x_t = torch.where(
                 (t == 1000).view(-1, 1, 1, 1), noise, alphas[t] * x0 + sigmas[t] * noise
             )
             real, now = x_t, t
             with torch.no_grad():
-                for _ in range(phase.teacher_steps // phase.student_steps):
-                    then = landing(now, phase.teacher_steps)
-                    real, now = walk(teacher, real, now, then, told), then
-            fake = walk(student, x_t, t, now, told)
-            if not phase.judges:
+                for _ in range(num_teacher_steps):
+                    then = landing(now, stage.teacher_steps)
+                    real, now = walk(teacher, real, now, then, conditioning), then
+            fake = walk(student, x_t, t, now, conditioning)
+            if not adversarial:
                 return descend((fake - real).square().mean(), optimiser)
             parts, at = [real, fake.detach()], [now, now]
-            if judge.pairs:
+            if judge.conditional:
                 parts, at = [*parts, x_t], [*at, t]
-            many = Conditioning.cat([told] * len(parts))
+            many = Conditioning.cat([conditioning] * len(parts))
             seen = judge.features(torch.cat(parts), torch.cat(at), many).chunk(len(parts))
-            before = seen[2] if judge.pairs else None
+            before = seen[2] if judge.conditional else None
             loss = (
                 softplus(-judge.judge(before, seen[0])).mean()
                 + softplus(judge.judge(before, seen[1])).mean()
@@ -201,8 +223,8 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
             descend(loss, judge_optimiser)
             judge.requires_grad_(False)
             with torch.no_grad():
-                before = judge.features(x_t, t, told) if judge.pairs else None
-            after = judge.features(fake, now, told)
+                before = judge.features(x_t, t, conditioning) if judge.conditional else None
+            after = judge.features(fake, now, conditioning)
             descend(softplus(-judge.judge(before, after)).mean(), optimiser)
             judge.requires_grad_(True)
 
@@ -210,7 +232,7 @@ def bare_loop(phase: Phase, lesson: Lesson) -> Callable[[int], None]:
 
 
 def share_out(
-    trainer: Any, lesson: Lesson, run: Callable[[], list[tuple[float, float]]]
+    trainer: StageTrainer, source: Any, run: Callable[[], list[tuple[float, float]]]
 ) -> dict[str, float]:
     """Return the percentages of the processor's time that `run` spends in the parts of an
     iteration.
@@ -233,18 +255,19 @@ def share_out(
         backward(*given, **named)
         leave("backward")
 
-    networks: list[nn.Module] = [lesson.student.network, *lesson.source.text.encoders]
-    optimisers = [trainer.optimiser]
-    if isinstance(trainer, AdversarialTrainer):
-        encoder = trainer.discriminator.encoder  # which is never called as a whole
+    networks: list[nn.Module] = [trainer.models["student"].network, *source.text.encoders]
+    if "discriminator" in trainer.models:
+        discriminator = trainer.models["discriminator"]
+        encoder = discriminator.encoder  # which is never called as a whole
         networks += [
             encoder.conv_in,
             encoder.time_embedding,
             encoder.add_embedding,
             *encoder.down_blocks,
+            encoder.mid_block,
+            discriminator.head,
         ]
-        networks += [encoder.mid_block, trainer.discriminator.head]
-        optimisers.append(trainer.discriminator_optimiser)
+    optimisers = list(trainer.optimisers.values())
     with ExitStack() as leaving:
         leaving.enter_context(mock.patch.object(Tensor, "backward", timed))
         hooks = [network.register_forward_pre_hook(enter) for network in networks]

@@ -138,7 +138,7 @@ def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
     SamplerCustom follows.
     """
     schedule = VariancePreserving.scaled_linear()
-    times = torch.tensor([*trailing_times(contract.steps, schedule.num_times), 0])
+    times = torch.tensor([*trailing_times(contract.steps, schedule), 0])
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
 
 

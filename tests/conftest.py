@@ -16,17 +16,17 @@ install_import_hook(["twostep"], "beartype.beartype")
 
 if TYPE_CHECKING:
     from twostep.evaluate.judge import Judge
-    from twostep.pretrain.drawings import EmojiSet
+    from twostep.pretrain.drawings import DrawingSet
 
-SAMPLE = Path(__file__).parent / "pretrain" / "emoji_sample.safetensors"
+SAMPLE = Path(__file__).parent / "pretrain" / "sample"
 
 
 @pytest.fixture(scope="session")
-def emoji() -> "EmojiSet":
+def emoji() -> "DrawingSet":
     """A sample of the built-in drawings, half as large."""
-    from twostep.pretrain.drawings import load_emoji
+    from twostep.pretrain.drawings import load_drawings
 
-    return load_emoji(SAMPLE)
+    return load_drawings(SAMPLE)
 
 
 @pytest.fixture(scope="session")

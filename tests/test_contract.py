@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from typing import get_args
 
 import pytest
@@ -12,8 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from twostep import contract as contract_module
-from twostep.contract import METADATA_KEY, Contract, ContractError
-from twostep.diffusion import PredictionType, VariancePreserving
+from twostep.contract import (
+    METADATA_KEY,
+    Contract,
+    ContractError,
+    RectifiedFlowSpec,
+    VariancePreservingSpec,
+)
+from twostep.diffusion import (
+    PredictionType,
+    RectifiedFlow,
+    VariancePreserving,
+    find_sampler,
+    make_schedule,
+)
 from twostep.errors import TwostepError
 
 STUDENT = Contract(
@@ -33,6 +45,16 @@ STUDENT = Contract(
 )
 TEACHER = replace(STUDENT, name="nano", role="teacher", steps=32, trained_times=(), guidance=4.0)
 LORA = replace(STUDENT, lora_rank=64, lora_alpha=32.0)
+FLOW = replace(
+    STUDENT,
+    trained_times=(1.0, 0.9, 0.75, 0.5),
+    prediction_type="flow",
+    family="toy",
+    media="video",
+    sampler="renoise",
+    schedule=RectifiedFlowSpec(shift=3.0),
+)
+VERSION_2_FIELDS = ("family", "media", "sampler", "schedule", "contract_version")
 
 
 def changed(**values):
@@ -41,7 +63,7 @@ def changed(**values):
     return json.dumps({name: value for name, value in fields.items() if value is not ...})
 
 
-@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA])
+@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA, FLOW])
 def test_json_and_metadata_come_back_equal(contract):
     assert Contract.from_json(contract.to_json()) == contract
     assert Contract.from_metadata(contract.to_metadata() | {"format": "pt"}) == contract
@@ -72,7 +94,76 @@ def test_reading_a_contract_loads_no_torch():
 
 def test_its_prediction_types_and_top_time_are_those_of_the_flow():
     assert get_args(contract_module.PredictionType) == get_args(PredictionType)
-    assert VariancePreserving.scaled_linear().num_times == contract_module.TOP_TIME
+    assert VariancePreserving.scaled_linear().top == contract_module.TOP_TIME
+
+
+def test_its_samplers_are_those_of_the_diffusion_room():
+    for name in get_args(contract_module.SamplerName):
+        assert find_sampler(name)
+
+
+def test_its_schedules_are_made_by_the_diffusion_room():
+    sdxl = make_schedule(**asdict(STUDENT.schedule))
+    assert torch.equal(sdxl.alphas, VariancePreserving.scaled_linear().alphas)
+    linear = VariancePreservingSpec("linear", 0.001, 0.02, 500)
+    made = make_schedule(**asdict(linear))
+    assert torch.equal(made.alphas, VariancePreserving.linear(500, 0.001, 0.02).alphas)
+    assert make_schedule(**asdict(FLOW.schedule)) == RectifiedFlow(3.0)
+
+
+def test_version_1_is_read_as_sdxl():
+    fields = json.loads(STUDENT.to_json())
+    old = json.dumps({name: fields[name] for name in fields if name not in VERSION_2_FIELDS})
+    read = Contract.from_json(old)
+    assert read == STUDENT
+    assert (read.family, read.media, read.sampler) == ("sdxl", "image", "euler")
+    assert read.schedule == VariancePreservingSpec("scaled_linear", 0.00085, 0.012, 1000)
+
+
+def test_new_json_carries_its_version():
+    assert json.loads(STUDENT.to_json())["contract_version"] == 2
+
+
+def test_a_version_from_the_future_is_refused_with_what_to_do():
+    text = changed(contract_version=3, version="9.9", sampler="heun", unheard_of=1)
+    with pytest.raises(
+        ContractError, match=r"version 3, written by twostep 9\.9; .* up to 2\. Update"
+    ):
+        Contract.from_json(text)
+
+
+def test_times_fit_the_schedule():
+    with pytest.raises(ContractError, match=r"trained_times must be integer times from 1 to 500"):
+        replace(STUDENT, schedule=VariancePreservingSpec(num_times=500))
+    with pytest.raises(ContractError, match=r"trained_times must be times above 0, up to 1"):
+        replace(FLOW, trained_times=(1000, 500))
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "v"])
+def test_a_rectified_flow_predicts_what_is_known_at_every_time(prediction_type):
+    with pytest.raises(ContractError, match="must be 'flow' or 'x0' with a rectified flow"):
+        replace(FLOW, prediction_type=prediction_type)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (3, "schedule must be an object"),
+        ({}, "schedule must be an object with the kind 'variance_preserving' or 'rectified_flow'"),
+        ({"kind": "karras"}, "an object with the kind 'variance_preserving' or 'rectified_flow'"),
+        ({"kind": "rectified_flow", "shift": "3"}, "schedule.shift must be a valid number"),
+        ({"kind": "rectified_flow", "shift": 0}, "schedule.shift must be a finite number above 0"),
+        ({"kind": "rectified_flow", "shft": 3}, "'schedule.shft'; did you mean 'schedule.shift'"),
+        (
+            {"kind": "variance_preserving", "beta_start": 2.0},
+            "schedule.beta_start must be a number between 0 and 1",
+        ),
+    ],
+)
+def test_a_wrong_schedule_is_named_with_what_was_expected(schedule, expected):
+    with pytest.raises(ContractError) as caught:
+        Contract.from_json(changed(schedule=schedule))
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "modelspec.title": "x"}])
@@ -95,7 +186,9 @@ def test_other_json_is_refused(text):
         Contract.from_json(text)
 
 
-@pytest.mark.parametrize("field", list(json.loads(STUDENT.to_json())))
+@pytest.mark.parametrize(
+    "field", [name for name in json.loads(STUDENT.to_json()) if name != "contract_version"]
+)
 def test_every_missing_field_is_named(field):
     with pytest.raises(ContractError, match=f"lacks {field}"):
         Contract.from_json(changed(**{field: ...}))
@@ -122,14 +215,17 @@ def test_an_unknown_field_gets_the_nearest_name_and_the_writer():
         ("steps", 0, "from 1 to 1000"),
         ("steps", 1001, "from 1 to 1000"),
         ("trained_times", 500, "a valid array"),
-        ("trained_times", [500.5], "a valid integer"),
+        ("trained_times", [500.5], "integer times from 1 to 1000"),
+        ("trained_times", [500.0], "integer times from 1 to 1000"),
+        ("trained_times", ["500"], "a valid integer"),
+        ("trained_times", [True], "a valid integer"),
         ("trained_times", [0, 500], "times from 1 to 1000"),
         ("trained_times", [1001], "times from 1 to 1000"),
         ("trained_times", [], "at least one time for a student"),
-        ("prediction_type", "epsilon", "'eps', 'x0' or 'v'"),
+        ("prediction_type", "epsilon", "'eps', 'x0', 'v' or 'flow'"),
         ("spacing", "leading", "trailing"),
         ("role", None, "'teacher' or 'student'"),
-        ("prediction_type", ["eps"], "'eps', 'x0' or 'v'"),
+        ("prediction_type", ["eps"], "'eps', 'x0', 'v' or 'flow'"),
         ("guidance", "4", "a valid number"),
         ("guidance", True, "a valid number"),
         ("guidance", 0.5, "1 (none) or more"),
@@ -149,6 +245,11 @@ def test_an_unknown_field_gets_the_nearest_name_and_the_writer():
         ("lora_alpha", 64.0, "exactly if lora_rank is one (it is None)"),
         ("recipe", [], "a valid string"),
         ("version", 1, "a valid string"),
+        ("family", " ", "a name that is not empty"),
+        ("media", "text", "'image', 'video' or 'audio'"),
+        ("sampler", "heun", "'euler' or 'renoise'"),
+        ("contract_version", 1, "2"),
+        ("contract_version", "2", "2"),
     ],
 )
 def test_every_wrong_value_is_named_with_what_was_expected(field, value, expected):

@@ -4,6 +4,9 @@ A few-step student is right only at its own number of steps, its own times, its 
 and without guidance; files that do not say so are sampled wrongly. The contract travels as JSON in
 safetensors metadata (key `twostep.contract`), in the model folder and in every PNG. It knows
 neither tensors nor networks.
+
+Version 2 of the format adds the model family, the media, the sampler and the schedule. A contract
+of version 1 says nothing of these: it is one of SDXL, whose values are the defaults here.
 """
 
 from __future__ import annotations
@@ -12,11 +15,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from twostep.errors import TwostepError
@@ -24,21 +27,110 @@ from twostep.errors import TwostepError
 METADATA_KEY = "twostep.contract"
 """Where the contract lies in safetensors metadata; in a PNG it is part of the chunk `twostep`."""
 
-TOP_TIME = 1000
-"""T, the time of pure noise; trained times lie in 1..T."""
+CONTRACT_VERSION: Final = 2
+"""The newest version of the format that this code reads, and the one that it writes."""
 
-# as in the diffusion room, restated so that a contract reads without torch
-PredictionType = Literal["eps", "x0", "v"]
+TOP_TIME = 1000
+"""T, the time of pure noise of SDXL, and the most steps of any model."""
+
+# The same as in the diffusion room, stated again so that a contract is read without torch.
+PredictionType = Literal["eps", "x0", "v", "flow"]
+SamplerName = Literal["euler", "renoise"]
+Media = Literal["image", "video", "audio"]
 
 
 class ContractError(TwostepError):
-    """A contract that is missing or makes no sense, or a request that its checkpoint cannot honour."""
+    """A contract that is missing or makes no sense, or a request that its model cannot honour."""
+
+
+@dataclass(frozen=True)
+class VariancePreservingSpec:
+    """The parameters of a variance-preserving schedule of integer times; the defaults are SDXL's.
+
+    Attributes:
+        betas: how beta goes from start to end: linear, or linear in its square root.
+        beta_start: beta at time 1, in (0, 1).
+        beta_end: beta at the top time, in (0, 1).
+        num_times: the top time.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    kind: Literal["variance_preserving"] = field(default="variance_preserving", kw_only=True)
+    betas: Literal["scaled_linear", "linear"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_times: int = TOP_TIME
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no schedule: ContractError."""
+        rules = [
+            ("schedule.beta_start", 0 < self.beta_start < 1, "a number between 0 and 1"),
+            ("schedule.beta_end", 0 < self.beta_end < 1, "a number between 0 and 1"),
+            ("schedule.num_times", self.num_times >= 1, "a number of times of at least 1"),
+        ]
+        _check_rules(self, rules)
+
+    def __str__(self) -> str:
+        """Return the parameters in words, for tables."""
+        betas = f"betas {self.betas} {self.beta_start:g} to {self.beta_end:g}"
+        return f"variance preserving, {betas}, {self.num_times} times"
+
+
+@dataclass(frozen=True)
+class RectifiedFlowSpec:
+    """The parameters of a rectified flow, whose times are real numbers in 0..1.
+
+    Attributes:
+        shift: how far the grid of times is shifted towards noise; 1 is not at all, SD3 has 3.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    kind: Literal["rectified_flow"] = field(default="rectified_flow", kw_only=True)
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no schedule: ContractError."""
+        _check_rules(
+            self, [("schedule.shift", 0 < self.shift < math.inf, "a finite number above 0")]
+        )
+
+    def __str__(self) -> str:
+        """Return the parameters in words, for tables."""
+        return f"rectified flow, shift {self.shift:g}"
+
+
+ScheduleSpec = VariancePreservingSpec | RectifiedFlowSpec
+"""How much noise each time holds; `diffusion.make_schedule(**asdict(spec))` makes it."""
 
 
 @dataclass(frozen=True)
 class Contract:
-    """How to sample a checkpoint, and where it comes from; ContractError if the values contradict
-    each other.
+    """How to sample a checkpoint, and where it comes from.
+
+    Raises ContractError if the values contradict each other.
+
+    Attributes:
+        name: of the checkpoint, as in "nano-4step".
+        role: "teacher" (any number of steps, guided) or "student".
+        steps: the number of steps of a student, or the recommended one of a teacher.
+        trained_times: the times at which a student was trained, in the unit of its schedule; empty
+            for a teacher, which knows all of them.
+        prediction_type: what the network's output means.
+        spacing: how the grid of times is laid.
+        guidance: the recommended scale of classifier-free guidance; 1 is none.
+        sizes: (width, height) in pixels that it was trained on, the preferred one first.
+        base: name of the model that it was made from; a LoRA is applied to it.
+        lora_rank: rank of the LoRA, None for whole weights.
+        lora_alpha: the LoRA is scaled by lora_alpha / lora_rank.
+        recipe: name of the recipe that made it.
+        version: of twostep, which wrote it.
+        family: name of the model family, which knows how to load it.
+        media: what it makes.
+        sampler: "euler" follows the flow, "renoise" adds fresh noise to x0 at every time.
+        schedule: how much noise each time holds.
+        contract_version: version of this format.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -46,7 +138,7 @@ class Contract:
     name: str
     role: Literal["teacher", "student"]
     steps: int
-    trained_times: tuple[int, ...]
+    trained_times: tuple[int | float, ...]
     prediction_type: PredictionType
     spacing: Literal["trailing"]
     guidance: float
@@ -56,23 +148,28 @@ class Contract:
     lora_alpha: float | None
     recipe: str
     version: str
+    family: str = "sdxl"
+    media: Media = "image"
+    sampler: SamplerName = "euler"
+    schedule: Annotated[ScheduleSpec, Field(discriminator="kind")] = field(
+        default_factory=VariancePreservingSpec
+    )
+    contract_version: Literal[2] = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
-        """Refuse values that no checkpoint can mean."""
+        """Refuse values that no checkpoint can mean: ContractError."""
+        is_student = self.role == "student"
         lora_goes_together = (self.lora_alpha is None) == (self.lora_rank is None)
         rules = [
             ("name", bool(self.name.strip()), "a name that is not empty"),
             ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
+            self._rule_of_times(),
             (
                 "trained_times",
-                all(1 <= t <= TOP_TIME for t in self.trained_times),
-                f"times from 1 to {TOP_TIME}",
-            ),
-            (
-                "trained_times",
-                self.role == "teacher" or bool(self.trained_times),
+                bool(self.trained_times) or not is_student,
                 "at least one time for a student",
             ),
+            self._rule_of_prediction_type(),
             (
                 "guidance",
                 math.isfinite(self.guidance) and self.guidance >= 1,
@@ -80,7 +177,7 @@ class Contract:
             ),
             (
                 "guidance",
-                self.role == "teacher" or self.guidance == 1,
+                self.guidance == 1 or not is_student,
                 "1 for a student: its guidance is distilled in",
             ),
             ("sizes", bool(self.sizes), "at least one [width, height]"),
@@ -104,39 +201,45 @@ class Contract:
                 self.lora_alpha is None or math.isfinite(self.lora_alpha),
                 "a finite number",
             ),
+            ("family", bool(self.family.strip()), "a name that is not empty"),
         ]
-        for field, holds, expected in rules:
-            if not holds:
-                raise ContractError(_wrong_value(field, getattr(self, field), expected))
+        _check_rules(self, rules)
 
     def to_json(self) -> str:
-        """Write the contract as indented JSON, fields in the order of this class."""
+        """Return the contract as indented JSON, fields in the order of this class."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Contract:
-        """Read what `to_json` wrote; ContractError names the field that is missing, unknown or
-        wrong.
+        """Read what `to_json` wrote, by this or an older version of twostep.
+
+        Raises:
+            ContractError: a field is missing, unknown or wrong, which is named, or the format is of
+                a newer version.
         """
+        _check_version(text)
         try:
             return _READER.validate_json(text)
         except ValidationError as error:
-            raise ContractError(_explained(error.errors(), text)) from error
+            raise ContractError(_explain(error.errors(), text)) from error
 
     def to_metadata(self) -> dict[str, str]:
-        """Return the contract as safetensors metadata, one key with the JSON."""
+        """Return the contract as safetensors metadata: one key with the JSON."""
         return {METADATA_KEY: self.to_json()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> Contract:
-        """Read the contract out of a file's safetensors metadata; ContractError if there is none in
-        it.
+        """Read the contract in the safetensors metadata of a file.
+
+        Raises:
+            ContractError: there is none, or `from_json` refuses it.
         """
         if metadata is None or METADATA_KEY not in metadata:
-            found = ", ".join(sorted(metadata)) if metadata else "no metadata at all"
+            present = ", ".join(sorted(metadata)) if metadata else "no metadata at all"
             raise ContractError(
-                f"this file carries no sampling contract: expected the metadata key {METADATA_KEY!r}, found {found}. "
-                "It was not written by twostep, or another tool dropped its metadata; use the original file."
+                "this file carries no sampling contract: expected the metadata key "
+                f"{METADATA_KEY!r}, found {present}. It was not written by twostep, or another "
+                "tool dropped its metadata; use the original file."
             )
         return cls.from_json(metadata[METADATA_KEY])
 
@@ -145,8 +248,17 @@ class Contract:
     ) -> list[str]:
         """Compare a request with the contract; None means "as the checkpoint wants it".
 
-        Returns warnings for what has no effect or harms; raises ContractError for what cannot be
-        honoured.
+        Args:
+            steps: number of steps.
+            guidance: scale of classifier-free guidance.
+            width: in pixels.
+            height: in pixels.
+
+        Returns:
+            Warnings for what has no effect or harms.
+
+        Raises:
+            ContractError: the request cannot be honoured.
         """
         return [
             *self._check_size(width, height),
@@ -158,18 +270,21 @@ class Contract:
         if steps is None:
             return []
         if self.role == "student" and steps != self.steps:
+            plural = "" if self.steps == 1 else "s"
             raise ContractError(
-                f"{self.name} draws in exactly {self.steps} step{'' if self.steps == 1 else 's'}; asked for {steps}. "
-                "It never saw the times of another grid. Load the student that was trained for it, or leave steps out."
+                f"{self.name} draws in exactly {self.steps} step{plural}; asked for {steps}. "
+                "It never saw the times of another grid. "
+                "Load the student that was trained for it, or leave steps out."
             )
         if not 1 <= steps <= TOP_TIME:
             raise ContractError(
-                f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; asked for {steps}."
+                f"{self.name} takes 1 to {TOP_TIME} steps, {self.steps} by default; "
+                f"asked for {steps}."
             )
         if 2 * steps < self.steps:
             return [
-                f"{self.name} is a teacher meant for about {self.steps} steps; with {steps} its pictures stay blurred. "
-                "Few steps are what the students are for."
+                f"{self.name} is a teacher meant for about {self.steps} steps; with {steps} its "
+                "pictures stay blurred. Few steps are what the students are for."
             ]
         return []
 
@@ -182,13 +297,14 @@ class Contract:
             )
         if self.role == "student" and guidance > 1:
             return [
-                f"guidance {guidance:g} has no effect: {self.name} is a student, its teacher's guidance was distilled "
-                "into it, and it runs once per step. Leave guidance out, or use the teacher."
+                f"guidance {guidance:g} has no effect: {self.name} is a student, its teacher's "
+                "guidance was distilled into it, and it runs once per step. "
+                "Leave guidance out, or use the teacher."
             ]
         if self.role == "teacher" and guidance <= 1 < self.guidance:
             return [
-                f"guidance {guidance:g} switches guidance off: {self.name} then follows the prompt only loosely. "
-                f"It was made for {self.guidance:g}."
+                f"guidance {guidance:g} switches guidance off: {self.name} then follows the prompt "
+                f"only loosely. It was made for {self.guidance:g}."
             ]
         return []
 
@@ -197,21 +313,41 @@ class Contract:
             return []
         asked = "x".join("any" if pixels is None else str(pixels) for pixels in (width, height))
         known = ", ".join(f"{w}x{h}" for w, h in self.sizes)
-        multiple, longest = (
-            math.gcd(*(side for size in self.sizes for side in size)),
-            max(map(max, self.sizes)),
-        )
-        most = max(w * h for w, h in self.sizes)
-        fits = width and height and width * height <= most and max(width, height) <= longest
-        if fits and width % multiple == height % multiple == 0:  # type: ignore[operator]
+        sides = [side for size in self.sizes for side in size]
+        multiple = math.gcd(*sides)
+        if width and height and self._fits_between(width, height, multiple, max(sides)):
             return [
                 f"{self.name} was trained on {known}; {asked} is none of these, and may look worse."
             ]
         raise ContractError(
-            f"{self.name} draws {known} (width x height in pixels), and smaller sizes whose sides are multiples of "
-            f"{multiple}; asked for {asked}."
+            f"{self.name} draws {known} (width x height in pixels), and smaller sizes whose sides "
+            f"are multiples of {multiple}; asked for {asked}."
         )
 
+    def _fits_between(self, width: int, height: int, multiple: int, longest: int) -> bool:
+        """Whether a size is a legal one that is no larger than those trained on."""
+        largest_area = max(w * h for w, h in self.sizes)
+        is_multiple = width % multiple == 0 and height % multiple == 0
+        return is_multiple and width * height <= largest_area and max(width, height) <= longest
+
+    def _rule_of_times(self) -> _Rule:
+        if isinstance(self.schedule, RectifiedFlowSpec):
+            hold = all(0 < t <= 1 for t in self.trained_times)
+            return ("trained_times", hold, "times above 0, up to 1")
+        top = self.schedule.num_times
+        hold = all(isinstance(t, int) and 1 <= t <= top for t in self.trained_times)
+        return ("trained_times", hold, f"integer times from 1 to {top}")
+
+    def _rule_of_prediction_type(self) -> _Rule:
+        # At the top of a rectified flow there is no signal, so eps says nothing of x0; and v is
+        # defined for schedules that preserve variance.
+        is_flow = isinstance(self.schedule, RectifiedFlowSpec)
+        holds = not is_flow or self.prediction_type in ("flow", "x0")
+        return ("prediction_type", holds, "'flow' or 'x0' with a rectified flow")
+
+
+_Rule = tuple[str, bool, str]
+"""A field, whether its rule holds, and what was expected."""
 
 _READER = TypeAdapter(Contract)
 
@@ -226,33 +362,92 @@ def is_student_name(name: str) -> bool:
     return re.search(r"-\d+step$", name) is not None
 
 
-def _explained(problems: list[ErrorDetails], text: str) -> str:
-    """Say what is wrong with JSON that is no contract, and what to do."""
-    kind, given, said = problems[0]["type"], problems[0]["input"], problems[0]["msg"]
-    if kind == "json_invalid":
-        return f"the contract is not JSON: {said}. It starts with {text[:40]!r}; take it anew from the checkpoint."
-    if kind == "dataclass_type":
-        return f"the contract must be a JSON object with named fields; got {given!r:.60}."
-    unknown = [
-        str(problem["loc"][0])
-        for problem in problems
-        if problem["type"] == "unexpected_keyword_argument"
-    ]
-    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
-    if unknown:
-        known = [field.name for field in fields(Contract)]
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"a contract has {', '.join(known)}."
-        writer = json.loads(text).get("version", "of unknown version")
-        return (
-            f"the contract has an unknown field {unknown[0]!r}; {hint} "
-            f"It was written by twostep {writer}: a newer one may be needed."
+def _check_rules(contract: object, rules: list[_Rule]) -> None:
+    """Raise ContractError for the first rule that does not hold."""
+    for name, holds, expected in rules:
+        if not holds:
+            value = getattr(contract, name.rpartition(".")[2])
+            raise ContractError(_wrong_value(name, value, expected))
+
+
+def _check_version(text: str) -> None:
+    """Refuse a newer format, and version 2 with fields left out: ContractError.
+
+    What is no JSON object at all is left to the reader.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return
+    if not isinstance(values, dict) or "contract_version" not in values:
+        return
+    version = values["contract_version"]
+    if isinstance(version, int) and version > CONTRACT_VERSION:
+        raise ContractError(
+            f"the contract is of version {version}, written by twostep "
+            f"{values.get('version', 'of unknown version')}; this twostep reads versions up to "
+            f"{CONTRACT_VERSION}. Update it: pip install --upgrade twostep."
         )
+    # Defaults stand for what version 1 could not say; version 2 says everything.
+    missing = [field.name for field in fields(Contract) if field.name not in values]
     if missing:
-        return f"the contract lacks {', '.join(missing)}. Take it anew from the checkpoint or its recipe."
-    expected = said.removeprefix("Input should be ").replace("Tuple should have", "pairs with")
-    return _wrong_value(str(problems[0]["loc"][0]), given, expected)
+        raise ContractError(_lacks(missing))
 
 
-def _wrong_value(field: str, given: object, expected: str) -> str:
-    return f"the contract's {field} must be {expected}; got {given!r:.60}. Take it anew from its source."
+def _lacks(missing: list[str]) -> str:
+    return (
+        f"the contract lacks {', '.join(missing)}. Take it anew from the checkpoint or its recipe."
+    )
+
+
+def _explain(problems: list[ErrorDetails], text: str) -> str:
+    """Say what is wrong with JSON that is no contract, and what to do."""
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return (
+            f"the contract is not JSON: {first['msg']}. It starts with {text[:40]!r}; "
+            "take it anew from the checkpoint."
+        )
+    if first["type"] == "dataclass_type" and not first["loc"]:
+        return f"the contract must be a JSON object with named fields; got {first['input']!r:.60}."
+    for problem in problems:
+        if problem["type"] == "unexpected_keyword_argument":
+            return _explain_unknown(_field_of(problem), text)
+    missing = [_field_of(problem) for problem in problems if problem["type"] == "missing"]
+    if missing:
+        return _lacks(missing)
+    if first["type"].startswith("union_tag"):
+        kinds = "an object with the kind 'variance_preserving' or 'rectified_flow'"
+        return _wrong_value(_field_of(first), first["input"], kinds)
+    expected = first["msg"].removeprefix("Input should be ")
+    expected = expected.replace("Tuple should have", "pairs with")
+    return _wrong_value(_field_of(first), first["input"], expected)
+
+
+def _explain_unknown(name: str, text: str) -> str:
+    known = [known_field.name for known_field in fields(Contract)]
+    inner = [
+        f"schedule.{known_field.name}"
+        for spec in (VariancePreservingSpec, RectifiedFlowSpec)
+        for known_field in fields(spec)
+    ]
+    near = get_close_matches(name, [*known, *inner], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"a contract has {', '.join(known)}."
+    writer = json.loads(text).get("version", "of unknown version")
+    return (
+        f"the contract has an unknown field {name!r}; {hint} "
+        f"It was written by twostep {writer}: a newer one may be needed."
+    )
+
+
+def _field_of(problem: ErrorDetails) -> str:
+    """Return the field of a problem; what lies in the schedule is called "schedule.shift"."""
+    first, *inner = [str(part) for part in problem["loc"]]
+    if first == "schedule" and len(inner) > 1:
+        # pydantic names the kind of the schedule between the field and what is in it.
+        return f"schedule.{inner[1]}"
+    return first
+
+
+def _wrong_value(name: str, given: object, expected: str) -> str:
+    return f"the contract's {name} must be {expected}; got {given!r:.60}. Take it anew from its source."

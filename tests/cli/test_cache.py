@@ -17,10 +17,10 @@ data = "{data}"
 release = [4]
 sample_prompts = ["a red fox"]
 
-[[phases]]
+[[stages]]
 student_steps = 4
 teacher_steps = 8
-objective = "conditional"
+method = { name = "adversarial", objective = "conditional" }
 lora_rank = 2
 iterations = 2
 batch_size = 2

@@ -17,7 +17,7 @@ from twostep.contract import Contract
 from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request
 from twostep.pipeline.request import Result as Drawn
-from twostep.pretrain.drawings import EmojiSet
+from twostep.pretrain.drawings import DrawingSet
 
 CONTRACT = Contract(
     name="drawn-by-hand",
@@ -51,7 +51,7 @@ def write(folder: Path, pictures: torch.Tensor, prompts: Sequence[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(emoji: EmojiSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(emoji: DrawingSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks = complete_tasks(emoji.concepts, 12)
     pictures = real_pictures([task.attributes for task in tasks], emoji)
     return write(tmp_path_factory.mktemp("pictures"), pictures, [task.prompt for task in tasks])
@@ -73,7 +73,7 @@ def test_real_pictures_are_found_right(folder: Path, tmp_path: Path):
 
 
 def test_prompts_that_name_something_else_are_not_scored_and_said_so(
-    folder: Path, emoji: EmojiSet, tmp_path: Path
+    folder: Path, emoji: DrawingSet, tmp_path: Path
 ):
     picture = real_pictures([complete_tasks(emoji.concepts, 1)[0].attributes], emoji)
     write(tmp_path, picture.repeat(2, 1, 1, 1), ["a flat dragon", "a fox"])
@@ -93,7 +93,7 @@ def test_pictures_without_a_prompt_count_in_the_distances_only(tmp_path: Path):
     assert "3 picture(s) are not scored" in answer.stderr
 
 
-def test_a_single_picture_is_scored_without_distances(emoji: EmojiSet, tmp_path: Path):
+def test_a_single_picture_is_scored_without_distances(emoji: DrawingSet, tmp_path: Path):
     task = complete_tasks(emoji.concepts, 1)[0]
     write(tmp_path, real_pictures([task.attributes], emoji), [task.prompt])
     answer = run(tmp_path)

@@ -1,4 +1,4 @@
-"""What the tests of the flow share: SDXL's schedule and reproducible tensors."""
+"""What the tests of the flow share: schedules, reproducible tensors, and the exact denoiser."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.diffusion import VariancePreserving
+from twostep.diffusion import Denoise, Prediction, Schedule, VariancePreserving
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +22,18 @@ def randn() -> Callable[..., Tensor]:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def gaussian() -> Callable[[float, float, Schedule], Denoise]:
+    """Make the exact denoiser of data drawn from N(mean, deviation^2), E[x0 | x_t] and E[eps | x_t]."""
+
+    def make(mean: float, deviation: float, schedule: Schedule) -> Denoise:
+        def denoise(x: Tensor, t: Tensor) -> Prediction:
+            alpha, sigma = schedule.coefficients(t, x)
+            score = (x - alpha * mean) / (alpha**2 * deviation**2 + sigma**2)
+            return Prediction(x0=mean + alpha * deviation**2 * score, eps=sigma * score)
+
+        return denoise
+
+    return make

@@ -1,7 +1,9 @@
-"""One step and many: identities, the closed-form flow of Gaussian data, times per item."""
+"""One step and many: identities, times per item, waiting items, what is refused.
+
+The closed-form flow of Gaussian data is in test_gaussian_oracle.
+"""
 
 import inspect
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,17 +15,6 @@ from twostep.diffusion.flow import FlowError
 def falling(num_steps, batch):
     """The trailing grid with its landing, the same for every item."""
     return torch.tensor([*trailing_times(num_steps), 0])[:, None].repeat(1, batch)
-
-
-def gaussian(mean, deviation, schedule):
-    """The exact denoiser of data drawn from N(mean, deviation^2): E[x0 | x_t] and E[eps | x_t]."""
-
-    def denoise(x, t):
-        alpha, sigma = schedule.coefficients(t, x)
-        score = (x - alpha * mean) / (alpha**2 * deviation**2 + sigma**2)
-        return Prediction(x0=mean + alpha * deviation**2 * score, eps=sigma * score)
-
-    return denoise
 
 
 def test_step_mixes_at_the_lower_time(schedule, randn):
@@ -61,28 +52,13 @@ def test_a_step_is_eulers_in_the_coordinates_of_the_noise_level(schedule, randn)
     torch.testing.assert_close(x_s / schedule.alphas[s], euler, rtol=1e-13, atol=1e-13)
 
 
-def test_gaussian_flow_error_falls_as_one_over_n(schedule, randn):
-    mean, deviation, z = 0.7, 0.5, randn(64, 2)
-    alpha, sigma = schedule.coefficients(torch.full((64,), 1000), z)
-    start = alpha * mean + (alpha**2 * deviation**2 + sigma**2).sqrt() * z
-    exact = mean + deviation * z
-    denoise = gaussian(mean, deviation, schedule)
-    errors = [
-        float((solve(denoise, start, falling(n, 64), schedule) - exact).square().mean().sqrt())
-        for n in (32, 64, 128, 256)
-    ]
-    ratios = [coarse / fine for coarse, fine in pairwise(errors)]
-    assert errors[-1] < 0.01
-    assert all(1.7 < ratio < 2.3 for ratio in ratios), ratios
-
-
-def test_a_point_of_data_is_reached_in_one_step(schedule, randn):
+def test_a_point_of_data_is_reached_in_one_step(schedule, randn, gaussian):
     denoise = gaussian(0.7, 0.0, schedule)
     landed = solve(denoise, randn(4, 3), falling(1, 4), schedule)
     torch.testing.assert_close(landed, torch.full((4, 3), 0.7, dtype=torch.float64))
 
 
-def test_each_item_walks_its_own_times(schedule, randn):
+def test_each_item_walks_its_own_times(schedule, randn, gaussian):
     denoise, x = gaussian(0.7, 0.5, schedule), randn(3, 2)
     columns = ([1000, 500, 250], [750, 400, 0], [300, 200, 100])
     together = solve(denoise, x, torch.tensor(columns).T, schedule)
@@ -91,14 +67,14 @@ def test_each_item_walks_its_own_times(schedule, randn):
         torch.testing.assert_close(together[item : item + 1], alone)
 
 
-def test_an_item_that_stands_still_is_left_as_it_is(schedule, randn):
+def test_an_item_that_stands_still_is_left_as_it_is(schedule, randn, gaussian):
     denoise, x = gaussian(0.7, 0.5, schedule), randn(3, 2)
     moved = solve(denoise, x, torch.tensor([[1000, 500, 0], [500, 500, 0], [0, 0, 0]]), schedule)
     assert torch.equal(moved[1:2], solve(denoise, x[1:2], torch.tensor([[500], [0]]), schedule))
     assert torch.equal(moved[2], x[2]) and not torch.equal(moved[0], x[0])
 
 
-def test_a_waiting_item_is_never_asked_about_time_zero(schedule, randn):
+def test_a_waiting_item_is_never_asked_about_time_zero(schedule, randn, gaussian):
     asked = []
 
     def denoise(x, t):
@@ -121,7 +97,7 @@ def test_a_waiting_item_keeps_its_gradient_clean(schedule, randn):
     torch.testing.assert_close(x.grad, torch.tensor([[0.1, 0.1], [1.0, 1.0]], dtype=torch.float64))
 
 
-def test_one_network_call_per_interval_and_every_prediction_is_shown(schedule, randn):
+def test_one_network_call_per_interval_and_every_prediction_is_shown(schedule, randn, gaussian):
     calls, shown = [], []
 
     def denoise(x, t):
@@ -140,7 +116,7 @@ def test_one_network_call_per_interval_and_every_prediction_is_shown(schedule, r
     torch.testing.assert_close(landed, shown[-1][1].x0, rtol=0, atol=0)
 
 
-def test_stopping_on_the_way_and_going_on_is_the_same_walk(schedule, randn):
+def test_stopping_on_the_way_and_going_on_is_the_same_walk(schedule, randn, gaussian):
     denoise, x, times = gaussian(0.7, 0.5, schedule), randn(2, 3), falling(8, 2)
     half = solve(denoise, x, times[:5], schedule)
     assert torch.equal(
@@ -149,7 +125,7 @@ def test_stopping_on_the_way_and_going_on_is_the_same_walk(schedule, randn):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dtype_stays(schedule, randn, dtype):
+def test_the_dtype_stays(schedule, randn, dtype, gaussian):
     x = randn(2, 3, dtype=torch.float32).to(dtype)
     assert solve(gaussian(0.7, 0.5, schedule), x, falling(2, 2), schedule).dtype == dtype
 
@@ -162,7 +138,7 @@ def test_the_dtype_stays(schedule, randn, dtype):
         ([[500, 1000], [1000, 0]], r"must fall.*got \[500, 1000\]"),
     ],
 )
-def test_times_that_cannot_be_walked_are_refused(schedule, randn, times, complaint):
+def test_times_that_cannot_be_walked_are_refused(schedule, randn, times, complaint, gaussian):
     with pytest.raises(FlowError, match=complaint):
         inspect.unwrap(solve)(
             gaussian(0.7, 0.5, schedule), randn(2, 3), torch.tensor(times), schedule

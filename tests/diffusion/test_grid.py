@@ -6,7 +6,14 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from twostep.diffusion import GridError, landing, trailing_times
+from twostep.diffusion import (
+    GridError,
+    VariancePreserving,
+    falling_times,
+    landing,
+    trailing_times,
+    trained_times,
+)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +92,19 @@ def test_landing_stays_at_zero_and_keeps_the_integer_type():
 
 
 def test_other_tops():
-    assert trailing_times(4, num_times=10) == (10, 8, 5, 2)
-    assert landing(torch.tensor([10, 8, 5, 2]), 4, num_times=10).tolist() == [8, 5, 2, 0]
+    schedule = VariancePreserving.linear(num_times=10)
+    assert trailing_times(4, schedule) == (10, 8, 5, 2)
+    assert landing(torch.tensor([10, 8, 5, 2]), 4, schedule).tolist() == [8, 5, 2, 0]
+    assert falling_times(10, 4, schedule) == (10, 8, 5, 2, 0)
+
+
+def test_sdxls_schedule_has_the_times_that_are_assumed_without_one(schedule):
+    for num_steps in (1, 4, 7, 32):
+        assert trailing_times(num_steps, schedule) == trailing_times(num_steps)
+        assert trained_times(num_steps, schedule) == trained_times(num_steps)
+        assert falling_times(333, num_steps, schedule) == falling_times(333, num_steps)
+        t = torch.arange(1001)
+        assert torch.equal(landing(t, num_steps, schedule), landing(t, num_steps))
 
 
 def test_landing_refuses_foreign_times_and_grids():

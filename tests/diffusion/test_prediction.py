@@ -36,17 +36,19 @@ def test_eps_to_x0_to_v_to_eps(point):
     torch.testing.assert_close(v_to_x0(v, x_t, alpha, sigma), x0)
 
 
-@pytest.mark.parametrize("prediction_type", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction_type", ["eps", "x0", "v", "flow"])
 def test_every_type_finds_the_truth(point, prediction_type):
     x0, eps, x_t, alpha, sigma = point
-    output = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[prediction_type]
+    outputs = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    output = outputs[prediction_type]
     prediction = prediction_from_output(output, x_t, alpha, sigma, prediction_type)
     torch.testing.assert_close(prediction.x0, x0)
     torch.testing.assert_close(prediction.eps, eps)
     torch.testing.assert_close(prediction.v(alpha, sigma), alpha * eps - sigma * x0)
+    torch.testing.assert_close(prediction.flow(), eps - x0)
 
 
-@pytest.mark.parametrize("prediction_type", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction_type", ["eps", "x0", "v", "flow"])
 def test_any_answer_explains_the_input(point, randn, prediction_type):
     *_, x_t, alpha, sigma = point
     prediction = prediction_from_output(randn(*x_t.shape), x_t, alpha, sigma, prediction_type)
@@ -65,7 +67,9 @@ def test_an_eps_error_at_the_top_is_multiplied_in_x0(schedule, randn):
 def test_an_unknown_type_is_named_with_the_known_ones(point):
     _, eps, x_t, alpha, sigma = point
     unchecked = inspect.unwrap(prediction_from_output)
-    with pytest.raises(PredictionTypeError, match=r"'epsilon' is not known; expected eps, x0 or v"):
+    with pytest.raises(
+        PredictionTypeError, match=r"'epsilon' is not known; expected eps, x0, v or flow"
+    ):
         unchecked(eps, x_t, alpha, sigma, "epsilon")
 
 

@@ -17,7 +17,10 @@ import tomli_w
 import torch
 
 ROOT = Path(__file__).parents[2]
-EMOJI = ROOT / "tests" / "pretrain" / "emoji_sample.safetensors"
+DRAWINGS = ROOT / "tests" / "pretrain" / "sample"
+REGRESSION = {"name": "regression"}
+CONDITIONAL = {"name": "adversarial", "objective": "conditional"}
+UNCONDITIONAL = {"name": "adversarial", "objective": "unconditional"}
 SHARED = {
     "iterations": 3,
     "batch_size": 4,
@@ -42,7 +45,7 @@ os.dup2(file, 1), os.dup2(file, 2)
 os.environ.update({environment!r})
 {code}
 """
-LESSON = """
+MODELS = """
 import torch
 from pathlib import Path
 from twostep.pretrain.model import random_bundle
@@ -140,7 +143,7 @@ def distill(recipe: Path, *, count: int = 2) -> Launch:
 
 
 def write_recipe(
-    folder: Path, model: Path, phases: list[dict[str, object]], **changes: object
+    folder: Path, model: Path, stages: list[dict[str, object]], **changes: object
 ) -> Path:
     values = {
         "model": str(model),
@@ -150,13 +153,11 @@ def write_recipe(
     }
     values |= {
         "data": "twostep.pretrain.latents:builtin",
-        "data_options": {"variants": 1, "emoji": str(EMOJI)},
+        "data_options": {"variants": 1, "drawings": str(DRAWINGS)},
     }
     folder.mkdir(exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(
-        tomli_w.dumps({**values, **changes, "phases": [SHARED | phase for phase in phases]})
-    )
+    path.write_text(tomli_w.dumps({**values, **changes, "defaults": SHARED, "stages": stages}))
     return path
 
 
@@ -177,16 +178,16 @@ def figures(out: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def weights(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """What every finished phase kept."""
+    """What every finished stage kept."""
     paths = (out / "checkpoints").glob("*-finished.pt")
     return {path.stem: torch.load(path, weights_only=True)["weights"] for path in paths}
 
 
 def run_chain(
-    folder: Path, model: Path, phases: list[dict[str, object]], *, count: int = 2, **changes: object
+    folder: Path, model: Path, stages: list[dict[str, object]], *, count: int = 2, **changes: object
 ) -> Path:
-    """Distil by these phases and return the run's folder."""
-    recipe = write_recipe(folder, model, phases, **changes)
+    """Distil by these stages and return the run's folder."""
+    recipe = write_recipe(folder, model, stages, **changes)
     assert distill(recipe, count=count).succeed().count("written:") == 2
     assert [
         line["processes"] for line in lines(recipe.with_suffix("")) if line["part"] == "environment"
@@ -195,13 +196,13 @@ def run_chain(
 
 
 def check_same(
-    alone: Path, together: Path, phases: list[dict[str, object]], *, of_norms: float = 1e-5
+    alone: Path, together: Path, stages: list[dict[str, object]], *, of_norms: float = 1e-5
 ) -> None:
     """Compare figures and weights of one and the same chain by one process and by several; all but
     norms to 1e-5.
     """
     one, two = figures(alone), figures(together)
-    num_iterations = sum(int((SHARED | phase)["iterations"]) for phase in phases)
+    num_iterations = sum(int((SHARED | stage)["iterations"]) for stage in stages)
     assert len(one) == num_iterations
     assert one.keys() == two.keys()
     # The accuracy is a count of signs: one logit near zero would tip it. Looks are of weights,
@@ -213,13 +214,13 @@ def check_same(
     ]
     for name, before, after in pairs:
         assert after == pytest.approx(
-            before, rel=of_norms if "gradient" in name else 1e-5, abs=1e-5
+            before, rel=of_norms if "grad_norm" in name else 1e-5, abs=1e-5
         ), name
     assert any(before != after for _, before, after in pairs), "both are the same run"
     # Adam turns rounding where a gradient is all but zero into steps of up to the rate.
     bound = 2 * num_iterations * SHARED["learning_rate"]
     expected, found = weights(alone), weights(together)
-    assert len(expected) == len(phases)
+    assert len(expected) == len(stages)
     for name, kept in expected.items():
         off = torch.cat([(found[name][key] - value).flatten().abs() for key, value in kept.items()])
         assert off.max() < bound, name

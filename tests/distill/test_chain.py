@@ -1,4 +1,4 @@
-"""The chain: every phase hands its student on, and what is released loads and says how to sample
+"""The chain: every stage hands its student on, and what is released loads and says how to sample
 it.
 """
 
@@ -23,6 +23,8 @@ from twostep.training.device import find_device
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 
+from .test_trainer import CONDITIONAL, CONVERSION, REGRESSION, UNCONDITIONAL
+
 SHARED = {
     "iterations": 1,
     "batch_size": 2,
@@ -31,25 +33,33 @@ SHARED = {
     "log_every": 1,
     "precision": "fp32",
 }
-RECIPE = DistillRecipe.model_validate(
-    {
-        "release": [4, 2, 1],
-        "sample_prompts": ["a red fox", ""],
-        "phases": [
-            {
-                "student_steps": 32,
-                "teacher_steps": 128,
-                "objective": "mse",
-                "guidance": 3.0,
-                **SHARED,
-            },
-            {"student_steps": 8, "teacher_steps": 32, "objective": "conditional", **SHARED},
-            {"student_steps": 4, "teacher_steps": 8, "objective": "unconditional", **SHARED},
-            {"student_steps": 2, "teacher_steps": 8, "objective": "unconditional", **SHARED},
-            {"student_steps": 1, "teacher_steps": 2, "objective": "convert", **SHARED},
-            {"student_steps": 1, "teacher_steps": 4, "objective": "unconditional", **SHARED},
-        ],
-    }
+
+
+def make_recipe(*stages: dict[str, object], **values: object) -> DistillRecipe:
+    return DistillRecipe.model_validate(
+        {"sample_prompts": ["a red fox"], "defaults": SHARED, "stages": stages, **values}
+    )
+
+
+def stage(
+    student_steps: int,
+    teacher_steps: int | None,
+    method: dict[str, object],
+    **settings: object,
+) -> dict[str, object]:
+    values = {"student_steps": student_steps, "method": method, **settings}
+    return values if teacher_steps is None else {"teacher_steps": teacher_steps, **values}
+
+
+RECIPE = make_recipe(
+    stage(32, 128, REGRESSION, guidance=3.0),
+    stage(8, 32, CONDITIONAL),
+    stage(4, 8, UNCONDITIONAL),
+    stage(2, 8, UNCONDITIONAL),
+    stage(1, None, CONVERSION),
+    stage(1, 4, UNCONDITIONAL),
+    release=[4, 2, 1],
+    sample_prompts=["a red fox", ""],
 )
 
 
@@ -63,7 +73,7 @@ def test_the_whole_chain_runs_and_its_students_load(
     assert one.contract.prediction_type == one.denoiser.prediction_type == "x0"
     assert one.contract.trained_times == (1000, 750, 500, 250)
     assert one.students == (4, 2, 1)
-    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == len(RECIPE.phases)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == len(RECIPE.stages)
     before = {steps: path.read_bytes() for steps, path in written.items()}
     again = distil(RECIPE, teacher, source, folder, version="0", recipe_name="test")
     assert {steps: path.read_bytes() for steps, path in again.items()} == before
@@ -103,19 +113,10 @@ def test_a_student_teaches_in_its_own_steps_without_guidance(
     )
     student = replace(teacher, contract=contract)
 
-    def chain(**phase: object) -> None:
-        phases = [{"student_steps": 4, "teacher_steps": 8, "objective": "mse", **SHARED, **phase}]
-        recipe = DistillRecipe.model_validate(
-            {"release": [], "sample_prompts": ["x"], "phases": phases}
-        )
-        distil(
-            recipe,
-            student,
-            source,
-            RunFolder(tmp_path / str(phase), recipe),
-            version="0",
-            recipe_name="test",
-        )
+    def chain(teacher_steps: int = 8, **settings: object) -> None:
+        recipe = make_recipe(stage(4, teacher_steps, REGRESSION, **settings), release=[])
+        folder = RunFolder(tmp_path / f"{teacher_steps}{settings}", recipe)
+        distil(recipe, student, source, folder, version="0", recipe_name="test")
 
     chain()
     with pytest.raises(RecipeError, match="wants 32 steps of random, which draws in exactly 8"):
@@ -131,36 +132,12 @@ def test_a_device_that_is_not_here_is_told() -> None:
         find_device("nowhere")
 
 
-LORAS = DistillRecipe.model_validate(
-    {
-        "release": [8, 4],
-        "sample_prompts": ["a red fox"],
-        "phases": [
-            {
-                "student_steps": 32,
-                "teacher_steps": 128,
-                "objective": "mse",
-                "guidance": 3.0,
-                "lora_rank": 4,
-                **SHARED,
-            },
-            {
-                "student_steps": 8,
-                "teacher_steps": 32,
-                "objective": "conditional",
-                "lora_rank": 4,
-                **SHARED,
-            },
-            {
-                "student_steps": 4,
-                "teacher_steps": 8,
-                "objective": "unconditional",
-                "lora_rank": 4,
-                **SHARED,
-            },
-            {"student_steps": 2, "teacher_steps": 8, "objective": "unconditional", **SHARED},
-        ],
-    }
+LORAS = make_recipe(
+    stage(32, 128, REGRESSION, guidance=3.0, lora_rank=4),
+    stage(8, 32, CONDITIONAL, lora_rank=4),
+    stage(4, 8, UNCONDITIONAL, lora_rank=4),
+    stage(2, 8, UNCONDITIONAL),
+    release=[8, 4],
 )
 
 
@@ -195,7 +172,7 @@ def test_a_released_lora_loads_as_what_was_trained(
     loaded = load_bundle(written[4])
     assert (loaded.contract.lora_rank, loaded.contract.lora_alpha) == (4, 4.0)
     assert list(loaded.denoiser.network.state_dict()) == list(teacher.denoiser.network.state_dict())
-    kept = folder.load("4-unconditional-lora-finished")
+    kept = folder.load("4-adversarial-unconditional-lora-finished")
     assert kept is not None
     lora = add_lora(teacher.denoiser.network, "check", rank=4)
     lora.load_state_dict(kept["weights"])
@@ -221,13 +198,13 @@ def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alo
         for parameter in kept.parameters():
             parameter.add_(0.05)
     taught = replace(teacher.denoiser, lora="8-step")
-    judge = LoraDiscriminator(taught, pairs=True, rank=4)
+    judge = LoraDiscriminator(taught, conditional=True, rank=4)
     x, t = (
         torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
         torch.tensor([1000, 500]),
     )
     conditioning = teacher.text.conditioning(["a red fox", ""], 64, 64)
-    merged = Discriminator(taught, pairs=True)
+    merged = Discriminator(taught, conditional=True)
     torch.testing.assert_close(
         judge.features(x, t, conditioning),
         merged.features(x, t, conditioning),
@@ -242,31 +219,24 @@ def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alo
     others = [*kept.parameters(), *running.parameters()]
     assert all(parameter.grad is None for parameter in others)
     state = judge.state_dict()
-    again = LoraDiscriminator(taught, pairs=True, rank=4)
+    again = LoraDiscriminator(taught, conditional=True, rank=4)
     again.load_state_dict(state)
     assert all(
         torch.equal(value, state["head"][key]) for key, value in again.head.state_dict().items()
     )
 
 
-def test_a_whole_phase_on_one_base_resumes_bit_for_bit(
+def test_a_whole_stage_on_one_base_resumes_bit_for_bit(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
-    phases = [
-        {
-            **{"student_steps": 4, "teacher_steps": 8, "objective": "conditional", "lora_rank": 4},
-            **{"discriminator_lora": True, "gradient_checkpointing": True},
-            **(SHARED | {"iterations": 4, "checkpoint_every": 2}),
-        }
-    ]
-    recipe = DistillRecipe.model_validate(
-        {"release": [4], "sample_prompts": ["a red fox"], "phases": phases}
-    )
+    method = {**CONDITIONAL, "discriminator_lora": True}
+    settings = {"lora_rank": 4, "gradient_checkpointing": True, "iterations": 4}
+    recipe = make_recipe(stage(4, 8, method, checkpoint_every=2, **settings), release=[4])
 
     class Killed(Exception):
         pass
 
-    def die(phase: object, iteration: int, figures: object) -> None:
+    def die(stage: object, iteration: int, figures: object) -> None:
         if iteration == 3:
             raise Killed
 
@@ -308,7 +278,7 @@ def _losses(recipe: DistillRecipe, teacher: Bundle, source: object, out: Path) -
     return [
         line[name]
         for line in lines
-        for name in ("loss", "student", "discriminator")
+        for name in ("student_loss", "discriminator_loss")
         if name in line
     ]
 
@@ -321,18 +291,13 @@ def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teach
     ).state_dict()
     style = {f"unet.{key}": value + 0.05 for key, value in style.items()}
     save_file(style, tmp_path / "ink.safetensors")
-    phases = [{"student_steps": 2, "teacher_steps": 4, "lora_rank": 4, **SHARED}]
-    phases = [
-        {**phase, "objective": objective}
-        for phase in phases
-        for objective in ("mse", "unconditional")
-    ]
-    values = {
-        "release": [2],
-        "sample_prompts": ["x"],
-        "style_lora": str(tmp_path / "ink.safetensors"),
-    }
-    recipe = DistillRecipe.model_validate({**values, "start_steps": 2, "phases": phases})
+    recipe = make_recipe(
+        stage(2, 4, REGRESSION, lora_rank=4),
+        stage(2, 4, UNCONDITIONAL, lora_rank=4),
+        release=[2],
+        start_steps=2,
+        style_lora=str(tmp_path / "ink.safetensors"),
+    )
     start = random_bundle().denoiser
     with torch.no_grad():
         start.network.conv_out.bias += 0.1
@@ -350,7 +315,7 @@ def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teach
     assert 0 < max(changes) < 0.01
     assert all(torch.equal(value, before[key]) for key, value in start.network.state_dict().items())
     wrong = recipe.model_copy(
-        update={"phases": (recipe.phases[0].model_copy(update={"lora_rank": 8}),)}
+        update={"stages": (recipe.stages[0].model_copy(update={"lora_rank": 8}),)}
     )
     with pytest.raises(RecipeError, match="has lora_rank 8; the LoRA that it trains on has 4"):
         folder = RunFolder(tmp_path / "wrong", wrong)

@@ -30,7 +30,7 @@ def test_every_trained_time_is_drawn() -> None:
     ("student", "teacher"), [(32, 128), (8, 32), (4, 8), (2, 4), (2, 8), (1, 2), (1, 4)]
 )
 def test_the_teacher_ends_where_the_student_lands(student: int, teacher: int) -> None:
-    """A teacher that always sees the same x0 and eps must land exactly on alpha_s x0 + sigma_s eps."""
+    """A teacher that always sees the same x0 and eps lands exactly on alpha_s x0 + sigma_s eps."""
     t = torch.tensor(trained_times(student))
     x0, eps = torch.randn(2, len(t), 4, 2, 2, dtype=torch.float64)
     calls = []

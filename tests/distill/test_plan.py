@@ -1,4 +1,4 @@
-"""Plans against what happens: nano phases against torch's own allocator, SDXL's size against a
+"""Plans against what happens: nano stages against torch's own allocator, SDXL's size against a
 recorded run.
 """
 
@@ -18,43 +18,46 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.distill import DistillRecipe
-from twostep.distill.chain import lessons
+from twostep.distill.chain import prepared_stages
 from twostep.distill.plan import advise, plan
-from twostep.distill.trainer import AdversarialTrainer, RegressionTrainer
+from twostep.distill.trainer import StageTrainer
 from twostep.formats.locate import WEIGHTS
 from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
 from twostep.training.loop import Randomness
 
 from .conftest import Handful
+from .test_trainer import CONDITIONAL, CONVERSION, REGRESSION, UNCONDITIONAL
 
 GIB = 2**30
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
 SHARED = {"iterations": 1, "batch_size": 16, "learning_rate": 1e-4, "precision": "fp32"}
-LORA = {"lora_rank": 12, "discriminator_lora": True}
+ON_SHARED_BASE = {"discriminator_lora": True}
 
 
-def recipe(*phases: dict, **settings: object) -> DistillRecipe:
-    values = [{**SHARED, "student_steps": 8, "teacher_steps": 32, **phase} for phase in phases]
+def recipe(*stages: dict, **settings: object) -> DistillRecipe:
+    defaults = {**SHARED, "student_steps": 8}
+    values = [
+        {"teacher_steps": 32, **stage} if stage["method"] is not CONVERSION else stage
+        for stage in stages
+    ]
     return DistillRecipe.model_validate(
-        {"sample_prompts": ["a red fox"], "phases": values, **settings}
+        {"sample_prompts": ["a red fox"], "defaults": defaults, "stages": values, **settings}
     )
 
 
 def allocated(settings: DistillRecipe) -> int:
-    """The most bytes of torch's CPU allocator while the last phase is prepared and taught for two
+    """The most bytes of torch's CPU allocator while the last stage is prepared and trained for two
     iterations.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         teacher = random_bundle()
-        for phase, lesson, _ in lessons(settings, teacher, Handful(teacher.text)):
-            if phase is settings.phases[-1]:
-                trainer = (
-                    AdversarialTrainer(phase, lesson)
-                    if phase.judges
-                    else RegressionTrainer(phase, lesson)
-                )
+        source = Handful(teacher.text)
+        for prepared in prepared_stages(settings, teacher):
+            stage = prepared.stage
+            if stage is settings.stages[-1]:
+                trainer = StageTrainer(stage, source, prepared.teacher, prepared.student)
                 for iteration in range(2):
                     trainer.iterate(iteration, Randomness.at(0, iteration))
     living = highest = 0
@@ -65,29 +68,34 @@ def allocated(settings: DistillRecipe) -> int:
 
 
 @pytest.mark.parametrize(
-    "phases",
+    "stages",
     [
-        [{"objective": "mse", "guidance": 3.0}],
-        [{"objective": "mse", "lora_rank": 12, "precision": "bf16"}],
-        [{"objective": "conditional", "precision": "bf16"}],
+        [{"method": REGRESSION, "guidance": 3.0}],
+        [{"method": REGRESSION, "lora_rank": 12, "precision": "bf16"}],
+        [{"method": CONDITIONAL, "precision": "bf16"}],
         [
-            {"objective": "mse", **LORA},
-            {"objective": "unconditional", "gradient_checkpointing": True, **LORA},
+            {"method": REGRESSION, "lora_rank": 12},
+            {
+                "method": {**UNCONDITIONAL, **ON_SHARED_BASE},
+                "gradient_checkpointing": True,
+                "lora_rank": 12,
+            },
         ],
-        [{"objective": "mse"}, {"objective": "convert", "student_steps": 1, "teacher_steps": 8}],
+        [{"method": REGRESSION}, {"method": CONVERSION, "student_steps": 1}],
     ],
-    ids=lambda phases: "-".join(str(value) for value in phases[-1].values()),
+    ids=["guided", "lora", "conditional", "shared-base", "conversion"],
 )
-def test_a_nano_phase_takes_what_was_planned(phases: list[dict]) -> None:
-    settings = recipe(*phases)
-    planned = plan(settings)[0][-1]
+def test_a_nano_stage_takes_what_was_planned(stages: list[dict]) -> None:
+    settings = recipe(*stages)
+    planned = plan(settings).stages[-1]
     assert planned.peak == pytest.approx(allocated(settings), rel=0.2)
     assert sum(planned.memory.values()) == planned.peak
 
 
 def test_evaluations_parameters_and_bytes_are_counted() -> None:
-    guided = {"objective": "mse", "guidance": 3.0, "reuse": 2, "iterations": 10}
-    (first, second), item_bytes, num_items = plan(recipe(guided, {"objective": "conditional"}))
+    guided = {"method": {**REGRESSION, "reuse": 2}, "guidance": 3.0, "iterations": 10}
+    planned = plan(recipe(guided, {"method": CONDITIONAL}))
+    first, second = planned.stages
     assert (first.evaluations, second.evaluations) == (4 * 2 / 2, 4)
     teacher = load_bundle("nano")
     whole = sum(parameter.numel() for parameter in teacher.denoiser.network.parameters())
@@ -95,7 +103,7 @@ def test_evaluations_parameters_and_bytes_are_counted() -> None:
     assert second.memory["student moments"] == 2 * second.memory["student weights"] == 2 * 4 * whole
     # four more batches of text alone, in float32
     assert first.memory["kept batches"] > 4 * 16 * 20 * 160 * 4
-    assert (item_bytes, num_items) == (2 * 4 * 16 * 16 + 3, 0)
+    assert (planned.item_bytes, planned.num_items) == (2 * 4 * 16 * 16 + 3, 0)
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +143,10 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sdxl_takes_what_was_planned(sdxl: Path) -> None:
-    shared = {
-        "lora_rank": 64,
-        "batch_size": 1,
-        "gradient_checkpointing": True,
-        "discriminator_lora": True,
-    }
-    first = {"student_steps": 32, "teacher_steps": 128, "objective": "mse", **shared}
-    settings = recipe(first, {"objective": "conditional", **shared}, model=str(sdxl))
-    ((planned,), *_) = plan(settings, only=1)
+    shared = {"lora_rank": 64, "batch_size": 1, "gradient_checkpointing": True}
+    first = {"student_steps": 32, "teacher_steps": 128, "method": REGRESSION, **shared}
+    second = {"method": {**CONDITIONAL, **ON_SHARED_BASE}, **shared}
+    (planned,) = plan(recipe(first, second, model=str(sdxl)), only=1).stages
     assert planned.trained["student"] == 196_751_360
     # benchmarks/full_size_distill.py, base, finished student, student, discriminator
     measured = 17.4 * GIB
@@ -158,34 +161,36 @@ def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
     folder = shutil.copytree(
         WEIGHTS / "nano", tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors")
     )
-    phase = {"objective": "mse", "batch_size": 2}
-    assert plan(recipe(phase, model=str(folder)))[0][0].peak == plan(recipe(phase))[0][0].peak
+    stage = {"method": REGRESSION, "batch_size": 2}
+    mine = plan(recipe(stage, model=str(folder)))
+    assert mine.stages[0].peak == plan(recipe(stage)).stages[0].peak
 
 
 def test_off_the_cpu_attention_takes_less() -> None:
-    phase = {"objective": "conditional", "gradient_checkpointing": True}
-    here, there = (plan(recipe(phase, device=device))[0][0].peak for device in ("cpu", "cuda"))
+    stage = {"method": CONDITIONAL, "gradient_checkpointing": True}
+    here, there = (plan(recipe(stage, device=device)).stages[0].peak for device in ("cpu", "cuda"))
     assert there < here
 
 
 @pytest.mark.slow
 def test_advice_puts_the_best_first_and_all_together_last() -> None:
-    settings = recipe({"objective": "conditional"})
-    *found, (together, least) = advise(settings, 0)
-    peaks = [peak for _, peak in found]
-    assert peaks == sorted(peaks) and least < peaks[0] < plan(settings)[0][0].highest
-    assert together == {key: value for change, _ in found for key, value in change.items()}
-    change, peak = next(entry for entry in found if "batch_size" in entry[0])
-    halved = recipe({"objective": "conditional", **change})
-    assert peak == plan(halved)[0][0].highest
+    settings = recipe({"method": CONDITIONAL, "lora_rank": 12})
+    *entries, (together, least) = advise(settings, 0)
+    peaks = [peak for _, peak in entries]
+    assert peaks == sorted(peaks) and least < peaks[0] < plan(settings).stages[0].highest
+    assert together == {key: value for change, _ in entries for key, value in change.items()}
+    assert together["method.discriminator_lora"] is True
+    change, peak = next(entry for entry in entries if "batch_size" in entry[0])
+    halved = recipe({"method": CONDITIONAL, "lora_rank": 12, **change})
+    assert peak == plan(halved).stages[0].highest
 
 
 def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
     # so that little is left to advise
     spared = {"batch_size": 1, "precision": "bf16", "optimiser": "adamw8bit"}
-    phase = {**SHARED, **spared, "student_steps": 4, "teacher_steps": 8, "objective": "conditional"}
+    stage = {**SHARED, **spared, "student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL}
     mine = tmp_path / "mine.toml"
-    mine.write_text(tomli_w.dumps({"sample_prompts": ["a red fox"], "phases": [phase]}))
+    mine.write_text(tomli_w.dumps({"sample_prompts": ["a red fox"], "stages": [stage]}))
     answer = CliRunner().invoke(app, ["plan", str(mine), "--memory", "0.1GB"])
     assert answer.exit_code == 1
     assert (
@@ -201,7 +206,7 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["no-such-recipe"], "There is no recipe 'no-such-recipe'"),
-        (["nano-quick", "-o", "phases.0.teacher_steps=7"], "no multiple of student_steps"),
+        (["nano-quick", "-o", "stages.0.teacher_steps=7"], "no multiple of student_steps"),
         (["nano-quick", "-o", "model=nowhere"], "nowhere does not exist"),
         (["nano-quick", "--memory", "much"], "much is no size"),
     ],

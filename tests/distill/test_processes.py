@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from .launching import (
-    LESSON,
+    CONDITIONAL,
+    MODELS,
+    REGRESSION,
     ROOT,
     SHARED,
+    UNCONDITIONAL,
     check_equal,
     check_same,
     command,
@@ -24,13 +27,36 @@ from .launching import (
     write_recipe,
 )
 
-LORA = {"lora_rank": 4, "discriminator_lora": True, "gradient_checkpointing": True}
+LORA = {"lora_rank": 4, "gradient_checkpointing": True}
+ON_SHARED_BASE = {"discriminator_lora": True}
 CHAIN = [
-    {"student_steps": 16, "teacher_steps": 32, "objective": "mse", "guidance": 3.0, "reuse": 2},
-    {"student_steps": 8, "teacher_steps": 16, "objective": "conditional", **LORA},
-    {"student_steps": 4, "teacher_steps": 8, "objective": "unconditional", **LORA},
-    {"student_steps": 4, "teacher_steps": 8, "objective": "conditional"},
-    {"student_steps": 2, "teacher_steps": 8, "objective": "unconditional", "r1_weight": 100.0},
+    {
+        "student_steps": 16,
+        "teacher_steps": 32,
+        "guidance": 3.0,
+        "method": {**REGRESSION, "reuse": 2},
+    },
+    {
+        "student_steps": 8,
+        "teacher_steps": 16,
+        "method": {**CONDITIONAL, **ON_SHARED_BASE},
+        **LORA,
+    },
+    {
+        "student_steps": 4,
+        "teacher_steps": 8,
+        "method": {**UNCONDITIONAL, **ON_SHARED_BASE},
+        **LORA,
+    },
+    {"student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL},
+    {"student_steps": 2, "teacher_steps": 8, "method": {**UNCONDITIONAL, "r1_weight": 100.0}},
+]
+NAMES = [
+    "16-regression",
+    "8-adversarial-conditional-lora",
+    "4-adversarial-unconditional-lora",
+    "4-adversarial-conditional",
+    "2-adversarial-unconditional",
 ]
 
 
@@ -52,13 +78,12 @@ def test_two_processes_with_half_the_batch_each_give_what_one_gives(
     check_same(alone, together, CHAIN)
 
 
-def test_killed_somewhere_in_every_phase_one_gives_what_it_would_have(
+def test_killed_somewhere_in_every_stage_one_gives_what_it_would_have(
     alone: Path, model: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN)
     out, chance = recipe.with_suffix(""), random.Random()
-    for phase in CHAIN:
-        name = f"{phase['student_steps']}-{phase['objective']}{'-lora' if 'lora_rank' in phase else ''}"
+    for name in NAMES:
         # The second iteration keeps a checkpoint: a moment later it may be half written.
         iteration, delay = chance.choice((1, 2)), chance.random() / 5
         print(f"killed {delay:.3f} s after iteration {iteration} of {name}")
@@ -73,41 +98,42 @@ def test_killed_and_run_again_they_give_what_they_would_have(
 ) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN)
     out = recipe.with_suffix("")
-    distill(recipe).kill_at(out / "log.jsonl", "8-conditional-lora", 3)
-    kept = torch.load(out / "checkpoints" / "8-conditional-lora.pt", weights_only=True)
+    distill(recipe).kill_at(out / "log.jsonl", "8-adversarial-conditional-lora", 3)
+    kept = torch.load(out / "checkpoints" / "8-adversarial-conditional-lora.pt", weights_only=True)
     assert kept["iteration"] in (2, 3)
-    assert not (out / "checkpoints" / "8-conditional-lora-finished.pt").exists()
+    assert not (out / "checkpoints" / "8-adversarial-conditional-lora-finished.pt").exists()
     distill(recipe).succeed()
     check_equal(out, together)
 
 
 POISONED = """
-from twostep.distill.recipe import Phase
-from twostep.distill.trainer import Lesson, train_phase
+from twostep.distill.recipe import Stage
+from twostep.distill.trainer import train_stage
 from twostep.training.processes import joined
 from twostep.training.run_folder import RunFolder
 from twostep.training.loop import TrainingError
 
-phase = Phase.model_validate({phase!r})
+stage = Stage.model_validate({stage!r})
 with joined(torch.device("cpu")):
+    folder = RunFolder(Path({out!r}), stage)
     try:
-        train_phase(phase, Lesson(Source(4), teacher.denoiser, pupil.denoiser), RunFolder(Path({out!r}), phase))
+        train_stage(stage, Source(4), teacher.denoiser, pupil.denoiser, folder)
     except TrainingError as error:
         print(error)
 """
 
 
 def test_what_is_no_number_in_one_process_stops_all(tmp_path: Path) -> None:
-    phase = {
+    stage = {
         **SHARED,
         "iterations": 6,
         "student_steps": 4,
         "teacher_steps": 8,
-        "objective": "conditional",
+        "method": CONDITIONAL,
     }
     both = launch(
-        (LESSON + POISONED)
-        .replace("{phase!r}", repr(phase))
+        (MODELS + POISONED)
+        .replace("{stage!r}", repr(stage))
         .replace("{out!r}", repr(str(tmp_path / "run"))),
         tmp_path,
     )
@@ -116,20 +142,21 @@ def test_what_is_no_number_in_one_process_stops_all(tmp_path: Path) -> None:
         "discriminator loss is nan at iteration 3. The last checkpoint is whole" in said
         for said in both.said()
     )
-    kept = torch.load(tmp_path / "run" / "checkpoints" / "4-conditional.pt", weights_only=True)
+    path = tmp_path / "run" / "checkpoints" / "4-adversarial-conditional.pt"
+    kept = torch.load(path, weights_only=True)
     assert kept["iteration"] == 2
     assert all(torch.isfinite(value).all() for value in kept["student"].values())
 
 
 def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: Path) -> None:
-    phase = {
+    stage = {
         "student_steps": 4,
         "teacher_steps": 8,
-        "objective": "mse",
+        "method": REGRESSION,
         "iterations": 1,
         "batch_size": 2,
     }
-    recipe = write_recipe(tmp_path, model, [phase], release=[4])
+    recipe = write_recipe(tmp_path, model, [stage], release=[4])
     torchrun = [
         "-m",
         "torch.distributed.run",
@@ -144,16 +171,21 @@ def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written:") == 1
     log = lines(recipe.with_suffix(""))
-    assert [line["part"] for line in log] == ["environment", "probe", "4-mse", "4-mse"]
-    assert "loss" in log[2] and "diversity" in log[3]
+    assert [line["part"] for line in log] == [
+        "environment",
+        "probe",
+        "4-regression",
+        "4-regression",
+    ]
+    assert "student_loss" in log[2] and "diversity" in log[3]
     assert log[0]["processes"] == 2
 
 
 def test_a_batch_that_cannot_be_shared_alike_is_told(model: Path, tmp_path: Path) -> None:
-    phase = {"student_steps": 4, "teacher_steps": 8, "objective": "mse", "batch_size": 3}
-    both = distill(write_recipe(tmp_path, model, [phase], release=[4]))
+    stage = {"student_steps": 4, "teacher_steps": 8, "method": REGRESSION, "batch_size": 3}
+    both = distill(write_recipe(tmp_path, model, [stage], release=[4]))
     assert both.finish() == [1, 1]
     assert all(
-        "4-mse has batch_size 3, which 2 processes cannot share alike" in said
+        "4-regression has batch_size 3, which 2 processes cannot share alike" in said
         for said in both.said()
     )

@@ -12,8 +12,11 @@ import twostep
 from twostep.pretrain.model import random_bundle
 
 from .launching import (
-    LESSON,
+    CONDITIONAL,
+    MODELS,
+    REGRESSION,
     SHARED,
+    UNCONDITIONAL,
     check_equal,
     check_same,
     distill,
@@ -24,18 +27,23 @@ from .launching import (
 )
 
 ONCE = {"iterations": 1}
-LORA = {"lora_rank": 4, "discriminator_lora": True}
 CHAIN = [
-    {"student_steps": 8, "teacher_steps": 16, "objective": "mse", "guidance": 3.0, **ONCE},
-    {"student_steps": 4, "teacher_steps": 8, "objective": "conditional", **ONCE, **LORA},
+    {"student_steps": 8, "teacher_steps": 16, "method": REGRESSION, "guidance": 3.0, **ONCE},
     {
         "student_steps": 4,
         "teacher_steps": 8,
-        "objective": "unconditional",
+        "method": {**CONDITIONAL, "discriminator_lora": True},
+        "lora_rank": 4,
+        **ONCE,
+    },
+    {
+        "student_steps": 4,
+        "teacher_steps": 8,
+        "method": UNCONDITIONAL,
         "gradient_checkpointing": True,
         **ONCE,
     },
-    {"student_steps": 2, "teacher_steps": 4, "objective": "conditional", "r1_weight": 1.0},
+    {"student_steps": 2, "teacher_steps": 4, "method": {**CONDITIONAL, "r1_weight": 1.0}},
 ]
 
 
@@ -57,45 +65,49 @@ def test_killed_and_run_again_they_give_what_they_would_have(
     sharded: Path, model: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, model, CHAIN, shard=True)
-    # Only the last phase is done again; what the others have finished is taken over.
+    # Only the last stage is done again; what the others have finished is taken over.
     shutil.copytree(sharded, recipe.with_suffix(""))
     checkpoints = recipe.with_suffix("") / "checkpoints"
-    for path in checkpoints.glob("2-conditional*"):
+    for path in checkpoints.glob("2-adversarial-conditional*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     log = recipe.with_suffix("") / "log.jsonl"
     log.write_text(
-        "".join(line for line in log.read_text().splitlines(True) if '"2-conditional"' not in line)
+        "".join(
+            line
+            for line in log.read_text().splitlines(True)
+            if '"2-adversarial-conditional"' not in line
+        )
     )
-    distill(recipe).kill_at(log, "2-conditional", 3)
-    kept = torch.load(checkpoints / "2-conditional.pt", weights_only=True)
+    distill(recipe).kill_at(log, "2-adversarial-conditional", 3)
+    kept = torch.load(checkpoints / "2-adversarial-conditional.pt", weights_only=True)
     assert kept["iteration"] in (2, 3)
     assert kept["student"]["conv_in.weight"].is_meta, "the shards are elsewhere"
-    assert (checkpoints / f"2-conditional.{kept['iteration']}.shards" / ".metadata").exists()
-    assert not (checkpoints / "2-conditional-finished.pt").exists()
+    assert (
+        checkpoints / f"2-adversarial-conditional.{kept['iteration']}.shards" / ".metadata"
+    ).exists()
+    assert not (checkpoints / "2-adversarial-conditional-finished.pt").exists()
     distill(recipe).succeed()
     assert sorted(path.name for path in checkpoints.glob("*.shards")) == [
-        "2-conditional.3.shards",
-        "4-unconditional.1.shards",
-        "8-mse.1.shards",
+        "2-adversarial-conditional.3.shards",
+        "4-adversarial-unconditional.1.shards",
+        "8-regression.1.shards",
     ]
     check_equal(recipe.with_suffix(""), sharded)
 
 
 def test_what_they_release_is_whole(sharded: Path) -> None:
     student = twostep.load(sharded / "model", steps=4)
-    finished = weights(sharded)["4-unconditional-finished"]
+    finished = weights(sharded)["4-adversarial-unconditional-finished"]
     own = student.denoiser.network.state_dict()
     assert own.keys() == finished.keys()
     assert all(torch.equal(own[key], value.half().float()) for key, value in finished.items())
 
 
 SHARES = """
-import functools
 import math
 from torch.distributed.tensor import DTensor
-from twostep.distill.methods.discriminator import Discriminator
-from twostep.distill.recipe import Phase
-from twostep.distill.trainer import AdversarialTrainer, Lesson
+from twostep.distill.recipe import Stage
+from twostep.distill.trainer import StageTrainer
 from twostep.training.processes import joined
 from twostep.training.loop import Randomness, TrainingError
 from twostep.training.shards import shard
@@ -109,11 +121,11 @@ def sizes(state):
     return 0, 0
 
 
-phase = Phase.model_validate({phase!r})
+stage = Stage.model_validate({stage!r})
 with joined(torch.device("cpu")):
     shard(pupil.denoiser.network)
-    sharded = functools.partial(Discriminator, sharded=True)
-    trainer = AdversarialTrainer(phase, Lesson(Source(2), teacher.denoiser, pupil.denoiser, sharded))
+    source = Source(2)
+    trainer = StageTrainer(stage, source, teacher.denoiser, pupil.denoiser, sharded=True)
     trainer.iterate(0, Randomness.at(0, 0))
     for name, holder in trainer.state.items():
         print(name, *sizes(holder.state_dict()))
@@ -121,13 +133,13 @@ with joined(torch.device("cpu")):
         trainer.iterate(1, Randomness.at(0, 1))
     except TrainingError as error:
         print(error)
-    print("and on", math.isfinite(trainer.iterate(2, Randomness.at(0, 2))["student_gradient"]))
+    print("and on", math.isfinite(trainer.iterate(2, Randomness.at(0, 2))["student_grad_norm"]))
 """
 
 
 def test_each_holds_half_of_everything_and_stops_where_the_other_does(tmp_path: Path) -> None:
-    phase = {**SHARED, "student_steps": 4, "teacher_steps": 8, "objective": "conditional"}
-    both = launch((LESSON + SHARES).replace("{phase!r}", repr(phase)), tmp_path)
+    stage = {**SHARED, "student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL}
+    both = launch((MODELS + SHARES).replace("{stage!r}", repr(stage)), tmp_path)
     assert both.finish() == [0, 0], both.said()
     for said in both.said():
         *sizes, trouble, after = said.splitlines()
@@ -139,7 +151,7 @@ def test_each_holds_half_of_everything_and_stops_where_the_other_does(tmp_path: 
         assert set(held) == {
             "student",
             "discriminator",
-            "optimiser",
+            "student_optimiser",
             "discriminator_optimiser",
             "average",
         }
@@ -173,7 +185,8 @@ with joined(torch.device("cpu")):
     kept = folder.load("phase")
     network.load_state_dict(kept["student"])
     found, expected = gathered(network.state_dict()), whole.state_dict()
-    print(kept["iteration"], len(found), all(torch.equal(value, expected[key]) for key, value in found.items()))
+    same = all(torch.equal(value, expected[key]) for key, value in found.items())
+    print(kept["iteration"], len(found), same)
 """
 
 

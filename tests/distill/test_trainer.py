@@ -1,6 +1,4 @@
-"""The trainer: objectives are learned, gradients stay where they belong, and resuming changes
-nothing.
-"""
+"""The trainer: methods learn, gradients stay where they belong, and resuming changes nothing."""
 
 import copy
 from dataclasses import replace
@@ -11,19 +9,25 @@ import pytest
 import torch
 
 from twostep.distill.methods.discriminator import Discriminator
-from twostep.distill.recipe import Phase
-from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer, train_phase
+from twostep.distill.recipe import Stage
+from twostep.distill.trainer import StageTrainer, train_stage
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness, TrainingError
 from twostep.training.run_folder import RunFolder
 
+REGRESSION = {"name": "regression"}
+CONVERSION = {"name": "conversion"}
+CONDITIONAL = {"name": "adversarial", "objective": "conditional"}
+UNCONDITIONAL = {"name": "adversarial", "objective": "unconditional"}
 
-def phase(**changes: object) -> Phase:
+
+def make_stage(**changes: object) -> Stage:
     values = {
         "student_steps": 4,
         "teacher_steps": 8,
-        "objective": "conditional",
+        "method": CONDITIONAL,
         "iterations": 4,
         "batch_size": 4,
         "learning_rate": 1e-4,
@@ -33,87 +37,111 @@ def phase(**changes: object) -> Phase:
         "log_every": 1,
         "ema_decay": 0.5,
     }
-    return Phase.model_validate(values | changes)
+    return Stage.model_validate(values | changes)
 
 
-def lesson(teacher: Bundle, source: object, prediction_type: str = "eps") -> Lesson:
-    student = copy.deepcopy(teacher.denoiser.network).requires_grad_(True)
-    return Lesson(
-        source,
-        teacher.denoiser,
-        replace(teacher.denoiser.with_network(student), prediction_type=prediction_type),
-    )
+def make_student(teacher: Bundle, prediction_type: str = "eps") -> Denoiser:
+    """A copy of the teacher that can be trained."""
+    network = copy.deepcopy(teacher.denoiser.network).requires_grad_(True)
+    return replace(teacher.denoiser.with_network(network), prediction_type=prediction_type)
+
+
+def make_trainer(stage: Stage, teacher: Bundle, source: object) -> StageTrainer:
+    prediction_type = stage.make_method().describe("eps").prediction_type
+    return StageTrainer(stage, source, teacher.denoiser, make_student(teacher, prediction_type))
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("objective", ["mse", "convert"])
-def test_regression_lowers_its_loss(objective: str, teacher: Bundle, source: object) -> None:
-    settings = phase(objective=objective, student_steps=1, teacher_steps=2, learning_rate=1e-3)
-    trainer = RegressionTrainer(settings, lesson(teacher, source, "x0"))
-    losses = [trainer.iterate(i, Randomness.at(0, 0))["loss"] for i in range(60)]
+@pytest.mark.parametrize(
+    ("method", "teacher_steps"),
+    [(REGRESSION, 2), (CONVERSION, None)],
+    ids=["regression", "conversion"],
+)
+def test_regression_lowers_its_loss(
+    method: dict[str, object], teacher_steps: int | None, teacher: Bundle, source: object
+) -> None:
+    stage = make_stage(
+        method=method, student_steps=1, teacher_steps=teacher_steps, learning_rate=1e-3
+    )
+    trainer = make_trainer(stage, teacher, source)
+    losses = [trainer.iterate(i, Randomness.at(0, 0))["student_loss"] for i in range(60)]
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("objective", ["conditional", "unconditional"])
-def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
-    objective: str, teacher: Bundle, source: object
-) -> None:
-    settings = phase(objective=objective, learning_rate=1e-12, discriminator_learning_rate=1e-3)
-    pupil = lesson(teacher, source)
+def final_gaps(teacher: Bundle, source: object, method: dict[str, object]) -> list[float]:
+    """The discriminator's gap over 40 iterations against a student that stands still."""
+    stage = make_stage(method={**method, "discriminator_learning_rate": 1e-3}, learning_rate=1e-12)
+    student = make_student(teacher)
     with torch.no_grad():
-        pupil.student.network.conv_out.bias += 0.5
-    trainer = AdversarialTrainer(settings, pupil)
-    gaps = [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(40)]
+        student.network.conv_out.bias += 0.5
+    trainer = StageTrainer(stage, source, teacher.denoiser, student)
+    return [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(40)]
+
+
+@pytest.mark.parametrize("method", [CONDITIONAL, UNCONDITIONAL], ids=lambda m: m["objective"])
+def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
+    method: dict[str, object], teacher: Bundle, source: object
+) -> None:
+    gaps = final_gaps(teacher, source, method)
     assert gaps[-1] > gaps[0] + 0.5
 
 
 def test_the_penalty_keeps_the_discriminator_flat(teacher: Bundle, source: object) -> None:
-    def gap(weight: float) -> float:
-        pupil = lesson(teacher, source)
-        with torch.no_grad():
-            pupil.student.network.conv_out.bias += 0.5
-        trainer = AdversarialTrainer(
-            phase(learning_rate=1e-12, discriminator_learning_rate=1e-3, r1_weight=weight), pupil
-        )
-        return [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(40)][-1]
-
-    assert gap(1e6) < 0.5 * gap(0.0)
+    flat = final_gaps(teacher, source, {**CONDITIONAL, "r1_weight": 1e6})
+    free = final_gaps(teacher, source, CONDITIONAL)
+    assert flat[-1] < 0.5 * free[-1]
 
 
 def test_gradients_reach_neither_teacher_nor_foreign_networks(
     teacher: Bundle, source: object
 ) -> None:
-    pupil = lesson(teacher, source)
     before = weights(teacher.denoiser.network)
-    trainer = AdversarialTrainer(phase(), pupil)
-    start, judge = weights(pupil.student.network), weights(trainer.discriminator)
+    trainer = make_trainer(make_stage(), teacher, source)
+    student = trainer.models["student"].network
+    discriminator = trainer.models["discriminator"]
+    start = weights(student)
+    fresh = weights(discriminator)
     trainer.iterate(0, Randomness.at(0, 0))
     assert all(
         torch.equal(value, before[key])
         for key, value in teacher.denoiser.network.state_dict().items()
     )
     assert all(parameter.grad is None for parameter in teacher.denoiser.network.parameters())
-    assert any(
-        not torch.equal(value, start[key])
-        for key, value in pupil.student.network.state_dict().items()
-    )
+    assert any(not torch.equal(value, start[key]) for key, value in student.state_dict().items())
     changed = [
         key
-        for key, value in trainer.discriminator.state_dict().items()
-        if not torch.equal(value, judge[key])
+        for key, value in discriminator.state_dict().items()
+        if not torch.equal(value, fresh[key])
     ]
     assert any(key.startswith("encoder.conv_in") for key in changed)
     assert any(key.startswith("encoder.mid_block") for key in changed)
     assert any(key.startswith("head") for key in changed)
 
 
+def test_all_learn_again_after_a_loss_that_was_no_number(teacher: Bundle, source: object) -> None:
+    trainer = make_trainer(make_stage(), teacher, source)
+    loss = trainer.method.loss
+
+    def poisoned(role: str, pair: object, models: object) -> dict[str, torch.Tensor]:
+        losses = dict(loss(role, pair, models))
+        if role == "student":
+            losses["total"] = losses["total"] * float("nan")
+        return losses
+
+    trainer.method.loss = poisoned
+    with pytest.raises(TrainingError, match="student loss is nan"):
+        trainer.iterate(0, Randomness.at(0, 0))
+    discriminator = trainer.models["discriminator"]
+    assert all(parameter.requires_grad for parameter in discriminator.parameters())
+
+
 def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(
     teacher: Bundle,
 ) -> None:
-    judge = Discriminator(teacher.denoiser, pairs=True)
+    judge = Discriminator(teacher.denoiser, conditional=True)
     names = dict(judge.encoder.named_parameters())
     own = dict(teacher.denoiser.network.named_parameters())
     assert all(torch.equal(value, own[key]) for key, value in names.items())
@@ -123,15 +151,20 @@ def test_the_discriminator_starts_as_the_teachers_encoder_and_has_no_decoder(
 def test_batches_that_are_used_again_are_drawn_and_taught_once(
     teacher: Bundle, source: object
 ) -> None:
-    trainer = RegressionTrainer(
-        phase(objective="mse", iterations=6, reuse=3), lesson(teacher, source)
-    )
-    taught = [trainer._taught(i, Randomness.at(0, i)) for i in range(6)]
-    assert taught[0] is taught[2] is taught[4]
-    assert taught[1] is taught[3] is taught[5]
-    assert not torch.equal(taught[0][1], taught[1][1])
-    late = RegressionTrainer(trainer.phase, trainer.lesson)._taught(5, Randomness.at(0, 5))
-    assert torch.equal(late[1], taught[5][1])
+    stage = make_stage(method={**REGRESSION, "reuse": 3}, iterations=6)
+
+    def steps(trainer: StageTrainer, iterations: range) -> list[object]:
+        return [
+            trainer.method.teacher_step(i, trainer.batches, teacher.denoiser, Randomness.at(0, i))
+            for i in iterations
+        ]
+
+    taken = steps(make_trainer(stage, teacher, source), range(6))
+    assert taken[0] is taken[2] is taken[4]
+    assert taken[1] is taken[3] is taken[5]
+    assert not torch.equal(taken[0].x_s, taken[1].x_s)
+    (late,) = steps(make_trainer(stage, teacher, source), range(5, 6))
+    assert torch.equal(late.x_s, taken[5].x_s)
 
 
 def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(
@@ -139,16 +172,14 @@ def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(
 ) -> None:
     figures, calls = [], []
     for checkpointing in (False, True):
-        trainer = AdversarialTrainer(
-            phase(gradient_checkpointing=checkpointing), lesson(teacher, source)
-        )
+        stage = make_stage(gradient_checkpointing=checkpointing)
+        trainer = make_trainer(stage, teacher, source)
         calls.append(Mock(return_value=None))
-        trainer.discriminator.encoder.down_blocks[0].resnets[0].register_forward_pre_hook(calls[-1])
+        encoder = trainer.models["discriminator"].encoder
+        encoder.down_blocks[0].resnets[0].register_forward_pre_hook(calls[-1])
         figures.append([trainer.iterate(i, Randomness.at(0, i)) for i in range(2)])
-    assert [call.call_count for call in calls] == [
-        6,
-        10,
-    ]  # of the three looks of an iteration, that at x_t alone has no backward pass
+    # Of the three looks of an iteration, that at x_t alone has no backward pass.
+    assert [call.call_count for call in calls] == [6, 10]
     assert figures[1] == [pytest.approx(before, rel=1e-4) for before in figures[0]]
 
 
@@ -156,16 +187,16 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
     teacher: Bundle, source: object
 ) -> None:
     def learn(optimiser: str) -> tuple[float, float]:
-        settings = phase(
-            objective="mse",
+        stage = make_stage(
+            method=REGRESSION,
             student_steps=1,
             teacher_steps=2,
             learning_rate=1e-3,
             optimiser=optimiser,
         )
-        trainer = RegressionTrainer(settings, lesson(teacher, source))
-        losses = [trainer.iterate(i, Randomness.at(0, 0))["loss"] for i in range(30)]
-        state = trainer.optimiser.state.values()
+        trainer = make_trainer(stage, teacher, source)
+        losses = [trainer.iterate(i, Randomness.at(0, 0))["student_loss"] for i in range(30)]
+        state = trainer.optimisers["student"].state.values()
         return losses[-1] / losses[0], sum(
             value.numel() * value.element_size()
             for kept in state
@@ -180,17 +211,18 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
 
 
 @pytest.mark.parametrize(
-    ("objective", "reuse", "optimiser"),
+    ("method", "optimiser"),
     [
-        ("mse", 1, "adamw"),
-        ("mse", 2, "adamw"),
-        ("conditional", 1, "adamw"),
-        ("unconditional", 1, "adamw"),
-        ("unconditional", 1, "adamw8bit"),
+        (REGRESSION, "adamw"),
+        ({**REGRESSION, "reuse": 2}, "adamw"),
+        (CONDITIONAL, "adamw"),
+        (UNCONDITIONAL, "adamw"),
+        (UNCONDITIONAL, "adamw8bit"),
     ],
+    ids=["regression", "reuse", "conditional", "unconditional", "8-bit"],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
-    objective: str, reuse: int, optimiser: str, teacher: Bundle, source: object, tmp_path: Path
+    method: dict[str, object], optimiser: str, teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
     class Killed(Exception):
         pass
@@ -200,22 +232,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             raise Killed
 
     shape = {"student_steps": 2, "teacher_steps": 4, "decay_share": 0.5}
-    settings = phase(objective=objective, reuse=reuse, optimiser=optimiser, **shape)
-    whole = lesson(teacher, source)
-    train_phase(settings, whole, RunFolder(tmp_path / "whole", settings))
+    stage = make_stage(method=method, optimiser=optimiser, **shape)
+    whole = make_student(teacher)
+    train_stage(stage, source, teacher.denoiser, whole, RunFolder(tmp_path / "whole", stage))
     with pytest.raises(Killed):
-        train_phase(
-            settings,
-            lesson(teacher, source),
-            RunFolder(tmp_path / "cut", settings),
+        train_stage(
+            stage,
+            source,
+            teacher.denoiser,
+            make_student(teacher),
+            RunFolder(tmp_path / "cut", stage),
             on_iteration=die,
         )
-    resumed = lesson(teacher, source)
-    train_phase(settings, resumed, RunFolder(tmp_path / "cut", settings))
-    expected = whole.student.network.state_dict()
+    resumed = make_student(teacher)
+    train_stage(stage, source, teacher.denoiser, resumed, RunFolder(tmp_path / "cut", stage))
+    expected = whole.network.state_dict()
     assert all(
-        torch.equal(value, expected[key])
-        for key, value in resumed.student.network.state_dict().items()
+        torch.equal(value, expected[key]) for key, value in resumed.network.state_dict().items()
     )
 
 
@@ -233,13 +266,13 @@ def test_nan_stops_the_run_and_leaves_the_last_checkpoint(
         def empty(self, like: Conditioning) -> Conditioning:
             return source.empty(like)
 
-    settings = phase()
-    folder = RunFolder(tmp_path / "run", settings)
+    stage = make_stage()
+    folder = RunFolder(tmp_path / "run", stage)
     with pytest.raises(
         TrainingError, match=r"discriminator loss is nan at iteration 3.*learning_rate"
     ):
-        train_phase(settings, lesson(teacher, Poisoned()), folder)
-    kept = folder.load(settings.name)
+        train_stage(stage, Poisoned(), teacher.denoiser, make_student(teacher), folder)
+    kept = folder.load(stage.name)
     assert kept is not None
     assert kept["iteration"] == 2
     assert all(torch.isfinite(value).all() for value in kept["average"]["weights"].values())

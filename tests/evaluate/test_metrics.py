@@ -10,13 +10,13 @@ from twostep.evaluate.attributes import Attributes
 from twostep.evaluate.frechet import FrechetError
 from twostep.evaluate.judge import Judge, JudgeError
 from twostep.evaluate.metrics import EvaluationError, evaluate
-from twostep.pretrain.drawings import EmojiSet
+from twostep.pretrain.drawings import DrawingSet
 
 FOX, APPLE = Attributes(("fox",), "flat", "blue"), Attributes(("red apple",), "3d", "green")
 
 
 @pytest.fixture(scope="module")
-def foxes(emoji: EmojiSet) -> torch.Tensor:
+def foxes(emoji: DrawingSet) -> torch.Tensor:
     return real_pictures([FOX] * 4, emoji)
 
 
@@ -46,7 +46,7 @@ def test_right_wishes_score_all(foxes: torch.Tensor, judge: Judge):
     assert report.concept.share == report.style.share == report.background.share == 1
 
 
-def test_the_distance_to_itself_is_zero_and_more_blur_is_farther(emoji: EmojiSet, judge: Judge):
+def test_the_distance_to_itself_is_zero_and_more_blur_is_farther(emoji: DrawingSet, judge: Judge):
     from twostep.pretrain.degradation import blur
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 192)]

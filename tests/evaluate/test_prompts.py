@@ -16,7 +16,7 @@ from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes
 from twostep.evaluate.judge import Judge
 from twostep.evaluate.prompts import attributes_from_prompt
 from twostep.pretrain.captions import Omission, caption, complete_caption
-from twostep.pretrain.drawings import EmojiSet, built_in_concepts
+from twostep.pretrain.drawings import DrawingSet, built_in_concepts
 
 CONCEPTS = built_in_concepts()
 
@@ -66,7 +66,7 @@ def test_complete_prompts_are_many_different_and_balanced():
     assert {task.attributes.background for task in tasks} == set(BACKGROUNDS)
 
 
-def test_all_that_few_concepts_give_is_given_once(emoji: EmojiSet):
+def test_all_that_few_concepts_give_is_given_once(emoji: DrawingSet):
     most = len(emoji.concepts) * len(STYLES) * len(BACKGROUNDS)
     assert len({task.prompt for task in complete_tasks(emoji.concepts, most)}) == most
     with pytest.raises(PromptError, match=str(most)):
@@ -105,7 +105,7 @@ def test_tasks_can_be_read_back():
         assert attributes_from_prompt(task.prompt, CONCEPTS) == task.attributes
 
 
-def test_real_pictures_answer_their_prompts(emoji: EmojiSet, judge: Judge):
+def test_real_pictures_answer_their_prompts(emoji: DrawingSet, judge: Judge):
     from twostep.evaluate.metrics import evaluate
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]
@@ -114,7 +114,7 @@ def test_real_pictures_answer_their_prompts(emoji: EmojiSet, judge: Judge):
     assert report.concept.share > 0.98
 
 
-def test_real_pictures_of_another_set_are_refused(emoji: EmojiSet):
+def test_real_pictures_of_another_set_are_refused(emoji: DrawingSet):
     with pytest.raises(PromptError, match="penguin"):
         real_pictures([Attributes(("penguin",))], emoji)
 

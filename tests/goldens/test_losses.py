@@ -1,4 +1,4 @@
-"""Golden losses: three iterations of every objective, of a whole UNet and of a LoRA, give what they
+"""Golden losses: three iterations of every method, of a whole UNet and of a LoRA, give what they
 gave when written.
 
 `python -m tests.goldens.test_losses` prints them anew. Whoever changes one says in the commit why.
@@ -10,7 +10,6 @@ import copy
 import json
 import random
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
-from twostep.distill.recipe import Phase
-from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
+from twostep.distill.recipe import Stage
+from twostep.distill.trainer import StageTrainer
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
 from twostep.networks.conditioning import Conditioning
@@ -34,33 +32,55 @@ RELATIVE = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """One objective with the settings that decide its losses."""
+    """One stage with the settings that decide its losses."""
 
     name: str
-    objective: str
     student_steps: int
-    teacher_steps: int
+    teacher_steps: int | None
+    method: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def adversarial(objective: str, **settings: Any) -> dict[str, Any]:
+    return {"name": "adversarial", "objective": objective, **settings}
+
+
+REGRESSION = {"name": "regression"}
+CONVERSION = {"name": "conversion"}
+CONDITIONAL = adversarial("conditional")
+LORA = {"lora_rank": 4}
 CASES = (
-    Case("32-mse", "mse", 32, 128, {"guidance": 3.0}),
-    Case("4-mse", "mse", 4, 8),
-    Case("4-mse-reuse", "mse", 4, 8, {"reuse": 3}),
-    Case("8-conditional", "conditional", 8, 32),
-    Case("4-conditional-r1", "conditional", 4, 8, {"r1_weight": 1.0}),
-    Case("2-conditional", "conditional", 2, 4, {"discriminator_learning_rate": 1e-3}),
-    Case("2-unconditional", "unconditional", 2, 8),
-    Case("1-convert", "convert", 1, 2),
-    Case("1-mse", "mse", 1, 2),
-    Case("1-unconditional", "unconditional", 1, 4, {"early_weight": 5}),
-    Case("8-mse-lora", "mse", 8, 32, {"lora_rank": 4}),
-    Case("8-conditional-lora", "conditional", 8, 32, {"lora_rank": 4}),
-    Case(
-        "4-unconditional-lora", "unconditional", 4, 8, {"lora_rank": 4, "discriminator_lora": True}
-    ),
-    Case("2-conditional-lora", "conditional", 2, 4, {"lora_rank": 4, "discriminator_lora": True}),
+    Case("32-mse", 32, 128, REGRESSION, {"guidance": 3.0}),
+    Case("4-mse", 4, 8, REGRESSION),
+    Case("4-mse-reuse", 4, 8, {**REGRESSION, "reuse": 3}),
+    Case("8-conditional", 8, 32, CONDITIONAL),
+    Case("4-conditional-r1", 4, 8, adversarial("conditional", r1_weight=1.0)),
+    Case("2-conditional", 2, 4, adversarial("conditional", discriminator_learning_rate=1e-3)),
+    Case("2-unconditional", 2, 8, adversarial("unconditional")),
+    Case("1-convert", 1, None, CONVERSION),
+    Case("1-mse", 1, 2, REGRESSION),
+    Case("1-unconditional", 1, 4, adversarial("unconditional", early_weight=5)),
+    Case("8-mse-lora", 8, 32, REGRESSION, LORA),
+    Case("8-conditional-lora", 8, 32, CONDITIONAL, LORA),
+    Case("4-unconditional-lora", 4, 8, adversarial("unconditional", discriminator_lora=True), LORA),
+    Case("2-conditional-lora", 2, 4, adversarial("conditional", discriminator_lora=True), LORA),
 )
+"""Named as when the losses were written."""
+
+NAMES = {
+    "regression": {"student_loss": "loss", "student_grad_norm": "gradient"},
+    "adversarial": {
+        "student_loss": "student",
+        "discriminator_loss": "discriminator",
+        "gap": "gap",
+        "student_grad_norm": "student_gradient",
+        "discriminator_grad_norm": "discriminator_gradient",
+    },
+}
+NAMES["conversion"] = NAMES["regression"]
+"""What the figures were called when they were written. Left out are counts of signs, which one
+logit near zero would tip.
+"""
 COMMON = {
     "iterations": 4,
     "batch_size": 4,
@@ -92,38 +112,32 @@ class Latents:
 
 
 def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
-    """Return the figures of the third iteration, without counts of signs, which one logit near zero
-    would tip.
-    """
-    settings = Phase.model_validate(
+    """Return the figures of the third iteration by the names that they had."""
+    stage = Stage.model_validate(
         {
             **COMMON,
             "student_steps": case.student_steps,
             "teacher_steps": case.teacher_steps,
-            "objective": case.objective,
+            "method": case.method,
             **case.settings,
         }
     )
-    predicts = settings.predicts("eps")
     student = replace(
         teacher.denoiser.with_network(copy.deepcopy(teacher.denoiser.network)),
-        prediction_type=predicts,
+        prediction_type=stage.make_method().describe("eps").prediction_type,
     )
     teaching = teacher.denoiser
-    make: Any = Discriminator
-    if settings.lora_rank is None:
+    if stage.lora_rank is None:
         student.network.requires_grad_(True)
     else:
-        add_lora(student.network, "student", rank=settings.lora_rank)
+        add_lora(student.network, "student", rank=stage.lora_rank)
         Lora(student.network, "student").requires_grad_(True)
         teaching, student = student, replace(student, lora="student")
-        if settings.discriminator_lora:
-            make = partial(LoraDiscriminator, rank=settings.lora_rank)
-    lesson = Lesson(Latents(teacher.text), teaching, student, make)
-    trainer = (AdversarialTrainer if settings.judges else RegressionTrainer)(settings, lesson)
+    trainer = StageTrainer(stage, Latents(teacher.text), teaching, student)
     for iteration in range(3):
-        figures = trainer.iterate(iteration, Randomness.at(settings.seed, iteration))
-    return {name: value for name, value in figures.items() if name != "accuracy"}
+        figures = trainer.iterate(iteration, Randomness.at(stage.seed, iteration))
+    names = NAMES[case.method["name"]]
+    return {old: figures[new] for new, old in names.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

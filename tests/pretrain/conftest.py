@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from twostep.evaluate.judge import Judge, load_judge
-from twostep.pretrain.descent import DescentSettings
-from twostep.pretrain.drawings import EmojiSet
+from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.judge import JudgeSettings, train_judge
+from twostep.pretrain.loop import NetworkLoopSettings
 
 QUICK = JudgeSettings(
     name="quick",
     channels=(24, 48, 64),
     num_held_out=2,
-    loop=DescentSettings(
+    loop=NetworkLoopSettings(
         iterations=120,
         batch_size=32,
         learning_rate=5e-3,
@@ -27,7 +27,7 @@ QUICK = JudgeSettings(
 
 
 @pytest.fixture(scope="session")
-def quick_run(emoji: EmojiSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick_run(emoji: DrawingSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished short training."""
     out = tmp_path_factory.mktemp("runs") / "quick"
     train_judge(QUICK, emoji, out)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from twostep.errors import TwostepError
 from twostep.evaluate.judge import (
@@ -15,7 +16,7 @@ from twostep.evaluate.judge import (
     load_judge,
     save_judge,
 )
-from twostep.pretrain.drawings import EmojiSet, save_emoji
+from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.judge import JudgeSettings, classes_of, measure_accuracy, train_judge
 from twostep.pretrain.parts import RECIPES
 from twostep.training.loop import TrainingError
@@ -49,7 +50,7 @@ def test_the_run_folder_says_what_happened(quick_run: Path):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_killed_run_resumes_to_the_same_judge(emoji: EmojiSet, quick_run: Path, tmp_path: Path):
+def test_a_killed_run_resumes_to_the_same_judge(emoji: DrawingSet, quick_run: Path, tmp_path: Path):
     class Killed(Exception):
         pass
 
@@ -67,24 +68,24 @@ def test_a_killed_run_resumes_to_the_same_judge(emoji: EmojiSet, quick_run: Path
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_a_finished_run_is_not_trained_again(emoji: EmojiSet, quick_run: Path):
+def test_a_finished_run_is_not_trained_again(emoji: DrawingSet, quick_run: Path):
     seen: list[int] = []
     train_judge(QUICK, emoji, quick_run, lambda done, figures: seen.append(done))
     assert seen == []
 
 
-def test_the_folder_of_another_recipe_is_refused(emoji: EmojiSet, quick_run: Path):
+def test_the_folder_of_another_recipe_is_refused(emoji: DrawingSet, quick_run: Path):
     with pytest.raises(RunError, match="another recipe"):
         train_judge(_with_loop(seed=1), emoji, quick_run)
 
 
-def test_a_loss_that_is_no_number_stops_the_training(emoji: EmojiSet, tmp_path: Path):
+def test_a_loss_that_is_no_number_stops_the_training(emoji: DrawingSet, tmp_path: Path):
     broken = _with_loop(learning_rate=1e30, warmup_iterations=0)
     with pytest.raises(TrainingError, match="lower learning_rate"):
         train_judge(broken, emoji, tmp_path / "run")
 
 
-def test_saved_and_loaded_it_judges_the_same(emoji: EmojiSet, quick_judge: Judge, tmp_path: Path):
+def test_saved_and_loaded_it_judges_the_same(emoji: DrawingSet, quick_judge: Judge, tmp_path: Path):
     save_judge(quick_judge, tmp_path / "judge.safetensors")
     loaded = load_judge(tmp_path / "judge.safetensors")
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -102,7 +103,7 @@ def test_the_verdict_does_not_depend_on_the_batch(quick_judge: Judge):
     torch.testing.assert_close(quick_judge.judge(images[129:]).features, whole.features[129:])
 
 
-def test_it_sees_blur(emoji: EmojiSet, judge: Judge):
+def test_it_sees_blur(emoji: DrawingSet, judge: Judge):
     from nano_tasks import complete_tasks, real_pictures
 
     from twostep.pretrain.degradation import blur
@@ -129,10 +130,10 @@ def test_what_cannot_be_judged_is_refused(images: torch.Tensor, message: str):
         check_pictures(images)
 
 
-def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: EmojiSet):
+def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: DrawingSet):
     with pytest.raises(JudgeError, match="no judge at"):
         load_judge(tmp_path / "missing.safetensors")
-    save_emoji(emoji, tmp_path / "foreign.safetensors")
+    save_file({"drawings": emoji.drawings}, tmp_path / "foreign.safetensors")
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes((quick_run / "judge.safetensors").read_bytes()[:5000])
     for path in (tmp_path / "foreign.safetensors", truncated, tmp_path / "garbage.safetensors"):
@@ -155,7 +156,7 @@ def test_the_built_in_judge_is_small_and_states_its_accuracy(judge: Judge):
     assert judge.real is not None
 
 
-def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet, judge: Judge):
+def test_the_built_in_judge_knows_the_sample(emoji: DrawingSet, judge: Judge):
     """It never saw these half-sized drawings; what it states of itself must hold for them too."""
     from nano_tasks import complete_tasks, real_pictures
 
@@ -169,7 +170,7 @@ def test_the_built_in_judge_knows_the_sample(emoji: EmojiSet, judge: Judge):
 
 
 def test_accuracy_is_measured_on_pictures_that_are_the_same_every_time(
-    quick_judge: Judge, emoji: EmojiSet
+    quick_judge: Judge, emoji: DrawingSet
 ):
     assert quick_judge.origin is not None
     assert measure_accuracy(quick_judge, QUICK, emoji) == quick_judge.origin.accuracy

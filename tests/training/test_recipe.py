@@ -28,24 +28,90 @@ def test_every_built_in_recipe_is_valid() -> None:
 
 
 def test_an_override_reaches_into_lists() -> None:
-    recipe = load_recipe("nano", DistillRecipe, ["phases.1.learning_rate=3e-7", "model=other"])
-    assert recipe.phases[1].learning_rate == 3e-7
+    overrides = ["stages.1.learning_rate=3e-7", "model=other", "stages.2.method.r1_weight=2"]
+    recipe = load_recipe("nano", DistillRecipe, overrides)
+    assert recipe.stages[1].learning_rate == 3e-7
+    assert recipe.stages[2].method.r1_weight == 2.0
     assert recipe.model == "other"
+
+
+BRIEF = """
+sample_prompts = ["x"]
+
+[defaults]
+batch_size = 4
+iterations = 1
+learning_rate = 1e-4
+student_steps = 4
+teacher_steps = 8
+
+[defaults.methods.adversarial]
+r1_weight = 3.0
+
+[[stages]]
+batch_size = 8
+method = { name = "regression" }
+
+[[stages]]
+method = { name = "adversarial", objective = "conditional" }
+
+[[stages]]
+method = { name = "adversarial", objective = "unconditional", r1_weight = 0.0 }
+"""
+
+
+def test_a_stage_says_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(BRIEF)
+    stages = load_recipe(path, DistillRecipe, ["defaults.iterations=7"]).stages
+    assert [stage.batch_size for stage in stages] == [8, 4, 4]
+    assert [stage.iterations for stage in stages] == [7, 7, 7]
+    assert [stage.method.r1_weight for stage in stages[1:]] == [3.0, 0.0]
+    assert [stage.name for stage in stages] == [
+        *("4-regression", "4-adversarial-conditional", "4-adversarial-unconditional")
+    ]
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("phases.0.learning_rte=1", "Did you mean 'learning_rate'"),
-        ("phases.99.learning_rate=1", "no position"),
-        ("phases", "no override"),
-        ("phases.0.iterations=0", "phases.0.iterations"),
-        ("phases.0.objective=lcm", "phases.0.objective"),
-        ("phases.0.student_steps=33", "no multiple"),
-        ("phases.5.guidance=2", "of a student, into which"),
-        ("phases.2.reuse=2", "only mse and convert"),
-        ("phases.5.teacher_steps=16", "no phase before it"),
-        ("phases.6.objective=conditional", "two phases train the same"),
+        ("defaults.batch_sise=2", "defaults.batch_sise: no such key. Did you mean 'batch_size'"),
+        ("defaults.r1_weight=2", r"belongs in \[defaults.methods.adversarial\]"),
+        ("defaults.methods.adversarial.r2_weight=2", "Did you mean 'r1_weight'"),
+        ("defaults.methods.lightning.r1_weight=2", "there is no method 'lightning'"),
+    ],
+)
+def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(BRIEF)
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(path, DistillRecipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.0.learning_rte=1", "Did you mean 'learning_rate'"),
+        ("stages.99.learning_rate=1", "no position"),
+        ("stages", "no override"),
+        ("stages.0.iterations=0", "stages.0.iterations"),
+        ("stages.0.method.name=lcm", "there is no method 'lcm'"),
+        ("stages.0.method.name=regresion", "Did you mean 'regression'"),
+        ("stages.0.method.name=nowhere:Nothing", "cannot be imported"),
+        ("stages.0.method.r1_weight=1", "no setting 'r1_weight'. It is one of 'adversarial'"),
+        ("stages.2.method.r2_weight=1", "Did you mean 'r1_weight'"),
+        ("stages.2.method.r1_weight=-1", "stages.2.method: .*r1_weight: .*greater than or equal"),
+        (
+            "stages.2.r1_weight=1",
+            r"r1_weight is a setting of the method adversarial.*\[stages.method\]",
+        ),
+        ("stages.0.student_steps=33", "no multiple"),
+        ("stages.5.guidance=2", "of a student, into which"),
+        ("stages.2.method.reuse=2", "It is one of 'conversion' and 'regression'"),
+        ("stages.5.teacher_steps=16", "no stage before it"),
+        ("stages.6.method.objective=conditional", "two stages train the same"),
+        ("stages.10.teacher_steps=2", "own frozen copy teaches: leave teacher_steps out"),
+        ("phases=[]", "twostep recipe --migrate OLD.toml"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:

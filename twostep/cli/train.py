@@ -1,11 +1,10 @@
-"""The verbs that make a cache to train from and students, and say what it takes and how it went."""
+"""The verbs of training: recipes, recipe, cache, plan, distill, report."""
 
 from __future__ import annotations
 
-import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -28,7 +27,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
-    from twostep.distill.trainer import Source
+    from twostep.distill.pairs import Source
+    from twostep.distill.plan import StagePlan
     from twostep.models.bundle import Bundle
 
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
@@ -41,8 +41,8 @@ OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
 
 
-def spoken(figures: dict[str, float]) -> str:
-    """Return the figures of one iteration in a few words."""
+def _figures_text(figures: dict[str, float]) -> str:
+    """Return the figures of one iteration in one line."""
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
 
 
@@ -58,20 +58,32 @@ def recipes() -> None:
 
 
 def recipe(
-    name: Annotated[str, typer.Argument(help="A name that `twostep recipes` lists.")],
+    name: Annotated[str | None, typer.Argument(help="A name that `twostep recipes` lists.")] = None,
+    migrate: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Instead: print this old recipe rewritten."),
+    ] = None,
 ) -> None:
     """Print a recipe: twostep recipe NAME > mine.toml copies it out."""
-    from twostep.training.recipe import find_recipe
+    if migrate is not None and name is None:
+        from twostep.distill.migration import migrate as rewritten
 
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        text = rewritten(migrate.read_text(encoding="utf-8"))
+    elif name is not None and migrate is None:
+        from twostep.training.recipe import find_recipe
+
+        text = find_recipe(name).read_text(encoding="utf-8")
+    else:
+        raise typer.BadParameter("give the name of a recipe, or --migrate OLD.toml.")
+    typer.echo(text, nl=False)
 
 
 def cache(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of pictures with .txt captions, .jsonl, .tar shards (a pattern), hf:dataset; "
-            "or a .txt file of prompts, one a line, whose pictures the teacher makes."
+            help="Folder of pictures with .txt captions, .jsonl, .tar shards (a pattern), "
+            "hf:dataset; or a .txt file of prompts, one a line, whose pictures the teacher makes."
         ),
     ],
     out: Annotated[
@@ -137,7 +149,8 @@ def cache(
             )
         written = pictures(bundle, out, batch_size=batch_size, on_item=show)
     typer.echo(
-        f"{out}: {written.num_cached} items in {written.num_shards} shards, {len(written.skipped)} skipped"
+        f"{out}: {written.num_cached} items in {written.num_shards} shards, "
+        f"{len(written.skipped)} skipped"
     )
     for name, reason in list(written.skipped.items())[:5]:
         typer.echo(f"skipped {name}: {reason}")
@@ -146,10 +159,11 @@ def cache(
 
 
 def _size(text: str) -> float:
-    found = re.fullmatch(r"([\d.]+)G(i?)B", text)
-    if found is None:
+    """Return the bytes of a size like 24GB or 22.5GiB."""
+    match = re.fullmatch(r"([\d.]+)G(i?)B", text)
+    if match is None:
         raise typer.BadParameter(f"{text} is no size; write 24GB, or 22.5GiB.")
-    return float(found[1]) * (2**30 if found[2] else 1e9)
+    return float(match[1]) * (2**30 if match[2] else 1e9)
 
 
 def plan(
@@ -159,69 +173,74 @@ def plan(
         float | None, typer.Option(parser=_size, help="What there is, as 24GB; less fails.")
     ] = None,
 ) -> None:
-    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk; no weights are
-    loaded.
-    """
-    from twostep.distill import DistillRecipe
-    from twostep.distill.plan import advise
-    from twostep.distill.plan import plan as make_plan
-    from twostep.training.recipe import load_recipe
+    """Say what a recipe takes before it runs: evaluations, parameters, memory, disk.
 
-    settings, limit = load_recipe(recipe, DistillRecipe, override or []), memory or math.inf
-    phases, item_bytes, num_items = make_plan(settings)
-    for planned in phases:
-        phase = planned.phase
-        trained = ", ".join(f"{role} {count:,}" for role, count in planned.trained.items())
-        parts = ", ".join(
-            f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size
-        )
-        typer.echo(
-            f"{phase.name}: {phase.iterations} iterations of {phase.batch_size}; trained: {trained}"
-        )
-        typer.echo(f"  teacher: {planned.evaluations:g} evaluations per example and iteration")
-        typer.echo(f"  {planned.peak / 2**30:.2f} GiB: {parts}")
-        typer.echo(f"  {planned.pictures / 2**30:.2f} GiB while a checkpoint's pictures are drawn")
-    count = (
-        f" x {num_items:,} = {item_bytes * num_items / 2**30:.2f} GiB" if num_items else " an item"
-    )
-    typer.echo(f"data: {item_bytes:,} bytes{count}")
-    worst = max(range(len(phases)), key=lambda i: phases[i].highest)
-    if phases[worst].highest <= limit:
-        return
-    large = ", ".join(planned.phase.name for planned in phases if planned.highest > limit)
+    No weights are loaded.
+    """
+    from twostep.distill.plan import plan as make_plan
+
+    settings = _load_recipe(recipe, override)
+    planned = make_plan(settings)
+    for stage in planned.stages:
+        _print_stage(stage)
+    whole = f" x {planned.num_items:,} = {_gib(planned.item_bytes * planned.num_items)}"
+    typer.echo(f"data: {planned.item_bytes:,} bytes{whole if planned.num_items else ' an item'}")
+    if memory is not None and max(stage.highest for stage in planned.stages) > memory:
+        _print_advice(settings, planned.stages, memory)
+        raise typer.Exit(1)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _print_stage(planned: StagePlan) -> None:
+    """Print the plan of one stage in four lines."""
+    stage = planned.stage
+    trained = ", ".join(f"{role} {count:,}" for role, count in planned.trained.items())
+    parts = [f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size]
     typer.echo(
-        f"{limit / 2**30:.2f} GiB are too little for {large}. {phases[worst].phase.name} would take:"
+        f"{stage.name}: {stage.iterations} iterations of {stage.batch_size}; trained: {trained}"
     )
+    typer.echo(f"  teacher: {planned.evaluations:g} evaluations per example and iteration")
+    typer.echo(f"  {_gib(planned.peak)}: {', '.join(parts)}")
+    typer.echo(f"  {_gib(planned.pictures)} while a checkpoint's pictures are drawn")
+
+
+def _print_advice(settings: DistillRecipe, planned: Sequence[StagePlan], memory: float) -> None:
+    """Print which stages are too large, and what would make the largest one smaller."""
+    from twostep.distill.plan import advise
+
+    worst = max(range(len(planned)), key=lambda i: planned[i].highest)
+    large = ", ".join(entry.stage.name for entry in planned if entry.highest > memory)
+    name = planned[worst].stage.name
+    typer.echo(f"{_gib(memory)} are too little for {large}. {name} would take:")
     for change, peak in advise(settings, worst):
-        told = ", ".join(f"{key} = {value}" for key, value in change.items())
-        typer.echo(f"  {peak / 2**30:.2f} GiB with {told}{' (fits)' if peak <= limit else ''}")
-    raise typer.Exit(1)
+        changes = ", ".join(f"{key} = {value}" for key, value in change.items())
+        fits = " (fits)" if peak <= memory else ""
+        typer.echo(f"  {_gib(peak)} with {changes}{fits}")
 
 
 def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
-    """Distil a teacher into students of few steps, by the phases of the recipe."""
+    """Distil a teacher into students of few steps, by the stages of the recipe."""
     from twostep import __version__
-    from twostep.distill import DistillRecipe, distil
+    from twostep.distill import distil
     from twostep.models.loading import load_bundle, load_with_loras
     from twostep.training.device import find_device
     from twostep.training.processes import joined
-    from twostep.training.recipe import load_recipe
     from twostep.training.run_folder import RunFolder
 
-    settings = load_recipe(recipe, DistillRecipe, override or [])
+    settings = _load_recipe(recipe, override)
     with (
         joined(find_device(settings.device)) as world,
         progress_bar("distil", shown=world.is_first) as advance,
     ):
-        style, folder = settings.style_lora, RunFolder(out, settings)
-        teacher = load_with_loras(
-            settings.model, [str(style)] if style else [], steps=settings.model_steps
-        )
-        start = (
-            load_bundle(settings.model, steps=settings.start_steps)
-            if settings.starts_apart
-            else None
-        )
+        folder = RunFolder(out, settings)
+        styles = [] if settings.style_lora is None else [str(settings.style_lora)]
+        teacher = load_with_loras(settings.model, styles, steps=settings.model_steps)
+        start = None
+        if settings.starts_apart:
+            start = load_bundle(settings.model, steps=settings.start_steps).denoiser
         written = distil(
             settings,
             teacher,
@@ -229,13 +248,14 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
             folder,
             version=__version__,
             recipe_name=Path(recipe).stem,
-            start=None if start is None else start.denoiser,
-            on_iteration=lambda phase, done, figures: advance(
-                done, phase.iterations, f"{phase.name} {spoken(figures)}"
+            start=start,
+            on_iteration=lambda stage, done, figures: advance(
+                done, stage.iterations, f"{stage.name} {_figures_text(figures)}"
             ),
         )
-    for path in written.values() if world.is_first else ():
-        typer.echo(f"written: {path}")
+    if world.is_first:
+        for path in written.values():
+            typer.echo(f"written: {path}")
 
 
 def report(
@@ -250,33 +270,49 @@ def report(
         Path | None, typer.Option(exists=True, help="A file of what to draw, one a line.")
     ] = None,
 ) -> None:
-    """Make one HTML page of a run, also of one that goes on; or find how strong a LoRA is best on
-    other bases.
-    """
-    if lora is not None and run is None:
-        from twostep.reports.portability import PROMPTS, print_scales
+    """Make one HTML page of a run, or find the weight at which a LoRA is best on other bases.
 
-        asked = (
-            [line for line in prompts.read_text("utf-8").splitlines() if line.strip()]
-            if prompts
-            else PROMPTS
-        )
-        if not asked:
-            raise typer.BadParameter(f"{prompts} is empty; give a prompt on every line.")
-        print_scales(lora, bases.split(","), tuple(asked))
-    elif run is not None and lora is None:
+    The page can be made while the run goes on.
+    """
+    if run is not None and lora is None:
         from twostep.reports.run_page import write_report
 
         typer.echo(f"written: {write_report(run)}")
+    elif lora is not None and run is None:
+        from twostep.reports.portability import PROMPTS, print_scales
+
+        chosen = PROMPTS if prompts is None else _read_prompts(prompts)
+        print_scales(lora, bases.split(","), chosen)
     else:
         raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
 
 
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the lines of a file that are not blank."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise typer.BadParameter(f"{path} is empty; give a prompt on every line.")
+    return prompts
+
+
+def _load_recipe(name: str, overrides: list[str] | None) -> DistillRecipe:
+    """Read a recipe of distillation, whose method or data may be a module in this folder."""
+    from twostep.distill import DistillRecipe
+    from twostep.training.recipe import load_recipe
+
+    sys.path.insert(0, str(Path.cwd()))
+    return load_recipe(name, DistillRecipe, overrides or [])
+
+
+_BUILTIN_DATA = "twostep.pretrain.latents:builtin"
+"""Makes the source of the built-in drawings, which travel with the package."""
+
+
 def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
-    """Return what the recipe learns from: a cache, or what a function makes of the teacher, which
-    may be here alone.
-    """
+    """Return what the recipe learns from: a cache, or what its function makes of the teacher."""
     from twostep.data.cache import load_cache
+    from twostep.distill.recipe import BUILTIN
     from twostep.training.recipe import RecipeError
 
     if settings.data is None:
@@ -285,9 +321,8 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
         )
     if settings.cache is not None:
         return load_cache(settings.cache, teacher)
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        make = resolve_name(settings.data)
+        make = resolve_name(_BUILTIN_DATA if settings.data == BUILTIN else settings.data)
     except (ModuleNotFoundError, AttributeError) as error:
         raise RecipeError(
             f'data = "{settings.data}" is not to be found from {Path.cwd()} ({error}).'
@@ -298,11 +333,19 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
 
 @contextmanager
 def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
-    """Show a bar with counts and the time that remains; yields what moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True), disable=not shown) as bar:
+    """Show a bar with counts and the time that remains; yields the function that moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=f"{title} {text}".strip()
-        )
+
+        def advance(done: int, total: int | None, text: str) -> None:
+            description = f"{title} {text}".strip()
+            bar.update(task, completed=done, total=total, description=description)
+
+        yield advance

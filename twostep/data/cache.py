@@ -1,5 +1,4 @@
-"""The cache that training draws from: latents and text embeddings in shards, made once and by
-parts.
+"""The cache that training draws from: latents and text embeddings in shards, made once.
 
 A folder holds `cache.json` (what made it), `empty.safetensors` (the empty prompt) and shards of at
 most 256 items of one size. A shard is whole or not there and knows the names of its items, so the
@@ -32,21 +31,46 @@ from twostep.models.bundle import Bundle, modules_of
 from twostep.networks.conditioning import Conditioning
 
 SHARD_ITEMS = 256
+"""Items of a full shard."""
+
 METADATA_KEY = "twostep.cache"
+"""Where a shard keeps the names of its items."""
+
 KEYS = ("latents", "text", "pooled", "sizes")
+"""The tensors of an item: latents, both text embeddings, and SDXL's micro-conditioning."""
 
 OnItem = Callable[[int, int], None]
-"""Told the number of items that are done, and how many of them were skipped."""
+"""Called with the number of items that are done, and how many of them were skipped."""
 
 
 class CacheWriter:
-    """Collects items by size, writes them in shards, and knows what the folder holds already."""
+    """Collects items by size, writes them in shards, and knows what the folder holds already.
+
+    Attributes:
+        folder: of the cache.
+        on_item: called after every item with how many are done, and how many of them skipped.
+        known: names of all items that need not be looked at again, cached or skipped.
+        skipped: name -> reason of items that cannot be used.
+        num_cached: items that are cached, or wait for their shard to be full.
+        num_shards: shards in the folder.
+    """
 
     def __init__(
         self, bundle: Bundle, folder: Path, made_by: dict[str, Any], on_item: OnItem
     ) -> None:
-        """Open or begin the folder; DataError if something else made it."""
-        self.folder, self.on_item = folder, on_item
+        """Open or begin a cache.
+
+        Args:
+            bundle: whose autoencoder and text encoders make the items.
+            folder: of the cache.
+            made_by: settings that all items must share; `sizes` among them.
+            on_item: called after every item.
+
+        Raises:
+            DataError: something else made the folder.
+        """
+        self.folder = folder
+        self.on_item = on_item
         made_by = {"format": 1, **made_by, **fingerprints(bundle)}
         record = folder / "cache.json"
         if record.is_file():
@@ -68,7 +92,8 @@ class CacheWriter:
     def add(
         self, names: Sequence[str], latents: Float[Tensor, "n c h w"], conditioning: Conditioning
     ) -> None:
-        """Take items of one size in; those with values that are no numbers are skipped by name."""
+        """Cache items of one size; those whose values are not finite are skipped by name."""
+        waiting = self._waiting.setdefault((latents.shape[3], latents.shape[2]), [])
         for i, name in enumerate(names):
             item = {
                 "latents": latents[i].half(),
@@ -76,12 +101,11 @@ class CacheWriter:
                 "pooled": conditioning.pooled[i].half(),
                 "sizes": conditioning.sizes[i].float(),
             }
-            if not all(torch.isfinite(value).all() for value in item.values()):
+            if not _is_finite(item):
                 self.skip(
                     name, "its latents or embeddings hold values that are no numbers in 16 bits"
                 )
                 continue
-            waiting = self._waiting.setdefault((latents.shape[3], latents.shape[2]), [])
             waiting.append((name, item))
             self.num_cached += 1
             self.on_item(self.num_cached + len(self.skipped), len(self.skipped))
@@ -89,27 +113,29 @@ class CacheWriter:
                 self._write(waiting)
 
     def skip(self, name: str, reason: str) -> None:
-        """Write down that an item cannot be used, and why."""
+        """Record that an item cannot be used, and why."""
         self.skipped[name] = reason
         with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, "reason": reason}) + "\n")
         self.on_item(self.num_cached + len(self.skipped), len(self.skipped))
 
     def close(self) -> CacheWriter:
-        """Write what still waits; DataError if there is nothing at all."""
+        """Write the last shards and return self; DataError if not a single item could be used."""
         for waiting in self._waiting.values():
             if waiting:
                 self._write(waiting)
         if self.num_cached == 0:
             first = next(iter(self.skipped.items()), ("nothing", "the source is empty"))
             raise DataError(
-                f"Nothing could be cached: {len(self.skipped)} items were skipped, {first[0]} because {first[1]}. "
-                f"All are named in {self.folder / 'skipped.jsonl'}; delete the folder to begin anew."
+                f"Nothing could be cached: {len(self.skipped)} items were skipped, "
+                f"{first[0]} because {first[1]}. All are named in "
+                f"{self.folder / 'skipped.jsonl'}; delete the folder to begin anew."
             )
         return self
 
     def _write(self, waiting: list[tuple[str, dict[str, Tensor]]]) -> None:
-        tensors = {key: torch.stack([item[key] for _, item in waiting]) for key in waiting[0][1]}
+        """Write a shard under the first number that is free, and forget its items."""
+        tensors = {key: torch.stack([item[key] for _, item in waiting]) for key in KEYS}
         names = json.dumps([name for name, _ in waiting])
         paths = (self.folder / f"shard-{number:05d}.safetensors" for number in count())
         with write_atomically(next(path for path in paths if not path.exists())) as file:
@@ -120,7 +146,13 @@ class CacheWriter:
 
 @dataclass(frozen=True, eq=False)
 class Shard(Dataset[dict[str, Tensor]]):
-    """One file of items that are all of one size."""
+    """One file of items that are all of one size.
+
+    Attributes:
+        path: of the file.
+        names: of the items, in order.
+        size: (width, height) of the latents.
+    """
 
     path: Path
     names: tuple[str, ...]
@@ -135,20 +167,26 @@ class Shard(Dataset[dict[str, Tensor]]):
         return len(self.names)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        """Read one item; DataError if values of it are no numbers."""
+        """Read one item; DataError if its values are not finite."""
         item = {key: self._file.get_slice(key)[row] for key in KEYS}
-        if not all(torch.isfinite(value).all() for value in item.values()):
+        if not _is_finite(item):
             raise DataError(
-                f"{self.path} holds values that are no numbers for {self.names[row]}. Delete that shard and run "
-                "`twostep cache` again; it makes what is missing."
+                f"{self.path} holds values that are no numbers for {self.names[row]}. "
+                "Delete that shard and run `twostep cache` again; it makes what is missing."
             )
         return item
 
 
 @dataclass(frozen=True, eq=False)
 class CachedSource:
-    """What the trainer draws from: a batch is of one size, and sizes come up as often as they are
-    in the cache.
+    """What the trainer draws from.
+
+    A batch is of one size; sizes come up as often as they are in the cache.
+
+    Attributes:
+        shards: (width, height) of latents -> the items of that size.
+        empty_text: text embedding of the empty prompt.
+        empty_pooled: its pooled embedding.
     """
 
     shards: dict[tuple[int, int], ConcatDataset[dict[str, Tensor]]]
@@ -162,20 +200,24 @@ class CachedSource:
     def draw(
         self, count: int, tensors: torch.Generator, words: random.Random
     ) -> tuple[Tensor, Conditioning]:
-        """Return random items of one random size; DataError names an item whose values are no
-        numbers.
+        """Return random items of one random size; DataError names one whose values are not finite.
+
+        Args:
+            count: number of items.
+            tensors: draws the size and the items.
+            words: not needed; other sources write captions with it.
         """
-        sizes = list(self.shards.values())
-        counts = [len(shards) for shards in sizes]
+        groups = list(self.shards.values())
+        counts = [len(group) for group in groups]
         chosen = int(
             torch.multinomial(torch.tensor(counts, dtype=torch.float64), 1, generator=tensors)
         )
         rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
-        items = [sizes[chosen][row] for row in rows]
-        latents, text, pooled, told = (
+        items = [groups[chosen][row] for row in rows]
+        latents, text, pooled, sizes = (
             torch.stack([item[key].float() for item in items]) for key in KEYS
         )
-        return latents, Conditioning(text, pooled, told)
+        return latents, Conditioning(text, pooled, sizes)
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the empty prompt for as many items, with the same sizes."""
@@ -186,8 +228,9 @@ class CachedSource:
 
 
 def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
-    """Open a cache for training this model; DataError if it is damaged, or another codec or text
-    encoder made it.
+    """Open a cache for training this model.
+
+    Raises DataError if it is damaged, or another autoencoder or other text encoders made it.
     """
     record = folder / "cache.json"
     if not record.is_file():
@@ -203,10 +246,10 @@ def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
             f"{folder} holds no shards yet. Run `twostep cache` again; it goes on where it stopped."
         )
     with safe_open(folder / "empty.safetensors", "pt") as file:
-        text, pooled = file.get_tensor("text").float(), file.get_tensor("pooled").float()
-    return CachedSource(
-        {size: ConcatDataset(alike) for size, alike in shards.items()}, text, pooled
-    )
+        text = file.get_tensor("text").float()
+        pooled = file.get_tensor("pooled").float()
+    groups = {size: ConcatDataset(alike) for size, alike in shards.items()}
+    return CachedSource(groups, text, pooled)
 
 
 def fingerprints(bundle: Bundle) -> dict[str, str]:
@@ -218,6 +261,7 @@ def fingerprints(bundle: Bundle) -> dict[str, str]:
 
 
 def _fingerprint(networks: Iterable[nn.Module]) -> str:
+    """Return 16 hex digits that depend on every weight, in half precision."""
     digest = hashlib.sha256()
     for network in networks:
         for name, value in sorted(network.state_dict().items()):
@@ -226,11 +270,17 @@ def _fingerprint(networks: Iterable[nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compare(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
+def _is_finite(item: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in item.values())
+
+
+def _compare(recorded: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
+    """Raise DataError where the record of a cache differs from what is expected."""
     for key, value in expected.items():
-        if found.get(key) != value:
+        if recorded.get(key) != value:
             raise DataError(
-                f"{folder} was made with other {key.replace('_', ' ')} ({found.get(key)}, not {value}). "
+                f"{folder} was made with other {key.replace('_', ' ')} "
+                f"({recorded.get(key)}, not {value}). "
                 "Make a cache of its own for this model and these settings."
             )
 
@@ -249,8 +299,11 @@ def read_shard(path: Path) -> Shard:
 
 
 def _read_skipped(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and reason of the items that were skipped."""
     path = folder / "skipped.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:

@@ -1,9 +1,13 @@
-"""Fills a cache: a user's pictures encoded, or latents that the teacher makes of prompts alone."""
+"""Filling a cache: with a user's pictures, encoded, or with latents that the teacher makes of
+prompts alone.
+"""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from twostep.data.cache import CacheWriter, OnItem
@@ -11,6 +15,16 @@ from twostep.data.sources import DataError, Demands, Entry, UnusablePictureError
 from twostep.diffusion import initial_noise, sample
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class _CutPicture:
+    """A picture that waits to be encoded: pixels in -1..1 and SDXL's six micro-conditions."""
+
+    name: str
+    caption: str
+    pixels: Float[Tensor, "3 height width"]
+    sizes: tuple[int, ...]
 
 
 def cache_pictures(
@@ -23,24 +37,36 @@ def cache_pictures(
     batch_size: int = 8,
     on_item: OnItem = lambda done, skipped: None,
 ) -> CacheWriter:
-    """Encode pictures and captions into `folder`; the same call goes on where a killed one stopped.
+    """Encode pictures and captions into a cache; the same call goes on where a killed one stopped.
 
-    Raises DataError if the folder was made by another autoencoder, other text encoders or with
-    other sizes, or if no picture at all could be used.
+    Args:
+        entries: the pictures, as of `find_entries`.
+        bundle: whose autoencoder and text encoders are used.
+        folder: of the cache.
+        sizes: (width, height) in pixels; every picture is cut to the one nearest to it in shape.
+        demands: what a picture must be; others are skipped by name.
+        batch_size: pictures that are encoded at once.
+        on_item: called after every item with how many are done, and how many of them skipped.
+
+    Raises:
+        DataError: the folder was made by another autoencoder, other text encoders or with other
+            sizes, or no picture at all could be used.
     """
     made_by = {"kind": "pictures", "sizes": [list(size) for size in sizes]}
     writer = CacheWriter(bundle, folder, made_by, on_item)
-    waiting: dict[tuple[int, int], list[tuple[str, str, Tensor, tuple[int, ...]]]] = {}
+    waiting: dict[tuple[int, int], list[_CutPicture]] = {}
     for entry in entries:
         if entry.name in writer.known:
             continue
         try:
-            pixels, told = cut(read_picture(entry, demands or Demands()), sizes)
+            picture = read_picture(entry, demands or Demands())
         except UnusablePictureError as error:
             writer.skip(entry.name, str(error))
             continue
+        pixels, micro_conditions = cut(picture, sizes)
         size = (pixels.shape[2], pixels.shape[1])
-        waiting.setdefault(size, []).append((entry.name, str(entry.caption), pixels, told))
+        cut_picture = _CutPicture(entry.name, str(entry.caption), pixels, micro_conditions)
+        waiting.setdefault(size, []).append(cut_picture)
         if len(waiting[size]) == batch_size:
             _encode(waiting.pop(size), bundle, writer)
     for batch in waiting.values():
@@ -59,41 +85,70 @@ def cache_prompts(
     batch_size: int = 8,
     on_item: OnItem = lambda done, skipped: None,
 ) -> CacheWriter:
-    """Let the teacher make the latents of every prompt, `per_prompt` of each, where a user has no
-    pictures.
+    """Let the teacher make the latents of prompts, where a user has no pictures.
 
-    Steps and guidance are the contract's if not given. Picture number k comes from the noise of
-    seed k.
+    Picture number k comes from the noise of seed k.
+
+    Args:
+        prompts: what to draw; empty ones are left out.
+        bundle: the teacher.
+        folder: of the cache.
+        per_prompt: pictures of each prompt.
+        steps: of the teacher; its contract's if not given.
+        guidance: of the teacher; its contract's if not given.
+        batch_size: pictures that are drawn at once.
+        on_item: called after every item with how many are done, and how many of them skipped.
+
+    Raises:
+        DataError: there are no prompts, or the folder was made with other settings.
     """
     if not any(prompt.strip() for prompt in prompts):
         raise DataError("There are no prompts: give a text file with one on every line.")
-    steps, guidance = steps or bundle.contract.steps, guidance or bundle.contract.guidance
+    steps = steps or bundle.contract.steps
+    guidance = guidance or bundle.contract.guidance
     width, height = bundle.contract.sizes[0]
     made_by = {"kind": "prompts", "sizes": [[width, height]], "steps": steps, "guidance": guidance}
     writer = CacheWriter(bundle, folder, made_by, on_item)
-    wanted = [(k, prompts[k // per_prompt].strip()) for k in range(len(prompts) * per_prompt)]
-    named = {f"{k:06d} {prompt}": (k, prompt) for k, prompt in wanted if prompt}
-    missing = [name for name in named if name not in writer.known]
+    wishes = _numbered(prompts, per_prompt)
+    missing = [name for name in wishes if name not in writer.known]
     for start in range(0, len(missing), batch_size):
         names = missing[start : start + batch_size]
-        seeds, asked = zip(*(named[name] for name in names), strict=True)
-        noise = torch.stack(
-            [initial_noise(seed, bundle.latent_shape(width, height)) for seed in seeds]
-        )
-        with torch.no_grad():
-            conditioning = bundle.conditioning(asked, width, height)
-            empty = bundle.conditioning([""], width, height).expand(len(names))
-            denoise = bundle.denoiser.with_guidance(conditioning, empty, guidance)
-            latents = sample(denoise, noise, steps, bundle.denoiser.schedule)
+        seeds = [wishes[name][0] for name in names]
+        texts = [wishes[name][1] for name in names]
+        latents, conditioning = _draw(texts, seeds, bundle, steps, guidance)
         writer.add(names, latents, conditioning)
     return writer.close()
 
 
+def _numbered(prompts: Sequence[str], per_prompt: int) -> dict[str, tuple[int, str]]:
+    """Return name -> (seed, prompt) of every picture to be drawn."""
+    wishes = {}
+    for seed in range(len(prompts) * per_prompt):
+        prompt = prompts[seed // per_prompt].strip()
+        if prompt:
+            wishes[f"{seed:06d} {prompt}"] = (seed, prompt)
+    return wishes
+
+
 @torch.no_grad()
-def _encode(
-    batch: list[tuple[str, str, Tensor, tuple[int, ...]]], bundle: Bundle, writer: CacheWriter
-) -> None:
-    names, captions, pixels, told = zip(*batch, strict=True)
-    latents = bundle.codec.encode(torch.stack(pixels))
-    text, pooled = bundle.text.encode(captions)
-    writer.add(names, latents, Conditioning(text, pooled, torch.tensor(told, dtype=torch.float32)))
+def _draw(
+    prompts: Sequence[str], seeds: Sequence[int], bundle: Bundle, steps: int, guidance: float
+) -> tuple[Float[Tensor, "n c h w"], Conditioning]:
+    """Let the teacher make one batch; return latents and the conditioning of their prompts."""
+    width, height = bundle.contract.sizes[0]
+    shape = bundle.latent_shape(width, height)
+    noise = torch.stack([initial_noise(seed, shape) for seed in seeds])
+    conditioning = bundle.conditioning(prompts, width, height)
+    empty = bundle.conditioning([""], width, height).expand(len(prompts))
+    denoise = bundle.denoiser.with_guidance(conditioning, empty, guidance)
+    return sample(denoise, noise, steps, bundle.denoiser.schedule), conditioning
+
+
+@torch.no_grad()
+def _encode(batch: Sequence[_CutPicture], bundle: Bundle, writer: CacheWriter) -> None:
+    """Encode pictures of one size with their captions, and cache them."""
+    latents = bundle.codec.encode(torch.stack([picture.pixels for picture in batch]))
+    text, pooled = bundle.text.encode([picture.caption for picture in batch])
+    sizes = torch.tensor([picture.sizes for picture in batch], dtype=torch.float32)
+    names = [picture.name for picture in batch]
+    writer.add(names, latents, Conditioning(text, pooled, sizes))

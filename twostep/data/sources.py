@@ -1,9 +1,8 @@
-"""A user's own pictures: found with their captions, read, filtered, and cut to one of the sizes of
-a model.
+"""A user's own pictures: found with their captions, read, and filtered.
 
 A source is a folder with `x.txt` beside `x.png`, a .jsonl file, webdataset shards (.tar), or a
-Hugging Face dataset. Nothing is read before its turn, and what cannot be used is told by name, not
-dropped. Latents are unknown here.
+Hugging Face dataset. Nothing is read before its turn, and every picture that cannot be used is
+reported by name with the reason. Latents are unknown here.
 """
 
 import glob
@@ -41,7 +40,13 @@ class UnusablePictureError(TwostepError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture and its caption as they were found; `read` gives its bytes or the picture itself."""
+    """A picture of a source.
+
+    Attributes:
+        name: in the source; the same in every run.
+        caption: None if it has none.
+        read: returns the bytes of its file, or the picture itself.
+    """
 
     name: str
     caption: str | None
@@ -50,8 +55,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a picture must be to be used: section 3.6 of arXiv 2402.13929 wants large and sharp
-    ones.
+    """What a picture must be to be used: large and sharp, as in section 3.6 of arXiv 2402.13929.
+
+    Attributes:
+        min_side: of its width and height, in pixels.
+        min_sharpness: as of `sharpness`; 0 asks for nothing.
     """
 
     min_side: int = 0
@@ -59,22 +67,28 @@ class Demands:
 
 
 def find_entries(source: str) -> Iterator[Entry]:
-    """Yield the pictures of a source in a fixed order; DataError where it is missing, empty or of
-    no known kind.
+    """Yield the pictures of a source in a fixed order, each to be read in its turn.
+
+    Args:
+        source: a folder with `x.txt` beside `x.png`, a .jsonl file, a pattern of .tar shards, or
+            `hf:name` of a Hugging Face dataset.
+
+    Raises:
+        DataError: the source is missing, empty, damaged or of no known kind.
     """
     if source.startswith(HUB):
-        found = _from_hub(source.removeprefix(HUB))
+        entries = _from_hub(source.removeprefix(HUB))
     elif source.endswith(".tar"):
-        found = _from_shards(sorted(glob.glob(source)), source)
+        entries = _from_shards(sorted(glob.glob(source)), source)
     elif source.endswith(".jsonl"):
-        found = _from_lines(Path(source))
+        entries = _from_lines(Path(source))
     else:
-        found = _from_folder(Path(source))
-    first = next(found, None)
+        entries = _from_folder(Path(source))
+    first = next(entries, None)
     if first is None:
         raise DataError(f"{source} holds no pictures; known endings are {' '.join(ENDINGS)}.")
     yield first
-    yield from found
+    yield from entries
 
 
 def read_picture(entry: Entry, demands: Demands) -> Image.Image:
@@ -148,6 +162,7 @@ def cut(
 
 
 def _from_folder(folder: Path) -> Iterator[Entry]:
+    """Read `x.txt` beside `x.png`, in subfolders too, or what a metadata.jsonl lists."""
     if not folder.is_dir():
         raise DataError(
             f"{folder} is no folder, .jsonl file, .tar shard or {HUB}name of a dataset."
@@ -162,6 +177,7 @@ def _from_folder(folder: Path) -> Iterator[Entry]:
 
 
 def _from_lines(file: Path) -> Iterator[Entry]:
+    """Read a JSON object per line: a picture, its path relative to the file, and a caption."""
     if not file.is_file():
         raise DataError(f"{file} does not exist.")
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
@@ -172,13 +188,15 @@ def _from_lines(file: Path) -> Iterator[Entry]:
             image = _value(values, IMAGE_KEYS)
         except (json.JSONDecodeError, AttributeError, KeyError) as error:
             raise DataError(
-                f'{file}, line {number}: {error}. Every line is a JSON object such as {{"image": "a.png", '
-                f'"caption": "a fox"}}; names for the picture: {", ".join(IMAGE_KEYS)}.'
+                f"{file}, line {number}: {error}. Every line is a JSON object such as "
+                '{"image": "a.png", "caption": "a fox"}; '
+                f"names for the picture: {', '.join(IMAGE_KEYS)}."
             ) from error
         yield Entry(str(image), _caption(values), (file.parent / str(image)).read_bytes)
 
 
 def _from_shards(paths: list[str], source: str) -> Iterator[Entry]:
+    """Read the webdataset shards that a pattern matched."""
     if not paths:
         raise DataError(f"{source} does not exist.")
     for path in paths:
@@ -197,24 +215,29 @@ def _from_shard(tar: tarfile.TarFile, shard: str) -> Iterator[Entry]:
     for member in tar.getmembers():
         stem, _, ending = member.name.partition(".")
         groups.setdefault(stem, {})[f".{ending.lower()}"] = member
-
-    def content(member: tarfile.TarInfo) -> bytes:
-        file = tar.extractfile(member)
-        return b"" if file is None else file.read()
-
     for stem, members in groups.items():
         image = next((member for ending, member in members.items() if ending in ENDINGS), None)
         if image is None:
             continue
-        caption = content(members[".txt"]).decode(errors="replace") if ".txt" in members else None
-        if caption is None and ".json" in members:
-            caption = _caption(json.loads(content(members[".json"])))
-        data = content(image)
-        yield Entry(f"{shard}/{stem}", caption, lambda data=data: data)  # type: ignore[misc]
+        yield _entry(f"{shard}/{stem}", _shard_caption(tar, members), _content(tar, image))
+
+
+def _shard_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str | None:
+    """Return the caption of a group of members, by their endings; None if there is none."""
+    if ".txt" in members:
+        return _content(tar, members[".txt"]).decode(errors="replace")
+    if ".json" in members:
+        return _caption(json.loads(_content(tar, members[".json"])))
+    return None
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
 
 
 def _from_hub(name: str) -> Iterator[Entry]:
-    """Read a dataset by its name or folder, "name" or "name:split", through the `datasets` library."""
+    """Read a dataset by name or folder, "name" or "name:split", with the `datasets` library."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -227,10 +250,16 @@ def _from_hub(name: str) -> Iterator[Entry]:
             raise DataError(
                 f"{name} has the columns {', '.join(row)}; expected one of {IMAGE_KEYS}."
             ) from error
-        yield Entry(f"{name}/{number}", _caption(row), lambda image=image: image)  # type: ignore[misc]
+        yield _entry(f"{name}/{number}", _caption(row), image)
+
+
+def _entry(name: str, caption: str | None, picture: bytes | Image.Image) -> Entry:
+    """Return the entry of a picture that has been read already."""
+    return Entry(name, caption, lambda: picture)
 
 
 def _value(values: dict[str, Any], keys: Sequence[str]) -> Any:
+    """Return the value of the first of the keys that there is; KeyError if there is none."""
     for key in keys:
         if key in values:
             return values[key]
@@ -238,4 +267,5 @@ def _value(values: dict[str, Any], keys: Sequence[str]) -> Any:
 
 
 def _caption(values: dict[str, Any]) -> str | None:
+    """Return the first caption that is not empty; None if there is none."""
     return next((str(values[key]) for key in CAPTION_KEYS if values.get(key)), None)

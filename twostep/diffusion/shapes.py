@@ -1,19 +1,25 @@
-"""The shapes that all rooms speak of, as types: checked in tests, free in production."""
+"""Names for the shapes of tensors, used in the signatures of all rooms.
 
-from jaxtyping import Float, Int
+Tests check them at every call; in production they cost nothing.
+"""
+
+from jaxtyping import Float, Real
 from torch import Tensor
 
 Values = Float[Tensor, "*shape"]
-"""Anything, of one shape with what else is so called."""
+"""Any tensor; all values in one signature have the same shape."""
 
 Coefficients = Float[Tensor, "*#shape"]
-"""What broadcasts against values."""
+"""A tensor that broadcasts against `Values`."""
 
 Batch = Float[Tensor, "batch *shape"]
-"""Items of any kind."""
+"""Items of any kind, one after the other."""
 
 Latents = Float[Tensor, "batch c h w"]
 """Latents of pictures."""
 
-Times = Int[Tensor, " batch"]
-"""One integer time per item, in 0..T."""
+Times = Real[Tensor, " batch"]
+"""One time per item, from 0 (clean) to the top of the schedule (pure noise); integer or real."""
+
+Time = int | float
+"""One time, or a share of the way from clean data to pure noise, as a number."""

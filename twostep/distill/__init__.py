@@ -1,12 +1,13 @@
-"""Distillation: progressive, adversarial (arXiv 2402.13929). Stages hand their student on as the
-next teacher.
+"""Distillation: a chain of stages, in which every finished student can teach the next.
 
-A method is two functions: how a pair of transitions is drawn, and how it is judged; the trainer
-never changes. Data comes as a source of (latents, captions); what is known of models is denoisers.
-Pictures are drawn only to be seen.
+`distil` runs a recipe. A stage is trained by a method (`method.Method`, one file each under
+`methods/`), and one trainer runs them all. Data comes as a source of latents and conditioning;
+models are denoisers, of whatever backbone. Pictures are drawn only to be looked at.
 """
 
 from twostep.distill.chain import distil
-from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.method import Method, MethodSettings
+from twostep.distill.methods.registry import register_method
+from twostep.distill.recipe import DistillRecipe, Stage
 
-__all__ = ["DistillRecipe", "Phase", "distil"]
+__all__ = ["DistillRecipe", "Method", "MethodSettings", "Stage", "distil", "register_method"]

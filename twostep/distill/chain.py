@@ -1,12 +1,14 @@
-"""The chain of phases: hands students on as teachers, writes them down, shows them beside the first
-teacher.
+"""The chain of stages: each student teaches the next, and what is released is written down.
+
+Every checkpoint is shown beside the first teacher, in `samples/` of the run folder.
 """
+
+from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -14,23 +16,17 @@ import torch
 from torch import nn
 
 from twostep.contract import Contract, student_name
-from twostep.diffusion import PredictionType, trained_times
-from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
-from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.methods.registry import find_method
+from twostep.distill.pairs import Source
+from twostep.distill.recipe import DistillRecipe, Stage
+from twostep.distill.roles import frozen_lora_copy, weights_of
 from twostep.distill.samples import Examples
-from twostep.distill.trainer import Judging, Lesson, Source, train_phase
+from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import student_path
 from twostep.models.bundle import Bundle
 from twostep.models.saving import save_bundle, save_student
-from twostep.networks.adapters import (
-    Lora,
-    add_lora,
-    has_lora,
-    load_lora,
-    remove_lora,
-    remove_loras,
-)
+from twostep.networks.adapters import Lora, add_lora, load_lora, remove_lora, remove_loras
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
 from twostep.training.device import find_device
@@ -42,11 +38,29 @@ from twostep.training.shards import gathered, shard
 from twostep.training.trackers import track
 
 _RUNNING = "student"
-"""The name of the LoRA that is trained; those of finished students, which teach, are called
-"8-step".
-"""
+"""The name of the LoRA in training; those of finished students that teach are called "8-step"."""
 
-OnPhase = Callable[[Phase, int, dict[str, float]], None]
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+OnStage = Callable[[Stage, int, dict[str, float]], None]
+"""Called after every iteration with its stage, the number of iterations done, and its figures."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStage:
+    """A stage with the models that take part.
+
+    Args:
+        stage: what to do.
+        teacher: frozen.
+        student: ready to be trained.
+        is_last: whether no later stage trains a student of so many steps.
+    """
+
+    stage: Stage
+    teacher: Denoiser
+    student: Denoiser
+    is_last: bool
 
 
 def distil(
@@ -58,125 +72,204 @@ def distil(
     version: str,
     recipe_name: str,
     start: Denoiser | None = None,
-    on_iteration: OnPhase = lambda phase, iteration, figures: None,
+    on_iteration: OnStage = lambda stage, iteration, figures: None,
 ) -> dict[int, Path]:
-    """Run every phase in order and return the released students' files by their steps; the same
-    call resumes.
+    """Run every stage in order and return the files of the released students by their steps.
 
-    The teacher is moved to the recipe's device and its UNet to base_precision, and so is `start`,
-    the student that is trained on; None is the teacher itself. With `data` its text encoders go
-    back to the CPU. A style is merged into the teacher by the caller. `folder/model` becomes a
-    whole model: the teacher, if that is where the chain starts and there is no style, and the
-    released students.
+    The same call with the same folder resumes. `folder/model` becomes a whole model: the teacher,
+    if that is where the chain starts and there is no style, and the released students.
 
-    Raises TrainingError or RunError; what was finished before stays in the folder. ModelError where
-    the teacher surely predicts something else than its contract, or the recipe, says.
+    Args:
+        recipe: what to do.
+        teacher: the first teacher, a style merged into it. It is moved to the recipe's device, its
+            network to base_precision; with a cache as data its text encoders go back to the CPU.
+        source: of the examples.
+        folder: takes checkpoints, log, samples and the model.
+        version: of this package, for contracts and the log.
+        recipe_name: for contracts.
+        start: the student that is trained on; None to start from the teacher. It is moved alike.
+        on_iteration: called after every iteration.
+
+    Raises:
+        TrainingError: a loss is no finite number, or health asks for a pause.
+        RunError: the folder cannot be written or holds something else. What was finished before
+            stays there in either case.
+        ModelError: the teacher surely predicts something else than its contract, or the recipe,
+            says.
     """
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version)
     examples = Examples.of(teacher, recipe.sample_prompts)
-    if recipe.cache is not None:  # whose texts are encoded
+    if recipe.cache is not None:
+        # The texts of a cache are encoded already.
         for encoder in teacher.text.networks.values():
             encoder.to("cpu")
     written: dict[int, Path] = {}
-    with ExitStack() as leaving:
-        leaving.callback(remove_loras, teacher.denoiser.network)
+    with ExitStack() as stack:
+        stack.callback(remove_loras, teacher.denoiser.network)
         if start is not None:
-            leaving.callback(remove_loras, start.network)
-            # Where the teacher is, with the style, if there is one, as its running LoRA.
-            nn.Module.to(start.network, teacher.denoiser.device, teacher.denoiser.dtype)
-            if recipe.style_lora is not None:
-                start = replace(
-                    start, lora=load_lora(start.network, _RUNNING, recipe.style_lora).name
-                )
-        for phase, lesson, is_last in lessons(recipe, teacher, source, start=start):
-            _train_or_load(phase, lesson, folder, examples, recipe, on_iteration)
-            if is_last and phase.student_steps in recipe.release:
-                predicts = lesson.student.prediction_type
-                contract = student_contract(recipe, phase, teacher.contract, predicts)
+            stack.callback(remove_loras, start.network)
+            start = _prepare_start(recipe, start, teacher.denoiser)
+        for prepared in prepared_stages(recipe, teacher, start=start):
+            _train_or_load(prepared, source, folder, examples, recipe, on_iteration)
+            stage = prepared.stage
+            if prepared.is_last and stage.student_steps in recipe.release:
+                contract = student_contract(recipe, prepared, teacher.contract)
                 contract = replace(contract, recipe=recipe_name, version=version)
-                weights = gathered(lesson.trained.state_dict())
-                written[phase.student_steps] = student_path(contract, folder.path / "model")
-                if world().is_first:
-                    save_student(weights, contract, folder.path / "model")
+                path = _release(prepared.student, contract, folder)
+                written[stage.student_steps] = path
     return written
 
 
-def lessons(
-    recipe: DistillRecipe, teacher: Bundle, source: Source, *, start: Denoiser | None = None
-) -> Iterator[tuple[Phase, Lesson, bool]]:
-    """Yield every phase with its lesson, and whether no later one trains a student of so many
-    steps.
+def prepared_stages(
+    recipe: DistillRecipe, teacher: Bundle, *, start: Denoiser | None = None
+) -> Iterator[PreparedStage]:
+    """Yield every stage with its teacher and its student.
 
-    Whoever asks for the next phase has trained that student: it goes on, and teaches what learns
-    from it.
+    Whoever asks for the next one has trained that student: it is trained on, and teaches the
+    stages that learn from it.
     """
     finished: dict[int, Denoiser] = {}
     student = start or teacher.denoiser
-    for position, phase in enumerate(recipe.phases):
-        # What no phase has made yet is taught by the bundle's own denoiser, on a finer grid.
-        lesson = Lesson(
-            source=source,
-            teacher=_frozen(finished.get(phase.teacher_steps, teacher.denoiser)),
-            student=_learner(student, phase),
-            discriminator=_discriminator(phase, recipe.shard),
-        )
-        if phase.objective == "convert":
-            lesson = replace(lesson, teacher=_frozen(student))
-        rest = recipe.phases[position + 1 :]
-        yield phase, lesson, all(later.student_steps != phase.student_steps for later in rest)
-        student = lesson.student
+    for position, stage in enumerate(recipe.stages):
+        rest = recipe.stages[position + 1 :]
+        prepared = _prepare_stage(stage, rest, finished, student, teacher.denoiser)
+        yield prepared
+        student = prepared.student
         if recipe.shard and student.lora is None and any(later.lora_rank for later in rest):
-            # A LoRA is put on what is whole.
+            # A LoRA can only be put on whole weights.
             student = student.standalone()
         needed = {later.teacher_steps for later in rest}
-        if phase.student_steps in needed:
-            finished[phase.student_steps] = _kept(student, phase)
-        for retired in [finished.pop(steps) for steps in finished.keys() - needed]:
+        if stage.student_steps in needed:
+            finished[stage.student_steps] = _finished(student, stage)
+        for steps in finished.keys() - needed:
+            retired = finished.pop(steps)
             if retired.lora is not None:
                 remove_lora(retired.network, retired.lora)
+
+
+def _prepare_stage(
+    stage: Stage,
+    rest: tuple[Stage, ...],
+    finished: dict[int, Denoiser],
+    last_student: Denoiser,
+    first_teacher: Denoiser,
+) -> PreparedStage:
+    """Choose a stage's teacher and make its student.
+
+    Args:
+        stage: that is prepared.
+        rest: the stages after it.
+        finished: students that teach, by their steps.
+        last_student: the student of the stage before, or where the chain starts.
+        first_teacher: teaches on any grid for which there is no finished student.
+    """
+    if find_method(stage.method.name).learns_from_itself:
+        teacher = last_student
+    elif stage.teacher_steps is not None:
+        teacher = finished.get(stage.teacher_steps, first_teacher)
+    else:
+        teacher = first_teacher
+    teacher.network.requires_grad_(False).eval()
+    student = _learner(last_student, stage)
+    is_last = all(later.student_steps != stage.student_steps for later in rest)
+    return PreparedStage(stage, teacher, student, is_last)
+
+
+def _learner(last_student: Denoiser, stage: Stage) -> Denoiser:
+    """Return the student that a stage trains: the running LoRA, or a whole copy, LoRA merged in."""
+    prediction_type = stage.make_method().describe(last_student.prediction_type).prediction_type
+    if stage.lora_rank is None:
+        student = replace(last_student.standalone(), prediction_type=prediction_type)
+        student.network.requires_grad_(True)
+    else:
+        student = _lora_learner(last_student, stage, stage.lora_rank)
+    student.checkpoint_gradients(stage.gradient_checkpointing)
+    return student
+
+
+def _lora_learner(last_student: Denoiser, stage: Stage, rank: int) -> Denoiser:
+    """Return the last student with its running LoRA ready to be trained, put on if need be."""
+    network = last_student.network
+    if last_student.lora is None:
+        lora = add_lora(
+            network, _RUNNING, rank=rank, targets=last_student.backbone.spec.lora_targets
+        )
+    else:
+        lora = Lora(network, _RUNNING)
+    if lora.rank != rank:
+        raise RecipeError(
+            f"stage {stage.name} has lora_rank {rank}; the LoRA that it trains on has {lora.rank}."
+        )
+    network.requires_grad_(False)
+    lora.requires_grad_(True)
+    return replace(last_student, lora=_RUNNING)
+
+
+def _finished(student: Denoiser, stage: Stage) -> Denoiser:
+    """Return a student as it is now, to teach later: a LoRA that is trained on is copied."""
+    if student.lora is None or stage.lora_rank is None:
+        return student
+    return frozen_lora_copy(student, f"{stage.student_steps}-step")
 
 
 def _prepare(
     recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, version: str
 ) -> Bundle:
-    """Check that the teacher can teach what is asked, put it where it runs, and begin the model
-    that is to be made.
-    """
-    if teacher.contract.role == "student":
+    """Check that the teacher can teach what is asked, move it, and begin the run's model."""
+    is_student = teacher.contract.role == "student"
+    if is_student:
         _check_teaching_student(recipe, teacher.contract)
     device = find_device(recipe.device)
     track(folder, recipe.trackers)
-    _check_shares(recipe, device)
-    # To read beside times and figures.
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {
-        name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")
-    }
-    versions |= {"python": platform.python_version(), "twostep": version}
-    folder.log(
-        part="environment", machine=card, device=device.type, processes=world().size, **versions
-    )
-    if (kind := recipe.prediction_type) is not None:
-        denoiser, contract = replace(teacher.denoiser, prediction_type=kind), teacher.contract
+    _check_processes(recipe, device)
+    _log_environment(folder, device, version)
+    if recipe.prediction_type is not None:
         teacher = replace(
-            teacher, denoiser=denoiser, contract=replace(contract, prediction_type=kind)
+            teacher,
+            denoiser=replace(teacher.denoiser, prediction_type=recipe.prediction_type),
+            contract=replace(teacher.contract, prediction_type=recipe.prediction_type),
         )
-    if teacher.contract.role == "teacher" and recipe.style_lora is None and world().is_first:
-        save_bundle(teacher, folder.path / "model")  # before it moves, for this makes copies
+    if not is_student and recipe.style_lora is None and world().is_first:
+        # Before it moves, because saving makes copies.
+        save_bundle(teacher, folder.path / "model")
     teacher = teacher.to(device)
-    if teacher.contract.role == "teacher":
-        draw = Randomness.at(0, 0)
-        x0, conditioning = source.draw(4, draw.tensors, draw.words)
-        probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
-        folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
+    if not is_student:
+        _check_prediction(teacher, source, folder, device)
     if recipe.base_precision == "bf16":
-        # diffusers' own would warn of nothing
+        # As a plain module: diffusers' own `to` warns of layers that should stay in float32.
         nn.Module.to(teacher.denoiser.network, torch.bfloat16)
     return teacher
 
 
-def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
-    """Refuse what several processes cannot do alike: RecipeError."""
+def _prepare_start(recipe: DistillRecipe, start: Denoiser, teacher: Denoiser) -> Denoiser:
+    """Move the student that is trained on to where the teacher is; a style is its running LoRA."""
+    nn.Module.to(start.network, teacher.device, teacher.dtype)
+    if recipe.style_lora is None:
+        return start
+    lora = load_lora(start.network, _RUNNING, recipe.style_lora)
+    return replace(start, lora=lora.name)
+
+
+def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
+    """Refuse what only a teacher of many steps could do: RecipeError."""
+    known = {contract.steps}
+    for stage in recipe.stages:
+        if stage.teacher_steps is not None and stage.teacher_steps not in known:
+            raise RecipeError(
+                f"stage {stage.name} wants {stage.teacher_steps} steps of {contract.name}, which "
+                f"draws in exactly {contract.steps}. Start from its teacher, or let the stage "
+                f"learn from {max(known)} steps."
+            )
+        if stage.guidance > 1:
+            raise RecipeError(
+                f"stage {stage.name} asks for guidance {stage.guidance:g} of {contract.name}, a "
+                "student: guidance was distilled into it already; leave it out."
+            )
+        known.add(stage.student_steps)
+
+
+def _check_processes(recipe: DistillRecipe, device: torch.device) -> None:
+    """Refuse what several processes cannot share alike: RecipeError."""
     count = world().size
     if count > 1 and device.index is not None:
         raise RecipeError(
@@ -184,143 +277,123 @@ def _check_shares(recipe: DistillRecipe, device: torch.device) -> None:
         )
     if recipe.shard and count == 1:
         raise RecipeError(
-            "shard spreads networks over processes, and this is one: start several, or -o shard=false."
+            "shard spreads networks over processes, and this is one: start several, or "
+            "-o shard=false."
         )
-    for phase in recipe.phases:
-        if phase.batch_size % count:
+    for stage in recipe.stages:
+        if stage.batch_size % count:
             raise RecipeError(
-                f"phase {phase.name} has batch_size {phase.batch_size}, which {count} processes cannot share alike. "
-                f"batch_size counts the examples of all of them: give a multiple of {count}, or start fewer processes."
+                f"stage {stage.name} has batch_size {stage.batch_size}, which {count} processes "
+                "cannot share alike. batch_size counts the examples of all of them: give a "
+                f"multiple of {count}, or start fewer processes."
             )
 
 
-def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
-    """Refuse what only a teacher of many steps could do: RecipeError."""
-    made = {contract.steps}
-    for phase in recipe.phases:
-        if phase.teacher_steps not in made and phase.objective != "convert":
-            raise RecipeError(
-                f"phase {phase.name} wants {phase.teacher_steps} steps of {contract.name}, which draws in exactly "
-                f"{contract.steps}. Start from its teacher, or let the phase learn from {max(made)} steps."
-            )
-        if phase.guidance > 1:
-            raise RecipeError(
-                f"phase {phase.name} asks for guidance {phase.guidance:g} of {contract.name}, a student: guidance was "
-                "distilled into it already; leave it out."
-            )
-        made.add(phase.student_steps)
-
-
-def student_contract(
-    recipe: DistillRecipe, phase: Phase, teacher: Contract, prediction_type: PredictionType
-) -> Contract:
-    """Return what the student of this phase says of itself, which is called by its style if it has
-    one.
-
-    The base of a LoRA that was trained on a student is that student.
-    """
-    base = teacher.base
-    if recipe.start_steps is not None and phase.lora_rank is not None:
-        base = student_name(base, recipe.start_steps)
-    return replace(
-        teacher,
-        name=student_name(
-            recipe.style_lora.stem if recipe.style_lora else teacher.base, phase.student_steps
-        ),
-        role="student",
-        steps=phase.student_steps,
-        trained_times=trained_times(phase.student_steps),
-        prediction_type=prediction_type,
-        guidance=1.0,
-        base=base,
-        lora_rank=phase.lora_rank,
-        lora_alpha=None if phase.lora_rank is None else float(phase.lora_rank),
+def _log_environment(folder: RunFolder, device: torch.device, version: str) -> None:
+    """Log on what the run runs, to be read beside its times and figures."""
+    on_gpu = device.type == "cuda"
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    folder.log(
+        part="environment",
+        machine=torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        device=device.type,
+        processes=world().size,
+        **versions,
+        python=platform.python_version(),
+        twostep=version,
     )
 
 
+def _check_prediction(
+    teacher: Bundle, source: Source, folder: RunFolder, device: torch.device
+) -> None:
+    """Log what a teacher seems to predict; ModelError if that surely is not what it declares."""
+    random = Randomness.at(0, 0)
+    x0, conditioning = source.draw(4, random.tensors, random.words)
+    probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
+    folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
+
+
 def _train_or_load(
-    phase: Phase,
-    lesson: Lesson,
+    prepared: PreparedStage,
+    source: Source,
     folder: RunFolder,
     examples: Examples,
     recipe: DistillRecipe,
-    on_iteration: OnPhase,
+    on_iteration: OnStage,
 ) -> None:
-    """Train the phase, or take over its weights where the run has finished it before."""
-    finished = folder.load(f"{phase.name}-finished")
-    wait()  # so that nobody finds what another has just finished
+    """Train a stage's student, or take over its weights if the run has finished it before."""
+    stage = prepared.stage
+    student = prepared.student
+    weights = weights_of(student)
+    finished = folder.load(f"{stage.name}-finished")
+    # So that no process finds what another one has just finished.
+    wait()
     if finished is not None:
-        lesson.trained.load_state_dict(finished["weights"])
-    if recipe.shard and phase.lora_rank is None:
-        shard(lesson.student.network)
+        weights.load_state_dict(finished["weights"])
+    sharded = recipe.shard and stage.lora_rank is None
+    if sharded:
+        shard(student.network)
     if finished is not None:
         return
 
     def show(iteration: int) -> dict[str, float]:
-        sheet, looks = examples.show(lesson.student, phase.student_steps)
+        sheet, looks = examples.show(student, stage.student_steps)
         if world().is_first:
-            path = folder.path / "samples" / f"{phase.name}-{iteration:06d}.png"
+            path = folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
             with write_atomically(path) as file:
                 sheet.save(file, format="PNG")
         return looks
 
-    train_phase(
-        phase,
-        lesson,
+    train_stage(
+        stage,
+        source,
+        prepared.teacher,
+        student,
         folder,
+        sharded=sharded,
         health=recipe.health,
-        on_iteration=lambda iteration, figures: on_iteration(phase, iteration, figures),
+        on_iteration=lambda iteration, figures: on_iteration(stage, iteration, figures),
         on_checkpoint=show,
     )
-    folder.save(f"{phase.name}-finished", {"weights": gathered(lesson.trained.state_dict())})
+    folder.save(f"{stage.name}-finished", {"weights": gathered(weights.state_dict())})
 
 
-def _frozen(denoiser: Denoiser) -> Denoiser:
-    denoiser.network.requires_grad_(False).eval()
-    return denoiser
+def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:
+    """Write a student into the run's model and return its file; all processes must call it."""
+    weights = gathered(weights_of(student).state_dict())
+    if world().is_first:
+        save_student(weights, contract, folder.path / "model")
+    return student_path(contract, folder.path / "model")
 
 
-def _learner(student: Denoiser, phase: Phase) -> Denoiser:
-    """Prepare the last student to be trained on: by its running LoRA, or as a whole copy with that
-    merged in.
+def student_contract(recipe: DistillRecipe, prepared: PreparedStage, teacher: Contract) -> Contract:
+    """Return the contract of a stage's student.
+
+    It is named after its style, if it has one. The base of a LoRA that was trained on a student is
+    that student.
+
+    Args:
+        recipe: of the chain.
+        prepared: the stage.
+        teacher: the contract of the first teacher.
     """
-    if phase.lora_rank is None:
-        kind = phase.predicts(student.prediction_type)
-        student = replace(student.standalone(), prediction_type=kind)
-        student.network.requires_grad_(True)
-    else:
-        if student.lora is None:
-            targets = student.backbone.spec.lora_targets
-            add_lora(student.network, _RUNNING, rank=phase.lora_rank, targets=targets)
-        rank = Lora(student.network, _RUNNING).rank
-        if rank != phase.lora_rank:
-            raise RecipeError(
-                f"phase {phase.name} has lora_rank {phase.lora_rank}; the LoRA that it trains on has {rank}."
-            )
-        student.network.requires_grad_(False)
-        Lora(student.network, _RUNNING).requires_grad_(True)
-        student = replace(student, lora=_RUNNING)
-    student.checkpoint_gradients(phase.gradient_checkpointing)
-    return student
-
-
-def _discriminator(phase: Phase, sharded: bool) -> Callable[..., Judging]:
-    """Return what makes the phase's discriminator of its teacher."""
-    if phase.discriminator_lora and phase.lora_rank is not None:
-        return partial(LoraDiscriminator, rank=phase.lora_rank)
-    return partial(Discriminator, sharded=sharded and phase.lora_rank is None)
-
-
-def _kept(student: Denoiser, phase: Phase) -> Denoiser:
-    """Return the student as it is now, to teach later: a LoRA that runs on is copied to a frozen
-    one beside it.
-    """
-    if student.lora is None or phase.lora_rank is None:
-        return student
-    name = f"{phase.student_steps}-step"
-    kept = Lora(student.network, name)
-    if not has_lora(student.network, name):
-        targets = Lora(student.network, student.lora).targets
-        kept = add_lora(student.network, name, rank=phase.lora_rank, targets=targets)
-    kept.load_state_dict(Lora(student.network, student.lora).state_dict())
-    return replace(student, lora=name)
+    stage = prepared.stage
+    changes = stage.make_method().describe(prepared.student.prediction_type)
+    base = teacher.base
+    if recipe.start_steps is not None and stage.lora_rank is not None:
+        base = student_name(base, recipe.start_steps)
+    family = teacher.base if recipe.style_lora is None else recipe.style_lora.stem
+    lora_alpha = None if stage.lora_rank is None else float(stage.lora_rank)
+    return replace(
+        teacher,
+        name=student_name(family, stage.student_steps),
+        role="student",
+        steps=stage.student_steps,
+        trained_times=changes.trained_times,
+        prediction_type=prepared.student.prediction_type,
+        guidance=1.0,
+        base=base,
+        lora_rank=stage.lora_rank,
+        lora_alpha=lora_alpha,
+    )

@@ -1,13 +1,14 @@
-"""The health of a run: what pictures and discriminator say of it, and what is done where that is
-bad.
+"""The health of a run: when its pictures or figures say that it goes wrong, and what is done then.
 
 A student that goes wrong shows it before a person looks: colours and contrast drift away from the
-teacher's, seeds look alike, one side of the game wins outright, a loss is no number. How pictures
-are drawn, and how to train, are unknown.
+teacher's, seeds look alike, a figure of the method leaves its limits, a loss is no number. How
+pictures are drawn, and how a student is trained, is not known here.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
 from pydantic import Field
@@ -15,13 +16,23 @@ from torch import Tensor
 
 from twostep.training.recipe import Settings
 
+if TYPE_CHECKING:
+    from twostep.distill.method import Limit
+
+# A teacher whose pictures are flat would make every ratio infinite.
+_LEAST_DENOMINATOR = 1e-6
+
 
 class Health(Settings):
-    """Limits beyond which a run is ill, as ratios to the teacher, and what then happens."""
+    """Limits beyond which a run is unhealthy, as ratios to the teacher, and what then happens.
+
+    A method's own figures have limits of their own, among its settings.
+    """
 
     action: Literal["warn", "pause", "rollback"] = Field(
         "warn",
-        description="say it; stop after the checkpoint; or go back to the last good one at half the rate",
+        description="say it; stop after the checkpoint; or go back to the last good one at half "
+        "the rate",
     )
     largest_drift: float = Field(
         0.5, gt=0, description="saturation or contrast may differ by this share"
@@ -29,11 +40,8 @@ class Health(Settings):
     least_diversity: float = Field(
         0.3, ge=0, le=1, description="share of the distance between the teacher's seeds"
     )
-    largest_gap: float = Field(
-        8.0, gt=0, description="mean difference of the logits of real and fake"
-    )
     most_rollbacks: int = Field(
-        3, ge=0, description="how often a phase may go back before it gives up"
+        3, ge=0, description="how often a stage may go back before it gives up"
     )
 
 
@@ -41,83 +49,87 @@ def measure(
     student: Float[Tensor, "seeds prompts 3 height width"],
     teacher: Float[Tensor, "seeds prompts 3 height width"],
 ) -> dict[str, float]:
-    """Return the student's saturation, contrast and diversity between seeds as shares of the
-    teacher's.
+    """Return the student's saturation, contrast and diversity as ratios to the teacher's.
 
-    Both drew the same prompts from the same noise; pictures are in -1..1, and there are at least
-    two seeds.
+    Args:
+        student: pictures in -1..1 of at least two seeds.
+        teacher: pictures of the same prompts from the same noise.
     """
-    own, of_teacher = _looks(student), _looks(teacher)
-    return {name: own[name] / max(of_teacher[name], 1e-6) for name in own}
-
-
-def _looks(pictures: Tensor) -> dict[str, float]:
-    """Saturation: spread of the channels. Contrast: deviation of a picture's brightness. Diversity:
-    between seeds.
-    """
+    looks = _looks(student)
+    teacher_looks = _looks(teacher)
     return {
-        "saturation": (pictures.amax(dim=2) - pictures.amin(dim=2)).mean().item(),
-        "contrast": pictures.mean(dim=2).flatten(2).std(dim=2).mean().item(),
-        "diversity": (pictures[1:] - pictures[:-1]).abs().mean().item(),
+        name: value / max(teacher_looks[name], _LEAST_DENOMINATOR) for name, value in looks.items()
     }
 
 
-@dataclass(eq=False)
+def _looks(pictures: Tensor) -> dict[str, float]:
+    """Return saturation, contrast and diversity of pictures [seeds, prompts, 3, height, width].
+
+    Saturation is the mean spread of the channels, contrast the mean deviation of a picture's
+    brightness, diversity the mean distance between pictures of neighbouring seeds.
+    """
+    spread = pictures.amax(dim=2) - pictures.amin(dim=2)
+    brightness = pictures.mean(dim=2).flatten(2)
+    between_seeds = (pictures[1:] - pictures[:-1]).abs()
+    return {
+        "saturation": spread.mean().item(),
+        "contrast": brightness.std(dim=2).mean().item(),
+        "diversity": between_seeds.mean().item(),
+    }
+
+
 class Monitor:
-    """What is known of a phase's health, and the share of the learning rate that earlier tries have
-    left.
+    """What is known of a stage's health, and how often it went back.
+
+    Attributes:
+        settings: limits of looks, and what happens beyond them.
+        limits: of the method's figures, by name.
+        rate: the factor of the learning rate that rollbacks have left.
+        num_rollbacks: how many there were.
     """
 
-    limits: Health
-    rate: float = 1.0
-    num_rollbacks: int = 0
-    gaps: list[float] = field(default_factory=list)
+    def __init__(self, settings: Health, limits: Mapping[str, Limit]) -> None:
+        """Start healthy."""
+        self.settings = settings
+        self.limits = limits
+        self.rate = 1.0
+        self.num_rollbacks = 0
+        self._values: dict[str, list[float]] = {name: [] for name in limits}
 
-    def see(self, figures: dict[str, float]) -> None:
-        """Take in what one iteration said."""
-        self.gaps += [figures["gap"]] if "gap" in figures else []
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Take in the figures of one iteration."""
+        for name, values in self._values.items():
+            if name in figures:
+                values.append(figures[name])
 
-    def symptoms(self, looks: dict[str, float]) -> list[str]:
-        """Return what is wrong since the last call, with figures and a likely cause; nothing if all
-        is well.
+    def symptoms(self, looks: Mapping[str, float]) -> list[str]:
+        """Return what has been wrong since the last call, each with its value and a likely cause.
+
+        Args:
+            looks: of `measure`; what is missing counts as healthy.
         """
-        gap, self.gaps = sum(self.gaps) / max(1, len(self.gaps)), []
-        limits = self.limits
-        rules = [
-            (
-                abs(looks.get("saturation", 1) - 1) <= limits.largest_drift,
-                "saturation",
-                "too high a learning_rate",
-            ),
-            (
-                abs(looks.get("contrast", 1) - 1) <= limits.largest_drift,
-                "contrast",
-                "too high a learning_rate",
-            ),
-            (
-                looks.get("diversity", 1) >= limits.least_diversity,
-                "diversity",
-                "collapse: r1_weight may help",
-            ),
-        ]
-        found = [
-            f"{name} is {looks[name]:.2f} of the teacher's (likely {cause})"
-            for fine, name, cause in rules
-            if not fine
-        ]
-        if abs(gap) > limits.largest_gap:
-            found.append(
-                f"the discriminator's gap is {gap:.1f} (likely too high a discriminator_learning_rate)"
-            )
-        return found
+        symptoms = []
+        for name in ("saturation", "contrast"):
+            if abs(looks.get(name, 1.0) - 1) > self.settings.largest_drift:
+                symptoms.append(_drift(name, looks[name], "too high a learning_rate"))
+        if looks.get("diversity", 1.0) < self.settings.least_diversity:
+            symptoms.append(_drift("diversity", looks["diversity"], "a collapse"))
+        for name, values in self._values.items():
+            mean = sum(values) / max(1, len(values))
+            values.clear()
+            limit = self.limits[name]
+            if abs(mean) > limit.largest:
+                symptoms.append(f"{name} is {mean:.1f} (likely {limit.likely_cause})")
+        return symptoms
 
     def roll_back(self) -> bool:
-        """Halve the rate for another try from the last checkpoint; False where there were enough
-        tries.
-        """
-        if self.limits.action != "rollback" or self.num_rollbacks == self.limits.most_rollbacks:
+        """Halve the rate for another try from the last checkpoint; False if none is left."""
+        if self.settings.action != "rollback":
             return False
-        self.num_rollbacks, self.rate = self.num_rollbacks + 1, self.rate / 2
+        if self.num_rollbacks == self.settings.most_rollbacks:
+            return False
+        self.num_rollbacks += 1
+        self.rate /= 2
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,5 +137,10 @@ class Monitor:
         return {"rate": self.rate, "num_rollbacks": self.num_rollbacks}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Take over what `state_dict` returned."""
-        self.rate, self.num_rollbacks = state_dict["rate"], state_dict["num_rollbacks"]
+        """Restore what `state_dict` returned."""
+        self.rate = state_dict["rate"]
+        self.num_rollbacks = state_dict["num_rollbacks"]
+
+
+def _drift(name: str, ratio: float, likely_cause: str) -> str:
+    return f"{name} is {ratio:.2f} of the teacher's (likely {likely_cause})"

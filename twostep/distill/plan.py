@@ -1,9 +1,8 @@
-"""What a run will take, told before it starts: its phases are walked through on tensors without
-memory.
+"""The plan of a run: what its stages will take, found out before it starts.
 
-The trainer itself takes one iteration of every kind of phase, and the storages that live at its
-peak are added up. What torch's kernels take inside themselves, and the process for itself (half a
-GiB), is unknown here.
+The trainer takes one iteration of every kind of stage on tensors without memory, and the storages
+that live at its peak are added up (`training.memory`). What torch's kernels take inside themselves
+and what the process itself takes (half a GiB) are not seen.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,38 +19,43 @@ import torch
 from torch import Tensor, nn
 
 from twostep.data.cache import read_shard
-from twostep.distill.chain import lessons
-from twostep.distill.methods.discriminator import LoraDiscriminator
-from twostep.distill.recipe import DistillRecipe, Phase
+from twostep.distill.chain import PreparedStage, prepared_stages
+from twostep.distill.pairs import Source
+from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.samples import Examples
-from twostep.distill.trainer import AdversarialTrainer, Lesson, RegressionTrainer
+from twostep.distill.trainer import STUDENT, StageTrainer
+from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
-from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
 from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.memory import Meter, computing_off_cpu
 
-_TELLING = {
-    "objective",
-    "batch_size",
-    "precision",
-    "lora_rank",
-    "discriminator_lora",
-    "r1_weight",
-    "reuse",
-}
+BYTES_OF_WEIGHT = 4
+"""Everything that is trained is float32, and so are its gradients."""
+
+BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
+"""Both of Adam's moments of one parameter."""
+
+_KIND = {"batch_size", "precision", "lora_rank", "gradient_checkpointing", "method"}
+"""The settings on which memory depends; stages that share them are measured once."""
 
 
 @dataclass(frozen=True)
-class PhasePlan:
-    """One phase: the teacher's evaluations per example, trained parameters by role, bytes by what
-    they are for.
+class StagePlan:
+    """What one stage will take.
 
-    `peak` is the most bytes at once in an iteration, `pictures` while a checkpoint's are drawn.
+    Args:
+        stage: that is planned.
+        evaluations: calls of the teacher per example and iteration.
+        trained: parameters by role.
+        memory: bytes by what they are for; they add up to `peak`.
+        peak: the most bytes at once in an iteration.
+        pictures: the most bytes at once while a checkpoint's pictures are drawn.
     """
 
-    phase: Phase
+    stage: Stage
     evaluations: float
     trained: dict[str, int]
     memory: dict[str, int]
@@ -63,172 +68,266 @@ class PhasePlan:
         return max(self.peak, self.pictures)
 
 
-def plan(recipe: DistillRecipe, *, only: int | None = None) -> tuple[list[PhasePlan], int, int]:
-    """Return the plan of all phases or one, bytes of an item of data, and how many items there are
-    (0 if unknown).
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
 
-    Raises ModelError where not even the model's configs are to be had.
+    Args:
+        stages: the planned stages, in order.
+        item_bytes: of one example of the data.
+        num_items: of the data; 0 if that is not known.
     """
-    shards = (
-        [read_shard(path) for path in sorted(recipe.cache.glob("shard-*.safetensors"))]
-        if recipe.cache
-        else []
-    )
-    is_cpu = "cpu" in (find_device("auto").type if recipe.device == "auto" else recipe.device)
-    planned, known = [], dict[str, tuple[dict[str, int], int, int]]()
-    with (
-        warnings.catch_warnings(),
-        Meter() as meter,
-        nullcontext() if is_cpu else computing_off_cpu(),
-    ):
-        # Copying a network asks where its weights lie, which is nowhere here.
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        teacher = load_bundle(recipe.model, steps=recipe.model_steps, outline=True).as_teacher()
-        if recipe.base_precision == "bf16":
-            nn.Module.to(teacher.denoiser.network, torch.bfloat16)
-        start = None
-        if recipe.starts_apart:
-            start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
-            nn.Module.to(start.network, teacher.denoiser.dtype)
-        size = teacher.contract.sizes[0]
-        shape, told = teacher.latent_shape(*size), teacher.conditioning([""], *size)
-        blank = _Blank(
-            max(((shape[0], *shard.size[::-1]) for shard in shards), key=math.prod, default=shape),
-            told,
-        )
-        drawing = _draw(Examples.of(teacher, recipe.sample_prompts), meter)
-        if recipe.cache is not None and not is_cpu:
-            for weight in (
-                weight
-                for encoder in teacher.text.networks.values()
-                for weight in encoder.parameters()
-            ):
-                weight.data = torch.empty(0)  # on another device than what is counted
-        for position, (phase, lesson, _) in enumerate(lessons(recipe, teacher, blank, start=start)):
-            if only in (None, position):
-                gc.collect()
-                standing = meter.living
-                kind = f"{phase.model_dump(include=_TELLING)} {phase.guidance > 1} {phase.gradient_checkpointing}"
-                known[kind] = known.get(kind) or _measure(phase, lesson, meter)
-                planned.append(_planned(phase, standing, *known[kind], drawing))
-    num_values = math.prod(blank.latents) + (
-        told.text.numel() + told.pooled.numel() if recipe.cache else 0
-    )
-    return planned, 2 * num_values + (24 if recipe.cache else 3), sum(map(len, shards))
 
-
-def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
-    """Return changes that make a phase smaller, with its peak after each: the best first, and all
-    together last.
-    """
-    phase = recipe.phases[position]
-    rank = phase.lora_rank
-    changes: list[tuple[bool, dict[str, Any]]] = [
-        (phase.batch_size > 1, {"batch_size": phase.batch_size // 2}),
-        (not phase.gradient_checkpointing, {"gradient_checkpointing": True}),
-        (phase.precision == "fp32", {"precision": "bf16"}),
-        (rank is not None and recipe.base_precision == "fp32", {"base_precision": "bf16"}),
-        (phase.optimiser == "adamw", {"optimiser": "adamw8bit"}),
-        (phase.student_steps > 1 and rank != 1, {"lora_rank": rank // 2 if rank else 64}),
-        (
-            rank is not None and phase.judges and not phase.discriminator_lora,
-            {"discriminator_lora": True},
-        ),
-    ]
-    useful = [change for helps, change in changes if helps]
-    together = {key: value for change in useful for key, value in change.items()}
-    *peaks, least = [
-        (change, _changed_peak(recipe, position, change)) for change in (*useful, together)
-    ]
-    return [*sorted(peaks, key=lambda found: found[1]), least]
-
-
-def _changed_peak(recipe: DistillRecipe, position: int, change: dict[str, Any]) -> int:
-    """Return a phase's peak if it is changed so, and with it all that train a LoRA, or a whole
-    UNet, as it does.
-    """
-    phases, chosen = list(recipe.phases), recipe.phases[position]
-    for i, phase in enumerate(phases):
-        if i == position or (
-            phase.student_steps > 1 and (phase.lora_rank is None) == (chosen.lora_rank is None)
-        ):
-            phases[i] = phase.model_copy(update=change)
-    (changed,), *_ = plan(
-        recipe.model_copy(update={**change, "phases": tuple(phases)}), only=position
-    )
-    return changed.highest
-
-
-def _planned(
-    phase: Phase, standing: int, trained: dict[str, int], added: int, kept: int, drawing: int
-) -> PhasePlan:
-    num_steps = 1 if phase.objective == "convert" else phase.teacher_steps // phase.student_steps
-    kept *= math.ceil(phase.iterations / phase.reuse) - 1
-    own, moments = 4 * trained["student"], 8 if phase.optimiser == "adamw" else 2
-    memory = {"frozen weights": standing - own, "kept batches": kept, "student average": own}
-    for role, count in trained.items():
-        memory |= {f"{role} weights": 4 * count, f"{role} moments": moments * count}
-    # beside the averaged weights, the student's own are put aside
-    pictures = sum(memory.values()) + own + drawing
-    memory["gradients, of one at a time"] = 4 * max(trained.values())
-    peak = standing + added + kept - (8 - moments) * sum(trained.values())
-    memory["activations"] = max(0, peak - sum(memory.values()))
-    evaluations = num_steps * (2 if phase.guidance > 1 else 1) / phase.reuse
-    return PhasePlan(phase, evaluations, trained, memory, peak, pictures)
-
-
-def _measure(phase: Phase, lesson: Lesson, meter: Meter) -> tuple[dict[str, int], int, int]:
-    """Return parameters by role, and what an iteration after the first adds at its peak, and leaves
-    behind.
-    """
-    before = meter.living
-    # A teacher keeps nothing but latents from one of its evaluations to the next, so one will do;
-    # what steps in 8 bits
-    # knows no tensors without memory.
-    phase = phase.model_copy(update={"teacher_steps": phase.student_steps, "optimiser": "adamw"})
-    trainer = (
-        AdversarialTrainer(phase, lesson) if phase.judges else RegressionTrainer(phase, lesson)
-    )
-    learning: dict[str, tuple[Any, torch.optim.Optimizer]] = {
-        "student": (lesson.trained, trainer.optimiser)
-    }
-    if isinstance(trainer, AdversarialTrainer):
-        learning["discriminator"] = trainer.discriminator, trainer.discriminator_optimiser
-    for trained, optimiser in learning.values():
-        for parameter in trained.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimiser.step()
-        optimiser.zero_grad()
-    meter.peak = standing = meter.living
-    trainer.iterate(0, Randomness.at(0, 0))
-    kept = meter.living - standing if phase.reuse > 1 else 0
-    counts = {
-        role: sum(p.numel() for p in trained.parameters())
-        for role, (trained, _) in learning.items()
-    }
-    remove_lora(lesson.teacher.network, LoraDiscriminator.NAME)
-    return counts, meter.peak - before, kept
-
-
-def _draw(examples: Examples, meter: Meter) -> int:
-    """Return what drawing adds, by the teacher with its guidance."""
-    before, teacher = meter.living, examples.teacher
-    meter.peak = before
-    examples.draw(
-        lambda told: teacher.denoiser.with_guidance(told, told, teacher.contract.guidance), 1
-    )
-    return meter.peak - before
+    stages: tuple[StagePlan, ...]
+    item_bytes: int
+    num_items: int
 
 
 @dataclass(frozen=True)
-class _Blank:
-    """A source of nothing, in the shapes of what a run draws."""
+class _Measured:
+    """What was measured of a kind of stage.
+
+    `added` is what an iteration after the first adds at its peak, `batch` what it leaves behind.
+    """
+
+    trained: dict[str, int]
+    added: int
+    batch: int
+
+
+def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
+    """Return the plan of a recipe, of all its stages or of one.
+
+    Args:
+        recipe: what would be run; only the configs of its model are read.
+        only: the position of the only stage that is planned; None for all.
+
+    Raises:
+        ModelError: not even the model's configs can be found.
+    """
+    sizes, num_items = _read_cache(recipe)
+    device = find_device("auto").type if recipe.device == "auto" else recipe.device
+    on_cpu = "cpu" in device
+    planned: list[StagePlan] = []
+    measured: dict[str, _Measured] = {}
+    with (
+        warnings.catch_warnings(),
+        Meter() as meter,
+        nullcontext() if on_cpu else computing_off_cpu(),
+    ):
+        # Copying a network asks where its weights are, which is nowhere here.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        teacher, start = _outline(recipe)
+        source = _blank_source(teacher, sizes)
+        drawing = _measure_drawing(Examples.of(teacher, recipe.sample_prompts), meter)
+        if recipe.cache is not None and not on_cpu:
+            _drop_text_encoders(teacher)
+        for position, prepared in enumerate(prepared_stages(recipe, teacher, start=start)):
+            if only not in (None, position):
+                continue
+            gc.collect()
+            standing = meter.living
+            kind = _kind(prepared.stage)
+            if kind not in measured:
+                measured[kind] = _measure(prepared, source, meter)
+            planned.append(_plan_stage(prepared.stage, standing, measured[kind], drawing))
+    item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
+    return Plan(tuple(planned), item_bytes, num_items)
+
+
+def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
+    """Return changes that make a stage smaller, with its peak after each.
+
+    The best comes first, and all together last. What begins with "method." is a setting of the
+    stage's method.
+    """
+    changes = _possible_changes(recipe, recipe.stages[position])
+    together: dict[str, Any] = {}
+    for change in changes:
+        together |= change
+    peaks = [(change, _changed_peak(recipe, position, change)) for change in changes]
+    peaks.sort(key=lambda entry: entry[1])
+    return [*peaks, (together, _changed_peak(recipe, position, together))]
+
+
+def _possible_changes(recipe: DistillRecipe, stage: Stage) -> list[dict[str, Any]]:
+    """Return changes of a stage that save memory."""
+    changes: list[dict[str, Any]] = []
+    if stage.batch_size > 1:
+        changes.append({"batch_size": stage.batch_size // 2})
+    if not stage.gradient_checkpointing:
+        changes.append({"gradient_checkpointing": True})
+    if stage.precision == "fp32":
+        changes.append({"precision": "bf16"})
+    if stage.lora_rank is not None and recipe.base_precision == "fp32":
+        changes.append({"base_precision": "bf16"})
+    if stage.optimiser == "adamw":
+        changes.append({"optimiser": "adamw8bit"})
+    if stage.student_steps > 1 and stage.lora_rank != 1:
+        changes.append({"lora_rank": stage.lora_rank // 2 if stage.lora_rank else 64})
+    for saving in stage.make_method().cost().savings:
+        changes.append({f"method.{key}": value for key, value in saving.items()})
+    return changes
+
+
+def _changed_peak(recipe: DistillRecipe, position: int, change: Mapping[str, Any]) -> int:
+    """Return a stage's peak after a change, of the recipe or of its stages.
+
+    All stages change that train a LoRA, or a whole network, as this one does: a running LoRA has
+    one rank.
+    """
+    chosen = recipe.stages[position]
+    of_recipe = {key: value for key, value in change.items() if key in type(recipe).model_fields}
+    of_stages = {key: value for key, value in change.items() if key not in of_recipe}
+    stages = list(recipe.stages)
+    for i, stage in enumerate(stages):
+        is_alike = (stage.lora_rank is None) == (chosen.lora_rank is None)
+        if i == position or (stage.student_steps > 1 and is_alike):
+            stages[i] = _changed(stage, of_stages)
+    changed = recipe.model_copy(update={**of_recipe, "stages": tuple(stages)})
+    return plan(changed, only=position).stages[0].highest
+
+
+def _changed(stage: Stage, change: Mapping[str, Any]) -> Stage:
+    """Return a stage with other settings, and its method with those that it has."""
+    of_stage: dict[str, Any] = {}
+    of_method: dict[str, Any] = {}
+    for key, value in change.items():
+        setting = key.removeprefix("method.")
+        if setting == key:
+            of_stage[key] = value
+        elif setting in type(stage.method).model_fields:
+            of_method[setting] = value
+    method = stage.method.model_copy(update=of_method)
+    return stage.model_copy(update={**of_stage, "method": method})
+
+
+def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) -> StagePlan:
+    """Divide a stage's bytes by what they are for.
+
+    Args:
+        stage: that is planned.
+        standing: bytes before the stage's own networks are made.
+        measured: of a stage of this kind, whose optimiser was "adamw".
+        drawing: bytes that drawing pictures adds.
+    """
+    cost = stage.make_method().cost()
+    trained = measured.trained
+    # The iteration that was measured holds one of the kept batches already.
+    kept = measured.batch * max(0, cost.num_kept_batches - 1)
+    student = BYTES_OF_WEIGHT * trained[STUDENT]
+    moments = BYTES_OF_MOMENTS[stage.optimiser]
+    memory = {
+        "frozen weights": standing - student,
+        "kept batches": kept,
+        "student average": student,
+    }
+    for role, count in trained.items():
+        memory[f"{role} weights"] = BYTES_OF_WEIGHT * count
+        memory[f"{role} moments"] = moments * count
+    # While the student has its averaged weights, its own are put aside.
+    pictures = sum(memory.values()) + student + drawing
+    memory["gradients, of one at a time"] = BYTES_OF_WEIGHT * max(trained.values())
+    saved_moments = (BYTES_OF_MOMENTS["adamw"] - moments) * sum(trained.values())
+    peak = standing + measured.added + kept - saved_moments
+    memory["activations"] = max(0, peak - sum(memory.values()))
+    return StagePlan(stage, cost.teacher_evaluations, trained, memory, peak, pictures)
+
+
+def _kind(stage: Stage) -> str:
+    return f"{stage.model_dump(include=_KIND)} {stage.guidance > 1}"
+
+
+def _measure(prepared: PreparedStage, source: Source, meter: Meter) -> _Measured:
+    """Take one iteration of a stage, as if it were not the first."""
+    before = meter.living
+    stage = prepared.stage.model_copy(update={"optimiser": "adamw"})
+    if stage.teacher_steps is not None:
+        # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
+        # do. The 8-bit optimiser knows no tensors without memory.
+        stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
+    trainer = StageTrainer(stage, source, prepared.teacher, prepared.student)
+    for name, optimiser in trainer.optimisers.items():
+        for parameter in trainer.roles[name].weights.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad()
+    standing = meter.living
+    meter.peak = standing
+    trainer.iterate(0, Randomness.at(0, 0))
+    batch = meter.living - standing
+    trained = {
+        name: sum(parameter.numel() for parameter in trainer.roles[name].weights.parameters())
+        for name in trainer.optimisers
+    }
+    trainer.remove_roles()
+    return _Measured(trained, meter.peak - before, batch)
+
+
+def _measure_drawing(examples: Examples, meter: Meter) -> int:
+    """Return the bytes that drawing adds, by the teacher with its guidance in one step."""
+    before = meter.living
+    meter.peak = before
+    denoiser = examples.teacher.denoiser
+    scale = examples.teacher.contract.guidance
+    examples.draw(lambda given: denoiser.with_guidance(given, given, scale), 1)
+    return meter.peak - before
+
+
+def _outline(recipe: DistillRecipe) -> tuple[Bundle, Denoiser | None]:
+    """Return the teacher, and the student that is trained on if it is another, without weights."""
+    bundle = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
+    teacher = bundle.as_teacher()
+    if recipe.base_precision == "bf16":
+        nn.Module.to(teacher.denoiser.network, torch.bfloat16)
+    if not recipe.starts_apart:
+        return teacher, None
+    start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
+    nn.Module.to(start.network, teacher.denoiser.dtype)
+    return teacher, start
+
+
+def _drop_text_encoders(teacher: Bundle) -> None:
+    """Let the text encoders weigh nothing: they are on the CPU while something else computes."""
+    for encoder in teacher.text.networks.values():
+        for parameter in encoder.parameters():
+            parameter.data = torch.empty(0)
+
+
+def _read_cache(recipe: DistillRecipe) -> tuple[list[tuple[int, int]], int]:
+    """Return the latents' sizes (width, height) in a recipe's cache, and how many items it has."""
+    if recipe.cache is None:
+        return [], 0
+    shards = [read_shard(path) for path in sorted(recipe.cache.glob("shard-*.safetensors"))]
+    return [shard.size for shard in shards], sum(len(shard) for shard in shards)
+
+
+def _item_bytes(source: _BlankSource, *, with_texts: bool) -> int:
+    """Return the bytes of one example, in 16 bits, with what is written beside it."""
+    if not with_texts:
+        return 2 * math.prod(source.latents) + 3
+    texts = source.conditioning.text.numel() + source.conditioning.pooled.numel()
+    return 2 * (math.prod(source.latents) + texts) + 24
+
+
+@dataclass(frozen=True)
+class _BlankSource:
+    """A source of examples without values, in the shapes of those that a run draws."""
 
     latents: tuple[int, ...]
-    told: Conditioning
+    conditioning: Conditioning
 
     def draw(self, count: int, tensors: object, words: object) -> tuple[Tensor, Conditioning]:
-        return torch.empty(count, *self.latents), Conditioning.cat([self.told] * count)
+        return torch.empty(count, *self.latents), Conditioning.cat([self.conditioning] * count)
 
     def empty(self, like: Conditioning) -> Conditioning:
-        return Conditioning.cat([self.told] * len(like))
+        return Conditioning.cat([self.conditioning] * len(like))
+
+
+def _blank_source(teacher: Bundle, sizes: Sequence[tuple[int, int]]) -> _BlankSource:
+    """Return a source of the largest latents of a cache, or of the teacher's first size."""
+    size = teacher.contract.sizes[0]
+    first = teacher.latent_shape(*size)
+    shapes = [(first[0], height, width) for width, height in sizes]
+    largest = max(shapes, key=math.prod, default=first)
+    return _BlankSource(largest, teacher.conditioning([""], *size))

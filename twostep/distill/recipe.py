@@ -1,113 +1,119 @@
-"""What a distillation recipe says: a list of phases, each with its student, its teacher and its
-objective.
+"""Recipes of distillation: a chain of stages, each with its student, its teacher and its method.
+
+In a recipe `[defaults]` holds what stages have in common, and every `[[stages]]` what differs.
+`[stages.method]` is checked by the settings of the method that it names; what several stages of one
+method share may stand in `[defaults.methods.NAME]`.
 """
 
-import re
-from pathlib import Path
-from typing import Literal
+from __future__ import annotations
 
-from pydantic import Field, model_validator
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from twostep.diffusion import PredictionType
 from twostep.distill.health import Health
+from twostep.distill.method import Method, MethodSettings
+from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
 from twostep.training.loop import LoopSettings
+from twostep.training.optimiser import OptimiserName
 from twostep.training.recipe import Settings
 from twostep.training.trackers import Tracker
 
-Objective = Literal["mse", "conditional", "unconditional", "convert"]
+BUILTIN = "builtin"
+"""The value of `data` that means the drawings in the package."""
 
 
-class Phase(LoopSettings):
-    """One phase of one stage: who learns from whom, judged how, for how long."""
+class Stage(LoopSettings):
+    """One stage: which student learns from whom, by which method, for how long."""
 
     student_steps: int = Field(gt=0, description="steps of the student that is trained")
-    teacher_steps: int = Field(
-        gt=0, description="steps of the model that teaches; a multiple of student_steps"
+    teacher_steps: int | None = Field(
+        None,
+        gt=0,
+        description="steps of the model that teaches: a finished student, or the model itself on "
+        "a finer grid; not given where the method has no use for it",
     )
-    objective: Objective = Field(
-        description="mse | conditional | unconditional | convert (to x0, eq 27-29)"
+    method: SerializeAsAny[MethodSettings] = Field(
+        description="the method's own table, with its name"
     )
     guidance: float = Field(
         1.0, ge=1, description="the teacher's guidance; above 1 only where the model teaches"
     )
     lora_rank: int | None = Field(
-        None, gt=0, description="train a LoRA of this rank; the whole UNet where not given"
+        None, gt=0, description="train a LoRA of this rank; the whole network where not given"
     )
-    optimiser: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit keeps its moments in 8 bits"
-    )
+    optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
-    discriminator_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate where not given"
-    )
-    discriminator_lora: bool = Field(
-        False, description="its encoder as a LoRA on the shared base: needs lora_rank"
-    )
-    r1_weight: float = Field(
-        0.0, ge=0, description="weight of the approximated R1 penalty; 100 in arXiv 2501.08316"
-    )
-    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of either network")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of any network")
     gradient_checkpointing: bool = Field(
         False, description="less memory for activations, about a third slower"
     )
-    reuse: int = Field(
-        1, ge=1, description="times each batch, kept in memory with the teacher's answer, is used"
-    )
-    early_weight: int = Field(
-        1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)"
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_methods_stand_in_their_table(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values.keys() - cls.model_fields.keys():
+                if owners := methods_with_setting(key):
+                    raise ValueError(
+                        f"{key} is a setting of the method {' or '.join(owners)}: write it into "
+                        "the stage's own table, [stages.method]"
+                    )
+        return values
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _checked_by_the_method(cls, values: Any) -> Any:
+        return _method_settings(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Phase":
-        if self.teacher_steps % self.student_steps:
-            raise ValueError(
-                f"teacher_steps {self.teacher_steps} is no multiple of student_steps {self.student_steps}; "
-                "the student's times must be among the teacher's"
-            )
-        if self.reuse > 1 and self.judges:
-            raise ValueError(
-                f"reuse {self.reuse} with objective {self.objective}: only mse and convert keep answers"
-            )
+    def _fits_together(self) -> Stage:
         if self.lora_rank is not None and self.student_steps == 1:
             raise ValueError(
-                "a 1-step student predicts x0, into which no LoRA turns an eps network: no lora_rank here"
+                "a 1-step student predicts x0, into which no LoRA turns an eps network: no "
+                "lora_rank here"
             )
-        if self.discriminator_lora and self.lora_rank is None:
-            raise ValueError(
-                "discriminator_lora without lora_rank: only LoRA students share a base with it"
-            )
+        self.make_method()
         return self
 
     @property
     def name(self) -> str:
-        """The phase's name in the log and the checkpoints: "4-unconditional", "4-conditional-lora"."""
-        return f"{self.student_steps}-{self.objective}{'' if self.lora_rank is None else '-lora'}"
+        """The stage's name in the log, the checkpoints and the samples.
 
-    def predicts(self, before: PredictionType) -> PredictionType:
-        """Return what the student predicts: as the last one, but x0 at one step, where eps errors
-        grow 14.6 times.
+        Steps, method, the method's variant if it has any, and "lora" if one is trained, as in
+        "32-regression" or "4-adversarial-conditional-lora".
         """
-        return (
-            "x0"
-            if self.objective == "convert" or (self.student_steps == 1 and before == "eps")
-            else before
-        )
+        words = [str(self.student_steps), find_method(self.method.name).name]
+        if self.method.variant is not None:
+            words.append(self.method.variant)
+        if self.lora_rank is not None:
+            words.append("lora")
+        return "-".join(words)
 
-    @property
-    def grids(self) -> tuple[int, int]:
-        """Steps of the grids on which student and teacher walk: in a conversion, which is about x0,
-        one step to 0.
-        """
-        return (1, 1) if self.objective == "convert" else (self.student_steps, self.teacher_steps)
+    def make_method(self) -> Method[Any]:
+        """Return the stage's method; ValueError where its settings do not fit the stage."""
+        return find_method(self.method.name)(self)
 
-    @property
-    def judges(self) -> bool:
-        """Whether a discriminator judges the student."""
-        return self.objective in ("conditional", "unconditional")
+    def check_teacher_steps(self) -> None:
+        """Check that a teacher's grid contains the student's times; ValueError if it does not."""
+        if self.teacher_steps is None:
+            raise ValueError(
+                f"the method {self.method.name!r} needs teacher_steps: who teaches, and how finely"
+            )
+        if self.teacher_steps % self.student_steps:
+            raise ValueError(
+                f"teacher_steps {self.teacher_steps} is no multiple of student_steps "
+                f"{self.student_steps}; the student's times must be among the teacher's"
+            )
 
 
 class DistillRecipe(Settings):
-    """A chain of phases from a teacher to its students."""
+    """A chain of stages from a teacher to its students."""
 
     model: str = Field("nano", description="teacher: a built-in name or a model folder")
     device: str = Field(
@@ -117,7 +123,8 @@ class DistillRecipe(Settings):
         None, gt=0, description="start from that model's student of so many steps"
     )
     style_lora: Path | None = Field(
-        None, description="a LoRA that the teacher wears, and the student's own starts as"
+        None,
+        description="a LoRA that is merged into the teacher, and that the student's LoRA starts as",
     )
     start_steps: int | None = Field(
         None, gt=0, description="train on its student of so many steps; the model teaches"
@@ -126,13 +133,15 @@ class DistillRecipe(Settings):
         None, description="what the teacher predicts if its config is wrong"
     )
     shard: bool = Field(
-        False, description="spread what whole-UNet phases train over the processes (FSDP)"
+        False, description="spread what whole-network stages train over the processes (FSDP)"
     )
     data: str | None = Field(
-        None, description='folder of `twostep cache`, or "module:function" of a `trainer.Source`'
+        None,
+        description='folder of `twostep cache`, "builtin" for the drawings in the package, or '
+        '"module:function" that makes a `distill.pairs.Source`',
     )
     data_options: dict[str, str | int | float] = Field(
-        {}, description="what that function is told beside the teacher"
+        {}, description="arguments of that function beside the teacher"
     )
     release: tuple[int, ...] = Field(
         (8, 4, 2, 1), description="step counts whose students are written to the model"
@@ -140,53 +149,130 @@ class DistillRecipe(Settings):
     sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
     base_precision: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="weights of the teacher, and so of the base that LoRAs share; what is trained is fp32",
+        description="weights of the teacher, and so of the base that LoRAs share; what is trained "
+        "is fp32",
     )
     trackers: tuple[Tracker, ...] = Field(
-        (), description="tensorboard, wandb: told every logged figure, if installed"
+        (), description="tensorboard, wandb: get every logged figure, if installed"
     )
     health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
-    phases: tuple[Phase, ...] = Field(min_length=1, description="the chain, in order")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="the chain, in order")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "phases" in values:
+            raise ValueError(
+                "[[phases]] and objective were replaced by [[stages]] and [stages.method]. "
+                "`twostep recipe --migrate OLD.toml` prints this recipe rewritten"
+            )
+        if "defaults" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "defaults"}
+        defaults = dict(values["defaults"])
+        by_method = defaults.pop("methods", {})
+        _check_defaults(defaults, by_method)
+        stages = [
+            _filled(stage, defaults, by_method) if isinstance(stage, Mapping) else stage
+            for stage in rest.get("stages", ())
+        ]
+        return {**rest, "stages": stages}
+
+    @model_validator(mode="after")
+    def _every_teacher_exists(self) -> DistillRecipe:
+        known = set() if self.model_steps is None else {self.model_steps}
+        for stage in self.stages:
+            self._check_teacher(stage, known)
+            known.add(stage.student_steps)
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"two stages train the same student by the same method: {', '.join(names)}"
+            )
+        return self
+
+    def _check_teacher(self, stage: Stage, known: set[int]) -> None:
+        """Check a stage against the steps of the students that there are before it."""
+        learns_from_itself = find_method(stage.method.name).learns_from_itself
+        is_student = stage.teacher_steps in known
+        fewest_of_the_model = max(known, default=0)
+        is_model = stage.teacher_steps is None or stage.teacher_steps >= fewest_of_the_model
+        if not is_student and not is_model:
+            raise ValueError(
+                f"stage {stage.name} learns from a {stage.teacher_steps}-step student that no "
+                f"stage before it makes; there are {sorted(known, reverse=True)}, and above them "
+                "the model itself"
+            )
+        if stage.guidance > 1 and (
+            is_student or learns_from_itself or self.model_steps is not None
+        ):
+            raise ValueError(
+                f"stage {stage.name} asks for guidance {stage.guidance:g} of a student, into which "
+                "it was already distilled; leave it out"
+            )
 
     @property
     def cache(self) -> Path | None:
-        """The folder of encoded pictures and texts to train from, if it is one and no function that
-        makes them.
-        """
-        return (
-            None if self.data is None or re.fullmatch(r"[\w.]+:\w+", self.data) else Path(self.data)
-        )
+        """The folder of encoded pictures and texts to train from; None if a function makes data."""
+        if self.data in (None, BUILTIN) or re.fullmatch(r"[\w.]+:\w+", self.data):
+            return None
+        return Path(self.data)
 
     @property
     def starts_apart(self) -> bool:
         """Whether the student that is trained on starts from another network than the teacher's."""
         return self.start_steps is not None or self.style_lora is not None
 
-    @model_validator(mode="after")
-    def _every_teacher_exists(self) -> "DistillRecipe":
-        known: set[int] = set() if self.model_steps is None else {self.model_steps}
-        for phase in self.phases:
-            made = phase.teacher_steps in known
-            if (
-                not made
-                and phase.teacher_steps < max(known, default=0)
-                and phase.objective != "convert"
-            ):
-                raise ValueError(
-                    f"phase {phase.name} learns from a {phase.teacher_steps}-step student that no phase before it "
-                    f"makes; there are {sorted(known, reverse=True)}, and above them the model itself"
-                )
-            if phase.guidance > 1 and (
-                made or self.model_steps is not None or phase.objective == "convert"
-            ):
-                raise ValueError(
-                    f"phase {phase.name} asks for guidance {phase.guidance:g} of a student, into which it was already "
-                    "distilled; leave it out"
-                )
-            known.add(phase.student_steps)
-        names = [phase.name for phase in self.phases]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"two phases train the same student with the same objective: {', '.join(names)}"
-            )
-        return self
+
+def _method_settings(values: Mapping[str, Any]) -> MethodSettings:
+    """Return a method's table as its own settings; ValueError names what is wrong in it."""
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise ValueError('a method needs a name, as in name = "regression"')
+    known = settings_keys(name)
+    for key in values.keys() - known.keys():
+        raise ValueError(_unknown_setting(key, name, known))
+    try:
+        return find_method(name).Settings.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        ]
+        raise ValueError("; ".join(problems)) from error
+
+
+def _unknown_setting(key: str, name: str, known: Mapping[str, Any]) -> str:
+    """Return what to do about a key that a method does not have."""
+    message = f"the method {name!r} has no setting {key!r}."
+    if owners := methods_with_setting(key):
+        message += f" It is one of {' and '.join(map(repr, owners))}."
+    if near := difflib.get_close_matches(key, known, 1):
+        return f"{message} Did you mean {near[0]!r}?"
+    return f"{message} {name!r} has {', '.join(known)}."
+
+
+def _check_defaults(defaults: Mapping[str, Any], by_method: Mapping[str, Any]) -> None:
+    """Refuse keys that no stage and no method has: ValueError."""
+    for key in defaults.keys() - Stage.model_fields.keys():
+        near = difflib.get_close_matches(key, Stage.model_fields, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if owners := methods_with_setting(key):
+            hint = f" It belongs in [defaults.methods.{owners[0]}]."
+        raise ValueError(f"defaults.{key}: no such key.{hint}")
+    for name, settings in by_method.items():
+        known = settings_keys(name)
+        for key in settings.keys() - known.keys():
+            raise ValueError(f"defaults.methods.{name}: {_unknown_setting(key, name, known)}")
+
+
+def _filled(
+    stage: Mapping[str, Any], defaults: Mapping[str, Any], by_method: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a stage's values with the defaults where it says nothing."""
+    values = {**defaults, **stage}
+    method = values.get("method")
+    if isinstance(method, Mapping):
+        values["method"] = {**by_method.get(str(method.get("name")), {}), **method}
+    return values

@@ -1,6 +1,4 @@
-"""What a run shows of itself: fixed prompts from fixed noise, by the teacher once, by students at
-every checkpoint.
-"""
+"""The samples of a run: fixed prompts from fixed noise, by the teacher and every checkpoint."""
 
 from __future__ import annotations
 
@@ -25,13 +23,21 @@ NUM_SEEDS = 2
 """Pictures of every prompt: the least that shows whether seeds differ."""
 
 AT_ONCE = 4
-"""Pictures drawn together, and decoded one by one, for training has left little memory."""
+"""Pictures drawn together; they are decoded one by one, for training has left little memory."""
+
+_SCALE = 2
+_FONT_SIZE = 15
+_MARGIN = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The prompts of a run at the teacher's first size; the sheet shows the first seed, the
-    measures use all.
+    """The sample prompts of a run, encoded at the teacher's first size.
+
+    Args:
+        teacher: which draws them once, with its guidance.
+        conditioning: of every prompt, for each seed in turn.
+        empty: of the empty prompt, one item.
     """
 
     teacher: Bundle
@@ -40,76 +46,78 @@ class Examples:
 
     @classmethod
     def of(cls, teacher: Bundle, prompts: tuple[str, ...]) -> Examples:
-        """Encode the prompts, once and now: afterwards the text encoders may go."""
+        """Encode the prompts now; the text encoders are not needed afterwards."""
         size = teacher.contract.sizes[0]
         with torch.no_grad():
-            told, empty = (
-                teacher.conditioning(prompts * NUM_SEEDS, *size),
-                teacher.conditioning([""], *size),
-            )
-        return cls(teacher, told, empty)
+            conditioning = teacher.conditioning(prompts * NUM_SEEDS, *size)
+            empty = teacher.conditioning([""], *size)
+        return cls(teacher, conditioning, empty)
 
     def show(self, student: Denoiser, student_steps: int) -> tuple[Image.Image, dict[str, float]]:
-        """Return teacher above student as a sheet, and how the student's looks compare
-        (`health.measure`).
+        """Draw the prompts with a student.
+
+        Returns:
+            A sheet with the first seed's pictures, the teacher's above the student's, and how the
+            looks of all seeds compare (`health.measure`).
         """
-        own = self.draw(student.with_conditioning, student_steps)
+        pictures = self.draw(student.with_conditioning, student_steps)
         labels = (f"teacher {self.teacher.contract.steps}", f"student {student_steps}")
-        return _sheet(labels, torch.stack([self._of_teacher[0], own[0]])), measure(
-            own, self._of_teacher
-        )
+        sheet = _sheet(labels, torch.stack([self._of_teacher[0], pictures[0]]))
+        return sheet, measure(pictures, self._of_teacher)
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
         return self.draw(self.with_guidance, self.teacher.contract.steps)
 
-    def with_guidance(self, asked: Conditioning) -> Denoise:
-        """Return the teacher with its guidance, given what to draw."""
-        return self.teacher.denoiser.with_guidance(
-            asked, self.empty.expand(len(asked)), self.teacher.contract.guidance
-        )
+    def with_guidance(self, conditioning: Conditioning) -> Denoise:
+        """Return the teacher with its own guidance, ready to sample."""
+        negative = self.empty.expand(len(conditioning))
+        scale = self.teacher.contract.guidance
+        return self.teacher.denoiser.with_guidance(conditioning, negative, scale)
 
     @torch.no_grad()
     def draw(
-        self, given: Callable[[Conditioning], Denoise], num_steps: int
+        self, conditioned: Callable[[Conditioning], Denoise], num_steps: int
     ) -> Float[Tensor, "seeds prompts 3 height width"]:
-        """Draw every prompt from the same noise as ever, a few at a time, by a denoiser that is
-        given what to draw.
+        """Draw every prompt, from the same noise in every call.
+
+        Args:
+            conditioned: returns the function to sample with for a conditioning.
+            num_steps: of the sampler.
         """
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
-        noise = torch.randn(
-            len(self.conditioning), *shape, generator=torch.Generator().manual_seed(0)
-        )
-        schedule, pictures = self.teacher.denoiser.schedule, []
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(self.conditioning), *shape, generator=generator)
+        pictures: list[Tensor] = []
         for start in range(0, len(noise), AT_ONCE):
-            asked = self.conditioning[start : start + AT_ONCE]
+            conditioning = self.conditioning[start : start + AT_ONCE]
+            device = conditioning.text.device
             latents = sample(
-                given(asked),
-                noise[start : start + AT_ONCE].to(asked.text.device),
+                conditioned(conditioning),
+                noise[start : start + AT_ONCE].to(device),
                 num_steps,
-                schedule,
+                self.teacher.denoiser.schedule,
             )
-            pictures += [self.teacher.codec.decode(latent).cpu() for latent in latents.split(1)]
-        apart: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
-        return apart
+            for latent in latents.split(1):
+                pictures.append(self.teacher.codec.decode(latent).cpu())
+        by_seed: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
+        return by_seed
 
 
 def _sheet(
     labels: Sequence[str], rows: Float[Tensor, "rows columns 3 height width"]
 ) -> Image.Image:
-    """Lay pictures out in rows, twice as large, with what they are on the left."""
+    """Lay pictures out in rows, enlarged, with a label on the left of every row."""
     spaced = pad(rows, (0, 4, 0, 4), value=1.0)
-    (grid,) = to_images(spaced.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None])
-    font = ImageFont.load_default(size=15)
-    left, width, height = (
-        16 + round(max(map(font.getlength, labels))),
-        2 * grid.width,
-        2 * grid.height,
-    )
-    sheet = Image.new("RGB", (left + width, height), "white")
-    sheet.paste(grid.resize((width, height), Image.Resampling.LANCZOS), (left, 0))
+    as_one = spaced.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    (grid,) = to_images(as_one[None])
+    grid = grid.resize((_SCALE * grid.width, _SCALE * grid.height), Image.Resampling.LANCZOS)
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    left = 2 * _MARGIN + round(max(map(font.getlength, labels)))
+    sheet = Image.new("RGB", (left + grid.width, grid.height), "white")
+    sheet.paste(grid, (left, 0))
+    draw = ImageDraw.Draw(sheet)
     for i, label in enumerate(labels):
-        ImageDraw.Draw(sheet).text(
-            (8, (i + 0.5) * height / len(labels)), label, "black", font, anchor="lm"
-        )
+        middle = (i + 0.5) * grid.height / len(labels)
+        draw.text((_MARGIN, middle), label, "black", font, anchor="lm")
     return sheet

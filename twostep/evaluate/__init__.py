@@ -1,4 +1,4 @@
-"""Evaluation: how sets of pictures differ, as distributions.
+"""Evaluation: what pictures show, and how sets of them differ.
 
-Takes images, never a pipeline: whatever drew them, they are measured by the same few functions.
+Takes pictures, never a pipeline: whatever drew them, they are measured by the same few functions.
 """

@@ -22,24 +22,29 @@ class DiversityError(TwostepError):
 def feature_diversity(
     features: Float[Tensor, "items features"], prompts: Sequence[Hashable]
 ) -> float | None:
-    """Return the mean Euclidean distance between pictures of one prompt in features; None if no
-    prompt has two.
+    """Return the mean Euclidean distance between features of pictures of one prompt.
+
+    None if no prompt has two pictures.
     """
-    return _mean_distance(features, prompts, scale=1.0)
+    return _mean_distance(features, prompts)
 
 
 def pixel_diversity(
     images: Float[Tensor, "items 3 height width"], prompts: Sequence[Hashable]
 ) -> float | None:
-    """Return the root mean square difference per pixel value between pictures of one prompt, for
-    values in -1..1.
+    """Return the root mean square difference per pixel value between pictures of one prompt.
+
+    Pictures are in -1..1. None if no prompt has two of them.
     """
     pixels = images.flatten(1)
-    return _mean_distance(pixels, prompts, scale=pixels.shape[1] ** -0.5)
+    distance = _mean_distance(pixels, prompts)
+    if distance is None:
+        return None
+    return float(distance * pixels.shape[1] ** -0.5)
 
 
 def _mean_distance(
-    vectors: Float[Tensor, "items size"], prompts: Sequence[Hashable], *, scale: float
+    vectors: Float[Tensor, "items size"], prompts: Sequence[Hashable]
 ) -> float | None:
     if len(vectors) != len(prompts):
         raise DiversityError(
@@ -48,7 +53,8 @@ def _mean_distance(
     members: defaultdict[Hashable, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         members[prompt].append(index)
-    means = [
-        torch.pdist(vectors[group].double()).mean() for group in members.values() if len(group) > 1
-    ]
-    return float(torch.stack(means).mean()) * scale if means else None
+    groups = [group for group in members.values() if len(group) > 1]
+    if not groups:
+        return None
+    means = [torch.pdist(vectors[group].double()).mean() for group in groups]
+    return float(torch.stack(means).mean())

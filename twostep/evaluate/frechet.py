@@ -31,28 +31,27 @@ class FeatureStatistics:
 
 
 def fit_features(features: Float[Tensor, "samples features"]) -> FeatureStatistics:
-    """Return mean and unbiased covariance in float64; FrechetError for fewer than two samples or
-    for NaN.
+    """Return mean and unbiased covariance in float64.
+
+    Raises FrechetError for fewer than two samples, or for values that are not finite.
     """
     if features.ndim != 2 or len(features) < 2:
         raise FrechetError(
-            f"a covariance needs features [samples, features] of at least 2 samples; got {list(features.shape)}. "
-            "Give more pictures."
+            "a covariance needs features [samples, features] of at least 2 samples; "
+            f"got {list(features.shape)}. Give more pictures."
         )
     if not bool(torch.isfinite(features).all()):
         raise FrechetError("the features hold NaN or infinity; look for broken pictures.")
     samples = features.detach().to("cpu", torch.float64)
-    return FeatureStatistics(
-        samples.mean(dim=0), torch.atleast_2d(torch.cov(samples.T)), len(samples)
-    )
+    covariance = torch.atleast_2d(torch.cov(samples.T))
+    return FeatureStatistics(samples.mean(dim=0), covariance, len(samples))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Return the squared Frechet distance between two Gaussians, eq 6 of arXiv 1706.08500; 0 for
-    identical ones.
+    """Return the squared Frechet distance between two Gaussians, eq 6 of arXiv 1706.08500.
 
-    It is the number that FID reports, in the features given. Raises FrechetError where the sizes
-    differ.
+    It is the number that FID reports, in the features given; 0 for identical Gaussians. Raises
+    FrechetError if their features are of different sizes.
     """
     if a.mean.shape != b.mean.shape:
         sizes = f"features of {len(a.mean)} and of {len(b.mean)} numbers"
@@ -65,6 +64,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _symmetric_root(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    """Return the positive root of a symmetric matrix without negative eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)
+    # Rounding leaves eigenvalues of matrices without full rank slightly below zero.
     root: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
     return root

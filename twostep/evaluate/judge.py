@@ -1,10 +1,10 @@
-"""The judge: a small classifier that says what an emoji picture shows, and how.
+"""The judge: a small classifier that says what a picture of the built-in models shows, and how.
 
-It sees 64x64 pictures and names concept, style and background; from the same features it estimates
-how blurred a picture is, so that features (and with them the Frechet distance) do not become blind
-to blur. Convolutions with batch normalisation, mean over the picture, linear heads. It was shown
-real drawings only, never generated pictures (`twostep pretrain nano-judge`), and knows nothing of
-prompts, pipelines or models.
+It sees pictures of one size and names concept, style and background. From the same features it
+estimates how blurred a picture is, so that the features, and with them the Frechet distance, do not
+become blind to blur. Convolutions with batch normalisation, mean over the picture, linear heads. It
+was shown real drawings only, never generated pictures (`twostep pretrain nano-judge`), and knows
+nothing of prompts, pipelines or models.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from twostep.files import write_atomically
 BUILT_IN = Path(__file__).parents[1] / "weights" / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""
 
-PICTURE_PIXELS = 64
-"""Side of the pictures that a judge sees."""
-
 METADATA_KEY = "twostep.judge"
+"""Where a judge's file keeps its classes and its origin."""
+
 _BATCH = 128
+_DEFAULT_PIXELS = 64
+"""The size of judges whose file does not say it."""
+
+_LARGEST_VALUE = 2.0
+"""Beyond it, pictures were surely not scaled to -1..1; slightly outside they may be."""
 
 
 class JudgeError(TwostepError):
@@ -56,8 +60,14 @@ class Classes:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The judge's answer: logits per head, the blur it sees (standard deviation in pixels), and the
-    features.
+    """The judge's answer on a batch of pictures.
+
+    Attributes:
+        concept: logits of the concepts.
+        style: logits of the styles.
+        background: logits of the backgrounds.
+        blur_pixels: the blur it sees, a standard deviation in pixels.
+        features: what the heads read.
     """
 
     concept: Float[Tensor, "batch concepts"]
@@ -69,16 +79,23 @@ class Verdict:
     @staticmethod
     def cat(verdicts: Sequence[Verdict]) -> Verdict:
         """Join verdicts on several batches into one."""
-        names = ("concept", "style", "background", "blur_pixels", "features")
         return Verdict(
-            *(torch.cat([getattr(verdict, name) for verdict in verdicts]) for name in names)
+            concept=torch.cat([verdict.concept for verdict in verdicts]),
+            style=torch.cat([verdict.style for verdict in verdicts]),
+            background=torch.cat([verdict.background for verdict in verdicts]),
+            blur_pixels=torch.cat([verdict.blur_pixels for verdict in verdicts]),
+            features=torch.cat([verdict.features for verdict in verdicts]),
         )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a judge comes from: recipe, version of twostep, and its accuracy on held-out pictures
-    (shares 0..1).
+    """Where a judge comes from.
+
+    Attributes:
+        recipe: its name.
+        version: of twostep.
+        accuracy: on held-out pictures, as shares 0..1.
     """
 
     recipe: str
@@ -87,16 +104,29 @@ class Origin:
 
 
 class Judge(nn.Module):
-    """The classifier; `judge` is the way to ask it, `forward` the way to train it."""
+    """The classifier; `judge` is the way to ask it, `forward` the way to train it.
 
-    def __init__(self, classes: Classes, channels: Sequence[int] = (32, 64, 112, 160)) -> None:
+    Attributes:
+        classes: what it tells apart.
+        channels: widths of its layers.
+        pixels: side of the pictures that it judges.
+        origin: where it comes from; None before it has been measured.
+        real: statistics of the features of real pictures, of all concepts, styles and backgrounds
+            alike; None before they have been taken.
+    """
+
+    def __init__(
+        self,
+        classes: Classes,
+        channels: Sequence[int] = (32, 64, 112, 160),
+        pixels: int = _DEFAULT_PIXELS,
+    ) -> None:
         super().__init__()
         self.classes = classes
         self.channels = tuple(channels)
+        self.pixels = pixels
         self.origin: Origin | None = None
         self.real: FeatureStatistics | None = None
-        """Statistics of the features of real pictures, all concepts, styles and backgrounds alike.
-        """
         self.body = nn.Sequential(*_layers(self.channels))
         width = self.channels[-1]
         self.concept_head = nn.Linear(width, len(classes.concepts))
@@ -108,11 +138,11 @@ class Judge(nn.Module):
         """Return the verdict on pictures in -1..1, unchecked and with gradients."""
         features = self.body(images).mean(dim=(2, 3))
         return Verdict(
-            self.concept_head(features),
-            self.style_head(features),
-            self.background_head(features),
-            self.blur_head(features)[:, 0],
-            features,
+            concept=self.concept_head(features),
+            style=self.style_head(features),
+            background=self.background_head(features),
+            blur_pixels=self.blur_head(features)[:, 0],
+            features=features,
         )
 
     def judge(self, images: Float[Tensor, "batch 3 height width"]) -> Verdict:
@@ -121,7 +151,7 @@ class Judge(nn.Module):
         Raises JudgeError for no pictures, a wrong size, values that are not numbers, or values far
         outside -1..1.
         """
-        check_pictures(images)
+        check_pictures(images, self.pixels)
         was_training = self.training
         self.eval()
         with torch.no_grad():
@@ -135,9 +165,7 @@ class Judge(nn.Module):
 
 
 def load_judge(path: Path = BUILT_IN) -> Judge:
-    """Read what `twostep pretrain nano-judge` wrote, in fp32 and ready to judge; JudgeError where the
-    file is no judge.
-    """
+    """Read a judge, in fp32 and ready to judge; JudgeError if the file is none, or damaged."""
     if not path.is_file():
         raise JudgeError(
             f"There is no judge at {path}. Train one with: twostep pretrain nano-judge"
@@ -145,7 +173,8 @@ def load_judge(path: Path = BUILT_IN) -> Judge:
     try:
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
         return _rebuild(description, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -156,41 +185,37 @@ def load_judge(path: Path = BUILT_IN) -> Judge:
 
 
 def save_judge(judge: Judge, path: Path) -> None:
-    """Write a judge to one fp16 safetensors file with its classes and origin as metadata."""
-    tensors = {
-        name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()
-    }
+    """Write a judge to one fp16 safetensors file, with classes and origin as metadata."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in judge.state_dict().items():
+        half = tensor.half() if tensor.is_floating_point() else tensor
+        tensors[name] = half.contiguous()
     if judge.real is not None:
-        tensors |= {
-            "real.mean": judge.real.mean.float(),
-            "real.covariance": judge.real.covariance.float(),
-        }
+        tensors["real.mean"] = judge.real.mean.float().contiguous()
+        tensors["real.covariance"] = judge.real.covariance.float().contiguous()
     description = {
         "concepts": [[c.icon, c.subgroup, list(c.names)] for c in judge.classes.concepts],
         "styles": judge.classes.styles,
         "backgrounds": judge.classes.backgrounds,
         "channels": judge.channels,
+        "pixels": judge.pixels,
         "origin": vars(judge.origin) if judge.origin else None,
         "num_real": judge.real.num_samples if judge.real else 0,
     }
     with write_atomically(path) as file:
-        file.write(
-            save(
-                {name: t.contiguous() for name, t in tensors.items()},
-                {METADATA_KEY: json.dumps(description)},
-            )
-        )
+        file.write(save(tensors, {METADATA_KEY: json.dumps(description)}))
 
 
-def check_pictures(images: Tensor) -> None:
-    """Raise JudgeError for tensors that are no pictures [batch, 3, 64, 64] with finite values in
-    about -1..1.
+def check_pictures(images: Tensor, pixels: int = _DEFAULT_PIXELS) -> None:
+    """Raise JudgeError for tensors that are no pictures of this size.
+
+    Expected are [batch, 3, pixels, pixels] with finite values in about -1..1.
     """
-    expected = (3, PICTURE_PIXELS, PICTURE_PIXELS)
+    expected = (3, pixels, pixels)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
         raise JudgeError(
-            f"the judge was given {images.dtype} {list(images.shape)}; expected floating-point pictures "
-            f"[batch, {', '.join(map(str, expected))}] in -1..1. It knows no other size."
+            f"the judge was given {images.dtype} {list(images.shape)}; expected floating-point "
+            f"pictures [batch, {', '.join(map(str, expected))}] in -1..1. It knows no other size."
         )
     if len(images) == 0:
         raise JudgeError("there are no pictures to judge; give at least one.")
@@ -198,30 +223,34 @@ def check_pictures(images: Tensor) -> None:
     if bool(broken.any()):
         listing = ", ".join(map(str, broken.nonzero().flatten().tolist()[:8]))
         raise JudgeError(
-            f"{int(broken.sum())} of {len(images)} pictures hold NaN or infinity (number {listing})."
+            f"{int(broken.sum())} of {len(images)} pictures hold NaN or infinity "
+            f"(number {listing})."
         )
-    if float(images.abs().max()) > 2:
-        raise JudgeError(
-            f"the values reach {float(images.abs().max()):.3g}; expected -1..1. Scale and clamp them."
-        )
+    largest = float(images.abs().max())
+    if largest > _LARGEST_VALUE:
+        raise JudgeError(f"the values reach {largest:.3g}; expected -1..1. Scale and clamp them.")
 
 
 def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Judge:
+    """Make a judge from what its file says; tensors that do not fit raise."""
     concepts = tuple(
         Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in description["concepts"]
     )
     classes = Classes(concepts, tuple(description["styles"]), tuple(description["backgrounds"]))
-    judge = Judge(classes, description["channels"])
-    mean, covariance = tensors.pop("real.mean", None), tensors.pop("real.covariance", None)
+    pixels = int(description.get("pixels", _DEFAULT_PIXELS))
+    judge = Judge(classes, description["channels"], pixels)
+    mean = tensors.pop("real.mean", None)
+    covariance = tensors.pop("real.covariance", None)
     if mean is not None and covariance is not None:
         judge.real = FeatureStatistics(mean.double(), covariance.double(), description["num_real"])
-    judge.origin = Origin(**description["origin"]) if description["origin"] else None
+    if description["origin"]:
+        judge.origin = Origin(**description["origin"])
     judge.load_state_dict(tensors)
     return judge.eval().requires_grad_(False)
 
 
 def _layers(channels: Sequence[int]) -> Iterator[nn.Module]:
-    """Halve the picture once per width; every width but the first looks twice."""
+    """Halve the picture once per width; every width but the first has a residual block too."""
     for depth, (narrow, wide) in enumerate(zip((3, *channels), channels, strict=False)):
         yield _convolution(narrow, wide, stride=2)
         if depth > 0:
@@ -229,7 +258,7 @@ def _layers(channels: Sequence[int]) -> Iterator[nn.Module]:
 
 
 class Residual(nn.Module):
-    """A convolution added to what it was given."""
+    """A convolution added to its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

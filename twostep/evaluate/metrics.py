@@ -1,4 +1,4 @@
-"""Figures for a set of pictures: do they show what was asked for, how far are they from others, how
+"""Figures of a set of pictures: do they show what was asked for, how far are they from others, how
 diverse are they.
 
 Takes finished pictures, what each was asked to show, and a judge; it does not know what drew them.
@@ -40,9 +40,19 @@ class Score:
 class Report:
     """The figures of one set of pictures; None where there was nothing to measure.
 
-    `subgroup` counts prompts that name only a subgroup ("a bird"): the judged concept must lie in
-    it. The Frechet distances are in the judge's features; diversity is between pictures of the same
-    wish, in features and in pixels.
+    Attributes:
+        num_images: pictures in the set.
+        num_unknown: those of which it is not known what they were asked to show.
+        concept: over prompts that name a concept.
+        subgroup: over prompts that name only a subgroup ("a bird"): the judged concept must lie in
+            it.
+        style: over prompts that name a style.
+        background: over prompts that name a background.
+        frechet_to_reference: distance to the reference, in the judge's features.
+        frechet_to_real: distance to real pictures, in the same.
+        feature_diversity: between pictures of the same wish, in features.
+        pixel_diversity: the same in pixels.
+        mean_blur_pixels: mean blur that the judge sees.
     """
 
     num_images: int
@@ -73,13 +83,19 @@ def evaluate(
     reference: FeatureStatistics | None = None,
     real: FeatureStatistics | None = None,
 ) -> Report:
-    """Judge pictures in -1..1 against what each was asked to show; None means that this is not
-    known.
+    """Judge pictures against what each was asked to show.
 
-    `reference` and `real` are what the Frechet distances are taken to:
-    `judge.statistics(pictures)`, or `judge.real`. Raises JudgeError for pictures that cannot be
-    judged, EvaluationError for a wish that the judge has no class for, FrechetError for a distance
-    of fewer than two pictures.
+    Args:
+        images: pictures in -1..1 of the judge's size.
+        attributes: what each picture was asked to show; None where that is not known.
+        judge: judges them.
+        reference: of other pictures, by `judge.statistics`: the Frechet distance is taken to them.
+        real: of real pictures, as in `judge.real`: the same.
+
+    Raises:
+        JudgeError: the pictures cannot be judged.
+        EvaluationError: the judge has no class for a wish.
+        FrechetError: a distance was asked for of fewer than two pictures.
     """
     if len(images) != len(attributes):
         raise EvaluationError(
@@ -88,56 +104,65 @@ def evaluate(
     verdict = judge.judge(images)
     known = [index for index, wish in enumerate(attributes) if wish is not None]
     wishes = [wish for wish in attributes if wish is not None]
-    statistics = fit_features(verdict.features) if reference or real else None
     return Report(
         num_images=len(images),
         num_unknown=len(images) - len(known),
         **_scores(verdict, torch.tensor(known, dtype=torch.int64), wishes, judge.classes),
-        frechet_to_reference=frechet_distance(statistics, reference)
-        if statistics and reference
-        else None,
-        frechet_to_real=frechet_distance(statistics, real) if statistics and real else None,
+        frechet_to_reference=_distance(verdict, reference),
+        frechet_to_real=_distance(verdict, real),
         feature_diversity=feature_diversity(verdict.features[known], wishes),
         pixel_diversity=pixel_diversity(images[known], wishes),
         mean_blur_pixels=float(verdict.blur_pixels.clamp(min=0).mean()),
     )
 
 
+def _distance(verdict: Verdict, reference: FeatureStatistics | None) -> float | None:
+    """Return the Frechet distance of judged pictures to a reference, if there is one."""
+    if reference is None:
+        return None
+    return frechet_distance(fit_features(verdict.features), reference)
+
+
 def _scores(
     verdict: Verdict, known: Int[Tensor, " known"], wishes: Sequence[Attributes], classes: Classes
 ) -> dict[str, Score]:
+    """Return the scores of the pictures whose wish is known, by field of the report."""
     judged = [classes.concepts[index] for index in verdict.concept[known].argmax(dim=1).tolist()]
     kinds = [_kind(wish, classes) for wish in wishes]
-    hits = [
-        wish.names[0] in (*concept.names, concept.subgroup) if wish.names else False
-        for concept, wish in zip(judged, wishes, strict=True)
-    ]
+    hits = []
+    for concept, wish in zip(judged, wishes, strict=True):
+        answers = (*concept.names, concept.subgroup)
+        hits.append(bool(wish.names) and wish.names[0] in answers)
     return {
-        "concept": _score(hits, [kind == "concept" for kind in kinds]),
-        "subgroup": _score(hits, [kind == "subgroup" for kind in kinds]),
-        "style": _named(verdict.style[known], [wish.style for wish in wishes], classes.styles),
-        "background": _named(
+        "concept": _score_kind("concept", hits, kinds),
+        "subgroup": _score_kind("subgroup", hits, kinds),
+        "style": _score_named(
+            verdict.style[known], [wish.style for wish in wishes], classes.styles
+        ),
+        "background": _score_named(
             verdict.background[known], [wish.background for wish in wishes], classes.backgrounds
         ),
     }
 
 
-def _named(
+def _score_named(
     logits: Float[Tensor, "known classes"], asked: Sequence[str | None], names: Sequence[str]
 ) -> Score:
+    """Score the answers of a head against the names that were asked for."""
     judged = [names[index] for index in logits.argmax(dim=1).tolist()]
-    pairs = list(zip(judged, asked, strict=True))
-    return Score(sum(a == b for a, b in pairs), sum(b is not None for _, b in pairs))
+    num_right = sum(answer == name for answer, name in zip(judged, asked, strict=True))
+    num_asked = sum(name is not None for name in asked)
+    return Score(num_right, num_asked)
 
 
-def _score(hits: Sequence[bool], asked: Sequence[bool]) -> Score:
-    return Score(sum(hit and wanted for hit, wanted in zip(hits, asked, strict=True)), sum(asked))
+def _score_kind(kind: str, hits: Sequence[bool], kinds: Sequence[str]) -> Score:
+    """Score the pictures whose wish names a thing of this kind."""
+    asked = [hit for hit, named in zip(hits, kinds, strict=True) if named == kind]
+    return Score(sum(asked), len(asked))
 
 
 def _kind(wish: Attributes, classes: Classes) -> str:
-    """Say whether a wish names a concept, a subgroup, or nothing; EvaluationError for a name the
-    judge lacks.
-    """
+    """Return what a wish names, "concept", "subgroup" or "nothing"; EvaluationError if unknown."""
     if not wish.names:
         return "nothing"
     name = wish.names[0]

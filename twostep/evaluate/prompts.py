@@ -1,28 +1,12 @@
-"""The way back from a prompt: what it names of concept, style and background, as `data.captions`
-writes them.
+"""The way back from a prompt: what it names of concept, style and background.
+
+It reads the forms that `pretrain.captions` writes.
 """
 
 import re
 from collections.abc import Sequence
 
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes, Concept
-
-
-def attributes_from_prompt(prompt: str, concepts: Sequence[Concept]) -> Attributes | None:
-    """Read a prompt that `caption` or `complete_caption` wrote; None where it names a thing that is
-    no concept.
-
-    A synonym stands for its concept, so the names are those of the concept, the usual one first.
-    """
-    words = " ".join(prompt.lower().split())
-    words, background = _take(words, _BACKGROUND)
-    words, style = _take(words, _STYLE)
-    noun = re.sub(r"^an? ", "", words)
-    if noun in {"", "picture", "drawing", "emoji"}:
-        return Attributes((), style, background)
-    names = _names_of(noun, concepts)
-    return Attributes(names, style, background) if names else None
-
 
 _BACKGROUND_WORD = "|".join(BACKGROUNDS)
 _STYLE_WORD = "|".join(STYLES)
@@ -33,9 +17,27 @@ _BACKGROUND = re.compile(
 _STYLE = re.compile(
     rf"^(?:an? )?({_STYLE_WORD})(?: |$)|, ({_STYLE_WORD})$| in ({_STYLE_WORD}) style$"
 )
+_NO_CONCEPT = {"", "picture", "drawing", "emoji"}
+"""Nouns that name no thing."""
 
 
-def _take(words: str, pattern: re.Pattern[str]) -> tuple[str, str | None]:
+def attributes_from_prompt(prompt: str, concepts: Sequence[Concept]) -> Attributes | None:
+    """Read a prompt; None if it names a thing that is none of the concepts.
+
+    A synonym stands for its concept, so the names returned are those of the concept, the usual one
+    first.
+    """
+    words = " ".join(prompt.lower().split())
+    words, background = _cut_out(words, _BACKGROUND)
+    words, style = _cut_out(words, _STYLE)
+    noun = re.sub(r"^an? ", "", words)
+    if noun in _NO_CONCEPT:
+        return Attributes((), style, background)
+    names = _names_of(noun, concepts)
+    return Attributes(names, style, background) if names else None
+
+
+def _cut_out(words: str, pattern: re.Pattern[str]) -> tuple[str, str | None]:
     """Cut the first match out of the words and return what it names."""
     match = pattern.search(words)
     if match is None:
@@ -44,7 +46,10 @@ def _take(words: str, pattern: re.Pattern[str]) -> tuple[str, str | None]:
 
 
 def _names_of(noun: str, concepts: Sequence[Concept]) -> tuple[str, ...]:
+    """Return the names of the concept or the subgroup that a noun names; empty for neither."""
     for concept in concepts:
         if noun in concept.names:
             return concept.names
-    return (noun,) if any(concept.subgroup == noun for concept in concepts) else ()
+    if any(concept.subgroup == noun for concept in concepts):
+        return (noun,)
+    return ()

@@ -5,7 +5,7 @@ know of its nodes.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Card:
             file=out.name,
             to=to,
             contract=contract,
-            fields=asdict(contract),
+            fields={field.name: getattr(contract, field.name) for field in fields(contract)},
             full_size=full_size,
             sdxl=is_sdxl(contract),
             base=base,

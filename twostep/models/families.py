@@ -84,7 +84,7 @@ def family_of(contract: Contract) -> Family:
 
     Raises ModelError if no such family is registered.
     """
-    name = "sdxl"
+    name = contract.family
     if ":" in name:
         raise ModelError(f"{contract.name}: {_unknown(name)}")
     return find_family(name)

@@ -51,7 +51,7 @@ class Hint:
     network: ControlNetModel
     picture: Float[Tensor, "batch 3 height width"]
     scale: float
-    times: frozenset[int] | frozenset[float]
+    times: frozenset[int | float]
 
     def acts_at(self, time: float) -> bool:
         """Whether it acts at a time, which may be rounded to single precision."""

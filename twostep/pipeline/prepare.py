@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from twostep.contract import TOP_TIME, Contract
+from twostep.contract import Contract
 from twostep.data.sources import cut, nearest_size
-from twostep.diffusion import VariancePreserving, falling_times, initial_noise, trailing_times
-from twostep.diffusion.shapes import Latents
+from twostep.diffusion import Schedule, falling_times, initial_noise, trailing_times
+from twostep.diffusion.shapes import Latents, Time
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.control import Hint, load_control
@@ -58,7 +58,7 @@ class Prepared:
     """
 
     request: Request
-    times: tuple[int, ...]
+    times: tuple[Time, ...]
     positive: Conditioning
     negative: Conditioning | None
     image: Float[Tensor, "1 3 height width"] | None
@@ -98,20 +98,18 @@ class Prepared:
         drawn = [initial_noise(seed, self.x0.shape[1:]) for seed in seeds]
         return torch.stack(drawn).to(self.x0.device)
 
-    def beginning(self, noise: Latents, schedule: VariancePreserving) -> Latents:
+    def beginning(self, noise: Latents, schedule: Schedule) -> Latents:
         """Return x at the first time: the noise, or the noised image."""
         t = torch.full((len(noise),), self.times[0])
         x0 = self.x0.expand_as(noise)
         if self.request.init_noise == "comfyui":
             return schedule.add_noise(x0, noise, t)
         alpha, sigma = schedule.coefficients(t, noise)
-        if self.mask is not None and self.times[0] == schedule.num_times:
+        if self.mask is not None and self.times[0] == schedule.top:
             return sigma * noise  # as diffusers inpaints
         return sigma * noise + alpha * x0
 
-    def put_back(
-        self, x: Latents, s: Tensor, noise: Latents, schedule: VariancePreserving
-    ) -> Latents:
+    def put_back(self, x: Latents, s: Tensor, noise: Latents, schedule: Schedule) -> Latents:
         """Return x at times s with the image, noised to s, outside of the mask.
 
         Inpainting networks see themselves what they have to keep.
@@ -169,7 +167,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - start
 
 
-def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[int, ...]]:
+def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...]]:
     """Return a checked request with nothing left open, and the times that it walks.
 
     A student's guidance is distilled into it, so it gets none, which is 1. The model and the LoRAs
@@ -182,11 +180,12 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[int, ...]
         wished = contract.guidance if request.guidance is None else request.guidance
         guidance = max(1.0, wished)
     steps = request.steps or contract.steps
-    start = TOP_TIME
+    schedule = bundle.denoiser.schedule
+    start = schedule.top
     strength = None
     if request.image is not None:
-        start = _first_time(contract, request, steps)
-        strength = start / TOP_TIME
+        start = _first_time(contract, request, steps, schedule)
+        strength = start / schedule.top
     width, height = _size(contract, request)
     settled = replace(
         request, steps=steps, guidance=guidance, width=width, height=height, strength=strength
@@ -195,17 +194,17 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[int, ...]
         model, *loras = bundle.origin
         choices = tuple(LoraChoice.parse(lora) for lora in loras)
         settled = replace(settled, model=model, loras=choices)
-    return settled, falling_times(start, steps)
+    return settled, falling_times(start, steps, schedule)
 
 
-def _first_time(contract: Contract, request: Request, steps: int) -> int:
+def _first_time(contract: Contract, request: Request, steps: int, schedule: Schedule) -> Time:
     """Return the time at which an image is begun.
 
     It is that trained time, or of a teacher's grid, which is nearest to the strength.
     """
     usual = DEFAULT_STRENGTH if request.mask is None else 1.0
-    wished = TOP_TIME * (request.strength or usual)
-    times = contract.trained_times or trailing_times(steps)
+    wished = schedule.top * (request.strength or usual)
+    times = contract.trained_times or trailing_times(steps, schedule)
     return min(times, key=lambda t: (abs(t - wished), -t))
 
 
@@ -249,7 +248,7 @@ def _mask(bundle: Bundle, picture: Picture, size: tuple[int, int]) -> Mask:
     return mask
 
 
-def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[int, ...]) -> Hint:
+def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[Time, ...]) -> Hint:
     """Load a ControlNet and say at which times it acts.
 
     A step counts if it lies wholly in the control's share of them.
@@ -286,7 +285,7 @@ def _coarse(mask: Mask, like: Latents) -> Bool[Tensor, "1 1 h w"]:
 
 
 def _warnings(
-    bundle: Bundle, request: Request, times: tuple[int, ...], wished_strength: float | None
+    bundle: Bundle, request: Request, times: tuple[Time, ...], wished_strength: float | None
 ) -> list[str]:
     """Say what of a settled request will not have the effect that one expects."""
     warnings = []
@@ -312,9 +311,10 @@ def _warnings(
             f"seed {last} draws the same noise as seed {last % NUM_DISTINCT_SEEDS}: "
             "torch's generator tells only 2**32 seeds apart."
         )
-    taken = times[0] / TOP_TIME
+    top = bundle.denoiser.schedule.top
+    taken = times[0] / top
     if wished_strength not in (None, taken) and contract.role == "student":
-        stops = ", ".join(f"{t / TOP_TIME:g}" for t in sorted(contract.trained_times))
+        stops = ", ".join(f"{t / top:g}" for t in sorted(contract.trained_times))
         warnings.append(
             f"strength {wished_strength:g} became {taken:g}, which takes {len(times) - 1} "
             f"step(s): {contract.name} was trained to begin at {stops}, and nowhere between."

@@ -1,4 +1,4 @@
-"""Captions of the emoji set: words for a drawing, often incomplete on purpose.
+"""Captions of the drawings: words for a picture, often incomplete on purpose.
 
 A caption may leave out the style, the background or both, say only the subgroup ("a bird, 3d"), or
 say nothing at all. So one prompt has many right pictures, and a distilled student has modes to keep
@@ -13,7 +13,15 @@ from twostep.evaluate.attributes import Attributes
 
 @dataclass(frozen=True)
 class Omission:
-    """How often a caption leaves something out, as probabilities in 0..1."""
+    """How often a caption leaves something out, as probabilities in 0..1.
+
+    Attributes:
+        everything: the caption is empty.
+        style: the style is left out.
+        background: the background is left out.
+        concept: the caption names no thing at all.
+        subgroup_instead: it names the subgroup instead of the thing.
+    """
 
     everything: float = 0.1
     style: float = 0.2
@@ -27,10 +35,10 @@ class Omission:
         """Return what is left to be said of a picture with these attributes."""
         if rng.random() < self.everything:
             return Attributes()
-        draw = rng.random()
-        if draw < self.concept:
+        number = rng.random()
+        if number < self.concept:
             names = ()
-        elif draw < self.concept + self.subgroup_instead:
+        elif number < self.concept + self.subgroup_instead:
             names = (subgroup,)
         return Attributes(
             names,
@@ -42,13 +50,14 @@ class Omission:
 def caption(attributes: Attributes, rng: Random) -> str:
     """Return one of the ways to say these attributes: "a flat red apple on a blue background".
 
-    The usual name of a concept comes up in three of four captions, its synonyms share the rest.
+    The usual name of a concept comes up in three of four captions; its synonyms share the rest.
     No attributes at all give the empty caption.
     """
     if attributes == Attributes():
         return ""
-    noun = _name(attributes.names, rng)
-    style, background = attributes.style, attributes.background
+    noun = _random_name(attributes.names, rng)
+    style = attributes.style
+    background = attributes.background
     form = rng.randrange(4)
     if form == 0:
         place = f"on {with_article(background)} background" if background else ""
@@ -71,11 +80,14 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _name(names: tuple[str, ...], rng: Random) -> str:
+def _random_name(names: tuple[str, ...], rng: Random) -> str:
     if not names:
         return rng.choice(("picture", "drawing", "emoji"))
-    return names[0] if len(names) == 1 or rng.random() < 0.75 else rng.choice(names[1:])
+    if len(names) == 1 or rng.random() < 0.75:
+        return names[0]
+    return rng.choice(names[1:])
 
 
 def _join(separator: str, *parts: str | None) -> str:
+    """Join the parts that say something."""
     return separator.join(part for part in parts if part)

@@ -40,7 +40,11 @@ def degrade(
     degradation: Degradation,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, " batch"]]:
-    """Damage pictures at random; return them, within -1..1, and the blur that each got in pixels."""
+    """Damage pictures in -1..1 at random.
+
+    Returns:
+        The pictures, still within -1..1, and the blur that each got, in pixels.
+    """
     count = len(images)
     happens = (torch.rand(3, count, generator=generator) < degradation.probability).float()
     strength = torch.rand(2, count, generator=generator) * happens[:2]
@@ -64,6 +68,7 @@ def blur(
     # A standard deviation of 0 becomes one so small that only the middle weight is left.
     weights = torch.exp(-0.5 * (offsets / blur_pixels.clamp(min=1e-3)[:, None]) ** 2)
     kernels = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    # All planes of all pictures are channels of one, so that each can have its own kernel.
     planes = functional.pad(images.reshape(1, -1, height, width), (reach,) * 4, mode="replicate")
     planes = functional.conv2d(planes, kernels[:, None, :, None], groups=len(kernels))
     planes = functional.conv2d(planes, kernels[:, None, None, :], groups=len(kernels))
@@ -73,14 +78,13 @@ def blur(
 def _noise_like(
     images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Return noise of unit variance: half of it of single pixels, half of soft spots of about four
-    pixels.
-    """
+    """Return noise of about unit variance: fine, of single pixels, and soft spots of four."""
     count, channels, height, width = images.shape
     fine = torch.randn(images.shape, generator=generator)
     coarse = torch.randn(count, channels, height // 4, width // 4, generator=generator)
     spots = functional.interpolate(
         coarse, size=(height, width), mode="bilinear", align_corners=False
     )
+    # Interpolation takes variance away from the spots; 1.5 puts it back.
     noise: Tensor = (fine + spots * 1.5) * 0.5**0.5
     return noise

@@ -1,37 +1,45 @@
-"""The built-in emoji set: drawings of the same concepts in four styles, composited on plain
-backgrounds.
+"""Drawings of the same concepts in several styles, and pictures composed of them.
 
-They are rendered by `twostep drawings`, in the repository, from sets that NOTICE
-names. `concepts.json` lists the concepts with their subgroup and their names, chosen from
-emojibase's keywords.
+A set of drawings is a folder: `drawings.json` names its concepts and styles, and one sheet per
+style holds their drawings, a lossless WebP file with a transparent background. The built-in set
+travels with the package; `twostep drawings` renders it anew from the icon sets that NOTICE names.
+The words of its concepts were chosen from emojibase's keywords.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import BACKGROUNDS, Concept
 from twostep.files import write_atomically
 
+BUILT_IN = Path(__file__).with_name("art") / "nano"
+"""The folder of the drawings that the built-in models learn from: 115 concepts in 4 styles."""
+
 DRAWING_PIXELS = 128
-PICTURE_PIXELS = 64
+"""Side of a drawing as it is rendered."""
+
+_LISTING = "drawings.json"
+_SHEET_COLUMNS = 12
 
 
-class EmojiError(TwostepError):
-    """The emoji set could not be fetched, drawn or read."""
+class DrawingsError(TwostepError):
+    """A set of drawings could not be fetched, rendered, written or read."""
 
 
-@dataclass(frozen=True)
-class EmojiSet:
-    """Drawings with transparent backgrounds: one per concept and style, in that order."""
+@dataclass(frozen=True, eq=False)
+class DrawingSet:
+    """RGBA drawings with transparent backgrounds: one per concept and style, in that order."""
 
     drawings: UInt8[Tensor, "concepts styles 4 height width"]
     concepts: tuple[Concept, ...]
@@ -43,47 +51,98 @@ class EmojiSet:
         return tuple(dict.fromkeys(concept.subgroup for concept in self.concepts))
 
 
-def load_emoji(path: Path) -> EmojiSet:
-    """Read what `twostep drawings` wrote; EmojiError where it is missing, damaged or
-    another thing.
-    """
-    if not path.exists():
-        raise EmojiError(
-            f"There is no emoji set at {path}. Build it with: twostep drawings -o {path}"
+def load_drawings(folder: Path = BUILT_IN) -> DrawingSet:
+    """Read a set of drawings; DrawingsError if it is missing or damaged."""
+    if not (folder / _LISTING).is_file():
+        raise DrawingsError(
+            f"There are no drawings in {folder}: it has no {_LISTING}. "
+            f"Render them with: twostep drawings --out {folder}"
         )
     try:
-        with safe_open(path, "pt") as file:
-            listing = json.loads((file.metadata() or {})["twostep.emoji"])
-            drawings = file.get_tensor("drawings")
-    except (SafetensorError, KeyError) as error:
-        raise EmojiError(
-            f"{path} is no emoji set ({error!r}); build it anew: twostep drawings"
+        listing = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
+        concepts = _read_concepts(listing)
+        styles = tuple(listing["styles"])
+        sheets = [
+            _read_sheet(folder / f"{style}.webp", len(concepts), int(listing["pixels"]))
+            for style in styles
+        ]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DrawingsError(
+            f"The drawings in {folder} are damaged ({error}). "
+            f"Delete the folder and render them anew: twostep drawings --out {folder}"
         ) from error
-    concepts = tuple(
-        Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in listing["concepts"]
-    )
-    return EmojiSet(drawings, concepts, tuple(listing["styles"]))
+    return DrawingSet(torch.stack(sheets, dim=1), concepts, styles)
 
 
-def save_emoji(emoji: EmojiSet, path: Path) -> None:
-    """Write the set to one safetensors file."""
-    listing = [[c.icon, c.subgroup, list(c.names)] for c in emoji.concepts]
-    metadata = {"twostep.emoji": json.dumps({"concepts": listing, "styles": emoji.styles})}
-    with write_atomically(path) as file:
-        file.write(save({"drawings": emoji.drawings.contiguous()}, metadata))
+def save_drawings(drawings: DrawingSet, folder: Path) -> None:
+    """Write a set of drawings to a folder, bit for bit; `load_drawings` reads it."""
+    for column, style in enumerate(drawings.styles):
+        with write_atomically(folder / f"{style}.webp") as file:
+            # `exact` keeps the colours of transparent pixels, so what is read is what was written.
+            _sheet(drawings.drawings[:, column]).save(
+                file, "WEBP", lossless=True, exact=True, quality=100, method=6
+            )
+    listing = {
+        "pixels": drawings.drawings.shape[-1],
+        "styles": drawings.styles,
+        "concepts": {
+            concept.icon: {"subgroup": concept.subgroup, "names": concept.names}
+            for concept in drawings.concepts
+        },
+    }
+    # Last, for a folder without it is no set of drawings.
+    with write_atomically(folder / _LISTING) as file:
+        file.write(json.dumps(listing, indent=1, ensure_ascii=False).encode())
 
 
 def built_in_concepts() -> tuple[Concept, ...]:
-    """Return the concepts that the shipped nano models know."""
-    listing = json.loads((Path(__file__).parent / "concepts.json").read_text())
+    """Return the concepts that the built-in models know, without loading their drawings."""
+    return _read_concepts(json.loads((BUILT_IN / _LISTING).read_text(encoding="utf-8")))
+
+
+def _read_concepts(listing: dict[str, dict[str, dict[str, str]]]) -> tuple[Concept, ...]:
     return tuple(
-        Concept(icon, entry["subgroup"], tuple(entry["names"])) for icon, entry in listing.items()
+        Concept(icon, entry["subgroup"], tuple(entry["names"]))
+        for icon, entry in listing["concepts"].items()
     )
+
+
+def _sheet(drawings: UInt8[Tensor, "concepts 4 height width"]) -> Image.Image:
+    """Lay the drawings of one style out in rows."""
+    num_drawings, _, height, width = drawings.shape
+    num_rows = math.ceil(num_drawings / _SHEET_COLUMNS)
+    sheet = np.zeros((num_rows * height, _SHEET_COLUMNS * width, 4), dtype=np.uint8)
+    for number, drawing in enumerate(drawings.permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(number, _SHEET_COLUMNS)
+        top = row * height
+        left = column * width
+        sheet[top : top + height, left : left + width] = drawing
+    return Image.fromarray(sheet)
+
+
+def _read_sheet(path: Path, count: int, pixels: int) -> UInt8[Tensor, "concepts 4 height width"]:
+    """Read `count` drawings from a sheet; ValueError if it is too small for them."""
+    with Image.open(path) as image:
+        sheet = torch.from_numpy(np.array(image.convert("RGBA")))
+    num_rows = math.ceil(count / _SHEET_COLUMNS)
+    expected = (num_rows * pixels, _SHEET_COLUMNS * pixels, 4)
+    if tuple(sheet.shape) != expected:
+        raise ValueError(f"{path.name} is {list(sheet.shape)}, expected {list(expected)}")
+    cells = sheet.reshape(num_rows, pixels, _SHEET_COLUMNS, pixels, 4).permute(0, 2, 4, 1, 3)
+    return cells.flatten(0, 1)[:count].contiguous()
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How far a drawing may stray from upright and centred when it is composited."""
+    """How far a drawing may stray from upright and centred when it is put on a picture.
+
+    Attributes:
+        flip: whether half of them are mirrored.
+        smallest_scale: side of the smallest drawing, as a share of the picture's.
+        largest_scale: side of the largest.
+        shift_pixels: how far it is moved at most, each way, in pixels of a picture.
+        rotation_degrees: how far it is turned at most, each way.
+    """
 
     flip: bool = True
     smallest_scale: float = 0.8
@@ -94,25 +153,28 @@ class Placement:
 
 def compose(
     drawings: UInt8[Tensor, "batch 4 height width"],
-    background: Int[Tensor, "batch"],
+    background: Int[Tensor, " batch"],
     placement: Placement,
     generator: torch.Generator,
-) -> Float[Tensor, "batch 3 height width"]:
-    """Put drawings on plain backgrounds, randomly flipped, scaled, shifted and turned; values in
-    -1..1.
+    *,
+    pixels: int,
+) -> Float[Tensor, "batch 3 pixels pixels"]:
+    """Put drawings on plain backgrounds at random places; return pictures in -1..1.
 
-    `background` indexes BACKGROUNDS. Drawn at twice the size and averaged down, so edges stay
-    clean.
+    Args:
+        drawings: RGBA, 0..255.
+        background: numbers of BACKGROUNDS.
+        placement: how far drawings stray.
+        generator: draws the places.
+        pixels: side of the pictures.
     """
-    return lay_on(place_drawings(drawings, placement, generator), background)
+    return lay_on(place_drawings(drawings, placement, generator, pixels=pixels), background)
 
 
 def lay_on(
-    placed: Float[Tensor, "batch 4 height width"], background: Int[Tensor, "batch"]
+    placed: Float[Tensor, "batch 4 height width"], background: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Put what `place_drawings` returned on plain backgrounds; `background` indexes BACKGROUNDS,
-    values in -1..1.
-    """
+    """Put what `place_drawings` returned on plain backgrounds; return pictures in -1..1."""
     colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
     picture = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
     return picture * 2 - 1
@@ -122,31 +184,50 @@ def place_drawings(
     drawings: UInt8[Tensor, "batch 4 height width"],
     placement: Placement,
     generator: torch.Generator,
-) -> Float[Tensor, "batch 4 height width"]:
-    """Return drawings at random places, colours premultiplied with the opacity that follows them;
-    values in 0..1.
+    *,
+    pixels: int,
+) -> Float[Tensor, "batch 4 pixels pixels"]:
+    """Put drawings at random places on transparent pictures.
+
+    Returns:
+        RGBA in 0..1, colours premultiplied with the opacity that follows them.
     """
-    count, canvas = len(drawings), 2 * PICTURE_PIXELS
-    theta = _placements(count, placement, generator)
-    grid = torch.nn.functional.affine_grid(theta, [count, 4, canvas, canvas], align_corners=False)
+    count = len(drawings)
+    canvas = 2 * pixels  # drawn at twice the size and averaged down, so edges stay clean
+    theta = _random_transforms(count, placement, pixels, generator)
+    grid = functional.affine_grid(theta, [count, 4, canvas, canvas], align_corners=False)
     rgba = drawings.float() / 255
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-    placed = torch.nn.functional.grid_sample(premultiplied, grid, align_corners=False)
-    return torch.nn.functional.avg_pool2d(placed, 2)
+    placed = functional.grid_sample(premultiplied, grid, align_corners=False)
+    return functional.avg_pool2d(placed, 2)
 
 
-def _placements(
-    count: int, placement: Placement, generator: torch.Generator
+def _random_transforms(
+    count: int, placement: Placement, pixels: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 2 3"]:
+    """Draw affine maps from a picture's coordinates to a drawing's, both in -1..1."""
     flip, size, angle, shift_x, shift_y = torch.rand(5, count, generator=generator)
-    mirror = torch.where(flip < 0.5, -1.0, 1.0) if placement.flip else torch.ones(count)
+    mirror = torch.ones(count)
+    if placement.flip:
+        mirror = torch.where(flip < 0.5, -1.0, 1.0)
     scale = placement.smallest_scale + size * (placement.largest_scale - placement.smallest_scale)
     radians = (2 * angle - 1) * math.radians(placement.rotation_degrees)
-    reach = 2 * placement.shift_pixels / PICTURE_PIXELS
-    cosine, sine = torch.cos(radians) / scale, torch.sin(radians) / scale
-    shift = torch.stack([(2 * shift_x - 1) * reach, (2 * shift_y - 1) * reach], dim=1)
+    cosine = torch.cos(radians) / scale
+    sine = torch.sin(radians) / scale
     rotation = torch.stack(
         [torch.stack([mirror * cosine, -mirror * sine]), torch.stack([sine, cosine])]
     )
     rotation = rotation.permute(2, 0, 1)
+    reach = 2 * placement.shift_pixels / pixels
+    shift = torch.stack([(2 * shift_x - 1) * reach, (2 * shift_y - 1) * reach], dim=1)
     return torch.cat([rotation, -(rotation @ shift[:, :, None])], dim=2)
+
+
+def random_backgrounds(count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """Draw numbers of BACKGROUNDS."""
+    return torch.randint(len(BACKGROUNDS), (count,), generator=generator)
+
+
+def listed_names(concepts: Sequence[Concept]) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Return names and subgroup of every concept: what captions of it are written from."""
+    return tuple((concept.names, concept.subgroup) for concept in concepts)

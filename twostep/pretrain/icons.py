@@ -1,7 +1,7 @@
-"""The drawings that everything here learns from: four icon sets from npm, rendered.
+"""Drawings rendered from icon sets, which are fetched from npm once.
 
 Sources (by name): fluent-emoji-flat and fluent-emoji (MIT), noto (Apache-2.0), twemoji (CC-BY-4.0);
-see NOTICE.
+see NOTICE. Only who makes the drawings anew needs this, with npm and resvg-py.
 """
 
 import json
@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from twostep.evaluate.attributes import Concept
-from twostep.pretrain.drawings import DRAWING_PIXELS, EmojiError, EmojiSet
+from twostep.pretrain.drawings import DRAWING_PIXELS, DrawingsError, DrawingSet
 
 ICON_SETS = {
     "flat": "fluent-emoji-flat",
@@ -30,73 +31,88 @@ ICON_SETS = {
 """Word of each drawing style -> the icon set it comes from."""
 
 
-def build_emoji(
+def render_built_in(
     cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]
-) -> EmojiSet:
-    """Fetch the four icon sets into `cache` (npm needed, once) and render every concept in every
-    style.
+) -> DrawingSet:
+    """Render every concept in every style of the built-in set.
+
+    Args:
+        cache: folder of the fetched icon sets; npm is needed where one is missing.
+        concepts: what to draw.
+        on_drawing: called with the number of drawings that are done, and of all.
     """
     icon_sets = [_load_icons(cache, package) for package in ICON_SETS.values()]
-    drawings = torch.empty(
-        len(concepts), len(icon_sets), 4, DRAWING_PIXELS, DRAWING_PIXELS, dtype=torch.uint8
-    )
-    for row, concept in enumerate(concepts):
-        for column, icons in enumerate(icon_sets):
-            drawings[row, column] = render(_svg(icons, concept.icon))
-            on_drawing(row * len(icon_sets) + column + 1, len(concepts) * len(icon_sets))
-    return EmojiSet(drawings, tuple(concepts), tuple(ICON_SETS))
+    num_drawings = len(concepts) * len(icon_sets)
+    drawings = []
+    for concept in concepts:
+        for icons in icon_sets:
+            drawings.append(render(_svg(icons, concept.icon)))
+            on_drawing(len(drawings), num_drawings)
+    stacked = torch.stack(drawings).unflatten(0, (len(concepts), len(icon_sets)))
+    return DrawingSet(stacked, tuple(concepts), tuple(ICON_SETS))
 
 
 def fetch_icons(cache: Path, package: str) -> Path:
-    """Return the archive of an icon set, fetched into `cache` where it is not there yet."""
+    """Return the archive of an icon set, fetched into `cache` if it is not there yet."""
     archive = cache / f"{package}.tgz"
     if not archive.exists():
         _fetch(f"@iconify-json/{package}", archive)
     return archive
 
 
-def _load_icons(cache: Path, package: str) -> dict[str, object]:
-    archive = fetch_icons(cache, package)
+def render(svg: str) -> UInt8[Tensor, "4 height width"]:
+    """Draw a vector drawing in the middle of a square, RGBA with a transparent background."""
+    try:
+        import resvg_py
+    except ModuleNotFoundError as error:
+        raise DrawingsError("Drawings are rendered by resvg: pip install resvg-py") from error
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_PIXELS, height=DRAWING_PIXELS)
+    drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
+    square = Image.new("RGBA", (DRAWING_PIXELS, DRAWING_PIXELS))
+    left = (DRAWING_PIXELS - drawing.width) // 2
+    top = (DRAWING_PIXELS - drawing.height) // 2
+    square.paste(drawing, (left, top))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def read_member(archive: Path, name: str) -> Any:
+    """Read a JSON file of an icon set's archive."""
     with tarfile.open(archive) as tar:
-        member = tar.extractfile("package/icons.json")
+        member = tar.extractfile(f"package/{name}")
         if member is None:
-            raise EmojiError(f"{archive} holds no icons.json; delete it and try again.")
-        icons: dict[str, object] = json.load(member)
+            raise DrawingsError(f"{archive} holds no {name}; delete it and try again.")
+        return json.load(member)
+
+
+def _load_icons(cache: Path, package: str) -> dict[str, Any]:
+    icons: dict[str, Any] = read_member(fetch_icons(cache, package), "icons.json")
     return icons
 
 
 def _fetch(package: str, archive: Path) -> None:
     if shutil.which("npm") is None:
-        raise EmojiError(f"npm is needed once, to fetch {package}; install Node.js and try again.")
+        raise DrawingsError(
+            f"npm is needed once, to fetch {package}; install Node.js and try again."
+        )
     archive.parent.mkdir(parents=True, exist_ok=True)
     packed = subprocess.run(
         ["npm", "pack", package, "--silent"], cwd=archive.parent, capture_output=True, text=True
     )
     if packed.returncode != 0:
-        raise EmojiError(
-            f"npm could not fetch {package}: {packed.stderr.strip() or 'no reason given'}"
-        )
+        reason = packed.stderr.strip() or "no reason given"
+        raise DrawingsError(f"npm could not fetch {package}: {reason}")
     (archive.parent / packed.stdout.strip().splitlines()[-1]).rename(archive)
 
 
-def _svg(icons: dict[str, object], icon: str) -> str:
-    entry = icons["icons"].get(icon)  # type: ignore[attr-defined]
+def _svg(icons: dict[str, Any], icon: str) -> str:
+    """Return the vector drawing of an icon."""
+    entry = icons["icons"].get(icon)
     if entry is None:
-        raise EmojiError(
+        raise DrawingsError(
             f"The icon set '{icons['prefix']}' has no '{icon}'; leave this concept out."
         )
-    width, height = (entry.get(side, icons.get(side, 16)) for side in ("width", "height"))
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
-
-
-def render(svg: str) -> UInt8[Tensor, "4 height width"]:
-    """Draw a vector drawing on a square, RGBA with a transparent background."""
-    import resvg_py  # an extra: only who renders the drawings anew needs it
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_PIXELS, height=DRAWING_PIXELS)
-    drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
-    square = Image.new("RGBA", (DRAWING_PIXELS, DRAWING_PIXELS))
-    square.paste(
-        drawing, ((DRAWING_PIXELS - drawing.width) // 2, (DRAWING_PIXELS - drawing.height) // 2)
-    )
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    width = entry.get("width", icons.get("width", 16))
+    height = entry.get("height", icons.get("height", 16))
+    frame = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+    return f"<svg {frame}>{entry['body']}</svg>"

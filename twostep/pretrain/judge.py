@@ -1,8 +1,7 @@
-"""Training of the judge: cross-entropy of concept, style and background, and the squared error of
-the blur.
+"""The training of the judge: it names concept, style and background, and estimates the blur.
 
-It learns from real drawings only, composited and mildly damaged anew in every iteration. There is
-one drawing per concept and style, so *held out* means: placements, backgrounds and damage that were
+It learns from real drawings only, composed and mildly damaged anew in every iteration. There is one
+drawing per concept and style, so *held out* means: placements, backgrounds and damage that were
 never drawn in training, not drawings that were never seen.
 """
 
@@ -10,11 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from twostep import __version__
@@ -22,24 +22,32 @@ from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.judge import Classes, Judge, Origin, Verdict, load_judge, save_judge
 from twostep.files import write_atomically
 from twostep.pretrain.degradation import Degradation, degrade
-from twostep.pretrain.descent import DescentSettings, silent, train
-from twostep.pretrain.drawings import EmojiSet, Placement, compose
+from twostep.pretrain.drawings import DrawingSet, Placement, compose, random_backgrounds
+from twostep.pretrain.loop import PartSettings, silent, train_network
+from twostep.pretrain.sizes import find_size
+from twostep.training.device import find_device
 from twostep.training.loop import OnIteration, Randomness
-from twostep.training.recipe import Settings
+from twostep.training.processes import wait, world
 from twostep.training.run_folder import RunFolder
 
 _HELD_OUT = -1
 """The iteration whose randomness is kept for held-out pictures: training never gets there."""
 
+_HELD_OUT_DAMAGE = -2
+"""The same for the damage that held-out pictures get."""
 
-class JudgeSettings(Settings):
-    """How a judge is built and trained."""
+_BACKGROUND_WEIGHT = 0.5
+"""Backgrounds are learnt soonest and need the least of the network."""
 
+
+class JudgeSettings(PartSettings):
+    """The recipe of a judge."""
+
+    part: Literal["judge"] = "judge"
     name: str = Field("nano-judge", description="what the judge says it comes from")
     channels: tuple[int, ...] = Field(
         (32, 64, 112, 160), min_length=1, description="widths; each halves the picture"
     )
-    loop: DescentSettings
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of the target spread over all classes"
     )
@@ -55,111 +63,106 @@ class JudgeSettings(Settings):
 
 
 def train_judge(
-    recipe: JudgeSettings, emoji: EmojiSet, out: Path, on_iteration: OnIteration = silent
+    settings: JudgeSettings,
+    drawings: DrawingSet,
+    out: Path,
+    on_iteration: OnIteration = silent,
 ) -> Judge:
-    """Train a judge on composited drawings and write `judge.safetensors` and `eval.json` to the run
-    folder `out`.
+    """Train a judge and write `judge.safetensors` and `eval.json` to the run folder `out`.
 
     The same call again resumes, or does nothing more than measure. The accuracy stated is that of
-    the file as written. Raises RunError for a folder of another recipe, TrainingError for a loss
-    that is not finite.
+    the file as written.
+
+    Raises:
+        RunError: the folder holds a run of another recipe.
+        TrainingError: the loss is not finite.
     """
-    folder = RunFolder(out, recipe)
-    judge = _fit(Judge(classes_of(emoji), recipe.channels), recipe, emoji, folder, on_iteration)
+    folder = RunFolder(out, settings)
+    judge = new_judge(settings, drawings)
+    _fit(judge, settings, drawings, folder, on_iteration)
     path = out / "judge.safetensors"
-    save_judge(judge, path)
-    judge = load_judge(path)
-    judge.real = judge.statistics(_held_out(emoji, recipe)[0])
-    accuracy = measure_accuracy(judge, recipe, emoji)
-    judge.origin = Origin(recipe.name, __version__, accuracy)
-    save_judge(judge, path)
-    with write_atomically(out / "eval.json") as file:
-        file.write(json.dumps(accuracy, indent=2).encode())
+    if world().is_first:
+        judge.cpu()
+        save_judge(judge, path)
+        # Read back, because in the file weights are of half precision.
+        judge = load_judge(path)
+        judge.real = judge.statistics(_held_out(drawings, settings)[0])
+        accuracy = measure_accuracy(judge, settings, drawings)
+        judge.origin = Origin(settings.name, __version__, accuracy)
+        save_judge(judge, path)
+        with write_atomically(out / "eval.json") as file:
+            file.write(json.dumps(accuracy, indent=2).encode())
+    wait()
     return load_judge(path)
 
 
-def classes_of(emoji: EmojiSet) -> Classes:
-    """Return the classes of pictures composed from a set of drawings."""
-    return Classes(emoji.concepts, emoji.styles, tuple(BACKGROUNDS))
+def new_judge(settings: JudgeSettings, drawings: DrawingSet) -> Judge:
+    """Return a judge of these drawings with random weights; global randomness stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.loop.seed)
+        judge = Judge(classes_of(drawings), settings.channels, find_size(settings.size).pixels)
+        # Weights are drawn from the seed alone, however many draws the constructor took.
+        torch.manual_seed(settings.loop.seed)
+        judge.apply(_initialise)
+    return judge
 
 
-def measure_accuracy(judge: Judge, recipe: JudgeSettings, emoji: EmojiSet) -> dict[str, float]:
-    """Return the shares of held-out pictures judged rightly, clean and damaged, and the mean error
-    of the blur.
+def classes_of(drawings: DrawingSet) -> Classes:
+    """Return the classes of pictures that are composed from a set of drawings."""
+    return Classes(drawings.concepts, drawings.styles, tuple(BACKGROUNDS))
+
+
+def measure_accuracy(
+    judge: Judge, settings: JudgeSettings, drawings: DrawingSet
+) -> dict[str, float]:
+    """Return the shares of held-out pictures judged rightly, clean and damaged.
+
+    `blur_error_pixels` is the mean error of the estimated blur.
     """
-    pictures, labels = _held_out(emoji, recipe)
-    damaged, blur_pixels = degrade(
-        pictures, recipe.degradation, Randomness.at(recipe.loop.seed, _HELD_OUT - 1).tensors
-    )
-    figures = _shares(judge.judge(pictures), labels)
+    pictures, labels = _held_out(drawings, settings)
+    generator = Randomness.at(settings.loop.seed, _HELD_OUT_DAMAGE).tensors
+    damaged, blur_pixels = degrade(pictures, settings.degradation, generator)
+    figures = _shares_right(judge.judge(pictures), labels)
     verdict = judge.judge(damaged)
-    figures |= {f"{name}_damaged": share for name, share in _shares(verdict, labels).items()}
+    for name, share in _shares_right(verdict, labels).items():
+        figures[f"{name}_damaged"] = share
     error = (verdict.blur_pixels - blur_pixels).abs().mean()
-    return figures | {"blur_error_pixels": round(float(error), 4)}
-
-
-def _held_out(
-    emoji: EmojiSet, recipe: JudgeSettings
-) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, "3 batch"]]:
-    """Compose every drawing equally often, on random backgrounds."""
-    num_drawings = len(emoji.concepts) * len(emoji.styles)
-    drawing = torch.arange(num_drawings).repeat(recipe.num_held_out)
-    return _compose(
-        emoji, drawing, recipe.placement, Randomness.at(recipe.loop.seed, _HELD_OUT).tensors
-    )
-
-
-def _compose(
-    emoji: EmojiSet,
-    drawing: Int[Tensor, " batch"],
-    placement: Placement,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, "3 batch"]]:
-    """Put drawings on random backgrounds; return them with their concept, style and background."""
-    background = torch.randint(len(BACKGROUNDS), drawing.shape, generator=generator)
-    drawings = emoji.drawings.flatten(0, 1)
-    parts = zip(torch.split(drawing, 256), torch.split(background, 256), strict=True)
-    pictures = torch.cat(
-        [compose(drawings[part], behind, placement, generator) for part, behind in parts]
-    )
-    num_styles = len(emoji.styles)
-    return pictures, torch.stack([drawing // num_styles, drawing % num_styles, background])
-
-
-def _shares(verdict: Verdict, labels: Int[Tensor, "3 batch"]) -> dict[str, float]:
-    logits = {"concept": verdict.concept, "style": verdict.style, "background": verdict.background}
-    right = {
-        name: logit.argmax(dim=1) == label
-        for (name, logit), label in zip(logits.items(), labels, strict=True)
-    }
-    return {name: round(float(hits.float().mean()), 4) for name, hits in right.items()}
+    figures["blur_error_pixels"] = round(float(error), 4)
+    return figures
 
 
 def _fit(
     judge: Judge,
-    recipe: JudgeSettings,
-    emoji: EmojiSet,
+    settings: JudgeSettings,
+    drawings: DrawingSet,
     folder: RunFolder,
     on_iteration: OnIteration,
-) -> Judge:
-    """Train in place, from the last checkpoint if there is one, and leave the averaged weights in
-    the judge.
+) -> None:
+    """Train in place, and leave the averaged weights in the judge.
+
+    Of several processes each normalises with the statistics of its share, so figures differ a
+    little with their number; the running statistics kept are those of the first.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.loop.seed)
-        judge.apply(_initialise)
-    judge.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    num_drawings = len(emoji.concepts) * len(emoji.styles)
+    device = find_device(settings.device)
+    judge.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    num_drawings = len(drawings.concepts) * len(drawings.styles)
+    batch_size = settings.loop.batch_size
 
-    def loss(iteration: int, draw: Randomness) -> Tensor:
-        drawing = torch.randint(num_drawings, (recipe.loop.batch_size,), generator=draw.tensors)
-        pictures, labels = _compose(emoji, drawing, recipe.placement, draw.tensors)
-        pictures, blur_pixels = degrade(pictures, recipe.degradation, draw.tensors)
-        verdict = judge(pictures.to(memory_format=torch.channels_last))
-        return _loss(verdict, labels, blur_pixels, recipe.label_smoothing)
+    def loss(iteration: int, randomness: Randomness) -> Tensor:
+        generator = randomness.tensors
+        share = world().share(batch_size)
+        numbers = torch.randint(num_drawings, (batch_size,), generator=generator)
+        pictures, labels = _compose(drawings, numbers, settings.placement, judge.pixels, generator)
+        pictures, blur_pixels = degrade(pictures, settings.degradation, generator)
+        verdict = judge(pictures[share].to(device, memory_format=torch.channels_last))
+        return _loss(
+            verdict,
+            labels[:, share].to(device),
+            blur_pixels[share].to(device),
+            settings.label_smoothing,
+        )
 
-    train(judge, loss, recipe.loop, folder, "judge", on_iteration=on_iteration)
-    return judge
+    train_network(judge, loss, settings.loop, folder, "judge", on_iteration=on_iteration)
 
 
 def _loss(
@@ -168,16 +171,62 @@ def _loss(
     blur_pixels: Float[Tensor, " batch"],
     smoothing: float,
 ) -> Float[Tensor, ""]:
-    concept, style, background = (
-        functional.cross_entropy(logits.float(), label, label_smoothing=smoothing)
-        for logits, label in zip(
-            (verdict.concept, verdict.style, verdict.background), labels, strict=True
-        )
-    )
+    """Return the cross-entropies of the three heads and the squared error of the blur, summed."""
+
+    def entropy(logits: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.float(), label, label_smoothing=smoothing)
+
+    concept = entropy(verdict.concept, labels[0])
+    style = entropy(verdict.style, labels[1])
+    background = entropy(verdict.background, labels[2])
     blur = (verdict.blur_pixels.float() - blur_pixels).square().mean()
-    return concept + style + 0.5 * background + blur
+    return concept + style + _BACKGROUND_WEIGHT * background + blur
 
 
-def _initialise(module: torch.nn.Module) -> None:
-    if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+def _held_out(
+    drawings: DrawingSet, settings: JudgeSettings
+) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, "3 batch"]]:
+    """Compose every drawing equally often, on random backgrounds."""
+    num_drawings = len(drawings.concepts) * len(drawings.styles)
+    return _compose(
+        drawings,
+        torch.arange(num_drawings).repeat(settings.num_held_out),
+        settings.placement,
+        find_size(settings.size).pixels,
+        Randomness.at(settings.loop.seed, _HELD_OUT).tensors,
+    )
+
+
+def _compose(
+    drawings: DrawingSet,
+    numbers: Int[Tensor, " batch"],
+    placement: Placement,
+    pixels: int,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "batch 3 pixels pixels"], Int[Tensor, "3 batch"]]:
+    """Put drawings on random backgrounds; return them with concept, style and background."""
+    background = random_backgrounds(len(numbers), generator)
+    flat = drawings.drawings.flatten(0, 1)
+    # In parts, for drawings are larger than the pictures that they become.
+    parts = zip(numbers.split(256), background.split(256), strict=True)
+    pictures = [
+        compose(flat[part], behind, placement, generator, pixels=pixels) for part, behind in parts
+    ]
+    num_styles = len(drawings.styles)
+    labels = torch.stack([numbers // num_styles, numbers % num_styles, background])
+    return torch.cat(pictures), labels
+
+
+def _shares_right(verdict: Verdict, labels: Int[Tensor, "3 batch"]) -> dict[str, float]:
+    """Return the share of right answers of every head."""
+    logits = {"concept": verdict.concept, "style": verdict.style, "background": verdict.background}
+    shares = {}
+    for (name, answers), label in zip(logits.items(), labels, strict=True):
+        hits = answers.argmax(dim=1) == label
+        shares[name] = round(float(hits.float().mean()), 4)
+    return shares
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
         module.reset_parameters()

@@ -1,4 +1,4 @@
-"""The emoji set as latents: composited and encoded once, captioned anew every time one is drawn.
+"""Drawings as latents: composed and encoded once, captioned anew every time one is drawn.
 
 So neither drawings nor codec are needed while a denoiser trains.
 """
@@ -11,27 +11,44 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float16, Int, UInt8
+from jaxtyping import Float, Float16, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from twostep.evaluate.attributes import BACKGROUNDS, Attributes
+from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.files import write_atomically
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.models.sdxl import text_encoders
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.captions import Omission, caption
-from twostep.pretrain.drawings import EmojiError, EmojiSet, Placement, compose, load_emoji
+from twostep.pretrain.drawings import (
+    BUILT_IN,
+    DrawingsError,
+    DrawingSet,
+    Placement,
+    compose,
+    listed_names,
+    load_drawings,
+    random_backgrounds,
+)
 from twostep.text.clip import TextEncoders
 from twostep.training.processes import wait, world
+
+_METADATA_KEY = "twostep.latents"
+_ENCODE_BATCH = 128
 
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """Latents of composited drawings, and what is on each: row of `labels` = concept, style,
-    background.
+    """Latents of composed drawings, and what is on each.
+
+    Attributes:
+        latents: of pictures, in half precision.
+        labels: numbers of concept, style and background, a row per latent.
+        names: names and subgroup of every concept.
+        styles: words of the styles.
+        omission: how often captions leave something out.
     """
 
     latents: Float16[Tensor, "count c h w"]
@@ -43,32 +60,33 @@ class LatentCache:
     def draw(
         self, count: int, tensors: torch.Generator, words: random.Random
     ) -> tuple[Float[Tensor, "count c h w"], list[str]]:
-        """Return random latents with captions that often say less than there is."""
+        """Return random latents with captions, which often say less than there is."""
         rows = torch.randint(len(self.latents), (count,), generator=tensors)
-        return self.latents[rows].float(), [self.caption(row, words) for row in rows.tolist()]
+        captions = [self.caption(row, words) for row in rows.tolist()]
+        return self.latents[rows].float(), captions
 
     def caption(self, row: int, words: random.Random) -> str:
         """Return a caption of one row, which often says less than there is."""
         concept, style, background = self.labels[row].tolist()
         names, subgroup = self.names[concept]
-        said: Attributes = self.omission.apply(
+        attributes = self.omission.apply(
             names, subgroup, self.styles[style], list(BACKGROUNDS)[background], words
         )
-        return caption(said, words)
+        return caption(attributes, words)
 
     def save(self, path: Path) -> None:
-        """Write the cache to one safetensors file."""
-        words = json.dumps({"names": self.names, "styles": self.styles})
+        """Write the cache to one safetensors file; `load_latents` reads it."""
+        listing = json.dumps({"names": self.names, "styles": self.styles})
+        tensors = {"latents": self.latents, "labels": self.labels}
         with write_atomically(path) as file:
-            file.write(
-                save({"latents": self.latents, "labels": self.labels}, {"twostep.latents": words})
-            )
+            file.write(save(tensors, {_METADATA_KEY: listing}))
 
 
 @dataclass(frozen=True, eq=False)
-class EmojiSource:
-    """The emoji set's latents, all of one size in pixels, with captions that are written and
-    encoded at every draw.
+class DrawingSource:
+    """Latents of drawings for distillation; captions are written and encoded at every draw.
+
+    All latents are of one size, `width` and `height` in pixels.
     """
 
     latents: LatentCache
@@ -80,12 +98,12 @@ class EmojiSource:
     def draw(
         self, count: int, tensors: torch.Generator, words: random.Random
     ) -> tuple[Tensor, Conditioning]:
-        """Return random latents and the conditioning of captions that often say less than there is."""
+        """Return random latents and the conditioning of their captions."""
         x0, captions = self.latents.draw(count, tensors, words)
         return x0, self.text.conditioning(captions, self.width, self.height)
 
     def empty(self, like: Conditioning) -> Conditioning:
-        """Return the conditioning of the empty prompt, repeated."""
+        """Return the conditioning of the empty prompt for as many items as `like` has."""
         return self._empty.expand(len(like))
 
     @cached_property
@@ -100,83 +118,103 @@ def builtin(
     advance: Callable[[int, int | None, str], None],
     *,
     variants: int = 32,
-    emoji: str = "runs/emoji.safetensors",
-) -> EmojiSource:
-    """Return the built-in drawings as the teacher's latents, made in the run's folder at the first
-    time.
+    drawings: str = str(BUILT_IN),
+) -> DrawingSource:
+    """Return the drawings as the teacher's latents: what `data = "builtin"` in a recipe means.
+
+    The latents are made in the run's folder at the first time, and read from there afterwards.
+
+    Args:
+        teacher: whose codec and text encoders are used.
+        out: the run's folder.
+        advance: called with what is done, of how many, and a word on it.
+        variants: pictures that are composed of every drawing.
+        drawings: folder of the drawings; the built-in ones if not given.
     """
     latents = find_latents(
         out / "latents.safetensors",
-        load_emoji(Path(emoji)),
+        lambda: load_drawings(Path(drawings)),
         teacher.codec,
+        pixels=teacher.contract.sizes[0][0],
         variants=variants,
         on_variant=lambda done, total: advance(done, total, "latents"),
     )
-    return EmojiSource(latents, text_encoders(teacher), *teacher.contract.sizes[0])
+    return DrawingSource(latents, text_encoders(teacher), *teacher.contract.sizes[0])
 
 
 def load_latents(path: Path) -> LatentCache:
-    """Read a cache written by `LatentCache.save`; EmojiError where it is missing, damaged or holds
-    NaN.
-    """
+    """Read a cache; DrawingsError if it is missing, damaged or holds NaN."""
     try:
         with safe_open(path, "pt") as file:
-            words = json.loads((file.metadata() or {})["twostep.latents"])
-            latents, labels = file.get_tensor("latents"), file.get_tensor("labels")
+            listing = json.loads((file.metadata() or {})[_METADATA_KEY])
+            latents = file.get_tensor("latents")
+            labels = file.get_tensor("labels")
     except (FileNotFoundError, SafetensorError, KeyError) as error:
-        raise EmojiError(
+        raise DrawingsError(
             f"{path} is no latent cache ({error!r}). Delete it; it is built again from drawings."
         ) from error
     if not torch.isfinite(latents).all():
-        raise EmojiError(
+        raise DrawingsError(
             f"{path} holds values that are no numbers. Delete it; it is built again from drawings."
         )
-    names = tuple((tuple(group), subgroup) for group, subgroup in words["names"])
-    return LatentCache(latents, labels, names, tuple(words["styles"]))
+    names = tuple((tuple(group), subgroup) for group, subgroup in listing["names"])
+    return LatentCache(latents, labels, names, tuple(listing["styles"]))
 
 
 def find_latents(
     path: Path,
-    drawings: EmojiSet,
+    drawings: Callable[[], DrawingSet],
     codec: ImageCodec,
     *,
+    pixels: int,
     variants: int,
     on_variant: Callable[[int, int], None],
 ) -> LatentCache:
-    """Read the cache at `path`, made there of the drawings by the first process if
-    it is not there.
+    """Read the cache at `path`, after the first process has made it there if it is missing.
+
+    Args:
+        path: of the cache.
+        drawings: loads the drawings, if they are needed.
+        codec: encodes them.
+        pixels: side of the pictures that are composed.
+        variants: pictures of every drawing.
+        on_variant: called with the number of variants that are done, and of all.
     """
     if world().is_first and not path.exists():
-        cache_latents(drawings, codec, variants=variants, on_variant=on_variant).save(path)
+        cache = cache_latents(
+            drawings(), codec, pixels=pixels, variants=variants, on_variant=on_variant
+        )
+        cache.save(path)
     wait()
     return load_latents(path)
 
 
 def cache_latents(
-    emoji: EmojiSet,
+    drawings: DrawingSet,
     codec: ImageCodec,
     *,
+    pixels: int,
     variants: int = 96,
     seed: int = 0,
     on_variant: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatentCache:
-    """Composite every drawing `variants` times, each on a random background, and encode it."""
-    num_concepts, num_styles = emoji.drawings.shape[:2]
-    drawings = emoji.drawings.flatten(0, 1)
-    concept, style = torch.meshgrid(
-        torch.arange(num_concepts), torch.arange(num_styles), indexing="ij"
-    )
+    """Compose every drawing `variants` times, each on a random background, and encode it."""
+    num_concepts, num_styles = drawings.drawings.shape[:2]
+    flat = drawings.drawings.flatten(0, 1)
+    number = torch.arange(num_concepts * num_styles)
     generator = torch.Generator().manual_seed(seed)
-    latents, labels = [], []
+    latents = []
+    labels = []
     for variant in range(variants):
-        background: Int[Tensor, " drawings"] = torch.randint(
-            len(BACKGROUNDS), (len(drawings),), generator=generator
-        )
-        pictures = compose(drawings, background, Placement(), generator)
-        latents += [codec.encode(batch).half() for batch in pictures.split(128)]
-        labels.append(
-            torch.stack([concept.flatten(), style.flatten(), background], dim=1).to(torch.uint8)
-        )
+        background = random_backgrounds(len(flat), generator)
+        pictures = compose(flat, background, Placement(), generator, pixels=pixels)
+        latents += [codec.encode(batch).half() for batch in pictures.split(_ENCODE_BATCH)]
+        columns = (number // num_styles, number % num_styles, background)
+        labels.append(torch.stack(columns, dim=1).to(torch.uint8))
         on_variant(variant + 1, variants)
-    names = tuple((concept.names, concept.subgroup) for concept in emoji.concepts)
-    return LatentCache(torch.cat(latents), torch.cat(labels), names, emoji.styles)
+    return LatentCache(
+        torch.cat(latents),
+        torch.cat(labels),
+        listed_names(drawings.concepts),
+        drawings.styles,
+    )

@@ -1,36 +1,46 @@
-"""The parts of a built-in model, by the names of their recipes: what trains each, and what it
-leaves in the run's folder.
+"""The parts of a built-in model: what trains each by its recipe, and what it leaves in the run's
+folder.
+
+A recipe's key `part` says which part it trains; the recipes of the package are in `recipes/`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import ControlNetModel
 
 from twostep import __version__
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
-from twostep.models.sdxl import text_encoders
 from twostep.models.sdxl_networks import load_codec, load_text
+from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.captions import Omission
-from twostep.pretrain.control import SilhouetteSettings, train_silhouette
-from twostep.pretrain.drawings import EmojiSet
+from twostep.pretrain.control import ControlSettings, train_control
+from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.judge import JudgeSettings, train_judge
-from twostep.pretrain.latents import find_latents
+from twostep.pretrain.latents import LatentCache, find_latents
+from twostep.pretrain.loop import PartSettings
 from twostep.pretrain.model import teacher_contract
-from twostep.pretrain.teacher import TeacherSettings, TuneSettings, train_teacher
+from twostep.pretrain.sizes import find_size
+from twostep.pretrain.teacher import TeacherSettings, TuneSettings, new_denoiser, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
 from twostep.pretrain.vae import VaeSettings, train_vae
+from twostep.training.device import find_device
 from twostep.training.loop import LoopSettings, OnIteration
+from twostep.training.processes import world
 from twostep.training.recipe import RecipeError, load_recipe
 from twostep.training.run_folder import RunFolder
 
 RECIPES = Path(__file__).with_name("recipes")
+"""The recipes of the package."""
 
 OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
@@ -38,161 +48,218 @@ OnProgress = Callable[[int, int | None, str], None]
 
 @dataclass(frozen=True)
 class PartRun:
-    """One training of a part: its recipe with overrides, its folder, and what it learns from."""
+    """What one training of a part has beside its settings.
 
-    recipe: Path
-    overrides: list[str]
+    Attributes:
+        name: of the recipe, which a teacher's contract keeps.
+        drawings: what it learns from.
+        out: the run's folder.
+        advance: shows how far it is.
+    """
+
+    name: str
+    drawings: DrawingSet
     out: Path
-    drawings: EmojiSet
-    device: torch.device
     advance: OnProgress
-
-    @property
-    def name(self) -> str:
-        """The recipe's name, which a teacher's contract keeps."""
-        return self.recipe.stem
 
     def show(self, loop: LoopSettings) -> OnIteration:
         """Return what shows an iteration's figures."""
 
-        def on_iteration(done: int, figures: dict[str, float]) -> None:
+        def on_iteration(num_done: int, figures: dict[str, float]) -> None:
             words = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
-            self.advance(done, loop.iterations, words)
+            self.advance(num_done, loop.iterations, words)
 
         return on_iteration
 
-    def show_latents(self, done: int, total: int) -> None:
+    def show_latents(self, num_done: int, total: int) -> None:
         """Show how many variants of the drawings have been encoded."""
-        self.advance(done, total, "latents")
+        self.advance(num_done, total, "latents")
 
 
-def part_names() -> list[str]:
-    """Return the names of the parts that can be trained."""
-    return list(_PARTS)
+@dataclass(frozen=True)
+class Part:
+    """A recipe that was read, and what trains by it."""
+
+    name: str
+    settings: PartSettings
+    _train: Callable[[Any, PartRun], Path]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the recipe names."""
+        return find_device(self.settings.device)
+
+    def train(
+        self,
+        drawings: DrawingSet,
+        out: Path,
+        advance: OnProgress = lambda done, total, words: None,
+    ) -> Path:
+        """Train the part and return what was written; the same call again resumes.
+
+        Of several processes (`training.processes.joined`) each must call it.
+
+        Raises:
+            RunError: the folder holds a run of another recipe.
+            TrainingError: a loss is not finite.
+        """
+        return self._train(self.settings, PartRun(self.name, drawings, out, advance))
 
 
-def train_part(
-    name: str,
-    drawings: EmojiSet,
-    out: Path,
-    *,
-    device: torch.device,
-    overrides: list[str] | None = None,
-    advance: OnProgress = lambda done, total, words: None,
-) -> Path:
-    """Train a part by its recipe and return what was written.
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
-    The same call again resumes. Raises RecipeError for a name that is no part's.
+
+def load_part(recipe: str | Path, overrides: Sequence[str] = ()) -> Part:
+    """Read the recipe of a part.
+
+    Args:
+        recipe: a name that `recipe_names` lists, or the path of a TOML file.
+        overrides: `key.path=value`, other values for keys of the recipe.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is not accepted.
     """
-    if name not in _PARTS:
-        raise RecipeError(f"'{name}' is none of {', '.join(_PARTS)}; give one of these.")
-    run = PartRun(RECIPES / f"{name}.toml", overrides or [], out, drawings, device, advance)
-    return _PARTS[name](run)
+    path = find_part_recipe(recipe)
+    try:
+        kind = tomllib.loads(path.read_text(encoding="utf-8")).get("part")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    if kind not in _PARTS:
+        raise RecipeError(f'{path}: part = "{kind}" is none of {", ".join(_PARTS)}.')
+    settings_type, train = _PARTS[kind]
+    return Part(path.stem, load_recipe(path, settings_type, overrides), train)
 
 
-def _train_vae(run: PartRun) -> Path:
-    settings = load_recipe(run.recipe, VaeSettings, run.overrides)
+def find_part_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe given by name or path; RecipeError lists the names there are."""
+    for path in (RECIPES / f"{name}.toml", Path(name)):
+        if path.is_file():
+            return path
+    raise RecipeError(
+        f"There is no recipe '{name}'. Built in: {', '.join(recipe_names())}; "
+        "or give the path of a TOML file."
+    )
+
+
+def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
     codec = train_vae(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
-    codec.vae.save_pretrained(run.out / "model" / "vae")
+    if world().is_first:
+        codec.vae.save_pretrained(run.out / "model" / "vae")
     return run.out / "model"
 
 
-def _train_text(run: PartRun) -> Path:
-    settings = load_recipe(run.recipe, TextSettings, run.overrides)
+def _train_text(settings: TextSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
     text = train_text(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
-    for suffix, tokenizer, encoder in zip(("", "_2"), text.tokenizers, text.encoders, strict=True):
-        tokenizer.save_pretrained(run.out / "model" / f"tokenizer{suffix}")
-        encoder.save_pretrained(run.out / "model" / f"text_encoder{suffix}")
+    if world().is_first:
+        for number, suffix in enumerate(("", "_2")):
+            text.tokenizers[number].save_pretrained(run.out / "model" / f"tokenizer{suffix}")
+            text.encoders[number].save_pretrained(run.out / "model" / f"text_encoder{suffix}")
     return run.out / "model"
 
 
-def _train_teacher(run: PartRun) -> Path:
-    settings = load_recipe(run.recipe, TeacherSettings, run.overrides)
+def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    size = find_size(settings.size)
     codec = load_codec(settings.autoencoder)
     text = load_text(settings.text_encoders)
-    latents = find_latents(
+    denoiser = new_denoiser(size, settings.loop.seed)
+    contract = teacher_contract(
+        size,
+        name=size.name,
+        recipe=run.name,
+        version=__version__,
+        guidance=settings.guidance,
+    )
+    return _fit_teacher(run, Bundle(denoiser, codec, text, contract), settings, folder)
+
+
+def _tune_teacher(settings: TuneSettings, run: PartRun) -> Path:
+    folder = RunFolder(run.out, settings)
+    teacher = load_bundle(settings.model)
+    contract = replace(
+        teacher.contract,
+        name=settings.name,
+        base=settings.name,
+        recipe=run.name,
+        version=__version__,
+    )
+    return _fit_teacher(run, replace(teacher, contract=contract), settings, folder)
+
+
+def _fit_teacher(
+    run: PartRun, teacher: Bundle, settings: TeacherSettings | TuneSettings, folder: RunFolder
+) -> Path:
+    """Train a teacher's denoiser, and write the whole teacher with every checkpoint."""
+    pixels = teacher.contract.sizes[0][0]
+    latents: LatentCache = find_latents(
         run.out / "latents.safetensors",
-        run.drawings,
-        codec,
+        lambda: run.drawings,
+        teacher.codec,
+        pixels=pixels,
         variants=settings.variants,
         on_variant=run.show_latents,
     )
-    contract = teacher_contract("nano", run.name, __version__, settings.guidance)
+    if settings.part == "tune":
+        # The new style goes without saying: whatever the tuned teacher draws is in it.
+        latents = replace(latents, omission=Omission(style=1.0))
+    teacher = teacher.to(find_device(settings.device))
+
+    def write(iteration: int, denoiser: Denoiser) -> None:
+        if world().is_first:
+            save_bundle(replace(teacher, denoiser=denoiser), run.out / "model")
+
     train_teacher(
+        teacher.denoiser,
         latents,
-        text,
+        teacher.text,
         settings,
         folder,
+        pixels=pixels,
         on_iteration=run.show(settings.loop),
-        on_checkpoint=lambda _, denoiser: save_bundle(
-            Bundle(denoiser, codec, text, contract), run.out / "model"
-        ),
+        on_checkpoint=write,
     )
     return run.out / "model"
 
 
-def _tune_teacher(run: PartRun) -> Path:
-    """Tune a teacher to other drawings, whose style no caption names."""
-    settings = load_recipe(run.recipe, TuneSettings, run.overrides)
+def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    # The codec stays on the CPU, where the drawings are.
     bundle = load_bundle(settings.model)
-    latents = find_latents(
-        run.out / "latents.safetensors",
-        run.drawings,
-        bundle.codec,
-        variants=settings.variants,
-        on_variant=run.show_latents,
-    )
-    bundle = bundle.to(run.device)
-    contract = teacher_contract(settings.name, run.name, __version__, bundle.contract.guidance)
-    train_teacher(
-        replace(latents, omission=Omission(style=1.0)),
-        text_encoders(bundle),
-        settings,
-        folder,
-        start=bundle.denoiser,
-        on_iteration=run.show(settings.loop),
-        on_checkpoint=lambda _, denoiser: save_bundle(
-            replace(bundle, contract=contract), run.out / "model"
-        ),
-    )
-    return run.out / "model"
-
-
-def _train_silhouette(run: PartRun) -> Path:
-    settings = load_recipe(run.recipe, SilhouetteSettings, run.overrides)
-    folder = RunFolder(run.out, settings)
-    bundle = load_bundle(settings.model)
-    bundle.denoiser.network.to(run.device)
+    device = find_device(settings.device)
+    bundle.denoiser.network.to(device)
     for encoder in bundle.text.networks.values():
-        encoder.to(run.device)
-    train_silhouette(
+        encoder.to(device)
+
+    def write(iteration: int, control: ControlNetModel) -> None:
+        if world().is_first:
+            copy.deepcopy(control).half().save_pretrained(run.out / "model")
+
+    train_control(
         run.drawings,
         bundle,
         settings,
         folder,
         on_iteration=run.show(settings.loop),
-        on_checkpoint=lambda _, control: (
-            copy.deepcopy(control).half().save_pretrained(run.out / "model")
-        ),
+        on_checkpoint=write,
     )
     return run.out / "model"
 
 
-def _train_judge(run: PartRun) -> Path:
-    settings = load_recipe(run.recipe, JudgeSettings, run.overrides)
+def _train_judge(settings: JudgeSettings, run: PartRun) -> Path:
     train_judge(settings, run.drawings, run.out, run.show(settings.loop))
     return run.out / "judge.safetensors"
 
 
-_PARTS: dict[str, Callable[[PartRun], Path]] = {
-    "nano-vae": _train_vae,
-    "nano-text": _train_text,
-    "nano-teacher": _train_teacher,
-    "nano-openmoji": _tune_teacher,
-    "nano-silhouette": _train_silhouette,
-    "nano-judge": _train_judge,
+_PARTS: dict[str, tuple[type[PartSettings], Callable[[Any, PartRun], Path]]] = {
+    "vae": (VaeSettings, _train_vae),
+    "text": (TextSettings, _train_text),
+    "teacher": (TeacherSettings, _train_teacher),
+    "tune": (TuneSettings, _tune_teacher),
+    "control": (ControlSettings, _train_control),
+    "judge": (JudgeSettings, _train_judge),
 }
+"""Part -> the settings of its recipe, and what trains it and returns what it wrote."""

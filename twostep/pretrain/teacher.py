@@ -1,74 +1,86 @@
-"""The nano teacher: eps prediction on cached latents, weighted by min-SNR (arXiv 2303.09556).
+"""The teacher of a built-in model: eps prediction on cached latents, weighted by min-SNR
+(arXiv 2303.09556).
 
 Here, unlike in distillation, the top time keeps its grain of signal (x_T = alpha_T x0 + sigma_T
-eps): a network that predicts eps can only learn x0 there from it.
+eps): a network that predicts eps can learn x0 there from nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import VariancePreserving
+from twostep.networks.adapters import checkpoint_gradients
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
-from twostep.pretrain.descent import DescentSettings, silent, train
 from twostep.pretrain.latents import LatentCache
-from twostep.pretrain.model import PIXELS, build_unet
+from twostep.pretrain.loop import PartSettings, silent, train_network
+from twostep.pretrain.model import build_unet
+from twostep.pretrain.sizes import ModelSize
 from twostep.text.clip import TextEncoders
 from twostep.training.loop import OnIteration, Randomness
-from twostep.training.recipe import Settings
+from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 
 
-class TeacherSettings(Settings):
-    """The recipe part of the teacher."""
+class DenoiserSettings(PartSettings):
+    """What the recipes of a teacher and of a tuned one have in common."""
 
-    loop: DescentSettings
+    variants: int = Field(96, gt=0, description="pictures of every drawing in the latent cache")
+    snr_limit: float = Field(
+        5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="less memory for activations, about a third slower"
+    )
+
+
+class TeacherSettings(DenoiserSettings):
+    """The recipe of a teacher."""
+
+    part: Literal["teacher"] = "teacher"
     autoencoder: Path = Field(Path("runs/nano-vae/model"), description="folder that holds `vae`")
     text_encoders: Path = Field(
         Path("runs/nano-text/model"), description="folder that holds the text encoders"
     )
-    variants: int = Field(
-        96, gt=0, description="composites of every drawing in the cache of latents"
-    )
-    snr_limit: float = Field(
-        5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
-    )
     guidance: float = Field(3.0, ge=1, description="guidance scale that the teacher recommends")
 
 
-class TuneSettings(Settings):
-    """The recipe part of a teacher that is tuned to other drawings."""
+class TuneSettings(DenoiserSettings):
+    """The recipe of a teacher that is tuned to other drawings."""
 
-    loop: DescentSettings
+    part: Literal["tune"] = "tune"
     model: str = Field("nano", description="the teacher to start from")
     name: str = Field(description="what the tuned teacher is called")
-    variants: int = Field(
-        96, gt=0, description="composites of every drawing in the cache of latents"
-    )
-    snr_limit: float = Field(
-        5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
-    )
 
 
 def noise_loss(
     denoiser: Denoiser,
     x0: Float[Tensor, "batch c h w"],
     conditioning: Conditioning,
-    generator: torch.Generator,
+    t: Int[Tensor, " batch"],
+    eps: Float[Tensor, "batch c h w"],
     *,
     snr_limit: float,
 ) -> Float[Tensor, ""]:
-    """Noise latents to random times and return the squared error of eps, weighted by min-SNR."""
-    t = torch.randint(1, denoiser.schedule.num_times + 1, (len(x0),), generator=generator)
-    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    """Return the squared error of the predicted eps, weighted by min(snr, snr_limit) / snr.
+
+    Args:
+        denoiser: predicts.
+        x0: clean latents.
+        conditioning: of the same items.
+        t: times, 1..1000.
+        eps: noise of unit variance.
+        snr_limit: gamma of arXiv 2303.09556.
+    """
     alpha, sigma = denoiser.schedule.coefficients(t, x0)
     predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
     snr = (alpha / sigma) ** 2
@@ -77,33 +89,63 @@ def noise_loss(
     return loss
 
 
+def new_denoiser(size: ModelSize, seed: int) -> Denoiser:
+    """Return a UNet with random weights, which predicts eps on SDXL's schedule."""
+    torch.manual_seed(seed)
+    return Denoiser(SdxlUnet(build_unet(size)), VariancePreserving.scaled_linear())
+
+
 def train_teacher(
+    denoiser: Denoiser,
     latents: LatentCache,
     text: TextEncoders,
     settings: TeacherSettings | TuneSettings,
     folder: RunFolder,
     *,
-    start: Denoiser | None = None,
+    pixels: int,
     on_iteration: OnIteration = silent,
     on_checkpoint: Callable[[int, Denoiser], None] = lambda iteration, denoiser: None,
 ) -> Denoiser:
-    """Train a UNet, a fresh one or that of `start`, to predict the noise on captioned latents,
-    where it is.
+    """Train a UNet, where it is, to predict the noise on captioned latents.
 
-    Returns it with averaged weights.
+    Args:
+        denoiser: a fresh one, or that of a teacher to tune; trained in place.
+        latents: what it learns from.
+        text: frozen, on the same device.
+        settings: the recipe.
+        folder: the run's folder.
+        pixels: side of the pictures whose latents these are.
+        on_iteration: called after every iteration with its figures.
+        on_checkpoint: called before every checkpoint with the averaged weights in the denoiser.
+
+    Returns:
+        The same denoiser, with averaged weights.
     """
+    device = denoiser.device
+    batch_size = settings.loop.batch_size
     torch.manual_seed(settings.loop.seed)
-    denoiser = start or Denoiser(SdxlUnet(build_unet()), VariancePreserving.scaled_linear())
     denoiser.network.requires_grad_(True).train()
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(denoiser.network)
 
-    def loss(iteration: int, draw: Randomness) -> Tensor:
-        x0, captions = latents.draw(settings.loop.batch_size, draw.tensors, draw.words)
+    def loss(iteration: int, randomness: Randomness) -> Tensor:
+        generator = randomness.tensors
+        share = world().share(batch_size)
+        x0, captions = latents.draw(batch_size, generator, randomness.words)
+        t = torch.randint(1, denoiser.schedule.num_times + 1, (batch_size,), generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
         with torch.no_grad():
-            conditioning = text.conditioning(captions, PIXELS, PIXELS)
-        x0 = x0.to(denoiser.device)
-        return noise_loss(denoiser, x0, conditioning, draw.tensors, snr_limit=settings.snr_limit)
+            conditioning = text.conditioning(captions[share], pixels, pixels)
+        return noise_loss(
+            denoiser,
+            x0[share].to(device),
+            conditioning,
+            t[share],
+            eps[share].to(device),
+            snr_limit=settings.snr_limit,
+        )
 
-    train(
+    train_network(
         denoiser.network,
         loss,
         settings.loop,

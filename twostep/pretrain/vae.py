@@ -1,32 +1,35 @@
-"""The nano autoencoder: L1 on pixels and on their differences; crops, because convolutions learn as
-much from them.
+"""The autoencoder of a built-in model, trained on crops of composed pictures.
 
-A crop of half the side costs a quarter. Latents are held at zero mean and unit variance by a
-penalty on their moments, and jittered a little while the decoder learns, so that small errors of a
-denoiser stay small in the picture.
+The loss is L1 on pixels and on differences of neighbouring pixels. Convolutions learn from crops as
+much as from whole pictures, and a crop of half the side costs a quarter. A penalty on the moments
+of the latents holds them at zero mean and unit variance, and they are jittered a little before they
+are decoded, so that small errors of a denoiser stay small in the picture.
 """
+
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.media.image import ImageCodec
-from twostep.pretrain.descent import DescentSettings, silent, train
-from twostep.pretrain.drawings import EmojiSet, Placement, compose
-from twostep.pretrain.model import PIXELS, build_vae
+from twostep.pretrain.drawings import DrawingSet, Placement, compose, random_backgrounds
+from twostep.pretrain.loop import PartSettings, silent, train_network
+from twostep.pretrain.model import build_vae
+from twostep.pretrain.sizes import find_size
+from twostep.training.device import find_device
 from twostep.training.loop import OnIteration, Randomness
-from twostep.training.recipe import Settings
+from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 
 
-class VaeSettings(Settings):
-    """The recipe part of the autoencoder."""
+class VaeSettings(PartSettings):
+    """The recipe of an autoencoder."""
 
-    loop: DescentSettings
-    num_pictures: int = Field(8192, gt=0, description="composited drawings that crops are cut from")
-    crop_pixels: int = Field(32, ge=16, le=PIXELS, description="side of the crops; a multiple of 4")
+    part: Literal["vae"] = "vae"
+    num_pictures: int = Field(8192, gt=0, description="composed pictures that crops are cut from")
+    crop_pixels: int = Field(32, ge=16, description="side of the crops; a multiple of 4")
     edge_weight: float = Field(
         0.5, ge=0, description="weight of the L1 on differences of neighbouring pixels"
     )
@@ -36,55 +39,86 @@ class VaeSettings(Settings):
     jitter: float = Field(
         0.05, ge=0, description="deviation of the noise added to latents before decoding"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="less memory for activations, about a third slower"
+    )
 
 
 def train_vae(
-    emoji: EmojiSet, settings: VaeSettings, folder: RunFolder, *, on_iteration: OnIteration = silent
+    drawings: DrawingSet,
+    settings: VaeSettings,
+    folder: RunFolder,
+    *,
+    on_iteration: OnIteration = silent,
 ) -> ImageCodec:
-    """Train the autoencoder on composited drawings; returns it with its averaged weights."""
+    """Train an autoencoder on composed pictures; return it with its averaged weights."""
+    size = find_size(settings.size)
+    device = find_device(settings.device)
     torch.manual_seed(settings.loop.seed)
-    vae = build_vae().to(memory_format=torch.channels_last)
-    pictures = random_pictures(emoji, settings.num_pictures, Randomness.at(settings.loop.seed, -1))
+    vae = build_vae(size).to(device, memory_format=torch.channels_last)
+    if settings.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    vae.train()
+    first = Randomness.at(settings.loop.seed, -1)
+    pictures = random_pictures(drawings, settings.num_pictures, size.pixels, first.tensors)
 
-    def loss(iteration: int, draw: Randomness) -> Tensor:
-        chosen = torch.randint(len(pictures), (settings.loop.batch_size,), generator=draw.tensors)
-        crops = random_crop(pictures[chosen], settings.crop_pixels, draw).contiguous(
-            memory_format=torch.channels_last
-        )
+    def loss(iteration: int, randomness: Randomness) -> Tensor:
+        generator = randomness.tensors
+        batch_size = settings.loop.batch_size
+        share = world().share(batch_size)
+        rows = torch.randint(len(pictures), (batch_size,), generator=generator)
+        crops = random_crop(pictures[rows], settings.crop_pixels, generator)[share]
+        crops = crops.to(device, memory_format=torch.channels_last)
         latents: Tensor = vae.encode(crops).latents.float()
-        noise = torch.randn(latents.shape, generator=draw.tensors)
-        off: Tensor = vae.decode(latents + settings.jitter * noise).sample.float() - crops
-        mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-        moments: Tensor = (mean**2 + (deviation - 1) ** 2).mean()
-        penalties: Tensor = settings.edge_weight * _edges(off) + settings.moment_weight * moments
-        return off.abs().mean() + penalties
+        noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator)[share]
+        noisy = latents + settings.jitter * noise.to(device)
+        difference: Tensor = vae.decode(noisy).sample.float() - crops
+        edges = edge_loss(difference)
+        moments = moment_loss(latents)
+        penalties: Tensor = settings.edge_weight * edges + settings.moment_weight * moments
+        return difference.abs().mean() + penalties
 
-    train(vae, loss, settings.loop, folder, "vae", on_iteration=on_iteration)
+    train_network(vae, loss, settings.loop, folder, "vae", on_iteration=on_iteration)
     return ImageCodec(vae.to(memory_format=torch.contiguous_format).eval())
 
 
 def random_pictures(
-    emoji: EmojiSet, count: int, draw: Randomness
-) -> Float[Tensor, "count 3 height width"]:
-    """Composite `count` random drawings on random backgrounds."""
-    drawings = emoji.drawings.flatten(0, 1)
-    chosen = torch.randint(len(drawings), (count,), generator=draw.tensors)
-    background = torch.randint(len(BACKGROUNDS), (count,), generator=draw.tensors)
-    parts = zip(chosen.split(256), background.split(256), strict=True)
-    return torch.cat(
-        [compose(drawings[rows], behind, Placement(), draw.tensors) for rows, behind in parts]
-    )
+    drawings: DrawingSet, count: int, pixels: int, generator: torch.Generator
+) -> Float[Tensor, "count 3 pixels pixels"]:
+    """Compose `count` random drawings on random backgrounds."""
+    flat = drawings.drawings.flatten(0, 1)
+    rows = torch.randint(len(flat), (count,), generator=generator)
+    background = random_backgrounds(count, generator)
+    # In parts, for drawings are larger than the pictures that they become.
+    parts = zip(rows.split(256), background.split(256), strict=True)
+    pictures = [
+        compose(flat[chosen], behind, Placement(), generator, pixels=pixels)
+        for chosen, behind in parts
+    ]
+    return torch.cat(pictures)
 
 
 def random_crop(
-    pictures: Float[Tensor, "count 3 h w"], side: int, draw: Randomness
+    pictures: Float[Tensor, "count 3 h w"], side: int, generator: torch.Generator
 ) -> Float[Tensor, "count 3 side side"]:
     """Cut the same random square out of every picture."""
-    top, left = torch.randint(pictures.shape[-1] - side + 1, (2,), generator=draw.tensors).tolist()
+    top, left = torch.randint(pictures.shape[-1] - side + 1, (2,), generator=generator).tolist()
     return pictures[:, :, top : top + side, left : left + side]
 
 
-def _edges(difference: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, ""]:
+def edge_loss(difference: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, ""]:
+    """Return the L1 of the differences of neighbouring pixels: an error of sharpness."""
     horizontal = (difference[..., 1:] - difference[..., :-1]).abs().mean()
     vertical = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
     return horizontal + vertical
+
+
+def moment_loss(latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, ""]:
+    """Return how far mean and deviation of every channel are from 0 and 1.
+
+    Of several processes each looks at its own share, so this term differs a little with their
+    number.
+    """
+    mean = latents.mean(dim=(0, 2, 3))
+    deviation = latents.std(dim=(0, 2, 3))
+    return (mean**2 + (deviation - 1) ** 2).mean()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from twostep.errors import TwostepError
-from twostep.evaluate.judge import BUILT_IN, PICTURE_PIXELS, load_judge
+from twostep.evaluate.judge import BUILT_IN, load_judge
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.evaluate.prompts import attributes_from_prompt
 from twostep.pipeline.png import ProvenanceError, read_provenance
@@ -52,9 +52,9 @@ def evaluate_folder(
     ]
     compared = None
     if reference is not None:
-        compared = referee.statistics(_load_pictures(_pictures_in(reference)))
+        compared = referee.statistics(_load_pictures(_pictures_in(reference), referee.pixels))
     report = evaluate(
-        _load_pictures(paths),
+        _load_pictures(paths, referee.pixels),
         attributes,
         referee,
         reference=compared,
@@ -75,27 +75,25 @@ def _pictures_in(folder: Path) -> list[Path]:
     return paths
 
 
-def _load_pictures(paths: Sequence[Path]) -> Float[Tensor, "pictures 3 height width"]:
-    """Read PNGs as pictures in -1..1."""
-    pictures = [_load_picture(path) for path in paths]
+def _load_pictures(paths: Sequence[Path], pixels: int) -> Float[Tensor, "pictures 3 height width"]:
+    """Read PNGs of this size as pictures in -1..1."""
+    pictures = [_load_picture(path, pixels) for path in paths]
     return torch.stack(pictures).float() / 127.5 - 1
 
 
-def _load_picture(path: Path) -> Tensor:
-    """Read a PNG as uint8 [3, height, width]; FolderError if damaged or of another size."""
+def _load_picture(path: Path, pixels: int) -> UInt8[Tensor, "3 height width"]:
+    """Read a PNG; FolderError if it is damaged or of another size."""
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            levels = np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise FolderError(
             f"{path} cannot be read as a picture ({error}). Take it out of the folder."
         ) from error
-    height, width = pixels.shape[:2]
-    if (height, width) != (PICTURE_PIXELS, PICTURE_PIXELS):
-        raise FolderError(
-            f"{path} is {width}x{height}; the judge knows {PICTURE_PIXELS}x{PICTURE_PIXELS} only."
-        )
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    height, width = levels.shape[:2]
+    if (height, width) != (pixels, pixels):
+        raise FolderError(f"{path} is {width}x{height}; the judge knows {pixels}x{pixels} only.")
+    return torch.from_numpy(levels).permute(2, 0, 1)
 
 
 def _prompt_of(path: Path) -> str | None:

@@ -1,3 +1,4 @@
-"""Training, whatever is trained: recipes, run folders, the loop, optimisers, several processes. It
-knows no diffusion.
+"""Training, whatever is trained: recipes, run folders, the loop, optimisers, several processes.
+
+This room knows no diffusion.
 """

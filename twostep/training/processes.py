@@ -1,8 +1,8 @@
-"""Several processes, one device each, that train as one: the same weights everywhere, of every
-batch a share.
+"""Several processes, one device each, that train as one.
 
-Everybody draws the whole batch's randomness and keeps a share, so how many there are changes
-figures by rounding only.
+All have the same weights; of every batch each takes a share. Every process draws the randomness of
+the whole batch and keeps its share of it, so the number of processes changes figures by rounding
+only.
 """
 
 import os
@@ -17,24 +17,24 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is; a run of one process is the first of one."""
+    """Which of how many processes this is; a process that is alone is the first of one."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, batch_size: int) -> slice:
-        """Return which items of a batch are this process's."""
+        """Return which items of a batch of all processes are this one's."""
         size = batch_size // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 def world() -> World:
-    """Return the rank of this process and how many were joined."""
+    """Return the rank of this process and the number of those that were joined."""
     if distributed.is_available() and distributed.is_initialized():
         return World(distributed.get_rank(), distributed.get_world_size())
     return World()
@@ -42,8 +42,12 @@ def world() -> World:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """Within it this process is one of all that `accelerate launch` or torchrun started; alone it
-    stays alone.
+    """Join all processes that `accelerate launch` or torchrun started, for the block.
+
+    A process that was started alone stays alone.
+
+    Args:
+        device: what is trained on, which decides how tensors are exchanged.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -55,12 +59,10 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def device_type() -> str:
-    """Return where joined processes exchange tensors: "cpu", or the accelerator."""
-    return (
-        "cpu"
-        if distributed.get_backend() == "gloo"
-        else str(torch.accelerator.current_accelerator())
-    )
+    """Return where joined processes exchange tensors: "cpu", or the type of the accelerator."""
+    if distributed.get_backend() == "gloo":
+        return "cpu"
+    return str(torch.accelerator.current_accelerator())
 
 
 def wait() -> None:
@@ -70,23 +72,23 @@ def wait() -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over all processes into tensors, in place and in one message; shards have it
-    already.
+    """Replace tensors by their means over all processes, in place and in one message.
+
+    Shards are left as they are: FSDP has averaged them already.
     """
-    tensors = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    if world().size == 1 or not tensors:
+    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    if world().size == 1 or not whole:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = torch.cat([tensor.flatten() for tensor in whole])
     distributed.all_reduce(flat)
     flat /= world().size
-    for tensor, mean in zip(
-        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-    ):
+    means = flat.split([tensor.numel() for tensor in whole])
+    for tensor, mean in zip(whole, means, strict=True):
         tensor.copy_(mean.view_as(tensor))
 
 
 def averaged(figures: dict[str, float]) -> dict[str, float]:
-    """Return the means of figures over all processes."""
+    """Return the means of figures over all processes, which must all have the same names."""
     if world().size == 1:
         return figures
     means = torch.tensor(list(figures.values()), dtype=torch.float64, device=device_type())

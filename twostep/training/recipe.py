@@ -1,6 +1,6 @@
-"""Recipes: TOML files checked by pydantic models that live beside their owners.
+"""Recipes: TOML files that are checked by pydantic models, which live beside their owners.
 
-Errors name the path of the key, what was wrong with it and the nearest right key.
+Errors name the path of the key, what was wrong with its value, and the nearest right key.
 """
 
 import difflib
@@ -21,7 +21,7 @@ class RecipeError(TwostepError):
 
 
 class Settings(BaseModel):
-    """A part of a recipe: frozen, and no key that it does not know."""
+    """A part of a recipe: frozen, and without keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +35,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe given by name or path; RecipeError lists the names there are."""
+    """Return the file of a recipe given by name or path; RecipeError lists the known names."""
     for path in (Path(name), RECIPES / f"{name}.toml"):
         if path.is_file():
             return path
@@ -47,8 +47,16 @@ def find_recipe(name: str | Path) -> Path:
 def load_recipe(
     name: str | Path, model: type[SettingsT], overrides: Iterable[str] = ()
 ) -> SettingsT:
-    """Read a recipe by name or path, apply `key.path=value` overrides (TOML values), and check it
-    against `model`.
+    """Read a recipe, change some of its values, and check it.
+
+    Args:
+        name: of a recipe in the package, or a path.
+        model: the settings that the recipe must fit.
+        overrides: changes as "key.path=value", with the value in TOML; a number in the path is a
+            position in a list.
+
+    Raises:
+        RecipeError: the recipe is not there, is not TOML, or has a key or value that does not fit.
     """
     path = find_recipe(name)
     try:
@@ -56,16 +64,16 @@ def load_recipe(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
-        _override(values, override)
+        _apply_override(values, override)
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(
-            "\n".join(_explain(problem, model, path) for problem in error.errors())
-        ) from error
+        problems = [_explain(problem, model, path) for problem in error.errors()]
+        raise RecipeError("\n".join(problems)) from error
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the value of one override in the values of a recipe, in place."""
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(
@@ -74,28 +82,37 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        # A bare word is a string, so that nobody has to quote quotes in a shell.
         value = text
     target: Any = values
     *parents, last = key.split(".")
     for part in parents:
-        target = (
-            target.setdefault(part, {})
-            if isinstance(target, dict)
-            else target[_position(target, part, key)]
-        )
-    target[last if isinstance(target, dict) else _position(target, last, key)] = value
+        if isinstance(target, dict):
+            target = target.setdefault(part, {})
+        else:
+            target = target[_position(target, part, key)]
+    if isinstance(target, dict):
+        target[last] = value
+    else:
+        target[_position(target, last, key)] = value
 
 
 def _position(target: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(target):
         raise RecipeError(
-            f"'{key}': '{part}' is no position in a list of {len(target)}; use 0 to {len(target) - 1}."
+            f"'{key}': '{part}' is no position in a list of {len(target)}; "
+            f"use 0 to {len(target) - 1}."
         )
     return int(part)
 
 
 def _explain(problem: Any, model: type[BaseModel], path: Path) -> str:
+    """Say where a recipe does not fit its model, and what would."""
     place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        # A check of our own, which says what was given.
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{path}: {place}: {message}." if place else f"{path}: {message}."
     if problem["type"] != "extra_forbidden":
         return f"{path}: {place or 'recipe'}: {problem['msg']} (given: {problem['input']!r})"
     schema = model.model_json_schema()

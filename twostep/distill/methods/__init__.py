@@ -1,1 +1,1 @@
-"""Distillation methods, one file each."""
+"""Distillation methods, one file each, and where they are found by name."""

@@ -1,0 +1,165 @@
+"""The seam between a distillation method and the one trainer that runs all of them.
+
+A method is one class in one file under `distill/methods/`. The trainer does, in every iteration,
+
+    pair = method.draw(iteration, batches, models, random)
+    for role in method.turns(iteration):
+        losses = method.loss(role, pair, models)
+        # one optimiser step of that role down losses["total"]
+
+so a method says which networks take part, what they are shown and what each of them minimises, and
+never steps, clips, saves or logs anything. What it returns beside "total" is logged under its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
+
+from twostep.diffusion import PredictionType
+from twostep.distill.pairs import Batches
+from twostep.distill.roles import Role
+from twostep.networks.denoiser import Denoiser
+from twostep.training.loop import Randomness
+from twostep.training.recipe import Settings
+
+if TYPE_CHECKING:
+    from twostep.distill.recipe import Stage
+
+PairT = TypeVar("PairT")
+
+Models = Mapping[str, Any]
+"""What a method computes with, by role: "teacher" and "student" are denoisers, the others what the
+method's own `roles` made them.
+"""
+
+
+class MethodSettings(Settings):
+    """The table `[stages.method]` of a recipe; a method derives its own settings from this."""
+
+    name: str = Field(description='a built-in or registered method, or "module:attribute"')
+
+    @property
+    def variant(self) -> str | None:
+        """The word that tells apart stages of one method in names, None if there is none."""
+        return None
+
+
+@dataclass(frozen=True)
+class ContractChanges:
+    """What the student of a stage declares, beside its name, its base and its steps.
+
+    Args:
+        prediction_type: what its network predicts.
+        trained_times: the times at which it was trained, falling.
+    """
+
+    prediction_type: PredictionType
+    trained_times: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on a figure, beyond which a stage counts as unhealthy.
+
+    Args:
+        largest: bound on the absolute value of the figure's mean between two checkpoints.
+        likely_cause: ends the message, as in "too high a learning_rate".
+    """
+
+    largest: float
+    likely_cause: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs that its networks do not show.
+
+    Args:
+        teacher_evaluations: calls of the teacher per example and iteration; guidance counts twice.
+        num_kept_batches: batches that stay in memory for the whole stage.
+        savings: changes of the method's own settings that save memory, one mapping each.
+    """
+
+    teacher_evaluations: float
+    num_kept_batches: int = 0
+    savings: tuple[Mapping[str, Any], ...] = ()
+
+
+@runtime_checkable
+class Method(Protocol[PairT]):
+    """How a student is distilled in one stage.
+
+    A method is made once for every stage. It may keep what it likes between iterations as long as
+    a resumed run would get the same again.
+
+    Attributes:
+        name: of the method in recipes, in names of stages and in error messages.
+        Settings: the type of its table `[stages.method]`.
+        learns_from_itself: whether the student as it was before the stage is the teacher, frozen.
+            Otherwise the recipe's `teacher_steps` says who teaches.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[MethodSettings]]
+    learns_from_itself: ClassVar[bool] = False
+
+    def __init__(self, stage: Stage) -> None:
+        """Take the settings of a stage, of which `stage.method` are the method's own.
+
+        Raises:
+            ValueError: settings do not fit together; the recipe is refused with this message.
+        """
+
+    def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
+        """Return every network that changes during the stage: "student", and whatever else.
+
+        Args:
+            teacher: frozen.
+            student: its network, or its LoRA, is ready to be trained.
+        """
+
+    def draw(self, iteration: int, batches: Batches, models: Models, random: Randomness) -> PairT:
+        """Return what is judged in an iteration.
+
+        Args:
+            iteration: counts from 0.
+            batches: gives examples and noise, this process's share of them.
+            models: by role.
+            random: the only randomness; what is drawn from it must not depend on the process.
+        """
+
+    def turns(self, iteration: int) -> Sequence[str]:
+        """Return the roles that take an optimiser step in an iteration, in order."""
+        return ("student",)
+
+    def loss(self, role: str, pair: PairT, models: Models) -> Mapping[str, Tensor]:
+        """Return what a role minimises, as a scalar "total", and scalar figures for the log.
+
+        It is called right before the role's step, so it sees the steps of the turns before. All
+        other roles but the student are frozen until the step is done.
+        """
+
+    def describe(self, before: PredictionType) -> ContractChanges:
+        """Return what the student declares, given what the last stage's student predicted."""
+
+    def limits(self) -> Mapping[str, Limit]:
+        """Return bounds on this method's own figures, by the figure's name."""
+        return {}
+
+    def cost(self) -> Cost:
+        """Return what a plan cannot see."""
+
+
+def few_step_prediction(student_steps: int, before: PredictionType) -> PredictionType:
+    """Return what a student of so many steps should predict, given what the last one predicted.
+
+    An error in eps at the top time is multiplied by 14.6 in x0 (section 3.7.3 of
+    arXiv 2402.13929), so a student of one step predicts x0 instead.
+    """
+    return "x0" if student_steps == 1 and before == "eps" else before

@@ -1,0 +1,126 @@
+"""The training of one network by itself, on the loop and the optimiser step of every training.
+
+The rate warms up, stays constant for long, and decays at the end. A run that is to be made longer
+can start again from any checkpoint before the decay: until there it is the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from twostep.training.loop import (
+    LoopSettings,
+    MovingAverage,
+    OnIteration,
+    Randomness,
+    check_finite,
+    learning_rate_factor,
+    run_loop,
+)
+from twostep.training.optimiser import OptimiserName, make_optimiser, optimiser_step
+from twostep.training.processes import world
+from twostep.training.recipe import RecipeError, Settings
+from twostep.training.run_folder import RunFolder
+
+Loss = Callable[[int, Randomness], Tensor]
+"""Called with the iteration and its randomness; returns a scalar with its graph.
+
+Of several processes each draws the randomness of the whole batch and returns the mean loss of its
+share (`training.processes.World.share`), so a recipe means the same for any number of them.
+"""
+
+
+class NetworkLoopSettings(LoopSettings):
+    """The loop and the optimiser of one network's training."""
+
+    optimiser: OptimiserName = Field(
+        "adamw", description="adamw8bit keeps its moments in 8 bits; it needs bitsandbytes"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    decay_share: float = Field(
+        0.25, gt=0, le=1, description="share of the iterations over which the rate decays"
+    )
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+
+class PartSettings(Settings):
+    """What the recipe of every part says."""
+
+    size: str = Field("nano", description="size of the model that the part belongs to")
+    device: str = Field(
+        "auto", description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one"
+    )
+    loop: NetworkLoopSettings
+
+
+def silent(iteration: int, figures: dict[str, float]) -> None:
+    """Show nothing of an iteration."""
+
+
+def train_network(
+    network: nn.Module,
+    loss: Loss,
+    settings: NetworkLoopSettings,
+    folder: RunFolder,
+    name: str,
+    *,
+    on_iteration: OnIteration = silent,
+    on_checkpoint: Callable[[int], None] = lambda iteration: None,
+) -> None:
+    """Train a network in place, where it is, and leave its averaged weights in it.
+
+    Args:
+        network: whose parameters are trained.
+        loss: the loss of an iteration.
+        settings: iterations, optimiser, precision, seed.
+        folder: the run folder, from whose checkpoint the training goes on.
+        name: of the checkpoint, of the part in the log, and of the loss in messages.
+        on_iteration: called after every iteration with its figures.
+        on_checkpoint: called before every checkpoint, with the averaged weights in the network.
+
+    Raises:
+        RecipeError: the batch cannot be shared out to the processes that there are.
+        TrainingError: the loss is not finite.
+    """
+    num_processes = world().size
+    if settings.batch_size % num_processes:
+        raise RecipeError(
+            f"batch_size {settings.batch_size} cannot be shared by {num_processes} processes: "
+            f"give a multiple of {num_processes}, or start fewer processes."
+        )
+    optimiser = make_optimiser(
+        network,
+        settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        name=settings.optimiser,
+    )
+    average = MovingAverage(network, settings.ema_decay)
+    device_type = next(network.parameters()).device.type
+
+    def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+        with settings.autocast(device_type):
+            value = check_finite(loss(iteration, randomness), name, iteration, settings)
+        factor = learning_rate_factor(iteration, settings)
+        optimiser_step(value, optimiser, network, settings.gradient_clip, factor)
+        average.update()
+        return {"loss": value.item()}
+
+    def show_averaged(iteration: int) -> None:
+        with average.applied():
+            on_checkpoint(iteration)
+
+    state: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "average": average}
+    run_loop(
+        iterate,
+        settings,
+        folder,
+        name,
+        state,
+        on_iteration=on_iteration,
+        on_checkpoint=show_averaged,
+    )
+    network.load_state_dict(average.weights)
