@@ -102,9 +102,8 @@ class Bundle:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of a picture of this size in pixels."""
-        pixels = self.codec.pixels_per_latent
-        channels = self.denoiser.backbone.spec.out_channels
-        return channels, height // pixels, width // pixels
+        channels, latent_height, latent_width = self.codec.latent_shape(width, height)
+        return channels, latent_height, latent_width
 
 
 def modules_of(codec: object) -> list[nn.Module]:

@@ -1,8 +1,8 @@
 """A backbone with its schedule and prediction type: (x_t, t, conditioning) -> Prediction.
 
-Times are those of `diffusion`, 1..T. What the backbone is given is the time that it was trained to
-read, t - 1. Feeding T - 1 together with pure noise is the fixed schedule of section 3.5 of arXiv
-2402.13929.
+Times are those of the schedule. What the backbone is given is the time that it was trained to
+read, of SDXL's schedule t - 1. Feeding T - 1 together with pure noise is the fixed schedule of
+section 3.5 of arXiv 2402.13929.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from twostep.diffusion import (
     Denoise,
     Prediction,
     PredictionType,
-    VariancePreserving,
+    Schedule,
     guide,
     prediction_from_output,
 )
@@ -41,7 +41,7 @@ class Denoiser:
     """
 
     backbone: Backbone
-    schedule: VariancePreserving
+    schedule: Schedule
     prediction_type: PredictionType = "eps"
     lora: str | None = None
 
@@ -65,7 +65,7 @@ class Denoiser:
 
         Args:
             x_t: Noisy latents [batch, ...] on the network's device.
-            t: Times in 1..T, one per item; cheapest on the CPU.
+            t: Times above 0, one per item; cheapest on the CPU.
             conditioning: What the latents are to show, for as many items. Its ControlNets act if
                 they do at the first item's time.
 
@@ -82,7 +82,7 @@ class Denoiser:
         return prediction_from_output(output.to(x_t.dtype), x_t, alpha, sigma, self.prediction_type)
 
     def features(self, x_t: Batch, t: Times, conditioning: Conditioning) -> list[Tensor]:
-        """Return the backbone's features of `x_t` at times `t` in 0..T, the deepest last.
+        """Return the backbone's features of `x_t` at times `t`, the deepest last.
 
         Raises BackboneError if the backbone has no features.
         """
@@ -135,5 +135,5 @@ class Denoiser:
         return denoise
 
     def _network_time(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the times as the network reads them, where it is; clean latents are read at 0."""
-        return (t.to(x_t.device) - 1).clamp(min=0)
+        """Return the times as the network reads them, where it is."""
+        return self.schedule.network_time(t).to(x_t.device)

@@ -74,12 +74,13 @@ def _drawn(lora: str, base: str, prompts: tuple[str, ...]) -> Iterator[tuple[str
     examples = Examples.of(bundle, prompts)
     for steps in (bundle.contract.steps, few.steps):
         label = f"{steps} steps, guidance {bundle.contract.guidance:g}"
-        yield label, examples.draw(examples.with_guidance, steps).flatten(0, 1)
+        yield label, examples.draw(bundle.denoiser, examples.guided, steps).flatten(0, 1)
     yield (
         f"{few.steps} steps, no guidance",
-        examples.draw(bundle.denoiser.with_conditioning, few.steps).flatten(0, 1),
+        examples.draw(bundle.denoiser, examples.unguided, few.steps).flatten(0, 1),
     )
     for scale in SCALES:
         worn = cache.apply([f"{lora}:{scale}"])
-        pictures = Examples.of(worn, prompts).draw(worn.denoiser.with_conditioning, few.steps)
+        examples = Examples.of(worn, prompts)
+        pictures = examples.draw(worn.denoiser, examples.unguided, few.steps)
         yield f"{few.steps} steps, LoRA x {scale:g}", pictures.flatten(0, 1)
