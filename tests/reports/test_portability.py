@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from twostep.formats.locate import find_model
 from twostep.reports.portability import SCALES
 
-from .test_draw import assert_one_clean_line
+from ..cli.test_draw import assert_one_clean_line
 
 LORA = "nano_2step_lora"
 

@@ -248,7 +248,9 @@ def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
     with safe_open(folder / "empty.safetensors", "pt") as file:
         text = file.get_tensor("text").float()
         pooled = file.get_tensor("pooled").float()
-    groups = {size: ConcatDataset(alike) for size, alike in shards.items()}
+    groups: dict[tuple[int, int], ConcatDataset[dict[str, Tensor]]] = {
+        size: ConcatDataset(alike) for size, alike in shards.items()
+    }
     return CachedSource(groups, text, pooled)
 
 

@@ -60,7 +60,7 @@ class ContractChanges:
     """
 
     prediction_type: PredictionType
-    trained_times: tuple[int, ...]
+    trained_times: tuple[int | float, ...]
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         guidance = max(1.0, wished)
     steps = request.steps or contract.steps
     schedule = bundle.denoiser.schedule
-    start = schedule.top
+    start: float = schedule.top
     strength = None
     if request.image is not None:
         start = _first_time(contract, request, steps, schedule)

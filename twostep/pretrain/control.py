@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ControlNetModel
@@ -76,7 +76,7 @@ def build_control(denoiser: Denoiser) -> ControlNetModel:
 
     Its layers start as the teacher's, where that has them.
     """
-    config = denoiser.network.config
+    config: Any = denoiser.network.config
     control = ControlNetModel(
         down_block_types=("DownBlock2D",) * len(config.block_out_channels),
         mid_block_type="UNetMidBlock2D",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def built_in_concepts() -> tuple[Concept, ...]:
     return _read_concepts(json.loads((BUILT_IN / _LISTING).read_text(encoding="utf-8")))
 
 
-def _read_concepts(listing: dict[str, dict[str, dict[str, str]]]) -> tuple[Concept, ...]:
+def _read_concepts(listing: dict[str, Any]) -> tuple[Concept, ...]:
     return tuple(
         Concept(icon, entry["subgroup"], tuple(entry["names"]))
         for icon, entry in listing["concepts"].items()

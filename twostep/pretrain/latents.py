@@ -19,7 +19,7 @@ from torch import Tensor
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.files import write_atomically
 from twostep.media.image import ImageCodec
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, PromptEncoder
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.captions import Omission, caption
 from twostep.pretrain.drawings import (
@@ -32,7 +32,6 @@ from twostep.pretrain.drawings import (
     load_drawings,
     random_backgrounds,
 )
-from twostep.text.clip import TextEncoders
 from twostep.training.processes import wait, world
 
 _METADATA_KEY = "twostep.latents"
@@ -90,7 +89,7 @@ class DrawingSource:
     """
 
     latents: LatentCache
-    text: TextEncoders
+    text: PromptEncoder
     width: int
     height: int
 
@@ -139,7 +138,7 @@ def builtin(
         variants=variants,
         on_variant=lambda done, total: advance(done, total, "latents"),
     )
-    return DrawingSource(latents, text_encoders(teacher), *teacher.contract.sizes[0])
+    return DrawingSource(latents, teacher.text, *teacher.contract.sizes[0])
 
 
 def load_latents(path: Path) -> LatentCache:

@@ -49,7 +49,8 @@ class ModelSize:
     @property
     def latent_pixels(self) -> int:
         """Side of the latents."""
-        return self.pixels // 2 ** (len(self.vae_channels) - 1)
+        num_halvings = len(self.vae_channels) - 1
+        return int(self.pixels // 2**num_halvings)
 
 
 NANO = ModelSize(

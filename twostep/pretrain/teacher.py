@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import VariancePreserving
+from twostep.models.bundle import PromptEncoder
 from twostep.networks.adapters import checkpoint_gradients
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -25,7 +26,6 @@ from twostep.pretrain.latents import LatentCache
 from twostep.pretrain.loop import PartSettings, silent, train_network
 from twostep.pretrain.model import build_unet
 from twostep.pretrain.sizes import ModelSize
-from twostep.text.clip import TextEncoders
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
@@ -98,7 +98,7 @@ def new_denoiser(size: ModelSize, seed: int) -> Denoiser:
 def train_teacher(
     denoiser: Denoiser,
     latents: LatentCache,
-    text: TextEncoders,
+    text: PromptEncoder,
     settings: TeacherSettings | TuneSettings,
     folder: RunFolder,
     *,

@@ -178,7 +178,7 @@ def _gathered(rows: Float[Tensor, "share width"]) -> Float[Tensor, "batch width"
         return rows
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(rows))  # type: ignore[no-untyped-call]
+    return torch.cat(all_gather(rows))
 
 
 def _halve(before: int, after: int) -> nn.Sequential:
