@@ -52,10 +52,10 @@ def test_it_is_found_out_whatever_the_config_says(
 ) -> None:
     denoiser = restated(said_in)
     probe = probe_prediction_type(denoiser, *known)
-    assert probe.found == said_in
+    assert probe.prediction_type == said_in
     assert probe.is_sure
     if said_in == "eps":
-        assert check_prediction_type(denoiser, *known).found == "eps"
+        assert check_prediction_type(denoiser, *known).prediction_type == "eps"
     else:
         with pytest.raises(ModelError, match=f'prediction_type = "{said_in}"'):
             check_prediction_type(denoiser, *known)
