@@ -83,9 +83,8 @@ def draw(
     size = (NANO.pixels, NANO.pixels)
     network = None
     if control is not None:
-        network = load_control(
-            str(control), bundle.denoiser.network, bundle.codec.pixels_per_latent
-        )
+        pixels_per_latent = NANO.pixels // bundle.latent_shape(*size)[-1]
+        network = load_control(str(control), bundle.denoiser.network, pixels_per_latent)
     pictures = []
     for start in range(0, len(asked.tasks), BATCH):
         tasks = asked.tasks[start : start + BATCH]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from twostep.diffusion import Prediction
 from twostep.errors import TwostepError
-from twostep.media.image import ImageCodec, to_images
+from twostep.media.codec import Codec
+from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import Guided, decode, sample_latents
 from twostep.pipeline.batching import ExactBatch
@@ -43,7 +44,7 @@ class Progress:
     num_steps: int
     seeds: list[int]
     prediction: Prediction
-    codec: ImageCodec
+    codec: Codec
 
     def previews(self) -> list[Image.Image]:
         """Return the pictures as they are foreseen now, small, a pixel for each latent."""
@@ -197,7 +198,7 @@ def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
         pictures = decode(bundle, latents)
         drawing.error = _damage(part, pictures, "pixels")
         if drawing.error is None:
-            images = to_images(drawing.prepared.finished(pictures))
+            images = bundle.codec.items(drawing.prepared.finished(pictures))
             drawing.images.update(zip(part.seeds, images, strict=True))
 
 

@@ -248,7 +248,8 @@ def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[
         for i in range(count)
         if control.start <= i / count and (i + 1) / count <= control.end
     ]
-    network = load_control(control.model, bundle.denoiser.network, bundle.codec.pixels_per_latent)
+    pixels_per_latent = size[0] // bundle.latent_shape(*size)[-1]
+    network = load_control(control.model, bundle.denoiser.network, pixels_per_latent)
     picture = (_pixels(bundle, control.picture, size) + 1) / 2
     return Hint(network, picture, control.scale, frozenset(acting))
 
