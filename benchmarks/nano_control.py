@@ -14,7 +14,7 @@ its background), and what the judge sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +25,13 @@ from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
-from twostep.diffusion import initial_noise, sample
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.judge import BUILT_IN, load_judge
 from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.sampling import decode, encode_prompts, sample_prompts
 from twostep.networks.control import Hint, load_control
 from twostep.pretrain.control import PLACEMENT, hints_of
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
@@ -80,33 +80,21 @@ def draw(
     bundle: Bundle, asked: Asked, control: Path | None, scale: float
 ) -> Float[Tensor, "tasks 3 height width"]:
     """Draw every task, with the silhouettes in sight or without."""
-    contract, pictures = bundle.contract, []
-    empty = bundle.conditioning([""], NANO.pixels, NANO.pixels)
+    size = (NANO.pixels, NANO.pixels)
+    network = None
+    if control is not None:
+        pixels_per_latent = NANO.pixels // bundle.latent_shape(*size)[-1]
+        network = load_control(str(control), bundle.denoiser.network, pixels_per_latent)
+    pictures = []
     for start in range(0, len(asked.tasks), BATCH):
         tasks = asked.tasks[start : start + BATCH]
-        told = bundle.conditioning([task.prompt for task in tasks], NANO.pixels, NANO.pixels)
-        untold = empty.expand(len(tasks))
-        if control is not None:
-            network = load_control(
-                str(control), bundle.denoiser.network, bundle.codec.pixels_per_latent
-            )
-            hint = Hint(
-                network,
-                hints_of(asked.masks[start : start + BATCH]),
-                scale,
-                frozenset(range(1, 1001)),
-            )
-            told, untold = replace(told, hints=(hint,)), replace(untold, hints=(hint,))
-        denoise = bundle.denoiser.with_guidance(told, untold, contract.guidance)
-        noise = torch.stack(
-            [
-                initial_noise(task.seed, bundle.latent_shape(NANO.pixels, NANO.pixels))
-                for task in tasks
-            ]
-        )
-        pictures.append(
-            bundle.codec.decode(sample(denoise, noise, contract.steps, bundle.denoiser.schedule))
-        )
+        guided = encode_prompts(bundle, [task.prompt for task in tasks], size)
+        if network is not None:
+            silhouette = hints_of(asked.masks[start : start + BATCH])
+            hint = Hint(network, silhouette, scale, frozenset(range(1, 1001)))
+            guided = guided.shown(None, (hint,))
+        latents = sample_prompts(bundle, guided, [task.seed for task in tasks], size)
+        pictures.append(decode(bundle, latents))
     return torch.cat(pictures)
 
 

@@ -36,12 +36,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
-from twostep.diffusion import Denoise, VariancePreserving, guide, initial_noise, sample
+from twostep.diffusion import Denoise, VariancePreserving
+from twostep.diffusion.flow import Keep, OnStep
+from twostep.diffusion.samplers import DrawNoise
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.formats.locate import find_model
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.sampling import decode, encode_prompts, sample_prompts
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import DrawingSet, load_drawings
 
@@ -249,25 +252,32 @@ def _draw_set(
 @torch.inference_mode()
 def draw(bundle: Bundle, sampler: Sampler, tasks: Sequence[Task]) -> Tensor:
     """Draw one picture per task in one batch, each from the noise of its own seed."""
-    width, height = bundle.contract.sizes[0]
-    conditioning = bundle.text.conditioning([task.prompt for task in tasks], width, height)
-    denoise: Denoise = lambda x_t, t: bundle.denoiser(x_t, t, conditioning)  # noqa: E731 - closes over the prompts
-    if sampler.guidance > 1:
-        empty = bundle.text.conditioning([""] * len(tasks), width, height)
-        conditional = denoise
-        denoise = lambda x_t, t: guide(  # noqa: E731
-            conditional(x_t, t), bundle.denoiser(x_t, t, empty), sampler.guidance
-        )
-    shape = bundle.latent_shape(width, height)
-    noise = torch.stack([initial_noise(task.seed, shape) for task in tasks])
-    follow = solve_dpm if sampler.solver == "dpm" else sample
-    latents = follow(denoise, noise, sampler.steps, bundle.denoiser.schedule)
+    size = bundle.contract.sizes[0]
+    scale = max(1.0, sampler.guidance)
+    guided = encode_prompts(bundle, [task.prompt for task in tasks], size, scale=scale)
+    latents = sample_prompts(
+        bundle,
+        guided,
+        [task.seed for task in tasks],
+        size,
+        steps=sampler.steps,
+        sampler=solve_dpm if sampler.solver == "dpm" else None,
+    )
     # Small batches stay in the processor's cache: decoding is three times as fast so.
-    pixels = torch.cat([bundle.codec.decode(part) for part in torch.split(latents, DECODE_CHUNK)])
+    pixels = decode(bundle, latents, at_once=DECODE_CHUNK)
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def solve_dpm(denoise: Denoise, noise: Tensor, steps: int, schedule: VariancePreserving) -> Tensor:
+def solve_dpm(
+    denoise: Denoise,
+    noise: Tensor,
+    times: Tensor,
+    schedule: VariancePreserving,
+    draw_noise: DrawNoise,
+    *,
+    on_step: OnStep | None = None,
+    keep: Keep | None = None,
+) -> Tensor:
     """Follow the flow with diffusers' DPM-Solver++ 2M on the same grid (arXiv 2211.01095)."""
     betas = 1 - (schedule.alphas[1:] / schedule.alphas[:-1]).square()
     scheduler = DPMSolverMultistepScheduler(
@@ -278,7 +288,7 @@ def solve_dpm(denoise: Denoise, noise: Tensor, steps: int, schedule: VariancePre
         solver_order=2,
         prediction_type="epsilon",
     )
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(len(times) - 1)
     x = noise
     for index in scheduler.timesteps:
         eps = denoise(x, torch.full((len(x),), int(index) + 1)).eps

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from twostep.data import cache as cache_module
 from twostep.data.cache import CachedSource, load_cache
 from twostep.data.encoding import cache_pictures, cache_prompts
-from twostep.data.sources import DataError, Demands, cut, find_entries, read_picture
+from twostep.data.sources import DataError, Demands, find_entries, read_picture
 from twostep.media.image import ImageCodec
+from twostep.media.pictures import crop_to_size
 from twostep.models.bundle import Bundle
 from twostep.pretrain.model import random_bundle
 
@@ -43,7 +44,7 @@ def test_it_holds_what_encoding_gives(pictures: Path, bundle: Bundle, tmp_path: 
     assert set(source.shards) == {(width // 4, height // 4) for width, height in SIZES}
     held = items(tmp_path / "cache")
     for entry in find_entries(str(pictures)):
-        pixels, _ = cut(read_picture(entry, Demands()), SIZES)
+        pixels, _ = crop_to_size(read_picture(entry, Demands()), SIZES)
         torch.testing.assert_close(
             held[entry.name].float(), bundle.codec.encode(pixels[None])[0], atol=5e-3, rtol=5e-3
         )

@@ -16,13 +16,11 @@ from twostep.data.sources import (
     DataError,
     Demands,
     Entry,
-    UnusablePictureError,
-    cut,
     find_entries,
     read_picture,
 )
-from twostep.data.sources import sharpness as sharpness_of
 from twostep.formats.contracts import sizes_around
+from twostep.media.pictures import UnusablePictureError, crop_to_size, sharpness
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -129,7 +127,7 @@ def test_what_cannot_be_used_says_why(
 def test_blurring_lowers_the_sharpness(draw: Callable[..., Image.Image]) -> None:
     picture = draw(300, 200)
     blurred = picture.filter(ImageFilter.GaussianBlur(2))
-    assert sharpness_of(blurred) < 0.2 * sharpness_of(picture)
+    assert sharpness(blurred) < 0.2 * sharpness(picture)
 
 
 def test_sizes_keep_the_area_and_hold_those_of_sdxl() -> None:
@@ -150,11 +148,11 @@ def test_sizes_keep_the_area_and_hold_those_of_sdxl() -> None:
 def test_a_cut_is_the_middle_of_the_nearest_shape() -> None:
     stripes = np.zeros((100, 300, 3), dtype=np.uint8)
     stripes[:, 100:200] = (255, 0, 0)
-    found, told = cut(Image.fromarray(stripes), [(64, 64), (48, 80)])
+    found, told = crop_to_size(Image.fromarray(stripes), [(64, 64), (48, 80)])
     assert found.shape == (3, 64, 64)
     assert told == (100, 300, 0, 64, 64, 64)
     assert (found[0, :, 4:-4] > 0.9).all()
     assert (found[1:] < -0.9).all()
-    upright, told = cut(Image.new("RGB", (50, 100)), [(64, 64), (48, 80), (80, 48)])
+    upright, told = crop_to_size(Image.new("RGB", (50, 100)), [(64, 64), (48, 80), (80, 48)])
     assert upright.shape == (3, 80, 48)
     assert told == (100, 50, 8, 0, 80, 48)

@@ -69,8 +69,8 @@ def test_examples_are_measured_and_shown_beside_the_teacher(teacher: Bundle) -> 
     sheet, looks = Examples.of(teacher, ("a red fox", "")).show(teacher.denoiser, 4)
     assert sheet.width > 2 * 64
     assert set(looks) == {"saturation", "contrast", "diversity"}
-    unguided = Examples.of(teacher, ("a red fox",))
     object.__setattr__(teacher.contract, "guidance", 1.0)
+    unguided = Examples.of(teacher, ("a red fox",))
     _, same = unguided.show(teacher.denoiser, teacher.contract.steps)
     assert same == pytest.approx({"saturation": 1, "contrast": 1, "diversity": 1})
 

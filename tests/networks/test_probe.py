@@ -8,9 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from twostep.diffusion import sample
 from twostep.formats.locate import ModelError
 from twostep.models.loading import load_bundle
+from twostep.models.sampling import encode_prompts, sample_latents
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type, probe_prediction_type
@@ -38,19 +38,12 @@ def restated(said_in: str) -> Denoiser:
 @pytest.fixture(scope="module")
 def known() -> tuple[Tensor, Conditioning]:
     """Two pictures that the teacher draws in few steps, so that they are of the kind it knows."""
-    conditioning = TEACHER.conditioning(
-        ["a 3d red apple on a blue background", "a flat fox"], 64, 64
-    )
-    empty = TEACHER.conditioning([""], 64, 64).expand(2)
+    prompts = ["a 3d red apple on a blue background", "a flat fox"]
+    guided = encode_prompts(TEACHER, prompts, (64, 64), scale=3.0)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        latents = sample(
-            TEACHER.denoiser.with_guidance(conditioning, empty, 3.0),
-            noise,
-            8,
-            TEACHER.denoiser.schedule,
-        )
-    return latents, conditioning
+        latents = sample_latents(TEACHER.denoiser, guided, noise, 8, [0, 1])
+    return latents, guided.positive
 
 
 @pytest.mark.parametrize("said_in", ["eps", "x0", "v"])
@@ -59,10 +52,10 @@ def test_it_is_found_out_whatever_the_config_says(
 ) -> None:
     denoiser = restated(said_in)
     probe = probe_prediction_type(denoiser, *known)
-    assert probe.found == said_in
+    assert probe.prediction_type == said_in
     assert probe.is_sure
     if said_in == "eps":
-        assert check_prediction_type(denoiser, *known).found == "eps"
+        assert check_prediction_type(denoiser, *known).prediction_type == "eps"
     else:
         with pytest.raises(ModelError, match=f'prediction_type = "{said_in}"'):
             check_prediction_type(denoiser, *known)

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twostep.data.cache import CacheWriter, OnItem
-from twostep.data.sources import DataError, Demands, Entry, UnusablePictureError, cut, read_picture
-from twostep.diffusion import initial_noise, sample
+from twostep.data.sources import DataError, Demands, Entry, read_picture
+from twostep.media.pictures import UnusablePictureError, crop_to_size
 from twostep.models.bundle import Bundle
+from twostep.models.sampling import encode_prompts, sample_prompts
 from twostep.networks.conditioning import Conditioning
 
 
@@ -63,7 +64,7 @@ def cache_pictures(
         except UnusablePictureError as error:
             writer.skip(entry.name, str(error))
             continue
-        pixels, micro_conditions = cut(picture, sizes)
+        pixels, micro_conditions = crop_to_size(picture, sizes)
         size = (pixels.shape[2], pixels.shape[1])
         cut_picture = _CutPicture(entry.name, str(entry.caption), pixels, micro_conditions)
         waiting.setdefault(size, []).append(cut_picture)
@@ -135,13 +136,9 @@ def _draw(
     prompts: Sequence[str], seeds: Sequence[int], bundle: Bundle, steps: int, guidance: float
 ) -> tuple[Float[Tensor, "n c h w"], Conditioning]:
     """Let the teacher make one batch; return latents and the conditioning of their prompts."""
-    width, height = bundle.contract.sizes[0]
-    shape = bundle.latent_shape(width, height)
-    noise = torch.stack([initial_noise(seed, shape) for seed in seeds])
-    conditioning = bundle.conditioning(prompts, width, height)
-    empty = bundle.conditioning([""], width, height).expand(len(prompts))
-    denoise = bundle.denoiser.with_guidance(conditioning, empty, guidance)
-    return sample(denoise, noise, steps, bundle.denoiser.schedule), conditioning
+    size = bundle.contract.sizes[0]
+    guided = encode_prompts(bundle, prompts, size, scale=guidance)
+    return sample_prompts(bundle, guided, seeds, size, steps=steps), guided.positive
 
 
 @torch.no_grad()

@@ -6,36 +6,26 @@ reported by name with the reason. Latents are unknown here.
 """
 
 import glob
-import io
 import json
-import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
 from twostep.errors import TwostepError
+from twostep.media.pictures import UnusablePictureError, open_picture, sharpness
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_KEYS = ("image", "file_name", "path", "file", "jpg", "png", "webp")
 CAPTION_KEYS = ("caption", "text", "prompt")
 HUB = "hf:"
-MIN_SIDE, MAX_PIXELS = 8, 2**26
 
 
 class DataError(TwostepError):
     """A source without pictures, or one that is not what it says."""
-
-
-class UnusablePictureError(TwostepError):
-    """One picture that cannot be used; its message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def read_picture(entry: Entry, demands: Demands) -> Image.Image:
     """
     if entry.caption is None or not entry.caption.strip():
         raise UnusablePictureError("it has no caption")
-    picture = opened(entry.read)
+    picture = open_picture(entry.read)
     if min(picture.size) < demands.min_side:
         raise UnusablePictureError(
             f"it is {picture.width}x{picture.height}, smaller than {demands.min_side} px"
@@ -105,60 +95,6 @@ def read_picture(entry: Entry, demands: Demands) -> Image.Image:
     if demands.min_sharpness > 0 and (found := sharpness(picture)) < demands.min_sharpness:
         raise UnusablePictureError(f"its sharpness is {found:.4f}, below {demands.min_sharpness:g}")
     return picture
-
-
-def opened(read: Callable[[], bytes | Image.Image], *, for_input: bool = False) -> Image.Image:
-    """Return a picture in RGB, upright and on white; UnusablePictureError if it cannot be read.
-
-    One that a drawing is made of may be neither tiny nor so large that it fills the memory.
-    """
-    try:
-        data = read()
-        picture = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        width, height = picture.size
-        if for_input and not (min(width, height) >= MIN_SIDE and width * height <= MAX_PIXELS):
-            raise UnusablePictureError(
-                f"it is {width}x{height}; expected {MIN_SIDE}x{MIN_SIDE} to {MAX_PIXELS:,} pixels in all"
-            )
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnusablePictureError(f"it cannot be read ({error})") from error
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
-def sharpness(picture: Image.Image) -> float:
-    """Return the standard deviation of the Laplacian of its brightness (0..1) at a size of about
-    512 px.
-    """
-    scale = 512 / max(picture.size)
-    if scale < 1:
-        size = (max(3, round(picture.width * scale)), max(3, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    grey = np.pad(np.asarray(picture.convert("L"), dtype=np.float32) / 255, 1, mode="edge")
-    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
-    return float((around - 4 * grey[1:-1, 1:-1]).std())
-
-
-def nearest_size(picture: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the (width, height) that is nearest to a picture in shape."""
-    shape = math.log(picture.width / picture.height)
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
-
-
-def cut(
-    picture: Image.Image, sizes: Sequence[tuple[int, int]]
-) -> tuple[Float[Tensor, "3 height width"], tuple[int, int, int, int, int, int]]:
-    """Scale a picture to cover the size nearest in shape and cut out its middle.
-
-    Returns pixels in -1..1 and SDXL's micro-conditioning: original (h, w), crop (top, left), target
-    (h, w), all in px.
-    """
-    width, height = nearest_size(picture, sizes)
-    covering = ImageOps.cover(picture, (width, height), Image.Resampling.LANCZOS)
-    left, top = (covering.width - width) // 2, (covering.height - height) // 2
-    middle = covering.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, (picture.height, picture.width, top, left, height, width)
 
 
 def _from_folder(folder: Path) -> Iterator[Entry]:

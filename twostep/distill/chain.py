@@ -311,7 +311,9 @@ def _check_prediction(
     random = Randomness.at(0, 0)
     x0, conditioning = source.draw(4, random.tensors, random.words)
     probe = check_prediction_type(teacher.denoiser, x0.to(device), conditioning.to(device))
-    folder.log(part="probe", found=probe.found, sureness=probe.sureness, is_sure=probe.is_sure)
+    folder.log(
+        part="probe", found=probe.prediction_type, sureness=probe.sureness, is_sure=probe.is_sure
+    )
 
 
 def _train_or_load(

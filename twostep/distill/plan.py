@@ -268,9 +268,7 @@ def _measure_drawing(examples: Examples, meter: Meter) -> int:
     """Return the bytes that drawing adds, by the teacher with its guidance in one step."""
     before = meter.living
     meter.peak = before
-    denoiser = examples.teacher.denoiser
-    scale = examples.teacher.contract.guidance
-    examples.draw(lambda given: denoiser.with_guidance(given, given, scale), 1)
+    examples.draw(examples.teacher.denoiser, examples.guided, 1)
     return meter.peak - before
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from twostep.contract import SamplerName
-from twostep.diffusion import Denoise, falling_times, find_sampler, seeded_noise
 from twostep.distill.health import measure
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
-from twostep.networks.conditioning import Conditioning
+from twostep.models.sampling import Guided, decode, encode_prompts, sample_latents
 from twostep.networks.denoiser import Denoiser
 
 NUM_SEEDS = 2
@@ -37,22 +36,23 @@ class Examples:
 
     Args:
         teacher: which draws them once, with its guidance.
-        conditioning: of every prompt, for each seed in turn.
-        empty: of the empty prompt, one item.
+        guided: every prompt for each seed in turn, with the teacher's guidance.
     """
 
     teacher: Bundle
-    conditioning: Conditioning
-    empty: Conditioning
+    guided: Guided
 
     @classmethod
     def of(cls, teacher: Bundle, prompts: tuple[str, ...]) -> Examples:
         """Encode the prompts now; the text encoders are not needed afterwards."""
-        size = teacher.contract.sizes[0]
         with torch.no_grad():
-            conditioning = teacher.conditioning(prompts * NUM_SEEDS, *size)
-            empty = teacher.conditioning([""], *size)
-        return cls(teacher, conditioning, empty)
+            guided = encode_prompts(teacher, prompts * NUM_SEEDS, teacher.contract.sizes[0])
+        return cls(teacher, guided)
+
+    @property
+    def unguided(self) -> Guided:
+        """The same prompts without guidance, as students draw them."""
+        return Guided(self.guided.positive)
 
     def show(
         self, student: Denoiser, student_steps: int, sampler: SamplerName = "euler"
@@ -68,56 +68,49 @@ class Examples:
             A sheet with the first seed's pictures, the teacher's above the student's, and how the
             looks of all seeds compare (`health.measure`).
         """
-        pictures = self.draw(student.with_conditioning, student_steps, sampler)
+        pictures = self.draw(student, self.unguided, student_steps, sampler)
         labels = (f"teacher {self.teacher.contract.steps}", f"student {student_steps}")
         sheet = _sheet(labels, torch.stack([self._of_teacher[0], pictures[0]]))
         return sheet, measure(pictures, self._of_teacher)
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        return self.draw(self.with_guidance, self.teacher.contract.steps)
-
-    def with_guidance(self, conditioning: Conditioning) -> Denoise:
-        """Return the teacher with its own guidance, ready to sample."""
-        negative = self.empty.expand(len(conditioning))
-        scale = self.teacher.contract.guidance
-        return self.teacher.denoiser.with_guidance(conditioning, negative, scale)
+        return self.draw(self.teacher.denoiser, self.guided, self.teacher.contract.steps)
 
     @torch.no_grad()
     def draw(
         self,
-        conditioned: Callable[[Conditioning], Denoise],
+        denoiser: Denoiser,
+        guided: Guided,
         num_steps: int,
         sampler: SamplerName = "euler",
     ) -> Float[Tensor, "seeds prompts 3 height width"]:
         """Draw every prompt, from the same noise in every call.
 
         Args:
-            conditioned: returns the function to sample with for a conditioning.
+            denoiser: which draws.
+            guided: the prompts, `self.guided` or `self.unguided`.
             num_steps: of the sampler.
             sampler: its name.
         """
-        schedule = self.teacher.denoiser.schedule
-        times = torch.tensor(falling_times(schedule.top, num_steps, schedule))
-        walk = find_sampler(sampler)
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(self.conditioning), *shape, generator=generator)
+        noise = torch.randn(len(guided), *shape, generator=generator)
         pictures: list[Tensor] = []
         for start in range(0, len(noise), AT_ONCE):
-            conditioning = self.conditioning[start : start + AT_ONCE]
-            x = noise[start : start + AT_ONCE].to(conditioning.text.device)
-            latents = walk(
-                conditioned(conditioning),
-                x,
-                times[:, None].expand(-1, len(x)),
-                schedule,
-                seeded_noise(range(start, start + len(x)), x),
-            )
-            for latent in latents.split(1):
-                pictures.append(self.teacher.codec.decode(latent).cpu())
+            part = guided[start : start + AT_ONCE]
+            seeds = range(start, start + len(part))
+            x = noise[start : start + AT_ONCE].to(part.positive.text.device)
+            latents = sample_latents(denoiser, part, x, num_steps, seeds, sampler=sampler)
+            pictures.append(self._pictures(latents).cpu())
         by_seed: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
         return by_seed
+
+    def _pictures(self, latents: Tensor) -> Float[Tensor, "items 3 height width"]:
+        """Return pictures of latents: of media that are none, what the codec previews."""
+        if self.teacher.codec.media == "image":
+            return decode(self.teacher, latents, at_once=1)
+        return self.teacher.codec.preview(latents)
 
 
 def _sheet(

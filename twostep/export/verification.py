@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twostep.contract import Contract
-from twostep.diffusion import initial_noise, sample
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, resolve
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.locate import ModelError, weights_variant
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.sampling import draw_noise, encode_prompts, sample_latents
 from twostep.models.sdxl import base_folder
 
 _COMFYUI_NAMES = {"x0": "x0", "v": "v_prediction"}
@@ -50,8 +50,8 @@ def verify(
     checkpoint = resolve(model, steps=steps)
     bundle = load_bundle(checkpoint, steps=steps)
     width, height = bundle.contract.sizes[0]
-    noise = initial_noise(seed, bundle.latent_shape(width, height))[None]
-    ours = _sampled(bundle, prompt, noise)
+    noise = draw_noise([seed], bundle.latent_shape(width, height))
+    ours = _sampled(bundle, prompt, noise, seed)
     if comfyui is None:
         theirs = _sampled_by_diffusers(checkpoint, bundle.contract, prompt, noise)
     else:
@@ -64,18 +64,20 @@ def verify(
     return differences
 
 
-def _sampled(bundle: Bundle, prompt: str, noise: Tensor) -> list[Tensor]:
+def _sampled(bundle: Bundle, prompt: str, noise: Tensor, seed: int) -> list[Tensor]:
     """Return x0 at each step of the bundle itself."""
     contract = bundle.contract
     width, height = contract.sizes[0]
-    both = bundle.conditioning([prompt, ""], width, height)
+    guided = encode_prompts(bundle, [prompt], (width, height))
     states: list[Tensor] = []
-    sample(
-        bundle.denoiser.with_guidance(both[:1], both[1:], contract.guidance),
+    sample_latents(
+        bundle.denoiser,
+        guided,
         noise,
         contract.steps,
-        bundle.denoiser.schedule,
-        lambda _, step: states.append(step.x0),
+        [seed],
+        sampler=contract.sampler,
+        on_step=lambda _, step: states.append(step.x0),
     )
     return states
 

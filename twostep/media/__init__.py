@@ -1,3 +1,1 @@
-"""Media <-> latents: codecs, and how a user's files become tensors. Networks that denoise are
-unknown here.
-"""
+"""Media <-> latents: codecs, and how a user's pictures become tensors."""

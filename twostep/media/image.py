@@ -1,7 +1,7 @@
-"""Media <-> latents. A codec is all that a denoiser's owner needs to know of pixels."""
+"""The codec of pictures: an SDXL-type autoencoder."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,63 +14,86 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
+from twostep.media.codec import Encoded
+from twostep.media.png import encode_png
 
 
 @dataclass(frozen=True, eq=False)
 class ImageCodec:
-    """An SDXL-type autoencoder: pictures [batch, 3, height, width] in -1..1 <-> latents of about
-    unit variance.
+    """Pictures [batch, 3, height, width] in -1..1 <-> latents of about unit variance.
+
+    Args:
+        vae: The autoencoder; it computes in the precision of its own weights.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
 
     @property
+    def media(self) -> str:
+        """The medium, as contracts name it."""
+        return "image"
+
+    @property
     def pixels_per_latent(self) -> int:
-        """How many pixels wide and high one latent is."""
+        """Pixels along each side of one latent."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the latents of a picture of this size in pixels."""
+        side = self.pixels_per_latent
+        return int(self.vae.config.latent_channels), height // side, width // side
 
     @torch.no_grad()
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
-        latents = self._in_range(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
+        latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
         return (latents.to(media.dtype) * float(self.vae.config.scaling_factor)).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
         """Return pictures, cut off at -1 and 1."""
         scaled = latents / self.vae.config.scaling_factor
-        pictures = self._in_range(lambda vae: vae.decode(scaled.to(vae.dtype)).sample)
+        pictures = self._without_overflow(lambda vae: vae.decode(scaled.to(vae.dtype)).sample)
         return pictures.to(latents.dtype).clamp(-1, 1).contiguous()
 
     @torch.no_grad()
     def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:
-        """Return what latents roughly show, a pixel each in -1..1: a linear guess that costs next
-        to nothing.
+        """Return what latents roughly show, one pixel for each, in -1..1.
+
+        A linear map from latents to colours, which costs next to nothing.
         """
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
         return torch.einsum("bchw,cr->brhw", with_one, self._linear.to(latents)).clamp(-1, 1)
 
+    def items(self, media: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+        """Return pictures in -1..1 as 8-bit images."""
+        return to_images(media)
+
+    def file(self, item: Image.Image, metadata: Mapping[str, str]) -> Encoded:
+        """Return an image as a PNG with the metadata as text chunks."""
+        return Encoded(encode_png(item, metadata), suffix=".png", mime="image/png")
+
     @cached_property
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:
-        """The least-squares fit of colours to latents, of fixed smooth pictures; made once."""
+        """The least-squares fit of colours to latents, on fixed smooth pictures; made once."""
         side = self.pixels_per_latent
         colours = 2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1
         pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
         latents = self.encode(pictures.to(self.vae.device)).float().cpu()
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-        columns, wanted = (
-            values.movedim(1, -1).flatten(0, 2) for values in (with_one, avg_pool2d(pictures, side))
-        )
-        fit: Tensor = torch.linalg.lstsq(columns, wanted).solution
+        inputs = with_one.movedim(1, -1).flatten(0, 2)
+        targets = avg_pool2d(pictures, side).movedim(1, -1).flatten(0, 2)
+        fit: Tensor = torch.linalg.lstsq(inputs, targets).solution
         return fit
 
-    def _in_range(self, work: Callable[[Any], Tensor]) -> Tensor:
-        """Do it once more in float32, on a copy, where half precision overflowed, as it does in
-        SDXL's own VAE.
+    def _without_overflow(self, compute: Callable[[Any], Tensor]) -> Tensor:
+        """Compute again in float32, on a copy, where half precision overflowed.
+
+        SDXL's own autoencoder does.
         """
-        result = work(self.vae)
+        result = compute(self.vae)
         if self.vae.dtype == torch.float16 and not bool(result.isfinite().all()):
-            result = work(copy.deepcopy(self.vae).float())
+            result = compute(copy.deepcopy(self.vae).float())
         return result
 
 

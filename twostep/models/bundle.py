@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract
 from twostep.formats.locate import ModelError
-from twostep.media.image import ImageCodec
+from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 
@@ -48,7 +48,7 @@ class Bundle:
     """
 
     denoiser: Denoiser
-    codec: ImageCodec
+    codec: Codec
     text: PromptEncoder
     contract: Contract
     students: tuple[int, ...] = ()
@@ -100,11 +100,9 @@ class Bundle:
             nn.Module.to(network, device, dtype)  # diffusers' own method would warn of nothing
         return self
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the latents of a picture of this size in pixels."""
-        pixels = self.codec.pixels_per_latent
-        channels = self.denoiser.backbone.spec.out_channels
-        return channels, height // pixels, width // pixels
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the shape of one item's latents, of a picture (channels, height, width)."""
+        return tuple(self.codec.latent_shape(width, height))
 
 
 def modules_of(codec: object) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""ControlNets (arXiv 2302.05543): a second encoder that looks at a picture and adds to a UNet's own.
+"""ControlNets (arXiv 2302.05543): second encoders that look at a picture and add to a UNet's own.
 
 A ControlNet that was made for a teacher serves its students unchanged.
 """

@@ -1,8 +1,8 @@
 """A backbone with its schedule and prediction type: (x_t, t, conditioning) -> Prediction.
 
-Times are those of `diffusion`, 1..T. What the backbone is given is the time that it was trained to
-read, t - 1. Feeding T - 1 together with pure noise is the fixed schedule of section 3.5 of arXiv
-2402.13929.
+Times are those of the schedule. What the backbone is given is the time that it was trained to
+read, of SDXL's schedule t - 1. Feeding T - 1 together with pure noise is the fixed schedule of
+section 3.5 of arXiv 2402.13929.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from twostep.diffusion import Prediction, solve
+from twostep.diffusion import Prediction
 from twostep.errors import TwostepError
-from twostep.media.image import ImageCodec, to_images
+from twostep.media.codec import Codec
+from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
-from twostep.networks.conditioning import Conditioning
+from twostep.models.sampling import Guided, decode, sample_latents
 from twostep.pipeline.batching import ExactBatch
 from twostep.pipeline.prepare import Prepared, prepare, timed
 from twostep.pipeline.request import MAX_BATCH, Request, Result
@@ -43,7 +44,7 @@ class Progress:
     num_steps: int
     seeds: list[int]
     prediction: Prediction
-    codec: ImageCodec
+    codec: Codec
 
     def previews(self) -> list[Image.Image]:
         """Return the pictures as they are foreseen now, small, a pixel for each latent."""
@@ -194,10 +195,10 @@ def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
     """
     drawing = part.drawing
     with timed(drawing.prepared.seconds, "decode"):
-        pictures = bundle.codec.decode(latents)
+        pictures = decode(bundle, latents)
         drawing.error = _damage(part, pictures, "pixels")
         if drawing.error is None:
-            images = to_images(drawing.prepared.finished(pictures))
+            images = bundle.codec.items(drawing.prepared.finished(pictures))
             drawing.images.update(zip(part.seeds, images, strict=True))
 
 
@@ -231,23 +232,17 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
                 on_step(drawing.place, progress)
 
     first = prepared[0]
-    positive = _together([one.positive for one in prepared], sizes)
-    if first.negative is None:
-        denoise = bundle.denoiser.with_conditioning(positive)
-    else:
-        negative = _together([one.negative for one in prepared if one.negative], sizes)
-        denoise = bundle.denoiser.with_guidance(positive, negative, first.guidance)
-    times = torch.tensor(first.times)[:, None].expand(-1, sum(sizes))
-    has_mask = first.mask is not None
-    return solve(
-        denoise, torch.cat(beginnings), times, schedule, report, keep if has_mask else None
+    guided = [one.guided.expand(size) for one, size in zip(prepared, sizes, strict=True)]
+    return sample_latents(
+        bundle.denoiser,
+        Guided.cat(guided),
+        torch.cat(beginnings),
+        first.times,
+        [seed for part in parts for seed in part.seeds],
+        sampler=bundle.contract.sampler,
+        on_step=report,
+        keep=None if first.mask is None else keep,
     )
-
-
-def _together(conditionings: list[Conditioning], sizes: list[int]) -> Conditioning:
-    """Repeat each conditioning, of one item, as often as its part has images, one after another."""
-    repeated = [one.expand(size) for one, size in zip(conditionings, sizes, strict=True)]
-    return repeated[0] if len(repeated) == 1 else Conditioning.cat(repeated)
 
 
 def _damage(part: _Part, values: Float[Tensor, "batch ..."], what: str) -> GenerationError | None:

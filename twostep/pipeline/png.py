@@ -11,18 +11,16 @@ This module does not know how a picture was drawn; it is handed a `Result`.
 import json
 import re
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.files import write_atomically
+from twostep.media.png import encode_png
 from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
 
 A1111_CHUNK = "parameters"
@@ -176,16 +174,6 @@ def prepare_folder(folder: str | Path) -> Path:
             f"cannot write to {folder}: {reason}. Choose a folder that you may write to."
         ) from error
     return folder
-
-
-def encode_png(image: Image.Image, chunks: Mapping[str, str]) -> bytes:
-    """Encode an image as PNG with the given text chunks."""
-    info = PngInfo()
-    for name, text in chunks.items():
-        info.add_text(name, text)
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
 
 
 def _free_path(folder: Path, stem: str, data: bytes) -> Path:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from twostep.contract import Contract
-from twostep.data.sources import cut, nearest_size
-from twostep.diffusion import Schedule, falling_times, initial_noise, trailing_times
+from twostep.diffusion import Schedule, falling_times, trailing_times
 from twostep.diffusion.shapes import Latents, Time
+from twostep.media.pictures import crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
-from twostep.networks.conditioning import Conditioning
+from twostep.models.sampling import Guided, draw_noise, encode_prompts
 from twostep.networks.control import Hint, load_control
 from twostep.pipeline.request import (
     NUM_DISTINCT_SEEDS,
@@ -50,8 +50,7 @@ class Prepared:
 
     - `request`: the request with nothing left open.
     - `times`: the times that are walked, falling, the landing 0 included.
-    - `positive`, `negative`: what is drawn and what is avoided, one item each; the second is None
-      where there is no guidance.
+    - `guided`: what is drawn and, with guidance, what is avoided, one item each.
     - `image`, `mask`: the image in -1..1 and where it is drawn, both at the size that is drawn.
     - `x0`: the latents of the image, zeros without one.
     - `warnings`, `seconds`: as in `Result`, so far.
@@ -59,18 +58,12 @@ class Prepared:
 
     request: Request
     times: tuple[Time, ...]
-    positive: Conditioning
-    negative: Conditioning | None
+    guided: Guided
     image: Float[Tensor, "1 3 height width"] | None
     mask: Mask | None
     x0: Float[Tensor, "1 c h w"]
     warnings: list[str]
     seconds: dict[str, float]
-
-    @property
-    def guidance(self) -> float:
-        """How strongly the prompt is followed; 1 is no guidance."""
-        return 1.0 if self.request.guidance is None else self.request.guidance
 
     @property
     def batch_key(self) -> object:
@@ -81,12 +74,12 @@ class Prepared:
         whole batch, so those are drawn by themselves.
         """
         controls = [replace(each, picture=Picture("", "")) for each in self.request.controls]
-        known = self.positive.known
+        known = self.guided.positive.known
         return (
             self.times,
-            self.guidance,
+            self.guided.scale,
             self.x0.shape,
-            self.positive.text.shape,
+            self.guided.positive.text.shape,
             tuple(controls),
             self.request.init_noise,
             self.mask is None,
@@ -95,8 +88,7 @@ class Prepared:
 
     def noise(self, seeds: list[int]) -> Latents:
         """Return the noise of each seed."""
-        drawn = [initial_noise(seed, self.x0.shape[1:]) for seed in seeds]
-        return torch.stack(drawn).to(self.x0.device)
+        return draw_noise(seeds, self.x0.shape[1:], self.x0.device)
 
     def beginning(self, noise: Latents, schedule: Schedule) -> Latents:
         """Return x at the first time: the noise, or the noised image."""
@@ -114,7 +106,7 @@ class Prepared:
 
         Inpainting networks see themselves what they have to keep.
         """
-        if self.mask is None or self.positive.known is not None:
+        if self.mask is None or self.guided.positive.known is not None:
             return x
         image = schedule.add_noise(self.x0.expand_as(noise), noise, s)
         return torch.where(_coarse(self.mask, noise), x, image)
@@ -139,7 +131,14 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
     seconds = dict.fromkeys(STAGES, 0.0)
     with timed(seconds, "text"):
         warnings = [*warnings, *_warnings(bundle, request, times, wished_strength)]
-        positive, negative = _encode_text(bundle, request)
+        guided = encode_prompts(
+            bundle,
+            [request.prompt],
+            (request.width or 0, request.height or 0),
+            negative_prompt=request.negative_prompt,
+            scale=request.guidance,
+            whole=True,
+        )
     with timed(seconds, "encode"):
         size = (int(request.width or 0), int(request.height or 0))
         image = None if request.image is None else _pixels(bundle, request.image, size)
@@ -150,10 +149,8 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
             x0 = bundle.codec.encode(image)
         known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
         hints = tuple(_hint(bundle, control, size, times) for control in request.controls)
-    positive = replace(positive, known=known, hints=hints)
-    if negative is not None:
-        negative = replace(negative, known=known, hints=hints)
-    return Prepared(request, times, positive, negative, image, mask, x0, warnings, seconds)
+    guided = guided.shown(known, hints)
+    return Prepared(request, times, guided, image, mask, x0, warnings, seconds)
 
 
 @contextmanager
@@ -225,19 +222,11 @@ def _size(contract: Contract, request: Request) -> tuple[int, int]:
     return nearest_size(pictures[0].image, fitting)
 
 
-def _encode_text(bundle: Bundle, request: Request) -> tuple[Conditioning, Conditioning | None]:
-    """Encode the prompt, and with guidance also what is to be avoided."""
-    is_guided = request.guidance != 1
-    prompts = [request.prompt, request.negative_prompt] if is_guided else [request.prompt]
-    encoded = bundle.conditioning(prompts, request.width or 0, request.height or 0, whole=True)
-    return encoded[:1], encoded[1:] if is_guided else None
-
-
 def _pixels(
     bundle: Bundle, picture: Picture, size: tuple[int, int]
 ) -> Float[Tensor, "1 3 height width"]:
     """Cut a picture to a size (width, height); in -1..1, where the network is."""
-    return cut(picture.image, [size])[0][None].to(bundle.denoiser.device)
+    return crop_to_size(picture.image, [size])[0][None].to(bundle.denoiser.device)
 
 
 def _mask(bundle: Bundle, picture: Picture, size: tuple[int, int]) -> Mask:
@@ -259,7 +248,8 @@ def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[
         for i in range(count)
         if control.start <= i / count and (i + 1) / count <= control.end
     ]
-    network = load_control(control.model, bundle.denoiser.network, bundle.codec.pixels_per_latent)
+    pixels_per_latent = size[0] // bundle.latent_shape(*size)[-1]
+    network = load_control(control.model, bundle.denoiser.network, pixels_per_latent)
     picture = (_pixels(bundle, control.picture, size) + 1) / 2
     return Hint(network, picture, control.scale, frozenset(acting))
 

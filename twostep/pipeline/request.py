@@ -70,11 +70,11 @@ class Picture:
         Raises RequestError where it is no picture, or too small or too large to draw from.
         """
         # These bring torch, which a request without pictures does without.
-        from twostep.data.sources import UnusablePictureError, opened
+        from twostep.media.pictures import UnusablePictureError, open_picture
 
         try:
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source
-            pixels = opened(lambda: data, for_input=True)
+            pixels = open_picture(lambda: data, for_input=True)
         except (OSError, UnusablePictureError) as error:
             raise RequestError(
                 f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP."

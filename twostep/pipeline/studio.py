@@ -14,6 +14,7 @@ from threading import Lock
 
 import torch
 
+from twostep.engines.engine import find_engine
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, resolve
 from twostep.formats.locate import ModelError
@@ -112,8 +113,7 @@ class Studio:
         Raises ModelError where there is no such model, or none for these steps, and ContractError
         for a LoRA that does not go on it.
         """
-        if request.engine != "eager":
-            raise RequestError(f"engine is {request.engine!r}; expected 'eager'.")
+        engine = find_engine(request.engine)
         loras = [self._loras.find(str(lora)) for lora in request.loras]
         steps = request.steps
         checkpoint = None
@@ -128,7 +128,9 @@ class Studio:
             raise ModelError(
                 f"{contract.name} draws in {contract.steps} steps, not in {request.steps}."
             )
-        return bundle
+        if request.width is not None and request.height is not None:
+            return engine.prepare(bundle, [(request.width, request.height)])
+        return engine.prepare(bundle, contract.sizes)
 
     def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
         """Return a loaded model, which is then the one that was used last.

@@ -91,12 +91,12 @@ def _drawings(lora: str, base: str, prompts: tuple[str, ...]) -> Iterator[tuple[
         )
     examples = Examples.of(bundle, prompts)
     for steps in (bundle.contract.steps, student.steps):
-        pictures = examples.draw(examples.with_guidance, steps)
+        pictures = examples.draw(bundle.denoiser, examples.guided, steps)
         yield f"{steps} steps, guidance {bundle.contract.guidance:g}", pictures.flatten(0, 1)
-    pictures = examples.draw(bundle.denoiser.with_conditioning, student.steps)
+    pictures = examples.draw(bundle.denoiser, examples.unguided, student.steps)
     yield f"{student.steps} steps, no guidance", pictures.flatten(0, 1)
     for scale in SCALES:
         scaled = cache.apply([f"{lora}:{scale}"])
-        denoiser = scaled.denoiser
-        pictures = Examples.of(scaled, prompts).draw(denoiser.with_conditioning, student.steps)
+        examples = Examples.of(scaled, prompts)
+        pictures = examples.draw(scaled.denoiser, examples.unguided, student.steps)
         yield f"{student.steps} steps, LoRA x {scale:g}", pictures.flatten(0, 1)

@@ -1,0 +1,87 @@
+"""The one sampler: it is the flow of `diffusion` under guidance, whatever the batch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from twostep.diffusion import initial_noise, sample
+from twostep.diffusion.samplers import SamplerError
+from twostep.models.bundle import Bundle
+from twostep.models.sampling import (
+    Guided,
+    decode,
+    draw_noise,
+    encode_prompts,
+    sample_latents,
+    sample_prompts,
+)
+from twostep.pretrain.model import random_bundle
+
+PROMPTS = ["a red fox", "a blue car"]
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return random_bundle()
+
+
+def test_it_is_the_flow_under_guidance(bundle: Bundle) -> None:
+    guided = encode_prompts(bundle, PROMPTS, SIZE, negative_prompt="grey", scale=3.0)
+    drawn = sample_prompts(bundle, guided, [7, 8], SIZE, steps=2)
+    noise = torch.stack([initial_noise(seed, bundle.latent_shape(*SIZE)) for seed in (7, 8)])
+    assert torch.equal(noise, draw_noise([7, 8], bundle.latent_shape(*SIZE)))
+    positive = bundle.conditioning(PROMPTS, *SIZE)
+    negative = bundle.conditioning(["grey"], *SIZE).expand(2)
+    with torch.no_grad():
+        denoise = bundle.denoiser.with_guidance(positive, negative, 3.0)
+        expected = sample(denoise, noise, 2, bundle.denoiser.schedule)
+    torch.testing.assert_close(drawn, expected)
+
+
+def test_without_guidance_nothing_is_avoided(bundle: Bundle) -> None:
+    guided = encode_prompts(bundle, PROMPTS, SIZE, scale=1.0)
+    assert guided.negative is None
+    assert len(guided) == 2
+    assert encode_prompts(bundle, PROMPTS, SIZE).scale == bundle.contract.guidance
+
+
+def test_a_batch_is_cut_and_joined_without_a_difference(bundle: Bundle) -> None:
+    guided = encode_prompts(bundle, PROMPTS, SIZE, scale=2.0)
+    whole = sample_prompts(bundle, guided, [1, 2], SIZE, steps=2)
+    second = sample_prompts(bundle, guided[1:], [2], SIZE, steps=2)
+    torch.testing.assert_close(second, whole[1:])
+    joined = Guided.cat([guided[:1], guided[1:]])
+    assert torch.equal(joined.positive.text, guided.positive.text)
+    assert joined.negative is not None
+    assert len(joined.negative) == 2
+    assert len(guided[:1].expand(3)) == 3
+    pictures = decode(bundle, whole)
+    torch.testing.assert_close(decode(bundle, whole, at_once=1), pictures)
+
+
+def test_times_may_begin_anywhere_and_known_parts_are_kept(bundle: Bundle) -> None:
+    guided = encode_prompts(bundle, PROMPTS[:1], SIZE, scale=1.0)
+    x = draw_noise([3], bundle.latent_shape(*SIZE))
+    times: list[float] = []
+
+    def keep(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        times.append(s[0].item())
+        return torch.zeros_like(x)
+
+    with torch.no_grad():
+        kept = sample_latents(bundle.denoiser, guided, x, (500, 250, 0), [3], keep=keep)
+    assert times == [250, 0]
+    assert not kept.any()
+
+
+def test_the_contract_chooses_the_sampler(bundle: Bundle) -> None:
+    guided = encode_prompts(bundle, PROMPTS[:1], SIZE, scale=1.0)
+    euler = sample_prompts(bundle, guided, [3], SIZE, steps=2)
+    renoising = replace(bundle, contract=replace(bundle.contract, sampler="renoise"))
+    fresh = sample_prompts(renoising, guided, [3], SIZE, steps=2)
+    assert not torch.equal(fresh, euler)
+    assert torch.equal(fresh, sample_prompts(renoising, guided, [3], SIZE, steps=2))
+    with pytest.raises(SamplerError, match="'heun' is not known"):
+        sample_prompts(bundle, guided, [3], SIZE, sampler="heun")

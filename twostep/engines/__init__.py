@@ -1,0 +1,5 @@
+"""Engines: how the networks of a loaded model are run."""
+
+from twostep.engines.engine import Engine, EngineError, find_engine, register_engine
+
+__all__ = ["Engine", "EngineError", "find_engine", "register_engine"]

@@ -1,0 +1,78 @@
+"""What an engine is, and how one is found by its name.
+
+An engine prepares a loaded model for the sizes that are to be drawn: it may compile its networks or
+hand them to another runtime. The bundle that it returns is sampled like any other.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, runtime_checkable
+
+from twostep.engines.eager import Eager
+from twostep.errors import TwostepError
+from twostep.models.bundle import Bundle
+
+
+class EngineError(TwostepError):
+    """An engine that is not known, or that cannot be loaded."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A way to run the networks of a model."""
+
+    @property
+    def name(self) -> str:
+        """The name by which the engine is chosen."""
+
+    def prepare(self, bundle: Bundle, sizes: Sequence[tuple[int, int]]) -> Bundle:
+        """Return a bundle that draws the same with this engine.
+
+        Args:
+            bundle: A loaded model, where it is to run and in its final precision.
+            sizes: The (width, height) in pixels that are to be drawn.
+        """
+
+
+_ENGINES: dict[str, Engine] = {"eager": Eager()}
+"""Engines by name: those that are built in, and those that were registered."""
+
+
+def register_engine(engine: Engine) -> None:
+    """Make an engine known by its name; EngineError if another one has the name."""
+    known = _ENGINES.get(engine.name)
+    if known is not None and known is not engine:
+        raise EngineError(
+            f"There is an engine called {engine.name!r} already ({type(known).__name__}). "
+            "Give the new one another name."
+        )
+    _ENGINES[engine.name] = engine
+
+
+def find_engine(name: str) -> Engine:
+    """Return an engine by its built-in or registered name, or as "module:attribute".
+
+    Raises:
+        EngineError: There is none; the message lists the names that are known.
+    """
+    if name in _ENGINES:
+        return _ENGINES[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise EngineError(
+            f"There is no engine {name!r}. Known are {', '.join(sorted(_ENGINES))}; "
+            'or name one of your own as "module:attribute".'
+        )
+    try:
+        engine = getattr(import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise EngineError(
+            f"The engine {name!r} cannot be loaded: {error}. "
+            'Expected "module:attribute", of a module that can be imported.'
+        ) from error
+    if not isinstance(engine, Engine):
+        raise EngineError(
+            f"{name} is a {type(engine).__name__}, not an engine: an engine has a `name` and a "
+            "method `prepare(bundle, sizes)`."
+        )
+    return engine
