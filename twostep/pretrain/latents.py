@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.files import write_atomically
-from twostep.media.image import ImageCodec
+from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.captions import Omission, caption
@@ -163,7 +163,7 @@ def load_latents(path: Path) -> LatentCache:
 def find_latents(
     path: Path,
     drawings: Callable[[], DrawingSet],
-    codec: ImageCodec,
+    codec: Codec,
     *,
     pixels: int,
     variants: int,
@@ -190,7 +190,7 @@ def find_latents(
 
 def cache_latents(
     drawings: DrawingSet,
-    codec: ImageCodec,
+    codec: Codec,
     *,
     pixels: int,
     variants: int = 96,
