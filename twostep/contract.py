@@ -36,7 +36,6 @@ TOP_TIME = 1000
 # The same as in the diffusion room, stated again so that a contract is read without torch.
 PredictionType = Literal["eps", "x0", "v", "flow"]
 SamplerName = Literal["euler", "renoise"]
-Media = Literal["image", "video", "audio"]
 
 
 class ContractError(TwostepError):
@@ -127,7 +126,7 @@ class Contract:
         recipe: name of the recipe that made it.
         version: of twostep, which wrote it.
         family: name of the model family, which knows how to load it.
-        media: what it makes.
+        media: what it makes, as its codec calls it: image, video, audio, or another word.
         sampler: "euler" follows the flow, "renoise" adds fresh noise to x0 at every time.
         schedule: how much noise each time holds.
         contract_version: version of this format.
@@ -149,7 +148,7 @@ class Contract:
     recipe: str
     version: str
     family: str = "sdxl"
-    media: Media = "image"
+    media: str = "image"
     sampler: SamplerName = "euler"
     schedule: Annotated[ScheduleSpec, Field(discriminator="kind")] = field(
         default_factory=VariancePreservingSpec
@@ -162,6 +161,11 @@ class Contract:
         lora_goes_together = (self.lora_alpha is None) == (self.lora_rank is None)
         rules = [
             ("name", bool(self.name.strip()), "a name that is not empty"),
+            (
+                "media",
+                re.fullmatch("[a-z][a-z0-9_-]*", self.media) is not None,
+                "one word in small letters, such as image, video or audio",
+            ),
             ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
             self._rule_of_times(),
             (

@@ -3,11 +3,15 @@
 Pictures are in `media.image`. A codec for another medium is one file that offers the same methods.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    # Files are written without torch.
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
 from twostep.media.codec import Encoded
-from twostep.media.png import encode_png
+from twostep.media.png import png_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class ImageCodec:
 
     def file(self, item: Image.Image, metadata: Mapping[str, str]) -> Encoded:
         """Return an image as a PNG with the metadata as text chunks."""
-        return Encoded(encode_png(item, metadata), suffix=".png", mime="image/png")
+        return png_file(item, metadata)
 
     @cached_property
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:

@@ -6,6 +6,8 @@ from io import BytesIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from twostep.media.codec import Encoded
+
 
 def encode_png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
     """Return an image as the bytes of a PNG with these text chunks."""
@@ -15,3 +17,8 @@ def encode_png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def png_file(image: Image.Image, texts: Mapping[str, str]) -> Encoded:
+    """Return an image as a PNG file with these text chunks."""
+    return Encoded(encode_png(image, texts), suffix=".png", mime="image/png")

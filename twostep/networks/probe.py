@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 
 from twostep.diffusion import PredictionType, prediction_from_output
-from twostep.diffusion.shapes import Latents
+from twostep.diffusion.shapes import Batch
 from twostep.formats.locate import ModelError
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -38,7 +38,7 @@ class Probe:
 
 
 @torch.no_grad()
-def probe_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditioning) -> Probe:
+def probe_prediction_type(denoiser: Denoiser, x0: Batch, conditioning: Conditioning) -> Probe:
     """Denoise known latents as if the network predicted each type; four latents are enough."""
     schedule = denoiser.schedule
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def probe_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditi
     return Probe(best, sureness, least <= 0.5 and sureness >= 2, errors)
 
 
-def check_prediction_type(denoiser: Denoiser, x0: Latents, conditioning: Conditioning) -> Probe:
+def check_prediction_type(denoiser: Denoiser, x0: Batch, conditioning: Conditioning) -> Probe:
     """Probe a teacher.
 
     Raises:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -107,7 +108,7 @@ class _Drawing:
 
     place: int
     prepared: Prepared
-    images: dict[int, Image.Image] = field(default_factory=dict)
+    images: dict[int, Any] = field(default_factory=dict)
     num_done: int = 0
     error: GenerationError | None = None
 
@@ -130,6 +131,7 @@ class _Drawing:
             contract=bundle.contract,
             request=request,
             origin=bundle.origin,
+            to_file=bundle.codec.file,
         )
 
 

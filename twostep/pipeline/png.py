@@ -20,7 +20,7 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.files import write_atomically
-from twostep.media.png import encode_png
+from twostep.media.codec import Encoded
 from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
 
 A1111_CHUNK = "parameters"
@@ -58,20 +58,20 @@ class Provenance:
 
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
-    """Write every image of a result as a PNG into `folder`, which is created where it is missing.
+    """Write every image of a result into `folder`, which is created where it is missing.
 
-    Names are made of prompt, model and seed. The same picture again keeps its file; a different one
+    The model's codec says what kind of file it is: a PNG for pictures. Names are made of prompt, model and seed. The same picture again keeps its file; a different one
     by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or WriteError
     for a full disk.
     """
     folder = prepare_folder(folder)
     paths = []
     for index, image in enumerate(result.images):
-        data = encode_png(image, text_chunks(result, index))
+        encoded = result.to_file(image, text_chunks(result, index))
         stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
-        path = _free_path(folder, stem, data)
+        path = _free_path(folder, stem, encoded)
         with write_atomically(path) as file:
-            file.write(data)
+            file.write(encoded.data)
         paths.append(path)
     return paths
 
@@ -176,13 +176,13 @@ def prepare_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _free_path(folder: Path, stem: str, data: bytes) -> Path:
+def _free_path(folder: Path, stem: str, encoded: Encoded) -> Path:
     """Return a path that no other content has: the stem, or with a number."""
-    path = folder / f"{stem}.png"
+    path = folder / f"{stem}{encoded.suffix}"
     number = 1
-    while path.exists() and not (path.is_file() and path.read_bytes() == data):
+    while path.exists() and not (path.is_file() and path.read_bytes() == encoded.data):
         number += 1
-        path = folder / f"{stem}_{number}.png"
+        path = folder / f"{stem}_{number}{encoded.suffix}"
     return path
 
 

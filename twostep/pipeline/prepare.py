@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from twostep.contract import Contract
 from twostep.diffusion import Schedule, falling_times, trailing_times
-from twostep.diffusion.shapes import Latents, Time
+from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.media.pictures import crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import Guided, draw_noise, encode_prompts
@@ -61,7 +61,7 @@ class Prepared:
     guided: Guided
     image: Float[Tensor, "1 3 height width"] | None
     mask: Mask | None
-    x0: Float[Tensor, "1 c h w"]
+    x0: Float[Tensor, "1 *latents"]
     warnings: list[str]
     seconds: dict[str, float]
 
@@ -86,11 +86,11 @@ class Prepared:
             None if known is None else id(known),
         )
 
-    def noise(self, seeds: list[int]) -> Latents:
+    def noise(self, seeds: list[int]) -> Batch:
         """Return the noise of each seed."""
         return draw_noise(seeds, self.x0.shape[1:], self.x0.device)
 
-    def beginning(self, noise: Latents, schedule: Schedule) -> Latents:
+    def beginning(self, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at the first time: the noise, or the noised image."""
         t = torch.full((len(noise),), self.times[0])
         x0 = self.x0.expand_as(noise)
@@ -101,7 +101,7 @@ class Prepared:
             return sigma * noise  # as diffusers inpaints
         return sigma * noise + alpha * x0
 
-    def put_back(self, x: Latents, s: Tensor, noise: Latents, schedule: Schedule) -> Latents:
+    def put_back(self, x: Batch, s: Tensor, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at times s with the image, noised to s, outside of the mask.
 
         Inpainting networks see themselves what they have to keep.
@@ -111,11 +111,11 @@ class Prepared:
         image = schedule.add_noise(self.x0.expand_as(noise), noise, s)
         return torch.where(_coarse(self.mask, noise), x, image)
 
-    def finished(self, pictures: Pixels) -> Pixels:
+    def finished(self, media: Batch) -> Batch:
         """Put the image's own pixels back outside of the mask."""
         if self.mask is None or self.image is None:
-            return pictures
-        return torch.where(self.mask, pictures, self.image)
+            return media
+        return torch.where(self.mask, media, self.image)
 
 
 def prepare(bundle: Bundle, request: Request) -> Prepared:

@@ -12,18 +12,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from PIL.Image import Image
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
+from twostep.media.codec import Encoded
+from twostep.media.png import png_file
 
 NUM_SEEDS = 2**63
 """Seeds are 0 <= seed < NUM_SEEDS, so that they fit a signed 64-bit integer in every file format
@@ -328,21 +330,25 @@ class Request:
 class Result:
     """What was made of a request.
 
-    - `images`: one for each seed.
+    - `images`: one for each seed, as the model's codec gives them: of pictures, 8-bit images.
     - `seconds`: per stage ("text", "encode", "denoise", "decode"). Of a batch that several requests
       shared, each has the share of its images.
     - `warnings`: sentences for a person.
     - `request`: has every default filled in, with the guidance and strength that were really used.
     - `origin`: the model and its LoRAs as they were named when the bundle was loaded.
+    - `to_file`: encodes one of the images with metadata, as the model's codec does it.
     """
 
-    images: list[Image]
+    images: list[Any]
     seeds: list[int]
     seconds: dict[str, float]
     warnings: list[str]
     contract: Contract
     request: Request
     origin: tuple[str, ...] = ()
+    to_file: Callable[[Any, Mapping[str, str]], Encoded] = field(
+        default=png_file, repr=False, compare=False
+    )
 
     @property
     def seconds_per_image(self) -> float:
