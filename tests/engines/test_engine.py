@@ -5,7 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from twostep.engines import Engine, EngineError, find_engine, register_engine
+from twostep.engines import (
+    Engine,
+    EngineError,
+    find_engine,
+    register_engine,
+    registered_engine,
+)
 from twostep.engines.engine import _ENGINES
 from twostep.models.bundle import Bundle
 from twostep.pretrain.model import random_bundle
@@ -48,3 +54,5 @@ def test_an_engine_is_named_as_an_attribute(monkeypatch: pytest.MonkeyPatch) -> 
         find_engine("nowhere:toy")
     with pytest.raises(EngineError, match=r"no engine 'steam'\. Known are eager"):
         find_engine("steam")
+    with pytest.raises(EngineError, match=r"no engine 'mine:toy'\. Known are eager"):
+        registered_engine("mine:toy")  # which a request may name, and which imports nothing

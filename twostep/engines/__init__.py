@@ -1,5 +1,11 @@
 """Engines: how the networks of a loaded model are run."""
 
-from twostep.engines.engine import Engine, EngineError, find_engine, register_engine
+from twostep.engines.engine import (
+    Engine,
+    EngineError,
+    find_engine,
+    register_engine,
+    registered_engine,
+)
 
-__all__ = ["Engine", "EngineError", "find_engine", "register_engine"]
+__all__ = ["Engine", "EngineError", "find_engine", "register_engine", "registered_engine"]

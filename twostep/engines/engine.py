@@ -49,20 +49,33 @@ def register_engine(engine: Engine) -> None:
     _ENGINES[engine.name] = engine
 
 
-def find_engine(name: str) -> Engine:
-    """Return an engine by its built-in or registered name, or as "module:attribute".
+def registered_engine(name: str) -> Engine:
+    """Return an engine by its built-in or registered name, and import nothing.
+
+    Requests may come from files and from strangers, so what they say must not import code.
 
     Raises:
         EngineError: There is none; the message lists the names that are known.
     """
-    if name in _ENGINES:
-        return _ENGINES[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if name not in _ENGINES:
         raise EngineError(
             f"There is no engine {name!r}. Known are {', '.join(sorted(_ENGINES))}; "
-            'or name one of your own as "module:attribute".'
+            "register one of your own with `register_engine`."
         )
+    return _ENGINES[name]
+
+
+def find_engine(name: str) -> Engine:
+    """Return an engine by its built-in or registered name, or as "module:attribute".
+
+    The latter imports the module: take such a name from your own code or command line only.
+
+    Raises:
+        EngineError: There is none, or it cannot be loaded.
+    """
+    if name in _ENGINES or ":" not in name:
+        return registered_engine(name)
+    module_name, _, attribute = name.partition(":")
     try:
         engine = getattr(import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -14,7 +14,7 @@ from threading import Lock
 
 import torch
 
-from twostep.engines.engine import find_engine
+from twostep.engines.engine import registered_engine
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, resolve
 from twostep.formats.locate import ModelError
@@ -113,7 +113,7 @@ class Studio:
         Raises ModelError where there is no such model, or none for these steps, and ContractError
         for a LoRA that does not go on it.
         """
-        engine = find_engine(request.engine)
+        engine = registered_engine(request.engine)
         loras = [self._loras.find(str(lora)) for lora in request.loras]
         steps = request.steps
         checkpoint = None
