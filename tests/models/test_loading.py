@@ -3,6 +3,7 @@ it is.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from twostep.cli import app
+from twostep.contract import RectifiedFlowSpec
+from twostep.diffusion import RectifiedFlow
+from twostep.export.writing import export
 from twostep.formats import read_contracts
 from twostep.formats.locate import ModelError, find_model
 from twostep.models.bundle import Bundle
@@ -90,6 +94,34 @@ def test_the_empty_prompt_is_zeros_where_the_index_says_so(
     )
     plain, _ = bundle.text.encode([""])
     assert plain.abs().max() > 0
+
+
+def test_the_noise_schedule_of_the_config_stays(vanilla: Path, tmp_path: Path) -> None:
+    change(vanilla / "scheduler" / "scheduler_config.json", beta_schedule="linear", beta_end=0.02)
+    loaded = load_bundle(vanilla)
+    assert (loaded.contract.schedule.betas, loaded.contract.schedule.beta_end) == ("linear", 0.02)
+    save_bundle(loaded, tmp_path / "again")
+    scheduler = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["beta_schedule"], scheduler["beta_end"]) == ("linear", 0.02)
+
+
+def test_a_rectified_flow_is_saved_and_loaded_by_its_contract(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    spec = RectifiedFlowSpec(shift=3.0)
+    contract = replace(bundle.contract, prediction_type="flow", schedule=spec)
+    save_bundle(replace(bundle, contract=contract), tmp_path / "flow")
+    loaded = load_bundle(tmp_path / "flow")
+    assert loaded.contract == contract
+    assert loaded.denoiser.prediction_type == "flow"
+    assert isinstance(loaded.denoiser.schedule, RectifiedFlow)
+    assert loaded.denoiser.schedule.shift == 3.0
+    scheduler = json.loads((tmp_path / "flow" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    assert scheduler["shift"] == 3.0
+    for to in ("comfyui", "unet"):
+        with pytest.raises(ModelError, match=f"predicts flow, which programs that read {to} files"):
+            export(tmp_path / "flow", to, tmp_path / "x.safetensors")
 
 
 def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:

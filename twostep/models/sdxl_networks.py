@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.contract import TOP_TIME, Contract, RectifiedFlowSpec
-from twostep.diffusion import VariancePreserving, make_schedule
+from twostep.diffusion import Schedule, VariancePreserving, make_schedule
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.locate import CONFIGS, INDEX_FILE, ModelError, read_json
 from twostep.formats.single_file import PARTS, FolderFiles, Weights, find_single_file
@@ -84,8 +84,8 @@ def load_text(folder: Path, weights: Weights | None = None) -> TextEncoders:
     )
 
 
-def load_schedule(folder: Path, contract: Contract) -> Any:
-    """Return the `diffusion.Schedule` of a model.
+def load_schedule(folder: Path, contract: Contract) -> Schedule:
+    """Return the noise schedule of a model.
 
     A rectified flow stands in the contract. Variance-preserving schedules are read from the
     scheduler's config, which every folder has. Raises ModelError unless it has linear or scaled
