@@ -78,7 +78,7 @@ def test_examples_are_measured_and_shown_beside_the_teacher(teacher: Bundle) -> 
 def test_a_student_is_shown_by_the_sampler_that_it_declares(teacher: Bundle) -> None:
     examples = Examples.of(teacher, ("a red fox",))
     flow, again, renoised = (
-        examples.draw(teacher.denoiser.with_conditioning, 2, sampler)
+        examples.draw(teacher.denoiser, examples.unguided, 2, sampler)
         for sampler in ("euler", "euler", "renoise")
     )
     assert torch.equal(flow, again)

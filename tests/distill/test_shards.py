@@ -174,15 +174,15 @@ with joined(torch.device("cpu")):
     folder = RunFolder(Path({out!r}), Settings())
     shard(network)
     if world().size == 2:
-        folder.save("phase", {{"iteration": 1, "student": network.state_dict()}})
+        folder.save("stage", {{"iteration": 1, "student": network.state_dict()}})
         try:
-            folder.save("phase", {{"iteration": 2, "student": network.state_dict()}})
+            folder.save("stage", {{"iteration": 2, "student": network.state_dict()}})
         except TwostepError as error:
             print(error)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-    kept = folder.load("phase")
+    kept = folder.load("stage")
     network.load_state_dict(kept["student"])
     found, expected = gathered(network.state_dict()), whole.state_dict()
     same = all(torch.equal(value, expected[key]) for key, value in found.items())
@@ -195,10 +195,10 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint_which_three_can_read(
 ) -> None:
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)
-    (out / "checkpoints" / "phase.2.shards").write_text("in the way")
+    (out / "checkpoints" / "stage.2.shards").write_text("in the way")
     two = launch(KEPT.format(out=str(out)), tmp_path / "two")
     assert two.finish() == [0, 0], two.said()
-    assert all("phase.2.shards cannot be written" in said for said in two.said())
+    assert all("stage.2.shards cannot be written" in said for said in two.said())
     three = launch(KEPT.format(out=str(out)), tmp_path / "three", count=3)
     assert three.finish() == [0, 0, 0], three.said()
     num_weights = len(random_bundle().denoiser.network.state_dict())
