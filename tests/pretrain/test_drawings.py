@@ -91,7 +91,7 @@ def test_a_picture_is_as_large_as_asked(emoji: DrawingSet) -> None:
     )
     halved = torch.nn.functional.avg_pool2d(large, 2)
     assert small.shape == (4, 3, 32, 32)
-    assert (halved - small).abs().mean() < 0.02
+    assert (halved - small).abs().mean() < 0.04
 
 
 def test_the_built_in_drawings_are_those_that_were_rendered() -> None:

@@ -1,5 +1,7 @@
-"""A style LoRA of a built-in teacher, trained as users train theirs: on the teacher, by the noise it
-has to predict, on pictures of one style that no caption names.
+"""A style LoRA of a built-in teacher, trained as users train theirs.
+
+It learns on the teacher, by the noise it has to predict, from pictures of one style that no caption
+names.
 """
 
 from __future__ import annotations
