@@ -8,7 +8,7 @@ servers or progress bars.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from twostep.diffusion import Prediction
 from twostep.errors import TwostepError
-from twostep.media.codec import Codec
-from twostep.media.image import to_images
+from twostep.media.codec import Codec, Encoded
+from twostep.media.image import ImageCodec, to_images
+from twostep.media.png import png_file
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import Guided, decode, sample_latents
 from twostep.pipeline.batching import ExactBatch
@@ -37,8 +38,7 @@ class GenerationError(TwostepError):
 class Progress:
     """One step taken: `num_done` of `num_steps` of a whole request, for the images at these seeds.
 
-    `prediction.x0` holds the latents [batch channels height width] of the pictures as they are
-    foreseen now.
+    `prediction.x0` holds the latents [batch, ...] of the items as they are foreseen now.
     """
 
     num_done: int
@@ -48,7 +48,7 @@ class Progress:
     codec: Codec
 
     def previews(self) -> list[Image.Image]:
-        """Return the pictures as they are foreseen now, small, a pixel for each latent."""
+        """Return the items as they are foreseen now, as small pictures."""
         return to_images(self.codec.preview(self.prediction.x0))
 
 
@@ -131,7 +131,7 @@ class _Drawing:
             contract=bundle.contract,
             request=request,
             origin=bundle.origin,
-            to_file=bundle.codec.file,
+            to_file=_to_file(bundle.codec),
         )
 
 
@@ -202,6 +202,15 @@ def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
         if drawing.error is None:
             images = bundle.codec.items(drawing.prepared.finished(pictures))
             drawing.images.update(zip(part.seeds, images, strict=True))
+
+
+def _to_file(codec: Codec) -> Callable[[Any, Mapping[str, str]], Encoded]:
+    """Return what writes the items of a codec into files.
+
+    For pictures that is a plain function: a method of the codec would keep the autoencoder in
+    memory as long as the result.
+    """
+    return png_file if isinstance(codec, ImageCodec) else codec.file
 
 
 def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Tensor:

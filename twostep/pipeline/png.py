@@ -57,12 +57,12 @@ class Provenance:
     has_merged_loras: bool
 
 
-def save_images(result: Result, folder: str | Path) -> list[Path]:
-    """Write every image of a result into `folder`, which is created where it is missing.
+def save_result(result: Result, folder: str | Path) -> list[Path]:
+    """Write every item of a result into `folder`, which is created where it is missing.
 
-    The model's codec says what kind of file it is: a PNG for pictures. Names are made of prompt, model and seed. The same picture again keeps its file; a different one
-    by the same name gets a number, so nothing is overwritten. Raises `OutputError`, or WriteError
-    for a full disk.
+    The model's codec says what kind of file it is: a PNG for pictures. Names are made of prompt,
+    model and seed. The same item again keeps its file; a different one by the same name gets a
+    number, so nothing is overwritten. Raises `OutputError`, or WriteError for a full disk.
     """
     folder = prepare_folder(folder)
     paths = []

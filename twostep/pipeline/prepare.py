@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 from twostep.contract import Contract
 from twostep.diffusion import Schedule, falling_times, trailing_times
 from twostep.diffusion.shapes import Batch, Latents, Time
+from twostep.media.image import ImageCodec
 from twostep.media.pictures import crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import Guided, draw_noise, encode_prompts
@@ -71,7 +72,8 @@ class Prepared:
 
         These are times, guidance, size, tokens, ControlNets with their scales and shares, and
         whether anything is put back. What an inpainting network is shown is one picture for the
-        whole batch, so those are drawn by themselves.
+        whole batch, so those are drawn by themselves; and so is what another engine runs, for only
+        the operations of an eager network can be computed part by part.
         """
         controls = [replace(each, picture=Picture("", "")) for each in self.request.controls]
         known = self.guided.positive.known
@@ -83,7 +85,7 @@ class Prepared:
             tuple(controls),
             self.request.init_noise,
             self.mask is None,
-            None if known is None else id(known),
+            None if known is None and self.request.engine == "eager" else id(self),
         )
 
     def noise(self, seeds: list[int]) -> Batch:
@@ -242,6 +244,11 @@ def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[
 
     A step counts if it lies wholly in the control's share of them.
     """
+    if not isinstance(bundle.codec, ImageCodec):
+        raise RequestError(
+            f"{bundle.contract.name} makes {bundle.codec.media}, and a ControlNet looks at a "
+            "picture of the same size. Leave the controls out."
+        )
     count = len(times) - 1
     acting = [
         times[i]
