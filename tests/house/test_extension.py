@@ -383,7 +383,8 @@ def test_they_are_drawn_by_the_engine_and_saved_by_the_codec(
     assert (CHANNELS * LENGTH, 1) in ENGINE.sizes
     assert [len(curve) for curve in first.images] == [CHANNELS * LENGTH] * 3
     # Two curves and three are different batches, which rounding tells apart.
-    torch.testing.assert_close(torch.tensor(second.images), torch.tensor(first.images[1:]))
+    expected = torch.tensor(first.images[1:])
+    torch.testing.assert_close(torch.tensor(second.images), expected, rtol=1e-4, atol=1e-3)
     paths = save_images(first, tmp_path)
     assert [path.suffix for path in paths] == [".json"] * 3
     written = json.loads(paths[2].read_text())
