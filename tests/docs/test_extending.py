@@ -1,5 +1,6 @@
 """docs/extending.md runs from top to bottom: its files are written, then its commands are run."""
 
+import json
 import os
 import re
 import shlex
@@ -49,11 +50,9 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
             path = tmp_path / title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block, encoding="utf-8")
-        elif language == "python":
-            exec(compile(block, str(PAGE), "exec"), {})
-        else:
-            assert language == "bash"
-            printed |= {line: run(line, tmp_path) for line in block.splitlines()}
+        elif language == "bash":
+            for line in block.splitlines():
+                printed[line] = run(line, tmp_path)
     for name in set(sys.modules) - modules:
         if getattr(sys.modules[name], "__file__", None) is None:
             continue
@@ -63,3 +62,10 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     assert re.fullmatch(r"rgb\(\d+, \d+, \d+\)\n", colour)
     assert "4-huber" in printed["twostep plan huber.toml"]
     assert list(tmp_path.glob("out/*.png"))
+    curves = printed["python distil_waves.py"].splitlines()
+    assert len(curves) == 2
+    for curve in curves:
+        assert len(json.loads((tmp_path / curve).read_text())["values"]) == 32
+    difference = printed["python channels_last.py"]
+    assert re.fullmatch(r"\d+ of 255\n", difference)
+    assert int(difference.split()[0]) <= 2
