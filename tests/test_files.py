@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 from PIL import Image
 from twostep.contract import Contract
-from twostep.pipeline.png import save_result
+from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request, Result
 
 contract = Contract(
@@ -107,7 +107,7 @@ contract = Contract(
 )
 request = Request("a fox", seed=1, width=64, height=64, steps=2, guidance=1.0)
 result = Result([Image.new("RGB", (64, 64))], [1], {}, [], contract, request)
-(path,) = save_result(result, Path(sys.argv[1]))
+(path,) = save_images(result, Path(sys.argv[1]))
 assert path.is_file()
 print([name for name in sys.modules if name == "torch" or name.startswith("torch.distributed")])
 """

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pipeline.generation import generate
-from twostep.pipeline.png import read_provenance, save_result
+from twostep.pipeline.png import read_provenance, save_images
 from twostep.pipeline.request import LoraChoice, Request
 
 from .test_draw import PROMPT, assert_one_clean_line
@@ -144,7 +144,7 @@ def test_replay_reads_pictures_from_before_requests_named_models(
     """Their LoRAs were merged into the weights."""
     loras = ["nano_2step_lora:0.9"]
     wish = Request(PROMPT, seed=5, num_images=2)
-    (path, _) = save_result(generate(load_with_loras("nano", loras), wish), tmp_path / "out")
+    (path, _) = save_images(generate(load_with_loras("nano", loras), wish), tmp_path / "out")
     assert not read_provenance(path).has_merged_loras
     make_old(path)
     provenance = read_provenance(path)
@@ -154,7 +154,7 @@ def test_replay_reads_pictures_from_before_requests_named_models(
         (LoraChoice("nano_2step_lora", 0.9),),
     )
     bundle = load_bundle(model, steps=32)
-    (plain,) = save_result(generate(bundle, Request(PROMPT, steps=10)), tmp_path / "plain")
+    (plain,) = save_images(generate(bundle, Request(PROMPT, steps=10)), tmp_path / "plain")
     make_old(plain)
     for picture in (path, plain):
         answer = run("replay", picture, "-o", tmp_path / "again")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from twostep.cli import app
 from twostep.contract import Contract
-from twostep.pipeline.png import save_result
+from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request
 from twostep.pipeline.request import Result as Drawn
 from twostep.pretrain.drawings import DrawingSet
@@ -46,7 +46,7 @@ def write(folder: Path, pictures: torch.Tensor, prompts: Sequence[str]) -> Path:
     for seed, (level, prompt) in enumerate(zip(levels, prompts, strict=True)):
         request = Request(prompt, seed=seed, steps=32, guidance=4.0, width=64, height=64)
         image = Image.fromarray(level.numpy())
-        save_result(Drawn([image], [seed], {"denoise": 1.0}, [], CONTRACT, request), folder)
+        save_images(Drawn([image], [seed], {"denoise": 1.0}, [], CONTRACT, request), folder)
     return folder
 
 

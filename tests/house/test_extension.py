@@ -41,7 +41,7 @@ from twostep.models.saving import save_bundle
 from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
-from twostep.pipeline.png import save_result
+from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request
 from twostep.training.loop import Randomness
 from twostep.training.recipe import RecipeError, load_recipe
@@ -385,7 +385,7 @@ def test_they_are_drawn_by_the_engine_and_saved_by_the_codec(
     # Two curves and three are different batches, which rounding tells apart.
     expected = torch.tensor(first.images[1:])
     torch.testing.assert_close(torch.tensor(second.images), expected, rtol=1e-4, atol=1e-3)
-    paths = save_result(first, tmp_path)
+    paths = save_images(first, tmp_path)
     assert [path.suffix for path in paths] == [".json"] * 3
     written = json.loads(paths[2].read_text())
     assert written["values"] == first.images[2]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
-from twostep.pipeline.png import OutputError, ProvenanceError, read_provenance, save_result
+from twostep.pipeline.png import OutputError, ProvenanceError, read_provenance, save_images
 from twostep.pipeline.request import Request, Result
 
 PROMPT = 'a "red" apple, 3d: größer'
@@ -34,19 +34,19 @@ def a1111_settings(text: str) -> dict[str, str]:
 def test_a_picture_can_be_drawn_again_from_its_file(
     result: Result, student: Bundle, tmp_path: Path
 ) -> None:
-    paths = save_result(result, tmp_path / "new" / "folder")
+    paths = save_images(result, tmp_path / "new" / "folder")
     assert len(set(paths)) == 3
     provenance = read_provenance(paths[2])
     assert provenance.contract == student.contract
     assert provenance.request == Request(PROMPT, seed=9, steps=4, guidance=1.0, width=64, height=64)
-    again = save_result(generate(student, provenance.request), tmp_path / "again")
+    again = save_images(generate(student, provenance.request), tmp_path / "again")
     with Image.open(paths[2]) as first, Image.open(again[0]) as second:
         difference = max(abs(a - b) for a, b in zip(first.tobytes(), second.tobytes(), strict=True))
     assert difference <= 1
 
 
 def test_a1111_line(result: Result, tmp_path: Path) -> None:
-    text = read_provenance(save_result(result, tmp_path)[1]).parameters
+    text = read_provenance(save_images(result, tmp_path)[1]).parameters
     assert text.splitlines()[0] == PROMPT
     assert "Negative prompt" not in text
     settings = a1111_settings(text)
@@ -78,16 +78,16 @@ def test_a1111_values_with_commas_are_quoted_and_negative_prompts_shown(
         contract=replace(result.contract, name="a, b: c"),
         request=replace(result.request, negative_prompt="blur", guidance=4.5),
     )
-    text = read_provenance(save_result(odd, tmp_path)[0]).parameters
+    text = read_provenance(save_images(odd, tmp_path)[0]).parameters
     assert text.splitlines()[1] == "Negative prompt: blur"
     assert a1111_settings(text)["Model"] == "a, b: c"
     assert a1111_settings(text)["CFG scale"] == "4.5"
 
 
 def test_nothing_is_overwritten(result: Result, tmp_path: Path) -> None:
-    first = save_result(result, tmp_path)
-    assert save_result(result, tmp_path) == first
-    other = save_result(replace(result, images=result.images[::-1]), tmp_path)
+    first = save_images(result, tmp_path)
+    assert save_images(result, tmp_path) == first
+    other = save_images(replace(result, images=result.images[::-1]), tmp_path)
     assert other[0] != first[0]
     assert len(list(tmp_path.iterdir())) == 5  # the middle picture is the same both times
 
@@ -98,7 +98,7 @@ def test_names_stay_in_the_folder(result: Result, tmp_path: Path) -> None:
         contract=replace(result.contract, name="../../up"),
         request=replace(result.request, prompt="../" * 200),
     )
-    paths = save_result(odd, tmp_path / "out")
+    paths = save_images(odd, tmp_path / "out")
     assert {path.parent for path in paths} == {tmp_path / "out"}
     assert all(len(path.name) < 100 for path in paths)
 
@@ -108,7 +108,7 @@ def test_folder_that_cannot_be_written_is_one_clear_error(result: Result, tmp_pa
     file.write_text("not a folder")
     for folder in (file, file / "below"):
         with pytest.raises(OutputError, match=r"cannot write to .*Choose a folder"):
-            save_result(result, folder)
+            save_images(result, folder)
     assert list(tmp_path.iterdir()) == [file]
 
 

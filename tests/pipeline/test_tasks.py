@@ -20,7 +20,7 @@ from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.adapters import add_lora, remove_loras
 from twostep.pipeline.generation import Progress, generate
-from twostep.pipeline.png import read_provenance, save_result
+from twostep.pipeline.png import read_provenance, save_images
 from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
 
 PROMPT = "a 3d red apple on a blue background"
@@ -400,7 +400,7 @@ def test_a_png_says_what_was_loaded_and_what_was_drawn_with_it(
     student: Bundle, tmp_path: Path
 ) -> None:
     bundle = replace(student, origin=("models/a", "b:0.8"))
-    path = save_result(generate(bundle, Request(PROMPT, num_images=18, seed=5)), tmp_path)[17]
+    path = save_images(generate(bundle, Request(PROMPT, num_images=18, seed=5)), tmp_path)[17]
     told = read_provenance(path)
     assert told.origin == ("models/a", "b:0.8")
     assert (told.batch.seed, told.batch.num_images, told.request.seed) == (21, 2, 22)

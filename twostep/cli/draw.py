@@ -23,7 +23,7 @@ from twostep.pipeline.png import (
     ProvenanceError,
     prepare_folder,
     read_provenance,
-    save_result,
+    save_images,
 )
 from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
 
@@ -210,7 +210,7 @@ def _draw_and_save(
         from twostep.pipeline.generation import generate
 
         result = generate(bundle, request, on_step=on_step)
-    paths = save_result(result, out)
+    paths = save_images(result, out)
     for path in paths:
         typer.echo(path)
     for warning in result.warnings:

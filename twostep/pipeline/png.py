@@ -57,7 +57,7 @@ class Provenance:
     has_merged_loras: bool
 
 
-def save_result(result: Result, folder: str | Path) -> list[Path]:
+def save_images(result: Result, folder: str | Path) -> list[Path]:
     """Write every item of a result into `folder`, which is created where it is missing.
 
     The model's codec says what kind of file it is: a PNG for pictures. Names are made of prompt,
