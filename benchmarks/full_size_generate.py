@@ -2,7 +2,8 @@
 
     python benchmarks/full_size_generate.py draw [--pixels 512] [--steps 2]
     python benchmarks/full_size_generate.py write-cache runs/hub
-    HF_HUB_CACHE=runs/hub HF_HUB_OFFLINE=1 python benchmarks/full_size_generate.py draw --model ByteDance/SDXL-Lightning
+    HF_HUB_CACHE=runs/hub HF_HUB_OFFLINE=1 python benchmarks/full_size_generate.py draw \\
+        --model ByteDance/SDXL-Lightning
 
 The weights are random, for the real ones are not needed to know memory and time; the networks,
 their sizes and their files are the real ones, and so is the contract. `write-cache` lays out what
@@ -156,13 +157,13 @@ def write_cache(
     folder: Annotated[Path, typer.Argument(help="An empty folder; it takes 6.9 GB.")],
     steps: Annotated[int, typer.Option(help="Which student.")] = 2,
 ) -> None:
-    """Write a hub cache with the official UNet of so many steps, and of the base what that needs."""
+    """Write a hub cache with the official UNet of so many steps, and of the base what that
+    needs.
+    """
     student = repository(folder, LIGHTNING[0]) / str(official_file(LIGHTNING[0], steps))
     base = repository(folder, SDXL_BASE)
-    text, index = (
-        random_text(),
-        {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
-    )
+    text = random_text()
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     for number, name in enumerate(("", "_2")):
         text.tokenizers[number].save_pretrained(base / f"tokenizer{name}")
         text.encoders[number].half().save_pretrained(base / f"text_encoder{name}", variant="fp16")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site once; `--strict` turns a broken link or an unreadable docstring into a failure."""
+    """Build the site once; `--strict` makes a broken link or an unreadable docstring a failure."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -52,7 +52,7 @@ LENGTH = 8
 WORDS = 6
 
 
-# A medium: curves of 32 values, whose latents are [4, 8]. Two dimensions, where pictures have three.
+# A medium: curves of 32 values, whose latents are [4, 8]. Two dimensions; pictures have three.
 class CurveCodec:
     """Curves [batch, values] in -1..1 <-> latents [batch, 4, values / 4]; nothing is lost."""
 

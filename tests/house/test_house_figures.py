@@ -45,7 +45,8 @@ def tree(root: Path) -> Path:
 def test_statements_are_counted_without_docstrings_and_folds(tmp_path: Path) -> None:
     rooms = house.count_rooms(tree(tmp_path))
     assert rooms["media"].files == 3
-    # The import, the constant, the function, its condition, its raise and its return; the shade's import.
+    # The import, the constant, the function, its condition, its raise and its return; and the
+    # import of the shade.
     assert rooms["media"].statements == 7
     assert rooms["errors"].statements == 2
     assert rooms["examples/"].statements == 2

@@ -23,7 +23,7 @@ SEED = 11
 def vanilla(
     bundle: Bundle, steps: int, guidance: float, *, corrected_start: bool = True
 ) -> torch.Tensor:
-    """Sample with StableDiffusionXLPipeline as its users would: Euler, trailing, guidance as asked."""
+    """Sample with StableDiffusionXLPipeline as its users would: Euler, trailing, with guidance."""
     prediction_type = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[
         bundle.denoiser.prediction_type
     ]

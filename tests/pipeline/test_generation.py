@@ -125,7 +125,8 @@ def test_empty_prompt_draws_anything_and_says_so(student: Bundle, prompt: str) -
 def test_very_large_seed_draws_and_warns(student: Bundle) -> None:
     result = generate(student, Request(PROMPT, seed=2**32 + 7))
     assert result.warnings == [
-        f"seed {2**32 + 7} draws the same noise as seed 7: torch's generator tells only 2**32 seeds apart."
+        f"seed {2**32 + 7} draws the same noise as seed 7: "
+        "torch's generator tells only 2**32 seeds apart."
     ]
     assert (
         result.images[0].tobytes() == generate(student, Request(PROMPT, seed=7)).images[0].tobytes()

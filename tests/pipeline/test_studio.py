@@ -1,4 +1,4 @@
-"""A studio draws requests together as it draws them one by one, and keeps the models it used last."""
+"""A studio draws requests together as it draws them one by one, and keeps the models last used."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

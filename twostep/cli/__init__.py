@@ -31,7 +31,10 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help="Distil a text-to-image diffusion model into one that draws in 8, 4, 2 or 1 steps, and draw with it.",
+    help=(
+        "Distil a text-to-image diffusion model into one that draws in 8, 4, 2 or 1 steps, "
+        "and draw with it."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,

@@ -45,10 +45,16 @@ def export(
     from twostep.export.card import Card
     from twostep.export.writing import export as write
 
-    card = Card(picture, evaluation, license)
-    typer.echo(
-        f"written: {write(model, to, out, steps=steps, base=base, loras=tuple(lora or ()), card=card)}"
+    written = write(
+        model,
+        to,
+        out,
+        steps=steps,
+        base=base,
+        loras=tuple(lora or ()),
+        card=Card(picture, evaluation, license),
     )
+    typer.echo(f"written: {written}")
 
 
 def inspect(
@@ -57,7 +63,9 @@ def inspect(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Say what a file is, how it is to be sampled, and who can load it; its weights are not read."""
+    """Say what a file is, how it is to be sampled, and who can load it; its weights are not
+    read.
+    """
     from twostep.formats import ModelError, resolve
     from twostep.formats.identify import summary
 
@@ -67,14 +75,13 @@ def inspect(
         raise ModelError(
             f"{path} is a model folder: `twostep info {path}` says what is in it. Give one file."
         )
-    told = summary(checkpoint.file)
+    properties = summary(checkpoint.file)
     contract = checkpoint.carried
     if as_json:
-        typer.echo(
-            json.dumps({**told, "contract": contract and json.loads(contract.to_json())}, indent=2)
-        )
+        as_object = json.loads(contract.to_json()) if contract else None
+        typer.echo(json.dumps({**properties, "contract": as_object}, indent=2))
         return
-    for name, value in {"file": str(path), **told}.items():
+    for name, value in {"file": str(path), **properties}.items():
         typer.echo(f"{name:>10}  {value}")
     Console().print(contract_table([contract]) if contract else "It carries no contract.")
 
@@ -96,7 +103,9 @@ def convert(
         str | None, typer.Option(help="LoRAs that do not say it: a model with the same layers.")
     ] = None,
 ) -> None:
-    """Write a file in another form, bit for bit: every key is accounted for, nothing is left out."""
+    """Write a file in another form, bit for bit: every key is accounted for, nothing is left
+    out.
+    """
     from twostep.export.conversion import convert as write
 
     typer.echo(f"written: {write(model, to, out, base=base)}")
@@ -125,16 +134,17 @@ def verify(
     from twostep.export.verification import verify as compare
     from twostep.formats.locate import ModelError
 
-    if against not in ("diffusers", "comfyui") or (against == "comfyui") != (
-        comfyui_path is not None
-    ):
+    is_known = against in ("diffusers", "comfyui")
+    needs_path = against == "comfyui"
+    if not is_known or needs_path != (comfyui_path is not None):
         raise ModelError(
-            f"--against is {against!r}; expected diffusers, or comfyui together with --comfyui-path."
+            f"--against is {against!r}; "
+            "expected diffusers, or comfyui together with --comfyui-path."
         )
-    found = compare(model, prompt=prompt, seed=seed, steps=steps, comfyui=comfyui_path)
-    for step, (largest, relative) in enumerate(found, 1):
+    differences = compare(model, prompt=prompt, seed=seed, steps=steps, comfyui=comfyui_path)
+    for step, (largest, relative) in enumerate(differences, 1):
         typer.echo(f"step {step}: largest {largest:.2e}, relative {relative:.2e}")
-    if not max(relative for _, relative in found) <= bound:
+    if not max(relative for _, relative in differences) <= bound:
         raise ModelError(f"{model} differs from {against} by more than {bound:g}.")
 
 
@@ -151,11 +161,12 @@ def extract(
     """Write the difference of two models as a LoRA."""
     from twostep.export.extraction import extract as write
 
-    lacks, left = write(base, tuned, out, rank=rank, steps=steps)
-    typer.echo(f"written: {out}; of the layers' change it lacks {lacks:.2%}")
-    if left:
+    missing_share, left_out = write(base, tuned, out, rank=rank, steps=steps)
+    typer.echo(f"written: {out}; of the layers' change it lacks {missing_share:.2%}")
+    if left_out:
         typer.echo(
-            f"{len(left)} other weights changed, for which a LoRA has no place, as {left[0]}",
+            f"{len(left_out)} other weights changed, for which a LoRA has no place, "
+            f"as {left_out[0]}",
             err=True,
         )
 
@@ -180,4 +191,6 @@ def push(
     files = files_to_push(path, repo)
     for name, file in files.items():
         typer.echo(f"{file.stat().st_size:>15,}  {repo}/{name}")
-    typer.echo(files["README.md"].read_text(encoding="utf-8").split("---")[1].strip())
+    card = files["README.md"].read_text(encoding="utf-8")
+    # The hub reads the metadata of a card, which stand between its first two rules.
+    typer.echo(card.split("---")[1].strip())
