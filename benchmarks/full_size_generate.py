@@ -43,22 +43,25 @@ from twostep.pipeline.request import Request
 from twostep.text.clip import TextEncoders
 
 LIMIT_GIB = 20
-VOCABULARY, TOKENS = 49_408, 77
+VOCABULARY = 49_408
+TOKENS = 77
 ENCODERS: tuple[dict[str, Any], dict[str, Any]] = (
     {
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
-    }
-    | {"hidden_act": "quick_gelu", "projection_dim": 768},
+        "hidden_act": "quick_gelu",
+        "projection_dim": 768,
+    },
     {
         "hidden_size": 1280,
         "intermediate_size": 5120,
         "num_hidden_layers": 32,
         "num_attention_heads": 20,
-    }
-    | {"hidden_act": "gelu", "projection_dim": 1280},
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
 )
 """What SDXL's two text encoders are, as their configs on the hub have it."""
 
@@ -131,7 +134,7 @@ def draw(
     began = time.monotonic()
     bundle = load_bundle(model, steps=steps) if model else random_bundle(steps)
     networks = (*bundle.parts.values(), bundle.codec.vae)
-    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    counts = [num_parameters(network) for network in networks]
     typer.echo(f"{bundle.contract.name}: {' + '.join(f'{count:,}' for count in counts)} parameters")
     typer.echo(f"ready: {time.monotonic() - began:.0f} s, peak {peak():.1f} GiB")
     bundle = replace(bundle, contract=replace(bundle.contract, sizes=((pixels, pixels),)))
@@ -180,8 +183,15 @@ def write_cache(
     typer.echo(f"{student}: {student.stat().st_size / GIB:.2f} GiB, peak {peak():.1f} GiB")
 
 
+def num_parameters(network: nn.Module) -> int:
+    """Count the numbers that a network has learned."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def repository(cache: Path, hub_id: str) -> Path:
-    """Begin the cache of a hub repository, as the hub's own library lays it out."""
+    """Begin the cache of a hub repository, as the hub's library lays it out; return the folder
+    that its files go to.
+    """
     folder = cache / f"models--{hub_id.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0123")
@@ -190,7 +200,7 @@ def repository(cache: Path, hub_id: str) -> Path:
 
 
 def halved(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights in 16 bits, and drop the others as it goes."""
+    """Return the weights in 16 bits; those in 32 are freed on the way, which halves the peak."""
     for parameter in network.parameters():
         parameter.data = parameter.data.half()
     return dict(network.state_dict())

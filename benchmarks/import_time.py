@@ -1,6 +1,7 @@
 """How long `import twostep` takes in a fresh process, against a budget of 300 ms.
 
-It prints the best and the median of ten processes, in milliseconds. Run it as `python benchmarks/import_time.py`; it exits with 1 if the best is over the budget.
+It prints the best and the median of ten processes, in milliseconds. Run it as
+`python benchmarks/import_time.py`; it exits with 1 if the best is over the budget.
 """
 
 import statistics

@@ -1,14 +1,15 @@
-"""The silhouette ControlNet, trained on the teacher, at work on the teacher and on its students, unchanged.
+"""The silhouette ControlNet, trained on the teacher, used unchanged on it and on its students.
 
     twostep pretrain nano-judge --out runs/judge-wide -o name=wide-judge -o loop.iterations=2500 \\
         -o placement.smallest_scale=0.6 -o placement.shift_pixels=9 -o placement.rotation_degrees=20
     python benchmarks/nano_control.py --judge runs/judge-wide/judge.safetensors
 
-Every prompt is complete ("a 3d red apple on a blue background"), and its silhouette is that of a real drawing of the
-same thing in the same style, at a place, size and angle of which none was drawn in training, and which are freer than
-those of the teacher's own pictures: the judge that ships has not seen such places, hence one of its own. Measured: how
-far the drawn silhouette agrees with the one asked for (intersection over union; in the drawn picture, what differs from
-its background), and what the judge sees.
+Every prompt is complete ("a 3d red apple on a blue background"), and its silhouette is that of a
+real drawing of the same thing in the same style, at a place, size and angle of which none was drawn
+in training, and which are freer than those of the teacher's own pictures: the judge that ships has
+not seen such places, hence one of its own. Measured: how far the drawn silhouette agrees with the
+one asked for (intersection over union; in the drawn picture, what differs from its background), and
+what the judge sees.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked for: prompts, their silhouettes, and real pictures that are right in every way."""
+class Targets:
+    """What is to be drawn: prompts, their silhouettes, and real pictures that are right in every
+    way.
+    """
 
     tasks: list[Task]
     masks: UInt8[Tensor, "tasks height width"]
@@ -58,39 +61,39 @@ class Asked:
     backgrounds: Float[Tensor, "tasks 3"]
 
 
-def ask(emoji: DrawingSet, count: int) -> Asked:
+def make_targets(drawings: DrawingSet, count: int) -> Targets:
     """Return prompts with silhouettes at held-out places."""
-    tasks = complete_tasks(emoji.concepts, count)
-    numbers = {concept.names[0]: number for number, concept in enumerate(emoji.concepts)}
+    tasks = complete_tasks(drawings.concepts, count)
+    numbers = {concept.names[0]: number for number, concept in enumerate(drawings.concepts)}
     concept = [numbers[task.attributes.names[0]] for task in tasks]
-    style = [emoji.styles.index(str(task.attributes.style)) for task in tasks]
+    style = [drawings.styles.index(str(task.attributes.style)) for task in tasks]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    placed = place_drawings(
-        emoji.drawings[concept, style], PLACEMENT, generator, pixels=NANO.pixels
-    )
+    chosen = drawings.drawings[concept, style]
+    placed = place_drawings(chosen, PLACEMENT, generator, pixels=NANO.pixels)
     background = torch.tensor(
         [list(BACKGROUNDS).index(str(task.attributes.background)) for task in tasks]
     )
     colours = torch.tensor(list(BACKGROUNDS.values()))[background] / 255
-    return Asked(tasks, (placed[:, 3] > 0.5).to(torch.uint8), lay_on(placed, background), colours)
+    masks = (placed[:, 3] > 0.5).to(torch.uint8)
+    return Targets(tasks, masks, real=lay_on(placed, background), backgrounds=colours)
 
 
 @torch.no_grad()
 def draw(
-    bundle: Bundle, asked: Asked, control: Path | None, scale: float
+    bundle: Bundle, targets: Targets, control: Path | None, scale: float
 ) -> Float[Tensor, "tasks 3 height width"]:
-    """Draw every task, with the silhouettes in sight or without."""
+    """Draw every task, with the silhouettes given to a ControlNet, or without if there is none."""
     size = (NANO.pixels, NANO.pixels)
     network = None
     if control is not None:
         pixels_per_latent = NANO.pixels // bundle.latent_shape(*size)[-1]
         network = load_control(str(control), bundle.denoiser.network, pixels_per_latent)
     pictures = []
-    for start in range(0, len(asked.tasks), BATCH):
-        tasks = asked.tasks[start : start + BATCH]
+    for start in range(0, len(targets.tasks), BATCH):
+        tasks = targets.tasks[start : start + BATCH]
         guided = encode_prompts(bundle, [task.prompt for task in tasks], size)
         if network is not None:
-            silhouette = hints_of(asked.masks[start : start + BATCH])
+            silhouette = hints_of(targets.masks[start : start + BATCH])
             hint = Hint(network, silhouette, scale, frozenset(range(1, 1001)))
             guided = guided.shown(None, (hint,))
         latents = sample_prompts(bundle, guided, [task.seed for task in tasks], size)
@@ -102,19 +105,17 @@ def silhouettes(
     pictures: Float[Tensor, "tasks 3 height width"], backgrounds: Float[Tensor, "tasks 3"]
 ) -> Bool[Tensor, "tasks height width"]:
     """Return where pictures differ from the background that was asked for."""
-    away = ((pictures + 1) / 2 - backgrounds[:, :, None, None]).abs().amax(1)
-    return away > THRESHOLD
+    difference = ((pictures + 1) / 2 - backgrounds[:, :, None, None]).abs().amax(1)
+    return difference > THRESHOLD
 
 
 def agreement(
-    found: Bool[Tensor, "tasks height width"], wanted: UInt8[Tensor, "tasks 64 64"]
+    drawn: Bool[Tensor, "tasks height width"], wanted: UInt8[Tensor, "tasks 64 64"]
 ) -> Float[Tensor, " tasks"]:
     """Return the intersection over the union of each pair of silhouettes, in 0..1."""
-    both, either = (
-        (found & wanted.bool()).flatten(1).sum(1),
-        (found | wanted.bool()).flatten(1).sum(1),
-    )
-    return both / either.clamp(min=1)
+    intersection = (drawn & wanted.bool()).flatten(1).sum(1)
+    union = (drawn | wanted.bool()).flatten(1).sum(1)
+    return intersection / union.clamp(min=1)
 
 
 def main(
@@ -139,35 +140,36 @@ def main(
     """Print agreement and accuracy, for real pictures and for every model with and without the
     ControlNet.
     """
-    emoji, judge = load_drawings(drawings_path), load_judge(judge_path)
-    asked = ask(emoji, count)
-    rows: list[tuple[str, Tensor]] = [("real pictures", asked.real)]
+    drawings = load_drawings(drawings_path)
+    judge = load_judge(judge_path)
+    targets = make_targets(drawings, count)
+    rows: list[tuple[str, Tensor]] = [("real pictures", targets.real)]
     for number in steps or (32, 8, 4, 2, 1):
         bundle = load_bundle("nano", steps=number)
-        name = (
-            "teacher, 32 steps" if bundle.contract.role == "teacher" else f"student, {number} steps"
-        )
-        rows.append((name, draw(bundle, asked, control, scale)))
-        rows.append((f"{name}, without", draw(bundle, asked, None, scale)))
+        is_teacher = bundle.contract.role == "teacher"
+        name = "teacher, 32 steps" if is_teacher else f"student, {number} steps"
+        rows.append((name, draw(bundle, targets, control, scale)))
+        rows.append((f"{name}, without", draw(bundle, targets, None, scale)))
     typer.echo("| | agreement | concept | style | background |\n|---|---:|---:|---:|---:|")
-    wishes = [task.attributes for task in asked.tasks]
+    wishes = [task.attributes for task in targets.tasks]
     for name, pictures in rows:
         report = evaluate(pictures, wishes, judge)
-        agreed = agreement(silhouettes(pictures, asked.backgrounds), asked.masks).mean()
+        drawn = silhouettes(pictures, targets.backgrounds)
+        agreed = agreement(drawn, targets.masks).mean()
         scores = (report.concept, report.style, report.background)
         shares = " | ".join(f"{100 * (score.share or 0):.1f} %" for score in scores)
         typer.echo(f"| {name} | {100 * agreed:.1f} % | {shares} |")
-    _sheet(asked, rows, sheet)
+    _write_sheet(targets, rows, sheet)
 
 
-def _sheet(asked: Asked, rows: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    chosen: Int[Tensor, " few"] = torch.arange(0, len(asked.tasks), max(1, len(asked.tasks) // 10))[
-        :10
-    ]
-    wanted = ("silhouette", hints_of(asked.masks) * 2 - 1)
+def _write_sheet(targets: Targets, rows: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Lay out ten of the prompts: their silhouettes, and the pictures of every row."""
+    stride = max(1, len(targets.tasks) // 10)
+    chosen: Int[Tensor, " few"] = torch.arange(0, len(targets.tasks), stride)[:10]
+    wanted = ("silhouette", hints_of(targets.masks) * 2 - 1)
     lines = [(name, to_images(pictures[chosen])) for name, pictures in (wanted, *rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(lines, [asked.tasks[int(i)].prompt for i in chosen], scale=2).save(path)
+    contact_sheet(lines, [targets.tasks[int(i)].prompt for i in chosen], scale=2).save(path)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from twostep.diffusion.flow import Keep, OnStep
 from twostep.diffusion.samplers import DrawNoise
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.metrics import Report, evaluate
+from twostep.formats import resolve
 from twostep.formats.locate import find_model
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -57,7 +58,7 @@ TEACHER_STEPS = 32
 
 @dataclass(frozen=True)
 class Sampler:
-    """How one row of the table is drawn: solver, steps, guidance (1 is none)."""
+    """How one row of the table is drawn: solver ("euler" or "dpm"), steps, guidance (1 is none)."""
 
     solver: str
     steps: int
@@ -112,23 +113,21 @@ def main(
         int | None, typer.Option(help="Only the first prompts of each set, to try it out.")
     ] = None,
 ) -> None:
-    """Randomness, judge, and write the table."""
+    """Draw, judge, and write the table."""
     began = time.monotonic()
-    emoji = load_drawings(drawings_path)
+    drawings = load_drawings(drawings_path)
     judge = load_judge(judge_path) if judge_path else load_judge()
     tasks = {
-        "complete": complete_tasks(emoji.concepts)[:limit],
-        "incomplete": incomplete_tasks(emoji.concepts)[:limit],
-        "diversity": repeated_tasks(emoji.concepts)[:limit],
+        "complete": complete_tasks(drawings.concepts)[:limit],
+        "incomplete": incomplete_tasks(drawings.concepts)[:limit],
+        "diversity": repeated_tasks(drawings.concepts)[:limit],
     }
     pictures: dict[str, dict[str, Tensor]] = {}
     rows = [*model_rows(model), *lora_rows(model), *mse_rows(mse)]
     for row in rows:
         pictures[row.key] = draw_row(row, tasks, out / "cache")
-    figures = [
-        *judge_rows(rows, pictures, tasks, judge, emoji),
-        judge_real(pictures, tasks, judge, emoji),
-    ]
+    figures = judge_rows(rows, pictures, tasks, judge=judge, drawings=drawings)
+    figures.append(judge_real(pictures, tasks, judge, drawings))
     write_sheet(rows, pictures, tasks["complete"], out / "sheet.png")
     claims = checks([asdict(figure) for figure in figures])
     text = to_markdown(
@@ -155,38 +154,44 @@ def model_rows(model: str) -> list[Row]:
 
     rows = [
         Row(
-            "teacher",
-            f"teacher, {TEACHER_STEPS} steps",
-            Sampler("euler", TEACHER_STEPS, scale),
-            load_teacher,
+            key="teacher",
+            label=f"teacher, {TEACHER_STEPS} steps",
+            sampler=Sampler("euler", TEACHER_STEPS, scale),
+            load=load_teacher,
         )
     ]
     for steps in sorted(teacher.students, reverse=True):
-        sampler = Sampler("euler", steps, 1.0)
         rows.append(
             Row(
-                f"student-{steps}",
-                f"student, {_steps(steps)}",
-                sampler,
-                lambda n=steps: load_bundle(model, steps=n),
+                key=f"student-{steps}",
+                label=f"student, {_steps(steps)}",
+                sampler=Sampler("euler", steps, 1.0),
+                load=lambda n=steps: load_bundle(model, steps=n),
             )
         )
     for solver, name in (("euler", "Euler"), ("dpm", "DPM-Solver++ 2M")):
         # First and last step of this second-order solver are of first order: below three steps it
         # is Euler.
         for steps in (4, 2, 1) if solver == "euler" else (4,):
-            label = f"teacher, {_steps(steps)}, guidance, {name}"
             rows.append(
                 Row(
-                    f"{solver}-{steps}-guided",
-                    label,
-                    Sampler(solver, steps, scale),
-                    load_teacher,
-                    False,
+                    key=f"{solver}-{steps}-guided",
+                    label=f"teacher, {_steps(steps)}, guidance, {name}",
+                    sampler=Sampler(solver, steps, scale),
+                    load=load_teacher,
+                    with_diversity=False,
                 )
             )
-    label = "teacher, 1 step, no guidance, Euler"
-    return [*rows, Row("euler-1", label, Sampler("euler", 1, 1.0), load_teacher, False)]
+    rows.append(
+        Row(
+            key="euler-1",
+            label="teacher, 1 step, no guidance, Euler",
+            sampler=Sampler("euler", 1, 1.0),
+            load=load_teacher,
+            with_diversity=False,
+        )
+    )
+    return rows
 
 
 def lora_rows(model: str) -> list[Row]:
@@ -197,10 +202,10 @@ def lora_rows(model: str) -> list[Row]:
     }
     return [
         Row(
-            f"lora-{contract.steps}",
-            f"LoRA of rank {contract.lora_rank}, {_steps(contract.steps)}",
-            Sampler("euler", contract.steps, 1.0),
-            lambda p=path: load_bundle(p),
+            key=f"lora-{contract.steps}",
+            label=f"LoRA of rank {contract.lora_rank}, {_steps(contract.steps)}",
+            sampler=Sampler("euler", contract.steps, 1.0),
+            load=lambda p=path: load_bundle(p),
         )
         for path, contract in sorted(contracts.items(), key=lambda item: -item[1].steps)
     ]
@@ -226,7 +231,10 @@ def draw_row(row: Row, tasks: dict[str, list[Task]], cache: Path) -> dict[str, T
     weights = _weights_digest(bundle)
     names = [name for name in tasks if row.with_diversity or name != "diversity"]
     began = time.monotonic()
-    drawn = {name: _draw_set(bundle, row.sampler, tasks[name], weights, cache) for name in names}
+    drawn = {
+        name: _draw_set(bundle, row.sampler, tasks[name], weights=weights, cache=cache)
+        for name in names
+    }
     typer.echo(
         f"{row.label}: {sum(map(len, drawn.values()))} pictures, {time.monotonic() - began:.0f} s"
     )
@@ -234,8 +242,9 @@ def draw_row(row: Row, tasks: dict[str, list[Task]], cache: Path) -> dict[str, T
 
 
 def _draw_set(
-    bundle: Bundle, sampler: Sampler, tasks: Sequence[Task], weights: str, cache: Path
+    bundle: Bundle, sampler: Sampler, tasks: Sequence[Task], *, weights: str, cache: Path
 ) -> Tensor:
+    """Draw tasks in chunks, each of which is cached; `weights` is the digest of the model's."""
     chunks = []
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
@@ -300,14 +309,15 @@ def judge_rows(
     rows: Sequence[Row],
     pictures: dict[str, dict[str, Tensor]],
     tasks: dict[str, list[Task]],
+    *,
     judge: Judge,
-    emoji: DrawingSet,
+    drawings: DrawingSet,
 ) -> list[Figures]:
     """Judge every row against its prompts, the teacher's pictures and real ones."""
     statistics = {
         name: (
             judge.statistics(to_float(pictures["teacher"][name])),
-            judge.statistics(_real(tasks[name], emoji)),
+            judge.statistics(_real(tasks[name], drawings)),
         )
         for name in ("complete", "incomplete")
     }
@@ -321,13 +331,13 @@ def judge_rows(
 
     return [
         Figures(
-            row.key,
-            row.label,
-            row.sampler.steps,
-            row.sampler.num_evaluations,
-            report(row, "complete").to_dict(),
-            report(row, "incomplete").to_dict(),
-            report(row, "diversity").to_dict() if row.with_diversity else None,
+            key=row.key,
+            label=row.label,
+            steps=row.sampler.steps,
+            evaluations=row.sampler.num_evaluations,
+            complete=report(row, "complete").to_dict(),
+            incomplete=report(row, "incomplete").to_dict(),
+            diversity=report(row, "diversity").to_dict() if row.with_diversity else None,
         )
         for row in rows
     ]
@@ -337,7 +347,7 @@ def judge_real(
     pictures: dict[str, dict[str, Tensor]],
     tasks: dict[str, list[Task]],
     judge: Judge,
-    emoji: DrawingSet,
+    drawings: DrawingSet,
 ) -> Figures:
     """Judge real pictures for the same prompts: what a perfect model would get, the judge's own
     errors included.
@@ -345,29 +355,26 @@ def judge_real(
     reports = {}
     for name, wanted in tasks.items():
         reference = judge.statistics(to_float(pictures["teacher"][name]))
-        real = judge.statistics(_real(wanted, emoji))
+        real = judge.statistics(_real(wanted, drawings))
         wishes = [task.attributes for task in wanted]
-        drawn = real_pictures(wishes, emoji, seed=FIRST_SEED - 1)
-        reports[name] = evaluate(drawn, wishes, judge, reference=reference, real=real).to_dict()
+        composed = real_pictures(wishes, drawings, seed=FIRST_SEED - 1)
+        reports[name] = evaluate(composed, wishes, judge, reference=reference, real=real).to_dict()
     return Figures(
-        "real",
-        "real drawings",
-        0,
-        0,
-        reports["complete"],
-        reports["incomplete"],
-        reports["diversity"],
+        key="real",
+        label="real drawings",
+        steps=0,
+        evaluations=0,
+        complete=reports["complete"],
+        incomplete=reports["incomplete"],
+        diversity=reports["diversity"],
     )
 
 
-def _real(tasks: Sequence[Task], emoji: DrawingSet) -> Tensor:
+def _real(tasks: Sequence[Task], drawings: DrawingSet) -> Tensor:
+    """Compose several real pictures for every prompt."""
     wishes = [task.attributes for task in tasks]
-    return torch.cat(
-        [
-            real_pictures(wishes, emoji, seed=FIRST_SEED + turn)
-            for turn in range(NUM_REAL_PER_PROMPT)
-        ]
-    )
+    seeds = range(FIRST_SEED, FIRST_SEED + NUM_REAL_PER_PROMPT)
+    return torch.cat([real_pictures(wishes, drawings, seed=seed) for seed in seeds])
 
 
 def to_float(pictures: Tensor) -> Tensor:
@@ -380,17 +387,15 @@ def write_sheet(
 ) -> None:
     """Lay the same prompts of every row out, from the same noise."""
     chosen = list(range(0, len(tasks), max(1, len(tasks) // SHEET_COLUMNS)))[:SHEET_COLUMNS]
-    lines = [
-        (
-            row.label,
-            [
-                Image.fromarray(pictures[row.key]["complete"][i].permute(1, 2, 0).numpy())
-                for i in chosen
-            ],
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        shown = pictures[row.key]["complete"][chosen]
+        lines.append((row.label, [Image.fromarray(each) for each in _as_arrays(shown)]))
     contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(path)
+
+
+def _as_arrays(pictures: Tensor) -> list[Any]:
+    return [picture.permute(1, 2, 0).numpy() for picture in pictures]
 
 
 def _weights_digest(bundle: Bundle) -> str:

@@ -1,12 +1,14 @@
-"""A style variant: LoRAs that were distilled on the original teacher, put on a teacher that was fine-tuned since.
+"""A style variant: LoRAs that were distilled on the original teacher, on a fine-tuned one.
 
-    python benchmarks/nano_variant.py examples/openmoji --judge examples/openmoji/judge.safetensors --style openmoji \
-        --out runs/variant
+    python benchmarks/nano_variant.py examples/openmoji --style openmoji \\
+        --judge examples/openmoji/judge.safetensors --out runs/variant
 
-The variant draws its own pictures, 32 guided steps of every prompt. Then the 8-, 4- and 2-step LoRAs of nano are put
-on it as they are, at the scales of `twostep report`, and judged: is it the right thing, in the variant's style, how far
-from the variant's own pictures; beside the variant at the same steps without them. The best scale is chosen on the
-first prompts, by the report's `looks`, and by the judge's distance for comparison; the table is over the others.
+The variant is a teacher that was fine-tuned after the LoRAs had been distilled. It draws its own
+pictures, 32 guided steps of every prompt. Then the 8-, 4- and 2-step LoRAs of nano are applied to
+it unchanged, at the scales of `twostep report`, and judged: is it the right thing, in the variant's
+style, how far from the variant's own pictures; beside the variant at the same steps without them.
+The best scale is chosen on the first prompts, by the report's `looks`, and by the judge's distance
+for comparison; the table is over the others.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.likeness import looks
 from twostep.evaluate.metrics import evaluate
+from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
 from twostep.pretrain.captions import with_article
@@ -60,56 +63,49 @@ def main(
         int, typer.Option(help="Prompts before these, on which the scale is chosen.")
     ] = 128,
 ) -> None:
-    """Randomness, judge, and write the table."""
+    """Draw, judge, and write the table."""
     judge = load_judge(judge_path) if judge_path else load_judge()
-    every = [
-        _worded(task, word)
-        for task in complete_tasks(load_drawings(drawings_path).concepts, num_first + count)
-    ]
-    first, tasks = every[:num_first], every[num_first:]
+    concepts = load_drawings(drawings_path).concepts
+    every = [_worded(task, word) for task in complete_tasks(concepts, num_first + count)]
+    first = every[:num_first]
+    tasks = every[num_first:]
     base = load_bundle(variant)
     loras = LoraCache(base, fused=True, num_kept=1)
     guidance = base.contract.guidance
     cache = out / "cache"
 
-    def drawn(row: Row, asked: list[Task]) -> Tensor:
-        return draw_row(row, {"complete": asked}, cache)["complete"]
+    def pictures_of(row: Row, wanted: list[Task]) -> Tensor:
+        return draw_row(row, {"complete": wanted}, cache)["complete"]
 
-    def bare(steps: int, scale: float) -> Row:
-        said = "guidance" if scale > 1 else "no guidance"
-        return Row(
-            f"{steps}-{scale:g}",
-            f"{steps} steps, {said}",
-            Sampler("euler", steps, scale),
-            lambda: base,
-        )
-
-    def worn(steps: int, scale: float) -> Row:
-        label = f"LoRA x {scale:g}, {steps} steps"
-        stack = [f"nano_{steps}step_lora:{scale}"]
-        return Row(
-            f"lora-{steps}-{scale:g}",
-            label,
-            Sampler("euler", steps, 1.0),
-            lambda: loras.apply(stack),
-        )
-
-    own = bare(TEACHER_STEPS, guidance)
-    rows, sweep, of_first = [own], [], to_float(drawn(own, first))
+    variant_row = _row_without_lora(base, TEACHER_STEPS, guidance)
+    reference_of_first = to_float(pictures_of(variant_row, first))
+    rows = [variant_row]
+    sweep: list[dict[str, Any]] = []
     for steps in STEPS:
-        seen = {scale: to_float(drawn(worn(steps, scale), first)) for scale in SCALES}
-        found = {scale: _figures(seen[scale], of_first, first, judge, style) for scale in SCALES}
-        sweep += [{"steps": steps, "scale": scale, **figures} for scale, figures in found.items()]
-        best = min(found, key=lambda scale: found[scale]["looks"])
-        rows += [bare(steps, guidance), bare(steps, 1.0), worn(steps, 1.0)]
-        rows += [worn(steps, best)] if best != 1 else []
-    pictures = {row.key: {"complete": drawn(row, tasks)} for row in rows}
-    reference = to_float(pictures[own.key]["complete"])
-    table = [
-        {"label": row.label, "evaluations": row.sampler.num_evaluations}
-        | _figures(to_float(pictures[row.key]["complete"]), reference, tasks, judge, style)
-        for row in rows
-    ]
+        first_pictures = {
+            scale: to_float(pictures_of(_row_with_lora(loras, steps, scale), first))
+            for scale in SCALES
+        }
+        figures_by_scale = {
+            scale: _figures(drawn, reference_of_first, first, judge=judge, style=style)
+            for scale, drawn in first_pictures.items()
+        }
+        for scale, figures in figures_by_scale.items():
+            sweep.append({"steps": steps, "scale": scale, **figures})
+        best = min(figures_by_scale, key=lambda scale: figures_by_scale[scale]["looks"])
+        rows.append(_row_without_lora(base, steps, guidance))
+        rows.append(_row_without_lora(base, steps, 1.0))
+        rows.append(_row_with_lora(loras, steps, 1.0))
+        if best != 1:
+            rows.append(_row_with_lora(loras, steps, best))
+    pictures = {row.key: {"complete": pictures_of(row, tasks)} for row in rows}
+    reference = to_float(pictures[variant_row.key]["complete"])
+    table = []
+    for row in rows:
+        drawn = to_float(pictures[row.key]["complete"])
+        figures = _figures(drawn, reference, tasks, judge=judge, style=style)
+        evaluations = row.sampler.num_evaluations
+        table.append({"label": row.label, "evaluations": evaluations, **figures})
     (out / "table.json").write_text(json.dumps({"rows": table, "sweep": sweep}, indent=2))
     text = _markdown(table, sweep)
     (out / "table.md").write_text(text)
@@ -117,9 +113,32 @@ def main(
     typer.echo(text)
 
 
+def _row_without_lora(variant: Bundle, steps: int, guidance: float) -> Row:
+    """Return the row of the variant by itself, at a guidance scale; 1 is none."""
+    guided = "guidance" if guidance > 1 else "no guidance"
+    return Row(
+        key=f"{steps}-{guidance:g}",
+        label=f"{steps} steps, {guided}",
+        sampler=Sampler("euler", steps, guidance),
+        load=lambda: variant,
+    )
+
+
+def _row_with_lora(loras: LoraCache, steps: int, scale: float) -> Row:
+    """Return the row of the variant with nano's LoRA for so many steps on it, at a scale."""
+    stack = [f"nano_{steps}step_lora:{scale}"]
+    return Row(
+        key=f"lora-{steps}-{scale:g}",
+        label=f"LoRA x {scale:g}, {steps} steps",
+        sampler=Sampler("euler", steps, 1.0),
+        load=lambda: loras.apply(stack),
+    )
+
+
 def _worded(task: Task, word: str) -> Task:
-    """Say the task with another word for the style, or with none; which style it shall be is asked
-    for apart.
+    """Return the task with another word for the style in its prompt, or with none.
+
+    Its attributes name no style: whether pictures are in the variant's is judged apart.
     """
     wish = task.attributes
     thing = with_article(f"{word} {wish.names[0]}".strip())
@@ -128,8 +147,9 @@ def _worded(task: Task, word: str) -> Task:
 
 
 def _figures(
-    pictures: Tensor, reference: Tensor, tasks: list[Task], judge: Judge, style: str | None
+    pictures: Tensor, reference: Tensor, tasks: list[Task], *, judge: Judge, style: str | None
 ) -> dict[str, Any]:
+    """Return what the table says of pictures, against the variant's own of the same prompts."""
     statistics = judge.statistics(reference)
     report = evaluate(pictures, [task.attributes for task in tasks], judge, reference=statistics)
     in_style = None
@@ -167,15 +187,13 @@ def _markdown(table: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> str:
         for row in sweep
     ]
     for steps in STEPS:
-        mine = [row for row in sweep if row["steps"] == steps]
-        by = {
-            key: min(mine, key=lambda row: row[key])["scale"]
+        of_steps = [row for row in sweep if row["steps"] == steps]
+        best = {
+            key: min(of_steps, key=lambda row: row[key])["scale"]
             for key in ("looks", "distance", "difference")
         }
-        lines.append(
-            f"\n{steps} steps, best scale: "
-            + ", ".join(f"{scale:g} by {key}" for key, scale in by.items())
-        )
+        scales = ", ".join(f"{scale:g} by {key}" for key, scale in best.items())
+        lines.append(f"\n{steps} steps, best scale: {scales}")
     return "\n".join(lines) + "\n"
 
 

@@ -46,9 +46,9 @@ def main(
     """Draw every prompt with every step count, show two of them, and compare their times."""
     prepare_folder(out.parent)
     counts = sorted({contract.steps for contract in read_contracts(model)}, reverse=True)
-    drawn = {steps: draw(model, steps, seed) for steps in counts}
-    fewest = 2 if 2 in drawn else counts[-1]
-    shown = [drawn[counts[0]], drawn[fewest]]
+    results_by_steps = {steps: draw(model, steps, seed) for steps in counts}
+    fewest = 2 if 2 in counts else counts[-1]
+    shown = [results_by_steps[counts[0]], results_by_steps[fewest]]
     rows = []
     for number, prompt in enumerate(PROMPTS):
         # Teacher and student of one noise stand side by side.
@@ -58,7 +58,7 @@ def main(
     labels = [f"{contract.role}, {contract.steps} steps" for contract in contracts]
     scale = max(1, PIXELS // rows[0][1][0].width)
     contact_sheet(rows, labels * NUM_SEEDS, scale=scale).save(out)
-    Console().print(speed_table(list(drawn.values())))
+    Console().print(speed_table(list(results_by_steps.values())))
     typer.echo(out)
 
 
@@ -74,12 +74,20 @@ def draw(model: str, steps: int, seed: int) -> list[twostep.Result]:
 def speed_table(results: list[list[twostep.Result]]) -> Table:
     """Compare seconds per image; the first list is the teacher's."""
     table = Table("model", "steps", "seconds per image", "speed-up")
-    seconds = [sum(result.seconds_per_image for result in drawn) / len(drawn) for drawn in results]
-    for drawn, each in zip(results, seconds, strict=True):
+    teacher_seconds = mean_seconds(results[0])
+    for drawn in results:
         contract = drawn[0].contract
-        speed_up = seconds[0] / each
-        table.add_row(Text(contract.name), str(contract.steps), f"{each:.3f}", f"{speed_up:.1f}x")
+        seconds = mean_seconds(drawn)
+        speed_up = teacher_seconds / seconds
+        table.add_row(
+            Text(contract.name), str(contract.steps), f"{seconds:.3f}", f"{speed_up:.1f}x"
+        )
     return table
+
+
+def mean_seconds(results: list[twostep.Result]) -> float:
+    """Return the mean seconds per image."""
+    return sum(result.seconds_per_image for result in results) / len(results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from twostep.pretrain.model import random_bundle
 
 
 def _as_student(teacher: Bundle, steps: int) -> Bundle:
-    """The teacher's weights under a student's contract; one step predicts x0, as the method does."""
+    """The teacher's weights under a student's contract; one step predicts x0."""
     prediction_type = "x0" if steps == 1 else "eps"
     contract = replace(
         teacher.contract,
