@@ -135,7 +135,10 @@ class CacheWriter:
 
     def _write(self, waiting: list[tuple[str, dict[str, Tensor]]]) -> None:
         """Write a shard under the first number that is free, and forget its items."""
-        tensors = {key: torch.stack([item[key] for _, item in waiting]) for key in KEYS}
+        items = [item for _, item in waiting]
+        tensors = {}
+        for key in KEYS:
+            tensors[key] = torch.stack([item[key] for item in items])
         names = json.dumps([name for name, _ in waiting])
         paths = (self.folder / f"shard-{number:05d}.safetensors" for number in count())
         with write_atomically(next(path for path in paths if not path.exists())) as file:
@@ -214,9 +217,11 @@ class CachedSource:
         )
         rows = torch.randint(counts[chosen], (count,), generator=tensors).tolist()
         items = [groups[chosen][row] for row in rows]
-        latents, text, pooled, sizes = (
-            torch.stack([item[key].float() for item in items]) for key in KEYS
-        )
+
+        def column(key: str) -> Tensor:
+            return torch.stack([item[key].float() for item in items])
+
+        latents, text, pooled, sizes = map(column, KEYS)
         return latents, Conditioning(text, pooled, sizes)
 
     def empty(self, like: Conditioning) -> Conditioning:

@@ -116,7 +116,7 @@ def cache_prompts(
         names = missing[start : start + batch_size]
         seeds = [wishes[name][0] for name in names]
         texts = [wishes[name][1] for name in names]
-        latents, conditioning = _draw(texts, seeds, bundle, steps, guidance)
+        latents, conditioning = _draw(bundle, texts, seeds, steps=steps, guidance=guidance)
         writer.add(names, latents, conditioning)
     return writer.close()
 
@@ -133,7 +133,7 @@ def _numbered(prompts: Sequence[str], per_prompt: int) -> dict[str, tuple[int, s
 
 @torch.no_grad()
 def _draw(
-    prompts: Sequence[str], seeds: Sequence[int], bundle: Bundle, steps: int, guidance: float
+    bundle: Bundle, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float
 ) -> tuple[Float[Tensor, "n c h w"], Conditioning]:
     """Let the teacher make one batch; return latents and the conditioning of their prompts."""
     size = bundle.contract.sizes[0]

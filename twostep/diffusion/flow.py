@@ -72,7 +72,7 @@ def solve(
     def move(i: int, prediction: Prediction, s: Tensor) -> Tensor:
         return step(prediction, s, schedule)
 
-    return walk(denoise, x, times, schedule, move, on_step, keep)
+    return walk(denoise, x, times, schedule, move=move, on_step=on_step, keep=keep)
 
 
 def walk(
@@ -121,7 +121,8 @@ def sample(
 ) -> Batch:
     """Follow the flow from pure noise to clean data along the trailing grid of so many steps."""
     times = torch.tensor(falling_times(schedule.top, num_steps, schedule))
-    return solve(denoise, noise, times[:, None].expand(-1, len(noise)), schedule, on_step)
+    columns = times[:, None].expand(-1, len(noise))
+    return solve(denoise, noise, columns, schedule, on_step=on_step)
 
 
 def initial_noise(seed: int, shape: tuple[int, ...]) -> Values:

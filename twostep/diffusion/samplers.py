@@ -57,7 +57,7 @@ def euler(
     keep: Keep | None = None,
 ) -> Batch:
     """Follow the flow as `flow.solve` does; no noise is drawn."""
-    return solve(denoise, x, times, schedule, on_step, keep)
+    return solve(denoise, x, times, schedule, on_step=on_step, keep=keep)
 
 
 def renoise(
@@ -88,7 +88,7 @@ def renoise(
     def move(i: int, prediction: Prediction, s: Tensor) -> Tensor:
         return schedule.add_noise(prediction.x0, draw_noise(i), s)
 
-    return walk(denoise, x, times, schedule, move, on_step, keep)
+    return walk(denoise, x, times, schedule, move=move, on_step=on_step, keep=keep)
 
 
 def find_sampler(name: str) -> Sampler:

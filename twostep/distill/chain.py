@@ -97,7 +97,7 @@ def distil(
         ModelError: the teacher surely predicts something else than its contract, or the recipe,
             says.
     """
-    teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version)
+    teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version=version)
     examples = Examples.of(teacher, recipe.sample_prompts)
     if recipe.cache is not None:
         # The texts of a cache are encoded already.
@@ -110,7 +110,14 @@ def distil(
             stack.callback(remove_loras, start.network)
             start = _prepare_start(recipe, start, teacher.denoiser)
         for prepared in prepared_stages(recipe, teacher, start=start):
-            _train_or_load(prepared, source, folder, examples, recipe, on_iteration)
+            _train_or_load(
+                prepared,
+                source,
+                folder,
+                examples=examples,
+                recipe=recipe,
+                on_iteration=on_iteration,
+            )
             stage = prepared.stage
             if prepared.is_last and stage.student_steps in recipe.release:
                 contract = student_contract(recipe, prepared, teacher.contract)
@@ -132,7 +139,13 @@ def prepared_stages(
     student = start or teacher.denoiser
     for position, stage in enumerate(recipe.stages):
         rest = recipe.stages[position + 1 :]
-        prepared = _prepare_stage(stage, rest, finished, student, teacher.denoiser)
+        prepared = _prepare_stage(
+            stage,
+            rest,
+            finished=finished,
+            last_student=student,
+            first_teacher=teacher.denoiser,
+        )
         yield prepared
         student = prepared.student
         if recipe.shard and student.lora is None and any(later.lora_rank for later in rest):
@@ -150,6 +163,7 @@ def prepared_stages(
 def _prepare_stage(
     stage: Stage,
     rest: tuple[Stage, ...],
+    *,
     finished: dict[int, Denoiser],
     last_student: Denoiser,
     first_teacher: Denoiser,
@@ -213,7 +227,7 @@ def _finished(student: Denoiser, stage: Stage) -> Denoiser:
 
 
 def _prepare(
-    recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, version: str
+    recipe: DistillRecipe, teacher: Bundle, source: Source, folder: RunFolder, *, version: str
 ) -> Bundle:
     """Check that the teacher can teach what is asked, move it, and begin the run's model."""
     is_student = teacher.contract.role == "student"
@@ -320,6 +334,7 @@ def _train_or_load(
     prepared: PreparedStage,
     source: Source,
     folder: RunFolder,
+    *,
     examples: Examples,
     recipe: DistillRecipe,
     on_iteration: OnStage,
@@ -352,9 +367,9 @@ def _train_or_load(
     train_stage(
         stage,
         source,
-        prepared.teacher,
-        student,
-        folder,
+        teacher=prepared.teacher,
+        student=student,
+        folder=folder,
         sharded=sharded,
         health=recipe.health,
         on_iteration=lambda iteration, figures: on_iteration(stage, iteration, figures),

@@ -139,8 +139,16 @@ def draw_teacher_step(
     eps = batches.noise(x0, random)
     x_t = schedule.add_noise(x0, eps, t)
     guided = teacher.with_guidance(positive, negative, guidance)
-    x_s = teacher_landing(guided, x_t, t, student_steps, teacher_steps, schedule)
-    return Transition(x_t, x_s, t, landing(t, student_steps, schedule), positive)
+    x_s = teacher_landing(
+        guided,
+        x_t,
+        t,
+        student_steps=student_steps,
+        teacher_steps=teacher_steps,
+        schedule=schedule,
+    )
+    s = landing(t, student_steps, schedule)
+    return Transition(x_t=x_t, x_s=x_s, t=t, s=s, conditioning=positive)
 
 
 def student_landing(student: Denoiser, taken: Transition) -> Batch:

@@ -22,6 +22,7 @@ from twostep.data.cache import read_shard
 from twostep.distill.chain import PreparedStage, prepared_stages
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe, Stage
+from twostep.distill.roles import Weights
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import STUDENT, StageTrainer
 from twostep.models.bundle import Bundle
@@ -231,7 +232,14 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     saved_moments = (BYTES_OF_MOMENTS["adamw"] - moments) * sum(trained.values())
     peak = standing + measured.added + kept - saved_moments
     memory["activations"] = max(0, peak - sum(memory.values()))
-    return StagePlan(stage, cost.teacher_evaluations, trained, memory, peak, pictures)
+    return StagePlan(
+        stage=stage,
+        evaluations=cost.teacher_evaluations,
+        trained=trained,
+        memory=memory,
+        peak=peak,
+        pictures=pictures,
+    )
 
 
 def _kind(stage: Stage) -> str:
@@ -256,12 +264,14 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter) -> _Measured
     meter.peak = standing
     trainer.iterate(0, Randomness.at(0, 0))
     batch = meter.living - standing
-    trained = {
-        name: sum(parameter.numel() for parameter in trainer.roles[name].weights.parameters())
-        for name in trainer.optimisers
-    }
+    trained = {name: _num_parameters(trainer.roles[name].weights) for name in trainer.optimisers}
     trainer.remove_roles()
     return _Measured(trained, meter.peak - before, batch)
+
+
+def _num_parameters(weights: Weights) -> int:
+    """Return how many numbers are trained."""
+    return sum(parameter.numel() for parameter in weights.parameters())
 
 
 def _measure_drawing(examples: Examples, meter: Meter) -> int:

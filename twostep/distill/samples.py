@@ -101,7 +101,9 @@ class Examples:
             part = guided[start : start + AT_ONCE]
             seeds = range(start, start + len(part))
             x = noise[start : start + AT_ONCE].to(part.positive.text.device)
-            latents = sample_latents(denoiser, part, x, num_steps, seeds, sampler=sampler)
+            latents = sample_latents(
+                denoiser, part, x, times=num_steps, seeds=seeds, sampler=sampler
+            )
             pictures.append(self._pictures(latents).cpu())
         by_seed: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
         return by_seed

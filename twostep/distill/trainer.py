@@ -151,7 +151,11 @@ class StageTrainer:
                 losses = dict(self.method.loss(name, pair, self.models))
                 total = check_finite(losses.pop("total"), name, iteration, self.stage)
             norm = optimiser_step(
-                total, self.optimisers[name], role.weights, self.stage.gradient_clip, factor
+                total,
+                self.optimisers[name],
+                role.weights,
+                clip=self.stage.gradient_clip,
+                factor=factor,
             )
         self._follow(name)
         figures = {key: value.detach() for key, value in losses.items()}
@@ -208,7 +212,9 @@ def train_stage(
     """
     trainer = StageTrainer(stage, source, teacher, student, sharded=sharded)
     monitor = Monitor(health or Health(), trainer.method.limits())
-    run = _MonitoredRun(trainer, monitor, folder, on_iteration, on_checkpoint)
+    run = _MonitoredRun(
+        trainer, monitor, folder, on_iteration=on_iteration, on_checkpoint=on_checkpoint
+    )
     try:
         run.run()
         trainer.roles[STUDENT].weights.load_state_dict(trainer.average.weights)
@@ -224,6 +230,7 @@ class _MonitoredRun:
         trainer: StageTrainer,
         monitor: Monitor,
         folder: RunFolder,
+        *,
         on_iteration: OnIteration,
         on_checkpoint: OnCheckpoint,
     ) -> None:
@@ -256,8 +263,8 @@ class _MonitoredRun:
             self._iterate,
             self.trainer.stage,
             self.folder,
-            self.name,
-            self.trainer.state,
+            name=self.name,
+            state=self.trainer.state,
             checkpoint_start=self.monitor.settings.action == "rollback",
             on_iteration=self._add,
             on_checkpoint=self._examine,

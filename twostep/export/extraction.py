@@ -34,7 +34,7 @@ class _Difference:
     squared_error: float = 0.0
     squared_change: float = 0.0
 
-    def add(self, part: str, network: nn.Module, key: str, change: Tensor, rank: int) -> None:
+    def add(self, part: str, network: nn.Module, key: str, *, change: Tensor, rank: int) -> None:
         """Add the change of one weight of a network."""
         if not change.any():
             return
@@ -74,7 +74,7 @@ def extract(
                 raise ModelError(
                     f"{base} and {tuned} are of two kinds: {part}.{key} is not the same in both."
                 )
-            difference.add(part, network, key, value - old[key], rank)
+            difference.add(part, network, key, change=value - old[key], rank=rank)
     if not difference.lora:
         raise ModelError(f"No layer of {tuned} differs from {base}: there is nothing to extract.")
     contract = after.contract
@@ -83,7 +83,13 @@ def extract(
     tensors, metadata = write_lora(difference.lora, before.parts, "kohya")
     if contract.role == "student":
         metadata |= contract.to_metadata()
-    job = ExportJob(contract, "lora-kohya", out, before.denoiser.network, Card())
+    job = ExportJob(
+        contract=contract,
+        to="lora-kohya",
+        out=out,
+        network=before.denoiser.network,
+        card=Card(),
+    )
     job.write(tensors, metadata)
     lacking = (difference.squared_error / difference.squared_change) ** 0.5
     return lacking, difference.left_out

@@ -54,7 +54,9 @@ def verify(
     if comfyui is None:
         theirs = _sampled_by_diffusers(checkpoint, bundle.contract, prompt, noise)
     else:
-        theirs = _sampled_by_comfyui(comfyui, checkpoint, bundle.contract, prompt, noise)
+        theirs = _sampled_by_comfyui(
+            comfyui, checkpoint, bundle.contract, prompt=prompt, noise=noise
+        )
     differences = []
     for x0, other in zip(ours, theirs, strict=True):
         largest = (x0 - other).abs().max().item()
@@ -73,8 +75,8 @@ def _sampled(bundle: Bundle, prompt: str, noise: Tensor, seed: int) -> list[Tens
         bundle.denoiser,
         guided,
         noise,
-        contract.steps,
-        [seed],
+        times=contract.steps,
+        seeds=[seed],
         sampler=contract.sampler,
         on_step=lambda _, step: states.append(step.x0),
     )
@@ -145,7 +147,7 @@ def _diffusers_pipeline(checkpoint: Checkpoint, contract: Contract) -> Any:
 
 
 def _sampled_by_comfyui(
-    comfyui: Path, checkpoint: Checkpoint, contract: Contract, prompt: str, noise: Tensor
+    comfyui: Path, checkpoint: Checkpoint, contract: Contract, *, prompt: str, noise: Tensor
 ) -> list[Tensor]:
     """Return x0 at each step of a ComfyUI, on the CPU in float32; it wants whole files."""
     if not (comfyui / "comfy" / "sd.py").is_file():

@@ -131,10 +131,10 @@ def export(
     _check_target(to, out)
     card = card or Card()
     if to.startswith("lora"):
-        return _export_lora(_find_lora(model, steps), to, out, base, card)
+        return _export_lora(_find_lora(model, steps), to, out, base=base, card=card)
     bundle = load_with_loras(model, loras, steps=steps)
     contract = replace(bundle.contract, lora_rank=None, lora_alpha=None)
-    job = ExportJob(contract, to, out, bundle.denoiser.network, card)
+    job = ExportJob(contract=contract, to=to, out=out, network=bundle.denoiser.network, card=card)
     if to != "diffusers":
         return _write_file(bundle, job)
     if is_sdxl(contract):
@@ -155,7 +155,8 @@ def _check_target(to: str, out: Path) -> None:
         raise ModelError(f"--out is {out}; expected a {expected} for {to}.")
 
 
-def _export_lora(lora: Checkpoint, to: str, out: Path, base: str | None, card: Card) -> Path:
+def _export_lora(lora: Checkpoint, to: str, out: Path, *, base: str | None, card: Card) -> Path:
+    """Write a LoRA in another form, with its contract or, for a style, that of its base."""
     changes, networks = open_lora(lora, base)
     contract = lora.carried
     metadata = {} if contract is None else contract.to_metadata()
@@ -164,7 +165,7 @@ def _export_lora(lora: Checkpoint, to: str, out: Path, base: str | None, card: C
         contract = replace(resolve(str(base)).contract, name=lora.path.stem)
     tensors, more = write_lora(changes, networks, to.removeprefix("lora-"))
     _check_file(contract, to)
-    job = ExportJob(contract, to, out, networks["unet"], card)
+    job = ExportJob(contract=contract, to=to, out=out, network=networks["unet"], card=card)
     return job.write(tensors, more | metadata)
 
 

@@ -74,7 +74,7 @@ def read_header(path: Path) -> Header:
         precisions = {name: tensors[name]["dtype"] for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} {_explanation(path, start, error)}") from error
-    return Header(path, shapes, precisions, metadata, alpha)
+    return Header(path=path, shapes=shapes, precisions=precisions, metadata=metadata, alpha=alpha)
 
 
 def _header_length(start: bytes, size: int) -> int:

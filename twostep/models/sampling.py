@@ -200,8 +200,8 @@ def sample_prompts(
             bundle.denoiser,
             guided,
             noise,
-            steps or contract.steps,
-            seeds,
+            times=steps or contract.steps,
+            seeds=seeds,
             sampler=sampler or contract.sampler,
             on_step=on_step,
         )

@@ -78,8 +78,8 @@ def residuals(
             x,
             time,
             text,
-            hint.picture.to(x.dtype),
-            hint.scale,
+            controlnet_cond=hint.picture.to(x.dtype),
+            conditioning_scale=hint.scale,
             added_cond_kwargs=embedded,
             return_dict=False,
         )

@@ -74,7 +74,7 @@ class SdxlUnet:
         embedded = _embedded_conditions(conditioning)
         controlled: dict[str, Any] = {}
         if conditioning.hints:
-            controlled = residuals(conditioning.hints, x, time, text, embedded)
+            controlled = residuals(conditioning.hints, x, time, text=text, embedded=embedded)
         if conditioning.known is not None:
             known = conditioning.known.to(x.dtype).expand(len(x), -1, -1, -1)
             x = torch.cat([x, known], dim=1)

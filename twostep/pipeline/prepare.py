@@ -152,7 +152,16 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
         known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
         hints = tuple(_hint(bundle, control, size, times) for control in request.controls)
     guided = guided.shown(known, hints)
-    return Prepared(request, times, guided, image, mask, x0, warnings, seconds)
+    return Prepared(
+        request=request,
+        times=times,
+        guided=guided,
+        image=image,
+        mask=mask,
+        x0=x0,
+        warnings=warnings,
+        seconds=seconds,
+    )
 
 
 @contextmanager

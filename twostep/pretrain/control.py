@@ -169,7 +169,7 @@ def train_control(
         loss,
         settings.loop,
         folder,
-        "control",
+        name="control",
         on_iteration=on_iteration,
         on_checkpoint=lambda iteration: on_checkpoint(iteration, control),
     )

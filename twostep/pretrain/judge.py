@@ -79,7 +79,7 @@ def train_judge(
     """
     folder = RunFolder(out, settings)
     judge = new_judge(settings, drawings)
-    _fit(judge, settings, drawings, folder, on_iteration)
+    _fit(judge, settings, drawings, folder, on_iteration=on_iteration)
     path = out / "judge.safetensors"
     if world().is_first:
         judge.cpu()
@@ -136,6 +136,7 @@ def _fit(
     settings: JudgeSettings,
     drawings: DrawingSet,
     folder: RunFolder,
+    *,
     on_iteration: OnIteration,
 ) -> None:
     """Train in place, and leave the averaged weights in the judge.
@@ -152,7 +153,9 @@ def _fit(
         generator = randomness.tensors
         share = world().share(batch_size)
         numbers = torch.randint(num_drawings, (batch_size,), generator=generator)
-        pictures, labels = _compose(drawings, numbers, settings.placement, judge.pixels, generator)
+        pictures, labels = _compose(
+            drawings, numbers, settings.placement, generator, pixels=judge.pixels
+        )
         pictures, blur_pixels = degrade(pictures, settings.degradation, generator)
         verdict = judge(pictures[share].to(device, memory_format=torch.channels_last))
         return _loss(
@@ -162,7 +165,7 @@ def _fit(
             settings.label_smoothing,
         )
 
-    train_network(judge, loss, settings.loop, folder, "judge", on_iteration=on_iteration)
+    train_network(judge, loss, settings.loop, folder, name="judge", on_iteration=on_iteration)
 
 
 def _loss(
@@ -192,8 +195,8 @@ def _held_out(
         drawings,
         torch.arange(num_drawings).repeat(settings.num_held_out),
         settings.placement,
-        find_size(settings.size).pixels,
         Randomness.at(settings.loop.seed, _HELD_OUT).tensors,
+        pixels=find_size(settings.size).pixels,
     )
 
 
@@ -201,8 +204,9 @@ def _compose(
     drawings: DrawingSet,
     numbers: Int[Tensor, " batch"],
     placement: Placement,
-    pixels: int,
     generator: torch.Generator,
+    *,
+    pixels: int,
 ) -> tuple[Float[Tensor, "batch 3 pixels pixels"], Int[Tensor, "3 batch"]]:
     """Put drawings on random backgrounds; return them with concept, style and background."""
     background = random_backgrounds(len(numbers), generator)

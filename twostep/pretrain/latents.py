@@ -69,7 +69,11 @@ class LatentCache:
         concept, style, background = self.labels[row].tolist()
         names, subgroup = self.names[concept]
         attributes = self.omission.apply(
-            names, subgroup, self.styles[style], list(BACKGROUNDS)[background], words
+            names,
+            subgroup,
+            style=self.styles[style],
+            background=list(BACKGROUNDS)[background],
+            rng=words,
         )
         return caption(attributes, words)
 

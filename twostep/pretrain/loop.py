@@ -105,7 +105,7 @@ def train_network(
         with settings.autocast(device_type):
             value = check_finite(loss(iteration, randomness), name, iteration, settings)
         factor = learning_rate_factor(iteration, settings)
-        optimiser_step(value, optimiser, network, settings.gradient_clip, factor)
+        optimiser_step(value, optimiser, network, clip=settings.gradient_clip, factor=factor)
         average.update()
         return {"loss": value.item()}
 
@@ -118,8 +118,8 @@ def train_network(
         iterate,
         settings,
         folder,
-        name,
-        state,
+        name=name,
+        state=state,
         on_iteration=on_iteration,
         on_checkpoint=show_averaged,
     )

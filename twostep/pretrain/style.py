@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
@@ -20,9 +19,8 @@ from twostep.pretrain.captions import Omission
 from twostep.pretrain.drawings import DrawingsError, DrawingSet
 from twostep.pretrain.latents import LatentCache, cache_latents
 from twostep.pretrain.loop import PartSettings, silent, train_network
-from twostep.pretrain.teacher import noise_loss
+from twostep.pretrain.teacher import noise_loss_on_latents
 from twostep.training.loop import OnIteration, Randomness
-from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 
 OMISSION = Omission(everything=0.1, style=1.0, background=0.2)
@@ -83,32 +81,17 @@ def train_style(
 
     It stays on the teacher's network.
     """
-    batch_size = settings.loop.batch_size
-    width, height = bundle.contract.sizes[0]
     torch.manual_seed(settings.loop.seed)
     lora = add_lora(bundle.denoiser.network, _ADAPTER, rank=settings.rank)
-    denoiser = replace(bundle.denoiser, lora=lora.name)
-    device = denoiser.device
-    top = int(denoiser.schedule.top)  # SDXL's times are integers
-
-    def loss(iteration: int, randomness: Randomness) -> Tensor:
-        generator = randomness.tensors
-        share = world().share(batch_size)
-        x0, captions = latents.draw(batch_size, generator, randomness.words)
-        t = torch.randint(1, top + 1, (batch_size,), generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        with torch.no_grad():
-            conditioning = bundle.conditioning(captions[share], width, height)
-        return noise_loss(
-            denoiser,
-            x0[share].to(device),
-            conditioning,
-            t[share],
-            eps[share].to(device),
-            snr_limit=settings.snr_limit,
-        )
-
-    train_network(lora, loss, settings.loop, folder, "style", on_iteration=on_iteration)
+    loss = noise_loss_on_latents(
+        replace(bundle.denoiser, lora=lora.name),
+        latents,
+        bundle.text,
+        batch_size=settings.loop.batch_size,
+        size=bundle.contract.sizes[0],
+        snr_limit=settings.snr_limit,
+    )
+    train_network(lora, loss, settings.loop, folder, name="style", on_iteration=on_iteration)
     return lora
 
 

@@ -22,7 +22,7 @@ from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.pretrain.latents import LatentCache
-from twostep.pretrain.loop import PartSettings, silent, train_network
+from twostep.pretrain.loop import Loss, PartSettings, silent, train_network
 from twostep.pretrain.model import build_unet
 from twostep.pretrain.sizes import ModelSize
 from twostep.training.loop import OnIteration, Randomness
@@ -88,6 +88,49 @@ def noise_loss(
     return loss
 
 
+def noise_loss_on_latents(
+    denoiser: Denoiser,
+    latents: LatentCache,
+    text: PromptEncoder,
+    *,
+    batch_size: int,
+    size: tuple[int, int],
+    snr_limit: float,
+) -> Loss:
+    """Return the loss of an iteration: `noise_loss` on a batch of captioned latents.
+
+    Args:
+        denoiser: predicts; whatever of it is trained is the caller's choice.
+        latents: the batch is drawn from these, with captions.
+        text: encodes the captions, without gradients.
+        batch_size: of all processes together; each takes its share.
+        size: (width, height) of the latents' pictures in pixels.
+        snr_limit: as in `noise_loss`.
+    """
+    device = denoiser.device
+    width, height = size
+    top = int(denoiser.schedule.top)  # SDXL's times are integers
+
+    def loss(iteration: int, randomness: Randomness) -> Tensor:
+        generator = randomness.tensors
+        share = world().share(batch_size)
+        x0, captions = latents.draw(batch_size, generator, randomness.words)
+        t = torch.randint(1, top + 1, (batch_size,), generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        with torch.no_grad():
+            conditioning = text.conditioning(captions[share], width, height)
+        return noise_loss(
+            denoiser,
+            x0[share].to(device),
+            conditioning,
+            t[share],
+            eps[share].to(device),
+            snr_limit=snr_limit,
+        )
+
+    return loss
+
+
 def new_denoiser(size: ModelSize, seed: int) -> Denoiser:
     """Return a UNet with random weights, which predicts eps on SDXL's schedule."""
     torch.manual_seed(seed)
@@ -120,37 +163,23 @@ def train_teacher(
     Returns:
         The same denoiser, with averaged weights.
     """
-    device = denoiser.device
-    batch_size = settings.loop.batch_size
     torch.manual_seed(settings.loop.seed)
     denoiser.network.requires_grad_(True).train()
     denoiser.checkpoint_gradients(settings.gradient_checkpointing)
-
-    top = int(denoiser.schedule.top)  # SDXL's times are integers
-
-    def loss(iteration: int, randomness: Randomness) -> Tensor:
-        generator = randomness.tensors
-        share = world().share(batch_size)
-        x0, captions = latents.draw(batch_size, generator, randomness.words)
-        t = torch.randint(1, top + 1, (batch_size,), generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        with torch.no_grad():
-            conditioning = text.conditioning(captions[share], pixels, pixels)
-        return noise_loss(
-            denoiser,
-            x0[share].to(device),
-            conditioning,
-            t[share],
-            eps[share].to(device),
-            snr_limit=settings.snr_limit,
-        )
-
+    loss = noise_loss_on_latents(
+        denoiser,
+        latents,
+        text,
+        batch_size=settings.loop.batch_size,
+        size=(pixels, pixels),
+        snr_limit=settings.snr_limit,
+    )
     train_network(
         denoiser.network,
         loss,
         settings.loop,
         folder,
-        "teacher",
+        name="teacher",
         on_iteration=on_iteration,
         on_checkpoint=lambda iteration: on_checkpoint(iteration, denoiser),
     )

@@ -129,7 +129,7 @@ def train_text(
         loss,
         settings.loop,
         folder,
-        "text",
+        name="text",
         on_iteration=on_iteration,
         on_checkpoint=on_checkpoint,
     )
@@ -165,9 +165,9 @@ def _caption(drawings: DrawingSet, label: Int[Tensor, "3"], randomness: Randomne
     attributes = OMISSION.apply(
         drawings.concepts[concept].names,
         drawings.concepts[concept].subgroup,
-        drawings.styles[style],
-        list(BACKGROUNDS)[background],
-        randomness.words,
+        style=drawings.styles[style],
+        background=list(BACKGROUNDS)[background],
+        rng=randomness.words,
     )
     return caption(attributes, randomness.words)
 

@@ -78,7 +78,7 @@ def train_vae(
         penalties: Tensor = settings.edge_weight * edges + settings.moment_weight * moments
         return difference.abs().mean() + penalties
 
-    train_network(vae, loss, settings.loop, folder, "vae", on_iteration=on_iteration)
+    train_network(vae, loss, settings.loop, folder, name="vae", on_iteration=on_iteration)
     return ImageCodec(vae.to(memory_format=torch.contiguous_format).eval())
 
 

@@ -8,7 +8,7 @@ pair, in this order; that they alternate 1:1 is a choice, the paper does not say
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -177,7 +177,7 @@ class Adversarial(Method[JudgedPair]):
         perturbed = None
         if self.settings.r1_weight > 0:
             perturbed = real + PERTURBATION * batches.noise(real, random)
-        judged = Transition(taken.x_t, fake, taken.t, seen_at, taken.conditioning)
+        judged = replace(taken, x_s=fake, s=seen_at)
         return JudgedPair(judged, real, perturbed)
 
     def turns(self, iteration: int) -> Sequence[str]:
