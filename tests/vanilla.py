@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE
+from twostep.formats.locate import find_model
 from twostep.formats.single_file import NAMES
 from twostep.models.bundle import Bundle
 
@@ -32,6 +33,27 @@ def assemble(
         force_zeros_for_empty_prompt=zeros_for_empty,
         add_watermarker=False,
     )
+
+
+def fuse_into_nano(lora: Path, weight: float) -> StableDiffusionXLPipeline:
+    """Return diffusers' pipeline of the nano teacher with a LoRA file fused into its weights."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        find_model("nano"), torch_dtype=torch.float32
+    )
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=weight)
+    pipeline.unload_lora_weights()
+    return pipeline
+
+
+def assert_merged_alike(bundle: Bundle, pipeline: StableDiffusionXLPipeline) -> None:
+    """Compare every weight of a bundle with that of a pipeline."""
+    for part, network in bundle.parts.items():
+        theirs = getattr(pipeline, part).state_dict()
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(
+                value, theirs[key], atol=1e-6, rtol=1e-5, msg=f"{part} {key}"
+            )
 
 
 def write_single_file(

@@ -20,14 +20,14 @@ from transformers import CLIPTextConfig
 from twostep.export.conversion import REST, convert
 from twostep.formats import read_contracts
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, split
-from twostep.formats.locate import ModelError, find_model
+from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import DIALECTS, LoraError, LowRank, merge_lora, write_lora
 from twostep.formats.single_file import NAMES, PARTS, account, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl_networks import hollow_networks
 
-from ..vanilla import assemble, write_single_file
+from ..vanilla import assemble, assert_merged_alike, fuse_into_nano, write_single_file
 from .conftest import random_lora, student_contract
 
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
@@ -121,18 +121,7 @@ def test_diffusers_makes_the_same_of_every_dialect(dialect: str, tmp_path: Path)
     tensors, more = write_lora(lora, ours.parts, dialect)
     save_file(tensors, tmp_path / "lora.safetensors", more)
     merge_lora(lora, ours.parts, weight=0.8)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        find_model("nano"), torch_dtype=torch.float32
-    )
-    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
-    pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=0.8)
-    pipeline.unload_lora_weights()
-    for part, network in ours.parts.items():
-        theirs = getattr(pipeline, part).state_dict()
-        for key, value in network.state_dict().items():
-            torch.testing.assert_close(
-                value, theirs[key], atol=1e-6, rtol=1e-5, msg=f"{part} {key}"
-            )
+    assert_merged_alike(ours, fuse_into_nano(tmp_path / "lora.safetensors", weight=0.8))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from twostep.formats.locate import ModelError, find_model
@@ -16,6 +16,8 @@ from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.adapters import TARGETS
 from twostep.pretrain.model import random_bundle
+
+from ..vanilla import assert_merged_alike, fuse_into_nano
 
 ROOT = Path(__file__).parents[2]
 RANK, ALPHA = 3, 1.5
@@ -112,18 +114,7 @@ def test_diffusers_makes_the_same_of_what_kohya_writes(
     ours = load_bundle("nano")
     save_file(write_lora(lora, ours.parts, "kohya")[0], tmp_path / "lora.safetensors")
     merge_lora(lora, ours.parts, weight=0.8)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        find_model("nano"), torch_dtype=torch.float32
-    )
-    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
-    pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"], lora_scale=0.8)
-    pipeline.unload_lora_weights()
-    for part, network in ours.parts.items():
-        theirs = getattr(pipeline, part).state_dict()
-        for key, value in network.state_dict().items():
-            torch.testing.assert_close(
-                value, theirs[key], atol=1e-6, rtol=1e-5, msg=f"{part} {key}"
-            )
+    assert_merged_alike(ours, fuse_into_nano(tmp_path / "lora.safetensors", weight=0.8))
 
 
 def test_of_the_full_size_788_layers_have_names_that_all_programs_read() -> None:
