@@ -51,10 +51,8 @@ class RandomLatents:
         """Return `count` latents and embeddings."""
         side = self.pixels // 8
         latents = torch.randn(count, 4, side, side, generator=tensors)
-        text, pooled = (
-            torch.randn(count, 77, 2048, generator=tensors),
-            torch.randn(count, 1280, generator=tensors),
-        )
+        text = torch.randn(count, 77, 2048, generator=tensors)
+        pooled = torch.randn(count, 1280, generator=tensors)
         return latents, Conditioning(text, pooled, image_sizes(count, self.pixels, self.pixels))
 
     def empty(self, like: Conditioning) -> Conditioning:

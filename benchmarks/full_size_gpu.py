@@ -101,7 +101,8 @@ def main(
         return
     where = find_device(device)
     typer.echo(f"device: {torch.cuda.get_device_name(where)}, torch {torch.__version__}")
-    teacher, source = random_teacher(where, settings.base_precision), RandomLatents(pixels)
+    teacher = random_teacher(where, settings.base_precision)
+    source = RandomLatents(pixels)
     for prepared in prepared_stages(settings, teacher):
         gc.collect()
         trainer = StageTrainer(prepared.stage, source, prepared.teacher, prepared.student)

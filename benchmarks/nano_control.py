@@ -151,9 +151,9 @@ def main(
         rows.append((name, draw(bundle, targets, control, scale)))
         rows.append((f"{name}, without", draw(bundle, targets, None, scale)))
     typer.echo("| | agreement | concept | style | background |\n|---|---:|---:|---:|---:|")
-    wishes = [task.attributes for task in targets.tasks]
+    attributes = [task.attributes for task in targets.tasks]
     for name, pictures in rows:
-        report = evaluate(pictures, wishes, judge)
+        report = evaluate(pictures, attributes, judge)
         drawn = silhouettes(pictures, targets.backgrounds)
         agreed = agreement(drawn, targets.masks).mean()
         scores = (report.concept, report.style, report.background)

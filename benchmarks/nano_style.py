@@ -47,7 +47,7 @@ def main(
     drawings = load_drawings(drawings_path)
     judge = load_judge()
     tasks = [_without_style(task) for task in complete_tasks(drawings.concepts, count)]
-    wishes = [replace(task.attributes, style=STYLE) for task in tasks]
+    attributes = [replace(task.attributes, style=STYLE) for task in tasks]
     few = Sampler("euler", 2, 1.0)
     many = Sampler("euler", 32, load_bundle("nano").contract.guidance)
     rows = [
@@ -68,7 +68,7 @@ def main(
     typer.echo("|---|---:|---:|---:|---:|")
     reference = judge.statistics(pictures[STYLED_TEACHER])
     for label, drawn in pictures.items():
-        report = evaluate(drawn, wishes, judge, reference=reference)
+        report = evaluate(drawn, attributes, judge, reference=reference)
         scores = (report.concept, report.style, report.background)
         shares = " | ".join(f"{100 * (score.share or 0):.1f} %" for score in scores)
         typer.echo(f"| {label} | {shares} | {report.frechet_to_reference:.2f} |")
@@ -80,9 +80,12 @@ def main(
 
 def _without_style(task: Task) -> Task:
     """Return the task without the word for its style, from another seed."""
-    wish = task.attributes
-    prompt = f"{with_article(wish.names[0])} on {with_article(f'{wish.background} background')}"
-    return Task(prompt, Attributes(wish.names, None, wish.background), task.seed + FIRST_SEED)
+    attributes = task.attributes
+    background = with_article(f"{attributes.background} background")
+    prompt = f"{with_article(attributes.names[0])} on {background}"
+    return Task(
+        prompt, Attributes(attributes.names, None, attributes.background), task.seed + FIRST_SEED
+    )
 
 
 if __name__ == "__main__":

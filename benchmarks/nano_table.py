@@ -248,8 +248,10 @@ def _draw_set(
     chunks = []
     for start in range(0, len(tasks), CHUNK):
         chunk = tasks[start : start + CHUNK]
-        wish = json.dumps([weights, asdict(sampler), [(task.prompt, task.seed) for task in chunk]])
-        path = cache / f"{hashlib.sha256(wish.encode()).hexdigest()[:32]}.safetensors"
+        cache_key = json.dumps(
+            [weights, asdict(sampler), [(task.prompt, task.seed) for task in chunk]]
+        )
+        path = cache / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.safetensors"
         if not path.exists():
             partial = path.with_suffix(".partial")
             save_file({"pictures": draw(bundle, sampler, chunk)}, partial)
@@ -324,9 +326,9 @@ def judge_rows(
 
     def report(row: Row, name: str) -> Report:
         reference, real = statistics.get(name, (None, None))
-        wishes = [task.attributes for task in tasks[name]]
+        attributes = [task.attributes for task in tasks[name]]
         return evaluate(
-            to_float(pictures[row.key][name]), wishes, judge, reference=reference, real=real
+            to_float(pictures[row.key][name]), attributes, judge, reference=reference, real=real
         )
 
     return [
@@ -356,9 +358,11 @@ def judge_real(
     for name, wanted in tasks.items():
         reference = judge.statistics(to_float(pictures["teacher"][name]))
         real = judge.statistics(_real(wanted, drawings))
-        wishes = [task.attributes for task in wanted]
-        composed = real_pictures(wishes, drawings, seed=FIRST_SEED - 1)
-        reports[name] = evaluate(composed, wishes, judge, reference=reference, real=real).to_dict()
+        attributes = [task.attributes for task in wanted]
+        composed = real_pictures(attributes, drawings, seed=FIRST_SEED - 1)
+        reports[name] = evaluate(
+            composed, attributes, judge, reference=reference, real=real
+        ).to_dict()
     return Figures(
         key="real",
         label="real drawings",
@@ -372,9 +376,9 @@ def judge_real(
 
 def _real(tasks: Sequence[Task], drawings: DrawingSet) -> Tensor:
     """Compose several real pictures for every prompt."""
-    wishes = [task.attributes for task in tasks]
+    attributes = [task.attributes for task in tasks]
     seeds = range(FIRST_SEED, FIRST_SEED + NUM_REAL_PER_PROMPT)
-    return torch.cat([real_pictures(wishes, drawings, seed=seed) for seed in seeds])
+    return torch.cat([real_pictures(attributes, drawings, seed=seed) for seed in seeds])
 
 
 def to_float(pictures: Tensor) -> Tensor:

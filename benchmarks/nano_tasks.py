@@ -1,4 +1,4 @@
-"""What the nano models are asked when they are evaluated: fixed prompts and held-out seeds.
+"""The prompts that the nano models are evaluated with, and held-out seeds for them.
 
 Complete prompts name concept, style and background, so every picture has one right answer.
 Incomplete ones leave something open, so that there is something to be diverse about. Both follow
@@ -101,14 +101,14 @@ def incomplete_tasks(concepts: Sequence[Concept]) -> list[Task]:
 def real_pictures(
     attributes: Sequence[Attributes], drawings: DrawingSet, *, seed: int = FIRST_SEED
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Compose one real picture for each wish, with whatever it leaves open drawn at random."""
+    """Compose one real picture for each item; attributes that are left open are random."""
     generator = torch.Generator().manual_seed(seed)
     rng = Random(seed)
-    chosen = [_fitting_drawing(wish, drawings, rng) for wish in attributes]
+    chosen = [_fitting_drawing(wanted, drawings, rng) for wanted in attributes]
     concept, style = torch.tensor(chosen).T
     names = list(BACKGROUNDS)
     background = torch.tensor(
-        [names.index(wish.background or rng.choice(names)) for wish in attributes]
+        [names.index(wanted.background or rng.choice(names)) for wanted in attributes]
     )
     drawn = drawings.drawings[concept, style]
     return compose(drawn, background, Placement(), generator, pixels=NANO.pixels)
@@ -128,7 +128,7 @@ def _with_seeds(prompts: Sequence[tuple[str, Attributes]], first_seed: int) -> l
 
 
 def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attributes]:
-    """Yield one wish for each way of leaving something out, other ones in every round."""
+    """Yield attributes for each way of leaving something out, other ones in every round."""
     subgroups = list(dict.fromkeys(concept.subgroup for concept in concepts))
     backgrounds = list(BACKGROUNDS)
     order = _spread(len(concepts))
@@ -146,16 +146,18 @@ def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attr
             yield Attributes(concepts[order[step % len(order)]].names, manner, background)
 
 
-def _fitting_drawing(wish: Attributes, drawings: DrawingSet, rng: Random) -> tuple[int, int]:
+def _fitting_drawing(wanted: Attributes, drawings: DrawingSet, rng: Random) -> tuple[int, int]:
     fitting = [
         number
         for number, concept in enumerate(drawings.concepts)
-        if not wish.names or wish.names[0] in concept.names or wish.names == (concept.subgroup,)
+        if not wanted.names
+        or wanted.names[0] in concept.names
+        or wanted.names == (concept.subgroup,)
     ]
     if not fitting:
         raise PromptError(
-            f"no drawing shows {wish.names[0]!r}; use the drawings that prompts were made for."
+            f"no drawing shows {wanted.names[0]!r}; use the drawings that prompts were made for."
         )
     styles = drawings.styles
-    style = styles.index(wish.style) if wish.style else rng.randrange(len(styles))
+    style = styles.index(wanted.style) if wanted.style else rng.randrange(len(styles))
     return rng.choice(fitting), style

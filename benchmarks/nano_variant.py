@@ -140,10 +140,14 @@ def _worded(task: Task, word: str) -> Task:
 
     Its attributes name no style: whether pictures are in the variant's is judged apart.
     """
-    wish = task.attributes
-    thing = with_article(f"{word} {wish.names[0]}".strip())
-    prompt = f"{thing} on {with_article(f'{wish.background} background')}"
-    return replace(task, prompt=prompt, attributes=Attributes(wish.names, None, wish.background))
+    attributes = task.attributes
+    thing = with_article(f"{word} {attributes.names[0]}".strip())
+    background = with_article(f"{attributes.background} background")
+    return replace(
+        task,
+        prompt=f"{thing} on {background}",
+        attributes=Attributes(attributes.names, None, attributes.background),
+    )
 
 
 def _figures(

@@ -112,9 +112,10 @@ def measure(stage: Stage, bundle: Bundle, rounds: int) -> str:
 
 def clock(loop: Callable[[int], object], number: int) -> tuple[float, float]:
     """Return the seconds one iteration takes: the processor's, and the wall's."""
-    processor, wall = time.process_time(), time.perf_counter()
+    processor_start = time.process_time()
+    wall_start = time.perf_counter()
     loop(number)
-    return time.process_time() - processor, time.perf_counter() - wall
+    return time.process_time() - processor_start, time.perf_counter() - wall_start
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +142,7 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
                     0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
                 )
     Lora(network, "student").requires_grad_(True)
-    teacher, student = (
-        replace(bundle.denoiser.with_network(network), lora=name) for name in ("teacher", "student")
-    )
+    base = bundle.denoiser.with_network(network)
     names = tuple((concept.names, concept.subgroup) for concept in built_in_concepts())
     width, height = bundle.contract.sizes[0]
     latents = torch.randn(
@@ -152,7 +151,11 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
     cache = LatentCache(
         latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
     )
-    return Models(DrawingSource(cache, bundle.text, width, height), teacher, student)
+    return Models(
+        source=DrawingSource(cache, bundle.text, width, height),
+        teacher=replace(base, lora="teacher"),
+        student=replace(base, lora="student"),
+    )
 
 
 class BareLoop:
@@ -178,12 +181,12 @@ class BareLoop:
         betas = BETAS if is_adversarial else (0.9, 0.999)
         adam = partial(torch.optim.AdamW, betas=betas, fused=True)
         self.optimiser = adam(weights_of(models.student).parameters(), lr=stage.learning_rate)
-        self.judge: Discriminator | None = None
+        self.discriminator: Discriminator | None = None
         if is_adversarial:
             conditional = settings.objective == "conditional"
-            self.judge = Discriminator(models.teacher, conditional=conditional)
-            judge_rate = settings.discriminator_learning_rate or stage.learning_rate
-            self.judge_optimiser = adam(self.judge.parameters(), lr=judge_rate)
+            self.discriminator = Discriminator(models.teacher, conditional=conditional)
+            rate = settings.discriminator_learning_rate or stage.learning_rate
+            self.discriminator_optimiser = adam(self.discriminator.parameters(), lr=rate)
         activate(self.student, "student")
         activate(self.teacher, "teacher")
 
@@ -196,17 +199,18 @@ class BareLoop:
             s = t
             with torch.no_grad():
                 for _ in range(self.teacher_steps // self.stage.student_steps):
-                    then = landing(s, self.teacher_steps)
-                    real = self.step(self.teacher, real, s, then, conditioning)
-                    s = then
+                    lower = landing(s, self.teacher_steps)
+                    real = self.step(self.teacher, real, s, lower, conditioning)
+                    s = lower
             fake = self.step(self.student, x_t, t, s, conditioning)
-            if self.judge is None:
+            if self.discriminator is None:
                 descend((fake - real).square().mean(), self.optimiser)
             else:
-                self.play(self.judge, Transition(x_t, fake, t, s, conditioning), real)
+                taken = Transition(x_t=x_t, x_s=fake, t=t, s=s, conditioning=conditioning)
+                self.train_adversarially(self.discriminator, taken, real)
 
     def draw(self, random: Randomness) -> tuple[Tensor, Tensor, Conditioning]:
-        """Return x_t, t and conditioning."""
+        """Return noisy latents x_t at random times t, and the conditioning of their items."""
         count = self.stage.batch_size
         x0, conditioning = self.source.draw(count, random.tensors, random.words)
         t = self.times[torch.randint(len(self.times), (count,), generator=random.tensors)]
@@ -217,33 +221,36 @@ class BareLoop:
     def step(
         self, network: nn.Module, x: Tensor, t: Tensor, s: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Return x at s."""
+        """Return x at s, one step of the flow from x at t; the network predicts eps."""
         added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
         output = network(x, t - 1, conditioning.text, added_cond_kwargs=added, return_dict=False)
         eps = output[0].float()
         x0 = (x - self.sigmas[t] * eps) / self.alphas[t]
         return self.alphas[s] * x0 + self.sigmas[s] * eps
 
-    def play(self, judge: Discriminator, taken: Transition, real: Tensor) -> None:
+    def train_adversarially(
+        self, discriminator: Discriminator, taken: Transition, real: Tensor
+    ) -> None:
         """Let the discriminator take a step, then the student."""
         latents = [real, taken.x_s.detach()]
         times = [taken.s, taken.s]
-        if judge.conditional:
+        if discriminator.conditional:
             latents.append(taken.x_t)
             times.append(taken.t)
         many = Conditioning.cat([taken.conditioning] * len(latents))
-        features = judge.features(torch.cat(latents), torch.cat(times), many).chunk(len(latents))
-        before = features[2] if judge.conditional else None
-        of_real = softplus(-judge.judge(before, features[0])).mean()
-        of_fake = softplus(judge.judge(before, features[1])).mean()
-        descend(of_real + of_fake, self.judge_optimiser)
-        judge.requires_grad_(False)
-        if judge.conditional:
+        features = discriminator.features(torch.cat(latents), torch.cat(times), many)
+        features = features.chunk(len(latents))
+        before = features[2] if discriminator.conditional else None
+        loss_of_real = softplus(-discriminator.judge(before, features[0])).mean()
+        loss_of_fake = softplus(discriminator.judge(before, features[1])).mean()
+        descend(loss_of_real + loss_of_fake, self.discriminator_optimiser)
+        discriminator.requires_grad_(False)
+        if discriminator.conditional:
             with torch.no_grad():
-                before = judge.features(taken.x_t, taken.t, taken.conditioning)
-        after = judge.features(taken.x_s, taken.s, taken.conditioning)
-        descend(softplus(-judge.judge(before, after)).mean(), self.optimiser)
-        judge.requires_grad_(True)
+                before = discriminator.features(taken.x_t, taken.t, taken.conditioning)
+        after = discriminator.features(taken.x_s, taken.s, taken.conditioning)
+        descend(softplus(-discriminator.judge(before, after)).mean(), self.optimiser)
+        discriminator.requires_grad_(True)
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
