@@ -123,8 +123,8 @@ def noise_loss_on_latents(
             denoiser,
             x0[share].to(device),
             conditioning,
-            t[share],
-            eps[share].to(device),
+            t=t[share],
+            eps=eps[share].to(device),
             snr_limit=snr_limit,
         )
 
