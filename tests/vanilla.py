@@ -3,17 +3,32 @@ writers.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE
 from twostep.formats.locate import find_model
 from twostep.formats.single_file import NAMES
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+
+
+def with_sdxl_vae(bundle: Bundle, *, layers_per_block: int = 1) -> Bundle:
+    """Return the bundle with a small autoencoder of the kind that SDXL has, random by seed 0."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=layers_per_block,
+        norm_num_groups=8,
+    )
+    return replace(bundle, codec=ImageCodec(vae.eval().requires_grad_(False)))
 
 
 def assemble(

@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.formats.lora_files import LowRank, write_lora
-from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.pretrain.model import random_bundle
 
-from ..vanilla import assemble, write_single_file
+from ..vanilla import assemble, with_sdxl_vae, write_single_file
 
 STUDENT = Contract(
     name="small-4step",
@@ -48,15 +46,7 @@ def student_of(steps: int, **changes: object) -> Contract:
 
 def small(seed: int) -> Bundle:
     """A nano bundle with the kind of autoencoder that single files hold."""
-    bundle = random_bundle(seed)
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=8,
-    )
-    return replace(bundle, codec=ImageCodec(vae.eval().requires_grad_(False)))
+    return with_sdxl_vae(random_bundle(seed))
 
 
 def lora_of(bundle: Bundle) -> dict[str, LowRank]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -16,25 +15,15 @@ from twostep.cli import app
 from twostep.contract import Contract
 from twostep.diffusion import trained_times
 from twostep.formats.lora_files import LowRank
-from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import TARGETS
 from twostep.pretrain.model import random_bundle
 
-from ..vanilla import assemble
+from ..vanilla import assemble, with_sdxl_vae
 
 
 def small_bundle(seed: int = 0) -> Bundle:
-    base = random_bundle(seed)
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=2,
-        norm_num_groups=8,
-    )
-    return replace(base, codec=ImageCodec(vae.eval().requires_grad_(False)))
+    return with_sdxl_vae(random_bundle(seed), layers_per_block=2)
 
 
 def student_contract(teacher: Contract, steps: int, rank: int | None = None) -> Contract:

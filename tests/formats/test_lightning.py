@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from twostep.contract import ContractError
@@ -19,14 +18,13 @@ from twostep.formats.ldm_names import unet_names
 from twostep.formats.lightning import LIGHTNING
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, merge_lora, write_lora
-from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.models.lora_stack import LoraCache
 from twostep.networks.adapters import TARGETS
 from twostep.pretrain.model import random_bundle
 
-from ..vanilla import assemble, write_single_file
+from ..vanilla import assemble, with_sdxl_vae, write_single_file
 
 HUB_ID, ALIAS = LIGHTNING
 
@@ -38,15 +36,7 @@ def small(seed: int) -> Bundle:
     """A nano bundle with the kind of autoencoder that SDXL has; the encoders are the same for every
     seed.
     """
-    base = random_bundle()
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=8,
-    )
-    base = replace(base, codec=ImageCodec(vae.eval().requires_grad_(False)))
+    base = with_sdxl_vae(random_bundle())
     return replace(base, denoiser=random_bundle(seed).denoiser)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 from twostep.formats import read_contracts
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, unet_names
 from twostep.formats.locate import ModelError
-from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
 
-from ..vanilla import assemble, write_single_file
+from ..vanilla import assemble, with_sdxl_vae, write_single_file
 
 SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
 
@@ -32,15 +31,7 @@ SDXL = Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json"
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     """A nano bundle with the kind of autoencoder that SDXL has."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=2,
-        norm_num_groups=8,
-    )
-    return replace(random_bundle(), codec=ImageCodec(vae.eval().requires_grad_(False)))
+    return with_sdxl_vae(random_bundle(), layers_per_block=2)
 
 
 @pytest.fixture
