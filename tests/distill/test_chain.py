@@ -255,6 +255,7 @@ def test_a_whole_stage_on_one_base_resumes_bit_for_bit(
     assert resumed[4].read_bytes() == whole[4].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_base_of_16_bits_holds_loras_of_32_and_whole_students_too(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:

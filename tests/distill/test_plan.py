@@ -71,7 +71,9 @@ def allocated(settings: DistillRecipe) -> int:
     "stages",
     [
         [{"method": REGRESSION, "guidance": 3.0}],
-        [{"method": REGRESSION, "lora_rank": 12, "precision": "bf16"}],
+        pytest.param(
+            [{"method": REGRESSION, "lora_rank": 12, "precision": "bf16"}], marks=pytest.mark.slow
+        ),
         [{"method": CONDITIONAL, "precision": "bf16"}],
         [
             {"method": REGRESSION, "lora_rank": 12},

@@ -78,6 +78,7 @@ def test_two_processes_with_half_the_batch_each_give_what_one_gives(
     check_same(alone, together, CHAIN)
 
 
+@pytest.mark.slow
 def test_killed_somewhere_in_every_stage_one_gives_what_it_would_have(
     alone: Path, model: Path, tmp_path: Path
 ) -> None:

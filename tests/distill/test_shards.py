@@ -53,6 +53,7 @@ def sharded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_chain(tmp_path_factory.mktemp("sharded"), model, CHAIN, shard=True)
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_weights_each_give_what_one_gives(
     sharded: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_two_processes_with_half_the_weights_each_give_what_one_gives(
     check_same(run_chain(tmp_path, model, CHAIN, count=1), sharded, CHAIN, of_norms=5e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_they_give_what_they_would_have(
     sharded: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +97,7 @@ def test_killed_and_run_again_they_give_what_they_would_have(
     check_equal(recipe.with_suffix(""), sharded)
 
 
+@pytest.mark.slow
 def test_what_they_release_is_whole(sharded: Path) -> None:
     student = twostep.load(sharded / "model", steps=4)
     finished = weights(sharded)["4-adversarial-unconditional-finished"]
@@ -190,6 +193,7 @@ with joined(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_leaves_the_last_checkpoint_which_three_can_read(
     tmp_path: Path,
 ) -> None:

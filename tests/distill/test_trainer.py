@@ -89,6 +89,7 @@ def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
     assert gaps[-1] > gaps[0] + 0.5
 
 
+@pytest.mark.slow
 def test_the_penalty_keeps_the_discriminator_flat(teacher: Bundle, source: object) -> None:
     flat = final_gaps(teacher, source, {**CONDITIONAL, "r1_weight": 1e6})
     free = final_gaps(teacher, source, CONDITIONAL)
@@ -183,6 +184,7 @@ def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(
     assert figures[1] == [pytest.approx(before, rel=1e-4) for before in figures[0]]
 
 
+@pytest.mark.slow
 def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
     teacher: Bundle, source: object
 ) -> None:

@@ -37,7 +37,8 @@ def test_it_is_the_flow_under_guidance(bundle: Bundle) -> None:
     with torch.no_grad():
         denoise = bundle.denoiser.with_guidance(positive, negative, 3.0)
         expected = sample(denoise, noise, 2, bundle.denoiser.schedule)
-    torch.testing.assert_close(drawn, expected)
+    # The prompts are encoded together in the one, apart in the other.
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=5e-4)
 
 
 def test_without_guidance_nothing_is_avoided(bundle: Bundle) -> None:
@@ -51,7 +52,8 @@ def test_a_batch_is_cut_and_joined_without_a_difference(bundle: Bundle) -> None:
     guided = encode_prompts(bundle, PROMPTS, SIZE, scale=2.0)
     whole = sample_prompts(bundle, guided, [1, 2], SIZE, steps=2)
     second = sample_prompts(bundle, guided[1:], [2], SIZE, steps=2)
-    torch.testing.assert_close(second, whole[1:])
+    # A batch of one and one of two are rounded apart.
+    torch.testing.assert_close(second, whole[1:], rtol=1e-4, atol=5e-4)
     joined = Guided.cat([guided[:1], guided[1:]])
     assert torch.equal(joined.positive.text, guided.positive.text)
     assert joined.negative is not None

@@ -50,6 +50,7 @@ def test_the_run_folder_says_what_happened(quick_run: Path):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_judge(emoji: DrawingSet, quick_run: Path, tmp_path: Path):
     class Killed(Exception):
         pass

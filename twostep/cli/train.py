@@ -108,7 +108,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _gib(num_bytes: float) -> str:
+def _gib(num_bytes: int | float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 

@@ -90,7 +90,7 @@ class Cost:
         savings: changes of the method's own settings that save memory, one mapping each.
     """
 
-    teacher_evaluations: float
+    teacher_evaluations: int | float
     num_kept_batches: int = 0
     savings: tuple[Mapping[str, Any], ...] = ()
 

@@ -57,7 +57,7 @@ class StagePlan:
     """
 
     stage: Stage
-    evaluations: float
+    evaluations: int | float
     trained: dict[str, int]
     memory: dict[str, int]
     peak: int

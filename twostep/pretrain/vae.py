@@ -9,9 +9,11 @@ are decoded, so that small errors of a denoiser stay small in the picture.
 from typing import Literal
 
 import torch
+from diffusers import AutoencoderTiny
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from twostep.media.image import ImageCodec
 from twostep.pretrain.drawings import DrawingSet, Placement, compose, random_backgrounds
@@ -57,7 +59,7 @@ def train_vae(
     torch.manual_seed(settings.loop.seed)
     vae = build_vae(size).to(device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
+        _checkpoint_gradients(vae)
     vae.train()
     first = Randomness.at(settings.loop.seed, -1)
     pictures = random_pictures(drawings, settings.num_pictures, size.pixels, first.tensors)
@@ -122,3 +124,17 @@ def moment_loss(latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, ""]:
     mean = latents.mean(dim=(0, 2, 3))
     deviation = latents.std(dim=(0, 2, 3))
     return (mean**2 + (deviation - 1) ** 2).mean()
+
+
+def _checkpoint_gradients(vae: AutoencoderTiny) -> None:
+    """Recompute the layers of encoder and decoder in the backward pass.
+
+    diffusers' own way leaves out the encoder's step from -1..1 to 0..1.
+    """
+
+    def recomputed(layers: nn.Module, x: Tensor) -> Tensor:
+        inputs = x.add(1).div(2) if layers is vae.encoder.layers else x
+        output: Tensor = checkpoint(layers, inputs, use_reentrant=False)
+        return output
+
+    vae.enable_gradient_checkpointing(recomputed)
