@@ -22,6 +22,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_base_at_every_scale_and_the_best_of_them(run, model: Path, prompts: Path) -> None:
     answer = run("report", "--lora", LORA, "--bases", f"nano,{model}", "--prompts", prompts)
     assert answer.exit_code == 0, answer.output

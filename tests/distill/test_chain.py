@@ -226,6 +226,7 @@ def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alo
     )
 
 
+@pytest.mark.slow
 def test_a_whole_stage_on_one_base_resumes_bit_for_bit(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ def allocated(settings: DistillRecipe) -> int:
         pytest.param(
             [{"method": REGRESSION, "lora_rank": 12, "precision": "bf16"}], marks=pytest.mark.slow
         ),
-        [{"method": CONDITIONAL, "precision": "bf16"}],
+        pytest.param([{"method": CONDITIONAL, "precision": "bf16"}], marks=pytest.mark.slow),
         [
             {"method": REGRESSION, "lora_rank": 12},
             {
@@ -168,6 +168,7 @@ def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
     assert mine.stages[0].peak == plan(recipe(stage)).stages[0].peak
 
 
+@pytest.mark.slow
 def test_off_the_cpu_attention_takes_less() -> None:
     stage = {"method": CONDITIONAL, "gradient_checkpointing": True}
     here, there = (plan(recipe(stage, device=device)).stages[0].peak for device in ("cpu", "cuda"))
@@ -187,6 +188,7 @@ def test_advice_puts_the_best_first_and_all_together_last() -> None:
     assert peak == plan(halved).stages[0].highest
 
 
+@pytest.mark.slow
 def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
     # so that little is left to advise
     spared = {"batch_size": 1, "precision": "bf16", "optimiser": "adamw8bit"}

@@ -72,6 +72,7 @@ def together(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_chain(tmp_path_factory.mktemp("together"), model, CHAIN)
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_each_give_what_one_gives(
     alone: Path, together: Path
 ) -> None:

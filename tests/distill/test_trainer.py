@@ -57,7 +57,7 @@ def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("method", "teacher_steps"),
-    [(REGRESSION, 2), (CONVERSION, None)],
+    [(REGRESSION, 2), pytest.param(CONVERSION, None, marks=pytest.mark.slow)],
     ids=["regression", "conversion"],
 )
 def test_regression_lowers_its_loss(
@@ -81,7 +81,11 @@ def final_gaps(teacher: Bundle, source: object, method: dict[str, object]) -> li
     return [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(40)]
 
 
-@pytest.mark.parametrize("method", [CONDITIONAL, UNCONDITIONAL], ids=lambda m: m["objective"])
+@pytest.mark.parametrize(
+    "method",
+    [CONDITIONAL, pytest.param(UNCONDITIONAL, marks=pytest.mark.slow)],
+    ids=lambda method: method["objective"],
+)
 def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
     method: dict[str, object], teacher: Bundle, source: object
 ) -> None:

@@ -4,11 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_example_in_two_dimensions_draws_and_prints(tmp_path: Path) -> None:
     picture = tmp_path / "toy2d.png"
     command = [sys.executable, "examples/toy2d.py", "--out", str(picture), "--effort", "0.005"]

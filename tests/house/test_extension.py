@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,16 +25,18 @@ from twostep.contract import Contract, VariancePreservingSpec
 from twostep.diffusion import VariancePreserving, trained_times
 from twostep.distill import DistillRecipe, distil
 from twostep.distill.method import ContractChanges, Cost, MethodSettings
+from twostep.distill.methods import registry
 from twostep.distill.methods.registry import register_method
 from twostep.distill.pairs import Batches, Pair, draw_teacher_step, student_landing
 from twostep.distill.plan import plan
 from twostep.distill.recipe import Stage
 from twostep.distill.roles import Adam, Role, learner
-from twostep.engines import register_engine
+from twostep.engines import engine, register_engine
 from twostep.files import write_atomically
 from twostep.formats import resolve
 from twostep.formats.checkpoint import Checkpoint, student_path
 from twostep.media.codec import Encoded
+from twostep.models import families
 from twostep.models.bundle import Bundle
 from twostep.models.families import register_family
 from twostep.models.loading import load_bundle
@@ -294,10 +297,17 @@ name = "absolute"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered() -> None:
-    register_family(CurveFamily())
-    register_method(Absolute)
-    register_engine(ENGINE)
+def registered() -> Iterator[None]:
+    """Register what is above, and leave the registries as they were."""
+    with (
+        patch.dict(families._FAMILIES),
+        patch.dict(registry._REGISTERED),
+        patch.dict(engine._ENGINES),
+    ):
+        register_family(CurveFamily())
+        register_method(Absolute)
+        register_engine(ENGINE)
+        yield
 
 
 @pytest.fixture(scope="module")

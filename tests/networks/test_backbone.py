@@ -199,6 +199,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_call_is_one_graph_with_and_without_control_nets() -> None:
     """In a process of its own, without the shape checks of tests, which no graph can hold."""
     root = Path(__file__).parents[2]

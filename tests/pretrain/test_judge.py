@@ -32,6 +32,7 @@ def _with_loop(**changes: float) -> JudgeSettings:
     return QUICK.model_copy(update={"loop": QUICK.loop.model_copy(update=changes)})
 
 
+@pytest.mark.slow
 def test_it_learns_the_sample_in_seconds(quick_judge: Judge):
     assert quick_judge.origin is not None
     accuracy = quick_judge.origin.accuracy
@@ -40,6 +41,7 @@ def test_it_learns_the_sample_in_seconds(quick_judge: Judge):
     assert accuracy["style"] > 0.35
 
 
+@pytest.mark.slow
 def test_the_run_folder_says_what_happened(quick_run: Path):
     figures = json.loads((quick_run / "eval.json").read_text())
     lines = [json.loads(line) for line in (quick_run / "log.jsonl").read_text().splitlines()]
@@ -69,12 +71,14 @@ def test_a_killed_run_resumes_to_the_same_judge(emoji: DrawingSet, quick_run: Pa
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(emoji: DrawingSet, quick_run: Path):
     seen: list[int] = []
     train_judge(QUICK, emoji, quick_run, lambda done, figures: seen.append(done))
     assert seen == []
 
 
+@pytest.mark.slow
 def test_the_folder_of_another_recipe_is_refused(emoji: DrawingSet, quick_run: Path):
     with pytest.raises(RunError, match="another recipe"):
         train_judge(_with_loop(seed=1), emoji, quick_run)
@@ -86,6 +90,7 @@ def test_a_loss_that_is_no_number_stops_the_training(emoji: DrawingSet, tmp_path
         train_judge(broken, emoji, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_judges_the_same(emoji: DrawingSet, quick_judge: Judge, tmp_path: Path):
     save_judge(quick_judge, tmp_path / "judge.safetensors")
     loaded = load_judge(tmp_path / "judge.safetensors")
@@ -98,6 +103,7 @@ def test_saved_and_loaded_it_judges_the_same(emoji: DrawingSet, quick_judge: Jud
     assert torch.equal(loaded.real.covariance, quick_judge.real.covariance)
 
 
+@pytest.mark.slow
 def test_the_verdict_does_not_depend_on_the_batch(quick_judge: Judge):
     images = torch.rand(130, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = quick_judge.judge(images)

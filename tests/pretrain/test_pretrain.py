@@ -86,7 +86,9 @@ def run_teacher(
 RUNS = pytest.mark.parametrize("run", [run_vae, run_text, run_teacher])
 
 
-@RUNS
+@pytest.mark.parametrize(
+    "run", [run_vae, run_text, pytest.param(run_teacher, marks=pytest.mark.slow)]
+)
 def test_the_loss_falls(run: Run, emoji: DrawingSet, tmp_path: Path) -> None:
     losses: list[float] = []
     run(
