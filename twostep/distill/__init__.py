@@ -6,8 +6,6 @@ models are denoisers, of whatever backbone. Pictures are drawn only to be looked
 """
 
 from twostep.distill.chain import distil
-from twostep.distill.method import Method, MethodSettings
-from twostep.distill.methods.registry import register_method
-from twostep.distill.recipe import DistillRecipe, Stage
+from twostep.distill.recipe import DistillRecipe
 
-__all__ = ["DistillRecipe", "Method", "MethodSettings", "Stage", "distil", "register_method"]
+__all__ = ["DistillRecipe", "distil"]
