@@ -21,8 +21,8 @@ from twostep.training.recipe import RecipeError
 _METHODS = {
     "mse": {"name": "regression"},
     "convert": {"name": "conversion"},
-    "conditional": {"name": "adversarial", "objective": "conditional"},
-    "unconditional": {"name": "adversarial", "objective": "unconditional"},
+    "conditional": {"name": "lightning", "objective": "conditional"},
+    "unconditional": {"name": "lightning", "objective": "unconditional"},
 }
 """What the objectives of old recipes are called now."""
 
@@ -64,10 +64,10 @@ def migrate_values(values: Mapping[str, Any]) -> dict[str, Any]:
     if "health" in rest:
         rest["health"] = health
     stages = [_migrate_phase(phase) for phase in values["phases"]]
-    adversarial = [stage for stage in stages if stage["method"]["name"] == "adversarial"]
     if largest_gap is not None:
-        for stage in adversarial:
-            stage["method"]["largest_gap"] = largest_gap
+        for stage in stages:
+            if stage["method"]["name"] in ("lightning", "adversarial"):
+                stage["method"]["largest_gap"] = largest_gap
     defaults = _take_common(stages, Stage.model_fields, _NEVER_DEFAULTS)
     methods = {}
     for name in sorted({stage["method"]["name"] for stage in stages}):
