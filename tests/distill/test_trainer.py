@@ -160,7 +160,9 @@ def test_batches_that_are_used_again_are_drawn_and_taught_once(
 
     def steps(trainer: StageTrainer, iterations: range) -> list[object]:
         return [
-            trainer.method.teacher_step(i, trainer.batches, teacher.denoiser, Randomness.at(0, i))
+            trainer.method.landings.draw(
+                i, trainer.batches, teacher.denoiser, Randomness.at(0, i, stage.name)
+            )
             for i in iterations
         ]
 

@@ -26,6 +26,15 @@ _METHODS = {
 }
 """What the objectives of old recipes are called now."""
 
+_AS_THE_PAPER = {
+    "name": "adversarial",
+    "loss": "non-saturating",
+    "levels": "mid",
+    "discriminator_precision": "stage",
+    "perturbation": 0.01,
+}
+"""What makes the adversarial method play the paper's game, to which a penalty can be added."""
+
 _FIRST_KEYS = ("student_steps", "teacher_steps", "lora_rank")
 """What a stage begins with. It is never a default: it says what a stage is."""
 
@@ -87,8 +96,12 @@ def _migrate_phase(phase: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(_METHODS)
         raise RecipeError(f"objective is {objective!r}; old recipes have one of {known}.")
     method: dict[str, Any] = dict(_METHODS[objective])
+    if method["name"] == "lightning" and values.get("r1_weight"):
+        # The paper has no penalty, so this was something else already.
+        method |= _AS_THE_PAPER
+        method["noised_weights"] = [values.pop("early_weight", 1), 1, 1, 1]
     settings = settings_keys(method["name"])
-    of_any_method = {key for name in ("regression", "adversarial") for key in settings_keys(name)}
+    of_any_method = {key for name in ("lightning", "adversarial") for key in settings_keys(name)}
     for key in list(values):
         if key in settings:
             method[key] = values.pop(key)

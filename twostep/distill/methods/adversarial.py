@@ -227,7 +227,7 @@ class Adversarial(Method[JudgedPair]):
         assert isinstance(stage.method, AdversarialSettings)
         return stage.method
 
-    def make_discriminator(self, teacher: Denoiser) -> Discriminator | LoraDiscriminator:
+    def make_discriminator(self, teacher: Denoiser) -> Judge:
         """Return a fresh discriminator that starts from the teacher."""
         settings = self.settings
         conditional = settings.objective == "conditional"
@@ -278,7 +278,8 @@ class Adversarial(Method[JudgedPair]):
             adam = replace(adam, group_rates=(adam.learning_rate, heads_rate))
         if isinstance(judge, LoraDiscriminator):
             return Role(judge, judge, adam, remove=judge.remove, handed_on=judge.kept)
-        return Role(judge, judge, adam, sharded_methods=FORWARD_METHODS, handed_on=judge.kept)
+        handed_on = judge.kept if isinstance(judge, Discriminator) else None
+        return Role(judge, judge, adam, sharded_methods=FORWARD_METHODS, handed_on=handed_on)
 
     def draw(
         self, iteration: int, batches: Batches, models: Models, random: Randomness
