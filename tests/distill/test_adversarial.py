@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from twostep.distill.methods.adversarial import Adversarial, JudgedPair
@@ -16,7 +15,9 @@ from twostep.distill.recipe import Stage
 from twostep.distill.trainer import StageTrainer
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
+from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness, TrainingError
 
 from .test_trainer import make_student
@@ -36,7 +37,7 @@ def make_stage(method: dict[str, object] | None = None, **changes: object) -> St
     return Stage.model_validate(values | changes)
 
 
-class Ruler:
+class Ruler(nn.Module):
     """A discriminator whose logit is the mean of what it sees, plus the prompt's first number."""
 
     conditional = False
@@ -172,6 +173,19 @@ def test_real_may_be_the_data(teacher: Bundle, source: object) -> None:
     assert trainer.method.cost().teacher_evaluations == 0
 
 
+class Answering(nn.Module):
+    """A backbone that answers with what it was given."""
+
+    spec = BackboneSpec(family="toy", in_channels=4, out_channels=4)
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.answer = nn.Parameter(answer, requires_grad=False)
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.answer
+
+
 def test_a_student_that_lands_where_data_lie_is_told_from_them_by_nothing(
     teacher: Bundle, source: object
 ) -> None:
@@ -182,10 +196,7 @@ def test_a_student_that_lands_where_data_lie_is_told_from_them_by_nothing(
     random = Randomness.at(0, 3)
     x0, _ = trainer.batches.examples(Randomness.at(0, 3))
 
-    def perfect(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> SimpleNamespace:
-        return SimpleNamespace(x0=x0, eps=torch.zeros_like(x0))
-
-    perfect.schedule = teacher.denoiser.schedule  # type: ignore[attr-defined]
+    perfect = Denoiser(Answering(x0), teacher.denoiser.schedule, "x0")
     models = {**trainer.models, "student": perfect}
     pair = method.draw(0, trainer.batches, models, random)
     assert torch.equal(pair.student.x_s, pair.real)

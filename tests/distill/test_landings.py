@@ -167,14 +167,14 @@ def test_a_bank_of_another_teacher_or_other_data_is_refused(
 
 
 class _Shifted:
-    """Other data: the same, a little brighter."""
+    """Other data: the same, but brighter."""
 
     def __init__(self, source: object) -> None:
         self.source = source
 
     def draw(self, *args: object) -> tuple[Tensor, object]:
         x0, conditioning = self.source.draw(*args)
-        return x0 + 0.1, conditioning
+        return x0 + 1.0, conditioning
 
     def empty(self, like: object) -> object:
         return self.source.empty(like)
