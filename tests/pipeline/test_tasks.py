@@ -259,10 +259,7 @@ def test_pictures_that_are_none_too_small_or_too_large_are_refused(tmp_path: Pat
     with pytest.raises(RequestError, match="it is 1x1; expected 8x8 to 67,108,864"):
         Picture.of(Image.new("RGB", (1, 1)))
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
-    with (
-        pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(RequestError, match="it is 10000x10000"),
-    ):
+    with pytest.raises(RequestError, match="it is 10000x10000"):
         Picture.of(tmp_path / "huge.png")
 
 

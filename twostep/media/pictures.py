@@ -83,7 +83,7 @@ def examine_picture(
     """
     try:
         data = read()
-        picture = _decoded(data) if isinstance(data, bytes) else data
+        picture = _decoded(data, for_input=for_input) if isinstance(data, bytes) else data
         if for_input:
             _check_input_size(*picture.size)
         eight_bits, notes = _in_eight_bits(picture)
@@ -102,19 +102,20 @@ def examine_picture(
     return OpenedPicture(pixels, alpha if lowest != 255 else None, notes)
 
 
-def _decoded(data: bytes) -> Image.Image:
-    """Return the picture in a file, decoded to its end.
+def _decoded(data: bytes, *, for_input: bool) -> Image.Image:
+    """Return the picture in a file, decoded to its end; of one for input, the size comes first.
 
     Raises whatever Pillow does for a damaged one. Of a PNG the checksums are compared first, which
     Pillow does not do by itself: a flipped bit would be drawn from.
     """
     with warnings.catch_warnings():
-        # What Pillow warns of here is damage in fields that are not used, such as camera settings.
+        # Pillow warns of sizes, which are limited here, and of fields that nobody uses.
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
         if data.startswith(_PNG):
             _check_png(data)
         picture = Image.open(io.BytesIO(data))
+        if for_input:
+            _check_input_size(*picture.size)
         picture.load()
     return picture
 
