@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_scored_is_named(what: str, tmp_path: Path):
     expected = {
         "missing": "is no folder",
         "empty": "holds no PNG",
-        "damaged": "cannot be read as a picture",
+        "damaged": "cannot be read",
         "large": "128x64; the judge knows 64x64 only",
     }
     assert expected[what] in answer.stderr

@@ -136,12 +136,12 @@ def test_what_cannot_be_judged_is_refused(images: torch.Tensor, message: str):
         check_pictures(images)
 
 
-def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: DrawingSet):
+def test_what_is_no_judge_is_refused(tmp_path: Path, emoji: DrawingSet):
     with pytest.raises(JudgeError, match="no judge at"):
         load_judge(tmp_path / "missing.safetensors")
     save_file({"drawings": emoji.drawings}, tmp_path / "foreign.safetensors")
     truncated = tmp_path / "truncated.safetensors"
-    truncated.write_bytes((quick_run / "judge.safetensors").read_bytes()[:5000])
+    truncated.write_bytes(BUILT_IN.read_bytes()[:5000])
     for path in (tmp_path / "foreign.safetensors", truncated, tmp_path / "garbage.safetensors"):
         if not path.exists():
             path.write_bytes(b"no tensors here")

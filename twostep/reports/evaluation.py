@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
 from twostep.errors import TwostepError
@@ -19,6 +18,7 @@ from twostep.evaluate.judge import BUILT_IN, Judge, load_judge
 from twostep.evaluate.measurements import Measurements, SecondJudge, measure
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.pipeline.png import ProvenanceError, read_provenance
 
 
@@ -113,12 +113,9 @@ def _load_pictures(paths: Sequence[Path], pixels: int) -> Float[Tensor, "picture
 def _load_picture(path: Path, pixels: int) -> UInt8[Tensor, "3 height width"]:
     """Read a PNG; FolderError if it is damaged or of another size."""
     try:
-        with Image.open(path) as image:
-            levels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise FolderError(
-            f"{path} cannot be read as a picture ({error}). Take it out of the folder."
-        ) from error
+        levels = np.array(open_picture(path.read_bytes))
+    except UnusablePictureError as error:
+        raise FolderError(f"{path}: {error}. Take it out of the folder.") from error
     height, width = levels.shape[:2]
     if (height, width) != (pixels, pixels):
         raise FolderError(f"{path} is {width}x{height}; the judge knows {pixels}x{pixels} only.")
