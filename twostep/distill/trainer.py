@@ -76,7 +76,7 @@ class StageTrainer:
         self.method = stage.make_method()
         self.batches = Batches(source, stage.batch_size, _device(student))
         # Fresh layers, as a discriminator's head, start at random.
-        torch.manual_seed(stage.seed)
+        torch.manual_seed(hashed_seed(stage.seed, stage.name))
         self.roles = dict(self.method.roles(teacher, student))
         if sharded:
             self._shard()
