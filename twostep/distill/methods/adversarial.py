@@ -383,13 +383,12 @@ class Adversarial(Method[JudgedPair]):
             judged, x0 = _land(models["student"], pair.taken, pair.student.s, pair.eps)
             matched = matched and replace(matched, x0=x0)
             pair = replace(pair, student=judged)
-        fake = judge_fake(judge, pair.student)
         if self.settings.loss == "relativistic":
-            with torch.no_grad():
-                (real,) = judge_landings(judge, pair.student, [pair.real])
+            fake, real = judge_fake(judge, pair.student, beside=[pair.real])
             adversarial = softplus(real - fake).mean()
         else:
             # -log D(fake) (equation 12 of arXiv 2402.13929).
+            (fake,) = judge_fake(judge, pair.student)
             adversarial = softplus(-fake).mean()
         if matched is None:
             return {"total": adversarial}
@@ -491,6 +490,32 @@ def judge_landings(judge: Judge, step: Transition, landings: Sequence[Batch]) ->
 
     All go through the encoder in one batch, and x_t, if the discriminator is conditional, once.
     """
+    before, after = _features(judge, step, landings)
+    return [judge.judge(before, features) for features in after]
+
+
+def judge_fake(judge: Judge, step: Transition, beside: Sequence[Batch] = ()) -> list[Tensor]:
+    """Return the logits of the student's landing, with a gradient for the student, and of others.
+
+    Args:
+        judge: the discriminator.
+        step: the student's.
+        beside: other landings from the same x_t, which need no gradient, as x_t needs none.
+    """
+    before: Sequence[Tensor] | None = None
+    logits: list[Tensor] = []
+    if beside or judge.conditional:
+        with torch.no_grad():
+            before, others = _features(judge, step, beside)
+            logits = [judge.judge(before, features) for features in others]
+    after = judge.features(step.x_s, step.s, step.conditioning)
+    return [judge.judge(before, after), *logits]
+
+
+def _features(
+    judge: Judge, step: Transition, landings: Sequence[Batch]
+) -> tuple[Sequence[Tensor] | None, list[Sequence[Tensor]]]:
+    """Return the features of x_t, None for an unconditional judge, and those of landings."""
     latents = list(landings)
     times = [step.s] * len(landings)
     if judge.conditional:
@@ -499,21 +524,7 @@ def judge_landings(judge: Judge, step: Transition, landings: Sequence[Batch]) ->
     conditioning = Conditioning.cat([step.conditioning] * len(latents))
     features = judge.features(torch.cat(latents), torch.cat(times), conditioning)
     parts = list(zip(*(level.chunk(len(latents)) for level in features), strict=True))
-    before = parts[-1] if judge.conditional else None
-    return [judge.judge(before, after) for after in parts[: len(landings)]]
-
-
-def judge_fake(judge: Judge, step: Transition) -> Tensor:
-    """Return the logits of the student's landing, with a gradient for the student.
-
-    x_t needs no gradient, so its features are computed without one.
-    """
-    before = None
-    if judge.conditional:
-        with torch.no_grad():
-            before = judge.features(step.x_t, step.t, step.conditioning)
-    after = judge.features(step.x_s, step.s, step.conditioning)
-    return judge.judge(before, after)
+    return parts[-1] if judge.conditional else None, parts[: len(landings)]
 
 
 def _rolled(conditioning: Conditioning) -> Conditioning:
