@@ -523,7 +523,8 @@ def _features(
         times.append(step.t)
     conditioning = Conditioning.cat([step.conditioning] * len(latents))
     features = judge.features(torch.cat(latents), torch.cat(times), conditioning)
-    parts = list(zip(*(level.chunk(len(latents)) for level in features), strict=True))
+    levels = [level.chunk(len(latents)) for level in features]
+    parts: list[Sequence[Tensor]] = [list(part) for part in zip(*levels, strict=True)]
     return parts[-1] if judge.conditional else None, parts[: len(landings)]
 
 
