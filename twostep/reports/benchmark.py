@@ -189,7 +189,7 @@ class Bench:
         # The name alone does not tell two samplers of one name apart, so these are not kept.
         origin = None
         if self.cache is not None and isinstance(sampler, str):
-            origin = [_digest(self.teacher, denoiser), steps, scale, sampler]
+            origin = [weights_digest(self.teacher, denoiser), steps, scale, sampler]
         parts = []
         for start in range(0, len(tasks), self.batch_size):
             batch = tasks[start : start + self.batch_size]
@@ -323,8 +323,8 @@ def to_float(pictures: Pictures) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def _digest(teacher: Bundle, denoiser: Denoiser) -> str:
-    """Return a digest of all weights that a picture depends on."""
+def weights_digest(teacher: Bundle, denoiser: Denoiser) -> str:
+    """Return a digest of all weights that pictures by a denoiser of a teacher depend on."""
     digest = hashlib.sha256(denoiser.prediction_type.encode())
     digest.update(str(denoiser.lora).encode())
     for network in (denoiser.network, *teacher.text.networks.values(), *modules_of(teacher.codec)):
