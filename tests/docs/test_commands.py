@@ -68,6 +68,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "apple.png").stat().st_size > 500
 
 
+@pytest.mark.slow
+def test_the_python_of_the_results_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/results.md").read_text(), re.S)
+    exec(compile(block, "results.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
     [("README.md", {"demo", "test"}), ("CONTRIBUTING.md", {"setup", "test", "lint"})],
