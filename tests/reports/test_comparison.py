@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(run: Path) -> Comparison:
-    return compare([str(run)], num_pictures=4)
+    return compare([str(run)], num_pictures=3)
 
 
 def test_every_student_is_there_with_what_needs_no_training(comparison: Comparison) -> None:
@@ -75,7 +75,7 @@ def test_every_student_is_there_with_what_needs_no_training(comparison: Comparis
         "teacher, 1 step, guidance, euler",
     ]
     assert [measured.row.calls for measured in comparison.rows] == [6, 4, 2, 4, 4, 2]
-    assert all(measured.reports["open"].num_images == 4 for measured in comparison.rows)
+    assert all(measured.reports["open"].num_images == 3 for measured in comparison.rows)
     assert all(measured.seconds > 0 for measured in comparison.rows)
 
 
@@ -153,7 +153,7 @@ def test_pages_need_nothing_else(comparison: Comparison, tmp_path: Path) -> None
     (data,) = re.findall(r'<script id=data type="application/json">(.*?)</script>', vote, re.S)
     values = json.loads(data)
     assert values["rows"] == [measured.row.label for measured in comparison.rows]
-    assert len(values["prompts"]) == len(values["sets"]) == 8
+    assert len(values["prompts"]) == len(values["sets"]) == 6
     # No name stands where a voter sees it.
     assert not any(name in vote.replace(data, "") for name in values["rows"])
 
