@@ -24,7 +24,8 @@ from twostep.formats.contracts import SDXL
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import ModelError
-from twostep.formats.lora_files import LowRank, read_lora, write_lora
+from twostep.formats.lora_files import read_lora, write_lora
+from twostep.formats.lora_kinds import WeightChange
 from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_with_loras
@@ -171,7 +172,7 @@ def _export_lora(lora: Checkpoint, to: str, out: Path, *, base: str | None, card
 
 def open_lora(
     lora: Checkpoint, base: str | None
-) -> tuple[dict[str, LowRank], dict[str, nn.Module]]:
+) -> tuple[dict[str, WeightChange], dict[str, nn.Module]]:
     """Read a LoRA, and make networks without weights that have its layers.
 
     Arguments:

@@ -13,19 +13,21 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
-from twostep.errors import TwostepError
 from twostep.networks.conditioning import Conditioning, image_sizes
-from twostep.text.prompt_weights import has_weights, in_compel_syntax, without_weights
+from twostep.text.prompt_weights import (
+    PromptError,
+    has_weights,
+    in_compel_syntax,
+    is_conjunction,
+    parse_prompt,
+    without_weights,
+)
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
 
 _TOKENIZING = RLock()
 """Tokenizers keep settings between calls, so one thread at a time uses them."""
-
-
-class PromptError(TwostepError):
-    """Weights in a prompt that cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,22 +94,20 @@ class TextEncoders:
         with empty chunks. Prompts that are short and have no weights are encoded as `encode` does
         it. Raises PromptError for weights that cannot be read.
         """
-        prompts = [in_compel_syntax(prompt) for prompt in prompts]
-        if not any(self._needs_compel(prompt) for prompt in prompts):
-            return self.encode(prompts)
+        are_whole = [self._is_whole(prompt) for prompt in prompts]
+        words = [without_weights(prompt) for prompt in prompts]
+        if not any(are_whole):
+            return self.encode(words)
         texts = []
-        for prompt in prompts:
-            if self._needs_compel(prompt):
-                texts.append(self._encode_weighted(prompt))
-            else:
-                texts.append(self.encode([prompt])[0])
+        for prompt, text, is_whole in zip(prompts, words, are_whole, strict=True):
+            texts.append(self._encode_weighted(prompt) if is_whole else self.encode([text])[0])
         empty = self.encode([""])[0]
         longest = max(text.shape[1] for text in texts)
         filled = []
-        for text in texts:
-            num_empty = (longest - text.shape[1]) // empty.shape[1]
-            filled.append(torch.cat([text, *[empty] * num_empty], dim=1))
-        _, pooled = self.encode([without_weights(prompt) for prompt in prompts])
+        for encoded in texts:
+            num_empty = (longest - encoded.shape[1]) // empty.shape[1]
+            filled.append(torch.cat([encoded, *[empty] * num_empty], dim=1))
+        _, pooled = self.encode(words)
         return torch.cat(filled), pooled
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -116,34 +116,86 @@ class TextEncoders:
         with _TOKENIZING:
             return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
 
-    def _needs_compel(self, prompt: str) -> bool:
+    def _is_whole(self, prompt: str) -> bool:
         """Whether a prompt has weights, or is longer than the tokenizer's limit."""
         tokenizer = self.tokenizers[0]
         with _TOKENIZING:
-            length = len(tokenizer(prompt, verbose=False).input_ids)
+            length = len(tokenizer(without_weights(prompt), verbose=False).input_ids)
         return length > int(tokenizer.model_max_length) or has_weights(prompt)
 
     def _encode_weighted(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
-        """Encode a prompt in compel's syntax, of any length; PromptError where compel cannot."""
+        """Encode a prompt of any length with its weights; PromptError where compel cannot."""
         with _TOKENIZING, quiet_transformers():
-            from compel import Compel, ReturnedEmbeddingsType
+            try:
+                encoded = [
+                    _compel(tokenizer, encoder).of(prompt)
+                    for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
+                ]
+            except PromptError:
+                raise
+            except Exception as error:  # compel raises errors of many kinds
+                raise PromptError(
+                    f"cannot weigh {prompt[:80]!r} ({error}). Write (red apple:1.3) or red++."
+                ) from error
+            return torch.cat(encoded, dim=-1)
 
-            layer = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-            texts = []
-            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-                try:
-                    compel = Compel(
-                        tokenizer,
-                        encoder,
-                        returned_embeddings_type=layer,
-                        truncate_long_prompts=False,
-                    )
-                    texts.append(compel(prompt))
-                except Exception as error:  # compel raises errors of many kinds
-                    raise PromptError(
-                        f"cannot weigh {prompt!r} ({error}). Write (red apple)1.3, red++ or red-."
-                    ) from error
-            return torch.cat(texts, dim=-1)
+
+@dataclass(frozen=True, eq=False)
+class _Weigher:
+    """compel with one encoder, which is not asked twice for the same chunk."""
+
+    compel: Any
+
+    def of(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
+        """Encode a prompt with its weights."""
+        from compel.prompt_parser import FlattenedPrompt
+        from compel.prompt_parser import Fragment as CompelFragment
+
+        if is_conjunction(prompt):
+            encoded: Tensor = self.compel(in_compel_syntax(prompt))
+            return encoded
+        chunks = []
+        # compel's own parser takes minutes for thousands of words, so it is given what is parsed.
+        for part in parse_prompt(prompt):
+            fragments = [CompelFragment(each.text, each.weight) for each in part]
+            flat = FlattenedPrompt(fragments)
+            with torch.no_grad():
+                (chunk, _), _ = self.compel.build_conditioning_tensor_for_prompt_object(flat)
+            chunks.append(chunk)
+        return torch.cat(chunks, dim=1)
+
+
+def _compel(tokenizer: CLIPTokenizer, encoder: Any) -> _Weigher:
+    """Return compel with an encoder."""
+    from compel import Compel, ReturnedEmbeddingsType
+
+    compel = Compel(
+        tokenizer,
+        encoder,
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        truncate_long_prompts=False,
+    )
+    provider = compel.conditioning_provider
+    encode = provider._encode_token_ids_to_embeddings
+    known: dict[tuple[int, ...], Tensor] = {}
+
+    def encode_once(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        # What is said more quietly is encoded without it too: all chunks again, most of them alike.
+        key = (*tokens.flatten().tolist(), *([] if mask is None else mask.flatten().tolist()))
+        if key not in known:
+            known[key] = encode(tokens, mask)
+        return known[key]
+
+    split = provider._find_next_best_split_point
+
+    def split_soon(tokens: list[int], max_length: int) -> int:
+        # It looks at the first chunk alone, but would first spell all that follows.
+        best: int = split(tokens[: max_length + 1], max_length)
+        return best
+
+    provider._encode_token_ids_to_embeddings = encode_once
+    provider._find_next_best_split_point = split_soon
+    return _Weigher(compel)
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Where a LoRA lies: a file, a folder, a built-in name, or the hub."""
+
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, find_model
+from twostep.formats.peft_config import CONFIG_FILE
+
+SUFFIX = ".safetensors"
+
+_USUAL_NAMES = (f"pytorch_lora_weights{SUFFIX}", f"adapter_model{SUFFIX}")
+"""What diffusers and PEFT call the file, in this order."""
+
+
+def find_lora_file(name: str) -> Path:
+    """Return the .safetensors of a LoRA.
+
+    Arguments:
+        name: a file (its ending may be left out), a folder with one LoRA, a built-in or official
+            name, `owner/repo` on the hub with one LoRA, or `owner/repo/file.safetensors`.
+
+    Raises ModelError if there is none, or several, with what there is.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _in_folder(name, path)
+    with_suffix = path.with_name(f"{path.name}{SUFFIX}") if path.name else path
+    if with_suffix.is_file():
+        return with_suffix
+    owner, _, rest = name.partition("/")
+    if rest and owner not in ("", ".", "..", "~") and not Path(owner).exists():
+        repository, _, file = rest.partition("/")
+        if not repository.endswith(SUFFIX):
+            return _on_hub(f"{owner}/{repository}", file or None)
+    found = find_model(name)
+    return _in_folder(name, found) if found.is_dir() else found
+
+
+def _in_folder(name: str, folder: Path) -> Path:
+    """Return the one LoRA in a folder; raises ModelError for the folder of a model."""
+    if any((folder / file).is_file() for file in (CONTRACT_FILE, INDEX_FILE)):
+        raise ModelError(
+            f"{name} is a model folder; give a LoRA's {SUFFIX}, a folder with one, or a name."
+        )
+    return folder / _only(name, [each.relative_to(folder).as_posix() for each in folder.rglob("*")])
+
+
+def _only(place: str, names: list[str]) -> str:
+    """Return the one LoRA among the files of a folder or repository."""
+    candidates = sorted(name for name in names if name.endswith(SUFFIX))
+    at_top = [name for name in candidates if "/" not in name]
+    for usual in _USUAL_NAMES:
+        if usual in at_top:
+            return usual
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        raise ModelError(
+            f"{place} has no {SUFFIX} in it, so it is no LoRA. Pickles are not read: they can run "
+            "code."
+        )
+    listed = ", ".join(candidates[:5]) + (" ..." if len(candidates) > 5 else "")
+    raise ModelError(f"{place} has several files: {listed}. Name one, as {place}/{candidates[0]}.")
+
+
+@lru_cache(maxsize=64)
+def _on_hub(repository: str, file: str | None) -> Path:
+    """Return a LoRA of a hub repository, fetched with its config if it is not in the cache."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        try:
+            names = HfApi().list_repo_files(repository)
+        except (OSError, HfHubHTTPError):
+            # Without a connection, what is in the cache counts.
+            folder = Path(snapshot_download(repository, local_files_only=True))
+            names = [each.relative_to(folder).as_posix() for each in folder.rglob("*.*")]
+        chosen = file or _only(repository, names)
+        config = PurePosixPath(chosen).with_name(CONFIG_FILE).as_posix()
+        if config in names:
+            hf_hub_download(repository, config)
+        return Path(hf_hub_download(repository, chosen))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{repository}{f'/{file}' if file else ''} is neither here nor to be had from the hub "
+            f"({reason}). Check the name and the connection, or give the path of a file."
+        ) from error
