@@ -75,6 +75,7 @@ def test_prompts_alone_are_enough(run: Callable, model: Path, tmp_path: Path) ->
     assert "2 items in 1 shards, 0 skipped" in done.output
 
 
+@pytest.mark.slow
 def test_a_style_is_trained_on_the_two_step_student_and_drawn_with(
     run: Callable, model: Path, tmp_path: Path
 ) -> None:

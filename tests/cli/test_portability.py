@@ -47,6 +47,7 @@ def test_every_base_at_every_scale_and_the_best_of_them(run, model: Path, prompt
     assert float(rows[7][2]) < min(float(rows[0][2]), float(rows[1][2]))
 
 
+@pytest.mark.slow
 def test_what_has_no_scale_is_told(run, model: Path, prompts: Path, tmp_path: Path) -> None:
     save_file(load_file(find_model(LORA)), tmp_path / "style.safetensors")
     asked = ("--prompts", prompts)

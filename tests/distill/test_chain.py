@@ -141,6 +141,7 @@ LORAS = make_recipe(
 )
 
 
+@pytest.mark.slow
 def test_a_chain_of_loras_shares_one_base_and_leaves_it_as_it_was(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_chain_of_loras_shares_one_base_and_leaves_it_as_it_was(
     assert {steps: path.read_bytes() for steps, path in again.items()} == before
 
 
+@pytest.mark.slow
 def test_a_released_lora_loads_as_what_was_trained(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:

@@ -70,19 +70,22 @@ def allocated(settings: DistillRecipe) -> int:
 @pytest.mark.parametrize(
     "stages",
     [
-        [{"method": REGRESSION, "guidance": 3.0}],
+        pytest.param([{"method": REGRESSION, "guidance": 3.0}], marks=pytest.mark.slow),
         pytest.param(
             [{"method": REGRESSION, "lora_rank": 12, "precision": "bf16"}], marks=pytest.mark.slow
         ),
         pytest.param([{"method": CONDITIONAL, "precision": "bf16"}], marks=pytest.mark.slow),
-        [
-            {"method": REGRESSION, "lora_rank": 12},
-            {
-                "method": {**UNCONDITIONAL, **ON_SHARED_BASE},
-                "gradient_checkpointing": True,
-                "lora_rank": 12,
-            },
-        ],
+        pytest.param(
+            [
+                {"method": REGRESSION, "lora_rank": 12},
+                {
+                    "method": {**UNCONDITIONAL, **ON_SHARED_BASE},
+                    "gradient_checkpointing": True,
+                    "lora_rank": 12,
+                },
+            ],
+            marks=pytest.mark.slow,
+        ),
         [{"method": REGRESSION}, {"method": CONVERSION, "student_steps": 1}],
     ],
     ids=["guided", "lora", "conditional", "shared-base", "conversion"],
@@ -159,6 +162,7 @@ def test_sdxl_takes_what_was_planned(sdxl: Path) -> None:
     assert planned.memory["frozen weights"] > 4 * (base + 196_751_360)
 
 
+@pytest.mark.slow
 def test_a_folder_without_weights_is_enough(tmp_path: Path) -> None:
     folder = shutil.copytree(
         WEIGHTS / "nano", tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors")

@@ -125,6 +125,7 @@ with joined(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_what_is_no_number_in_one_process_stops_all(tmp_path: Path) -> None:
     stage = {
         **SHARED,
@@ -150,6 +151,7 @@ def test_what_is_no_number_in_one_process_stops_all(tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in kept["student"].values())
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: Path) -> None:
     stage = {
         "student_steps": 4,

@@ -140,6 +140,7 @@ with joined(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_each_holds_half_of_everything_and_stops_where_the_other_does(tmp_path: Path) -> None:
     stage = {**SHARED, "student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL}
     both = launch((MODELS + SHARES).replace("{stage!r}", repr(stage)), tmp_path)

@@ -34,7 +34,18 @@ def blocks() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("commands", blocks(), ids=lambda commands: commands[0])
+def block_cases() -> list[object]:
+    """Return the blocks as cases of a test; a plan takes long."""
+    return [
+        pytest.param(
+            block,
+            marks=[pytest.mark.slow] * any(line.startswith("twostep plan ") for line in block),
+        )
+        for block in blocks()
+    ]
+
+
+@pytest.mark.parametrize("commands", block_cases(), ids=lambda commands: commands[0])
 def test_a_documented_block_runs(
     commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

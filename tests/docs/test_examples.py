@@ -28,6 +28,7 @@ def test_the_example_in_two_dimensions_draws_and_prints(tmp_path: Path) -> None:
         assert len(drawn.getcolors(maxcolors=1 << 20)) > 20
 
 
+@pytest.mark.slow
 def test_the_gallery_shows_every_prompt_and_times_every_student(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "gallery.png"
     command = [sys.executable, "examples/gallery.py", "--out", str(picture)]

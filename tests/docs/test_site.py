@@ -22,6 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_public_name_has_its_entry(site: Path) -> None:
     page = (site / "reference" / "index.html").read_text(encoding="utf-8")
     for name, (module, attribute) in twostep._HOMES.items():
@@ -29,6 +30,7 @@ def test_every_public_name_has_its_entry(site: Path) -> None:
         assert f"{module}.{attribute}" in page
 
 
+@pytest.mark.slow
 def test_every_room_has_its_page(site: Path) -> None:
     package = ROOT / "twostep"
     rooms = {path.parent.name for path in package.glob("*/__init__.py")}

@@ -191,6 +191,7 @@ def test_requests_in_different_stacks_do_not_disturb_each_other(
     assert all(np.array_equal(a, b) for a, b in zip(alone * 2, together, strict=True))
 
 
+@pytest.mark.slow
 def test_in_16_bits_it_is_near(styles: list[str]) -> None:
     half = load_bundle("nano")
     for network in half.parts.values():

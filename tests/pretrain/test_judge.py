@@ -111,9 +111,8 @@ def test_the_verdict_does_not_depend_on_the_batch(quick_judge: Judge):
 
 
 def test_it_sees_blur(emoji: DrawingSet, judge: Judge):
-    from nano_tasks import complete_tasks, real_pictures
-
     from twostep.pretrain.degradation import blur
+    from twostep.pretrain.prompt_sets import complete_tasks, real_pictures
 
     pictures = real_pictures(
         [task.attributes for task in complete_tasks(emoji.concepts, 64)], emoji
@@ -137,12 +136,12 @@ def test_what_cannot_be_judged_is_refused(images: torch.Tensor, message: str):
         check_pictures(images)
 
 
-def test_what_is_no_judge_is_refused(quick_run: Path, tmp_path: Path, emoji: DrawingSet):
+def test_what_is_no_judge_is_refused(tmp_path: Path, emoji: DrawingSet):
     with pytest.raises(JudgeError, match="no judge at"):
         load_judge(tmp_path / "missing.safetensors")
     save_file({"drawings": emoji.drawings}, tmp_path / "foreign.safetensors")
     truncated = tmp_path / "truncated.safetensors"
-    truncated.write_bytes((quick_run / "judge.safetensors").read_bytes()[:5000])
+    truncated.write_bytes(BUILT_IN.read_bytes()[:5000])
     for path in (tmp_path / "foreign.safetensors", truncated, tmp_path / "garbage.safetensors"):
         if not path.exists():
             path.write_bytes(b"no tensors here")
@@ -165,9 +164,8 @@ def test_the_built_in_judge_is_small_and_states_its_accuracy(judge: Judge):
 
 def test_the_built_in_judge_knows_the_sample(emoji: DrawingSet, judge: Judge):
     """It never saw these half-sized drawings; what it states of itself must hold for them too."""
-    from nano_tasks import complete_tasks, real_pictures
-
     from twostep.evaluate.metrics import evaluate
+    from twostep.pretrain.prompt_sets import complete_tasks, real_pictures
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]
     report = evaluate(real_pictures(wishes, emoji), wishes, judge)

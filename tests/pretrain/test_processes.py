@@ -51,6 +51,7 @@ def losses(folder: Path, count: int) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     alone = losses(tmp_path / "alone", 1)
     together = losses(tmp_path / "together", 2)
