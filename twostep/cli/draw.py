@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,14 @@ from twostep.pipeline.png import (
     read_provenance,
     save_images,
 )
-from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
+from twostep.pipeline.request import (
+    NUM_DISTINCT_SEEDS,
+    Control,
+    Picture,
+    Request,
+    RequestError,
+    Result,
+)
 
 if TYPE_CHECKING:
     from twostep.models.bundle import Bundle
@@ -51,7 +59,13 @@ _Steps = Annotated[
 _Number = Annotated[
     int, typer.Option("--num-images", "-n", help="Images, from the seeds that follow.")
 ]
-_Seed = Annotated[int, typer.Option(help="Image i is drawn from seed + i.")]
+_Seed = Annotated[
+    str, typer.Option(help="Image i is drawn from seed + i; `random` picks one and says which.")
+]
+_Embeddings = Annotated[
+    list[str] | None,
+    typer.Option("--embedding", help="A textual inversion's file, or a folder of them."),
+]
 _Guidance = Annotated[
     float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")
 ]
@@ -69,9 +83,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: _Model = "nano",
     lora: _Loras = None,
+    embedding: _Embeddings = None,
     steps: _Steps = None,
     num_images: _Number = 1,
-    seed: _Seed = 0,
+    seed: _Seed = "0",
     guidance: _Guidance = None,
     negative: Annotated[str, typer.Option(help="Teacher only: what to stay away from.")] = "",
     size: Annotated[
@@ -86,7 +101,7 @@ def generate(
     request = Request(
         prompt,
         num_images=num_images,
-        seed=seed,
+        seed=_parse_seed(seed, num_images),
         steps=steps,
         guidance=guidance,
         negative_prompt=negative,
@@ -95,6 +110,7 @@ def generate(
         controls=_parse_controls(control),
         model=model,
         loras=tuple(lora or ()),
+        embeddings=tuple(embedding or ()),
     )
     _draw_and_save(request, out)
 
@@ -104,6 +120,7 @@ def edit(
     image: Annotated[Path, typer.Argument(help="The picture that is changed.")],
     model: _Model = "nano",
     lora: _Loras = None,
+    embedding: _Embeddings = None,
     steps: _Steps = None,
     strength: Annotated[
         float | None, typer.Option(help="How much, up to 1; by default 0.75, with a mask 1.")
@@ -113,7 +130,7 @@ def edit(
     ] = None,
     control: _Controls = None,
     num_images: _Number = 1,
-    seed: _Seed = 0,
+    seed: _Seed = "0",
     guidance: _Guidance = None,
     out: _Folder = Path("out"),
 ) -> None:
@@ -122,7 +139,7 @@ def edit(
     request = Request(
         prompt,
         num_images=num_images,
-        seed=seed,
+        seed=_parse_seed(seed, num_images),
         steps=steps,
         guidance=guidance,
         image=Picture.of(image),
@@ -131,6 +148,7 @@ def edit(
         controls=_parse_controls(control),
         model=model,
         loras=tuple(lora or ()),
+        embeddings=tuple(embedding or ()),
     )
     _draw_and_save(request, out)
 
@@ -143,6 +161,10 @@ def replay(
     model: Annotated[
         str | None, typer.Option(help="Where the model lies now, if it was moved.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="Where a LoRA lies now, if it was moved; one or several."),
+    ] = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
@@ -151,9 +173,15 @@ def replay(
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
-    request = provenance.batch.reopen([inputs, Path(), picture.parent])
+    folders = [inputs, Path(), picture.parent]
+    request = provenance.batch.reopen(folders)
     if model is not None:
         request = replace(request, model=model)
+    from twostep.pipeline.lora_hashes import with_moved_loras
+
+    request, moved = with_moved_loras(request, provenance, lora or [], folders)
+    for line in moved:
+        typer.echo(line, err=True)
     result, paths = _draw_and_save(request, out, provenance)
     index = provenance.request.seed - request.seed
     with Image.open(picture) as first:
@@ -163,7 +191,7 @@ def replay(
         raise ProvenanceError(
             f"{paths[index]} differs by up to {largest} of 255: other weights, or another machine."
         )
-    typer.echo(f"every pixel of {paths[index]} is the same")
+    typer.echo(f"every pixel of {paths[index]} is the same", err=True)
 
 
 def info(
@@ -215,7 +243,7 @@ def _draw_and_save(
         typer.echo(path)
     for warning in result.warnings:
         Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    typer.echo(_times(result, loading_seconds))
+    typer.echo(_times(result, loading_seconds), err=True)
     return result, paths
 
 
@@ -232,7 +260,9 @@ def _load(request: Request, provenance: Provenance | None) -> Bundle:
     if not provenance.has_merged_loras:
         return studio.load(request)
     loras = [str(lora) for lora in request.loras]
-    bundle = load_with_loras(request.model, loras, steps=request.steps)
+    bundle = load_with_loras(
+        request.model, loras, steps=request.steps, embeddings=request.embeddings
+    )
     return bundle.to(studio.device, studio.dtype)
 
 
@@ -289,6 +319,17 @@ def _check_steps(model: str, steps: int | None) -> None:
     raise RequestError(
         f"{model} has nothing for {steps} steps; there are {offered}. Give one of these."
     )
+
+
+def _parse_seed(seed: str, num_images: int) -> int:
+    """Read a seed, or pick one and say which on standard error."""
+    if seed.strip().lower() != "random":
+        if re.fullmatch(r"-?\d+", seed.strip()) is None:
+            raise RequestError(f"seed is {seed!r}; expected a whole number from 0 up, or random.")
+        return int(seed)
+    picked = secrets.randbelow(NUM_DISTINCT_SEEDS - min(num_images, NUM_DISTINCT_SEEDS - 1))
+    typer.echo(f"seed {picked}", err=True)
+    return picked
 
 
 def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:

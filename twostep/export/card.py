@@ -5,6 +5,7 @@ know of its nodes.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,15 @@ class Card:
     evaluation: Path | None = None
     license: str | None = None
 
-    def write(self, contract: Contract, to: str, out: Path, *, full_size: bool) -> None:
+    def write(
+        self,
+        contract: Contract,
+        to: str,
+        out: Path,
+        *,
+        full_size: bool,
+        name: str | None = None,
+    ) -> None:
         """Write README.md into a folder, or a .md beside a file, with the picture.
 
         Arguments:
@@ -43,6 +52,7 @@ class Card:
             to: the form that it was exported to, as `writing.TARGETS`.
             out: the exported folder or file.
             full_size: whether the model is SDXL itself, and no smaller one of its classes.
+            name: what the export will be called, if not as now.
 
         Raises ModelError for a picture or figures that cannot be read.
         """
@@ -56,7 +66,7 @@ class Card:
         _render(
             "card.md",
             card,
-            file=out.name,
+            file=name or out.name,
             to=to,
             contract=contract,
             fields={field.name: getattr(contract, field.name) for field in fields(contract)},
@@ -90,9 +100,11 @@ class Card:
 
 def _copy_picture(picture: Path, out: Path) -> None:
     try:
-        open_picture(picture.read_bytes).save(out)
+        pixels = open_picture(picture.read_bytes)
     except (OSError, UnusablePictureError) as error:
         raise ModelError(f"{picture} is no picture ({error}).") from error
+    with write_atomically(out) as file:
+        pixels.save(file, format="PNG")
 
 
 def write_workflows(contract: Contract, to: str, out: Path) -> None:
@@ -103,10 +115,19 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
     """
     api_path = out.with_suffix(".api.json")
     _render("workflow.json", api_path, file=out.name, to=to, contract=contract, name=out.stem)
-    api = read_json(api_path)
+    page = json.dumps(page_of(read_json(api_path)), indent=2)
+    with write_atomically(out.with_suffix(".json")) as file:
+        file.write(page.encode())
+
+
+def page_of(api: dict[str, Any]) -> dict[str, Any]:
+    """Return a workflow for ComfyUI's server as its page has it; it has the nodes of nodes.json."""
     known = read_json(HERE / "nodes.json")
     links = _links(api, known)
-    _render("page.json", out.with_suffix(".json"), api=api, known=known, links=links)
+    page: dict[str, Any] = json.loads(
+        _rendered("page.json", {"api": api, "known": known, "links": links})
+    )
+    return page
 
 
 def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -124,7 +145,12 @@ def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...
 
 
 def _render(template: str, out: Path, **values: object) -> None:
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
+    text = _rendered(template, values)
     with write_atomically(out) as file:
         file.write(text.encode())
+
+
+def _rendered(template: str, values: Mapping[str, object]) -> str:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = (HERE / template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(values)

@@ -10,13 +10,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.export.writing import open_lora
+from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.formats.folders import weights_folder
 from twostep.formats.header import read_header
 from twostep.formats.identify import WHOLE
 from twostep.formats.ldm_names import clip_l_names
@@ -64,7 +66,6 @@ def convert(model: str | Path | Checkpoint, to: str, out: Path, *, base: str | N
     checkpoint = resolve(model)
     if out.exists():
         raise ModelError(f"{out} is already there. Give another --out, or delete it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.is_lora and to in DIALECTS:
         return _convert_lora(checkpoint, to, out, base)
     if checkpoint.is_folder and to == "single-file":
@@ -94,19 +95,30 @@ def _divide(checkpoint: Checkpoint, out: Path) -> Path:
     contract = checkpoint.contract
     # All is read before anything is written, so that a damaged file leaves nothing behind.
     divided = {name: single.weights(networks[name], part) for name, part in PARTS.items()}
-    shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    with weights_folder(out) as partial:
+        _fill(partial, single, divided)
+        _save(_rest(single), partial / REST, checkpoint.file.metadata)
+        if checkpoint.carried is not None:
+            (partial / CONTRACT_FILE).write_text(contract.to_json(), encoding="utf-8")
+        clean_configs(partial)
+        _adapt_scheduler(partial / "scheduler" / "scheduler_config.json", contract)
+    return out
+
+
+def _fill(folder: Path, single: SingleFile, divided: dict[str, dict[str, Tensor]]) -> None:
+    """Write configs and weights of all networks into a folder."""
+    shutil.copytree(
+        single.folder,
+        folder,
+        ignore=shutil.ignore_patterns(*_NOT_COPIED),
+        dirs_exist_ok=True,
+    )
     for name, weights in divided.items():
         file = "model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors"
         if name == "text_encoder":
             names = clip_l_names(weights)
             weights = {names[key]: value for key, value in weights.items()}
-        _save(weights, out / name / file, {"format": "pt"})
-    _save(_rest(single), out / REST, checkpoint.file.metadata)
-    if checkpoint.carried is not None:
-        (out / CONTRACT_FILE).write_text(contract.to_json())
-    clean_configs(out)
-    _adapt_scheduler(out / "scheduler" / "scheduler_config.json", contract)
-    return out
+        _save(weights, folder / name / file, {"format": "pt"})
 
 
 def _rest(single: SingleFile) -> dict[str, Tensor]:
@@ -148,4 +160,6 @@ def _join(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def _save(tensors: dict[str, Tensor], out: Path, metadata: dict[str, str]) -> None:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, out, metadata)
+    data = save({key: value.contiguous() for key, value in tensors.items()}, metadata)
+    with write_atomically(out) as file:
+        file.write(data)

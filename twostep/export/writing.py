@@ -22,6 +22,7 @@ from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.formats.folders import weights_folder
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import read_lora, write_lora
@@ -66,9 +67,9 @@ class ExportJob:
             write_workflows(self.contract, self.to, self.out)
         return self.out
 
-    def write_card(self) -> None:
-        """Write the card beside the file, or into the folder."""
-        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
+    def write_card(self, *, name: str | None = None) -> None:
+        """Write the card beside the file, or into the folder, which will be called `name`."""
+        self.card.write(self.contract, self.to, self.out, full_size=self.full_size, name=name)
 
     @property
     def full_size(self) -> bool:
@@ -138,11 +139,13 @@ def export(
     job = ExportJob(contract=contract, to=to, out=out, network=bundle.denoiser.network, card=card)
     if to != "diffusers":
         return _write_file(bundle, job)
-    if is_sdxl(contract):
-        _write_sdxl_folder(bundle, job)
-    else:
-        save_bundle(replace(bundle, contract=contract), out)
-    job.write_card()
+    with weights_folder(out) as partial:
+        folder_job = replace(job, out=partial)
+        if is_sdxl(contract):
+            _write_sdxl_folder(bundle, folder_job)
+        else:
+            save_bundle(replace(bundle, contract=contract), partial)
+        folder_job.write_card(name=out.name)
     return out
 
 

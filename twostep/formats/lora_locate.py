@@ -1,5 +1,6 @@
 """Where a LoRA lies: a file, a folder, a built-in name, or the hub."""
 
+import re
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -7,6 +8,12 @@ from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, find_m
 from twostep.formats.peft_config import CONFIG_FILE
 
 SUFFIX = ".safetensors"
+
+_HUB = re.compile(
+    r"(?P<marked>hf:)?(?P<repository>(?P<owner>(?!\.)[\w.-]+)/(?!\.)[\w.-]+(?<!\.safetensors))"
+    r"(/(?P<file>.+\.safetensors))?"
+)
+"""A repository, or a file in one. `hf:` says that it is no path, even if there is such a folder."""
 
 _USUAL_NAMES = (f"pytorch_lora_weights{SUFFIX}", f"adapter_model{SUFFIX}")
 """What diffusers and PEFT call the file, in this order."""
@@ -17,7 +24,8 @@ def find_lora_file(name: str) -> Path:
 
     Arguments:
         name: a file (its ending may be left out), a folder with one LoRA, a built-in or official
-            name, `owner/repo` on the hub with one LoRA, or `owner/repo/file.safetensors`.
+            name, `owner/repo` on the hub with one LoRA, or `owner/repo/file.safetensors`; `hf:`
+            before it if there is a folder of the owner's name here.
 
     Raises ModelError if there is none, or several, with what there is.
     """
@@ -29,11 +37,9 @@ def find_lora_file(name: str) -> Path:
     with_suffix = path.with_name(f"{path.name}{SUFFIX}") if path.name else path
     if with_suffix.is_file():
         return with_suffix
-    owner, _, rest = name.partition("/")
-    if rest and owner not in ("", ".", "..", "~") and not Path(owner).exists():
-        repository, _, file = rest.partition("/")
-        if not repository.endswith(SUFFIX):
-            return _on_hub(f"{owner}/{repository}", file or None)
+    on_hub = _HUB.fullmatch(name)
+    if on_hub and (on_hub["marked"] or not Path(on_hub["owner"]).exists()):
+        return _on_hub(on_hub["repository"], on_hub["file"])
     found = find_model(name)
     return _in_folder(name, found) if found.is_dir() else found
 

@@ -24,6 +24,7 @@ from torch.nn.functional import conv2d, linear
 from twostep.contract import Contract, ContractError, student_name
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import goes_on_a_student
+from twostep.formats.embeddings import Embedding, bundled_embeddings, find_embeddings
 from twostep.formats.lora_files import find_layer, find_parameter, merge_lora, read_lora, split_name
 from twostep.formats.lora_kinds import LowRank, WeightChange
 from twostep.formats.lora_locate import find_lora_file
@@ -59,6 +60,11 @@ class LoraFile:
         """Read what it does to networks, at a weight of 1; raises LoraError if it does not fit."""
         alpha = None if self.contract is None else self.contract.lora_alpha
         return read_lora(self.checkpoint, parts, alpha=alpha)
+
+    @property
+    def embeddings(self) -> list[Embedding]:
+        """The textual inversions that lie in the file with it."""
+        return bundled_embeddings(self.checkpoint.file)
 
     def contract_on(self, model: Contract) -> Contract:
         """Return the contract of a model with this LoRA on it.
@@ -112,6 +118,16 @@ def find_lora(lora: str | LoraFile) -> LoraFile:
     name, weight = _parsed(lora)
     path = find_lora_file(name)
     return LoraFile(_look_at(name, path, 0, 0), weight)
+
+
+def all_embeddings(loras: Sequence[LoraFile], places: Sequence[str]) -> list[Embedding]:
+    """Return the textual inversions in files and folders, and those that LoRAs bring along.
+
+    The same name of both is that of the files. Raises EmbeddingError as `find_embeddings`.
+    """
+    found = {each.name: each for lora in loras for each in lora.embeddings}
+    found |= {each.name: each for each in find_embeddings(places)}
+    return list(found.values())
 
 
 def spelled(lora: str | LoraFile) -> str:
@@ -179,14 +195,16 @@ class LoraCache:
         self._low_ranks = lru_cache(num_kept)(self._read)
         self._finder = LoraFinder()
 
-    def apply(self, loras: Sequence[str | LoraFile]) -> Bundle:
+    def apply(self, loras: Sequence[str | LoraFile], *, embeddings: Sequence[str] = ()) -> Bundle:
         """Return the model with LoRAs on it, each "file", "file:weight" or a `LoraFile`.
 
-        Raises as `load_with_loras`. May be called from any thread.
+        `embeddings` are files and folders of textual inversions, whose names then stand for them in
+        prompts; those that lie in a LoRA's file come with it. Raises as `load_with_loras`. May be
+        called from any thread.
         """
-        return self._patched(tuple(loras))
+        return self._patched(tuple(loras), tuple(embeddings))
 
-    def _patch(self, loras: tuple[str | LoraFile, ...]) -> Bundle:
+    def _patch(self, loras: tuple[str | LoraFile, ...], embeddings: tuple[str, ...]) -> Bundle:
         files = [self._finder.find(lora) for lora in loras]
         contract = self.bundle.contract
         for lora in files:
@@ -199,7 +217,8 @@ class LoraCache:
         else:
             _put_beside(stack, parts)
         origin = (*self.bundle.origin, *map(spelled, loras))
-        return replace(self.bundle.with_parts(parts), contract=contract, origin=origin)
+        patched = replace(self.bundle.with_parts(parts), contract=contract, origin=origin)
+        return patched.with_embeddings(all_embeddings(files, embeddings))
 
     def _read(self, checkpoint: Checkpoint) -> dict[str, WeightChange]:
         """Read a LoRA to where the layers are that it changes."""

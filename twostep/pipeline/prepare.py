@@ -133,6 +133,7 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
     """
     warnings = bundle.contract.check(request.steps, request.guidance, request.width, request.height)
     wished_strength = request.strength
+    warnings += _unread_loras(bundle, request)
     request, times = _settled(bundle, request)
     seconds = dict.fromkeys(STAGES, 0.0)
     with timed(seconds, "text"):
@@ -166,6 +167,19 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
         warnings=warnings,
         seconds=seconds,
     )
+
+
+def _unread_loras(bundle: Bundle, request: Request) -> list[str]:
+    """Warn of LoRAs that a request names and the model does not carry."""
+    wished = [str(lora) for lora in request.loras]
+    carried = [str(LoraChoice.parse(lora)) for lora in bundle.origin[1:]]
+    missing = [lora for lora in wished if lora not in carried]
+    if not missing:
+        return []
+    return [
+        f"{', '.join(missing)} is not on this model, and has no effect: a Studio loads what a "
+        "request names, and load_with_loras(model, [file]) puts a LoRA on."
+    ]
 
 
 @contextmanager

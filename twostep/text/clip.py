@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import RLock
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
+from twostep.formats.embeddings import Embedding
 from twostep.networks.conditioning import Conditioning, image_sizes
+from twostep.text.embeddings import TOKEN, place_embeddings, with_tokens
 from twostep.text.prompt_weights import (
     PromptError,
     has_weights,
@@ -42,11 +44,13 @@ class TextEncoders:
         encoders: The networks.
         zeros_for_empty: Whether the empty prompt is all zeros, as SDXL was trained, instead of
             what the encoders make of it.
+        embeddings: The textual inversions that prompts may name, and how many tokens each takes.
     """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zeros_for_empty: bool = False
+    embeddings: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -57,6 +61,27 @@ class TextEncoders:
     def with_networks(self, networks: Mapping[str, Any]) -> "TextEncoders":
         """Return these text encoders with other networks in the place of their own."""
         return replace(self, encoders=(networks["text_encoder"], networks["text_encoder_2"]))
+
+    def with_embeddings(self, embeddings: Sequence[Embedding]) -> "TextEncoders":
+        """Return text encoders that know textual inversions too, all at once.
+
+        Raises EmbeddingError for one that was made for another model.
+        """
+        if not embeddings:
+            return self
+        extended = [
+            with_tokens(part, tokenizer, encoder, embeddings)
+            for part, tokenizer, encoder in zip(
+                self.networks, self.tokenizers, self.encoders, strict=True
+            )
+        ]
+        (first, first_encoder), (second, second_encoder) = extended
+        return replace(
+            self,
+            tokenizers=(first, second),
+            encoders=(first_encoder, second_encoder),
+            embeddings={embedding.name: embedding.count for embedding in embeddings},
+        )
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
@@ -92,8 +117,10 @@ class TextEncoders:
 
         A long prompt is encoded in chunks of the tokenizer's length, and the others are filled up
         with empty chunks. Prompts that are short and have no weights are encoded as `encode` does
-        it. Raises PromptError for weights that cannot be read.
+        it. Raises PromptError for weights that cannot be read, and for textual inversions that are
+        not there.
         """
+        prompts = [place_embeddings(prompt, self.embeddings) for prompt in prompts]
         are_whole = [self._is_whole(prompt) for prompt in prompts]
         words = [without_weights(prompt) for prompt in prompts]
         if not any(are_whole):
@@ -112,7 +139,8 @@ class TextEncoders:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", without_weights(prompt).lower()))
+        text = TOKEN.sub(" ", without_weights(place_embeddings(prompt, self.embeddings)))
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
         with _TOKENIZING:
             return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
 
