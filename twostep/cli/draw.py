@@ -43,7 +43,11 @@ _Model = Annotated[
     str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")
 ]
 _Loras = Annotated[
-    list[str] | None, typer.Option("--lora", help="A LoRA's file, or file:weight; one or several.")
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="A LoRA's file, or file:weight; a textual inversion, or a folder of them; or several.",
+    ),
 ]
 _Controls = Annotated[
     list[str] | None,
@@ -62,10 +66,6 @@ _Number = Annotated[
 _Seed = Annotated[
     str, typer.Option(help="Image i is drawn from seed + i; `random` picks one and says which.")
 ]
-_Embeddings = Annotated[
-    list[str] | None,
-    typer.Option("--embedding", help="A textual inversion's file, or a folder of them."),
-]
 _Guidance = Annotated[
     float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")
 ]
@@ -83,7 +83,6 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     model: _Model = "nano",
     lora: _Loras = None,
-    embedding: _Embeddings = None,
     steps: _Steps = None,
     num_images: _Number = 1,
     seed: _Seed = "0",
@@ -98,6 +97,7 @@ def generate(
     """Draw a prompt and write PNGs that say how they were made."""
     width, height = _parse_size(size)
     _check_steps(model, steps)
+    loras, embeddings = _parse_loras(lora)
     request = Request(
         prompt,
         num_images=num_images,
@@ -109,8 +109,8 @@ def generate(
         height=height,
         controls=_parse_controls(control),
         model=model,
-        loras=tuple(lora or ()),
-        embeddings=tuple(embedding or ()),
+        loras=loras,
+        embeddings=embeddings,
     )
     _draw_and_save(request, out)
 
@@ -120,7 +120,6 @@ def edit(
     image: Annotated[Path, typer.Argument(help="The picture that is changed.")],
     model: _Model = "nano",
     lora: _Loras = None,
-    embedding: _Embeddings = None,
     steps: _Steps = None,
     strength: Annotated[
         float | None, typer.Option(help="How much, up to 1; by default 0.75, with a mask 1.")
@@ -136,6 +135,7 @@ def edit(
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
     _check_steps(model, steps)
+    loras, embeddings = _parse_loras(lora)
     request = Request(
         prompt,
         num_images=num_images,
@@ -147,8 +147,8 @@ def edit(
         mask=None if mask is None else Picture.of(mask),
         controls=_parse_controls(control),
         model=model,
-        loras=tuple(lora or ()),
-        embeddings=tuple(embedding or ()),
+        loras=loras,
+        embeddings=embeddings,
     )
     _draw_and_save(request, out)
 
@@ -319,6 +319,16 @@ def _check_steps(model: str, steps: int | None) -> None:
     raise RequestError(
         f"{model} has nothing for {steps} steps; there are {offered}. Give one of these."
     )
+
+
+def _parse_loras(given: list[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return LoRAs, and the textual inversions among them."""
+    if not given:
+        return (), ()
+    from twostep.formats.embeddings import is_embedding
+
+    embeddings = tuple(each for each in given if is_embedding(each))
+    return tuple(each for each in given if each not in embeddings), embeddings
 
 
 def _parse_seed(seed: str, num_images: int) -> int:

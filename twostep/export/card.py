@@ -5,14 +5,12 @@ know of its nodes.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from twostep.contract import Contract
+from twostep.export.page import page_of, rendered
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
 from twostep.formats.locate import ModelError, read_json
@@ -20,8 +18,6 @@ from twostep.formats.single_file import SDXL_BASE
 from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -120,37 +116,7 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
         file.write(page.encode())
 
 
-def page_of(api: dict[str, Any]) -> dict[str, Any]:
-    """Return a workflow for ComfyUI's server as its page has it; it has the nodes of nodes.json."""
-    known = read_json(HERE / "nodes.json")
-    links = _links(api, known)
-    page: dict[str, Any] = json.loads(
-        _rendered("page.json", {"api": api, "known": known, "links": links})
-    )
-    return page
-
-
-def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...]]:
-    """List the links of a workflow as the page counts them.
-
-    Each is: number, node and output that it comes from, node and input that it goes to, type.
-    """
-    links: list[tuple[object, ...]] = []
-    for name, node in api.items():
-        for place, each in enumerate(known[node["class_type"]]["inputs"]):
-            start, output = node["inputs"][each]
-            kind = known[api[start]["class_type"]]["outputs"][output]
-            links.append((len(links) + 1, int(start), output, int(name), place, kind))
-    return links
-
-
 def _render(template: str, out: Path, **values: object) -> None:
-    text = _rendered(template, values)
+    text = rendered(template, values)
     with write_atomically(out) as file:
         file.write(text.encode())
-
-
-def _rendered(template: str, values: Mapping[str, object]) -> str:
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = (HERE / template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(values)

@@ -83,6 +83,18 @@ def find_embeddings(places: Iterable[str | Path]) -> list[Embedding]:
     return list(found.values())
 
 
+def is_embedding(place: str | Path) -> bool:
+    """Whether a file, or the first in a folder, is a textual inversion by its header."""
+    path = Path(place)
+    if path.is_dir():
+        path = next(iter(sorted(path.glob("*.safetensors"))), path)
+    if not path.is_file():
+        return False
+    shapes = read_header(path).shapes
+    second = path.with_name(f"{path.stem}{_SECOND}.safetensors")
+    return bool(set(shapes) & set(ENCODERS)) or (len(shapes) == 1 and second.is_file())
+
+
 def bundled_embeddings(header: Header) -> list[Embedding]:
     """Return the textual inversions that OneTrainer packed into a LoRA; none in any other file."""
     keys = [key for key in header.shapes if key.startswith(BUNDLED)]

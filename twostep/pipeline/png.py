@@ -23,9 +23,11 @@ from PIL import Image
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
+from twostep.export.page import page_of
 from twostep.files import write_new
 from twostep.media.codec import Encoded
 from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
+from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
@@ -92,7 +94,7 @@ def text_chunks(result: Result, index: int) -> dict[str, str]:
         "batch": {"seed": batch_seeds[0], "num_images": len(batch_seeds)},
     }
     if request.loras:
-        # This brings torch, which reading a picture does without.
+        # This brings torch, which pictures without LoRAs are saved without.
         from twostep.pipeline.lora_hashes import lora_hashes
 
         described["lora_hashes"] = lora_hashes(request)
@@ -109,10 +111,6 @@ def comfyui_chunks(contract: Contract, request: Request) -> dict[str, str]:
     "prompt" is for its server, "workflow" for its page, which opens it when the picture is dropped
     there. Empty for what its own nodes cannot do.
     """
-    # This brings torch, which reading a picture does without.
-    from twostep.export.card import page_of
-    from twostep.pipeline.workflow import workflow_of
-
     api = workflow_of(contract, request)
     if api is None:
         return {}

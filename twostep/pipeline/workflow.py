@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from twostep.contract import Contract
-from twostep.formats.checkpoint import resolve
-from twostep.formats.contracts import goes_on_a_student
-from twostep.formats.locate import ModelError
-from twostep.formats.lora_locate import SUFFIX, find_lora_file
+from twostep.errors import TwostepError
 from twostep.pipeline.request import LoraChoice, Request
+
+_SUFFIX = ".safetensors"
 
 _SAMPLING = {"x0": "x0", "v": "v_prediction"}
 """ComfyUI's words for what a network predicts, where it is not eps."""
@@ -93,9 +92,14 @@ def _loaded(graph: _Graph, contract: Contract, request: Request) -> tuple[_Link,
 
 def _makes_students(lora: LoraChoice) -> bool:
     """Whether a LoRA turns teachers into students of few steps, as far as its file can be read."""
+    # These bring torch, which pictures without LoRAs are saved without.
+    from twostep.formats.checkpoint import resolve
+    from twostep.formats.contracts import goes_on_a_student
+    from twostep.formats.lora_locate import find_lora_file
+
     try:
         carried = resolve(find_lora_file(lora.name)).carried
-    except (ModelError, OSError):
+    except (TwostepError, OSError):
         return False
     return carried is not None and not goes_on_a_student(carried)
 
@@ -103,7 +107,7 @@ def _makes_students(lora: LoraChoice) -> bool:
 def _file_name(model: str) -> str:
     """Return what a model is called in ComfyUI's folders."""
     name = Path(model).name
-    return name if name.endswith(SUFFIX) else f"{name}{SUFFIX}"
+    return name if name.endswith(_SUFFIX) else f"{name}{_SUFFIX}"
 
 
 def _drawn(

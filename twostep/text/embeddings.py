@@ -77,7 +77,7 @@ def place_embeddings(prompt: str, names: Mapping[str, int]) -> str:
         there = ", ".join(tokens) or "none"
         raise PromptError(
             f"the prompt asks for embedding:{name}, and there are {there}. Give its file or folder "
-            "with --embedding."
+            "with --lora."
         )
 
     prompt = _NAMED.sub(named, prompt)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from twostep.errors import TwostepError
 
@@ -44,7 +45,7 @@ class PromptError(TwostepError):
     """Weights in a prompt that cannot be read."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fragment:
     """A piece of a prompt, and how much it counts: 1 is as the encoder makes it."""
 
@@ -71,7 +72,8 @@ def in_compel_syntax(prompt: str) -> str:
     return _COLON_WEIGHT.sub(r"(\1)\2", prompt)
 
 
-def parse_prompt(prompt: str) -> list[list[Fragment]]:
+@lru_cache(maxsize=256)
+def parse_prompt(prompt: str) -> tuple[tuple[Fragment, ...], ...]:
     """Return the fragments of a prompt, of each part between `BREAK`s.
 
     Neighbours of equal weight are one fragment. Raises PromptError for parentheses that are never
@@ -117,7 +119,7 @@ def parse_prompt(prompt: str) -> list[list[Fragment]]:
             prompt,
             f"{groups[-1].opening} is never closed; write \\{groups[-1].opening} for the sign",
         )
-    return [_joined(part) for part in parts]
+    return tuple(_joined(part) for part in parts)
 
 
 def has_weights(prompt: str) -> bool:
@@ -157,15 +159,19 @@ def _closed(prompt: str, group: _Group, suffix: str | None) -> list[Fragment]:
     return [Fragment(each.text, each.weight * weight) for each in group.fragments]
 
 
-def _joined(fragments: list[Fragment]) -> list[Fragment]:
+def _joined(fragments: list[Fragment]) -> tuple[Fragment, ...]:
     """Join neighbours of equal weight; what is only space has the weight before it."""
-    joined: list[Fragment] = []
+    texts: list[list[str]] = []
+    weights: list[float] = []
     for fragment in fragments:
-        if joined and (joined[-1].weight == fragment.weight or not fragment.text.strip()):
-            joined[-1].text += fragment.text
+        if weights and (weights[-1] == fragment.weight or not fragment.text.strip()):
+            texts[-1].append(fragment.text)
         else:
-            joined.append(Fragment(fragment.text, fragment.weight))
-    return joined
+            texts.append([fragment.text])
+            weights.append(fragment.weight)
+    return tuple(
+        Fragment("".join(text), weight) for text, weight in zip(texts, weights, strict=True)
+    )
 
 
 def _of_signs(signs: str) -> float:
