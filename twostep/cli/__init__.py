@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep import __version__
-from twostep.cli import cache, draw, evaluate, files, pretrain, train
+from twostep.cli import cache, compare, draw, evaluate, files, pretrain, train
 from twostep.errors import TwostepError
 
 _INTERRUPTED = 130
@@ -51,23 +51,30 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     """Distil a text-to-image diffusion model into one that draws in 8, 4, 2 or 1 steps, and draw
     with it.
     """
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
 _BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
-for verb in (*_DRAWING, *_TRAINING, *_BUILT_IN, *_FILES):
+_MEASURING = (compare.compare, compare.reproduce)
+for verb in (*_DRAWING, *_TRAINING, *_BUILT_IN, *_MEASURING, *_FILES):
     app.command()(verb)
