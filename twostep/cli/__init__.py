@@ -51,10 +51,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(is_wanted: bool) -> None:
+def _print_version(is_wanted: bool) -> bool:
     if is_wanted:
         typer.echo(__version__)
         raise typer.Exit
+    return is_wanted
 
 
 @app.callback()
