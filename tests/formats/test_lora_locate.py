@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +48,9 @@ def hub(lora: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         fetched.append((repository, file))
         return str(lora.with_name(file))
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name: files)
+    siblings = [SimpleNamespace(rfilename=name) for name in files]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.chdir(lora.parent)
     _on_hub.cache_clear()
@@ -58,7 +61,7 @@ def hub(lora: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", ["me/style", "me/style/ink.safetensors", "hf:me/style"])
 def test_a_repository_or_a_file_in_one(name: str, lora: Path, hub: list[tuple[str, str]]) -> None:
     assert find_lora_file(name) == lora
-    assert hub == [("me/style", "adapter_config.json"), ("me/style", "ink.safetensors")]
+    assert hub == [("me/style", "ink.safetensors"), ("me/style", "adapter_config.json")]
 
 
 def test_a_missing_local_path_is_not_asked_of_the_hub(

@@ -1,6 +1,7 @@
 """Where a LoRA lies: a file, a folder, a built-in name, or the hub."""
 
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +15,9 @@ _HUB = re.compile(
     r"(/(?P<file>.+\.safetensors))?"
 )
 """A repository, or a file in one. `hf:` says that it is no path, even if there is such a folder."""
+
+_SECONDS = 10.0
+"""How long the hub may take to answer."""
 
 _USUAL_NAMES = (f"pytorch_lora_weights{SUFFIX}", f"adapter_model{SUFFIX}")
 """What diffusers and PEFT call the file, in this order."""
@@ -40,6 +44,12 @@ def find_lora_file(name: str) -> Path:
     on_hub = _HUB.fullmatch(name)
     if on_hub and (on_hub["marked"] or not Path(on_hub["owner"]).exists()):
         return _on_hub(on_hub["repository"], on_hub["file"])
+    if "/" in name or "\\" in name:
+        # A path that is missing is never asked of the hub.
+        raise ModelError(
+            f"{name} does not exist. Give a LoRA's {SUFFIX}, a folder with one, a built-in name, or "
+            "a hub id (owner/name, hf:owner/name)."
+        )
     found = find_model(name)
     return _in_folder(name, found) if found.is_dir() else found
 
@@ -74,24 +84,42 @@ def _only(place: str, names: list[str]) -> str:
 @lru_cache(maxsize=64)
 def _on_hub(repository: str, file: str | None) -> Path:
     """Return a LoRA of a hub repository, fetched with its config if it is not in the cache."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        try:
-            names = HfApi().list_repo_files(repository)
-        except (OSError, HfHubHTTPError):
-            # Without a connection, what is in the cache counts.
-            folder = Path(snapshot_download(repository, local_files_only=True))
-            names = [each.relative_to(folder).as_posix() for each in folder.rglob("*.*")]
-        chosen = file or _only(repository, names)
-        config = PurePosixPath(chosen).with_name(CONFIG_FILE).as_posix()
-        if config in names:
-            hf_hub_download(repository, config)
-        return Path(hf_hub_download(repository, chosen))
+        chosen = file or _only(repository, _listed(repository))
+        path = Path(hf_hub_download(repository, chosen))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"{repository}{f'/{file}' if file else ''} is neither here nor to be had from the hub "
             f"({reason}). Check the name and the connection, or give the path of a file."
         ) from error
+    # Most have no config, and with a file from the cache it is there too if there is one.
+    with suppress(EntryNotFoundError):
+        hf_hub_download(repository, PurePosixPath(chosen).with_name(CONFIG_FILE).as_posix())
+    return path
+
+
+def _listed(repository: str) -> list[str]:
+    """List the files of a hub repository; without a connection, those in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+        names = [each.relative_to(folder).as_posix() for each in folder.rglob("*.*")]
+        if any(name.endswith(SUFFIX) for name in names):
+            return names
+    except (LocalEntryNotFoundError, RepositoryNotFoundError):
+        names = []
+    try:
+        info = HfApi().model_info(repository, timeout=_SECONDS)
+    except Exception as error:  # the client lets errors of several libraries through
+        raise ModelError(
+            f"{repository} is neither here nor to be had from the hub "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). Check the "
+            "name and the connection, or give the path of a file."
+        ) from error
+    return [sibling.rfilename for sibling in info.siblings or ()]
