@@ -47,8 +47,8 @@ def find_lora_file(name: str) -> Path:
     if "/" in name or "\\" in name:
         # A path that is missing is never asked of the hub.
         raise ModelError(
-            f"{name} does not exist. Give a LoRA's {SUFFIX}, a folder with one, a built-in name, or "
-            "a hub id (owner/name, hf:owner/name)."
+            f"{name} does not exist. Give a LoRA's {SUFFIX}, a folder with one, a built-in name, "
+            "or a hub id (owner/name, hf:owner/name)."
         )
     found = find_model(name)
     return _in_folder(name, found) if found.is_dir() else found
