@@ -82,10 +82,13 @@ def test_diffusers_two_files_and_onetrainer_s_bundle(bundle: Bundle, tmp_path: P
     }
     save_file(lora, tmp_path / "lora.safetensors")
     for made in (
-        load_with_loras("nano", [str(tmp_path / "lora.safetensors")]),
+        load_with_loras("nano", [str(tmp_path / "lora.safetensors")], embeddings=()),
         LoraCache(bundle).apply([str(tmp_path / "lora.safetensors")]),
     ):
         assert_same(made, "a my ink apple", bundle, "a red apple")
+    alone = load_with_loras("nano", [str(tmp_path / "lora.safetensors")])
+    encoders = zip(alone.text.encoders, bundle.text.encoders, strict=True)
+    assert all(ours.state_dict().keys() == theirs.state_dict().keys() for ours, theirs in encoders)
 
 
 def test_one_that_is_not_there_is_told(bundle: Bundle) -> None:
