@@ -15,6 +15,7 @@ from torch import Tensor
 
 from twostep.diffusion import Denoise, falling_times, find_sampler, initial_noise, seeded_noise
 from twostep.diffusion.flow import Keep, OnStep
+from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.samplers import Sampler
 from twostep.diffusion.shapes import Batch, Time
 from twostep.models.bundle import Bundle
@@ -159,7 +160,7 @@ def sample_latents(
     schedule = denoiser.schedule
     if isinstance(times, int):
         times = falling_times(schedule.top, times, schedule)
-    columns = torch.tensor(times)[:, None].expand(-1, len(x))
+    columns = time_tensor(times)[:, None].expand(-1, len(x))
     follow = find_sampler(sampler) if isinstance(sampler, str) else sampler
     return follow(
         guided.denoise(denoiser),

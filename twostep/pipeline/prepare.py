@@ -21,6 +21,7 @@ from torch.nn.functional import adaptive_max_pool2d
 
 from twostep.contract import Contract
 from twostep.diffusion import Schedule, falling_times, trailing_times
+from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
@@ -98,7 +99,7 @@ class Prepared:
 
     def beginning(self, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at the first time: the noise, or the noised image."""
-        t = torch.full((len(noise),), self.times[0])
+        t = time_tensor(self.times[:1]).expand(len(noise))
         x0 = self.x0.expand_as(noise)
         if self.request.init_noise == "comfyui":
             return schedule.add_noise(x0, noise, t)
@@ -151,7 +152,12 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
         image = None if request.image is None else _pixels(bundle, request.image, size)
         mask = None if request.mask is None else _mask(bundle, request.mask, size)
         if image is None:
-            x0 = torch.zeros(1, *bundle.latent_shape(*size), device=bundle.denoiser.device)
+            x0 = torch.zeros(
+                1,
+                *bundle.latent_shape(*size),
+                dtype=torch.float32,
+                device=bundle.denoiser.device,
+            )
         else:
             x0 = bundle.codec.encode(image)
         known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
@@ -328,7 +334,7 @@ def _known(
     """
     if image is None or mask is None:
         width, height = size
-        image = torch.zeros(1, 3, height, width, device=bundle.denoiser.device)
+        image = torch.zeros(1, 3, height, width, dtype=torch.float32, device=bundle.denoiser.device)
         mask = torch.ones_like(image[:, :1], dtype=torch.bool)
     latents = bundle.codec.encode(image.masked_fill(mask, 0))
     return torch.cat([_coarse(mask, latents).to(latents.dtype), latents], dim=1)

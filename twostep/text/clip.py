@@ -1,9 +1,11 @@
 """SDXL's two CLIP text encoders as one: prompts -> text embeddings and pooled embeddings."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from threading import RLock
 from typing import Any
 
@@ -51,6 +53,11 @@ class TextEncoders:
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zeros_for_empty: bool = False
     embeddings: Mapping[str, int] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the encoders without what transformers hooked into them."""
+        encoders = tuple(_without_hooks(encoder) for encoder in self.encoders)
+        return {**vars(self), "encoders": encoders}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -166,6 +173,22 @@ class TextEncoders:
                     f"cannot weigh {prompt[:80]!r} ({error}). Write (red apple:1.3) or red++."
                 ) from error
             return torch.cat(encoded, dim=-1)
+
+
+def _without_hooks(encoder: Any) -> Any:
+    """Return a copy of an encoder that shares its weights and can be pickled.
+
+    transformers hooks local functions in when hidden states are first asked for; it does so again.
+    """
+    shared = {id(weight): weight for weight in chain(encoder.parameters(), encoder.buffers())}
+    copied = copy.deepcopy(encoder, shared)
+    for module in copied.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if "<locals>" in getattr(hook, "__qualname__", ""):
+                del module._forward_hooks[key]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False
+    return copied
 
 
 @dataclass(frozen=True, eq=False)
