@@ -14,8 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from twostep.contract import Contract
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
-from twostep.formats.locate import ModelError, read_json
-from twostep.formats.single_file import SDXL_BASE
+from twostep.formats.locate import SDXL_BASE, ModelError, read_json
 from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES

@@ -18,7 +18,14 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twostep.formats.locate import WEIGHTS, ModelError, fetch, read_json, weights_variant
+from twostep.formats.locate import (
+    WEIGHTS,
+    ModelError,
+    fetch,
+    hub_id,
+    read_json,
+    weights_variant,
+)
 
 BUILT_IN = {"silhouette": WEIGHTS / "nano" / "controlnet"}
 """Folders of the ControlNets that come with the package, by name."""
@@ -128,9 +135,10 @@ def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlN
 def _control_folder(name: str) -> Path:
     """Return the local folder of a ControlNet, fetched from the hub if it is a hub id."""
     folder = BUILT_IN.get(name, Path(name))
-    if folder.exists() or "/" not in name:
+    repository = hub_id(name)
+    if folder.exists() or repository is None:
         return folder
-    return fetch(name, only=("*.json", "*.safetensors"), holding=_CONFIG)
+    return fetch(repository, only=("*.json", "*.safetensors"), holding=_CONFIG)
 
 
 def _differences(
