@@ -182,7 +182,8 @@ def scheduler_settings(spec: ScheduleSpec) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, EdmSpec):
         values = asdict(spec)
         del values["kind"]
-        return "EDMEulerScheduler", {**values, "sigma_schedule": values.pop("ramp")}
+        values["sigma_schedule"] = values.pop("ramp")
+        return "EDMEulerScheduler", values
     names = {ours: theirs for theirs, ours in _BETAS.items()}
     return "EulerDiscreteScheduler", {
         "num_train_timesteps": spec.num_times,

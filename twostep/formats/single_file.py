@@ -111,22 +111,21 @@ class Noise:
     schedule: ScheduleSpec | None = None
 
 
-@dataclass(frozen=True, eq=False)
 class SingleFile:
     """The weights of networks in one file, with the folder of their configs.
 
-    The file is opened once, when the first weights are asked for. Instead of its header, its path
-    may be given.
+    The file is opened once, when the first weights are asked for.
+
+    Arguments:
+        file: its header, or its path, from which the header is read.
+        folder: where the configs lie.
     """
 
-    header: Header
-    folder: Path
     made_on = "meta"
 
-    def __post_init__(self) -> None:
-        """Read the header of a path."""
-        if isinstance(self.header, Path):
-            object.__setattr__(self, "header", read_header(self.header))
+    def __init__(self, file: Header | Path, folder: Path) -> None:
+        self.header = read_header(file) if isinstance(file, Path) else file
+        self.folder = folder
 
     @property
     def prediction_type(self) -> PredictionType | None:
