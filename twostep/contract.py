@@ -316,7 +316,13 @@ class Contract:
         return cls.from_json(metadata[METADATA_KEY])
 
     def check(
-        self, steps: int | None, guidance: float | None, width: int | None, height: int | None
+        self,
+        steps: int | None,
+        guidance: float | None,
+        width: int | None,
+        height: int | None,
+        *,
+        sampler: str | None = None,
     ) -> list[str]:
         """Compare a request with the contract; None means "as the checkpoint wants it".
 
@@ -325,6 +331,7 @@ class Contract:
             guidance: scale of classifier-free guidance.
             width: in pixels.
             height: in pixels.
+            sampler: how to go from time to time.
 
         Returns:
             Warnings for what has no effect or harms.
@@ -336,6 +343,7 @@ class Contract:
             *self._check_size(width, height),
             *self._check_steps(steps),
             *self._check_guidance(guidance),
+            *self._check_sampler(sampler),
         ]
 
     def _check_steps(self, steps: int | None) -> list[str]:
@@ -378,6 +386,16 @@ class Contract:
                 f"guidance {guidance:g} switches guidance off: {self.name} then follows the prompt "
                 f"only loosely. It was made for {self.guidance:g}."
             ]
+        return []
+
+    def _check_sampler(self, sampler: str | None) -> list[str]:
+        if sampler in (None, self.sampler):
+            return []
+        if self.role == "student":
+            raise ContractError(
+                f"{self.name} is a student that was trained to draw with {self.sampler}; asked for "
+                f"{sampler}. Leave the sampler out, or use the teacher."
+            )
         return []
 
     def _check_size(self, width: int | None, height: int | None) -> list[str]:

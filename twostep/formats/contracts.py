@@ -18,6 +18,7 @@ from twostep.contract import (
     is_student_name,
 )
 from twostep.diffusion import trained_times
+from twostep.formats import few_step
 from twostep.formats.diffusers_names import library_defaults, noise_of_scheduler
 from twostep.formats.header import Header
 from twostep.formats.identify import DOWN, LORA, UNET_ALONE, WHOLE, kind_of
@@ -113,7 +114,7 @@ def single_file_contract(header: Header) -> Contract:
     derived = derived_contract(single.folder, single.config)
     noise = single.noise
     try:
-        return replace(
+        contract = replace(
             derived,
             name=header.path.stem,
             base=header.path.stem,
@@ -122,13 +123,17 @@ def single_file_contract(header: Header) -> Contract:
         )
     except ContractError as error:
         raise ModelError(f"{header.path} and {single.folder} disagree: {error}") from error
+    found = few_step.detect(header.path.stem, header.metadata)
+    return contract if found is None else few_step.drawn_as(contract, *found)
 
 
 def folder_contract(folder: Path) -> Contract:
     """Read the contract of a model folder, or derive it from the configs; raises ModelError."""
     path = folder / CONTRACT_FILE
     if not path.is_file():
-        return derived_contract(folder)
+        contract = derived_contract(folder)
+        found = few_step.detect(contract.name, {})
+        return contract if found is None else few_step.drawn_as(contract, *found)
     try:
         return Contract.from_json(path.read_text(encoding="utf-8"))
     except ContractError as error:

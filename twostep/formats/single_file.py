@@ -194,7 +194,8 @@ class SingleFile:
         config = read_json(self.folder / name / "config.json")
         if name == "unet" and self.folder == SDXL_CONFIGS:
             first = self.header.shape(r"diffusion_model\.(input_blocks\.0\.0|conv_in)\.weight")
-            config["in_channels"] = first[1] if len(first) == 4 else config["in_channels"]
+            if len(first) == 4:
+                config["in_channels"] = first[1]
         if name == "vae" and EDM_MEAN in self.header.shapes:
             config["latents_mean"] = self.tensor(EDM_MEAN).float().flatten().tolist()
             config["latents_std"] = self.tensor(EDM_STD).float().flatten().tolist()
