@@ -29,14 +29,11 @@ from twostep.formats.single_file import Naming, noise_marks, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_with_loras
 from twostep.models.saving import save_bundle
-from twostep.models.sdxl import autoencoder, base_folder, embed_no_guidance, is_sdxl
+from twostep.models.sdxl import SDXL_CHANNELS, autoencoder, base_folder, embed_no_guidance, is_sdxl
 from twostep.models.sdxl_networks import hollow_networks
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 """The forms that a model can be exported to."""
-
-_SDXL_CHANNELS = (320, 640, 1280)
-"""The channels of SDXL's own UNet, by level."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class ExportJob:
         if not is_sdxl(self.contract):
             return False
         channels = self.network.config.block_out_channels  # type: ignore[union-attr]
-        return tuple(channels) == _SDXL_CHANNELS  # type: ignore[arg-type]
+        return tuple(channels) == SDXL_CHANNELS  # type: ignore[arg-type]
 
     @property
     def model_spec(self) -> dict[str, str]:

@@ -40,6 +40,9 @@ from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders, quiet_transformers
 
+SDXL_CHANNELS = (320, 640, 1280)
+"""The channels of SDXL's own UNet, by level, by which ComfyUI knows it."""
+
 
 class SdxlFamily:
     """Loads and saves SDXL and smaller models of its classes."""
