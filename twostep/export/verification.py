@@ -230,17 +230,7 @@ def _sampled_by_comfyui(
             f"twostep export {checkpoint.path} --to comfyui --out FILE."
         )
     _check_size_for_comfyui(bundle)
-    sys.path.insert(0, str(comfyui))
-    try:
-        vars(import_module("comfy.cli_args").args).update(cpu=True, force_fp32=True)
-        loaders = import_module("comfy.sd")
-        sampling = import_module("comfy.sample")
-        nodes = import_module("comfy_extras.nodes_model_advanced")
-    except ImportError as error:
-        raise ModelError(
-            f"the ComfyUI in {comfyui} cannot be imported here ({error}). Install what it needs "
-            f"beside twostep: pip install -r {comfyui / 'requirements.txt'}."
-        ) from error
+    loaders, sampling, nodes = _comfyui_modules(comfyui)
     try:
         model, clip, *_ = loaders.load_checkpoint_guess_config(
             str(checkpoint.path), output_vae=False
@@ -271,6 +261,27 @@ def _sampled_by_comfyui(
         disable_pbar=True,
     )
     return states
+
+
+def _comfyui_modules(comfyui: Path) -> tuple[Any, Any, Any]:
+    """Import what loads, what samples, and a node of a ComfyUI, set to the CPU and float32.
+
+    Raises ModelError if it cannot be imported, with what to install.
+    """
+    sys.path.insert(0, str(comfyui))
+    try:
+        vars(import_module("comfy.cli_args").args).update(cpu=True, force_fp32=True)
+        return (
+            import_module("comfy.sd"),
+            import_module("comfy.sample"),
+            import_module("comfy_extras.nodes_model_advanced"),
+        )
+    except ImportError as error:
+        sys.path.remove(str(comfyui))
+        raise ModelError(
+            f"the ComfyUI in {comfyui} cannot be imported here ({error}). Install what it needs "
+            f"beside twostep: pip install -r {comfyui / 'requirements.txt'}."
+        ) from error
 
 
 def _needs_node(contract: Contract) -> bool:
