@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,15 @@ def _size(text: str) -> float:
     return float(match[1]) * (2**30 if match[2] else 1e9)
 
 
+def _duration(text: str) -> float:
+    """Return the seconds of a time like 3h, 90m, 1h30m or 45s."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if match is None or not text:
+        raise typer.BadParameter(f"{text} is no time; write 3h, 90m, 1h30m or 45s.")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 def plan(
     recipe: Recipe,
     override: Override = None,
@@ -139,8 +149,24 @@ def _print_advice(settings: DistillRecipe, planned: Sequence[StagePlan], memory:
         typer.echo(f"  {_gib(peak)} with {changes}{fits}")
 
 
-def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
-    """Distil a teacher into students of few steps, by the stages of the recipe."""
+def distill(
+    recipe: Recipe,
+    out: Out,
+    override: Override = None,
+    until: Annotated[
+        float | None,
+        typer.Option(parser=_duration, help="Write a checkpoint and stop within 3h, 90m, 1h30m."),
+    ] = None,
+    accept_replaced: Annotated[
+        bool,
+        typer.Option(help="Go on though teacher or data were replaced since the run began."),
+    ] = False,
+) -> None:
+    """Distil a teacher into students of few steps, by the stages of the recipe.
+
+    Ctrl-C and SIGTERM stop it after the iteration that it is at, whose checkpoint is written.
+    """
+    started_at = time.monotonic()
     from twostep import __version__
     from twostep.distill import distil
     from twostep.models.loading import load_bundle, load_with_loras
@@ -154,6 +180,10 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
         progress_bar("distil", shown=world.is_first) as advance,
     ):
         folder = RunFolder(out, settings)
+        folder.deadline = None if until is None else started_at + until
+        settings = folder.settled(settings)
+        for change in folder.changes:
+            typer.echo(f"changed since the last call: {change}", err=True)
         styles = [] if settings.style_lora is None else [str(settings.style_lora)]
         teacher = load_with_loras(settings.model, styles, steps=settings.model_steps)
         start = None
@@ -167,6 +197,7 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
             version=__version__,
             recipe_name=Path(recipe).stem,
             start=start,
+            accept_replaced=accept_replaced,
             on_iteration=lambda stage, done, figures: advance(
                 done, stage.iterations, f"{stage.name} {_figures_text(figures)}"
             ),

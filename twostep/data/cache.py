@@ -39,6 +39,10 @@ METADATA_KEY = "twostep.cache"
 KEYS = ("latents", "text", "pooled", "sizes")
 """The tensors of an item: latents, both text embeddings, and SDXL's micro-conditioning."""
 
+_NUM_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+"""What of a shard's values its fingerprint is made of: all of them would take minutes to read."""
+
 OnItem = Callable[[int, int], None]
 """Called with the number of items that are done, and how many of them were skipped."""
 
@@ -200,6 +204,17 @@ class CachedSource:
         """Return the number of items."""
         return sum(map(len, self.shards.values()))
 
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that depend on the names of all items, their order, and samples of
+        their values.
+        """
+        digest = hashlib.sha256()
+        for _, group in sorted(self.shards.items()):
+            for shard in group.datasets:
+                assert isinstance(shard, Shard)
+                digest.update(_sampled_bytes(shard.path))
+        return digest.hexdigest()[:16]
+
     def draw(
         self, count: int, tensors: torch.Generator, words: random.Random
     ) -> tuple[Tensor, Conditioning]:
@@ -262,12 +277,12 @@ def load_cache(folder: Path, bundle: Bundle) -> CachedSource:
 def fingerprints(bundle: Bundle) -> dict[str, str]:
     """Return what tells one autoencoder, and one pair of text encoders, from any other."""
     return {
-        "autoencoder": _fingerprint(modules_of(bundle.codec)),
-        "text_encoders": _fingerprint(bundle.text.networks.values()),
+        "autoencoder": fingerprint_of(modules_of(bundle.codec)),
+        "text_encoders": fingerprint_of(bundle.text.networks.values()),
     }
 
 
-def _fingerprint(networks: Iterable[nn.Module]) -> str:
+def fingerprint_of(networks: Iterable[nn.Module]) -> str:
     """Return 16 hex digits that depend on every weight, in half precision."""
     digest = hashlib.sha256()
     for network in networks:
@@ -275,6 +290,18 @@ def _fingerprint(networks: Iterable[nn.Module]) -> str:
             digest.update(name.encode())
             digest.update(value.half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sampled_bytes(path: Path) -> bytes:
+    """Return the size of a shard, its header with the names, and some bytes of its tensors."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        samples = []
+        for i in range(_NUM_SAMPLES):
+            file.seek(i * max(0, size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+            samples.append(file.read(_SAMPLE_BYTES))
+    return b"".join([size.to_bytes(8, "little"), header, *samples])
 
 
 def _is_finite(item: dict[str, Tensor]) -> bool:
