@@ -201,5 +201,7 @@ def test_fresh_noise_depends_on_seed_and_step_alone(randn):
 
 
 def test_an_unknown_sampler_is_named_with_the_known_ones():
-    with pytest.raises(SamplerError, match="'heun' is not known; expected euler or renoise"):
+    with pytest.raises(
+        SamplerError, match="'heun' is not known; expected euler, renoise, dpmpp-2m or"
+    ):
         find_sampler("heun")

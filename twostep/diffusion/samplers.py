@@ -1,9 +1,10 @@
-"""Samplers: how a student goes from pure noise to data, named in its contract.
+"""Samplers: how a model goes from pure noise to data; a student's contract names its own.
 
 `euler` follows the flow and adds no noise: the sampler of progressive and adversarial distillation
 (arXiv 2402.13929) and of every teacher. `renoise` predicts x0 and adds fresh noise to it at the
 next time: the multistep sampler of consistency models (algorithm 1 of arXiv 2303.01469), which LCM
-(arXiv 2310.04378), ADD (arXiv 2311.17042) and DMD2 (arXiv 2405.14867) use.
+(arXiv 2310.04378), ADD (arXiv 2311.17042) and DMD2 (arXiv 2405.14867) use. `dpmpp-2m` and `unipc`
+follow the flow with a memory of one step, for teachers: see `solvers`.
 """
 
 import random
@@ -18,6 +19,7 @@ from twostep.diffusion.flow import Denoise, Keep, OnStep, initial_noise, solve, 
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import Schedule
 from twostep.diffusion.shapes import Batch
+from twostep.diffusion.solvers import dpmpp_2m, unipc
 from twostep.errors import TwostepError
 
 DrawNoise = Callable[[int], Tensor]
@@ -91,12 +93,23 @@ def renoise(
     return walk(denoise, x, times, schedule, move=move, on_step=on_step, keep=keep)
 
 
+_SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "renoise": renoise,
+    "dpmpp-2m": dpmpp_2m,
+    "unipc": unipc,
+}
+
+SOLVERS = ("euler", "dpmpp-2m", "unipc")
+"""The names of the samplers that follow the flow, among which one may choose for a teacher."""
+
+
 def find_sampler(name: str) -> Sampler:
-    """Return the sampler of a contract's name; SamplerError for an unknown one."""
-    samplers: dict[str, Sampler] = {"euler": euler, "renoise": renoise}
-    if name not in samplers:
-        raise SamplerError(f"sampler {name!r} is not known; expected {' or '.join(samplers)}.")
-    return samplers[name]
+    """Return the sampler of a name; SamplerError for an unknown one."""
+    if name not in _SAMPLERS:
+        *known, last = _SAMPLERS
+        raise SamplerError(f"sampler {name!r} is not known; expected {', '.join(known)} or {last}.")
+    return _SAMPLERS[name]
 
 
 def seeded_noise(seeds: Sequence[int], like: Batch) -> DrawNoise:
