@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
     from twostep.distill.pairs import Source
     from twostep.distill.plan import StagePlan
+    from twostep.distill.recipe import Stage
     from twostep.models.bundle import Bundle
 
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
@@ -38,6 +39,10 @@ Out = Annotated[Path, typer.Option(help="The run's folder; the same command agai
 
 OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
+
+
+_SECONDS_BETWEEN_LINES = 30.0
+"""How often a progress without a terminal is told."""
 
 
 def _figures_text(figures: dict[str, float]) -> str:
@@ -169,6 +174,7 @@ def distill(
     started_at = time.monotonic()
     from twostep import __version__
     from twostep.distill import distil
+    from twostep.distill.clock import ChainClock, duration, progress_line
     from twostep.models.loading import load_bundle, load_with_loras
     from twostep.training.device import find_device
     from twostep.training.processes import joined
@@ -177,13 +183,23 @@ def distill(
     settings = _load_recipe(recipe, override)
     with (
         joined(find_device(settings.device)) as world,
-        progress_bar("distil", shown=world.is_first) as advance,
+        progress_bar("distil", shown=world.is_first, lines=False) as advance,
     ):
         folder = RunFolder(out, settings)
         folder.deadline = None if until is None else started_at + until
         settings = folder.settled(settings)
         for change in folder.changes:
             typer.echo(f"changed since the last call: {change}", err=True)
+        clock = ChainClock(settings.stages)
+        if world.is_first and not Console(stderr=True).is_terminal:
+            folder.listeners.append(lambda logged: _print_line(progress_line(clock, logged)))
+
+        def on_iteration(stage: Stage, num_done: int, figures: dict[str, float]) -> None:
+            clock.tick(stage, num_done)
+            left = clock.seconds_left(stage, num_done)
+            chain = "" if left is None else f" (chain {duration(left)})"
+            advance(num_done, stage.iterations, f"{stage.name}{chain} {_figures_text(figures)}")
+
         styles = [] if settings.style_lora is None else [str(settings.style_lora)]
         teacher = load_with_loras(settings.model, styles, steps=settings.model_steps)
         start = None
@@ -198,9 +214,7 @@ def distill(
             recipe_name=Path(recipe).stem,
             start=start,
             accept_replaced=accept_replaced,
-            on_iteration=lambda stage, done, figures: advance(
-                done, stage.iterations, f"{stage.name} {_figures_text(figures)}"
-            ),
+            on_iteration=on_iteration,
         )
     if world.is_first:
         for path in written.values():
@@ -288,9 +302,24 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
     return source
 
 
+def _print_line(line: str | None) -> None:
+    if line is not None:
+        typer.echo(line, err=True)
+
+
 @contextmanager
-def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
-    """Show a bar with counts and the time that remains; yields the function that moves it."""
+def progress_bar(title: str, shown: bool = True, *, lines: bool = True) -> Iterator[OnProgress]:
+    """Show a bar with counts and the time that remains; yields the function that moves it.
+
+    Args:
+        title: what is done.
+        shown: whether to show anything.
+        lines: whether to print a line now and then where there is no terminal for a bar.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_printer(title) if shown and lines else lambda done, total, text: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -298,7 +327,7 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(title, total=None)
 
         def advance(done: int, total: int | None, text: str) -> None:
@@ -306,3 +335,18 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
             bar.update(task, completed=done, total=total, description=description)
 
         yield advance
+
+
+def _line_printer(title: str) -> OnProgress:
+    """Return what prints a line about the progress, at most every half minute."""
+    last_at = time.monotonic()
+
+    def advance(done: int, total: int | None, text: str) -> None:
+        nonlocal last_at
+        if time.monotonic() - last_at < _SECONDS_BETWEEN_LINES:
+            return
+        last_at = time.monotonic()
+        of_total = "" if total is None else f"/{total}"
+        typer.echo(f"{title} {done}{of_total} {text}".rstrip(), err=True)
+
+    return advance

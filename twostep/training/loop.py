@@ -29,6 +29,9 @@ from twostep.training.stopping import OUT_OF_TIME, StoppedError, StopRequest, st
 OnIteration = Callable[[int, dict[str, float]], None]
 """Called after every iteration with the number of iterations done and the figures of the last."""
 
+SECONDS = "seconds_per_iteration"
+"""The figure beside those of an iteration that says how long one took on average."""
+
 _EXIT_CODE = "exit_code"
 """Beside the figures that processes exchange after every iteration: why one of them is to stop."""
 
@@ -263,7 +266,7 @@ def run_loop(
                         part=name,
                         iteration=num_done,
                         **means.taken(),
-                        seconds_per_iteration=seconds,
+                        **{SECONDS: seconds},
                     )
                 begun_at = time.monotonic()
                 is_last = num_done == settings.iterations
