@@ -222,7 +222,10 @@ def distill(
 
 
 def report(
-    run: Annotated[Path | None, typer.Argument(help="The folder of a `twostep distill`.")] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Argument(help="The folder of a `twostep distill`, or several to compare."),
+    ] = None,
     lora: Annotated[
         str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")
     ] = None,
@@ -235,14 +238,15 @@ def report(
 ) -> None:
     """Make one HTML page of a run, or find the weight at which a LoRA is best on other bases.
 
-    The page can be made while the run goes on.
+    The page can be made while the run goes on. Of several runs it lays the curves over each other,
+    and lies in the folder of the first.
     """
-    if run is not None and lora is None:
+    if run and lora is None:
         from twostep.reports.run_page import write_report
 
         _find_modules_here()
-        typer.echo(f"written: {write_report(run)}")
-    elif lora is not None and run is None:
+        typer.echo(f"written: {write_report(run[0], run[1:])}")
+    elif lora is not None and not run:
         from twostep.reports.portability import PROMPTS, print_scales
 
         chosen = PROMPTS if prompts is None else _read_prompts(prompts)
