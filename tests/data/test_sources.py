@@ -78,8 +78,10 @@ def test_sources_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
         list(find_entries(str(tmp_path / "nothing")))
     (tmp_path / "a.jsonl").write_text('{"image": "a.png"}\n{"picture": "b.png"}')
-    with pytest.raises(DataError, match=r"line 2.*names for the picture"):
-        list(find_entries(str(tmp_path / "a.jsonl")))
+    _, second = find_entries(str(tmp_path / "a.jsonl"))
+    assert second.name == "a.jsonl line 2"
+    with pytest.raises(UnusablePictureError, match="no picture among picture: names for the pic"):
+        read_picture(second, Demands())
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match="no whole tar"):
         list(find_entries(str(tmp_path / "a.tar")))

@@ -295,7 +295,14 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
             "this recipe has no data: make some with `twostep cache`, and say -o data=FOLDER."
         )
     if settings.cache is not None:
-        return load_cache(settings.cache, teacher)
+        unknown = settings.data_options.keys() - {"caption_dropout"}
+        if unknown:
+            raise RecipeError(
+                f"data_options has {', '.join(sorted(unknown))}, but data is a cache, which has "
+                "only caption_dropout."
+            )
+        dropout = float(settings.data_options.get("caption_dropout", 0.0))
+        return load_cache(settings.cache, teacher, caption_dropout=dropout)
     try:
         make = resolve_name(_BUILTIN_DATA if settings.data == BUILTIN else settings.data)
     except (ModuleNotFoundError, AttributeError) as error:

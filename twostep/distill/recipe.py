@@ -158,7 +158,9 @@ class DistillRecipe(Settings):
         json_schema_extra=COMPARED,
     )
     data_options: dict[str, str | int | float] = Field(
-        {}, description="arguments of that function beside the teacher"
+        {},
+        description="arguments of that function beside the teacher; of a cache caption_dropout, "
+        "the share of items that are drawn without their caption",
     )
     release: tuple[int, ...] = Field(
         (8, 4, 2, 1),
