@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests.distill.test_chain import CONDITIONAL, REGRESSION, make_recipe, stage
 from twostep.cli import app
-from twostep.contract import student_name
+from twostep.contract import VariancePreservingSpec, student_name
 from twostep.distill import DistillRecipe
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle, save_student
@@ -171,6 +171,17 @@ def test_models_of_other_teachers_are_refused(run: Path, tmp_path: Path) -> None
     teacher = load_bundle(other)
     save_bundle(replace(random_bundle(seed=1), contract=teacher.contract), other)
     with pytest.raises(ComparisonError, match="different teachers"):
+        compare([str(run), str(other)])
+
+
+def test_models_of_other_schedules_are_refused(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(run / "model", other)
+    shutil.rmtree(other / "students")
+    teacher = load_bundle(other)
+    schedule = replace(VariancePreservingSpec(), beta_end=0.02)
+    save_bundle(replace(teacher, contract=replace(teacher.contract, schedule=schedule)), other)
+    with pytest.raises(ComparisonError, match="different noise schedules"):
         compare([str(run), str(other)])
 
 

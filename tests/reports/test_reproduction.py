@@ -73,7 +73,7 @@ def test_the_tables_of_the_package_can_be_made(tmp_path: Path) -> None:
     names = [step.name for step in reproduction.steps]
     assert len(set(names)) == len(names)
     assert names.index("nano-vae") < names.index("nano-teacher") < names.index("nano-seed0")
-    assert reproduction.remaining_minutes() == sum(step.minutes for step in reproduction.steps)
+    assert reproduction.remaining_minutes() == sum(s.minutes or 0 for s in reproduction.steps)
     for row in table.rows:
         recipe = load_recipe(row.recipe, DistillRecipe, row.overrides)
         assert recipe.release
@@ -87,10 +87,18 @@ def test_what_is_left_goes_as_fast_as_what_is_done(tmp_path: Path) -> None:
     seconds = {part.recipe: 120 * part.minutes for part in (first, second)}
     (tmp_path / "finished.json").write_text(json.dumps(seconds))
     reproduction = Reproduction(table, tmp_path)
-    rest = sum(s.minutes for s in reproduction.steps if s.name not in seconds)
+    rest = sum(s.minutes or 0 for s in reproduction.steps if s.name not in seconds)
     assert reproduction.remaining_minutes() == pytest.approx(2 * rest)
     assert in_words(25.4) == "25 minutes"
     assert in_words(288.0) == "4.8 hours"
+
+
+def test_what_was_never_measured_is_said_to_be_unknown(tmp_path: Path) -> None:
+    table = changed(rows=[{"recipe": "nano", "minutes": 90}, {"recipe": "nano-mse"}])
+    reproduction = Reproduction(table, tmp_path)
+    assert reproduction.num_unmeasured == 1
+    measured = sum(part.minutes for part in table.parts) + 90
+    assert reproduction.remaining_minutes() == measured
 
 
 def changed(**values: object) -> Table:

@@ -91,11 +91,15 @@ def reproduce(
         return
     reproduction = Reproduction(loaded, out)
     for step in reproduction.steps:
-        state = "finished" if step.name in reproduction.finished else in_words(step.minutes)
+        state = "not measured yet" if step.minutes is None else in_words(step.minutes)
+        if step.name in reproduction.finished:
+            state = f"finished in {in_words(reproduction.finished[step.name] / 60)}"
         typer.echo(f"{step.name}: {state}")
     left = in_words(reproduction.remaining_minutes())
+    if reproduction.num_unmeasured:
+        left += f", and {reproduction.num_unmeasured} trainings of unknown length,"
     typer.echo(
-        f"about {left} of training on two CPU cores are left; then {pictures} pictures a row"
+        f"about {left} of training on two CPU cores are left, then {pictures} pictures a row"
     )
     with progress_bar("reproduce") as advance:
         name = ""

@@ -50,7 +50,9 @@ class RowOfTable(Settings):
 
     recipe: str = Field(description="a recipe of `twostep distill`, by name or path")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="each is a training of its own")
-    minutes: float = Field(gt=0, description="how long one seed takes on two CPU cores")
+    minutes: float | None = Field(
+        None, gt=0, description="how long one seed takes on two CPU cores; left out if not measured"
+    )
     overrides: tuple[str, ...] = Field((), description="key.path=value, other values of the recipe")
 
 
@@ -70,12 +72,12 @@ class Step:
 
     Attributes:
         name: of its folder.
-        minutes: how long it takes on two CPU cores.
+        minutes: how long it takes on two CPU cores; None if that was not measured yet.
         run: trains it, or goes on; takes what shows its progress.
     """
 
     name: str
-    minutes: float
+    minutes: float | None
     run: Callable[[OnProgress], None]
 
 
@@ -109,12 +111,27 @@ class Reproduction:
         self.finished: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
     def remaining_minutes(self) -> float:
-        """Return how long the trainings that are left will take, as fast as those before."""
-        done = [step for step in self.steps if step.name in self.finished]
-        expected = sum(step.minutes for step in done)
-        taken = sum(self.finished[step.name] for step in done) / 60
-        pace = taken / expected if expected else 1.0
-        return pace * sum(step.minutes for step in self.steps if step.name not in self.finished)
+        """Return how long the trainings that are left will take, as fast as those before.
+
+        Those whose time was not measured yet do not count; `num_unmeasured` tells how many.
+        """
+        expected = 0.0
+        taken = 0.0
+        left = 0.0
+        for step in self.steps:
+            if step.minutes is None:
+                continue
+            if step.name in self.finished:
+                expected += step.minutes
+                taken += self.finished[step.name] / 60
+            else:
+                left += step.minutes
+        return left * (taken / expected if expected else 1.0)
+
+    @property
+    def num_unmeasured(self) -> int:
+        """How many trainings are left of which nobody knows how long they take."""
+        return sum(s.minutes is None and s.name not in self.finished for s in self.steps)
 
     def train(
         self,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _BUILT_IN = {
     "regression": "twostep.distill.methods.regression:Regression",
     "conversion": "twostep.distill.methods.conversion:Conversion",
+    "lightning": "twostep.distill.methods.lightning:Lightning",
     "adversarial": "twostep.distill.methods.adversarial:Adversarial",
 }
 """Where the built-in methods are; each is imported when it is first asked for."""
