@@ -12,7 +12,7 @@ from twostep.distill.recipe import DistillRecipe
 from twostep.training.loop import LoopSettings
 from twostep.training.run_folder import RunError, RunFolder
 
-STAGES = [
+STAGES: list[dict[str, Any]] = [
     {"student_steps": 4, "method": {"name": "regression"}},
     {"student_steps": 4, "method": {"name": "adversarial", "objective": "conditional"}},
     {"student_steps": 2, "method": {"name": "adversarial", "objective": "unconditional"}},
@@ -42,6 +42,14 @@ def run(tmp_path: Path) -> Path:
         ({"stages": {1: {"iterations": 9}}}, "stages.1.iterations: 6 -> 9"),
         ({"stages": {1: {"learning_rate": 1e-6}}}, "stages.1.learning_rate: 1e-05 -> 1e-06"),
         ({"stages": {1: {"precision": "fp32"}}}, "stages.1.precision: bf16 -> fp32"),
+        (
+            {
+                "stages": {
+                    1: {"method": {**STAGES[1]["method"], "discriminator_learning_rate": 1e-6}}
+                }
+            },
+            "stages.1.method.discriminator_learning_rate: nothing -> 1e-06",
+        ),
         ({"stages": {2: {"batch_size": 4}}}, "stages.2.batch_size: 2 -> 4"),
         ({"stages": {2: {"seed": 7}}}, "stages.2.seed: 0 -> 7"),
         ({"stages": {0: {"log_every": 2}}}, "stages.0.log_every: 50 -> 2"),
