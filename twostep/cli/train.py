@@ -118,6 +118,8 @@ def plan(
         _print_stage(stage)
     whole = f" x {planned.num_items:,} = {_gib(planned.item_bytes * planned.num_items)}"
     typer.echo(f"data: {planned.item_bytes:,} bytes{whole if planned.num_items else ' an item'}")
+    stay = sum(stage.finished for stage in planned.stages)
+    typer.echo(f"disk: checkpoints take {_gib(planned.disk)} at most, and {_gib(stay)} stay")
     if memory is not None and max(stage.highest for stage in planned.stages) > memory:
         _print_advice(settings, planned.stages, memory)
         raise typer.Exit(1)
@@ -128,7 +130,7 @@ def _gib(num_bytes: int | float) -> str:
 
 
 def _print_stage(planned: StagePlan) -> None:
-    """Print the plan of one stage in four lines."""
+    """Print the plan of one stage in five lines."""
     stage = planned.stage
     trained = ", ".join(f"{role} {count:,}" for role, count in planned.trained.items())
     parts = [f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size]
@@ -138,6 +140,7 @@ def _print_stage(planned: StagePlan) -> None:
     typer.echo(f"  teacher: {planned.evaluations:g} evaluations per example and iteration")
     typer.echo(f"  {_gib(planned.peak)}: {', '.join(parts)}")
     typer.echo(f"  {_gib(planned.pictures)} while a checkpoint's pictures are drawn")
+    typer.echo(f"  {_gib(planned.checkpoint)} a checkpoint")
 
 
 def _print_advice(settings: DistillRecipe, planned: Sequence[StagePlan], memory: float) -> None:
