@@ -59,10 +59,10 @@ def test_a_line_says_stage_pace_and_what_is_left(monkeypatch: pytest.MonkeyPatch
         (0.2, "0 s"),
         (59.4, "59 s"),
         (59.6, "1 min"),
-        (3599, "1 h 0 min"),
-        (3600, "1 h 0 min"),
-        (12_000, "3 h 20 min"),
-        (190_800, "2 d 5 h"),
+        (3599.0, "1 h 0 min"),
+        (3600.0, "1 h 0 min"),
+        (12_000.0, "3 h 20 min"),
+        (190_800.0, "2 d 5 h"),
     ],
 )
 def test_times_in_words(seconds: float, words: str) -> None:
