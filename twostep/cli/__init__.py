@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from twostep import __version__
 from twostep.cli import cache, compare, draw, evaluate, files, pretrain, train
 from twostep.errors import TwostepError
+from twostep.training.stopping import StoppedError
 
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141
@@ -31,6 +32,9 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except StoppedError as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(stopped.exit_code) from stopped
         except KeyboardInterrupt as interrupt:
             # The shell's own code for it; what was asked for needs no word.
             raise typer.Exit(_INTERRUPTED) from interrupt

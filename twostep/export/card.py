@@ -9,12 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from twostep.contract import Contract
+from twostep.contract import Contract, VariancePreservingSpec
 from twostep.export.page import page_of, rendered
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
-from twostep.formats.locate import ModelError, read_json
-from twostep.formats.single_file import SDXL_BASE
+from twostep.formats.locate import SDXL_BASE, ModelError, read_json
 from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
@@ -65,6 +64,7 @@ class Card:
             file=name or out.name,
             to=to,
             contract=contract,
+            workflow_steps=workflow_steps(contract),
             fields={field.name: getattr(contract, field.name) for field in fields(contract)},
             full_size=full_size,
             sdxl=is_sdxl(contract),
@@ -110,10 +110,33 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
     to its server.
     """
     api_path = out.with_suffix(".api.json")
-    _render("workflow.json", api_path, file=out.name, to=to, contract=contract, name=out.stem)
+    _render(
+        "workflow.json",
+        api_path,
+        file=out.name,
+        to=to,
+        contract=contract,
+        steps=workflow_steps(contract),
+        name=out.stem,
+    )
     page = json.dumps(page_of(read_json(api_path)), indent=2)
     with write_atomically(out.with_suffix(".json")) as file:
         file.write(page.encode())
+
+
+def workflow_steps(contract: Contract) -> int:
+    """Return the number of steps that a workflow takes.
+
+    ComfyUI's scheduler `simple` rounds times another way than the trailing grid, so that the two
+    agree only where all times are whole. A teacher may take any number of steps: its workflow takes
+    the next one that divides its times. A student keeps to its own.
+    """
+    steps = contract.steps
+    schedule = contract.schedule
+    if contract.role == "teacher" and isinstance(schedule, VariancePreservingSpec):
+        while schedule.num_times % steps:
+            steps += 1
+    return steps
 
 
 def _render(template: str, out: Path, **values: object) -> None:

@@ -31,6 +31,7 @@ _RANKED = rf"({DOWN}|\.hada_w1_b|\.lokr_w[12]_b)$"
 LORA = "a LoRA"
 WHOLE = "a whole checkpoint"
 UNET_ALONE = "a UNet alone"
+CONTROL = "a ControlNet"
 """The kinds of file that are loaded here, as identify.toml calls them."""
 
 LORAS = (LORA, "a DoRA", "a LoHa", "a LoKr", "a full difference")

@@ -26,7 +26,7 @@ from twostep.errors import TwostepError
 from twostep.export.page import page_of
 from twostep.files import write_new
 from twostep.media.codec import Encoded
-from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
+from twostep.pipeline.request import MAX_BATCH, SAMPLERS, LoraChoice, Request, Result
 from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
@@ -124,7 +124,7 @@ def a1111_text(contract: Contract, request: Request) -> str:
     """
     settings = {
         "Steps": f"{request.steps}",
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS[request.sampler or contract.sampler],
         "Schedule type": "Simple",
         "CFG scale": f"{request.guidance:g}",
         "Seed": f"{request.seed}",

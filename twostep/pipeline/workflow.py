@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twostep.contract import Contract
+from twostep.contract import Contract, VariancePreservingSpec
 from twostep.errors import TwostepError
 from twostep.pipeline.request import LoraChoice, Request
 
@@ -22,12 +22,14 @@ _SAMPLING = {"x0": "x0", "v": "v_prediction"}
 def workflow_of(contract: Contract, request: Request) -> dict[str, Any] | None:
     """Return the graph of a settled request of one image, for ComfyUI's server.
 
-    None for masks and ControlNets, for flow, and where an image is begun between two times of the
-    grid: ComfyUI's own nodes would draw something else.
+    None for masks and ControlNets, for other samplers and laws of noise than SDXL's, and where an
+    image is begun between two times of the grid: ComfyUI's own nodes would draw something else.
     """
-    if request.mask is not None or request.controls or contract.prediction_type == "flow":
+    if request.mask is not None or request.controls:
         return None
-    if contract.sampler != "euler":
+    if contract.prediction_type == "flow" or contract.schedule != VariancePreservingSpec():
+        return None
+    if (request.sampler or contract.sampler) != "euler":
         return None
     graph = _Graph()
     model, clip, vae = _loaded(graph, contract, request)

@@ -150,6 +150,7 @@ def find_part_recipe(name: str | Path) -> Path:
 
 def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     codec = train_vae(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
         with weights_folder(run.out / "model" / "vae") as folder_of_vae:
@@ -159,6 +160,7 @@ def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
 
 def _train_text(settings: TextSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     text = train_text(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
         with weights_folder(run.out / "model") as model:
@@ -170,6 +172,7 @@ def _train_text(settings: TextSettings, run: PartRun) -> Path:
 
 def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     size = find_size(settings.size)
     codec = load_codec(settings.autoencoder)
     text = load_text(settings.text_encoders)
@@ -186,6 +189,7 @@ def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
 
 def _tune_teacher(settings: TuneSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     teacher = load_bundle(settings.model)
     contract = replace(
         teacher.contract,
@@ -234,6 +238,7 @@ def _fit_teacher(
 
 def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     # The codec stays on the CPU, where the drawings are.
     bundle = load_bundle(settings.model)
     device = find_device(settings.device)
@@ -264,6 +269,7 @@ def _train_judge(settings: JudgeSettings, run: PartRun) -> Path:
 
 def _train_style(settings: StyleSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     bundle = load_bundle(settings.model)
     latents = style_latents(run.drawings, bundle, settings, on_variant=run.show_latents)
     bundle = bundle.to(find_device(settings.device))
