@@ -20,12 +20,13 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from twostep.contract import Contract, ContractError
-from twostep.diffusion import VariancePreserving, trailing_times
+from twostep.diffusion import VariancePreserving
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, ModelError, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.single_file import NAMES, SingleFile
 from twostep.models.lora_stack import LoraFile
+from twostep.models.sampling import sampling_times
 
 Kind = Literal["checkpoint", "unet", "lora"]
 
@@ -134,9 +135,10 @@ def teacher_contract(file: Path | Checkpoint) -> Contract:
 
 
 def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
-    """Return sigma / alpha at the contract's trailing times, falling, and 0 at the end.
+    """Return sigma / alpha at the contract's times, falling, and 0 at the end.
 
-    SamplerCustom follows them. Raises ContractError for a rectified flow.
+    SamplerCustom follows them. Raises ContractError for a rectified flow, and for a student that
+    does not begin at the top.
     """
     if contract.prediction_type not in PREDICTIONS:
         raise ContractError(
@@ -144,8 +146,22 @@ def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
             f"sample; they know {', '.join(PREDICTIONS)}. Draw with it in twostep."
         )
     schedule = VariancePreserving.scaled_linear()
-    times = torch.tensor([*trailing_times(contract.steps, schedule), 0])
+    first, *rest = sampling_times(contract, schedule)
+    if first != schedule.top:
+        raise ContractError(
+            f"{contract.name} takes pure noise for latents of time {first:g}, which ComfyUI's "
+            "samplers cannot do. Draw with it in twostep."
+        )
+    times = torch.tensor([first, *rest])
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
+
+
+def _sampler(contract: Contract) -> str:
+    """Return what to choose in ComfyUI's samplers: of the sigmas by these nodes, or by its own."""
+    name = "lcm" if contract.sampler == "renoise" else "euler"
+    if contract.sampling_times:
+        return f"{name} (SamplerCustom with these sigmas: no scheduler has them)"
+    return f"{name}, scheduler simple"
 
 
 def student_beside(file: Path | Checkpoint, steps: int) -> Path:
@@ -225,7 +241,7 @@ def explain(file: Path | Checkpoint) -> str:
     lines = {
         "name": f"{contract.name} ({what}, {contract.role})",
         "base": contract.base,
-        "sampler": f"euler, scheduler simple, {contract.steps} steps, cfg {contract.guidance:g}",
+        "sampler": f"{_sampler(contract)}, {contract.steps} steps, cfg {contract.guidance:g}",
         "predicts": f"{contract.prediction_type} (node ModelSamplingDiscrete: {sampling})",
         "sigmas": ", ".join(values),
         "sizes": ", ".join(sizes),

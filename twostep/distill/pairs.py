@@ -16,6 +16,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion import Denoise, Schedule, landing, solve, step, trained_times
 from twostep.diffusion.shapes import Batch, Times
+from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
@@ -52,11 +53,13 @@ class Batches:
         source: of latents and conditioning.
         batch_size: examples of all processes together.
         device: where examples and noise go.
+        codec: of the teacher, for methods that look at media; None where there is none.
     """
 
     source: Source
     batch_size: int
     device: torch.device
+    codec: Codec | None = None
 
     def examples(self, random: Randomness) -> tuple[Batch, Conditioning]:
         """Draw clean latents x0 and their conditioning."""

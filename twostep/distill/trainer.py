@@ -15,6 +15,7 @@ from twostep.distill.health import Health, Monitor
 from twostep.distill.pairs import Batches, Source
 from twostep.distill.recipe import Stage
 from twostep.distill.roles import Weights, move_average
+from twostep.media.codec import Codec
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
     MovingAverage,
@@ -59,6 +60,7 @@ class StageTrainer:
         student: Denoiser,
         *,
         sharded: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         """Make the method's networks and the optimisers.
 
@@ -69,10 +71,11 @@ class StageTrainer:
             student: trained in place: its LoRA if it has one, or else its network.
             sharded: whether to spread the method's own networks over all processes. The student's
                 is already, if so.
+            codec: of the teacher, for methods that look at media.
         """
         self.stage = stage
         self.method = stage.make_method()
-        self.batches = Batches(source, stage.batch_size, _device(student))
+        self.batches = Batches(source, stage.batch_size, _device(student), codec)
         # Fresh layers, as a discriminator's head, start at random.
         torch.manual_seed(stage.seed)
         self.roles = dict(self.method.roles(teacher, student))
@@ -187,6 +190,7 @@ def train_stage(
     folder: RunFolder,
     *,
     sharded: bool = False,
+    codec: Codec | None = None,
     health: Health | None = None,
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: OnCheckpoint = lambda iteration: {},
@@ -202,6 +206,7 @@ def train_stage(
         student: trained in place.
         folder: takes checkpoints and log.
         sharded: whether the method's networks are spread over all processes.
+        codec: of the teacher.
         health: limits, and what happens beyond them.
         on_iteration: called after every iteration.
         on_checkpoint: called before every checkpoint.
@@ -210,7 +215,7 @@ def train_stage(
         TrainingError: a loss is no finite number, or health asks for a pause. The checkpoint before
             that is kept.
     """
-    trainer = StageTrainer(stage, source, teacher, student, sharded=sharded)
+    trainer = StageTrainer(stage, source, teacher, student, sharded=sharded, codec=codec)
     monitor = Monitor(health or Health(), trainer.method.limits())
     run = _MonitoredRun(
         trainer, monitor, folder, on_iteration=on_iteration, on_checkpoint=on_checkpoint

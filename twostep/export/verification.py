@@ -48,6 +48,12 @@ def verify(
     """
     checkpoint = resolve(model, steps=steps)
     bundle = load_bundle(checkpoint, steps=steps)
+    if bundle.contract.sampler == "renoise":
+        raise ModelError(
+            f"{bundle.contract.name} adds fresh noise at every step, which no two programs draw "
+            "alike, so there is nothing to compare step by step. Verify a student that follows the "
+            "flow."
+        )
     width, height = bundle.contract.sizes[0]
     noise = draw_noise([seed], bundle.latent_shape(width, height))
     ours = _sampled(bundle, prompt, noise, seed)

@@ -127,10 +127,23 @@ class SdxlFamily:
 
 def _diffusers_scheduler(contract: Contract) -> Any:
     """Return the scheduler with which diffusers samples as a contract says."""
-    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import (
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        LCMScheduler,
+    )
 
     if isinstance(contract.schedule, RectifiedFlowSpec):
         return FlowMatchEulerDiscreteScheduler(shift=contract.schedule.shift)
+    if contract.sampler == "renoise":
+        # The times have no place in its config: whoever samples gives them.
+        return LCMScheduler(
+            num_train_timesteps=contract.schedule.num_times,
+            beta_schedule=contract.schedule.betas,
+            beta_start=contract.schedule.beta_start,
+            beta_end=contract.schedule.beta_end,
+            prediction_type=DIFFUSERS_NAMES[contract.prediction_type],
+        )
     return EulerDiscreteScheduler(
         num_train_timesteps=contract.schedule.num_times,
         beta_schedule=contract.schedule.betas,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -200,19 +201,20 @@ def run_loop(
             save_checkpoint(0)
     started_at = time.monotonic()
     sums: dict[str, float] = {}
-    num_summed = 0
+    counts: Counter[str] = Counter()
     for iteration in range(start, settings.iterations):
         figures = averaged(iterate(iteration, Randomness.at(settings.seed, iteration)))
         num_done = iteration + 1
         sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
-        num_summed += 1
+        # A figure of its own count: not every role takes a step in every iteration.
+        counts.update(figures.keys())
         on_iteration(num_done, figures)
         if num_done % settings.log_every == 0:
-            means = {key: value / num_summed for key, value in sums.items()}
+            means = {key: value / counts[key] for key, value in sums.items()}
             seconds = round((time.monotonic() - started_at) / (num_done - start), 4)
             folder.log(part=name, iteration=num_done, **means, seconds_per_iteration=seconds)
             sums = {}
-            num_summed = 0
+            counts.clear()
         if num_done % settings.checkpoint_every == 0 or num_done == settings.iterations:
             on_checkpoint(num_done)
             save_checkpoint(num_done)

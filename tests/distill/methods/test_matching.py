@@ -71,13 +71,13 @@ def test_a_student_goes_to_the_teachers_mean_and_deviation(generator: torch.Gene
     teacher = gaussian(MEAN, DEVIATION)
     mean = torch.tensor(OWN_MEAN, requires_grad=True)
     deviation = torch.tensor(OWN_DEVIATION, requires_grad=True)
-    optimiser = torch.optim.Adam([mean, deviation], lr=0.02)
-    for _ in range(300):
-        noise, eps = torch.randn(2, 512, 1, generator=generator)
-        t = draw_matching_times(512, generator, SCHEDULE)
+    optimiser = torch.optim.Adam([mean, deviation], lr=0.03)
+    for _ in range(120):
+        noise, eps = torch.randn(2, 256, 1, generator=generator)
+        t = draw_matching_times(256, generator, SCHEDULE)
         fake = gaussian(mean.item(), deviation.item())
         x = mean + deviation * noise
-        loss = distribution_matching_loss(x, nothing(512), t, eps, teacher=teacher, fake=fake)
+        loss = distribution_matching_loss(x, nothing(256), t, eps, teacher=teacher, fake=fake)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

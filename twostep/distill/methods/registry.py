@@ -16,6 +16,10 @@ _BUILT_IN = {
     "regression": "twostep.distill.methods.regression:Regression",
     "conversion": "twostep.distill.methods.conversion:Conversion",
     "adversarial": "twostep.distill.methods.adversarial:Adversarial",
+    "lcm": "twostep.distill.methods.lcm:Lcm",
+    "add": "twostep.distill.methods.add:Add",
+    "ladd": "twostep.distill.methods.ladd:Ladd",
+    "dmd2": "twostep.distill.methods.dmd2:Dmd2",
 }
 """Where the built-in methods are; each is imported when it is first asked for."""
 
