@@ -22,7 +22,6 @@ from typing import Annotated
 import torch
 import typer
 from jaxtyping import Bool, Float, Int, UInt8
-from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
@@ -37,6 +36,7 @@ from twostep.networks.control import Hint, load_control
 from twostep.pretrain.control import PLACEMENT, hints_of
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import DrawingSet, lay_on, load_drawings, place_drawings
+from twostep.pretrain.prompt_sets import Task, complete_tasks
 from twostep.pretrain.sizes import NANO
 
 HELD_OUT_SEED = 2**20

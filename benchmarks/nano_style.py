@@ -16,18 +16,19 @@ from typing import Annotated
 import torch
 import typer
 from nano_table import Sampler, draw, to_float
-from nano_tasks import FIRST_SEED, Task, complete_tasks
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
 from twostep.evaluate.attributes import Attributes
 from twostep.evaluate.judge import load_judge
+from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
+from twostep.pretrain.prompt_sets import FIRST_SEED, Task, complete_tasks
 
 STYLE = "noto"
 STYLED_TEACHER = "teacher with the style, 32 steps"
@@ -66,12 +67,12 @@ def main(
         pictures[label] = to_float(torch.cat(parts))
     typer.echo("| | concept | style | background | distance to the styled teacher |")
     typer.echo("|---|---:|---:|---:|---:|")
-    reference = judge.statistics(pictures[STYLED_TEACHER])
+    reference = measure(pictures[STYLED_TEACHER], attributes, judge)
     for label, drawn in pictures.items():
         report = evaluate(drawn, attributes, judge, reference=reference)
         scores = (report.concept, report.style, report.background)
         shares = " | ".join(f"{100 * (score.share or 0):.1f} %" for score in scores)
-        typer.echo(f"| {label} | {shares} | {report.frechet_to_reference:.2f} |")
+        typer.echo(f"| {label} | {shares} | {report.frechet_to_reference.value:.2f} |")
     chosen = list(range(0, count, max(1, count // SHEET_COLUMNS)))
     lines = [(label, to_images(drawn[chosen])) for label, drawn in pictures.items()]
     sheet = contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2)

@@ -23,14 +23,6 @@ import torch
 import typer
 from diffusers import DPMSolverMultistepScheduler
 from nano_table_text import checks, to_markdown
-from nano_tasks import (
-    FIRST_SEED,
-    Task,
-    complete_tasks,
-    incomplete_tasks,
-    real_pictures,
-    repeated_tasks,
-)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,6 +32,7 @@ from twostep.diffusion import Denoise, VariancePreserving
 from twostep.diffusion.flow import Keep, OnStep
 from twostep.diffusion.samplers import DrawNoise
 from twostep.evaluate.judge import Judge, load_judge
+from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.formats import resolve
 from twostep.formats.locate import find_model
@@ -48,6 +41,14 @@ from twostep.models.loading import load_bundle
 from twostep.models.sampling import decode, encode_prompts, sample_prompts
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import DrawingSet, load_drawings
+from twostep.pretrain.prompt_sets import (
+    FIRST_SEED,
+    Task,
+    complete_tasks,
+    incomplete_tasks,
+    real_pictures,
+    repeated_tasks,
+)
 
 CHUNK = 128
 DECODE_CHUNK = 16
@@ -318,7 +319,11 @@ def judge_rows(
     """Judge every row against its prompts, the teacher's pictures and real ones."""
     statistics = {
         name: (
-            judge.statistics(to_float(pictures["teacher"][name])),
+            measure(
+                to_float(pictures["teacher"][name]),
+                [task.attributes for task in tasks[name]],
+                judge,
+            ),
             judge.statistics(_real(tasks[name], drawings)),
         )
         for name in ("complete", "incomplete")
@@ -337,9 +342,9 @@ def judge_rows(
             label=row.label,
             steps=row.sampler.steps,
             evaluations=row.sampler.num_evaluations,
-            complete=report(row, "complete").to_dict(),
-            incomplete=report(row, "incomplete").to_dict(),
-            diversity=report(row, "diversity").to_dict() if row.with_diversity else None,
+            complete=_plain(report(row, "complete")),
+            incomplete=_plain(report(row, "incomplete")),
+            diversity=_plain(report(row, "diversity")) if row.with_diversity else None,
         )
         for row in rows
     ]
@@ -356,13 +361,13 @@ def judge_real(
     """
     reports = {}
     for name, wanted in tasks.items():
-        reference = judge.statistics(to_float(pictures["teacher"][name]))
-        real = judge.statistics(_real(wanted, drawings))
         attributes = [task.attributes for task in wanted]
+        reference = measure(to_float(pictures["teacher"][name]), attributes, judge)
+        real = judge.statistics(_real(wanted, drawings))
         composed = real_pictures(attributes, drawings, seed=FIRST_SEED - 1)
-        reports[name] = evaluate(
-            composed, attributes, judge, reference=reference, real=real
-        ).to_dict()
+        reports[name] = _plain(
+            evaluate(composed, attributes, judge, reference=reference, real=real)
+        )
     return Figures(
         key="real",
         label="real drawings",
@@ -372,6 +377,14 @@ def judge_real(
         incomplete=reports["incomplete"],
         diversity=reports["diversity"],
     )
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    """Return the figures of a report without the interval of the distance."""
+    figures = report.to_dict()
+    distance = report.frechet_to_reference
+    figures["frechet_to_reference"] = None if distance is None else distance.value
+    return figures
 
 
 def _real(tasks: Sequence[Task], drawings: DrawingSet) -> Tensor:

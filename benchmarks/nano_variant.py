@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from nano_table import TEACHER_STEPS, Row, Sampler, draw_row, to_float, write_sheet
-from nano_tasks import Task, complete_tasks
 from torch import Tensor
 
 from twostep.evaluate.attributes import Attributes
@@ -29,6 +28,7 @@ from twostep.evaluate.diversity import pixel_diversity
 from twostep.evaluate.frechet import fit_features, frechet_distance
 from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.likeness import looks
+from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import evaluate
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -36,6 +36,7 @@ from twostep.models.lora_stack import LoraCache
 from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
+from twostep.pretrain.prompt_sets import Task, complete_tasks
 from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)
@@ -154,8 +155,10 @@ def _figures(
     pictures: Tensor, reference: Tensor, tasks: list[Task], *, judge: Judge, style: str | None
 ) -> dict[str, Any]:
     """Return what the table says of pictures, against the variant's own of the same prompts."""
-    statistics = judge.statistics(reference)
-    report = evaluate(pictures, [task.attributes for task in tasks], judge, reference=statistics)
+    attributes = [task.attributes for task in tasks]
+    measured = measure(reference, attributes, judge)
+    report = evaluate(pictures, attributes, judge, reference=measured)
+    distance = report.frechet_to_reference
     in_style = None
     if style is not None:
         is_style = judge.judge(pictures).style.argmax(dim=1) == judge.classes.styles.index(style)
@@ -164,7 +167,7 @@ def _figures(
         "concept": report.concept.share,
         "style": in_style,
         "background": report.background.share,
-        "distance": report.frechet_to_reference,
+        "distance": None if distance is None else distance.value,
         "looks": frechet_distance(fit_features(looks(pictures)), fit_features(looks(reference))),
         "difference": pixel_diversity(
             torch.cat([pictures, reference]), [*range(len(pictures))] * 2

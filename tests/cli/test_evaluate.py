@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from nano_tasks import complete_tasks, real_pictures
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -18,6 +17,7 @@ from twostep.pipeline.png import save_images
 from twostep.pipeline.request import Request
 from twostep.pipeline.request import Result as Drawn
 from twostep.pretrain.drawings import DrawingSet
+from twostep.pretrain.prompt_sets import complete_tasks, real_pictures
 
 CONTRACT = Contract(
     name="drawn-by-hand",
@@ -67,7 +67,7 @@ def test_real_pictures_are_found_right(folder: Path, tmp_path: Path):
         == figures["background"]["num_right"]
         == 12
     )
-    assert figures["frechet_to_reference"] == pytest.approx(0, abs=1e-6)
+    assert figures["frechet_to_reference"]["value"] == pytest.approx(0, abs=1e-6)
     assert figures["frechet_to_real"] > 0
     assert "100.0 % of 12" in answer.output
 
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_scored_is_named(what: str, tmp_path: Path):
     expected = {
         "missing": "is no folder",
         "empty": "holds no PNG",
-        "damaged": "cannot be read as a picture",
+        "damaged": "cannot be read",
         "large": "128x64; the judge knows 64x64 only",
     }
     assert expected[what] in answer.stderr

@@ -5,7 +5,13 @@ import pytest
 import scipy.linalg
 import torch
 
-from twostep.evaluate.frechet import FeatureStatistics, FrechetError, fit_features, frechet_distance
+from twostep.evaluate.frechet import (
+    FeatureStatistics,
+    FrechetError,
+    fit_features,
+    frechet_distance,
+    frechet_influences,
+)
 
 
 def random_statistics(seed: int, size: int = 6) -> FeatureStatistics:
@@ -82,3 +88,39 @@ def test_nan_is_refused():
 def test_features_of_different_judges_are_refused():
     with pytest.raises(FrechetError, match="same judge"):
         frechet_distance(random_statistics(1, 4), random_statistics(1, 5))
+
+
+def test_influences_are_the_derivative_by_the_samples_weights():
+    """Against a finite difference: one sample weighs a little more."""
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(60, 5, generator=generator).double() @ torch.diag(torch.arange(1.0, 6)).double()
+    b = 0.5 + torch.randn(80, 5, generator=generator).double()
+    of_a, of_b = frechet_influences(a, b)
+    assert of_a.mean().abs() < 1e-9
+    assert of_b.mean().abs() < 1e-9
+    for features, other, influences in ((a, b, of_a), (b, a, of_b)):
+        step = 1e-5
+        distances = []
+        for sign in (1, -1):
+            weights = torch.full((len(features),), 1 / len(features), dtype=torch.float64)
+            weights[3] += sign * step
+            weights /= weights.sum()
+            mean = weights @ features
+            deviation = features - mean
+            # The unbiased covariance, as fit_features takes it.
+            bias = len(features) / (len(features) - 1)
+            covariance = bias * (deviation.T * weights) @ deviation
+            weighted = FeatureStatistics(mean, covariance, len(features))
+            distances.append(frechet_distance(weighted, fit_features(other)))
+        slope = (distances[0] - distances[1]) / (2 * step)
+        # The influence divides by n where the unbiased covariance divides by n - 1.
+        assert slope == pytest.approx(float(influences[3]), rel=0.05, abs=0.05)
+
+
+def test_influences_of_few_samples_are_finite():
+    generator = torch.Generator().manual_seed(5)
+    a = torch.randn(6, 20, generator=generator)
+    b = torch.randn(9, 20, generator=generator)
+    of_a, of_b = frechet_influences(a, b)
+    assert torch.isfinite(of_a).all()
+    assert torch.isfinite(of_b).all()

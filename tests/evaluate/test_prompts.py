@@ -3,7 +3,13 @@
 from random import Random
 
 import pytest
-from nano_tasks import (
+
+from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes
+from twostep.evaluate.judge import Judge
+from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.pretrain.captions import Omission, caption, complete_caption
+from twostep.pretrain.drawings import DrawingSet, built_in_concepts
+from twostep.pretrain.prompt_sets import (
     FIRST_SEED,
     PromptError,
     complete_tasks,
@@ -11,12 +17,6 @@ from nano_tasks import (
     real_pictures,
     repeated_tasks,
 )
-
-from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes
-from twostep.evaluate.judge import Judge
-from twostep.evaluate.prompts import attributes_from_prompt
-from twostep.pretrain.captions import Omission, caption, complete_caption
-from twostep.pretrain.drawings import DrawingSet, built_in_concepts
 
 CONCEPTS = built_in_concepts()
 

@@ -111,9 +111,8 @@ def test_the_verdict_does_not_depend_on_the_batch(quick_judge: Judge):
 
 
 def test_it_sees_blur(emoji: DrawingSet, judge: Judge):
-    from nano_tasks import complete_tasks, real_pictures
-
     from twostep.pretrain.degradation import blur
+    from twostep.pretrain.prompt_sets import complete_tasks, real_pictures
 
     pictures = real_pictures(
         [task.attributes for task in complete_tasks(emoji.concepts, 64)], emoji
@@ -165,9 +164,8 @@ def test_the_built_in_judge_is_small_and_states_its_accuracy(judge: Judge):
 
 def test_the_built_in_judge_knows_the_sample(emoji: DrawingSet, judge: Judge):
     """It never saw these half-sized drawings; what it states of itself must hold for them too."""
-    from nano_tasks import complete_tasks, real_pictures
-
     from twostep.evaluate.metrics import evaluate
+    from twostep.pretrain.prompt_sets import complete_tasks, real_pictures
 
     wishes = [task.attributes for task in complete_tasks(emoji.concepts, 128)]
     report = evaluate(real_pictures(wishes, emoji), wishes, judge)

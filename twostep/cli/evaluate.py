@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from twostep.evaluate.bootstrap import Estimate
     from twostep.evaluate.metrics import Report, Score
 
 _NUM_NAMED = 5
@@ -27,6 +28,13 @@ def evaluate(
     judge: Annotated[
         Path | None, typer.Option(help="A judge.safetensors; the built-in one by default.")
     ] = None,
+    second_judge: Annotated[
+        bool,
+        typer.Option(
+            "--second-judge",
+            help="Measure the distance in EfficientNet's features too; about 0.1 s a picture.",
+        ),
+    ] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures to this file.")
     ] = None,
@@ -37,7 +45,9 @@ def evaluate(
     from twostep.files import write_atomically
     from twostep.reports.evaluation import evaluate_folder
 
-    answer = evaluate_folder(folder, reference=reference, judge=judge)
+    answer = evaluate_folder(
+        folder, reference=reference, judge=judge, with_second_judge=second_judge
+    )
     if json_path is not None:
         with write_atomically(json_path) as file:
             file.write(json.dumps(answer.report.to_dict(), indent=2).encode())
@@ -68,19 +78,49 @@ def _table(report: Report, reference: Path | None) -> Table:
     table.add_row("subgroup right", _share(report.subgroup))
     table.add_row("style right", _share(report.style))
     table.add_row("background right", _share(report.background))
+    table.add_row("open background: none that exists", _share(report.off_palette))
+    table.add_row("open background: distance to the nearest", _estimate(report.palette_distance))
+    table.add_row(
+        "open background: variation to equal shares", _estimate(report.background_to_uniform)
+    )
+    table.add_row("open style: variation to equal shares", _estimate(report.style_to_uniform))
+    table.add_row("fine detail", _estimate(report.high_pass))
     table.add_row("Frechet distance to real pictures", _number(report.frechet_to_real))
     if reference is not None:
-        table.add_row(f"Frechet distance to {reference}", _number(report.frechet_to_reference))
+        _add_reference(table, report, reference)
     table.add_row("diversity between seeds, features", _number(report.feature_diversity))
     table.add_row("diversity between seeds, pixels", _number(report.pixel_diversity))
     table.add_row("blur, pixels", _number(report.mean_blur_pixels))
     return table
 
 
+def _add_reference(table: Table, report: Report, reference: Path) -> None:
+    """Add the figures that compare with the reference."""
+    table.add_row(f"Frechet distance to {reference}", _estimate(report.frechet_to_reference))
+    table.add_row(f"kernel distance to {reference}", _estimate(report.kernel_to_reference))
+    table.add_row(
+        "kernel distance to it, second judge", _estimate(report.second_kernel_to_reference)
+    )
+    table.add_row("fine detail, of its", _estimate(report.high_pass_ratio))
+    table.add_row("open background: variation to its", _estimate(report.background_to_reference))
+    table.add_row("open style: variation to its", _estimate(report.style_to_reference))
+
+
 def _share(score: Score) -> str:
     if score.share is None:
         return "not asked"
-    return f"{100 * score.share:.1f} % of {score.num_asked}"
+    interval = ""
+    if score.low is not None and score.high is not None:
+        interval = f" ({100 * score.low:.1f} to {100 * score.high:.1f})"
+    return f"{100 * score.share:.1f} % of {score.num_asked}{interval}"
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "not measured"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.4g}"
+    return f"{estimate.value:.4g} ({estimate.low:.4g} to {estimate.high:.4g})"
 
 
 def _number(value: float | None) -> str:

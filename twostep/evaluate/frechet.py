@@ -16,6 +16,9 @@ from torch import Tensor
 
 from twostep.errors import TwostepError
 
+_RANK_TOLERANCE = 1e-10
+"""Eigenvalues below this share of the largest one are rounding."""
+
 
 class FrechetError(TwostepError):
     """Features for which there is no Frechet distance."""
@@ -61,6 +64,44 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     spread = a.covariance.trace() + b.covariance.trace() - 2 * root_of_product
     # Rounding can leave a hair below zero where the two sets are the same.
     return max(0.0, float((a.mean - b.mean).square().sum() + spread))
+
+
+def frechet_influences(
+    a: Float[Tensor, "samples features"], b: Float[Tensor, "others features"]
+) -> tuple[Float64[Tensor, " samples"], Float64[Tensor, " others"]]:
+    """Return how each sample moves the Frechet distance, one tensor for each set.
+
+    To first order, the distance of weighted sets is the distance plus the weighted means of these;
+    each has mean 0. With the optimal map T = C1^(-1/2) (C1^(1/2) C2 C1^(1/2))^(1/2) C1^(-1/2)
+    between the Gaussians, the derivative by C1 is 1 - T, so a sample x of the first set moves the
+    distance by 2 (m1 - m2) . (x - m1) + (x - m1) (1 - T) (x - m1), less the mean of that.
+
+    Raises:
+        FrechetError: as for `fit_features` and `frechet_distance`.
+    """
+    fitted_a = fit_features(a)
+    fitted_b = fit_features(b)
+    frechet_distance(fitted_a, fitted_b)
+    return _influences(a, fitted_a, fitted_b), _influences(b, fitted_b, fitted_a)
+
+
+def _influences(
+    features: Tensor, fitted: FeatureStatistics, other: FeatureStatistics
+) -> Float64[Tensor, " samples"]:
+    """Return how each sample of a set moves its distance to another."""
+    deviation = features.detach().to("cpu", torch.float64) - fitted.mean
+    values, vectors = torch.linalg.eigh(fitted.covariance)
+    # Samples have no part along directions in which they do not vary at all.
+    varies = values > values[-1] * _RANK_TOLERANCE
+    roots = values.clamp(min=0).sqrt()
+    inverse_roots = torch.where(varies, 1 / roots, torch.zeros_like(roots))
+    root = vectors * roots @ vectors.T
+    middle = _symmetric_root(root @ other.covariance @ root)
+    whitened = deviation @ (vectors * inverse_roots @ vectors.T)
+    mapped = (whitened @ middle * whitened).sum(dim=1)
+    moved = 2 * deviation @ (fitted.mean - other.mean) + deviation.square().sum(dim=1) - mapped
+    influences: Tensor = moved - moved.mean()
+    return influences
 
 
 def _symmetric_root(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:

@@ -134,6 +134,11 @@ class Judge(nn.Module):
         self.background_head = nn.Linear(width, len(classes.backgrounds))
         self.blur_head = nn.Linear(width, 1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and pictures must be."""
+        return self.concept_head.weight.device
+
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Verdict:
         """Return the verdict on pictures in -1..1, unchecked and with gradients."""
         features = self.body(images).mean(dim=(2, 3))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
 
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.diffusion import make_schedule
@@ -18,6 +17,7 @@ from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
 from twostep.formats.locate import ModelError, read_json
 from twostep.formats.single_file import SDXL_BASE
+from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.models.sampling import sampling_times
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
@@ -122,8 +122,8 @@ def _fields(contract: Contract) -> dict[str, Any]:
 
 def _copy_picture(picture: Path, out: Path) -> None:
     try:
-        Image.open(picture).convert("RGB").save(out)
-    except OSError as error:
+        open_picture(picture.read_bytes).save(out)
+    except (OSError, UnusablePictureError) as error:
         raise ModelError(f"{picture} is no picture ({error}).") from error
 
 

@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_max_pool2d
 
 from twostep.contract import Contract
 from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.media.image import ImageCodec
-from twostep.media.pictures import crop_to_size, nearest_size
+from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import Guided, draw_noise, encode_prompts, sampling_times
 from twostep.networks.control import Hint, load_control
@@ -37,6 +38,9 @@ from twostep.pipeline.request import (
 
 DEFAULT_STRENGTH = 0.75
 """How much of an image is changed where a request does not say it and has no mask."""
+
+_WHITE = 128
+"""The least level of 255 that counts as white, or as opaque, in a mask."""
 
 STAGES = ("text", "encode", "denoise", "decode")
 """The stages of a drawing, in order, by which time is counted."""
@@ -250,11 +254,42 @@ def _pixels(
 
 
 def _mask(bundle: Bundle, picture: Picture, size: tuple[int, int]) -> Mask:
-    """Return where a mask is white; RequestError where that is nowhere."""
-    mask = _pixels(bundle, picture, size).mean(dim=1, keepdim=True) >= 0
-    if not bool(mask.any()):
+    """Return where a mask is to be drawn, at a size (width, height).
+
+    However thin a part of it is, a pixel that it touches counts. RequestError where that is
+    nowhere.
+    """
+    wanted = _wanted(picture)
+    if not wanted.any():
         raise RequestError("the mask is black everywhere; paint what is to be drawn anew white.")
+    mask = covered_by_size(wanted, size).to(bundle.denoiser.device)[None, None]
+    if not bool(mask.any()):
+        raise RequestError(
+            "all that is white in the mask lies outside of what is drawn: the picture is cut to "
+            f"{size[0]}x{size[1]} pixels. Give a size of the picture's own shape."
+        )
     return mask
+
+
+def _wanted(picture: Picture) -> np.ndarray:
+    """Return where a mask, at its own size, asks for something new, as booleans.
+
+    That is what is white or transparent. If all that is opaque in it is white, it was painted on an
+    empty layer: then what is transparent stays.
+    """
+    is_white = np.asarray(picture.image.convert("L")) >= _WHITE
+    if picture.alpha is None or not _is_white_on_nothing(picture):
+        return is_white
+    return np.asarray(picture.alpha) >= _WHITE
+
+
+def _is_white_on_nothing(picture: Picture) -> bool:
+    """Tell whether a mask has white strokes on a transparent layer, and nothing else."""
+    if picture.alpha is None:
+        return False
+    is_opaque = np.asarray(picture.alpha) >= _WHITE
+    is_white = np.asarray(picture.image.convert("L")) >= _WHITE
+    return bool(is_opaque.any()) and not is_opaque.all() and bool(is_white[is_opaque].all())
 
 
 def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[Time, ...]) -> Hint:
@@ -295,8 +330,8 @@ def _known(
 
 
 def _coarse(mask: Mask, like: Latents) -> Bool[Tensor, "1 1 h w"]:
-    """Return a mask at the size of latents."""
-    return interpolate(mask.float(), like.shape[2:]) > 0
+    """Return a mask at the size of latents: a latent counts if any of its pixels does."""
+    return adaptive_max_pool2d(mask.float(), like.shape[2:]) > 0
 
 
 def _warnings(
@@ -320,6 +355,7 @@ def _warnings(
             f"not in the vocabulary of {contract.name}: {words}. "
             "It has never seen these words, so expect nothing of them."
         )
+    warnings += _picture_warnings(request)
     last = request.seeds[-1]
     if last >= NUM_DISTINCT_SEEDS:
         warnings.append(
@@ -333,5 +369,22 @@ def _warnings(
         warnings.append(
             f"strength {wished_strength:g} became {taken:g}, which takes {len(times) - 1} "
             f"step(s): {contract.name} was trained to begin at {stops}, and nowhere between."
+        )
+    return warnings
+
+
+def _picture_warnings(request: Request) -> list[str]:
+    """Say what of the pictures that go in may not be what one expects."""
+    warnings = []
+    pictures = {"image": request.image, "mask": request.mask}
+    pictures |= {f"control {i}": each.picture for i, each in enumerate(request.controls, 1)}
+    for what, picture in pictures.items():
+        if picture is not None:
+            name = picture.name or f"the {what}"
+            warnings += [f"{name}: {note}" for note in picture.notes]
+    if request.mask is not None and _is_white_on_nothing(request.mask):
+        warnings.append(
+            "the mask is white on a transparent layer: what is white is drawn anew, and what is "
+            "transparent stays. Put black behind it to say so yourself."
         )
     return warnings

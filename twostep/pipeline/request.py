@@ -58,12 +58,16 @@ class Picture:
     """A picture that goes into a drawing: the name of its file, a hash, and the pixels.
 
     `sha256` is that of the file, or of the pixels where there is no file; `name` is then empty. The
-    pixels are RGB on white. A picture that was read from JSON has none until `reopen` is called.
+    pixels are RGB on white, and `alpha` is how opaque they were, None where all are. A picture that
+    was read from JSON has neither until `reopen` is called. `notes` are sentences about what a
+    person might not expect of it.
     """
 
     name: str
     sha256: str
     pixels: Image | None = field(default=None, repr=False, compare=False)
+    alpha: Image | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, source: str | Path | Image) -> Picture:
@@ -72,18 +76,22 @@ class Picture:
         Raises RequestError where it is no picture, or too small or too large to draw from.
         """
         # These bring torch, which a request without pictures does without.
-        from twostep.media.pictures import UnusablePictureError, open_picture
+        from twostep.media.pictures import UnusablePictureError, examine_picture
 
         try:
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source
-            pixels = open_picture(lambda: data, for_input=True)
-        except (OSError, UnusablePictureError) as error:
+            opened = examine_picture(lambda: data, for_input=True)
+        except (OSError, ValueError, UnusablePictureError) as error:
             raise RequestError(
                 f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP."
             ) from error
+        name = ""
         if isinstance(data, Image):
-            return cls("", sha256(data.tobytes()).hexdigest(), pixels)
-        return cls(Path(str(source)).name, sha256(data).hexdigest(), pixels)
+            digest = sha256(data.tobytes())
+        else:
+            name = Path(str(source)).name
+            digest = sha256(data)
+        return cls(name, digest.hexdigest(), opened.pixels, opened.alpha, opened.notes)
 
     @property
     def image(self) -> Image:
@@ -366,4 +374,4 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def _without_pixels(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    return {key: value for key, value in pairs if key != "pixels"}
+    return {key: value for key, value in pairs if key not in ("pixels", "alpha", "notes")}

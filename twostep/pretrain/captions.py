@@ -75,6 +75,14 @@ def complete_caption(name: str, style: str, background: str) -> str:
     return f"{with_article(f'{style} {name}')} on {with_article(background)} background"
 
 
+def open_caption(attributes: Attributes) -> str:
+    """Return the plain caption of a concept that leaves out what is None: "a 3d red apple"."""
+    thing = with_article(_join(" ", attributes.style, attributes.names[0]))
+    if attributes.background is None:
+        return thing
+    return f"{thing} on {with_article(attributes.background)} background"
+
+
 def with_article(words: str) -> str:
     """Put "a" or "an" before the words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
 from twostep.errors import TwostepError
-from twostep.evaluate.judge import BUILT_IN, load_judge
+from twostep.evaluate.attributes import Attributes
+from twostep.evaluate.efficientnet import EfficientNet
+from twostep.evaluate.judge import BUILT_IN, Judge, load_judge
+from twostep.evaluate.measurements import Measurements, SecondJudge, measure
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.pipeline.png import ProvenanceError, read_provenance
 
 
@@ -32,36 +35,62 @@ class FolderReport:
 
 
 def evaluate_folder(
-    folder: Path, *, reference: Path | None = None, judge: Path | None = None
+    folder: Path,
+    *,
+    reference: Path | None = None,
+    judge: Path | None = None,
+    with_second_judge: bool = False,
 ) -> FolderReport:
     """Score the PNGs of a folder, as `twostep generate` wrote them, against their prompts.
 
-    `reference` is a folder of PNGs to which the Frechet distance is measured; `judge` is a
-    judge.safetensors, the built-in one if none is given. Pictures without a prompt, or with one
-    that names what the judge does not know, count in the distances only.
+    Pictures without a prompt, or with one that names what the judge does not know, count in the
+    distances only. Ratios and differences of histograms to the reference are taken if it holds
+    pictures of the same prompts, in the order of the files' names.
 
-    Raises FolderError for a folder without pictures, or with one that is damaged or of another
-    size; JudgeError for a file that is no judge.
+    Args:
+        folder: of the PNGs.
+        reference: a folder of PNGs to which distances are measured.
+        judge: a judge.safetensors; None for the built-in one.
+        with_second_judge: whether to measure the distance in EfficientNet's features too.
+
+    Raises:
+        FolderError: a folder holds no pictures, or one that is damaged or of another size.
+        JudgeError: the file is no judge.
+        SecondJudgeError: the second judge is asked for and not installed.
     """
     referee = load_judge(judge or BUILT_IN)
     paths = _pictures_in(folder)
-    prompts = [_prompt_of(path) for path in paths]
-    concepts = referee.classes.concepts
-    attributes = [
-        None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts
-    ]
+    attributes = _attributes_of(paths, referee)
+    second = EfficientNet() if with_second_judge else None
     compared = None
     if reference is not None:
-        compared = referee.statistics(_load_pictures(_pictures_in(reference), referee.pixels))
+        compared = _measure_folder(reference, referee, second)
     report = evaluate(
         _load_pictures(paths, referee.pixels),
         attributes,
         referee,
         reference=compared,
         real=referee.real if len(paths) > 1 else None,
+        second=second if reference is not None else None,
     )
     unknown = [path for path, known in zip(paths, attributes, strict=True) if known is None]
     return FolderReport(report, tuple(unknown))
+
+
+def _attributes_of(paths: Sequence[Path], referee: Judge) -> list[Attributes | None]:
+    """Return what each picture's prompt says; None without one, or one that is not understood."""
+    prompts = [_prompt_of(path) for path in paths]
+    concepts = referee.classes.concepts
+    return [
+        None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts
+    ]
+
+
+def _measure_folder(folder: Path, referee: Judge, second: SecondJudge | None) -> Measurements:
+    """Measure the pictures of a folder."""
+    paths = _pictures_in(folder)
+    pictures = _load_pictures(paths, referee.pixels)
+    return measure(pictures, _attributes_of(paths, referee), referee, second=second)
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -84,12 +113,9 @@ def _load_pictures(paths: Sequence[Path], pixels: int) -> Float[Tensor, "picture
 def _load_picture(path: Path, pixels: int) -> UInt8[Tensor, "3 height width"]:
     """Read a PNG; FolderError if it is damaged or of another size."""
     try:
-        with Image.open(path) as image:
-            levels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise FolderError(
-            f"{path} cannot be read as a picture ({error}). Take it out of the folder."
-        ) from error
+        levels = np.array(open_picture(path.read_bytes))
+    except UnusablePictureError as error:
+        raise FolderError(f"{path}: {error}. Take it out of the folder.") from error
     height, width = levels.shape[:2]
     if (height, width) != (pixels, pixels):
         raise FolderError(f"{path} is {width}x{height}; the judge knows {pixels}x{pixels} only.")

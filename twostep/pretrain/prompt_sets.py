@@ -1,15 +1,16 @@
 """The prompts that the nano models are evaluated with, and held-out seeds for them.
 
-Complete prompts name concept, style and background, so every picture has one right answer.
-Incomplete ones leave something open, so that there is something to be diverse about. Both follow
-from the list of concepts alone: the same concepts give the same prompts everywhere. Seeds start at
-FIRST_SEED; training draws its noise from none of them.
+Complete prompts name concept, style and background, so every picture has one right answer. Open
+ones name the concept and leave background, style or both out, so there are modes to keep or to
+lose. Incomplete ones leave anything out, down to the empty prompt. All follow from the list of
+concepts alone: the same concepts give the same prompts everywhere. Seeds start at FIRST_SEED;
+training draws its noise from none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -18,14 +19,18 @@ from torch import Tensor
 
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes, Concept
-from twostep.pretrain.captions import caption, complete_caption
+from twostep.pretrain.captions import caption, complete_caption, open_caption
 from twostep.pretrain.drawings import DrawingSet, Placement, compose
 from twostep.pretrain.sizes import NANO
 
 FIRST_SEED = 1_000_000
 """Seeds from here on are held out for evaluation."""
 
+FRESH = 500_000
+"""Added to the seed of a task for other noise, which no other task has."""
+
 NUM_COMPLETE = 1024
+NUM_SEEDS_PER_OPEN_PROMPT = 2
 NUM_DIVERSITY_PROMPTS = 64
 NUM_SEEDS_PER_PROMPT = 4
 
@@ -70,6 +75,40 @@ def complete_tasks(concepts: Sequence[Concept], count: int = NUM_COMPLETE) -> li
         prompt = complete_caption(names[0], style, background)
         tasks.append(Task(prompt, Attributes(names, style, background), FIRST_SEED + index))
     return tasks
+
+
+def open_tasks(concepts: Sequence[Concept], count: int) -> list[Task]:
+    """Return `count` tasks whose prompts name a concept and leave background or style open.
+
+    The three ways to leave something out (background, both, style) take turns. Prompts have two
+    seeds each, side by side; a prompt that comes up again has other seeds.
+
+    Raises:
+        PromptError: there is no concept, or none or more than 400,000 are asked for.
+    """
+    if not concepts or not 0 < count <= 400_000:
+        raise PromptError(
+            f"{count} open prompts were asked for, of {len(concepts)} concepts; 1 to 400,000 can "
+            "be had of at least one."
+        )
+    backgrounds = list(BACKGROUNDS)
+    order = _spread(len(concepts))
+    tasks = []
+    for index in range(count):
+        number_of_prompt = index // NUM_SEEDS_PER_OPEN_PROMPT
+        number_of_round, way = divmod(number_of_prompt, 3)
+        turn, place = divmod(number_of_round, len(concepts))
+        number = order[place]
+        style = STYLES[(number + turn) % len(STYLES)] if way == 0 else None
+        background = backgrounds[(5 * number + turn) % len(backgrounds)] if way == 2 else None
+        attributes = Attributes(concepts[number].names, style, background)
+        tasks.append(Task(open_caption(attributes), attributes, FIRST_SEED + 30_000 + index))
+    return tasks
+
+
+def with_fresh_noise(tasks: Sequence[Task]) -> list[Task]:
+    """Return the same prompts with other seeds."""
+    return [replace(task, seed=task.seed + FRESH) for task in tasks]
 
 
 def repeated_tasks(concepts: Sequence[Concept]) -> list[Task]:

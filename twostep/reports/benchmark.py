@@ -1,0 +1,340 @@
+"""A student against its teacher on fixed prompts: everything that is drawn and measured for it.
+
+A `Bench` draws the teacher's pictures once: of the noise that students start from, and of fresh
+noise. `evaluate_student` then draws a student's and returns its figures. Nothing of it needs files,
+and everything is computed where the teacher's networks are:
+
+    bench = Bench.of(teacher, num_pictures=2048)
+    reports = evaluate_student(student, bench, steps=2)
+    reports["open"].off_palette.share
+
+The same teacher, numbers and seeds give the same pictures on every run and with every batch size,
+up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from safetensors.torch import load, save
+from torch import Tensor
+
+from twostep.diffusion.samplers import Sampler
+from twostep.errors import TwostepError
+from twostep.evaluate.judge import Judge, check_pictures, load_judge
+from twostep.evaluate.measurements import Measurements, SecondJudge, measure
+from twostep.evaluate.metrics import Report, summarise
+from twostep.files import write_atomically
+from twostep.models.bundle import Bundle, modules_of
+from twostep.models.sampling import decode, draw_noise, encode_prompts, sample_latents
+from twostep.networks.denoiser import Denoiser
+from twostep.pretrain.drawings import built_in_concepts
+from twostep.pretrain.prompt_sets import Task, complete_tasks, open_tasks, with_fresh_noise
+
+NUM_PICTURES = 256
+"""Pictures of each set of prompts on a laptop; tables take 2,048."""
+
+SETS = ("open", "complete")
+"""The sets of prompts: those that leave background or style out, and those that do not."""
+
+_BATCH = 64
+_DECODED_AT_ONCE_ON_CPU = 16
+"""Small batches stay in the processor's cache: decoding is three times as fast so."""
+
+Pictures = UInt8[Tensor, "items 3 height width"]
+
+OnBatch = Callable[[int], None]
+"""Called with the number of pictures of every batch that is drawn, or read from the cache."""
+
+
+class BenchError(TwostepError):
+    """A model that cannot be measured on this bench."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The prompts, the judges, and the teacher's pictures that students are measured against.
+
+    Attributes:
+        teacher: draws, encodes and decodes.
+        tasks: prompts and seeds, by the name of their set.
+        judge: says what pictures show.
+        second: gives the features of a network that nobody here trained; None if there is none.
+        own: the teacher's pictures of the tasks, by set.
+        own_pictures: these pictures, in levels of 0..255.
+        fresh: measurements of the teacher's pictures of the same prompts from fresh noise.
+        cache: folder of what has been drawn; None to keep nothing.
+        batch_size: pictures that are drawn at once.
+        on_batch: told of every batch.
+    """
+
+    teacher: Bundle
+    tasks: Mapping[str, tuple[Task, ...]]
+    judge: Judge
+    second: SecondJudge | None
+    own: Mapping[str, Measurements]
+    own_pictures: Mapping[str, Pictures]
+    fresh: Mapping[str, Measurements]
+    cache: Path | None = None
+    batch_size: int = _BATCH
+    on_batch: OnBatch = lambda count: None
+
+    @staticmethod
+    def of(
+        teacher: Bundle,
+        *,
+        num_pictures: int = NUM_PICTURES,
+        steps: int | None = None,
+        judge: Judge | None = None,
+        second: SecondJudge | None = None,
+        batch_size: int = _BATCH,
+        cache: Path | None = None,
+        on_batch: OnBatch = lambda count: None,
+    ) -> Bench:
+        """Draw the teacher's pictures, 4 x `num_pictures` of them, and measure them.
+
+        Args:
+            teacher: of the students, on the device that everything is to be computed on.
+            num_pictures: of each set of prompts.
+            steps: of the teacher; None for its contract's number.
+            judge: a judge; None for the built-in one. It is moved to the teacher's device.
+            second: a second judge, such as `evaluate.efficientnet.EfficientNet`.
+            batch_size: pictures that are drawn at once; memory depends on it, figures do not.
+            cache: a folder that keeps what was drawn, by weights, prompts and seeds, so that the
+                same call goes on after a break, and other processes need not draw it again.
+            on_batch: told of every batch.
+
+        Raises:
+            BenchError: the model is no teacher.
+            JudgeError: its pictures are not of the judge's size.
+        """
+        if teacher.contract.role != "teacher":
+            raise BenchError(
+                f"{teacher.contract.name} is a student; a bench needs the teacher of the students."
+            )
+        concepts = built_in_concepts()
+        tasks = {
+            "open": tuple(open_tasks(concepts, num_pictures)),
+            "complete": tuple(complete_tasks(concepts, num_pictures)),
+        }
+        blank = Bench(
+            teacher,
+            tasks,
+            (judge or load_judge()).to(teacher.denoiser.device),
+            second,
+            own={},
+            own_pictures={},
+            fresh={},
+            cache=cache,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+        check_pictures(torch.zeros(1, 3, *reversed(teacher.contract.sizes[0])), blank.judge.pixels)
+        own_pictures = {name: blank.draw_teacher(tasks[name], steps=steps) for name in SETS}
+        fresh = {
+            name: blank.measure(
+                blank.draw_teacher(with_fresh_noise(tasks[name]), steps=steps), name
+            )
+            for name in SETS
+        }
+        own = {name: blank.measure(own_pictures[name], name) for name in SETS}
+        return replace(blank, own=own, own_pictures=own_pictures, fresh=fresh)
+
+    def draw_teacher(
+        self,
+        tasks: Sequence[Task],
+        *,
+        steps: int | None = None,
+        scale: float | None = None,
+        sampler: str | Sampler = "euler",
+    ) -> Pictures:
+        """Draw the teacher's pictures of tasks.
+
+        Args:
+            tasks: prompts and seeds.
+            steps: None for its contract's number.
+            scale: of the guidance; None for its contract's, 1 for none.
+            sampler: its name, or one itself.
+        """
+        contract = self.teacher.contract
+        return self.draw(
+            self.teacher.denoiser,
+            tasks,
+            steps=steps or contract.steps,
+            scale=contract.guidance if scale is None else scale,
+            sampler=sampler,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self,
+        denoiser: Denoiser,
+        tasks: Sequence[Task],
+        *,
+        steps: int,
+        scale: float = 1.0,
+        sampler: str | Sampler = "euler",
+    ) -> Pictures:
+        """Draw pictures of tasks, each from the noise of its seed, batch by batch.
+
+        Returns:
+            Levels of 0..255 on the CPU, as a PNG would hold them.
+        """
+        # The name alone does not tell two samplers of one name apart, so these are not kept.
+        origin = None
+        if self.cache is not None and isinstance(sampler, str):
+            origin = [_digest(self.teacher, denoiser), steps, scale, sampler]
+        parts = []
+        for start in range(0, len(tasks), self.batch_size):
+            batch = tasks[start : start + self.batch_size]
+            path = None if origin is None else self._cached(origin, batch)
+            if path is not None and path.exists():
+                pictures = load(path.read_bytes())["pictures"]
+            else:
+                pictures = self._draw_batch(
+                    denoiser, batch, steps=steps, scale=scale, sampler=sampler
+                )
+                if path is not None:
+                    with write_atomically(path) as file:
+                        file.write(save({"pictures": pictures.contiguous()}))
+            parts.append(pictures)
+            self.on_batch(len(batch))
+        return torch.cat(parts)
+
+    def _cached(self, origin: Sequence[object], batch: Sequence[Task]) -> Path | None:
+        """Return the file of a batch in the cache."""
+        if self.cache is None:
+            return None
+        words = json.dumps([*origin, [(task.prompt, task.seed) for task in batch]])
+        return self.cache / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
+
+    def _draw_batch(
+        self,
+        denoiser: Denoiser,
+        batch: Sequence[Task],
+        *,
+        steps: int,
+        scale: float,
+        sampler: str | Sampler,
+    ) -> Pictures:
+        teacher = self.teacher
+        size = teacher.contract.sizes[0]
+        seeds = [task.seed for task in batch]
+        guided = encode_prompts(teacher, [task.prompt for task in batch], size, scale=scale)
+        noise = draw_noise(seeds, teacher.latent_shape(*size), denoiser.device)
+        latents = sample_latents(denoiser, guided, noise, steps, seeds, sampler=sampler)
+        on_cpu = denoiser.device.type == "cpu"
+        pixels = decode(teacher, latents, at_once=_DECODED_AT_ONCE_ON_CPU if on_cpu else None)
+        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def measure(self, pictures: Pictures, name: str) -> Measurements:
+        """Measure pictures of the tasks of a set, batch by batch."""
+        attributes = [task.attributes for task in self.tasks[name]]
+        parts = []
+        for start in range(0, len(pictures), self.batch_size):
+            chosen = slice(start, start + self.batch_size)
+            images = to_float(pictures[chosen])
+            parts.append(measure(images, attributes[chosen], self.judge, second=self.second))
+        return Measurements.cat(parts)
+
+    def report(self, pictures: Pictures, name: str) -> Report:
+        """Return the figures of pictures of the tasks of a set."""
+        return summarise(
+            self.measure(pictures, name),
+            to_float(pictures),
+            reference=self.fresh[name],
+            same_noise=self.own[name],
+        )
+
+    def report_teacher(self) -> dict[str, Report]:
+        """Return the figures of the teacher itself, by set.
+
+        They are the floor: its distances are those between two sets of its own pictures of the same
+        prompts, as far apart as chance puts them.
+        """
+        return {
+            name: summarise(
+                self.own[name],
+                to_float(self.own_pictures[name]),
+                reference=self.fresh[name],
+                same_noise=self.own[name],
+            )
+            for name in SETS
+        }
+
+
+def evaluate_student(
+    student: Denoiser,
+    bench: Bench,
+    *,
+    steps: int,
+    scale: float = 1.0,
+    sampler: str | Sampler = "euler",
+) -> dict[str, Report]:
+    """Draw and measure a student's pictures of both sets of prompts.
+
+    Args:
+        student: a denoiser on the teacher's device, in memory or loaded; trained or being trained.
+            It is put in evaluation mode while it draws.
+        bench: what it is measured on.
+        steps: that the student was trained for, along the trailing grid.
+        scale: of the guidance, which is distilled into students: 1.
+        sampler: by name, as contracts have it ("euler", "renoise"), or one itself.
+
+    Returns:
+        The figures by the name of the set, "open" and "complete".
+    """
+    return {
+        name: bench.report(pictures, name)
+        for name, pictures in draw_student(
+            student, bench, steps=steps, scale=scale, sampler=sampler
+        ).items()
+    }
+
+
+def draw_student(
+    student: Denoiser,
+    bench: Bench,
+    *,
+    steps: int,
+    scale: float = 1.0,
+    sampler: str | Sampler = "euler",
+) -> dict[str, Pictures]:
+    """Draw a student's pictures of both sets; arguments as of `evaluate_student`."""
+    was_training = student.network.training
+    student.network.eval()
+    try:
+        return {
+            name: bench.draw(student, bench.tasks[name], steps=steps, scale=scale, sampler=sampler)
+            for name in SETS
+        }
+    finally:
+        student.network.train(was_training)
+
+
+def to_float(pictures: Pictures) -> Tensor:
+    """Return levels of 0..255 as pictures in -1..1."""
+    return pictures.float() / 127.5 - 1
+
+
+def _digest(teacher: Bundle, denoiser: Denoiser) -> str:
+    """Return a digest of all weights that a picture depends on."""
+    digest = hashlib.sha256(denoiser.prediction_type.encode())
+    digest.update(str(denoiser.lora).encode())
+    for network in (denoiser.network, *teacher.text.networks.values(), *modules_of(teacher.codec)):
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    # numpy knows no bfloat16; as bytes it does not matter what they mean.
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
