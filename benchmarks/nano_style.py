@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from nano_table import Sampler, draw, to_float
 from torch import Tensor
 
 from examples.contact_sheet import contact_sheet
@@ -24,15 +22,15 @@ from twostep.evaluate.judge import load_judge
 from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import evaluate
 from twostep.media.image import to_images
-from twostep.models.loading import load_bundle, load_with_loras
+from twostep.models.loading import load_with_loras
 from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.prompt_sets import FIRST_SEED, Task, complete_tasks
+from twostep.reports.benchmark import draw_tasks, to_float
 
 STYLE = "noto"
 STYLED_TEACHER = "teacher with the style, 32 steps"
-BATCH = 64
 SHEET_COLUMNS = 12
 LORA = Path("runs/style/noto.safetensors")
 RETRAINED = Path("runs/nano-style/model/students/noto_2step_lora.safetensors")
@@ -49,22 +47,17 @@ def main(
     judge = load_judge()
     tasks = [_without_style(task) for task in complete_tasks(drawings.concepts, count)]
     attributes = [replace(task.attributes, style=STYLE) for task in tasks]
-    few = Sampler("euler", 2, 1.0)
-    many = Sampler("euler", 32, load_bundle("nano").contract.guidance)
     rows = [
-        ("teacher, 32 steps", [], many),
-        (STYLED_TEACHER, [str(LORA)], many),
-        ("student, 2 steps", [], few),
-        ("student with the style as it is", [str(LORA)], few),
-        ("student with the style trained on it", [str(retrained)], few),
+        ("teacher, 32 steps", [], 32),
+        (STYLED_TEACHER, [str(LORA)], 32),
+        ("student, 2 steps", [], 2),
+        ("student with the style as it is", [str(LORA)], 2),
+        ("student with the style trained on it", [str(retrained)], 2),
     ]
     pictures: dict[str, Tensor] = {}
-    for label, loras, sampler in rows:
-        bundle = load_with_loras("nano", loras, steps=sampler.steps)
-        parts = [
-            draw(bundle, sampler, tasks[start : start + BATCH]) for start in range(0, count, BATCH)
-        ]
-        pictures[label] = to_float(torch.cat(parts))
+    for label, loras, steps in rows:
+        bundle = load_with_loras("nano", loras, steps=steps)
+        pictures[label] = to_float(draw_tasks(bundle, tasks, steps=steps))
     typer.echo("| | concept | style | background | distance to the styled teacher |")
     typer.echo("|---|---:|---:|---:|---:|")
     reference = measure(pictures[STYLED_TEACHER], attributes, judge)

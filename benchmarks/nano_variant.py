@@ -14,15 +14,16 @@ for comparison; the table is over the others.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from nano_table import TEACHER_STEPS, Row, Sampler, draw_row, to_float, write_sheet
 from torch import Tensor
 
+from examples.contact_sheet import contact_sheet
 from twostep.evaluate.attributes import Attributes
 from twostep.evaluate.diversity import pixel_diversity
 from twostep.evaluate.frechet import fit_features, frechet_distance
@@ -30,6 +31,7 @@ from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.likeness import looks
 from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import evaluate
+from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
@@ -37,9 +39,28 @@ from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.prompt_sets import Task, complete_tasks
+from twostep.reports.benchmark import draw_tasks, to_float
 from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)
+TEACHER_STEPS = 32
+SHEET_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what it is called, how it is drawn, and how to load what draws it."""
+
+    key: str
+    label: str
+    steps: int
+    guidance: float
+    load: Callable[[], Bundle]
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations per picture."""
+        return self.steps * (2 if self.guidance > 1 else 1)
 
 
 def main(
@@ -76,7 +97,7 @@ def main(
     cache = out / "cache"
 
     def pictures_of(row: Row, wanted: list[Task]) -> Tensor:
-        return draw_row(row, {"complete": wanted}, cache)["complete"]
+        return draw_tasks(row.load(), wanted, steps=row.steps, scale=row.guidance, cache=cache)
 
     variant_row = _row_without_lora(base, TEACHER_STEPS, guidance)
     reference_of_first = to_float(pictures_of(variant_row, first))
@@ -99,19 +120,28 @@ def main(
         rows.append(_row_with_lora(loras, steps, 1.0))
         if best != 1:
             rows.append(_row_with_lora(loras, steps, best))
-    pictures = {row.key: {"complete": pictures_of(row, tasks)} for row in rows}
-    reference = to_float(pictures[variant_row.key]["complete"])
+    pictures = {row.key: pictures_of(row, tasks) for row in rows}
+    reference = to_float(pictures[variant_row.key])
     table = []
     for row in rows:
-        drawn = to_float(pictures[row.key]["complete"])
+        drawn = to_float(pictures[row.key])
         figures = _figures(drawn, reference, tasks, judge=judge, style=style)
-        evaluations = row.sampler.num_evaluations
+        evaluations = row.num_evaluations
         table.append({"label": row.label, "evaluations": evaluations, **figures})
     (out / "table.json").write_text(json.dumps({"rows": table, "sweep": sweep}, indent=2))
     text = _markdown(table, sweep)
     (out / "table.md").write_text(text)
-    write_sheet(rows, pictures, tasks, out / "sheet.png")
+    _write_sheet(rows, pictures, tasks, out / "sheet.png")
     typer.echo(text)
+
+
+def _write_sheet(
+    rows: Sequence[Row], pictures: Mapping[str, Tensor], tasks: Sequence[Task], path: Path
+) -> None:
+    """Lay the same prompts of every row out, from the same noise."""
+    chosen = list(range(0, len(tasks), max(1, len(tasks) // SHEET_COLUMNS)))[:SHEET_COLUMNS]
+    lines = [(row.label, to_images(to_float(pictures[row.key][chosen]))) for row in rows]
+    contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(path)
 
 
 def _row_without_lora(variant: Bundle, steps: int, guidance: float) -> Row:
@@ -120,7 +150,8 @@ def _row_without_lora(variant: Bundle, steps: int, guidance: float) -> Row:
     return Row(
         key=f"{steps}-{guidance:g}",
         label=f"{steps} steps, {guided}",
-        sampler=Sampler("euler", steps, guidance),
+        steps=steps,
+        guidance=guidance,
         load=lambda: variant,
     )
 
@@ -131,7 +162,8 @@ def _row_with_lora(loras: LoraCache, steps: int, scale: float) -> Row:
     return Row(
         key=f"lora-{steps}-{scale:g}",
         label=f"LoRA x {scale:g}, {steps} steps",
-        sampler=Sampler("euler", steps, 1.0),
+        steps=steps,
+        guidance=1.0,
         load=lambda: loras.apply(stack),
     )
 

@@ -74,6 +74,11 @@ class Student:
 
 
 REGRESSION = {"name": "regression"}
+ADVERSARY = {"loss": "relativistic", "r1_weight": 2.0, "r2_weight": 2.0, "perturbation": 0.02}
+"""What keeps the modes: both sides are compared in pairs, and the discriminator stays flat on both
+(arXiv 2501.05441).
+"""
+
 FIRST = Student(TEACHER_STEPS, 1500, 0.0)
 STUDENTS = (
     Student(8, 400, 0.25, "conditional", 1e-4),
@@ -177,16 +182,16 @@ class PointDiscriminator(nn.Module):
         in_width = 2 * width if conditional else width
         self.head = nn.Sequential(_layers(in_width, width, width), nn.Linear(width, 1))
 
-    def features(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return what the encoder makes of x at time t."""
+    def features(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Sequence[Tensor]:
+        """Return what the encoder makes of x at time t: one level."""
         places = waves(x.flatten(1) / 2, 4)
         times = waves(t[:, None] / 1000, 4)
-        features: Tensor = self.encoder(torch.cat([places, times], dim=1))
-        return features
+        return [self.encoder(torch.cat([places, times], dim=1))]
 
-    def judge(self, before: Tensor | None, after: Tensor) -> Tensor:
+    def judge(self, before: Sequence[Tensor] | None, after: Sequence[Tensor]) -> Tensor:
         """Return one logit per point."""
-        logits: Tensor = self.head(after if before is None else torch.cat([before, after], dim=1))
+        levels = after if before is None else [*before, *after]
+        logits: Tensor = self.head(torch.cat(list(levels), dim=1))
         return logits.flatten()
 
 
@@ -260,7 +265,8 @@ def distil(start: Denoiser, teacher: Denoiser, chain: Sequence[Student]) -> dict
                 "name": AdversarialPoints.name,
                 "objective": student.objective,
                 "discriminator_learning_rate": 4e-3,
-                "early_weight": 5,
+                "noised_weights": (5, 1, 1, 1),
+                **ADVERSARY,
             }
             iterations = share * student.iterations
             denoiser = train(

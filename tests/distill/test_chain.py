@@ -224,7 +224,7 @@ def test_a_discriminator_on_the_shared_base_starts_as_its_teacher_and_learns_alo
     again = LoraDiscriminator(taught, conditional=True, rank=4)
     again.load_state_dict(state)
     assert all(
-        torch.equal(value, state["head"][key]) for key, value in again.head.state_dict().items()
+        torch.equal(value, state["heads"][key]) for key, value in again.heads.state_dict().items()
     )
 
 

@@ -15,8 +15,8 @@ OLD = sorted((Path(__file__).parent / "old_recipes").glob("*.toml"))
 METHODS = {
     "mse": ("regression", None),
     "convert": ("conversion", None),
-    "conditional": ("adversarial", "conditional"),
-    "unconditional": ("adversarial", "unconditional"),
+    "conditional": ("lightning", "conditional"),
+    "unconditional": ("lightning", "unconditional"),
 }
 OF_METHODS = {
     "reuse": 1,
@@ -89,7 +89,10 @@ def test_a_limit_of_the_gap_becomes_a_setting_of_the_method() -> None:
     assert recipe.health.action == "pause"
     _, first, second = (stage.method for stage in recipe.stages)
     assert (first.largest_gap, second.largest_gap) == (3.0, 3.0)
-    assert (first.r1_weight, second.r1_weight) == (2.0, 0.0)
+    assert (first.name, second.name) == ("adversarial", "lightning")
+    assert (first.r1_weight, first.perturbation, first.levels) == (2.0, 0.01, "mid")
+    assert (first.loss, first.discriminator_precision) == ("non-saturating", "stage")
+    assert first.noised_weights == (1.0, 1.0, 1.0, 1.0)
     assert (first.discriminator_lora, second.discriminator_lora) == (False, True)
 
 

@@ -46,7 +46,7 @@ def test_the_teacher_ends_where_the_student_lands(student: int, teacher: int) ->
 
 def test_only_clean_landings_are_noised() -> None:
     s = torch.tensor([0, 0, 0, 250, 500])
-    noised = draw_noised_times(5, 1, torch.Generator().manual_seed(0), SCHEDULE)
+    noised = draw_noised_times(5, (1.0, 1.0, 1.0, 1.0), torch.Generator().manual_seed(0), SCHEDULE)
     assert set(noised.tolist()) <= {10, 250, 500, 750}
     x, eps = torch.randn(2, 5, 4, 2, 2)
     after = noise_landed(x, s, noised, eps, SCHEDULE)
@@ -55,5 +55,6 @@ def test_only_clean_landings_are_noised() -> None:
 
 
 def test_the_early_weight_favours_the_lowest_time() -> None:
-    drawn = draw_noised_times(4000, 5, torch.Generator().manual_seed(0), SCHEDULE)
+    weights = (5.0, 1.0, 1.0, 1.0)
+    drawn = draw_noised_times(4000, weights, torch.Generator().manual_seed(0), SCHEDULE)
     assert 0.59 < (drawn == 10).float().mean() < 0.66

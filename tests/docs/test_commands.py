@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
-LONG = ("pretrain", "distill", "cache", "report")
+LONG = ("pretrain", "distill", "cache", "report", "compare", "reproduce")
 PLANNED = set[str]()
 """Plans that were made: they change nothing, so once is enough."""
 
@@ -66,6 +66,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "apple.png").stat().st_size > 500
+
+
+@pytest.mark.slow
+def test_the_python_of_the_results_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/results.md").read_text(), re.S)
+    exec(compile(block, "results.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
 
 
 @pytest.mark.parametrize(

@@ -42,19 +42,27 @@ class Case:
 
 
 def adversarial(objective: str, **settings: Any) -> dict[str, Any]:
-    return {"name": "adversarial", "objective": objective, **settings}
+    return {"name": "lightning", "objective": objective, **settings}
 
 
 REGRESSION = {"name": "regression"}
 CONVERSION = {"name": "conversion"}
 CONDITIONAL = adversarial("conditional")
+AS_THE_PAPER = {
+    "name": "adversarial",
+    "objective": "conditional",
+    "loss": "non-saturating",
+    "levels": "mid",
+    "discriminator_precision": "stage",
+    "noised_weights": (1, 1, 1, 1),
+}
 LORA = {"lora_rank": 4}
 CASES = (
     Case("32-mse", 32, 128, REGRESSION, {"guidance": 3.0}),
     Case("4-mse", 4, 8, REGRESSION),
     Case("4-mse-reuse", 4, 8, {**REGRESSION, "reuse": 3}),
     Case("8-conditional", 8, 32, CONDITIONAL),
-    Case("4-conditional-r1", 4, 8, adversarial("conditional", r1_weight=1.0)),
+    Case("4-conditional-r1", 4, 8, {**AS_THE_PAPER, "r1_weight": 1.0, "perturbation": 0.01}),
     Case("2-conditional", 2, 4, adversarial("conditional", discriminator_learning_rate=1e-3)),
     Case("2-unconditional", 2, 8, adversarial("unconditional")),
     Case("1-convert", 1, None, CONVERSION),
@@ -77,6 +85,7 @@ NAMES = {
         "discriminator_grad_norm": "discriminator_gradient",
     },
 }
+NAMES["lightning"] = NAMES["adversarial"]
 NAMES["conversion"] = NAMES["regression"]
 """What the figures were called when they were written. Left out are counts of signs, which one
 logit near zero would tip.

@@ -28,10 +28,10 @@ def test_every_built_in_recipe_is_valid() -> None:
 
 
 def test_an_override_reaches_into_lists() -> None:
-    overrides = ["stages.1.learning_rate=3e-7", "model=other", "stages.2.method.r1_weight=2"]
+    overrides = ["stages.1.learning_rate=3e-7", "model=other", "stages.2.method.early_weight=2"]
     recipe = load_recipe("nano", DistillRecipe, overrides)
     assert recipe.stages[1].learning_rate == 3e-7
-    assert recipe.stages[2].method.r1_weight == 2.0
+    assert recipe.stages[2].method.early_weight == 2
     assert recipe.model == "other"
 
 
@@ -77,8 +77,8 @@ def test_a_stage_says_what_differs_from_the_defaults(tmp_path: Path) -> None:
     [
         ("defaults.batch_sise=2", "defaults.batch_sise: no such key. Did you mean 'batch_size'"),
         ("defaults.r1_weight=2", r"belongs in \[defaults.methods.adversarial\]"),
-        ("defaults.methods.adversarial.r2_weight=2", "Did you mean 'r1_weight'"),
-        ("defaults.methods.lightning.r1_weight=2", "there is no method 'lightning'"),
+        ("defaults.methods.adversarial.r3_weight=2", "Did you mean 'r[12]_weight'"),
+        ("defaults.methods.thunder.r1_weight=2", "there is no method 'thunder'"),
     ],
 )
 def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> None:
@@ -99,15 +99,18 @@ def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> N
         ("stages.0.method.name=regresion", "Did you mean 'regression'"),
         ("stages.0.method.name=nowhere:Nothing", "cannot be imported"),
         ("stages.0.method.r1_weight=1", "no setting 'r1_weight'. It is one of 'adversarial'"),
-        ("stages.2.method.r2_weight=1", "Did you mean 'r1_weight'"),
-        ("stages.2.method.r1_weight=-1", "stages.2.method: .*r1_weight: .*greater than or equal"),
+        ("stages.2.method.erly_weight=1", "Did you mean 'early_weight'"),
+        (
+            "stages.2.method.early_weight=0",
+            "stages.2.method: .*early_weight: .*greater than or equal",
+        ),
         (
             "stages.2.r1_weight=1",
             r"r1_weight is a setting of the method adversarial.*\[stages.method\]",
         ),
         ("stages.0.student_steps=33", "no multiple"),
         ("stages.5.guidance=2", "of a student, into which"),
-        ("stages.2.method.reuse=2", "It is one of 'conversion' and 'regression'"),
+        ("stages.2.method.levels=mid", "no setting 'levels'. It is one of 'adversarial'"),
         ("stages.5.teacher_steps=16", "no stage before it"),
         ("stages.6.method.objective=conditional", "two stages train the same"),
         ("stages.10.teacher_steps=2", "own frozen copy teaches: leave teacher_steps out"),

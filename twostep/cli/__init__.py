@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from twostep.cli import cache, draw, evaluate, files, pretrain, train
+from twostep.cli import cache, compare, draw, evaluate, files, pretrain, train
 from twostep.errors import TwostepError
 
 
@@ -43,5 +43,6 @@ _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
 _BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
-for verb in (*_DRAWING, *_TRAINING, *_BUILT_IN, *_FILES):
+_MEASURING = (compare.compare, compare.reproduce)
+for verb in (*_DRAWING, *_TRAINING, *_BUILT_IN, *_MEASURING, *_FILES):
     app.command()(verb)

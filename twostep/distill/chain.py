@@ -55,12 +55,16 @@ class PreparedStage:
         teacher: frozen.
         student: ready to be trained.
         is_last: whether no later stage trains a student of so many steps.
+        continues: the stage before, if it trains the same student by the same method.
+        is_continued: whether the stage after does.
     """
 
     stage: Stage
     teacher: Denoiser
     student: Denoiser
     is_last: bool
+    continues: Stage | None = None
+    is_continued: bool = False
 
 
 def distil(
@@ -146,6 +150,12 @@ def prepared_stages(
             last_student=student,
             first_teacher=teacher.denoiser,
         )
+        before = recipe.stages[position - 1] if position else None
+        prepared = replace(
+            prepared,
+            continues=before if before is not None and _goes_on(before, stage) else None,
+            is_continued=bool(rest) and _goes_on(stage, rest[0]),
+        )
         yield prepared
         student = prepared.student
         if recipe.shard and student.lora is None and any(later.lora_rank for later in rest):
@@ -158,6 +168,11 @@ def prepared_stages(
             retired = finished.pop(steps)
             if retired.lora is not None:
                 remove_lora(retired.network, retired.lora)
+
+
+def _goes_on(stage: Stage, after: Stage) -> bool:
+    """Tell whether a stage goes on with the student and the method of the one before it."""
+    return (stage.student_steps, stage.method.name) == (after.student_steps, after.method.name)
 
 
 def _prepare_stage(
@@ -179,6 +194,8 @@ def _prepare_stage(
     """
     if find_method(stage.method.name).learns_from_itself:
         teacher = last_student
+    elif stage.teacher == "first":
+        teacher = first_teacher
     elif stage.teacher_steps is not None:
         teacher = finished.get(stage.teacher_steps, first_teacher)
     else:
@@ -268,11 +285,12 @@ def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
     """Refuse what only a teacher of many steps could do: RecipeError."""
     known = {contract.steps}
     for stage in recipe.stages:
-        if stage.teacher_steps is not None and stage.teacher_steps not in known:
+        known_to_teacher = {contract.steps} if stage.teacher == "first" else known
+        if stage.teacher_steps is not None and stage.teacher_steps not in known_to_teacher:
             raise RecipeError(
                 f"stage {stage.name} wants {stage.teacher_steps} steps of {contract.name}, which "
                 f"draws in exactly {contract.steps}. Start from its teacher, or let the stage "
-                f"learn from {max(known)} steps."
+                f"learn from {max(known_to_teacher)} steps."
             )
         if stage.guidance > 1:
             raise RecipeError(
@@ -374,6 +392,8 @@ def _train_or_load(
         sharded=sharded,
         codec=examples.teacher.codec,
         health=recipe.health,
+        continues=prepared.continues,
+        is_continued=prepared.is_continued,
         on_iteration=lambda iteration, figures: on_iteration(stage, iteration, figures),
         on_checkpoint=show,
     )

@@ -21,10 +21,19 @@ from twostep.training.recipe import RecipeError
 _METHODS = {
     "mse": {"name": "regression"},
     "convert": {"name": "conversion"},
-    "conditional": {"name": "adversarial", "objective": "conditional"},
-    "unconditional": {"name": "adversarial", "objective": "unconditional"},
+    "conditional": {"name": "lightning", "objective": "conditional"},
+    "unconditional": {"name": "lightning", "objective": "unconditional"},
 }
 """What the objectives of old recipes are called now."""
+
+_AS_THE_PAPER = {
+    "name": "adversarial",
+    "loss": "non-saturating",
+    "levels": "mid",
+    "discriminator_precision": "stage",
+    "perturbation": 0.01,
+}
+"""What makes the adversarial method play the paper's game, to which a penalty can be added."""
 
 _FIRST_KEYS = ("student_steps", "teacher_steps", "lora_rank")
 """What a stage begins with. It is never a default: it says what a stage is."""
@@ -64,10 +73,10 @@ def migrate_values(values: Mapping[str, Any]) -> dict[str, Any]:
     if "health" in rest:
         rest["health"] = health
     stages = [_migrate_phase(phase) for phase in values["phases"]]
-    adversarial = [stage for stage in stages if stage["method"]["name"] == "adversarial"]
     if largest_gap is not None:
-        for stage in adversarial:
-            stage["method"]["largest_gap"] = largest_gap
+        for stage in stages:
+            if stage["method"]["name"] in ("lightning", "adversarial"):
+                stage["method"]["largest_gap"] = largest_gap
     defaults = _take_common(stages, Stage.model_fields, _NEVER_DEFAULTS)
     methods = {}
     for name in sorted({stage["method"]["name"] for stage in stages}):
@@ -87,8 +96,12 @@ def _migrate_phase(phase: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(_METHODS)
         raise RecipeError(f"objective is {objective!r}; old recipes have one of {known}.")
     method: dict[str, Any] = dict(_METHODS[objective])
+    if method["name"] == "lightning" and values.get("r1_weight"):
+        # The paper has no penalty, so this was something else already.
+        method |= _AS_THE_PAPER
+        method["noised_weights"] = [values.pop("early_weight", 1), 1, 1, 1]
     settings = settings_keys(method["name"])
-    of_any_method = {key for name in ("regression", "adversarial") for key in settings_keys(name)}
+    of_any_method = {key for name in ("lightning", "adversarial") for key in settings_keys(name)}
     for key in list(values):
         if key in settings:
             method[key] = values.pop(key)

@@ -7,6 +7,7 @@ the schedule is pure noise. Section numbers are those of arXiv 2402.13929.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -20,7 +21,7 @@ from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
-from twostep.training.processes import world
+from twostep.training.processes import World, world
 
 NOISED_SHARES = (0.01, 0.25, 0.5, 0.75)
 """Where t* lies, to which clean landings are noised before they are judged (section 3.7.2).
@@ -47,25 +48,35 @@ class Batches:
     """The examples of a stage, as one process gets them.
 
     Everything random is drawn for the whole batch on the CPU, and each process keeps its share, so
-    a run draws the same on any device and on any number of processes.
+    a run draws the same on any device, on any number of processes, and in any number of parts.
 
     Args:
         source: of latents and conditioning.
-        batch_size: examples of all processes together.
+        batch_size: examples of all processes and parts together.
         device: where examples and noise go.
         codec: of the teacher, for methods that look at media; None where there is none.
+        part: which of the parts of a batch this is, where gradients are accumulated over several.
+        num_parts: how many parts a batch is computed in.
     """
 
     source: Source
     batch_size: int
     device: torch.device
     codec: Codec | None = None
+    part: int = 0
+    num_parts: int = 1
+
+    @property
+    def slice(self) -> slice:
+        """Which items of the whole batch are this process's, in this part."""
+        here = world()
+        position = here.rank * self.num_parts + self.part
+        return World(position, here.size * self.num_parts).share(self.batch_size)
 
     def examples(self, random: Randomness) -> tuple[Batch, Conditioning]:
         """Draw clean latents x0 and their conditioning."""
         x0, conditioning = self.source.draw(self.batch_size, random.tensors, random.words)
-        share = world().share(self.batch_size)
-        return x0[share].to(self.device), conditioning[share].to(self.device)
+        return x0[self.slice].to(self.device), conditioning[self.slice].to(self.device)
 
     def empty(self, conditioning: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for the same items."""
@@ -73,7 +84,7 @@ class Batches:
 
     def share(self, whole: Tensor) -> Tensor:
         """Return this process's share of what was drawn for the whole batch, on the CPU."""
-        return whole[world().share(self.batch_size)]
+        return whole[self.slice]
 
     def noise(self, like: Batch, random: Randomness) -> Batch:
         """Draw normal noise in the shape of latents."""
@@ -113,45 +124,96 @@ class Pair:
     student: Batch
 
 
-def draw_teacher_step(
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a step begins and is to end.
+
+    Args:
+        x0: the clean latents that were noised.
+        eps: the noise that was added.
+        x_t: noisy latents where the step starts.
+        t: times of x_t, on the CPU.
+        s: times where the step is to land, on the CPU.
+        conditioning: what is to be shown.
+    """
+
+    x0: Batch
+    eps: Batch
+    x_t: Batch
+    t: Times
+    s: Times
+    conditioning: Conditioning
+
+    def landed(self, x_s: Batch) -> Transition:
+        """Return the step that lands on `x_s`."""
+        return Transition(x_t=self.x_t, x_s=x_s, t=self.t, s=self.s, conditioning=self.conditioning)
+
+
+def draw_start(
     batches: Batches,
-    teacher: Denoiser,
     random: Randomness,
+    schedule: Schedule,
     *,
     drawn_steps: int,
+    student_steps: int,
+    time_weights: Sequence[float] | None = None,
+) -> Start:
+    """Draw noisy latents, and say where a student's step from them lands.
+
+    Args:
+        batches: give the examples.
+        random: draws examples, times and noise, in this order.
+        schedule: whose times they are.
+        drawn_steps: t is drawn from the times that a student of so many steps trains at.
+        student_steps: steps of the student's grid, one of which is taken.
+        time_weights: as in `draw_times`.
+    """
+    x0, conditioning = batches.examples(random)
+    drawn = draw_times(
+        drawn_steps, batches.batch_size, random.tensors, schedule, weights=time_weights
+    )
+    t = batches.share(drawn)
+    eps = batches.noise(x0, random)
+    return Start(
+        x0=x0,
+        eps=eps,
+        x_t=schedule.add_noise(x0, eps, t),
+        t=t,
+        s=landing(t, student_steps, schedule),
+        conditioning=conditioning,
+    )
+
+
+def teacher_step(
+    start: Start,
+    batches: Batches,
+    teacher: Denoiser,
+    *,
     student_steps: int,
     teacher_steps: int,
     guidance: float,
 ) -> Transition:
-    """Draw noisy latents, and let the teacher go from them to where the student is to land.
+    """Let the teacher go from noisy latents to where the student is to land.
 
     Args:
-        batches: give the examples.
+        start: where it starts.
+        batches: give the empty prompt.
         teacher: walks.
-        random: draws examples, times and noise, in this order.
-        drawn_steps: t is drawn from the times that a student of so many steps trains at.
         student_steps: steps of the student's grid, one of which is taken.
         teacher_steps: steps of the teacher's grid; a multiple of student_steps.
         guidance: scale of classifier-free guidance; 1 for none.
     """
-    x0, positive = batches.examples(random)
+    positive = start.conditioning
     negative = batches.empty(positive) if guidance > 1 else positive
-    schedule = teacher.schedule
-    drawn = draw_times(drawn_steps, batches.batch_size, random.tensors, schedule)
-    t = batches.share(drawn)
-    eps = batches.noise(x0, random)
-    x_t = schedule.add_noise(x0, eps, t)
-    guided = teacher.with_guidance(positive, negative, guidance)
     x_s = teacher_landing(
-        guided,
-        x_t,
-        t,
+        teacher.with_guidance(positive, negative, guidance),
+        start.x_t,
+        start.t,
         student_steps=student_steps,
         teacher_steps=teacher_steps,
-        schedule=schedule,
+        schedule=teacher.schedule,
     )
-    s = landing(t, student_steps, schedule)
-    return Transition(x_t=x_t, x_s=x_s, t=t, s=s, conditioning=positive)
+    return start.landed(x_s)
 
 
 def student_landing(student: Denoiser, taken: Transition) -> Batch:
@@ -161,11 +223,26 @@ def student_landing(student: Denoiser, taken: Transition) -> Batch:
 
 
 def draw_times(
-    student_steps: int, count: int, generator: torch.Generator, schedule: Schedule
+    student_steps: int,
+    count: int,
+    generator: torch.Generator,
+    schedule: Schedule,
+    weights: Sequence[float] | None = None,
 ) -> Times:
-    """Draw one of the times per item that a student of so many steps is trained at."""
+    """Draw one of the times per item that a student of so many steps is trained at.
+
+    Args:
+        student_steps: of the student.
+        count: number of items.
+        generator: of the random numbers.
+        schedule: whose times they are.
+        weights: how often each time is drawn, from the highest down; None for all alike.
+    """
     times = torch.tensor(trained_times(student_steps, schedule))
-    return times[torch.randint(len(times), (count,), generator=generator)]
+    if weights is None:
+        return times[torch.randint(len(times), (count,), generator=generator)]
+    shares = torch.tensor(weights, dtype=torch.float32)
+    return times[torch.multinomial(shares, count, replacement=True, generator=generator)]
 
 
 def teacher_landing(
@@ -188,18 +265,18 @@ def teacher_landing(
 
 
 def draw_noised_times(
-    count: int, early_weight: int, generator: torch.Generator, schedule: Schedule
+    count: int, weights: Sequence[float], generator: torch.Generator, schedule: Schedule
 ) -> Times:
     """Draw one t* per item.
 
     Args:
         count: number of items.
-        early_weight: weight of the lowest t*, where every other time has weight 1.
+        weights: how often each t* is drawn, from the lowest up.
         generator: of the random numbers.
         schedule: whose times they are.
     """
-    weights = torch.tensor([early_weight, 1, 1, 1], dtype=torch.float32)
-    drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
+    shares = torch.tensor(weights, dtype=torch.float32)
+    drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
     return torch.tensor([schedule.time_at(share) for share in NOISED_SHARES])[drawn]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from twostep.data.cache import read_shard
 from twostep.distill.chain import PreparedStage, prepared_stages
+from twostep.distill.landings import without_bank
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import Weights
@@ -40,7 +41,7 @@ BYTES_OF_WEIGHT = 4
 BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
 """Both of Adam's moments of one parameter."""
 
-_KIND = {"batch_size", "precision", "lora_rank", "gradient_checkpointing", "method"}
+_KIND = {"batch_size", "accumulate", "precision", "lora_rank", "gradient_checkpointing", "method"}
 """The settings on which memory depends; stages that share them are measured once."""
 
 
@@ -250,7 +251,10 @@ def _kind(stage: Stage) -> str:
 def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec) -> _Measured:
     """Take one iteration of a stage, as if it were not the first."""
     before = meter.living
-    stage = prepared.stage.model_copy(update={"optimiser": "adamw"})
+    stage = prepared.stage
+    # Nothing is read from a bank: there are no landings of tensors without memory.
+    method = stage.method.model_copy(update=without_bank(stage.method))
+    stage = stage.model_copy(update={"optimiser": "adamw", "method": method})
     if stage.teacher_steps is not None:
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
         # do. The 8-bit optimiser knows no tensors without memory.

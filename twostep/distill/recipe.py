@@ -38,6 +38,11 @@ class Stage(LoopSettings):
         description="steps of the model that teaches: a finished student, or the model itself on "
         "a finer grid; not given where the method has no use for it",
     )
+    teacher: Literal["chain", "first"] = Field(
+        "chain",
+        description="who teaches: the chain's own student of teacher_steps if there is one, or the "
+        "first teacher in so many steps",
+    )
     method: SerializeAsAny[MethodSettings] = Field(
         description="the method's own table, with its name"
     )
@@ -50,6 +55,11 @@ class Stage(LoopSettings):
     optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of any network")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which batch_size is computed one after the other, for less memory",
+    )
     gradient_checkpointing: bool = Field(
         False, description="less memory for activations, about a third slower"
     )
@@ -77,6 +87,10 @@ class Stage(LoopSettings):
             raise ValueError(
                 "a 1-step student predicts x0, into which no LoRA turns an eps network: no "
                 "lora_rank here"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
             )
         self.make_method()
         return self
@@ -196,8 +210,8 @@ class DistillRecipe(Settings):
     def _check_teacher(self, stage: Stage, known: set[int]) -> None:
         """Check a stage against the steps of the students that there are before it."""
         learns_from_itself = find_method(stage.method.name).learns_from_itself
-        is_student = stage.teacher_steps in known
-        fewest_of_the_model = max(known, default=0)
+        is_student = stage.teacher_steps in known and stage.teacher == "chain"
+        fewest_of_the_model = 0 if stage.teacher == "first" else max(known, default=0)
         is_model = stage.teacher_steps is None or stage.teacher_steps >= fewest_of_the_model
         if not is_student and not is_model:
             raise ValueError(

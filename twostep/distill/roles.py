@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.networks.adapters import Lora, add_lora, has_lora, remove_lora
@@ -45,12 +46,15 @@ class Adam:
         betas: decay of the first and of the second moment.
         weight_decay: decoupled, relative to the learning rate.
         name: "adamw", or "adamw8bit" with moments of 8 bits.
+        group_rates: peaks of the groups that the weights' `parameter_groups` returns; None for one
+            rate of all.
     """
 
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     name: OptimiserName = "adamw"
+    group_rates: tuple[float, ...] | None = None
 
     @classmethod
     def of(
@@ -98,6 +102,8 @@ class Role:
         sharded_methods: methods of the model, beside its call, that need the gathered weights where
             these are spread over processes.
         remove: takes it off the networks of others once the stage is over.
+        handed_on: the part of the weights with which a next stage begins that trains the same
+            student by the same method; None if it begins anew.
     """
 
     model: Any
@@ -106,6 +112,7 @@ class Role:
     follow: Follow | None = None
     sharded_methods: tuple[str, ...] = ()
     remove: Callable[[], None] = _nothing
+    handed_on: Stateful | None = None
 
 
 def weights_of(denoiser: Denoiser) -> Weights:

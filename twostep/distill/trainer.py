@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from twostep.training.loop import (
     Randomness,
     TrainingError,
     check_finite,
+    hashed_seed,
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import make_optimiser, optimiser_step
+from twostep.training.optimiser import go_back, make_optimiser, step_down
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
 
@@ -77,7 +79,7 @@ class StageTrainer:
         self.method = stage.make_method()
         self.batches = Batches(source, stage.batch_size, _device(student), codec)
         # Fresh layers, as a discriminator's head, start at random.
-        torch.manual_seed(stage.seed)
+        torch.manual_seed(hashed_seed(stage.seed, stage.name))
         self.roles = dict(self.method.roles(teacher, student))
         if sharded:
             self._shard()
@@ -103,6 +105,7 @@ class StageTrainer:
                     betas=role.adam.betas,
                     weight_decay=role.adam.weight_decay,
                     name=role.adam.name,
+                    group_rates=role.adam.group_rates,
                 )
         return optimisers
 
@@ -128,16 +131,15 @@ class StageTrainer:
         Raises:
             TrainingError: a loss is not a finite number.
         """
-        with self._autocast():
-            pair = self.method.draw(iteration, self.batches, self.models, random)
+        pairs = _Pairs(self, iteration, random)
         factor = self.rate * learning_rate_factor(iteration, self.stage)
         figures: dict[str, float | Tensor] = {}
         for name in self.method.turns(iteration):
-            figures |= self._take_turn(name, iteration, pair, factor)
+            figures |= self._take_turn(name, iteration, pairs, factor)
         return {name: float(value) for name, value in figures.items()}
 
     def _take_turn(
-        self, name: str, iteration: int, pair: Any, factor: float
+        self, name: str, iteration: int, pairs: _Pairs, factor: float
     ) -> dict[str, float | Tensor]:
         """Let one role take a step, with all others frozen, and return its figures."""
         role = self.roles[name]
@@ -149,20 +151,24 @@ class StageTrainer:
             if other.adam is not None and other_name not in (name, STUDENT)
         ]
         # Until the backward pass is over, in which checkpointed blocks are computed again.
-        with _frozen(bystanders):
-            with self._autocast():
-                losses = dict(self.method.loss(name, pair, self.models))
-                total = check_finite(losses.pop("total"), name, iteration, self.stage)
-            norm = optimiser_step(
-                total,
-                self.optimisers[name],
-                role.weights,
-                clip=self.stage.gradient_clip,
-                factor=factor,
-            )
+        sums: dict[str, Tensor] = {}
+        for part in range(self.stage.accumulate):
+            # The pair is drawn, if it is not yet, before anything is frozen.
+            pair = pairs[part]
+            with _frozen(bystanders):
+                with self._autocast():
+                    losses = dict(self.method.loss(name, pair, self.models))
+                    total = check_finite(losses.pop("total"), name, iteration, self.stage)
+                go_back(total / self.stage.accumulate if self.stage.accumulate > 1 else total)
+            figures = {f"{name}_loss": total, **losses}
+            for key, value in figures.items():
+                sums[key] = sums[key] + value.detach() if key in sums else value.detach()
+        norm = step_down(
+            self.optimisers[name], role.weights, clip=self.stage.gradient_clip, factor=factor
+        )
         self._follow(name)
-        figures = {key: value.detach() for key, value in losses.items()}
-        return {f"{name}_loss": total.detach(), f"{name}_grad_norm": norm, **figures}
+        means = {key: value / self.stage.accumulate for key, value in sums.items()}
+        return {f"{name}_grad_norm": norm, **means}
 
     def _follow(self, name: str) -> None:
         """Move every average of a role that has taken a step."""
@@ -173,6 +179,33 @@ class StageTrainer:
                 current = self.roles[name].weights.state_dict()
                 move_average(role.weights.state_dict(), current, role.follow.decay)
 
+    def begin_with(self, handed_on: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Let roles begin where the stage before left them, and return the names of those.
+
+        A role whose weights have another form than before, as where a LoRA became a network, begins
+        anew.
+
+        Args:
+            handed_on: what `hand_on` returned at the end of the stage before.
+        """
+        begun = []
+        for name, role in self.roles.items():
+            state = handed_on.get(name)
+            if role.handed_on is None or state is None:
+                continue
+            if role.handed_on.state_dict().keys() == state.keys():
+                role.handed_on.load_state_dict(dict(state))
+                begun.append(name)
+        return begun
+
+    def hand_on(self) -> dict[str, dict[str, Any]]:
+        """Return what the next stage of the same student and method begins with, by role."""
+        return {
+            name: role.handed_on.state_dict()
+            for name, role in self.roles.items()
+            if role.handed_on is not None
+        }
+
     def _autocast(self) -> Any:
         return self.stage.autocast(self.batches.device.type)
 
@@ -180,6 +213,40 @@ class StageTrainer:
         """Take what the method put on other networks off again."""
         for role in self.roles.values():
             role.remove()
+
+
+class _Pairs:
+    """The parts of an iteration's pair, drawn when they are first asked for.
+
+    Where gradients are accumulated and only one role takes a turn, a part is forgotten once
+    another is asked for, and with it its graph.
+    """
+
+    def __init__(self, trainer: StageTrainer, iteration: int, random: Randomness) -> None:
+        self._trainer = trainer
+        self._iteration = iteration
+        self._random = random
+        self._drawn: dict[int, Any] = {}
+        self._keep = len(trainer.method.turns(iteration)) > 1
+
+    def __getitem__(self, part: int) -> Any:
+        if part not in self._drawn:
+            if not self._keep:
+                self._drawn.clear()
+            self._drawn[part] = self._draw(part)
+        return self._drawn[part]
+
+    def _draw(self, part: int) -> Any:
+        trainer = self._trainer
+        num_parts = trainer.stage.accumulate
+        batches = trainer.batches
+        random = self._random
+        if num_parts > 1:
+            # Every part draws the whole batch's randomness, and computes its own items of it.
+            batches = replace(batches, part=part, num_parts=num_parts)
+            random = random.copy()
+        with trainer._autocast():
+            return trainer.method.draw(self._iteration, batches, trainer.models, random)
 
 
 def train_stage(
@@ -192,6 +259,8 @@ def train_stage(
     sharded: bool = False,
     codec: Codec | None = None,
     health: Health | None = None,
+    continues: Stage | None = None,
+    is_continued: bool = False,
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: OnCheckpoint = lambda iteration: {},
 ) -> None:
@@ -208,6 +277,9 @@ def train_stage(
         sharded: whether the method's networks are spread over all processes.
         codec: of the teacher.
         health: limits, and what happens beyond them.
+        continues: the stage before, if it trained the same student by the same method: what its
+            roles hand on is where this one's begin.
+        is_continued: whether the next stage continues this one.
         on_iteration: called after every iteration.
         on_checkpoint: called before every checkpoint.
 
@@ -216,15 +288,25 @@ def train_stage(
             that is kept.
     """
     trainer = StageTrainer(stage, source, teacher, student, sharded=sharded, codec=codec)
+    if continues is not None and (handed_on := folder.load(_handed_on(continues))):
+        begun = trainer.begin_with(handed_on)
+        folder.log(part=stage.name, continues=continues.name, goes_on=begun)
     monitor = Monitor(health or Health(), trainer.method.limits())
     run = _MonitoredRun(
         trainer, monitor, folder, on_iteration=on_iteration, on_checkpoint=on_checkpoint
     )
     try:
         run.run()
+        if is_continued and (states := trainer.hand_on()):
+            folder.save(_handed_on(stage), states)
         trainer.roles[STUDENT].weights.load_state_dict(trainer.average.weights)
     finally:
         trainer.remove_roles()
+
+
+def _handed_on(stage: Stage) -> str:
+    """Return under which name a run folder keeps what a stage hands on."""
+    return f"{stage.name}-handed-on"
 
 
 class _MonitoredRun:

@@ -171,7 +171,6 @@ class Bench:
             sampler=sampler,
         )
 
-    @torch.no_grad()
     def draw(
         self,
         denoiser: Denoiser,
@@ -181,57 +180,18 @@ class Bench:
         scale: float = 1.0,
         sampler: str | Sampler = "euler",
     ) -> Pictures:
-        """Draw pictures of tasks, each from the noise of its seed, batch by batch.
-
-        Returns:
-            Levels of 0..255 on the CPU, as a PNG would hold them.
-        """
-        # The name alone does not tell two samplers of one name apart, so these are not kept.
-        origin = None
-        if self.cache is not None and isinstance(sampler, str):
-            origin = [_digest(self.teacher, denoiser), steps, scale, sampler]
-        parts = []
-        for start in range(0, len(tasks), self.batch_size):
-            batch = tasks[start : start + self.batch_size]
-            path = None if origin is None else self._cached(origin, batch)
-            if path is not None and path.exists():
-                pictures = load(path.read_bytes())["pictures"]
-            else:
-                pictures = self._draw_batch(
-                    denoiser, batch, steps=steps, scale=scale, sampler=sampler
-                )
-                if path is not None:
-                    with write_atomically(path) as file:
-                        file.write(save({"pictures": pictures.contiguous()}))
-            parts.append(pictures)
-            self.on_batch(len(batch))
-        return torch.cat(parts)
-
-    def _cached(self, origin: Sequence[object], batch: Sequence[Task]) -> Path | None:
-        """Return the file of a batch in the cache."""
-        if self.cache is None:
-            return None
-        words = json.dumps([*origin, [(task.prompt, task.seed) for task in batch]])
-        return self.cache / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
-
-    def _draw_batch(
-        self,
-        denoiser: Denoiser,
-        batch: Sequence[Task],
-        *,
-        steps: int,
-        scale: float,
-        sampler: str | Sampler,
-    ) -> Pictures:
-        teacher = self.teacher
-        size = teacher.contract.sizes[0]
-        seeds = [task.seed for task in batch]
-        guided = encode_prompts(teacher, [task.prompt for task in batch], size, scale=scale)
-        noise = draw_noise(seeds, teacher.latent_shape(*size), denoiser.device)
-        latents = sample_latents(denoiser, guided, noise, steps, seeds, sampler=sampler)
-        on_cpu = denoiser.device.type == "cpu"
-        pixels = decode(teacher, latents, at_once=_DECODED_AT_ONCE_ON_CPU if on_cpu else None)
-        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        """Draw pictures of tasks by a denoiser, with the teacher's text encoders and codec."""
+        return draw_tasks(
+            self.teacher,
+            tasks,
+            denoiser=denoiser,
+            steps=steps,
+            scale=scale,
+            sampler=sampler,
+            batch_size=self.batch_size,
+            cache=self.cache,
+            on_batch=self.on_batch,
+        )
 
     def measure(self, pictures: Pictures, name: str) -> Measurements:
         """Measure pictures of the tasks of a set, batch by batch."""
@@ -318,13 +278,88 @@ def draw_student(
         student.network.train(was_training)
 
 
+@torch.no_grad()
+def draw_tasks(
+    bundle: Bundle,
+    tasks: Sequence[Task],
+    *,
+    denoiser: Denoiser | None = None,
+    steps: int | None = None,
+    scale: float | None = None,
+    sampler: str | Sampler = "euler",
+    batch_size: int = _BATCH,
+    cache: Path | None = None,
+    on_batch: OnBatch = lambda count: None,
+) -> Pictures:
+    """Draw pictures of tasks, each from the noise of its seed, batch by batch.
+
+    Args:
+        bundle: encodes prompts and decodes latents.
+        tasks: prompts and seeds.
+        denoiser: draws; None for the bundle's own.
+        steps: along the trailing grid; None for the contract's number.
+        scale: of the guidance; None for the contract's, 1 for none.
+        sampler: its name, or one itself.
+        batch_size: pictures that are drawn at once.
+        cache: a folder that keeps what is drawn with a sampler that has a name; None for none.
+        on_batch: told of every batch.
+
+    Returns:
+        Levels of 0..255 on the CPU, as a PNG would hold them.
+    """
+    denoiser = denoiser or bundle.denoiser
+    steps = steps or bundle.contract.steps
+    scale = bundle.contract.guidance if scale is None else scale
+    origin = None
+    if cache is not None and isinstance(sampler, str):
+        origin = [weights_digest(bundle, denoiser), steps, scale, sampler]
+    parts = []
+    for start in range(0, len(tasks), batch_size):
+        batch = tasks[start : start + batch_size]
+        path = None
+        if cache is not None and origin is not None:
+            words = json.dumps([*origin, [(task.prompt, task.seed) for task in batch]])
+            path = cache / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
+        if path is not None and path.exists():
+            pictures = load(path.read_bytes())["pictures"]
+        else:
+            pictures = _draw_batch(
+                bundle, denoiser, batch, steps=steps, scale=scale, sampler=sampler
+            )
+            if path is not None:
+                with write_atomically(path) as file:
+                    file.write(save({"pictures": pictures.contiguous()}))
+        parts.append(pictures)
+        on_batch(len(batch))
+    return torch.cat(parts)
+
+
+def _draw_batch(
+    bundle: Bundle,
+    denoiser: Denoiser,
+    batch: Sequence[Task],
+    *,
+    steps: int,
+    scale: float,
+    sampler: str | Sampler,
+) -> Pictures:
+    size = bundle.contract.sizes[0]
+    seeds = [task.seed for task in batch]
+    guided = encode_prompts(bundle, [task.prompt for task in batch], size, scale=scale)
+    noise = draw_noise(seeds, bundle.latent_shape(*size), denoiser.device)
+    latents = sample_latents(denoiser, guided, noise, steps, seeds, sampler=sampler)
+    on_cpu = denoiser.device.type == "cpu"
+    pixels = decode(bundle, latents, at_once=_DECODED_AT_ONCE_ON_CPU if on_cpu else None)
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 def to_float(pictures: Pictures) -> Tensor:
     """Return levels of 0..255 as pictures in -1..1."""
     return pictures.float() / 127.5 - 1
 
 
-def _digest(teacher: Bundle, denoiser: Denoiser) -> str:
-    """Return a digest of all weights that a picture depends on."""
+def weights_digest(teacher: Bundle, denoiser: Denoiser) -> str:
+    """Return a digest of all weights that pictures by a denoiser of a teacher depend on."""
     digest = hashlib.sha256(denoiser.prediction_type.encode())
     digest.update(str(denoiser.lora).encode())
     for network in (denoiser.network, *teacher.text.networks.values(), *modules_of(teacher.codec)):

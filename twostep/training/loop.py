@@ -1,7 +1,8 @@
 """The loop under every training: iterate, log, save checkpoints, resume.
 
 What one iteration does is its caller's matter. Every iteration gets randomness of its own that is
-seeded from (seed, iteration), so a resumed run draws what an uninterrupted one would have drawn.
+seeded from the seed, the name of what is trained and the number of the iteration, so a resumed run
+draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -88,11 +89,30 @@ class Randomness:
     words: random.Random
 
     @classmethod
-    def at(cls, seed: int, iteration: int) -> Randomness:
-        """Return the randomness of one iteration, which depends on these two numbers alone."""
-        # Both numbers are hashed into 31 bits, because torch's generator reads 32 bits of a seed.
-        number = random.Random(f"{seed}/{iteration}").getrandbits(31)
+    def at(cls, seed: int, iteration: int, part: str = "") -> Randomness:
+        """Return the randomness of one iteration, which depends on these three alone.
+
+        Args:
+            seed: of the training.
+            iteration: counts from 0.
+            part: the name of what is trained, so that the parts of a run, which share a seed, do
+                not see the same examples with the same noise.
+        """
+        number = hashed_seed(seed, part, iteration)
         return cls(torch.Generator().manual_seed(number), random.Random(number))
+
+    def copy(self) -> Randomness:
+        """Return randomness that will draw the same."""
+        tensors = torch.Generator()
+        tensors.set_state(self.tensors.get_state())
+        words = random.Random()
+        words.setstate(self.words.getstate())
+        return Randomness(tensors, words)
+
+
+def hashed_seed(*parts: object) -> int:
+    """Return a seed that depends on all of some values, in 31 bits, as torch's generator wants."""
+    return random.Random("/".join(str(part) for part in parts if part != "")).getrandbits(31)
 
 
 class MovingAverage:
@@ -203,7 +223,7 @@ def run_loop(
     sums: dict[str, float] = {}
     counts: Counter[str] = Counter()
     for iteration in range(start, settings.iterations):
-        figures = averaged(iterate(iteration, Randomness.at(settings.seed, iteration)))
+        figures = averaged(iterate(iteration, Randomness.at(settings.seed, iteration, name)))
         num_done = iteration + 1
         sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
         # A figure of its own count: not every role takes a step in every iteration.

@@ -1,7 +1,7 @@
 """Optimisers, and the step that every training takes with them."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ class Trainable(Stateful, Protocol):
         """Yield the parameters that are trained."""
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """Something trainable whose parameters fall into groups that may learn at their own rates."""
+
+    def parameter_groups(self) -> Sequence[Iterator[nn.Parameter]]:
+        """Return the parameters, every one in one group."""
+
+
 def make_optimiser(
     trainable: Trainable,
     learning_rate: float,
@@ -31,6 +39,7 @@ def make_optimiser(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
     name: OptimiserName = "adamw",
+    group_rates: Sequence[float] | None = None,
 ) -> torch.optim.Optimizer:
     """Make an AdamW optimiser of everything trainable; RecipeError if the 8-bit one is missing.
 
@@ -40,10 +49,12 @@ def make_optimiser(
         betas: decay of the first and of the second moment.
         weight_decay: decoupled weight decay per step, relative to the learning rate.
         name: "adamw", or "adamw8bit", which needs the package bitsandbytes.
+        group_rates: peaks of the groups of a `Grouped` trainable, instead of one for all.
     """
+    groups = _groups(trainable, learning_rate, group_rates)
     if name == "adamw":
         return torch.optim.AdamW(
-            trainable.parameters(),
+            groups,
             lr=learning_rate,
             betas=betas,
             weight_decay=weight_decay,
@@ -54,12 +65,26 @@ def make_optimiser(
     except ImportError as error:
         raise RecipeError(f'optimiser "{name}" needs `pip install twostep[eight-bit]`.') from error
     optimiser: torch.optim.Optimizer = AdamW8bit(
-        trainable.parameters(),
+        groups,
         lr=learning_rate,
         betas=betas,
         weight_decay=weight_decay,
     )
     return optimiser
+
+
+def _groups(
+    trainable: Trainable, learning_rate: float, group_rates: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """Return the parameters with their peaks, as torch's optimisers take them."""
+    if group_rates is None:
+        return [{"params": list(trainable.parameters()), "lr": learning_rate}]
+    assert isinstance(trainable, Grouped)
+    groups = trainable.parameter_groups()
+    return [
+        {"params": list(parameters), "lr": rate}
+        for parameters, rate in zip(groups, group_rates, strict=True)
+    ]
 
 
 def optimiser_step(
@@ -81,12 +106,33 @@ def optimiser_step(
         clip: largest norm of all gradients together; longer ones are scaled down to it.
         factor: of the peak learning rate, as of `learning_rate_factor`.
     """
+    go_back(loss)
+    return step_down(optimiser, trainable, clip, factor)
+
+
+def go_back(loss: Tensor) -> None:
+    """Add a loss's gradients to those that are there."""
+    with training_attention(loss.device.type):
+        loss.backward()
+
+
+def step_down(
+    optimiser: torch.optim.Optimizer, trainable: Trainable, clip: float, factor: float
+) -> float:
+    """Take one optimiser step down the gradients that are there, and clear them.
+
+    Of several processes every one must call it. Returns the gradient norm before clipping.
+
+    Args:
+        optimiser: made by `make_optimiser` of the same `trainable`.
+        trainable: whose gradients are averaged and clipped.
+        clip: largest norm of all gradients together; longer ones are scaled down to it.
+        factor: of the peak learning rate, as of `learning_rate_factor`.
+    """
     for group in optimiser.param_groups:
         # The peak is kept in the group, and so in checkpoints, because "lr" is overwritten.
         peak = group.setdefault("peak", group["lr"])
         group["lr"] = peak * factor
-    with training_attention(loss.device.type):
-        loss.backward()
     parameters = list(trainable.parameters())
     average([parameter.grad for parameter in parameters if parameter.grad is not None])
     norm = nn.utils.clip_grad_norm_(parameters, clip)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _BUILT_IN = {
     "regression": "twostep.distill.methods.regression:Regression",
     "conversion": "twostep.distill.methods.conversion:Conversion",
+    "lightning": "twostep.distill.methods.lightning:Lightning",
     "adversarial": "twostep.distill.methods.adversarial:Adversarial",
     "lcm": "twostep.distill.methods.lcm:Lcm",
     "add": "twostep.distill.methods.add:Add",
