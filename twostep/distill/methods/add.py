@@ -71,7 +71,9 @@ class AddSettings(MethodSettings):
     distillation_weight: float = Field(
         2.5, ge=0, description="weight of the teacher's pull; 2.5 in the paper"
     )
-    r1_weight: float = Field(1e-5, ge=0, description="weight of the R1 penalty; 1e-5 in the paper")
+    feature_r1_weight: float = Field(
+        1e-5, ge=0, description="weight of the R1 penalty; 1e-5 in the paper"
+    )
     heads_learning_rate: float | None = Field(
         None, gt=0, description="as learning_rate where not given"
     )
@@ -168,12 +170,12 @@ class Add(Method[Answer]):
         with torch.no_grad():
             real_features = self._features(pair.x0, pair)
             fake_features = self._features(pair.fake.detach(), pair)
-        if self.settings.r1_weight > 0:
+        if self.settings.feature_r1_weight > 0:
             real, penalty = r1_penalty(heads, real_features, condition)
         else:
             real, penalty = heads(real_features, condition), torch.zeros((), device=pair.x0.device)
         fake = heads(fake_features, condition)
-        total = hinge_of_heads(real, fake) + self.settings.r1_weight * penalty
+        total = hinge_of_heads(real, fake) + self.settings.feature_r1_weight * penalty
         return {"total": total, "accuracy": share_told_apart(real, fake), "r1": penalty}
 
     def _features(self, latents: Batch, pair: Answer) -> list[Tensor]:

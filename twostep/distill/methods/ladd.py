@@ -74,7 +74,7 @@ class LaddSettings(MethodSettings):
     low_noise_iterations: int = Field(
         500, ge=0, description="iterations in which the student starts at its lower times alone"
     )
-    r1_weight: float = Field(
+    feature_r1_weight: float = Field(
         1e-5, ge=0, description="weight of the R1 penalty on the heads' inputs, as in ADD"
     )
     heads_learning_rate: float | None = Field(
@@ -193,7 +193,7 @@ class Ladd(Method[JudgedLatents]):
         with torch.no_grad():
             real_features = self._frozen(pair.real, pair.t, pair.conditioning)
             fake_features = self._frozen(pair.fake.detach(), pair.t, pair.conditioning)
-        if self.settings.r1_weight > 0:
+        if self.settings.feature_r1_weight > 0:
             real, penalty = r1_penalty(heads, real_features, condition)
         else:
             real, penalty = (
@@ -201,7 +201,7 @@ class Ladd(Method[JudgedLatents]):
                 torch.zeros((), device=pair.real.device),
             )
         fake = heads(fake_features, condition)
-        total = hinge_of_heads(real, fake) + self.settings.r1_weight * penalty
+        total = hinge_of_heads(real, fake) + self.settings.feature_r1_weight * penalty
         return {"total": total, "accuracy": share_told_apart(real, fake), "r1": penalty}
 
     def _condition(self, pair: JudgedLatents, teacher: Denoiser) -> Tensor:
