@@ -17,7 +17,13 @@ from twostep.diffusion.shapes import Time
 from twostep.distill.health import measure
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
-from twostep.models.sampling import Guided, decode, encode_prompts, sample_latents
+from twostep.models.sampling import (
+    Guided,
+    decode,
+    encode_prompts,
+    sample_latents,
+    sampling_times,
+)
 from twostep.networks.denoiser import Denoiser
 
 NUM_SEEDS = 2
@@ -77,7 +83,9 @@ class Examples:
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        return self.draw(self.teacher.denoiser, self.guided, self.teacher.contract.steps)
+        teacher = self.teacher
+        times = sampling_times(teacher.contract, teacher.denoiser.schedule)
+        return self.draw(teacher.denoiser, self.guided, times, teacher.contract.sampler)
 
     @torch.no_grad()
     def draw(

@@ -48,11 +48,11 @@ def verify(
     """
     checkpoint = resolve(model, steps=steps)
     bundle = load_bundle(checkpoint, steps=steps)
-    if bundle.contract.sampler == "renoise":
+    if bundle.contract.sampler == "renoise" or bundle.contract.sampling_times:
         raise ModelError(
-            f"{bundle.contract.name} adds fresh noise at every step, which no two programs draw "
-            "alike, so there is nothing to compare step by step. Verify a student that follows the "
-            "flow."
+            f"{bundle.contract.name} adds fresh noise at every step, or visits times of its own. "
+            "No two programs draw that alike, so there is nothing to compare step by step: verify "
+            "a student that follows the flow along the trailing grid."
         )
     width, height = bundle.contract.sizes[0]
     noise = draw_noise([seed], bundle.latent_shape(width, height))
