@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from twostep.cli import cache, compare, draw, evaluate, files, pretrain, train
 from twostep.errors import TwostepError
+from twostep.training.stopping import StoppedError
 
 
 class _Verbs(TyperGroup):
@@ -24,6 +25,9 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except StoppedError as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(stopped.exit_code) from stopped
         except TwostepError as error:
             Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
             raise typer.Exit(1) from error

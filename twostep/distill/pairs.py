@@ -43,6 +43,14 @@ class Source(Protocol):
         """Return the conditioning of the empty prompt for as many items of the same sizes."""
 
 
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source that can tell whether it is still the same, which is asked when a run goes on."""
+
+    def fingerprint(self) -> str:
+        """Return a short text that is another one if any latents or conditioning are others."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """The examples of a stage, as one process gets them.

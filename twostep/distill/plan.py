@@ -70,6 +70,17 @@ class StagePlan:
         """The larger of the two peaks."""
         return max(self.peak, self.pictures)
 
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
+        each = BYTES_OF_WEIGHT + BYTES_OF_MOMENTS[self.stage.optimiser]
+        return each * sum(self.trained.values()) + self.finished
+
+    @property
+    def finished(self) -> int:
+        """Bytes that stay of it once it is finished: the student's weights."""
+        return BYTES_OF_WEIGHT * self.trained[STUDENT]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,6 +95,17 @@ class Plan:
     stages: tuple[StagePlan, ...]
     item_bytes: int
     num_items: int
+
+    @property
+    def disk(self) -> int:
+        """The most bytes that checkpoints take at once, one being written beside those kept."""
+        finished = 0
+        most = 0
+        for planned in self.stages:
+            num_at_once = planned.stage.keep_checkpoints + 1
+            most = max(most, finished + num_at_once * planned.checkpoint)
+            finished += planned.finished
+        return most
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import go_back, make_optimiser, step_down
+from twostep.training.optimiser import OptimiserState, go_back, make_optimiser, step_down
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
 
@@ -114,7 +114,7 @@ class StageTrainer:
         for name, role in self.roles.items():
             state[name] = role.weights
         for name, optimiser in self.optimisers.items():
-            state[f"{name}_optimiser"] = optimiser
+            state[f"{name}_optimiser"] = OptimiserState(optimiser)
         return state
 
     def iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
@@ -328,6 +328,7 @@ class _MonitoredRun:
         self.on_checkpoint = on_checkpoint
         self.name = trainer.stage.name
         self.pause_reason: str | None = None
+        self.has_rolled_back = False
 
     def run(self) -> None:
         """Run the loop, again from the last checkpoint as often as the monitor allows."""
@@ -340,6 +341,7 @@ class _MonitoredRun:
             except TrainingError as error:
                 if not self.monitor.roll_back():
                     raise
+                self.has_rolled_back = True
                 rate = self.monitor.rate
                 self.folder.log(part=self.name, rolled_back=str(error), rate=rate)
                 self.folder.save(f"{self.name}-health", self.monitor.state_dict())
@@ -353,6 +355,7 @@ class _MonitoredRun:
             name=self.name,
             state=self.trainer.state,
             checkpoint_start=self.monitor.settings.action == "rollback",
+            only_examined=self.has_rolled_back,
             on_iteration=self._add,
             on_checkpoint=self._examine,
         )

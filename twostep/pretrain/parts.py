@@ -149,6 +149,7 @@ def find_part_recipe(name: str | Path) -> Path:
 
 def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     codec = train_vae(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
         codec.vae.save_pretrained(run.out / "model" / "vae")
@@ -157,6 +158,7 @@ def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
 
 def _train_text(settings: TextSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     text = train_text(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
         for number, suffix in enumerate(("", "_2")):
@@ -167,6 +169,7 @@ def _train_text(settings: TextSettings, run: PartRun) -> Path:
 
 def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     size = find_size(settings.size)
     codec = load_codec(settings.autoencoder)
     text = load_text(settings.text_encoders)
@@ -183,6 +186,7 @@ def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
 
 def _tune_teacher(settings: TuneSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     teacher = load_bundle(settings.model)
     contract = replace(
         teacher.contract,
@@ -231,6 +235,7 @@ def _fit_teacher(
 
 def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     # The codec stays on the CPU, where the drawings are.
     bundle = load_bundle(settings.model)
     device = find_device(settings.device)
@@ -260,6 +265,7 @@ def _train_judge(settings: JudgeSettings, run: PartRun) -> Path:
 
 def _train_style(settings: StyleSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     bundle = load_bundle(settings.model)
     latents = style_latents(run.drawings, bundle, settings, on_variant=run.show_latents)
     bundle = bundle.to(find_device(settings.device))

@@ -110,6 +110,13 @@ class TextEncoders:
         _, pooled = self.encode([without_weights(prompt) for prompt in prompts])
         return torch.cat(filled), pooled
 
+    def is_cut(self, prompt: str) -> bool:
+        """Return whether `encode` leaves out the end of a prompt."""
+        tokenizer = self.tokenizers[0]
+        with _TOKENIZING:
+            length = len(tokenizer(prompt, verbose=False).input_ids)
+        return length > int(tokenizer.model_max_length)
+
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", without_weights(prompt).lower()))
