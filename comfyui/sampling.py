@@ -11,7 +11,7 @@ that several questions cost one look at the file.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from twostep.contract import Contract, ContractError
-from twostep.diffusion import VariancePreserving
+from twostep.contract import Contract, ContractError, VariancePreservingSpec
+from twostep.diffusion import VariancePreserving, make_schedule
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, ModelError, resolve
 from twostep.formats.contracts import SDXL
@@ -125,11 +125,13 @@ def teacher_contract(file: Path | Checkpoint) -> Contract:
             f"{header.path.name} is no whole SDXL checkpoint: it has no {lacking[0]}*. Nothing "
             "else is loaded here."
         )
+    noise = SingleFile(header, header.path.parent).noise
     return replace(
         SDXL,
         name=header.path.stem,
         base=header.path.stem,
-        prediction_type=SingleFile(header, header.path.parent).prediction_type or "eps",
+        prediction_type=noise.prediction_type or "eps",
+        schedule=noise.schedule or SDXL.schedule,
         sizes=((1024, 1024),),
     )
 
@@ -137,15 +139,17 @@ def teacher_contract(file: Path | Checkpoint) -> Contract:
 def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
     """Return sigma / alpha at the contract's times, falling, and 0 at the end.
 
-    SamplerCustom follows them. Raises ContractError for a rectified flow, and for a student that
-    does not begin at the top.
+    SamplerCustom follows them. Raises ContractError for a rectified flow, for EDM, and for a
+    student that does not begin at the top.
     """
-    if contract.prediction_type not in PREDICTIONS:
+    is_known = isinstance(contract.schedule, VariancePreservingSpec)
+    if contract.prediction_type not in PREDICTIONS or not is_known:
         raise ContractError(
             f"{contract.name} predicts {contract.prediction_type}, which these nodes do not "
             f"sample; they know {', '.join(PREDICTIONS)}. Draw with it in twostep."
         )
-    schedule = VariancePreserving.scaled_linear()
+    schedule = make_schedule(**asdict(contract.schedule))
+    assert isinstance(schedule, VariancePreserving)
     first, *rest = sampling_times(contract, schedule)
     if first != schedule.top:
         raise ContractError(

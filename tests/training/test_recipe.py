@@ -18,6 +18,8 @@ NAMES = {
     "sdxl-lora-80gb",
     "sdxl-full-8x80gb",
     "sdxl-2step-from-prompts",
+    *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
+    *(f"sdxl-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
 }
 
 

@@ -55,6 +55,16 @@ _Seed = Annotated[int, typer.Option(help="Image i is drawn from seed + i.")]
 _Guidance = Annotated[
     float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")
 ]
+_Scheduler = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="Teacher only: euler, dpmpp-2m or unipc."),
+]
+_As = Annotated[
+    str | None,
+    typer.Option(
+        "--as", help="What the model is, of others: lightning, turbo, lcm, hyper, dmd2, base."
+    ),
+]
 _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
 ]
@@ -78,6 +88,8 @@ def generate(
         str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own by default.")
     ] = None,
     control: _Controls = None,
+    scheduler: _Scheduler = None,
+    treated_as: _As = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
@@ -95,6 +107,8 @@ def generate(
         controls=_parse_controls(control),
         model=model,
         loras=tuple(lora or ()),
+        sampler=scheduler,
+        treated_as=treated_as,
     )
     _draw_and_save(request, out)
 
@@ -115,6 +129,8 @@ def edit(
     num_images: _Number = 1,
     seed: _Seed = 0,
     guidance: _Guidance = None,
+    scheduler: _Scheduler = None,
+    treated_as: _As = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
@@ -131,6 +147,8 @@ def edit(
         controls=_parse_controls(control),
         model=model,
         loras=tuple(lora or ()),
+        sampler=scheduler,
+        treated_as=treated_as,
     )
     _draw_and_save(request, out)
 

@@ -15,8 +15,7 @@ from twostep.contract import Contract, VariancePreservingSpec
 from twostep.diffusion import make_schedule
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
-from twostep.formats.locate import ModelError, read_json
-from twostep.formats.single_file import SDXL_BASE
+from twostep.formats.locate import SDXL_BASE, ModelError, read_json
 from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.models.sampling import sampling_times
 from twostep.models.sdxl import is_sdxl
@@ -61,6 +60,7 @@ class Card:
             file=out.name,
             to=to,
             contract=contract,
+            workflow_steps=workflow_steps(contract),
             fields=_fields(contract),
             sampling=sampler_in_words(contract),
             renoises=contract.sampler == "renoise",
@@ -134,11 +134,34 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
     to its server.
     """
     api_path = out.with_suffix(".api.json")
-    _render("workflow.json", api_path, file=out.name, to=to, contract=contract, name=out.stem)
+    _render(
+        "workflow.json",
+        api_path,
+        file=out.name,
+        to=to,
+        contract=contract,
+        steps=workflow_steps(contract),
+        name=out.stem,
+    )
     api = read_json(api_path)
     known = read_json(HERE / "nodes.json")
     links = _links(api, known)
     _render("page.json", out.with_suffix(".json"), api=api, known=known, links=links)
+
+
+def workflow_steps(contract: Contract) -> int:
+    """Return the number of steps that a workflow takes.
+
+    ComfyUI's scheduler `simple` rounds times another way than the trailing grid, so that the two
+    agree only where all times are whole. A teacher may take any number of steps: its workflow takes
+    the next one that divides its times. A student keeps to its own.
+    """
+    steps = contract.steps
+    schedule = contract.schedule
+    if contract.role == "teacher" and isinstance(schedule, VariancePreservingSpec):
+        while schedule.num_times % steps:
+            steps += 1
+    return steps
 
 
 def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...]]:

@@ -11,32 +11,29 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract
+from twostep.contract import Contract, EdmSpec
 from twostep.export.card import Card, sampler_in_words, write_workflows
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.ldm_names import clip_l_names
-from twostep.formats.locate import ModelError
+from twostep.formats.locate import SDXL_BASE, ModelError
 from twostep.formats.lora_files import LowRank, read_lora, write_lora
-from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
+from twostep.formats.single_file import Naming, noise_marks, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_with_loras
 from twostep.models.saving import save_bundle
-from twostep.models.sdxl import autoencoder, base_folder, embed_no_guidance, is_sdxl
+from twostep.models.sdxl import SDXL_CHANNELS, autoencoder, base_folder, embed_no_guidance, is_sdxl
 from twostep.models.sdxl_networks import hollow_networks
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 """The forms that a model can be exported to."""
-
-_SDXL_CHANNELS = (320, 640, 1280)
-"""The channels of SDXL's own UNet, by level."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class ExportJob:
         if not is_sdxl(self.contract):
             return False
         channels = self.network.config.block_out_channels  # type: ignore[union-attr]
-        return tuple(channels) == _SDXL_CHANNELS  # type: ignore[arg-type]
+        return tuple(channels) == SDXL_CHANNELS  # type: ignore[arg-type]
 
     @property
     def model_spec(self) -> dict[str, str]:
@@ -238,17 +235,24 @@ def _write_file(bundle: Bundle, job: ExportJob) -> Path:
     for, and for weights that are not finite in 16 bits.
     """
     _check_file(job.contract, job.to)
+    vae: Any = autoencoder(bundle)
+    marks = noise_marks(job.contract, vae.config)
     weights = bundle.denoiser.network.state_dict()
     if job.to == "comfyui":
-        weights = whole_weights({**bundle.parts, "vae": autoencoder(bundle)})
+        weights = whole_weights({**bundle.parts, "vae": vae})
     halves = {key: value.half() for key, value in weights.items()}
     for key, value in halves.items():
         if not value.isfinite().all():
             raise ModelError(
                 f"{key} of {job.contract.name} is not finite in 16 bits: damaged, or too large."
             )
-    if job.to == "comfyui" and job.contract.prediction_type == "v":
-        halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
+    if job.to == "comfyui":
+        halves |= marks
+    elif isinstance(job.contract.schedule, EdmSpec):
+        raise ModelError(
+            f"{job.contract.name} follows EDM, which a UNet alone cannot say. Export the whole "
+            "model to comfyui, or to diffusers."
+        )
     return job.write(halves, job.contract.to_metadata())
 
 

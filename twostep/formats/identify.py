@@ -24,6 +24,7 @@ DOWN = r"(lora_down|lora_A|lora(_linear_layer)?\.down)\.weight"
 LORA = "a LoRA"
 WHOLE = "a whole checkpoint"
 UNET_ALONE = "a UNet alone"
+CONTROL = "a ControlNet"
 """The kinds of file that are loaded here, as identify.toml calls them."""
 
 

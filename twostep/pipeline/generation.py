@@ -250,7 +250,7 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
         torch.cat(beginnings),
         times=first.times,
         seeds=[seed for part in parts for seed in part.seeds],
-        sampler=bundle.contract.sampler,
+        sampler=first.request.sampler or bundle.contract.sampler,
         on_step=report,
         keep=None if first.mask is None else keep,
     )

@@ -21,7 +21,7 @@ from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.files import write_atomically
 from twostep.media.codec import Encoded
-from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
+from twostep.pipeline.request import MAX_BATCH, SAMPLERS, LoraChoice, Request, Result
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
@@ -100,7 +100,7 @@ def a1111_text(contract: Contract, request: Request) -> str:
     """
     settings = {
         "Steps": f"{request.steps}",
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS[request.sampler or contract.sampler],
         "Schedule type": "SGM Uniform",
         "CFG scale": f"{request.guidance:g}",
         "Seed": f"{request.seed}",

@@ -22,6 +22,7 @@ from torch.nn.functional import adaptive_max_pool2d
 from twostep.contract import Contract
 from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.shapes import Batch, Latents, Time
+from twostep.formats import few_step
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
@@ -74,8 +75,8 @@ class Prepared:
     def batch_key(self) -> object:
         """What two requests must have in common to be drawn in one batch.
 
-        These are times, guidance, size, tokens, ControlNets with their scales and shares, and
-        whether anything is put back. What an inpainting network is shown is one picture for the
+        These are times, sampler, guidance, size, tokens, ControlNets with their scales and shares,
+        and whether anything is put back. What an inpainting network is shown is one picture for the
         whole batch, so those are drawn by themselves; and so is what another engine runs, for only
         the operations of an eager network can be computed part by part.
         """
@@ -88,6 +89,7 @@ class Prepared:
             self.guided.positive.text.shape,
             tuple(controls),
             self.request.init_noise,
+            self.request.sampler,
             self.mask is None,
             None if known is None and self.request.engine == "eager" else id(self),
         )
@@ -133,7 +135,13 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
     that leaves nothing to draw, PromptError for weights in a prompt that cannot be read, and
     ModelError for a ControlNet that does not fit.
     """
-    warnings = bundle.contract.check(request.steps, request.guidance, request.width, request.height)
+    warnings = bundle.contract.check(
+        request.steps,
+        request.guidance,
+        request.width,
+        request.height,
+        sampler=request.sampler,
+    )
     wished_strength = request.strength
     request, times = _settled(bundle, request)
     seconds = dict.fromkeys(STAGES, 0.0)
@@ -202,7 +210,13 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         strength = start / schedule.top
     width, height = _size(contract, request)
     settled = replace(
-        request, steps=steps, guidance=guidance, width=width, height=height, strength=strength
+        request,
+        steps=steps,
+        guidance=guidance,
+        width=width,
+        height=height,
+        strength=strength,
+        sampler=request.sampler or contract.sampler,
     )
     if bundle.origin:
         model, *loras = bundle.origin
@@ -355,6 +369,9 @@ def _warnings(
             f"not in the vocabulary of {contract.name}: {words}. "
             "It has never seen these words, so expect nothing of them."
         )
+    few_steps = few_step.note(contract)
+    if few_steps is not None:
+        warnings.append(few_steps)
     warnings += _picture_warnings(request)
     last = request.seeds[-1]
     if last >= NUM_DISTINCT_SEEDS:

@@ -46,6 +46,9 @@ InitNoise = Literal["comfyui", "diffusers"]
 "comfyui" begins at pure noise, as students are trained. "diffusers" begins at sigma_T times that.
 """
 
+SAMPLERS = {"euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC", "renoise": "LCM"}
+"""The samplers that a request may name, and what A1111 calls them."""
+
 _LORA = re.compile(r"(?P<name>.+?)(?::(?P<weight>-?(?:\d+\.?\d*|\.\d+)))?")
 
 
@@ -187,15 +190,19 @@ class Request:
     - `width`, `height`: pixels.
     - `image`, `strength`, `mask`: a picture that is changed instead of drawn anew; how much of it,
       above 0 and up to 1 (0.75, with a mask 1); and where, white in a picture of the same size.
+    - `sampler`: how a teacher goes from time to time: "euler", "dpmpp-2m" or "unipc"; "renoise" for
+      models that add fresh noise. Students keep to their own.
     - `controls`: ControlNets.
     - `init_noise`: where the drawing begins.
     - `model`: a built-in name, a folder, a file or a hub id.
     - `loras`: LoRAs in order, each a `LoraChoice`, "file" or "file:0.8".
     - `engine`: what runs the network.
+    - `treated_as`: the few-step kind of a model of others ("lightning", "turbo", "lcm", "hyper",
+      "dmd2"), which is then drawn as a student of so many steps, or "base" for none.
 
-    `generate(bundle, request)` draws with the bundle it is given and reads neither `model`, `loras`
-    nor `engine`; a `Studio` loads what they say. Raises `RequestError` where a value is impossible
-    for any model.
+    `generate(bundle, request)` draws with the bundle it is given and reads neither `model`,
+    `loras`, `engine` nor `treated_as`; a `Studio` loads what they say. Raises `RequestError` where
+    a value is impossible for any model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -216,6 +223,8 @@ class Request:
     model: str = field(default="nano", kw_only=True)
     loras: tuple[LoraChoice | str, ...] = field(default=(), kw_only=True)
     engine: str = field(default="eager", kw_only=True)
+    sampler: str | None = field(default=None, kw_only=True)
+    treated_as: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, holds, expected in self._rules():
@@ -264,6 +273,10 @@ class Request:
         yield "guidance", possible, "a number from 0 up. 1 means none, 3 to 8 is usual"
 
     def _picture_rules(self) -> Iterator[tuple[str, bool, str]]:
+        known = self.sampler is None or self.sampler in SAMPLERS
+        yield "sampler", known, f"one of {', '.join(SAMPLERS)}"
+        named = self.treated_as is None or _is_text(self.treated_as)
+        yield "treated_as", named, "the name of a few-step kind"
         choices = get_args(InitNoise)
         yield "init_noise", self.init_noise in choices, f"one of {', '.join(choices)}"
         for name in ("strength", "mask"):

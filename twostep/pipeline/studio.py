@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import torch
@@ -17,6 +17,8 @@ import torch
 from twostep.engines.engine import registered_engine
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, resolve
+from twostep.formats.contracts import SDXL
+from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -108,8 +110,10 @@ class Studio:
     def load(self, request: Request) -> Bundle:
         """Return the model of a request with its LoRAs on, loaded if it is not there yet.
 
-        `steps` picks the student. Left open, it is the student of two steps if there is one, else
-        the teacher; with LoRAs, the teacher. A LoRA that makes students needs the teacher too.
+        `steps` picks the student; a model that has none takes any number. Left open, it is the
+        student of two steps if there is one, else the teacher; with LoRAs, the teacher. A LoRA that
+        makes students needs the teacher too. `treated_as` says which few-step kind a model is whose
+        file does not say it.
         Raises ModelError where there is no such model, or none for these steps, and ContractError
         for a LoRA that does not go on it.
         """
@@ -122,8 +126,15 @@ class Studio:
         elif steps is None and not loras:
             checkpoint = resolve(request.model)
             steps = _favourite_steps(checkpoint)
+        elif steps is not None and (request.model, steps) not in self._slots:
+            checkpoint = resolve(request.model, steps=steps)
+            if checkpoint.takes_any_steps:
+                steps = None  # one model, whatever the steps
         bundle = self._model(request.model, steps, checkpoint).apply(loras)
         contract = bundle.contract
+        if request.treated_as is not None:
+            contract = as_student(contract, SDXL, request.treated_as, request.steps)
+            bundle = replace(bundle, contract=contract)
         if request.steps not in (None, contract.steps) and contract.role == "student":
             raise ModelError(
                 f"{contract.name} draws in {contract.steps} steps, not in {request.steps}."
@@ -162,8 +173,13 @@ class Studio:
                 del self._slots[key]
 
 
-def _favourite_steps(model: Checkpoint) -> int:
-    """Return the steps that are taken where a request says nothing of them."""
+def _favourite_steps(model: Checkpoint) -> int | None:
+    """Return the steps of the student that draws where a request says nothing of them.
+
+    None where the model has no students to pick from.
+    """
+    if model.takes_any_steps:
+        return None
     offered = [contract.steps for contract in model.contracts]
     return FAVOURITE_STEPS if FAVOURITE_STEPS in offered else offered[0]
 
@@ -172,6 +188,7 @@ def _by_model(requests: Sequence[Request]) -> list[list[int]]:
     """Return the places of the requests that need the same model with the same LoRAs."""
     alike: dict[object, list[int]] = {}
     for place, request in enumerate(requests):
-        key = (request.model, request.loras, request.steps, request.engine)
+        wish = (request.model, request.loras, request.steps, request.engine)
+        key = (*wish, request.treated_as)
         alike.setdefault(key, []).append(place)
     return list(alike.values())
