@@ -206,6 +206,25 @@ def test_a_signal_stops_after_the_iteration_with_a_checkpoint(
     assert second.values == whole.values
 
 
+def test_whoever_asks_to_stop_does_not_wait_for_pictures(tmp_path: Path) -> None:
+    """Iteration 8 is due for a checkpoint with all that belongs to it; the last one always is."""
+    state, folder, examined = Sum(), RunFolder(tmp_path, settings()), []
+    for iteration in (7, 9):
+        with pytest.raises(StoppedError):
+            run_loop(
+                stopping_at(state, iteration, signal.SIGTERM),
+                settings(),
+                folder,
+                "x",
+                {"sum": state},
+                on_checkpoint=examined.append,
+            )
+        checkpoint = folder.load("x")
+        assert checkpoint is not None
+        assert checkpoint["iteration"] == iteration + 1
+    assert examined == [4, 10]
+
+
 def test_the_second_signal_interrupts_at_once(tmp_path: Path) -> None:
     state = Sum()
 

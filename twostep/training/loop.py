@@ -291,12 +291,13 @@ def run_loop(
                     )
                 begun_at = time.monotonic()
                 is_last = num_done == settings.iterations
-                if num_done % settings.checkpoint_every == 0 or is_last:
+                if exit_code:
+                    # Whoever asked to stop may not wait for what `on_checkpoint` does.
+                    save_checkpoint(num_done, examined=False)
+                if is_last or (num_done % settings.checkpoint_every == 0 and not exit_code):
                     on_checkpoint(num_done)
                     save_checkpoint(num_done)
                     stop.took("checkpoint", time.monotonic() - begun_at)
-                elif exit_code:
-                    save_checkpoint(num_done, examined=False)
                 if exit_code:
                     folder.finish_writing()
                     raise StoppedError(
