@@ -29,7 +29,7 @@ def workflow_of(contract: Contract, request: Request) -> dict[str, Any] | None:
         return None
     if contract.prediction_type == "flow" or contract.schedule != VariancePreservingSpec():
         return None
-    if (request.sampler or contract.sampler) != "euler":
+    if (request.sampler or contract.sampler) != "euler" or contract.sampling_times:
         return None
     graph = _Graph()
     model, clip, vae = _loaded(graph, contract, request)
