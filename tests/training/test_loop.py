@@ -93,6 +93,20 @@ def test_means_are_logged_and_callbacks_are_called(tmp_path: Path) -> None:
     ]
 
 
+def test_a_figure_of_some_iterations_is_averaged_over_those(tmp_path: Path) -> None:
+    """As of a role that steps in every fourth one, and not in the one before a line is written."""
+
+    def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+        figures = {"always": 1.0}
+        return {**figures, "student_loss": float(iteration)} if iteration % 4 == 0 else figures
+
+    folder = RunFolder(tmp_path, settings())
+    run_loop(iterate, settings(), folder, "x", {"sum": Sum()})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # 0 and 4 of the first five, 8 of the next.
+    assert [(line["always"], line["student_loss"]) for line in lines] == [(1.0, 2.0), (1.0, 8.0)]
+
+
 def test_a_refused_checkpoint_is_not_saved(tmp_path: Path) -> None:
     def refuse(num_done: int) -> None:
         if num_done == 8:

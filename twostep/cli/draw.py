@@ -207,6 +207,8 @@ def contract_table(contracts: list[Contract]) -> Table:
     columns = [Column(contract.name, overflow="fold") for contract in contracts]
     table = Table("contract", *columns)
     for field in list(asdict(contracts[0]))[1:]:
+        if field == "sampling_times" and not any(each.sampling_times for each in contracts):
+            continue
         values = [Text(_in_words(getattr(contract, field))) for contract in contracts]
         table.add_row(field.replace("_", " "), *values)
     return table

@@ -5,17 +5,19 @@ know of its nodes.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from twostep.contract import Contract, VariancePreservingSpec
+from twostep.diffusion import make_schedule
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
 from twostep.formats.locate import SDXL_BASE, ModelError, read_json
 from twostep.media.pictures import UnusablePictureError, open_picture
+from twostep.models.sampling import sampling_times
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
 
@@ -59,7 +61,10 @@ class Card:
             to=to,
             contract=contract,
             workflow_steps=workflow_steps(contract),
-            fields={field.name: getattr(contract, field.name) for field in fields(contract)},
+            fields=_fields(contract),
+            sampling=sampler_in_words(contract),
+            renoises=contract.sampler == "renoise",
+            timesteps=timesteps(contract),
             full_size=full_size,
             sdxl=is_sdxl(contract),
             base=base,
@@ -86,6 +91,33 @@ class Card:
             if not isinstance(row, dict) or row.keys() != rows[0].keys():
                 raise problem
         return rows
+
+
+def timesteps(contract: Contract) -> list[int]:
+    """Return the times that a model visits as diffusers counts them, from 0 and falling.
+
+    Those of a rectified flow are no whole numbers: of such a model none.
+    """
+    if not isinstance(contract.schedule, VariancePreservingSpec):
+        return []
+    schedule = make_schedule(**asdict(contract.schedule))
+    return [int(t) - 1 for t in sampling_times(contract, schedule)[:-1]]
+
+
+def sampler_in_words(contract: Contract) -> str:
+    """Return how a model is sampled, in the words of other programs."""
+    if contract.sampler == "renoise":
+        times = ", ".join(map(str, timesteps(contract)))
+        return "LCM (x0, then fresh noise)" + (f" at the timesteps {times}" if times else "")
+    return "Euler, trailing times ('simple')"
+
+
+def _fields(contract: Contract) -> dict[str, Any]:
+    """Return the contract's values by their names, without what it does not say."""
+    values = {field.name: getattr(contract, field.name) for field in fields(contract)}
+    if not contract.sampling_times:
+        del values["sampling_times"]
+    return values
 
 
 def _copy_picture(picture: Path, out: Path) -> None:

@@ -23,7 +23,7 @@ from twostep.formats.diffusers_names import (
 from twostep.formats.header import read_header
 from twostep.formats.identify import WHOLE
 from twostep.formats.ldm_names import clip_l_names
-from twostep.formats.locate import CONTRACT_FILE, ModelError, read_json
+from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, read_json
 from twostep.formats.lora_files import DIALECTS, write_lora
 from twostep.formats.single_file import (
     LEFT_OUT,
@@ -143,6 +143,12 @@ def _adapt_scheduler(path: Path, contract: Contract) -> None:
     config["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
     if contract.role == "student":
         config["timestep_spacing"] = "trailing"
+    if contract.sampler == "renoise":
+        config["_class_name"] = "LCMScheduler"
+        index_path = path.parents[1] / INDEX_FILE
+        index = read_json(index_path)
+        index["scheduler"] = ["diffusers", "LCMScheduler"]
+        index_path.write_text(json.dumps(index, indent=2))
     path.write_text(json.dumps(config, indent=2))
 
 

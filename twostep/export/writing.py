@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from twostep.contract import Contract, EdmSpec
-from twostep.export.card import Card, write_workflows
+from twostep.export.card import Card, sampler_in_words, write_workflows
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
@@ -94,7 +94,7 @@ class ExportJob:
             "date": datetime.now(UTC).date().isoformat(),
             "prediction_type": predicts.removesuffix("_prediction"),
             "usage_hint": (
-                f"{contract.steps} steps, Euler, trailing times ('simple'), "
+                f"{contract.steps} steps, {sampler_in_words(contract)}, "
                 f"guidance {contract.guidance:g}"
             ),
         }
@@ -262,6 +262,12 @@ def _check_file(contract: Contract, to: str) -> None:
         raise ModelError(
             f"{contract.name} is no SDXL model, and {to} files have names for SDXL alone. Export "
             "it to diffusers, which writes the folder of its own family."
+        )
+    if contract.sampling_times and to != "lora-peft":
+        times = ", ".join(f"{t:g}" for t in contract.sampling_times)
+        raise ModelError(
+            f"{contract.name} visits the times {times}, which none of ComfyUI's schedulers does. "
+            "Export it to diffusers, or its LoRA to lora-peft: there the times can be given."
         )
     if contract.prediction_type == "flow":
         raise ModelError(

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from twostep.contract import Contract
-from twostep.diffusion import Schedule, falling_times, trailing_times
+from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.formats import few_step
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
-from twostep.models.sampling import Guided, draw_noise, encode_prompts
+from twostep.models.sampling import Guided, draw_noise, encode_prompts, sampling_times
 from twostep.networks.control import Hint, load_control
 from twostep.pipeline.request import (
     NUM_DISTINCT_SEEDS,
@@ -100,6 +100,8 @@ class Prepared:
 
     def beginning(self, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at the first time: the noise, or the noised image."""
+        if self.request.image is None and self.times[0] != schedule.top:
+            return noise
         t = torch.full((len(noise),), self.times[0])
         x0 = self.x0.expand_as(noise)
         if self.request.init_noise == "comfyui":
@@ -201,7 +203,7 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         guidance = max(1.0, wished)
     steps = request.steps or contract.steps
     schedule = bundle.denoiser.schedule
-    start: float = schedule.top
+    start: Time | None = None
     strength = None
     if request.image is not None:
         start = _first_time(contract, request, steps, schedule)
@@ -220,14 +222,21 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         model, *loras = bundle.origin
         choices = tuple(LoraChoice.parse(lora) for lora in loras)
         settled = replace(settled, model=model, loras=choices)
-    return settled, falling_times(start, steps, schedule)
+    return settled, sampling_times(contract, schedule, steps=steps, start=start)
 
 
 def _first_time(contract: Contract, request: Request, steps: int, schedule: Schedule) -> Time:
     """Return the time at which an image is begun.
 
-    It is that trained time, or of a teacher's grid, which is nearest to the strength.
+    It is that trained time, or of a teacher's grid, which is nearest to the strength. Raises
+    RequestError for a student that knows no image in its noise.
     """
+    if contract.sampling_times and contract.sampling_times[0] != schedule.top:
+        raise RequestError(
+            f"{contract.name} draws from pure noise alone, which it takes for latents of time "
+            f"{contract.sampling_times[0]:g}, so it cannot begin with an image. Use another "
+            "student for that."
+        )
     usual = DEFAULT_STRENGTH if request.mask is None else 1.0
     wished = schedule.top * (request.strength or usual)
     times = contract.trained_times or trailing_times(steps, schedule)
