@@ -20,12 +20,13 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from twostep.contract import Contract, ContractError, VariancePreservingSpec
-from twostep.diffusion import VariancePreserving, make_schedule, trailing_times
+from twostep.diffusion import VariancePreserving, make_schedule
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, ModelError, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.single_file import NAMES, SingleFile
 from twostep.models.lora_stack import LoraFile
+from twostep.models.sampling import sampling_times
 
 Kind = Literal["checkpoint", "unet", "lora"]
 
@@ -136,9 +137,10 @@ def teacher_contract(file: Path | Checkpoint) -> Contract:
 
 
 def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
-    """Return sigma / alpha at the contract's trailing times, falling, and 0 at the end.
+    """Return sigma / alpha at the contract's times, falling, and 0 at the end.
 
-    SamplerCustom follows them. Raises ContractError for a rectified flow and for EDM.
+    SamplerCustom follows them. Raises ContractError for a rectified flow, for EDM, and for a
+    student that does not begin at the top.
     """
     is_known = isinstance(contract.schedule, VariancePreservingSpec)
     if contract.prediction_type not in PREDICTIONS or not is_known:
@@ -148,8 +150,22 @@ def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
         )
     schedule = make_schedule(**asdict(contract.schedule))
     assert isinstance(schedule, VariancePreserving)
-    times = torch.tensor([*trailing_times(contract.steps, schedule), 0])
+    first, *rest = sampling_times(contract, schedule)
+    if first != schedule.top:
+        raise ContractError(
+            f"{contract.name} takes pure noise for latents of time {first:g}, which ComfyUI's "
+            "samplers cannot do. Draw with it in twostep."
+        )
+    times = torch.tensor([first, *rest])
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
+
+
+def _sampler(contract: Contract) -> str:
+    """Return what to choose in ComfyUI's samplers: of the sigmas by these nodes, or by its own."""
+    name = "lcm" if contract.sampler == "renoise" else "euler"
+    if contract.sampling_times:
+        return f"{name} (SamplerCustom with these sigmas: no scheduler has them)"
+    return f"{name}, scheduler simple"
 
 
 def student_beside(file: Path | Checkpoint, steps: int) -> Path:
@@ -229,7 +245,7 @@ def explain(file: Path | Checkpoint) -> str:
     lines = {
         "name": f"{contract.name} ({what}, {contract.role})",
         "base": contract.base,
-        "sampler": f"euler, scheduler simple, {contract.steps} steps, cfg {contract.guidance:g}",
+        "sampler": f"{_sampler(contract)}, {contract.steps} steps, cfg {contract.guidance:g}",
         "predicts": f"{contract.prediction_type} (node ModelSamplingDiscrete: {sampling})",
         "sigmas": ", ".join(values),
         "sizes": ", ".join(sizes),

@@ -45,6 +45,7 @@ STUDENT = Contract(
 )
 TEACHER = replace(STUDENT, name="nano", role="teacher", steps=32, trained_times=(), guidance=4.0)
 LORA = replace(STUDENT, lora_rank=64, lora_alpha=32.0)
+OTHER_TIMES = replace(STUDENT, steps=4, sampler="renoise", sampling_times=(1000, 760, 500, 260))
 FLOW = replace(
     STUDENT,
     trained_times=(1.0, 0.9, 0.75, 0.5),
@@ -63,7 +64,7 @@ def changed(**values):
     return json.dumps({name: value for name, value in fields.items() if value is not ...})
 
 
-@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA, FLOW])
+@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA, FLOW, OTHER_TIMES])
 def test_json_and_metadata_come_back_equal(contract):
     assert Contract.from_json(contract.to_json()) == contract
     assert Contract.from_metadata(contract.to_metadata() | {"format": "pt"}) == contract
@@ -122,6 +123,24 @@ def test_version_1_is_read_as_sdxl():
 
 def test_new_json_carries_its_version():
     assert json.loads(STUDENT.to_json())["contract_version"] == 2
+
+
+def test_sampling_times_are_written_only_where_they_say_something():
+    """So older readers take every other student, and refuse what they would draw wrongly."""
+    assert "sampling_times" not in json.loads(STUDENT.to_json())
+    assert json.loads(OTHER_TIMES.to_json())["sampling_times"] == [1000, 760, 500, 260]
+
+
+def test_sampling_times_are_one_a_step_and_fall():
+    for wrong, expected in (
+        ((1000, 500, 250), "one time for each of a student's 4 steps"),
+        ((1000, 500, 500, 250), "falling from step to step"),
+        ((1000, 760, 500, 0), "integer times from 1 to 1000"),
+    ):
+        with pytest.raises(ContractError, match=expected):
+            replace(OTHER_TIMES, sampling_times=wrong)
+    with pytest.raises(ContractError, match="one time for each of a student's"):
+        replace(TEACHER, steps=2, sampling_times=(1000, 500))
 
 
 def test_a_version_from_the_future_is_refused_with_what_to_do():

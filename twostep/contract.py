@@ -6,7 +6,9 @@ safetensors metadata (key `twostep.contract`), in the model folder and in every 
 neither tensors nor networks.
 
 Version 2 of the format adds the model family, the media, the sampler and the schedule. A contract
-of version 1 says nothing of these: it is one of SDXL, whose values are the defaults here.
+of version 1 says nothing of these: it is one of SDXL, whose values are the defaults here. Sampling
+times are written only where they are not those of the trailing grid, so a reader that does not know
+them refuses exactly the files that it would sample wrongly.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Annotated, Final, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -189,6 +192,9 @@ class Contract:
         media: what it makes, as its codec calls it: image, video, audio, or another word.
         sampler: "euler" follows the flow, "renoise" adds fresh noise to x0 at every time.
         schedule: how much noise each time holds.
+        sampling_times: the times that a student visits, falling, without the landing 0, one per
+            step; empty for those of the trailing grid. Where the first is not the top, the student
+            takes pure noise for latents of that time.
         contract_version: version of this format.
     """
 
@@ -213,6 +219,7 @@ class Contract:
     schedule: Annotated[ScheduleSpec, Field(discriminator="kind")] = field(
         default_factory=VariancePreservingSpec
     )
+    sampling_times: tuple[int | float, ...] = ()
     contract_version: Literal[2] = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -227,11 +234,22 @@ class Contract:
                 "one word in small letters, such as image, video or audio",
             ),
             ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
-            self._rule_of_times(),
+            self._rule_of_times("trained_times", self.trained_times),
             (
                 "trained_times",
                 bool(self.trained_times) or not is_student,
                 "at least one time for a student",
+            ),
+            self._rule_of_times("sampling_times", self.sampling_times),
+            (
+                "sampling_times",
+                not self.sampling_times or (is_student and len(self.sampling_times) == self.steps),
+                f"one time for each of a student's {self.steps} steps, or empty",
+            ),
+            (
+                "sampling_times",
+                all(t > s for t, s in pairwise(self.sampling_times)),
+                "falling from step to step",
             ),
             self._rule_of_prediction_type(),
             (
@@ -272,10 +290,13 @@ class Contract:
     def to_json(self) -> str:
         """Return the contract as indented JSON, fields in the order of this class.
 
-        Parameters of the schedule that came later are left out where they have no effect, so that
+        What came later is left out where it has no effect, in the schedule too, so that
         older versions read what they can honour.
         """
         values = asdict(self)
+        for name in _LEFT_OUT_IF_EMPTY:
+            if not values[name]:
+                del values[name]
         for name in ("zero_snr", "trained"):
             if not values["schedule"].get(name, True):
                 del values["schedule"][name]
@@ -420,13 +441,12 @@ class Contract:
         is_multiple = width % multiple == 0 and height % multiple == 0
         return is_multiple and width * height <= largest_area and max(width, height) <= longest
 
-    def _rule_of_times(self) -> _Rule:
+    def _rule_of_times(self, name: str, times: tuple[int | float, ...]) -> _Rule:
         if not isinstance(self.schedule, VariancePreservingSpec):
-            hold = all(0 < t <= 1 for t in self.trained_times)
-            return ("trained_times", hold, "times above 0, up to 1")
+            return (name, all(0 < t <= 1 for t in times), "times above 0, up to 1")
         top = self.schedule.num_times
-        hold = all(isinstance(t, int) and 1 <= t <= top for t in self.trained_times)
-        return ("trained_times", hold, f"integer times from 1 to {top}")
+        hold = all(isinstance(t, int) and 1 <= t <= top for t in times)
+        return (name, hold, f"integer times from 1 to {top}")
 
     def _rule_of_prediction_type(self) -> _Rule:
         # Where there is no signal at the top, eps says nothing of x0; and v is defined for
@@ -445,6 +465,9 @@ class Contract:
         holds = self.prediction_type != "edm"
         return ("prediction_type", holds, "'eps', 'v', 'x0' or 'flow' with this schedule")
 
+
+_LEFT_OUT_IF_EMPTY = ("sampling_times",)
+"""Fields that came after version 2 was in use, written only where they say something."""
 
 _Rule = tuple[str, bool, str]
 """A field, whether its rule holds, and what was expected."""
@@ -489,7 +512,8 @@ def _check_version(text: str) -> None:
             f"{CONTRACT_VERSION}. Update it: pip install --upgrade twostep."
         )
     # Defaults stand for what version 1 could not say; version 2 says everything.
-    missing = [field.name for field in fields(Contract) if field.name not in values]
+    names = [field.name for field in fields(Contract)]
+    missing = [name for name in names if name not in values and name not in _LEFT_OUT_IF_EMPTY]
     if missing:
         raise ContractError(_lacks(missing))
 

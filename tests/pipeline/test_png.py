@@ -65,7 +65,7 @@ def test_a1111_line(result: Result, tmp_path: Path) -> None:
     assert (settings["Steps"], settings["Sampler"], settings["Schedule type"]) == (
         "4",
         "Euler",
-        "SGM Uniform",
+        "Simple",
     )
     assert (settings["CFG scale"], settings["Seed"], settings["Size"]) == ("1", "8", "64x64")
     assert (settings["RNG"], settings["Model"]) == ("CPU", result.contract.name)

@@ -93,6 +93,20 @@ def test_means_are_logged_and_callbacks_are_called(tmp_path: Path) -> None:
     ]
 
 
+def test_a_figure_of_some_iterations_is_averaged_over_those(tmp_path: Path) -> None:
+    """As of a role that steps in every fourth one, and not in the one before a line is written."""
+
+    def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+        figures = {"always": 1.0}
+        return {**figures, "student_loss": float(iteration)} if iteration % 4 == 0 else figures
+
+    folder = RunFolder(tmp_path, settings())
+    run_loop(iterate, settings(), folder, "x", {"sum": Sum()})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # 0 and 4 of the first five, 8 of the next.
+    assert [(line["always"], line["student_loss"]) for line in lines] == [(1.0, 2.0), (1.0, 8.0)]
+
+
 def test_a_refused_checkpoint_is_not_saved(tmp_path: Path) -> None:
     def refuse(num_done: int) -> None:
         if num_done == 8:
@@ -190,6 +204,25 @@ def test_a_signal_stops_after_the_iteration_with_a_checkpoint(
     assert checkpoint["iteration"] == 7
     run_loop(second.iterate, settings(), folder, "x", {"sum": second})
     assert second.values == whole.values
+
+
+def test_whoever_asks_to_stop_does_not_wait_for_pictures(tmp_path: Path) -> None:
+    """Iteration 8 is due for a checkpoint with all that belongs to it; the last one always is."""
+    state, folder, examined = Sum(), RunFolder(tmp_path, settings()), []
+    for iteration in (7, 9):
+        with pytest.raises(StoppedError):
+            run_loop(
+                stopping_at(state, iteration, signal.SIGTERM),
+                settings(),
+                folder,
+                "x",
+                {"sum": state},
+                on_checkpoint=examined.append,
+            )
+        checkpoint = folder.load("x")
+        assert checkpoint is not None
+        assert checkpoint["iteration"] == iteration + 1
+    assert examined == [4, 10]
 
 
 def test_the_second_signal_interrupts_at_once(tmp_path: Path) -> None:

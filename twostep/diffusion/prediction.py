@@ -127,7 +127,7 @@ def prediction_from_output(
     )
 
 
-def guide(positive: Prediction, negative: Prediction, scale: float) -> Prediction:
+def guide(positive: Prediction, negative: Prediction, scale: float | Coefficients) -> Prediction:
     """Apply classifier-free guidance: eps_n + scale (eps_p - eps_n), eq 6 of arXiv 2207.12598.
 
     x0 and u are linear in eps, so the same line holds for them.
@@ -135,7 +135,8 @@ def guide(positive: Prediction, negative: Prediction, scale: float) -> Predictio
     Args:
         positive: the prediction for the prompt.
         negative: the prediction for the negative, often empty, prompt.
-        scale: 1 is no guidance, 0 is the negative prediction.
+        scale: 1 is no guidance, 0 is the negative prediction; one for all, or one per item, shaped
+            [batch, 1, ...].
     """
     return Prediction(
         x0=negative.x0 + scale * (positive.x0 - negative.x0),

@@ -396,10 +396,11 @@ def _train_or_load(
     if finished is not None:
         return
 
-    sampler = stage.make_method().describe(student).sampler
+    changes = stage.make_method().describe(student)
+    times = changes.times_from_noise(stage.student_steps, student.schedule)
 
     def show(iteration: int) -> dict[str, float]:
-        sheet, looks = examples.show(student, stage.student_steps, sampler)
+        sheet, looks = examples.show(student, times, changes.sampler)
         if world().is_first:
             path = folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
             with write_atomically(path) as file:
@@ -414,6 +415,7 @@ def _train_or_load(
         student=student,
         folder=folder,
         sharded=sharded,
+        codec=examples.teacher.codec,
         health=recipe.health,
         continues=prepared.continues,
         is_continued=prepared.is_continued,
@@ -459,6 +461,7 @@ def student_contract(recipe: DistillRecipe, prepared: PreparedStage, teacher: Co
         steps=stage.student_steps,
         trained_times=changes.trained_times,
         sampler=changes.sampler,
+        sampling_times=changes.sampling_times,
         prediction_type=prepared.student.prediction_type,
         guidance=1.0,
         base=base,

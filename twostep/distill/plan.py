@@ -26,6 +26,7 @@ from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import Weights
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import STUDENT, StageTrainer
+from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.conditioning import Conditioning
@@ -153,7 +154,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
             standing = meter.living
             kind = _kind(prepared.stage)
             if kind not in measured:
-                measured[kind] = _measure(prepared, source, meter)
+                measured[kind] = _measure(prepared, source, meter, teacher.codec)
             planned.append(_plan_stage(prepared.stage, standing, measured[kind], drawing))
     item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
     return Plan(tuple(planned), item_bytes, num_items)
@@ -269,7 +270,7 @@ def _kind(stage: Stage) -> str:
     return f"{stage.model_dump(include=_KIND)} {stage.guidance > 1}"
 
 
-def _measure(prepared: PreparedStage, source: Source, meter: Meter) -> _Measured:
+def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec) -> _Measured:
     """Take one iteration of a stage, as if it were not the first."""
     before = meter.living
     stage = prepared.stage
@@ -280,7 +281,7 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter) -> _Measured
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
         # do. The 8-bit optimiser knows no tensors without memory.
         stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
-    trainer = StageTrainer(stage, source, prepared.teacher, prepared.student)
+    trainer = StageTrainer(stage, source, prepared.teacher, prepared.student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
         for parameter in trainer.roles[name].weights.parameters():
             parameter.grad = torch.zeros_like(parameter)

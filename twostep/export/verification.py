@@ -57,6 +57,12 @@ def verify(
     """
     checkpoint = resolve(model, steps=steps)
     bundle = load_bundle(checkpoint, steps=steps)
+    if bundle.contract.sampler == "renoise" or bundle.contract.sampling_times:
+        raise ModelError(
+            f"{bundle.contract.name} adds fresh noise at every step, or visits times of its own. "
+            "No two programs draw that alike, so there is nothing to compare step by step: verify "
+            "a student that follows the flow along the trailing grid."
+        )
     contract = bundle.contract
     if contract.role == "teacher" and steps is not None:
         contract = replace(contract, steps=steps)

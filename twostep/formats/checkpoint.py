@@ -19,7 +19,7 @@ from twostep.formats.contracts import (
     single_file_contract,
 )
 from twostep.formats.header import Header, read_header
-from twostep.formats.identify import LORA, Kind, kind_of
+from twostep.formats.identify import LORAS, Kind, kind_of
 from twostep.formats.lightning import LIGHTNING, UNETS
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.single_file import is_whole
@@ -49,8 +49,8 @@ class Checkpoint:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the model is a LoRA's file."""
-        return self.kind.what == LORA
+        """Whether the model is the file of a LoRA, or of a relative of it."""
+        return self.kind.what in LORAS
 
     @property
     def is_whole(self) -> bool:

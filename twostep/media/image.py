@@ -59,10 +59,17 @@ class ImageCodec:
     @torch.no_grad()
     def decode(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
         """Return pictures, cut off at -1 and 1."""
+        return self.decode_with_gradient(latents).clamp(-1, 1).contiguous()
+
+    def decode_with_gradient(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Return pictures through which a loss reaches the latents.
+
+        They are not cut off at -1 and 1, where no gradient would come back.
+        """
         mean, scale = self._scaling(latents)
         scaled = latents / scale + mean
         pictures = self._without_overflow(lambda vae: vae.decode(scaled.to(vae.dtype)).sample)
-        return pictures.to(latents.dtype).clamp(-1, 1).contiguous()
+        return pictures.to(latents.dtype)
 
     @torch.no_grad()
     def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract, RectifiedFlowSpec
+from twostep.contract import Contract, RectifiedFlowSpec, VariancePreservingSpec
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
@@ -135,6 +135,10 @@ def _diffusers_scheduler(contract: Contract) -> Any:
     name, settings = scheduler_settings(contract.schedule)
     if not isinstance(contract.schedule, RectifiedFlowSpec):
         settings["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
+    if contract.sampler == "renoise" and isinstance(contract.schedule, VariancePreservingSpec):
+        # The times have no place in its config: whoever samples gives them.
+        name = "LCMScheduler"
+        del settings["timestep_spacing"]
     return getattr(diffusers, name)(**settings)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -290,12 +291,13 @@ def run_loop(
                     )
                 begun_at = time.monotonic()
                 is_last = num_done == settings.iterations
-                if num_done % settings.checkpoint_every == 0 or is_last:
+                if exit_code:
+                    # Whoever asked to stop may not wait for what `on_checkpoint` does.
+                    save_checkpoint(num_done, examined=False)
+                if is_last or (num_done % settings.checkpoint_every == 0 and not exit_code):
                     on_checkpoint(num_done)
                     save_checkpoint(num_done)
                     stop.took("checkpoint", time.monotonic() - begun_at)
-                elif exit_code:
-                    save_checkpoint(num_done, examined=False)
                 if exit_code:
                     folder.finish_writing()
                     raise StoppedError(
@@ -308,20 +310,24 @@ def run_loop(
 
 
 class _Means:
-    """The means of figures since they were last taken."""
+    """The means of figures since they were last taken, each over the iterations that have it.
+
+    Not every role takes a step in every iteration.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._count = 0
+        self._counts: Counter[str] = Counter()
 
     def add(self, figures: Mapping[str, float]) -> None:
-        self._sums = {key: self._sums.get(key, 0.0) + value for key, value in figures.items()}
-        self._count += 1
+        for key, value in figures.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._counts.update(figures.keys())
 
     def taken(self) -> dict[str, float]:
-        means = {key: value / self._count for key, value in self._sums.items()}
-        self._sums = {}
-        self._count = 0
+        means = {key: value / self._counts[key] for key, value in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
         return means
 
 
