@@ -30,15 +30,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
-from twostep.evaluate.detail import high_pass_energy
-from twostep.evaluate.palette import OFF_PALETTE, palette_distance
-from twostep.pretrain.prompt_sets import open_tasks
-from twostep.reports.benchmark import Bench, evaluate_student
 
 from twostep.distill.landings import Landings, LandingSettings
 from twostep.distill.pairs import Batches
 from twostep.distill.recipe import Stage
 from twostep.distill.trainer import train_stage
+from twostep.evaluate.detail import high_pass_energy
+from twostep.evaluate.palette import OFF_PALETTE, palette_distance
 from twostep.files import write_atomically
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -48,6 +46,8 @@ from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.drawings import built_in_concepts
 from twostep.pretrain.latents import DrawingSource, LatentCache, builtin
+from twostep.pretrain.prompt_sets import open_tasks
+from twostep.reports.benchmark import Bench, evaluate_student
 from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.run_folder import RunFolder

@@ -31,8 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from twostep.diffusion import VariancePreserving
 from twostep.formats.contracts import official_contract
 from twostep.formats.lightning import LIGHTNING, official_file
-from twostep.formats.locate import INDEX_FILE
-from twostep.formats.single_file import SDXL_BASE
+from twostep.formats.locate import INDEX_FILE, SDXL_BASE
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle

@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from twostep.contract import Contract, VariancePreservingSpec
 from twostep.formats import resolve
 
 from .sampling import FOLDERS, PREDICTIONS, explain, kind_of, read_contract, sigmas, student_beside
@@ -204,7 +205,7 @@ def _load(path: Path, base: str, strength: float) -> tuple[Any, ...]:
         weights = comfy.utils.load_torch_file(str(path), safe_load=True)
         model, clip = comfy.sd.load_lora_for_models(model, clip, weights, strength, strength)
     return (
-        _sampled(model, contract.prediction_type),
+        _sampled(model, contract),
         clip,
         vae,
         steps_of_noise,
@@ -224,11 +225,12 @@ def _checkpoint(path: Path, *, with_model: bool) -> tuple[Any, ...]:
     )[:3]
 
 
-def _sampled(model: Any, prediction_type: str) -> Any:
+def _sampled(model: Any, contract: Contract) -> Any:
     """Return the model with the answers of its network read as what they are."""
     schedule = comfy.model_sampling.ModelSamplingDiscrete
-    reading = getattr(comfy.model_sampling, PREDICTIONS[prediction_type])
+    reading = getattr(comfy.model_sampling, PREDICTIONS[contract.prediction_type])
     sampling = type("ContractSampling", (schedule, reading), {})
     model = model.clone()
-    model.add_object_patch("model_sampling", sampling(model.model.model_config, zsnr=False))
+    zero_snr = isinstance(contract.schedule, VariancePreservingSpec) and contract.schedule.zero_snr
+    model.add_object_patch("model_sampling", sampling(model.model.model_config, zsnr=zero_snr))
     return model

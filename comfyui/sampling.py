@@ -11,7 +11,7 @@ that several questions cost one look at the file.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from twostep.contract import Contract, ContractError
-from twostep.diffusion import VariancePreserving, trailing_times
+from twostep.contract import Contract, ContractError, VariancePreservingSpec
+from twostep.diffusion import VariancePreserving, make_schedule
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, ModelError, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.single_file import NAMES, SingleFile
 from twostep.models.lora_stack import LoraFile
+from twostep.models.sampling import sampling_times
 
 Kind = Literal["checkpoint", "unet", "lora"]
 
@@ -124,28 +125,47 @@ def teacher_contract(file: Path | Checkpoint) -> Contract:
             f"{header.path.name} is no whole SDXL checkpoint: it has no {lacking[0]}*. Nothing "
             "else is loaded here."
         )
+    noise = SingleFile(header, header.path.parent).noise
     return replace(
         SDXL,
         name=header.path.stem,
         base=header.path.stem,
-        prediction_type=SingleFile(header, header.path.parent).prediction_type or "eps",
+        prediction_type=noise.prediction_type or "eps",
+        schedule=noise.schedule or SDXL.schedule,
         sizes=((1024, 1024),),
     )
 
 
 def sigmas(contract: Contract) -> Float32[Tensor, " steps_plus_one"]:
-    """Return sigma / alpha at the contract's trailing times, falling, and 0 at the end.
+    """Return sigma / alpha at the contract's times, falling, and 0 at the end.
 
-    SamplerCustom follows them. Raises ContractError for a rectified flow.
+    SamplerCustom follows them. Raises ContractError for a rectified flow, for EDM, and for a
+    student that does not begin at the top.
     """
-    if contract.prediction_type not in PREDICTIONS:
+    is_known = isinstance(contract.schedule, VariancePreservingSpec)
+    if contract.prediction_type not in PREDICTIONS or not is_known:
         raise ContractError(
             f"{contract.name} predicts {contract.prediction_type}, which these nodes do not "
             f"sample; they know {', '.join(PREDICTIONS)}. Draw with it in twostep."
         )
-    schedule = VariancePreserving.scaled_linear()
-    times = torch.tensor([*trailing_times(contract.steps, schedule), 0])
+    schedule = make_schedule(**asdict(contract.schedule))
+    assert isinstance(schedule, VariancePreserving)
+    first, *rest = sampling_times(contract, schedule)
+    if first != schedule.top:
+        raise ContractError(
+            f"{contract.name} takes pure noise for latents of time {first:g}, which ComfyUI's "
+            "samplers cannot do. Draw with it in twostep."
+        )
+    times = torch.tensor([first, *rest])
     return (schedule.sigmas[times] / schedule.alphas[times]).float()
+
+
+def _sampler(contract: Contract) -> str:
+    """Return what to choose in ComfyUI's samplers: of the sigmas by these nodes, or by its own."""
+    name = "lcm" if contract.sampler == "renoise" else "euler"
+    if contract.sampling_times:
+        return f"{name} (SamplerCustom with these sigmas: no scheduler has them)"
+    return f"{name}, scheduler simple"
 
 
 def student_beside(file: Path | Checkpoint, steps: int) -> Path:
@@ -225,7 +245,7 @@ def explain(file: Path | Checkpoint) -> str:
     lines = {
         "name": f"{contract.name} ({what}, {contract.role})",
         "base": contract.base,
-        "sampler": f"euler, scheduler simple, {contract.steps} steps, cfg {contract.guidance:g}",
+        "sampler": f"{_sampler(contract)}, {contract.steps} steps, cfg {contract.guidance:g}",
         "predicts": f"{contract.prediction_type} (node ModelSamplingDiscrete: {sampling})",
         "sigmas": ", ".join(values),
         "sizes": ", ".join(sizes),

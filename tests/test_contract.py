@@ -45,6 +45,7 @@ STUDENT = Contract(
 )
 TEACHER = replace(STUDENT, name="nano", role="teacher", steps=32, trained_times=(), guidance=4.0)
 LORA = replace(STUDENT, lora_rank=64, lora_alpha=32.0)
+OTHER_TIMES = replace(STUDENT, steps=4, sampler="renoise", sampling_times=(1000, 760, 500, 260))
 FLOW = replace(
     STUDENT,
     trained_times=(1.0, 0.9, 0.75, 0.5),
@@ -63,7 +64,7 @@ def changed(**values):
     return json.dumps({name: value for name, value in fields.items() if value is not ...})
 
 
-@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA, FLOW])
+@pytest.mark.parametrize("contract", [STUDENT, TEACHER, LORA, FLOW, OTHER_TIMES])
 def test_json_and_metadata_come_back_equal(contract):
     assert Contract.from_json(contract.to_json()) == contract
     assert Contract.from_metadata(contract.to_metadata() | {"format": "pt"}) == contract
@@ -124,6 +125,24 @@ def test_new_json_carries_its_version():
     assert json.loads(STUDENT.to_json())["contract_version"] == 2
 
 
+def test_sampling_times_are_written_only_where_they_say_something():
+    """So older readers take every other student, and refuse what they would draw wrongly."""
+    assert "sampling_times" not in json.loads(STUDENT.to_json())
+    assert json.loads(OTHER_TIMES.to_json())["sampling_times"] == [1000, 760, 500, 260]
+
+
+def test_sampling_times_are_one_a_step_and_fall():
+    for wrong, expected in (
+        ((1000, 500, 250), "one time for each of a student's 4 steps"),
+        ((1000, 500, 500, 250), "falling from step to step"),
+        ((1000, 760, 500, 0), "integer times from 1 to 1000"),
+    ):
+        with pytest.raises(ContractError, match=expected):
+            replace(OTHER_TIMES, sampling_times=wrong)
+    with pytest.raises(ContractError, match="one time for each of a student's"):
+        replace(TEACHER, steps=2, sampling_times=(1000, 500))
+
+
 def test_a_version_from_the_future_is_refused_with_what_to_do():
     text = changed(contract_version=3, version="9.9", sampler="heun", unheard_of=1)
     with pytest.raises(
@@ -149,8 +168,11 @@ def test_a_rectified_flow_predicts_what_is_known_at_every_time(prediction_type):
     ("schedule", "expected"),
     [
         (3, "schedule must be an object"),
-        ({}, "schedule must be an object with the kind 'variance_preserving' or 'rectified_flow'"),
-        ({"kind": "karras"}, "an object with the kind 'variance_preserving' or 'rectified_flow'"),
+        (
+            {},
+            "the kind 'variance_preserving', 'rectified_flow' or 'edm'",
+        ),
+        ({"kind": "karras"}, "schedule must be an object with the kind 'variance_preserving', "),
         ({"kind": "rectified_flow", "shift": "3"}, "schedule.shift must be a valid number"),
         ({"kind": "rectified_flow", "shift": 0}, "schedule.shift must be a finite number above 0"),
         ({"kind": "rectified_flow", "shft": 3}, "'schedule.shft'; did you mean 'schedule.shift'"),
@@ -222,10 +244,10 @@ def test_an_unknown_field_gets_the_nearest_name_and_the_writer():
         ("trained_times", [0, 500], "times from 1 to 1000"),
         ("trained_times", [1001], "times from 1 to 1000"),
         ("trained_times", [], "at least one time for a student"),
-        ("prediction_type", "epsilon", "'eps', 'x0', 'v' or 'flow'"),
+        ("prediction_type", "epsilon", "'eps', 'x0', 'v', 'flow' or 'edm'"),
         ("spacing", "leading", "trailing"),
         ("role", None, "'teacher' or 'student'"),
-        ("prediction_type", ["eps"], "'eps', 'x0', 'v' or 'flow'"),
+        ("prediction_type", ["eps"], "'eps', 'x0', 'v', 'flow' or 'edm'"),
         ("guidance", "4", "a valid number"),
         ("guidance", True, "a valid number"),
         ("guidance", 0.5, "1 (none) or more"),

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, whoever else writes them at the same time."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from twostep.errors import TwostepError
-from twostep.files import WriteError, write_atomically
+from twostep.files import WriteError, folder_atomically, write_atomically, write_new
 
 
 def test_a_written_file_appears_with_its_folders(tmp_path: Path) -> None:
@@ -90,6 +91,74 @@ def test_of_many_threads_one_complete_file_remains(tmp_path: Path) -> None:
     assert len(written) == 10_000
     assert len(set(written)) == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def names(folder: Path) -> list[Path]:
+    return [folder / "a.png", *(folder / f"a_{number}.png" for number in range(2, 100))]
+
+
+def test_of_many_who_write_one_name_nobody_loses_anything(tmp_path: Path) -> None:
+    contents = [bytes([number]) * 1000 for number in range(16)]
+    start = threading.Barrier(len(contents))
+    written: dict[bytes, Path] = {}
+
+    def write(data: bytes) -> None:
+        start.wait()
+        written[data] = write_new(names(tmp_path), data)
+
+    threads = [threading.Thread(target=write, args=(data,)) for data in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == contents
+    assert all(path.read_bytes() == data for data, path in written.items())
+    assert write_new(names(tmp_path), contents[3]) == written[contents[3]]
+    assert len(list(tmp_path.iterdir())) == 16
+
+
+def test_without_links_a_name_is_taken_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    paths = [write_new(names(tmp_path), data) for data in (b"one", b"two", b"one")]
+    assert [path.name for path in paths] == ["a.png", "a_2.png", "a.png"]
+    assert [path.read_bytes() for path in paths] == [b"one", b"two", b"one"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_folder_appears_whole_or_not_at_all(is_there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "model"
+    if is_there:
+        folder.mkdir(parents=True)
+        (folder / "mine").write_text("mine")
+        (folder / "config").write_text("old")
+    with pytest.raises(WriteError, match="disk is full"), folder_atomically(folder) as partial:
+        (partial / "unet").mkdir()
+        (partial / "unet" / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert list((tmp_path / "new").iterdir()) == [folder] * is_there
+    with folder_atomically(folder) as partial:
+        (partial / "unet").mkdir()
+        (partial / "unet" / "weights").write_text("whole")
+        (partial / "config").write_text("new")
+    assert (folder / "unet" / "weights").read_text() == "whole"
+    assert (folder / "config").read_text() == "new"
+    assert (folder / "mine").exists() == is_there
+    assert list((tmp_path / "new").iterdir()) == [folder]
+
+
+def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(WriteError, match="give another place"),
+        folder_atomically(tmp_path / "file" / "below"),
+    ):
+        pytest.fail("the block must not be entered")
 
 
 SAVE_A_PICTURE = """

@@ -6,7 +6,9 @@ safetensors metadata (key `twostep.contract`), in the model folder and in every 
 neither tensors nor networks.
 
 Version 2 of the format adds the model family, the media, the sampler and the schedule. A contract
-of version 1 says nothing of these: it is one of SDXL, whose values are the defaults here.
+of version 1 says nothing of these: it is one of SDXL, whose values are the defaults here. Sampling
+times are written only where they are not those of the trailing grid, so a reader that does not know
+them refuses exactly the files that it would sample wrongly.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Annotated, Final, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -34,7 +37,7 @@ TOP_TIME = 1000
 """T, the time of pure noise of SDXL, and the most steps of any model."""
 
 # The same as in the diffusion room, stated again so that a contract is read without torch.
-PredictionType = Literal["eps", "x0", "v", "flow"]
+PredictionType = Literal["eps", "x0", "v", "flow", "edm"]
 SamplerName = Literal["euler", "renoise"]
 
 
@@ -47,19 +50,24 @@ class VariancePreservingSpec:
     """The parameters of a variance-preserving schedule of integer times; the defaults are SDXL's.
 
     Attributes:
-        betas: how beta goes from start to end: linear, or linear in its square root.
+        betas: how beta goes from start to end: linear, linear in its square root, or a cosine,
+            which has ends of its own.
         beta_start: beta at time 1, in (0, 1).
         beta_end: beta at the top time, in (0, 1).
         num_times: the top time.
+        zero_snr: whether all is rescaled so that no signal is left at the top.
+        trained: the betas one by one, where no formula gives them; empty otherwise.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     kind: Literal["variance_preserving"] = field(default="variance_preserving", kw_only=True)
-    betas: Literal["scaled_linear", "linear"] = "scaled_linear"
+    betas: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_times: int = TOP_TIME
+    zero_snr: bool = False
+    trained: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that make no schedule: ContractError."""
@@ -67,13 +75,23 @@ class VariancePreservingSpec:
             ("schedule.beta_start", 0 < self.beta_start < 1, "a number between 0 and 1"),
             ("schedule.beta_end", 0 < self.beta_end < 1, "a number between 0 and 1"),
             ("schedule.num_times", self.num_times >= 1, "a number of times of at least 1"),
+            (
+                "schedule.trained",
+                len(self.trained) in (0, self.num_times) and all(0 < b < 1 for b in self.trained),
+                f"no betas, or {self.num_times} between 0 and 1",
+            ),
         ]
         _check_rules(self, rules)
 
     def __str__(self) -> str:
         """Return the parameters in words, for tables."""
         betas = f"betas {self.betas} {self.beta_start:g} to {self.beta_end:g}"
-        return f"variance preserving, {betas}, {self.num_times} times"
+        if self.betas == "cosine":
+            betas = "betas of a cosine"
+        if self.trained:
+            betas = f"betas of its own, {self.trained[0]:g} to {self.trained[-1]:g}"
+        rescaled = ", no signal at the top" if self.zero_snr else ""
+        return f"variance preserving, {betas}, {self.num_times} times{rescaled}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,52 @@ class RectifiedFlowSpec:
         return f"rectified flow, shift {self.shift:g}"
 
 
-ScheduleSpec = VariancePreservingSpec | RectifiedFlowSpec
+@dataclass(frozen=True)
+class EdmSpec:
+    """The noise levels of EDM (arXiv 2206.00364), whose times are real numbers in 0..1.
+
+    Attributes:
+        sigma_min: the least level.
+        sigma_max: the level at the top, at least eight times that of the data.
+        sigma_data: the deviation of the data.
+        ramp: how levels go from least to top: "karras" (eq 5 there) or "exponential".
+        rho: the exponent of eq 5.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    kind: Literal["edm"] = field(default="edm", kw_only=True)
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    ramp: Literal["karras", "exponential"] = "karras"
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no schedule: ContractError."""
+        rules = [
+            ("schedule.sigma_data", 0 < self.sigma_data < math.inf, "a finite number above 0"),
+            ("schedule.rho", 0 < self.rho < math.inf, "a finite number above 0"),
+            (
+                "schedule.sigma_max",
+                8 * self.sigma_data <= self.sigma_max < math.inf,
+                "a level that hides the data: at least 8 times sigma_data",
+            ),
+            (
+                "schedule.sigma_min",
+                0 < self.sigma_min < self.sigma_max,
+                f"a level between 0 and sigma_max, which is {self.sigma_max:g}",
+            ),
+        ]
+        _check_rules(self, rules)
+
+    def __str__(self) -> str:
+        """Return the parameters in words, for tables."""
+        levels = f"levels {self.sigma_min:g} to {self.sigma_max:g}, {self.ramp}"
+        return f"EDM, {levels}, data {self.sigma_data:g}"
+
+
+ScheduleSpec = VariancePreservingSpec | RectifiedFlowSpec | EdmSpec
 """How much noise each time holds; `diffusion.make_schedule(**asdict(spec))` makes it."""
 
 
@@ -129,6 +192,9 @@ class Contract:
         media: what it makes, as its codec calls it: image, video, audio, or another word.
         sampler: "euler" follows the flow, "renoise" adds fresh noise to x0 at every time.
         schedule: how much noise each time holds.
+        sampling_times: the times that a student visits, falling, without the landing 0, one per
+            step; empty for those of the trailing grid. Where the first is not the top, the student
+            takes pure noise for latents of that time.
         contract_version: version of this format.
     """
 
@@ -153,6 +219,7 @@ class Contract:
     schedule: Annotated[ScheduleSpec, Field(discriminator="kind")] = field(
         default_factory=VariancePreservingSpec
     )
+    sampling_times: tuple[int | float, ...] = ()
     contract_version: Literal[2] = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
@@ -167,11 +234,22 @@ class Contract:
                 "one word in small letters, such as image, video or audio",
             ),
             ("steps", 1 <= self.steps <= TOP_TIME, f"a number of steps from 1 to {TOP_TIME}"),
-            self._rule_of_times(),
+            self._rule_of_times("trained_times", self.trained_times),
             (
                 "trained_times",
                 bool(self.trained_times) or not is_student,
                 "at least one time for a student",
+            ),
+            self._rule_of_times("sampling_times", self.sampling_times),
+            (
+                "sampling_times",
+                not self.sampling_times or (is_student and len(self.sampling_times) == self.steps),
+                f"one time for each of a student's {self.steps} steps, or empty",
+            ),
+            (
+                "sampling_times",
+                all(t > s for t, s in pairwise(self.sampling_times)),
+                "falling from step to step",
             ),
             self._rule_of_prediction_type(),
             (
@@ -210,8 +288,19 @@ class Contract:
         _check_rules(self, rules)
 
     def to_json(self) -> str:
-        """Return the contract as indented JSON, fields in the order of this class."""
-        return json.dumps(asdict(self), indent=2)
+        """Return the contract as indented JSON, fields in the order of this class.
+
+        What came later is left out where it has no effect, in the schedule too, so that
+        older versions read what they can honour.
+        """
+        values = asdict(self)
+        for name in _LEFT_OUT_IF_EMPTY:
+            if not values[name]:
+                del values[name]
+        for name in ("zero_snr", "trained"):
+            if not values["schedule"].get(name, True):
+                del values["schedule"][name]
+        return json.dumps(values, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Contract:
@@ -248,7 +337,13 @@ class Contract:
         return cls.from_json(metadata[METADATA_KEY])
 
     def check(
-        self, steps: int | None, guidance: float | None, width: int | None, height: int | None
+        self,
+        steps: int | None,
+        guidance: float | None,
+        width: int | None,
+        height: int | None,
+        *,
+        sampler: str | None = None,
     ) -> list[str]:
         """Compare a request with the contract; None means "as the checkpoint wants it".
 
@@ -257,6 +352,7 @@ class Contract:
             guidance: scale of classifier-free guidance.
             width: in pixels.
             height: in pixels.
+            sampler: how to go from time to time.
 
         Returns:
             Warnings for what has no effect or harms.
@@ -268,6 +364,7 @@ class Contract:
             *self._check_size(width, height),
             *self._check_steps(steps),
             *self._check_guidance(guidance),
+            *self._check_sampler(sampler),
         ]
 
     def _check_steps(self, steps: int | None) -> list[str]:
@@ -312,6 +409,16 @@ class Contract:
             ]
         return []
 
+    def _check_sampler(self, sampler: str | None) -> list[str]:
+        if sampler in (None, self.sampler):
+            return []
+        if self.role == "student":
+            raise ContractError(
+                f"{self.name} is a student that was trained to draw with {self.sampler}; asked for "
+                f"{sampler}. Leave the sampler out, or use the teacher."
+            )
+        return []
+
     def _check_size(self, width: int | None, height: int | None) -> list[str]:
         if any(width in (None, w) and height in (None, h) for w, h in self.sizes):
             return []
@@ -334,21 +441,33 @@ class Contract:
         is_multiple = width % multiple == 0 and height % multiple == 0
         return is_multiple and width * height <= largest_area and max(width, height) <= longest
 
-    def _rule_of_times(self) -> _Rule:
-        if isinstance(self.schedule, RectifiedFlowSpec):
-            hold = all(0 < t <= 1 for t in self.trained_times)
-            return ("trained_times", hold, "times above 0, up to 1")
+    def _rule_of_times(self, name: str, times: tuple[int | float, ...]) -> _Rule:
+        if not isinstance(self.schedule, VariancePreservingSpec):
+            return (name, all(0 < t <= 1 for t in times), "times above 0, up to 1")
         top = self.schedule.num_times
-        hold = all(isinstance(t, int) and 1 <= t <= top for t in self.trained_times)
-        return ("trained_times", hold, f"integer times from 1 to {top}")
+        hold = all(isinstance(t, int) and 1 <= t <= top for t in times)
+        return (name, hold, f"integer times from 1 to {top}")
 
     def _rule_of_prediction_type(self) -> _Rule:
-        # At the top of a rectified flow there is no signal, so eps says nothing of x0; and v is
-        # defined for schedules that preserve variance.
-        is_flow = isinstance(self.schedule, RectifiedFlowSpec)
-        holds = not is_flow or self.prediction_type in ("flow", "x0")
-        return ("prediction_type", holds, "'flow' or 'x0' with a rectified flow")
+        # Where there is no signal at the top, eps says nothing of x0; and v is defined for
+        # schedules that preserve variance.
+        schedule = self.schedule
+        if isinstance(schedule, RectifiedFlowSpec):
+            holds = self.prediction_type in ("flow", "x0")
+            return ("prediction_type", holds, "'flow' or 'x0' with a rectified flow")
+        if isinstance(schedule, EdmSpec):
+            holds = self.prediction_type != "flow"
+            return ("prediction_type", holds, "'edm', 'v', 'x0' or 'eps' with EDM's noise")
+        if schedule.zero_snr:
+            holds = self.prediction_type in ("v", "x0")
+            expected = "'v' or 'x0' where no signal is left at the top (zero SNR)"
+            return ("prediction_type", holds, expected)
+        holds = self.prediction_type != "edm"
+        return ("prediction_type", holds, "'eps', 'v', 'x0' or 'flow' with this schedule")
 
+
+_LEFT_OUT_IF_EMPTY = ("sampling_times",)
+"""Fields that came after version 2 was in use, written only where they say something."""
 
 _Rule = tuple[str, bool, str]
 """A field, whether its rule holds, and what was expected."""
@@ -393,7 +512,8 @@ def _check_version(text: str) -> None:
             f"{CONTRACT_VERSION}. Update it: pip install --upgrade twostep."
         )
     # Defaults stand for what version 1 could not say; version 2 says everything.
-    missing = [field.name for field in fields(Contract) if field.name not in values]
+    names = [field.name for field in fields(Contract)]
+    missing = [name for name in names if name not in values and name not in _LEFT_OUT_IF_EMPTY]
     if missing:
         raise ContractError(_lacks(missing))
 
@@ -421,7 +541,7 @@ def _explain(problems: list[ErrorDetails], text: str) -> str:
     if missing:
         return _lacks(missing)
     if first["type"].startswith("union_tag"):
-        kinds = "an object with the kind 'variance_preserving' or 'rectified_flow'"
+        kinds = "an object with the kind 'variance_preserving', 'rectified_flow' or 'edm'"
         return _wrong_value(_field_of(first), first["input"], kinds)
     expected = first["msg"].removeprefix("Input should be ")
     expected = expected.replace("Tuple should have", "pairs with")
@@ -432,7 +552,7 @@ def _explain_unknown(name: str, text: str) -> str:
     known = [known_field.name for known_field in fields(Contract)]
     inner = [
         f"schedule.{known_field.name}"
-        for spec in (VariancePreservingSpec, RectifiedFlowSpec)
+        for spec in (VariancePreservingSpec, RectifiedFlowSpec, EdmSpec)
         for known_field in fields(spec)
     ]
     near = get_close_matches(name, [*known, *inner], n=1)

@@ -7,7 +7,8 @@ decides which of them writes.
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -55,6 +56,81 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
             raise
 
 
+def write_new(names: Iterable[str | Path], data: bytes) -> Path:
+    """Write a file under the first of the names that no other content has.
+
+    A file that has the same content already is left as it is. Several threads or processes may
+    write at once: none replaces what another one wrote. Missing parent folders are created.
+
+    Returns the name. Raises WriteError as `write_atomically`.
+    """
+    for path in map(Path, names):
+        with reporting_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(
+                f"{path.name[:_MAX_NAME_LETTERS]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+            )
+            try:
+                with partial.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if _claim(partial, path):
+                    return path
+            finally:
+                partial.unlink(missing_ok=True)
+            if path.is_file() and path.read_bytes() == data:
+                return path
+    raise WriteError("none of the names is free: give another place.")
+
+
+def _claim(partial: Path, path: Path) -> bool:
+    """Give a complete file its name; False where there is something of that name."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without links: the name is taken first, and the file moved there.
+        try:
+            path.open("xb").close()
+        except FileExistsError:
+            return False
+        partial.replace(path)
+    return True
+
+
+@contextmanager
+def folder_atomically(path: str | Path) -> Iterator[Path]:
+    """Give a new folder to be filled that takes its place at `path` only once it is complete.
+
+    If the block raises, nothing is left of it. Where there is a folder at `path` already, the files
+    take their places in it one by one in the end, and what else is there stays.
+
+    Raises:
+        WriteError: the disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    with reporting_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(
+            f"{path.name[:_MAX_NAME_LETTERS]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+        )
+        try:
+            partial.mkdir()
+            yield partial
+            if path.is_dir():
+                for file in sorted(partial.rglob("*")):
+                    if file.is_file():
+                        place = path / file.relative_to(partial)
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        file.replace(place)
+            else:
+                partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextmanager
 def reporting_write_errors(path: str | Path) -> Iterator[None]:
     """Turn every OSError of the block into a WriteError that names `path` and says what to do."""
@@ -66,6 +142,6 @@ def reporting_write_errors(path: str | Path) -> Iterator[None]:
         else:
             advice = "give another place"
         raise WriteError(
-            f"{path} cannot be written ({error.strerror}): {advice}. "
+            f"{path} cannot be written ({error.strerror or error}): {advice}. "
             "What was saved before is whole."
         ) from error

@@ -39,7 +39,8 @@ def test_generate_writes_pictures_that_say_how_they_were_made(
         tmp_path / "out",
     )
     assert answer.exit_code == 0, answer.output
-    *paths, times = answer.stdout.splitlines()
+    paths = answer.stdout.splitlines()
+    (times,) = answer.stderr.splitlines()
     assert sorted(map(Path, paths)) == sorted((tmp_path / "out").glob("*.png"))
     assert [read_provenance(path).request.seed for path in paths] == [7, 8, 9, 10]
     assert read_provenance(paths[0]).contract.steps == 2

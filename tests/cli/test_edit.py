@@ -72,7 +72,7 @@ def test_edit_changes_a_picture_and_says_what_it_did(
         "photo.png",
         "mask.png",
     )
-    assert "encode" in answer.stdout
+    assert "encode" in answer.stderr
 
 
 def test_what_is_no_picture_is_one_clean_line(
@@ -112,7 +112,7 @@ def test_replay_draws_the_same_pixels(
     path = sorted(out.glob("*.png"))[-1]
     answer = run("replay", path, "--inputs", tmp_path, "-o", tmp_path / "again")
     assert answer.exit_code == 0, answer.output
-    assert f"every pixel of {tmp_path / 'again' / path.name} is the same" in answer.stdout
+    assert f"every pixel of {tmp_path / 'again' / path.name} is the same" in answer.stderr
     with Image.open(path) as first, Image.open(tmp_path / "again" / path.name) as again:
         assert first.tobytes() == again.tobytes()
 
@@ -123,7 +123,7 @@ def test_replay_wears_the_same_loras(run, tmp_path: Path) -> None:
         path = png(run("generate", PROMPT, *words, "-o", out), out)
         assert read_provenance(path).origin == ("nano", words[1])
         answer = run("replay", path, "-o", tmp_path / "again")
-        assert answer.exit_code == 0 and "every pixel" in answer.stdout, answer.output
+        assert answer.exit_code == 0 and "every pixel" in answer.stderr, answer.output
 
 
 def make_old(path: Path) -> None:
@@ -158,7 +158,7 @@ def test_replay_reads_pictures_from_before_requests_named_models(
     make_old(plain)
     for picture in (path, plain):
         answer = run("replay", picture, "-o", tmp_path / "again")
-        assert answer.exit_code == 0 and "every pixel" in answer.stdout, answer.output
+        assert answer.exit_code == 0 and "every pixel" in answer.stderr, answer.output
 
 
 def test_replay_refuses_what_is_not_the_same(run, model: Path, photo: Path, tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def test_export_convert_and_extract_write_what_they_say(
     ):
         answer = run(*words)
         assert (answer.exit_code == 0) == written, answer.output
-        assert ("written: " in answer.output) == written and ("error: " in answer.output) != written
+        out = words[words.index("--out") + 1]
+        assert answer.stdout == (f"{out}\n" if written else "")
+        assert ("error: " in answer.stderr) != written
     assert "license: cc0-1.0" in (tmp_path / "lora.md").read_text()
     with safe_open(peft, "pt") as file:
         assert "lora_adapter_metadata" in file.metadata() and "twostep.contract" in file.metadata()

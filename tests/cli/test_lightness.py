@@ -7,7 +7,7 @@ import typer
 
 from twostep.cli import app
 
-MAX_FLAGS = 10
+MAX_FLAGS = 12
 
 
 def test_help_does_not_load_torch() -> None:

@@ -6,7 +6,7 @@ from diffusers import EulerDiscreteScheduler
 from safetensors.torch import save_file
 
 from comfyui.sampling import explain, kind_of, read_contract, sigmas, student_beside
-from twostep.contract import Contract, ContractError
+from twostep.contract import Contract, ContractError, VariancePreservingSpec
 from twostep.diffusion import VariancePreserving
 from twostep.formats.locate import ModelError
 
@@ -73,8 +73,13 @@ def test_a_checkpoint_that_says_nothing_is_a_teacher(shelf: Shelf) -> None:
         6,
     )
     assert read_contract(shelf.checkpoint("v", v_pred=torch.zeros(0))).prediction_type == "v"
-    with pytest.raises(ModelError, match="zero-SNR"):
-        read_contract(shelf.checkpoint("z", v_pred=torch.zeros(0), ztsnr=torch.zeros(0)))
+    zero = read_contract(shelf.checkpoint("z", v_pred=torch.zeros(0), ztsnr=torch.zeros(0)))
+    assert zero.schedule == VariancePreservingSpec(zero_snr=True)
+    assert sigmas(zero)[0] == pytest.approx(4096, rel=1e-6)
+    edm = torch.zeros(1, 4, 1, 1)
+    playground = read_contract(shelf.checkpoint("e", edm_mean=edm, edm_std=edm + 1))
+    with pytest.raises(ContractError, match="which these nodes do not sample"):
+        sigmas(playground)
     other = shelf.root / "checkpoints" / "sd15.safetensors"
     save_file(
         {"first_stage_model.x": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)},

@@ -4,16 +4,19 @@ fit.
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from twostep.data import cache as cache_module
-from twostep.data.cache import CachedSource, load_cache
-from twostep.data.encoding import cache_pictures, cache_prompts
+from twostep.data.cache import CachedSource, CacheWriter, load_cache
+from twostep.data.encoding import Variants, cache_pictures, cache_prompts, count_cut
 from twostep.data.sources import DataError, Demands, find_entries, read_picture
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import crop_to_size
@@ -199,3 +202,186 @@ def test_nothing_usable_is_an_error(pictures: Path, bundle: Bundle, tmp_path: Pa
             sizes=SIZES,
             demands=Demands(min_side=1000),
         )
+
+
+def encoded(bundle: Bundle, path: Path, *, flipped: bool = False) -> torch.Tensor:
+    """What encoding a picture gives, in the cache's precision."""
+    (entry,) = find_entries(str(path))
+    pixels, _ = crop_to_size(read_picture(entry, Demands()), SIZES)
+    latents: torch.Tensor = bundle.codec.encode((pixels.flip(2) if flipped else pixels)[None])[0]
+    return latents.half()
+
+
+def texts(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("shard-*.safetensors"):
+        names = cache_module.read_shard(path).names
+        found |= dict(zip(names, load_file(path)["pooled"], strict=True))
+    return found
+
+
+def counts(writer: CacheWriter) -> tuple[int, int, int]:
+    return writer.num_cached, writer.num_changed, writer.num_dropped
+
+
+def one_picture(folder: Path, colour: str, caption: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(folder / "a.png")
+    (folder / "a.txt").write_text(caption)
+    return folder
+
+
+def test_what_changed_is_made_anew_and_what_is_no_more_is_dropped(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+
+    def update(**options: object) -> CacheWriter:
+        entries = find_entries(str(pictures))
+        return cache_pictures(entries, bundle, folder, sizes=SIZES, **options)
+
+    assert counts(update()) == (5, 0, 0)
+    before = {path: path.read_bytes() for path in folder.glob("shard-*")}
+    assert counts(update()) == (5, 0, 0)
+    assert {path: path.read_bytes() for path in folder.glob("shard-*")} == before
+    held, pooled = items(folder), texts(folder)
+    Image.new("RGB", (64, 64), "red").save(pictures / "0.png")
+    (pictures / "1.txt").write_text("a blue bird")
+    (pictures / "2.png").rename(pictures / "2b.png")
+    (pictures / "2.txt").rename(pictures / "2b.txt")
+    (pictures / "more" / "4.png").write_bytes(b"broken")
+    writer = update()
+    assert counts(writer) == (4, 2, 2)
+    assert list(writer.skipped) == ["more/4.png"]
+    now = items(folder)
+    assert set(now) == {"0.png", "1.png", "2b.png", "more/3.png"}
+    (tmp_path / "alone").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "alone" / "0.png")
+    (tmp_path / "alone" / "0.txt").write_text("x")
+    torch.testing.assert_close(now["0.png"], encoded(bundle, tmp_path / "alone"))
+    assert not torch.allclose(now["0.png"], held["0.png"], atol=5e-3, rtol=0)
+    assert torch.equal(now["more/3.png"], held["more/3.png"])
+    torch.testing.assert_close(now["2b.png"], held["2.png"], atol=2e-3, rtol=2e-3)
+    expected = bundle.text.encode(["a blue bird"])[1][0].half()
+    torch.testing.assert_close(texts(folder)["1.png"], expected, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(pooled["1.png"], expected, atol=1e-2)
+
+
+def test_another_folder_with_the_same_names_takes_its_place_or_comes_beside(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    red = one_picture(tmp_path / "red", "red", "a red apple")
+    Image.new("RGB", (64, 64), "white").save(red / "b.png")
+    (red / "b.txt").write_text("snow")
+    green = one_picture(tmp_path / "green", "green", "a green frog")
+    fill(red, bundle, folder)
+    fill(green, bundle, folder, keep_others=True)
+    assert set(items(folder)) == {"a.png", "b.png"}
+    torch.testing.assert_close(items(folder)["a.png"], encoded(bundle, green))
+    fill(green, bundle, folder)
+    assert set(items(folder)) == {"a.png"}
+
+
+def test_redo_takes_other_settings(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
+    fill(pictures, bundle, tmp_path / "cache")
+    entries = find_entries(str(pictures))
+    writer = cache_pictures(entries, bundle, tmp_path / "cache", sizes=SIZES[:1], redo=True)
+    assert counts(writer) == (5, 0, 0)
+    assert set(load_cache(tmp_path / "cache", bundle).shards) == {(16, 16)}
+
+
+def test_items_of_an_older_version_are_taken_as_they_are_and_counted(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    fill(pictures, bundle, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("shard-*"):
+        names = json.dumps(cache_module.read_shard(path).names)
+        save_file(load_file(path), path, {"twostep.cache": names})
+    entries = find_entries(str(pictures))
+    writer = cache_pictures(entries, bundle, tmp_path / "cache", sizes=SIZES)
+    assert counts(writer) == (5, 0, 0)
+    assert writer.num_of_before == 5
+
+
+def test_items_are_drawn_by_their_weights(bundle: Bundle, tmp_path: Path) -> None:
+    """One of weight 6, one of 3 with two captions of 1.5 each, and one of 1: shares of 10."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    lines = []
+    for name, colour, captions in (
+        ("a.png", "red", ["x"]),
+        ("b.png", "lime", ["y", "z"]),
+        ("c.png", "blue", ["w"]),
+    ):
+        Image.new("RGB", (64, 64), colour).save(pictures / name)
+        lines.append(json.dumps({"image": name, "caption": captions}))
+    (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    entries = find_entries(str(pictures), weights={"a.png": 6.0, "b.png": 3.0})
+    cache_pictures(entries, bundle, tmp_path / "cache", sizes=SIZES)
+    source = load_cache(tmp_path / "cache", bundle)
+    held = items(tmp_path / "cache")
+    assert list(held) == ["a.png", "b.png", "b.png [caption 2]", "c.png"]
+    assert torch.equal(held["b.png"], held["b.png [caption 2]"])
+    latents, _ = source.draw(4000, torch.Generator().manual_seed(0), random.Random(0))
+    shares = [
+        sum(torch.equal(row, held[name].float()) for row in latents) / 4000
+        for name in ("a.png", "b.png", "c.png")
+    ]
+    # Four standard deviations of 4,000 draws are below 0.032.
+    assert shares == [pytest.approx(share, abs=0.032) for share in (0.6, 0.3, 0.1)]
+    # Weights change without encoding anything anew.
+    writer = cache_pictures(find_entries(str(pictures)), bundle, tmp_path / "cache", sizes=SIZES)
+    assert counts(writer) == (4, 0, 0)
+    (shard,) = (tmp_path / "cache").glob("shard-*")
+    assert [item.weight for item in cache_module.read_shard(shard).items] == [1.0, 0.5, 0.5, 1.0]
+
+
+def test_captions_are_left_out_at_random(bundle: Bundle, tmp_path: Path) -> None:
+    one_picture(tmp_path / "pictures", "red", "a red apple")
+    fill(tmp_path / "pictures", bundle, tmp_path / "cache")
+    source = load_cache(tmp_path / "cache", bundle, caption_dropout=0.25)
+    _, conditioning = source.draw(2000, torch.Generator().manual_seed(0), random.Random(0))
+    is_empty = (conditioning.pooled == source.empty_pooled).all(dim=1)
+    assert torch.equal(is_empty, (conditioning.text == source.empty_text).all(dim=2).all(dim=1))
+    assert is_empty.float().mean().item() == pytest.approx(0.25, abs=0.04)
+    with pytest.raises(DataError, match=r"caption_dropout is 1\.5"):
+        load_cache(tmp_path / "cache", bundle, caption_dropout=1.5)
+
+
+def test_flips_and_orders_of_a_caption_share_a_pictures_weight(
+    bundle: Bundle, draw: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    pictures = one_picture(tmp_path / "pictures", "red", "fox, red, small, on grass")
+    draw(64, 64).save(pictures / "a.png")
+    variants = Variants(flips=True, shuffles=3)
+    (entry,) = find_entries(str(pictures))
+    captions = variants.captions(entry)
+    assert captions[0] == "fox, red, small, on grass"
+    assert all(caption.startswith("fox, ") for caption in captions)
+    assert len({tuple(sorted(caption.split(", "))) for caption in captions}) == 1
+    assert captions == variants.captions(entry) and 1 < len(captions) <= 3
+    fill(pictures, bundle, tmp_path / "cache", variants=variants)
+    (shard,) = (tmp_path / "cache").glob("shard-*")
+    weights = {item.name: item.weight for item in cache_module.read_shard(shard).items}
+    assert len(weights) == 2 * len(captions)
+    assert set(weights.values()) == {1 / len(weights)}
+    held = items(tmp_path / "cache")
+    for name, flipped in (("a.png", False), ("a.png [flipped]", True)):
+        expected = encoded(bundle, pictures, flipped=flipped)
+        torch.testing.assert_close(held[name], expected, atol=5e-4, rtol=5e-3)
+    assert not torch.allclose(held["a.png"], held["a.png [flipped]"], atol=5e-3, rtol=0)
+
+
+def test_long_captions_are_counted(bundle: Bundle) -> None:
+    assert count_cut(bundle, ["a fox", "red apple, " * 100, "a bird"]) == 1
+
+
+def test_a_source_knows_whether_it_is_still_the_same(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    first = fill(pictures, bundle, tmp_path / "cache").fingerprint()
+    shutil.copytree(tmp_path / "cache", tmp_path / "moved")
+    assert load_cache(tmp_path / "moved", bundle).fingerprint() == first
+    (pictures / "1.txt").write_text("a blue bird")
+    assert fill(pictures, bundle, tmp_path / "cache").fingerprint() != first

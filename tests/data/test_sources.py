@@ -13,9 +13,12 @@ import pytest
 from PIL import Image, ImageFilter
 
 from twostep.data.sources import (
+    Columns,
     DataError,
     Demands,
     Entry,
+    Findings,
+    find_all_entries,
     find_entries,
     read_picture,
 )
@@ -78,8 +81,10 @@ def test_sources_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
         list(find_entries(str(tmp_path / "nothing")))
     (tmp_path / "a.jsonl").write_text('{"image": "a.png"}\n{"picture": "b.png"}')
-    with pytest.raises(DataError, match=r"line 2.*names for the picture"):
-        list(find_entries(str(tmp_path / "a.jsonl")))
+    _, second = find_entries(str(tmp_path / "a.jsonl"))
+    assert second.name == "a.jsonl line 2"
+    with pytest.raises(UnusablePictureError, match="no picture among picture: names for the pic"):
+        read_picture(second, Demands())
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match="no whole tar"):
         list(find_entries(str(tmp_path / "a.tar")))
@@ -156,3 +161,157 @@ def test_a_cut_is_the_middle_of_the_nearest_shape() -> None:
     upright, told = crop_to_size(Image.new("RGB", (50, 100)), [(64, 64), (48, 80), (80, 48)])
     assert upright.shape == (3, 80, 48)
     assert told == (100, 50, 8, 0, 80, 48)
+
+
+PNG = io.BytesIO()
+Image.new("RGB", (8, 8), "red").save(PNG, "PNG")
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def found(source: object, **options: object) -> dict[str, tuple[str, ...]]:
+    return {entry.name: entry.captions for entry in find_entries(str(source), **options)}
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "set.v1/", "./a/b.c/"])
+def test_names_in_shards_may_have_dots_and_folders(prefix: str, tmp_path: Path) -> None:
+    png = PNG.getvalue()
+    members = {
+        f"{prefix}1.png": png,
+        f"{prefix}1.txt": b"a",
+        f"{prefix}2.v2.JPG": png,
+        f"{prefix}2.v2.caption": b"b",
+        f"{prefix}3.seg.png": png,
+        f"{prefix}3.json": b'{"caption": ["c", "d"]}',
+        f"{prefix}4.png": png,
+        f"{prefix}4.json": b'{"caption": "half',
+        f"{prefix}5.png": png,
+        f"{prefix}5.json": b'"e"',
+    }
+    write_tar(tmp_path / "x.tar", members)
+    start = f"x.tar/{prefix.removeprefix('./')}"
+    assert found(tmp_path / "x.tar") == {
+        f"{start}1": ("a",),
+        f"{start}2.v2": ("b",),
+        f"{start}3.seg": ("c", "d"),
+        f"{start}4": (),
+        f"{start}5": ("e",),
+    }
+
+
+def test_shards_come_as_folders_patterns_ranges_and_compressed(tmp_path: Path) -> None:
+    for number in range(8, 12):
+        content = {"1.png": PNG.getvalue(), "1.txt": str(number).encode()}
+        write_tar(tmp_path / f"{number:03d}.tar", content)
+    write_tar(tmp_path / "z.tar.gz", {"1.png": PNG.getvalue(), "1.txt": b"z"}, "w:gz")
+    assert found(tmp_path / "z.tar.gz") == {"z.tar.gz/1": ("z",)}
+    assert list(found(tmp_path / "{009..011}.tar")) == ["009.tar/1", "010.tar/1", "011.tar/1"]
+    assert len(found(tmp_path / "0*.tar")) == 4
+    assert len(found(tmp_path)) == 5
+
+
+def test_a_shard_that_is_cut_off_breaks_no_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", {"1.png": PNG.getvalue() * 20, "1.txt": b"x"})
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    first, second = find_entries(str(tmp_path / "*.tar"))
+    assert (first.name, second.name) == ("a.tar", "b.tar/1")
+    assert "no whole tar" in str(first.problem) and second.problem is None
+
+
+def test_captions_lie_beside_pictures_in_several_ways(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jfif", "c.gif", "d.png"):
+        (tmp_path / name).write_bytes(PNG.getvalue())
+    (tmp_path / "a.txt").write_bytes("café".encode("utf-16"))
+    (tmp_path / "b.caption").write_text("b")
+    (tmp_path / "c.txt").write_text("c")
+    (tmp_path / "c.caption").write_text("another c")
+    (tmp_path / "d.txt").write_bytes("一个红苹果".encode("gbk"))
+    for name in ("x.heic", "y.heic", "z.mp4", ".hidden.heic", "notes.md"):
+        (tmp_path / name).write_bytes(b"x")
+    findings = Findings()
+    assert found(tmp_path, findings=findings) == {
+        "a.png": ("café",),
+        "b.jfif": ("b",),
+        "c.gif": ("c", "another c"),
+        "d.png": (),
+    }
+    assert findings.other_files == {".heic": 2, ".mp4": 1}
+    *_, last = find_entries(str(tmp_path))
+    assert "in no encoding that is known" in str(last.problem)
+
+
+def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(PNG.getvalue())
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "linked").symlink_to(tmp_path / "real")
+    (folder / "sub" / "circle").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert list(found(folder)) == ["gone.png", "linked/a.png"]
+    assert found(folder)["linked/a.png"] == ()
+
+
+def test_tables_name_their_columns_and_a_flag_names_others(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("img,file_name,text,prompt\nx.png,a.png,,a fox\n")
+    assert found(tmp_path) == {"a.png": ("a fox",)}
+    columns = Columns(image=("img",), caption=("text",))
+    assert found(tmp_path / "metadata.csv", columns=columns) == {"x.png": ()}
+    (tmp_path / "b.jsonl").write_text(
+        '{"image": "a.png", "caption": ["x", "y"]}\n{"image": "a.png", "caption": "z"}\n'
+    )
+    assert found(tmp_path / "b.jsonl") == {"a.png": ("x", "y"), "a.png#2": ("z",)}
+
+
+def test_weights_are_of_folders_and_of_kohyas_names(tmp_path: Path) -> None:
+    for name in ("10_fox/a.png", "10_fox/deep/b.png", "2_bird/c.png"):
+        (tmp_path / "k" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "k" / name).write_bytes(PNG.getvalue())
+    findings = Findings()
+    weights = {"10_fox/deep": 0.5, "10": 7.0}
+    entries = find_entries(str(tmp_path / "k"), weights=weights, findings=findings)
+    assert [(entry.name, entry.weight) for entry in entries] == [
+        ("10_fox/a.png", 10.0),
+        ("10_fox/deep/b.png", 5.0),
+        ("2_bird/c.png", 2.0),
+    ]
+    assert findings.repeats == {"10_fox": 10, "2_bird": 2}
+    # One picture beside such folders, and they are names as any others.
+    (tmp_path / "k" / "d.png").write_bytes(PNG.getvalue())
+    assert {entry.weight for entry in find_entries(str(tmp_path / "k"))} == {1.0}
+
+
+def test_several_sources_keep_their_names_apart(tmp_path: Path) -> None:
+    for name in ("x/fox", "y/fox", "bird"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(PNG.getvalue())
+    sources = [str(tmp_path / name) for name in ("x/fox", "bird", "y/fox")]
+    entries = list(find_all_entries(sources, weights={"bird": 3.0}))
+    assert [(entry.name, entry.weight) for entry in entries] == [
+        ("fox/a.png", 1.0),
+        ("bird/a.png", 3.0),
+        ("fox#2/a.png", 1.0),
+    ]
+
+
+def test_a_dataset_with_nulls_and_broken_pictures_keeps_the_rest(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [{"bytes": PNG.getvalue(), "path": None}, None, {"bytes": b"x", "path": None}],
+        "text": ["a", "b", None],
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(str(tmp_path / "data.parquet"))
+    first, second, third = find_entries(f"hf:{tmp_path}")
+    assert read_picture(first, Demands()).getpixel((0, 0)) == (255, 0, 0)
+    assert second.problem == "its picture is missing"
+    with pytest.raises(UnusablePictureError, match="no caption"):
+        read_picture(third, Demands())

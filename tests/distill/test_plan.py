@@ -25,6 +25,7 @@ from twostep.formats.locate import WEIGHTS
 from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
 from twostep.training.loop import Randomness
+from twostep.training.run_folder import RunFolder
 
 from .conftest import Handful
 from .test_trainer import CONDITIONAL, CONVERSION, REGRESSION, UNCONDITIONAL
@@ -241,3 +242,31 @@ def test_a_method_in_this_folder_can_be_planned(
     answer = CliRunner().invoke(app, ["plan", "mine.toml"])
     assert answer.exit_code == 0, answer.output
     assert answer.output.startswith("8-mine: 1 iterations of 1")
+
+
+@pytest.mark.slow
+def test_the_disk_that_is_planned_is_what_checkpoints_take(tmp_path: Path) -> None:
+    stages = [
+        {"method": REGRESSION, "lora_rank": 64, "batch_size": 2, "keep_checkpoints": 1},
+        {"method": CONDITIONAL, "lora_rank": 64, "batch_size": 2, "keep_checkpoints": 3},
+    ]
+    settings = recipe(*stages)
+    planned = plan(settings)
+    teacher = random_bundle()
+    sizes = []
+    for prepared in prepared_stages(settings, teacher):
+        source = Handful(teacher.text)
+        trainer = StageTrainer(prepared.stage, source, prepared.teacher, prepared.student)
+        trainer.iterate(0, Randomness.at(0, 0))
+        folder = RunFolder(tmp_path / prepared.stage.name, prepared.stage)
+        state = {name: holder.state_dict() for name, holder in trainer.state.items()}
+        folder.save("x", {"iteration": 1, **state})
+        sizes.append(folder.checkpoint("x").stat().st_size)
+        trainer.remove_roles()
+    first, second = planned.stages
+    # Names and headers weigh as much as small matrices do.
+    assert [first.checkpoint, second.checkpoint] == [
+        pytest.approx(size, rel=0.05) for size in sizes
+    ]
+    assert first.finished == 4 * first.trained["student"]
+    assert planned.disk == first.finished + 4 * second.checkpoint

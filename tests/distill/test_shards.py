@@ -89,11 +89,8 @@ def test_killed_and_run_again_they_give_what_they_would_have(
     ).exists()
     assert not (checkpoints / "2-adversarial-conditional-finished.pt").exists()
     distill(recipe).succeed()
-    assert sorted(path.name for path in checkpoints.glob("*.shards")) == [
-        "2-adversarial-conditional.3.shards",
-        "4-adversarial-unconditional.1.shards",
-        "8-regression.1.shards",
-    ]
+    # Finished stages keep their weights alone, which are whole.
+    assert list(checkpoints.glob("*.shards")) == []
     check_equal(recipe.with_suffix(""), sharded)
 
 

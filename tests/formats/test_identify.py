@@ -95,7 +95,10 @@ def test_unets_are_told_by_their_shapes(
     ("shapes", "expected", "reader"),
     [
         (
-            {"lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048)},
+            {
+                "lora_unet_" + ATTENTION.replace(".", "_") + ".lora_down.weight": (8, 2048),
+                "lora_unet_" + ATTENTION.replace(".", "_") + ".lora_up.weight": (640, 8),
+            },
             "a LoRA for SDXL",
             "A1111",
         ),
@@ -105,7 +108,10 @@ def test_unets_are_told_by_their_shapes(
             "not",
         ),
         (
-            {"unet.down_blocks.1.x.attn2.to_k.lora_A.weight": (8, 2048)},
+            {
+                "unet.down_blocks.1.x.attn2.to_k.lora_A.weight": (8, 2048),
+                "unet.down_blocks.1.x.attn2.to_k.lora_B.weight": (640, 8),
+            },
             "a LoRA for SDXL",
             "only in part",
         ),
@@ -130,8 +136,8 @@ def test_unets_are_told_by_their_shapes(
             "a LoRA for Stable Diffusion 3",
             "not",
         ),
-        ({"lora_unet_mid.hada_w1_a": (8, 8)}, "a LoHa, which is no LoRA", "not twostep"),
-        ({"lora_unet_mid.lokr_w1": (8, 8)}, "a LoKr, which is no LoRA", "not twostep"),
+        ({"lora_unet_mid.hada_w1_a": (8, 8)}, "a LoHa", "twostep"),
+        ({"lora_unet_mid.lokr_w1": (8, 8)}, "a LoKr", "twostep"),
         (
             {"model.diffusion_model.joint_blocks.0.x": (1,)},
             "a transformer alone for Stable Diffusion 3",

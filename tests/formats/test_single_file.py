@@ -16,12 +16,19 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from twostep.contract import VariancePreservingSpec
 from twostep.formats import read_contracts
+from twostep.formats.contracts import SDXL as CONTRACT_OF_SDXL
+from twostep.formats.header import read_header
 from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, unet_names
-from twostep.formats.locate import ModelError
+from twostep.formats.locate import SDXL_BASE, SDXL_CONFIGS, ModelError, find_model, hub_id
+from twostep.formats.single_file import find_single_file
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.sdxl_networks import hollow_networks
+from twostep.networks.control import load_control
 from twostep.pretrain.model import random_bundle
+from twostep.text.vocabulary import clip_tokenizer
 
 from ..vanilla import assemble, with_sdxl_vae, write_single_file
 
@@ -106,7 +113,11 @@ def test_it_may_say_what_it_predicts(single: Path, bundle: Bundle) -> None:
     write_single_file(bundle, single, {"modelspec.prediction_type": "v"})
     assert load_bundle(single).denoiser.prediction_type == "v"
     write_single_file(bundle, single, v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
-    with pytest.raises(ModelError, match="zero-SNR"):
+    loaded = load_bundle(single)
+    assert loaded.contract.schedule == VariancePreservingSpec(zero_snr=True)
+    assert loaded.denoiser.schedule.alphas[-1] == 2**-12
+    write_single_file(bundle, single, ztsnr=torch.zeros(0))
+    with pytest.raises(ModelError, match=r"zero SNR.*it lacks the mark v_pred"):
         load_bundle(single)
 
 
@@ -156,20 +167,27 @@ def test_what_else_a_file_may_be_is_told(tmp_path: Path, key: str, message: str)
         load_bundle(tmp_path / "x.safetensors")
 
 
-def test_an_inpainting_checkpoint_takes_the_configs_of_sdxl_s_own(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks the hub fails."""
+
+    def asked(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"the hub was asked: {arguments}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
+
+
+def test_an_inpainting_checkpoint_takes_its_channels_from_its_weights(
+    bundle: Bundle, tmp_path: Path, no_hub: None
 ) -> None:
     unet = UNet2DConditionModel.from_config(
         {**bundle.denoiser.network.config, "in_channels": 9}
     ).eval()
     inpainting = replace(bundle, denoiser=bundle.denoiser.with_network(unet))
     write_single_file(inpainting, tmp_path / "mine.safetensors")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ModelError, match=r"diffusers/stable-diffusion-xl-1\.0-inpainting-0\.1 is neither"
-    ):
-        load_bundle(tmp_path / "mine.safetensors")
+    single = find_single_file(read_header(tmp_path / "mine.safetensors"))
+    assert single.config("unet")["in_channels"] == 9 and single.folder == SDXL_CONFIGS
     assemble(inpainting).save_pretrained(tmp_path / "mine")
     loaded = load_bundle(tmp_path / "mine.safetensors")
     assert loaded.is_inpainting and loaded.contract.role == "teacher"
@@ -177,17 +195,66 @@ def test_an_inpainting_checkpoint_takes_the_configs_of_sdxl_s_own(
     torch.testing.assert_close(read, own.half().float())
 
 
-def test_without_configs_beside_it_those_of_sdxl_are_asked_for(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_configs_beside_it_they_are_sdxl_s_own_and_nothing_is_fetched(
+    single: Path, tmp_path: Path, no_hub: None
 ) -> None:
+    """nano is smaller, and told so; contract and networks of SDXL itself need the package alone."""
     (tmp_path / "mine").rename(tmp_path / "other")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"stabilityai/stable-diffusion-xl-base-1\.0 is neither"):
+    with pytest.raises(ModelError, match=r"are those of SDXL itself; .* in the folder .*mine"):
         load_bundle(single)
-    cached = tmp_path / "hub" / "models--stabilityai--stable-diffusion-xl-base-1.0"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0123")
-    (cached / "snapshots").mkdir()
-    (tmp_path / "other").rename(cached / "snapshots" / "0123")
-    assert load_bundle(single).contract.name == "mine"
+    (contract,) = read_contracts(single)
+    assert (contract.sizes[0], contract.guidance) == ((1024, 1024), 6.0)
+    assert contract.sizes == CONTRACT_OF_SDXL.sizes
+    assert contract.schedule == VariancePreservingSpec()
+
+
+def test_the_configs_in_the_package_are_those_of_sdxl(no_hub: None) -> None:
+    """Parameters by part; those of the text encoders together are 817,720,320 in 2.6 B + 0.8 B."""
+    networks = hollow_networks(SDXL_BASE)
+    counts = {
+        name: sum(parameter.numel() for parameter in network.parameters())
+        for name, network in networks.items()
+    }
+    assert counts == {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    }
+    assert len(unet_names(networks["unet"].state_dict())) == 1680
+
+
+def test_the_vocabulary_in_the_package_is_clip_s() -> None:
+    """Numbers as CLIP's own tokenizer gives them, for both of SDXL's encoders."""
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49_408
+    assert tokenizer("A Photo of a cat!!").input_ids == [
+        49406, 320, 1125, 539, 320, 2368, 748, 49407
+    ]  # fmt: skip
+    assert tokenizer("caf\u00e9 \u65e5\u672c it's 1234").input_ids == [
+        49406, 15304, 39121, 19277, 361, 585, 568, 272, 273, 274, 275, 49407
+    ]  # fmt: skip
+    assert tokenizer("", padding="max_length").input_ids == [49406, *[49407] * 76]
+    assert clip_tokenizer("!")("", padding="max_length").input_ids == [49406, 49407, *[0] * 75]
+
+
+def test_a_path_that_is_not_there_is_never_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None
+) -> None:
+    """Whatever can be a path is one; somebody else's model of that name must not be drawn with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    names = ("runs/a", "./a", "../a", "~/a", "/no/a", "a/b/c", "x/a.safetensors", "x/a.CKPT")
+    for name in names:
+        assert hub_id(name) is None
+        with pytest.raises(ModelError, match="does not exist"):
+            find_model(name)
+        with pytest.raises(ModelError, match="is no folder of a network"):
+            load_control(name, load_bundle("nano", outline=True).denoiser.network, 4)
+    with pytest.raises(ModelError, match=r"in the folder runs here \(the hub's is hf:runs/a\)"):
+        find_model("runs/a")
+    assert hub_id(Path("owner/name")) is None
+    assert hub_id("owner/name") == hub_id("hf:owner/name") == "owner/name"
+    assert hub_id("hf:runs/a") == "runs/a"
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        find_model("hf:runs/a")

@@ -141,7 +141,11 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
         ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed_type 'text'"),
         ("unet/config.json", {"in_channels": 8}, "8 channels; expected 4, or 9 to inpaint"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "predicts 'flow'"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero SNR"),
+        (
+            "scheduler/scheduler_config.json",
+            {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+            "leaves no signal at the top",
+        ),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "over 500 times"),
     ],
 )

@@ -1,6 +1,7 @@
 """The one sampler: it is the flow of `diffusion` under guidance, whatever the batch."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from twostep.models.sampling import (
     encode_prompts,
     sample_latents,
     sample_prompts,
+    sampling_times,
 )
 from twostep.pretrain.model import random_bundle
 
@@ -76,6 +78,30 @@ def test_times_may_begin_anywhere_and_known_parts_are_kept(bundle: Bundle) -> No
         kept = sample_latents(bundle.denoiser, guided, x, (500, 250, 0), [3], keep=keep)
     assert times == [250, 0]
     assert not kept.any()
+
+
+def test_the_contract_chooses_the_times(bundle: Bundle) -> None:
+    schedule = bundle.denoiser.schedule
+    usual = replace(
+        bundle.contract, role="student", steps=4, guidance=1.0, trained_times=(1000, 500)
+    )
+    other = replace(usual, sampling_times=(1000, 760, 500, 260))
+    assert sampling_times(usual, schedule) == (1000, 750, 500, 250, 0)
+    assert sampling_times(usual, schedule, start=750) == (750, 500, 250, 0)
+    assert sampling_times(other, schedule) == (1000, 760, 500, 260, 0)
+    assert sampling_times(other, schedule, start=740) == (740, 500, 260, 0)
+    assert sampling_times(bundle.contract, schedule, steps=2) == (1000, 500, 0)
+    guided = encode_prompts(bundle, PROMPTS[:1], SIZE, scale=1.0)
+    asked: list[float] = []
+    call = bundle.denoiser.backbone.network.forward
+
+    def forward(x: torch.Tensor, time: torch.Tensor, *args: object, **options: object) -> object:
+        asked.extend(time.tolist())
+        return call(x, time, *args, **options)
+
+    with patch.object(bundle.denoiser.backbone.network, "forward", forward):
+        sample_prompts(replace(bundle, contract=other), guided, [3], SIZE)
+    assert asked == [999, 759, 499, 259]
 
 
 def test_the_contract_chooses_the_sampler(bundle: Bundle) -> None:

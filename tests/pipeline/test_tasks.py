@@ -480,3 +480,36 @@ def test_previews_show_what_is_foreseen(image: Picture) -> None:
     small = np.asarray(result.images[0].resize((16, 16), Image.Resampling.BOX), float)
     apart = np.abs(np.asarray(seen[-1], float) - small).mean()
     assert apart < 40 < np.abs(small - small.mean(axis=(0, 1))).mean()
+
+
+def test_a_student_that_visits_other_times_begins_an_image_at_one_that_it_knows(
+    student: Bundle, image: Picture
+) -> None:
+    contract = replace(
+        student.contract,
+        sampler="renoise",
+        trained_times=tuple(range(1000, 0, -20)),
+        sampling_times=(1000, 760, 500, 260),
+    )
+    other = replace(student, contract=contract)
+    result, steps = walked(other, Request(PROMPT, image=image, strength=0.75))
+    assert (result.request.strength, steps) == (0.76, 4 - 1)
+
+
+def test_a_student_that_takes_noise_for_a_later_time_begins_with_no_image(
+    as_student: Callable[[Bundle, int], Bundle], teacher: Bundle, image: Picture
+) -> None:
+    one = as_student(teacher, 1)
+    contract = replace(one.contract, sampler="renoise", trained_times=(400,), sampling_times=(400,))
+    one = replace(one, contract=contract)
+    seen: list[Progress] = []
+    request = Request(PROMPT, seed=3)
+    result = generate(one, request, on_step=seen.append)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    conditioning = one.conditioning([PROMPT], 64, 64)
+    with torch.no_grad():
+        expected = one.denoiser(noise, torch.tensor([400]), conditioning).x0
+    torch.testing.assert_close(seen[0].prediction.x0, expected)
+    assert result.request.strength is None
+    with pytest.raises(RequestError, match=r"draws from pure noise alone, .* time 400"):
+        generate(one, replace(request, image=image))

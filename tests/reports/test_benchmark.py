@@ -67,6 +67,10 @@ def test_what_was_drawn_is_read_from_the_cache(teacher: Bundle, tmp_path: Path) 
     assert counts == [2] * 8
     first, second = (each.own_pictures["open"] for each in benches)
     assert torch.equal(first, second)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"half a file")
+    with pytest.raises(BenchError, match="is damaged"):
+        benches[0].draw_teacher(benches[0].tasks["open"], steps=1)
     # Other weights are other pictures.
     benches[0].draw(random_bundle(seed=1).denoiser, benches[0].tasks["open"], steps=1)
     assert len(list(tmp_path.iterdir())) == 5

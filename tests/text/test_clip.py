@@ -31,7 +31,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    "prompt", [PLAIN, "", "a t-shirt (red)", "a fox - a dog", 'a "quoted" fox, 3:4', "x" * 18]
+    "prompt", [PLAIN, "", "a t-shirt", "a fox - a dog", 'a "quoted" fox, 3:4', "x" * 18]
 )
 def test_plain_prompts_are_encoded_as_ever(bundle: Bundle, prompt: str) -> None:
     for ours, plain in zip(

@@ -1,6 +1,9 @@
 """The loop under every training: what it calls, logs, saves, and how it resumes."""
 
 import json
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from twostep.training.loop import (
     run_loop,
 )
 from twostep.training.run_folder import RunFolder
+from twostep.training.stopping import StoppedError
 
 
 def settings(**changes: Any) -> LoopSettings:
@@ -89,6 +93,20 @@ def test_means_are_logged_and_callbacks_are_called(tmp_path: Path) -> None:
     ]
 
 
+def test_a_figure_of_some_iterations_is_averaged_over_those(tmp_path: Path) -> None:
+    """As of a role that steps in every fourth one, and not in the one before a line is written."""
+
+    def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+        figures = {"always": 1.0}
+        return {**figures, "student_loss": float(iteration)} if iteration % 4 == 0 else figures
+
+    folder = RunFolder(tmp_path, settings())
+    run_loop(iterate, settings(), folder, "x", {"sum": Sum()})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # 0 and 4 of the first five, 8 of the next.
+    assert [(line["always"], line["student_loss"]) for line in lines] == [(1.0, 2.0), (1.0, 8.0)]
+
+
 def test_a_refused_checkpoint_is_not_saved(tmp_path: Path) -> None:
     def refuse(num_done: int) -> None:
         if num_done == 8:
@@ -154,3 +172,131 @@ def test_a_loss_that_is_no_number_stops(value: float) -> None:
     assert check_finite(torch.tensor(1.0), "student", 3, settings()) == 1
     with pytest.raises(TrainingError, match=r"student loss is .* at iteration 3.* lower learning"):
         check_finite(torch.tensor(value), "student", 3, settings())
+
+
+def stopping_at(state: Sum, iteration: int, number: signal.Signals) -> Callable[..., Any]:
+    """Iterations of a state, in one of which this process is sent a signal."""
+
+    def iterate(now: int, randomness: Randomness) -> dict[str, float]:
+        if now == iteration:
+            signal.raise_signal(number)
+        return state.iterate(now, randomness)
+
+    return iterate
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
+)
+def test_a_signal_stops_after_the_iteration_with_a_checkpoint(
+    number: signal.Signals, exit_code: int, tmp_path: Path
+) -> None:
+    whole, first, second = Sum(), Sum(), Sum()
+    run_loop(whole.iterate, settings(), RunFolder(tmp_path / "a", settings()), "x", {"sum": whole})
+    folder = RunFolder(tmp_path / "b", settings())
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="x stopped after iteration 7 of 10") as stopped:
+        run_loop(stopping_at(first, 6, number), settings(), folder, "x", {"sum": first})
+    assert stopped.value.exit_code == exit_code
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    checkpoint = folder.load("x")
+    assert checkpoint is not None
+    assert checkpoint["iteration"] == 7
+    run_loop(second.iterate, settings(), folder, "x", {"sum": second})
+    assert second.values == whole.values
+
+
+def test_whoever_asks_to_stop_does_not_wait_for_pictures(tmp_path: Path) -> None:
+    """Iteration 8 is due for a checkpoint with all that belongs to it; the last one always is."""
+    state, folder, examined = Sum(), RunFolder(tmp_path, settings()), []
+    for iteration in (7, 9):
+        with pytest.raises(StoppedError):
+            run_loop(
+                stopping_at(state, iteration, signal.SIGTERM),
+                settings(),
+                folder,
+                "x",
+                {"sum": state},
+                on_checkpoint=examined.append,
+            )
+        checkpoint = folder.load("x")
+        assert checkpoint is not None
+        assert checkpoint["iteration"] == iteration + 1
+    assert examined == [4, 10]
+
+
+def test_the_second_signal_interrupts_at_once(tmp_path: Path) -> None:
+    state = Sum()
+
+    def iterate(now: int, randomness: Randomness) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return state.iterate(now, randomness)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(iterate, settings(), RunFolder(tmp_path, settings()), "x", {"sum": state})
+    assert state.values == []
+
+
+def test_a_signal_in_the_last_iteration_loses_nothing(tmp_path: Path) -> None:
+    state, folder = Sum(), RunFolder(tmp_path, settings())
+    with pytest.raises(StoppedError):
+        iterate = stopping_at(state, 9, signal.SIGTERM)
+        run_loop(iterate, settings(), folder, "x", {"sum": state})
+    again = Sum()
+    run_loop(again.iterate, settings(), folder, "x", {"sum": again})
+    assert again.values == state.values
+
+
+def test_it_stops_before_the_deadline(tmp_path: Path) -> None:
+    """Iterations of 0.1 s: before 0.5 s are over, and as late as 1.5 iterations allow."""
+    state, folder = Sum(), RunFolder(tmp_path, settings())
+
+    def iterate(now: int, randomness: Randomness) -> dict[str, float]:
+        time.sleep(0.1)
+        return state.iterate(now, randomness)
+
+    folder.deadline = time.monotonic() + 0.5
+    with pytest.raises(StoppedError) as stopped:
+        run_loop(iterate, settings(checkpoint_every=100), folder, "x", {"sum": state})
+    assert time.monotonic() < folder.deadline
+    assert stopped.value.exit_code == 75
+    checkpoint = folder.load("x")
+    assert checkpoint is not None
+    assert 2 <= checkpoint["iteration"] <= 4
+    folder.deadline = None
+
+
+def test_a_rollback_passes_over_what_was_written_because_it_was_asked_to_stop(
+    tmp_path: Path,
+) -> None:
+    state, folder = Sum(), RunFolder(tmp_path, settings())
+    with pytest.raises(StoppedError):
+        iterate = stopping_at(state, 6, signal.SIGTERM)
+        run_loop(iterate, settings(), folder, "x", {"sum": state})
+    starts: list[int] = []
+
+    def first_of(now: int, randomness: Randomness) -> dict[str, float]:
+        starts.append(now)
+        raise TrainingError("enough")
+
+    for only_examined in (False, True):
+        with pytest.raises(TrainingError):
+            run_loop(
+                first_of,
+                settings(),
+                folder,
+                "x",
+                {"sum": Sum()},
+                only_examined=only_examined,
+            )
+    assert starts == [7, 4]
+
+
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    state = Sum()
+    loop = settings(iterations=20, checkpoint_every=3, keep_checkpoints=3)
+    folder = RunFolder(tmp_path, loop)
+    run_loop(state.iterate, loop, folder, "x", {"sum": state})
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["x.000015.pt", "x.000018.pt", "x.pt"]

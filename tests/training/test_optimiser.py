@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from twostep.training.optimiser import Trainable, make_optimiser, optimiser_step
+from twostep.training.optimiser import OptimiserState, Trainable, make_optimiser, optimiser_step
 from twostep.training.recipe import RecipeError
 
 
@@ -67,6 +68,22 @@ def test_the_factor_is_of_the_peak_also_after_a_checkpoint() -> None:
     again.load_state_dict(optimiser.state_dict())
     optimiser_step(loss_of(model), again, model, clip=1.0, factor=0.25)
     assert again.param_groups[0]["lr"] == 0.1 * 0.25
+
+
+def test_a_run_that_goes_on_takes_the_settings_of_now_and_the_moments_of_then() -> None:
+    def stepped(rate: float, decay: float, state: dict[str, Any] | None) -> OptimiserState:
+        model = network()
+        optimiser = make_optimiser(model, rate, betas=(0.5, 0.9), weight_decay=decay)
+        kept = OptimiserState(optimiser)
+        if state is not None:
+            kept.load_state_dict(state)
+        optimiser_step(loss_of(model), optimiser, model, clip=1.0, factor=0.5)
+        return kept
+
+    optimiser = stepped(0.01, 0.3, stepped(0.1, 0.2, None).state_dict()).optimiser
+    group = optimiser.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.005, 0.3, (0.5, 0.9))
+    assert [value["step"].item() for value in optimiser.state.values()] == [2, 2]
 
 
 def test_a_missing_8_bit_optimiser_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

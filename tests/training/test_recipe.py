@@ -18,6 +18,8 @@ NAMES = {
     "sdxl-lora-80gb",
     "sdxl-full-8x80gb",
     "sdxl-2step-from-prompts",
+    *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
+    *(f"sdxl-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
 }
 
 
@@ -95,7 +97,7 @@ def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> N
         ("stages.99.learning_rate=1", "no position"),
         ("stages", "no override"),
         ("stages.0.iterations=0", "stages.0.iterations"),
-        ("stages.0.method.name=lcm", "there is no method 'lcm'"),
+        ("stages.0.method.name=magic", "there is no method 'magic'"),
         ("stages.0.method.name=regresion", "Did you mean 'regression'"),
         ("stages.0.method.name=nowhere:Nothing", "cannot be imported"),
         ("stages.0.method.r1_weight=1", "no setting 'r1_weight'. It is one of 'adversarial'"),

@@ -25,7 +25,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run", SETTINGS)
+    RunFolder(tmp_path / "run", SETTINGS).save("a", {"iteration": 1})
     with pytest.raises(RunError, match="another recipe"):
         RunFolder(tmp_path / "run", SETTINGS.model_copy(update={"seed": 1}))
 

@@ -5,15 +5,23 @@ needs it are imported inside the verbs, so that help and recipes answer at once.
 `TwostepError` becomes one red line.
 """
 
-from typing import Any
+import os
+import sys
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from twostep import __version__
 from twostep.cli import cache, compare, draw, evaluate, files, pretrain, train
 from twostep.errors import TwostepError
+from twostep.training.stopping import StoppedError
+
+_INTERRUPTED = 130
+_PIPE_CLOSED = 141
+"""128 and the number of the signal, as shells count them."""
 
 
 class _Verbs(TyperGroup):
@@ -24,6 +32,16 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except StoppedError as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(stopped.exit_code) from stopped
+        except KeyboardInterrupt as interrupt:
+            # The shell's own code for it; what was asked for needs no word.
+            raise typer.Exit(_INTERRUPTED) from interrupt
+        except BrokenPipeError as error:
+            # Who read the paths has gone, as `head` does; nothing more can be said to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(_PIPE_CLOSED) from error
         except TwostepError as error:
             Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
             raise typer.Exit(1) from error
@@ -31,14 +49,33 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help=(
-        "Distil a text-to-image diffusion model into one that draws in 8, 4, 2 or 1 steps, "
-        "and draw with it."
-    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(is_wanted: bool) -> bool:
+    if is_wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+    return is_wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Distil a text-to-image diffusion model into one that draws in 8, 4, 2 or 1 steps, and draw
+    with it.
+    """
+
+
 _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)

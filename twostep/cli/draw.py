@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,14 @@ from twostep.pipeline.png import (
     read_provenance,
     save_images,
 )
-from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
+from twostep.pipeline.request import (
+    NUM_DISTINCT_SEEDS,
+    Control,
+    Picture,
+    Request,
+    RequestError,
+    Result,
+)
 
 if TYPE_CHECKING:
     from twostep.models.bundle import Bundle
@@ -35,7 +43,11 @@ _Model = Annotated[
     str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")
 ]
 _Loras = Annotated[
-    list[str] | None, typer.Option("--lora", help="A LoRA's file, or file:weight; one or several.")
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="A LoRA's file, or file:weight; a textual inversion, or a folder of them; or several.",
+    ),
 ]
 _Controls = Annotated[
     list[str] | None,
@@ -51,9 +63,21 @@ _Steps = Annotated[
 _Number = Annotated[
     int, typer.Option("--num-images", "-n", help="Images, from the seeds that follow.")
 ]
-_Seed = Annotated[int, typer.Option(help="Image i is drawn from seed + i.")]
+_Seed = Annotated[
+    str, typer.Option(help="Image i is drawn from seed + i; `random` picks one and says which.")
+]
 _Guidance = Annotated[
     float | None, typer.Option(help="Teacher only: how strongly to follow the prompt.")
+]
+_Scheduler = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="Teacher only: euler, dpmpp-2m or unipc."),
+]
+_As = Annotated[
+    str | None,
+    typer.Option(
+        "--as", help="What the model is, of others: lightning, turbo, lcm, hyper, dmd2, base."
+    ),
 ]
 _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
@@ -71,22 +95,25 @@ def generate(
     lora: _Loras = None,
     steps: _Steps = None,
     num_images: _Number = 1,
-    seed: _Seed = 0,
+    seed: _Seed = "0",
     guidance: _Guidance = None,
     negative: Annotated[str, typer.Option(help="Teacher only: what to stay away from.")] = "",
     size: Annotated[
         str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own by default.")
     ] = None,
     control: _Controls = None,
+    scheduler: _Scheduler = None,
+    treated_as: _As = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
     width, height = _parse_size(size)
     _check_steps(model, steps)
+    loras, embeddings = _parse_loras(lora)
     request = Request(
         prompt,
         num_images=num_images,
-        seed=seed,
+        seed=_parse_seed(seed, num_images),
         steps=steps,
         guidance=guidance,
         negative_prompt=negative,
@@ -94,7 +121,10 @@ def generate(
         height=height,
         controls=_parse_controls(control),
         model=model,
-        loras=tuple(lora or ()),
+        loras=loras,
+        embeddings=embeddings,
+        sampler=scheduler,
+        treated_as=treated_as,
     )
     _draw_and_save(request, out)
 
@@ -113,16 +143,19 @@ def edit(
     ] = None,
     control: _Controls = None,
     num_images: _Number = 1,
-    seed: _Seed = 0,
+    seed: _Seed = "0",
     guidance: _Guidance = None,
+    scheduler: _Scheduler = None,
+    treated_as: _As = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
     _check_steps(model, steps)
+    loras, embeddings = _parse_loras(lora)
     request = Request(
         prompt,
         num_images=num_images,
-        seed=seed,
+        seed=_parse_seed(seed, num_images),
         steps=steps,
         guidance=guidance,
         image=Picture.of(image),
@@ -130,7 +163,10 @@ def edit(
         mask=None if mask is None else Picture.of(mask),
         controls=_parse_controls(control),
         model=model,
-        loras=tuple(lora or ()),
+        loras=loras,
+        embeddings=embeddings,
+        sampler=scheduler,
+        treated_as=treated_as,
     )
     _draw_and_save(request, out)
 
@@ -143,6 +179,10 @@ def replay(
     model: Annotated[
         str | None, typer.Option(help="Where the model lies now, if it was moved.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="Where a LoRA lies now, if it was moved; one or several."),
+    ] = None,
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
@@ -151,9 +191,15 @@ def replay(
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
-    request = provenance.batch.reopen([inputs, Path(), picture.parent])
+    folders = [inputs, Path(), picture.parent]
+    request = provenance.batch.reopen(folders)
     if model is not None:
         request = replace(request, model=model)
+    from twostep.pipeline.lora_hashes import with_moved_loras
+
+    request, moved = with_moved_loras(request, provenance, lora or [], folders)
+    for line in moved:
+        typer.echo(line, err=True)
     result, paths = _draw_and_save(request, out, provenance)
     index = provenance.request.seed - request.seed
     with Image.open(picture) as first:
@@ -163,7 +209,7 @@ def replay(
         raise ProvenanceError(
             f"{paths[index]} differs by up to {largest} of 255: other weights, or another machine."
         )
-    typer.echo(f"every pixel of {paths[index]} is the same")
+    typer.echo(f"every pixel of {paths[index]} is the same", err=True)
 
 
 def info(
@@ -189,6 +235,8 @@ def contract_table(contracts: list[Contract]) -> Table:
     columns = [Column(contract.name, overflow="fold") for contract in contracts]
     table = Table("contract", *columns)
     for field in list(asdict(contracts[0]))[1:]:
+        if field == "sampling_times" and not any(each.sampling_times for each in contracts):
+            continue
         values = [Text(_in_words(getattr(contract, field))) for contract in contracts]
         table.add_row(field.replace("_", " "), *values)
     return table
@@ -215,7 +263,7 @@ def _draw_and_save(
         typer.echo(path)
     for warning in result.warnings:
         Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    typer.echo(_times(result, loading_seconds))
+    typer.echo(_times(result, loading_seconds), err=True)
     return result, paths
 
 
@@ -232,7 +280,9 @@ def _load(request: Request, provenance: Provenance | None) -> Bundle:
     if not provenance.has_merged_loras:
         return studio.load(request)
     loras = [str(lora) for lora in request.loras]
-    bundle = load_with_loras(request.model, loras, steps=request.steps)
+    bundle = load_with_loras(
+        request.model, loras, steps=request.steps, embeddings=request.embeddings
+    )
     return bundle.to(studio.device, studio.dtype)
 
 
@@ -289,6 +339,27 @@ def _check_steps(model: str, steps: int | None) -> None:
     raise RequestError(
         f"{model} has nothing for {steps} steps; there are {offered}. Give one of these."
     )
+
+
+def _parse_loras(given: list[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return LoRAs, and the textual inversions among them."""
+    if not given:
+        return (), ()
+    from twostep.formats.embeddings import is_embedding
+
+    embeddings = tuple(each for each in given if is_embedding(each))
+    return tuple(each for each in given if each not in embeddings), embeddings
+
+
+def _parse_seed(seed: str, num_images: int) -> int:
+    """Read a seed, or pick one and say which on standard error."""
+    if seed.strip().lower() != "random":
+        if re.fullmatch(r"-?\d+", seed.strip()) is None:
+            raise RequestError(f"seed is {seed!r}; expected a whole number from 0 up, or random.")
+        return int(seed)
+    picked = secrets.randbelow(NUM_DISTINCT_SEEDS - min(num_images, NUM_DISTINCT_SEEDS - 1))
+    typer.echo(f"seed {picked}", err=True)
+    return picked
 
 
 def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:

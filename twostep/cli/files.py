@@ -54,7 +54,7 @@ def export(
         loras=tuple(lora or ()),
         card=Card(picture, evaluation, license),
     )
-    typer.echo(f"written: {written}")
+    typer.echo(written)
 
 
 def inspect(
@@ -108,7 +108,7 @@ def convert(
     """
     from twostep.export.conversion import convert as write
 
-    typer.echo(f"written: {write(model, to, out, base=base)}")
+    typer.echo(write(model, to, out, base=base))
 
 
 def verify(
@@ -163,7 +163,8 @@ def extract(
     from twostep.export.extraction import extract as write
 
     missing_share, left_out = write(base, tuned, out, rank=rank, steps=steps)
-    typer.echo(f"written: {out}; of the layers' change it lacks {missing_share:.2%}")
+    typer.echo(out)
+    typer.echo(f"of the layers' change it lacks {missing_share:.2%}", err=True)
     if left_out:
         typer.echo(
             f"{len(left_out)} other weights changed, for which a LoRA has no place, "

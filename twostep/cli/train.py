@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
     from twostep.distill.pairs import Source
     from twostep.distill.plan import StagePlan
+    from twostep.distill.recipe import Stage
     from twostep.models.bundle import Bundle
 
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
@@ -37,6 +39,10 @@ Out = Annotated[Path, typer.Option(help="The run's folder; the same command agai
 
 OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
+
+
+_SECONDS_BETWEEN_LINES = 30.0
+"""How often a progress without a terminal is told."""
 
 
 def _figures_text(figures: dict[str, float]) -> str:
@@ -84,6 +90,15 @@ def _size(text: str) -> float:
     return float(match[1]) * (2**30 if match[2] else 1e9)
 
 
+def _duration(text: str) -> float:
+    """Return the seconds of a time like 3h, 90m, 1h30m or 45s."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if match is None or not text:
+        raise typer.BadParameter(f"{text} is no time; write 3h, 90m, 1h30m or 45s.")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 def plan(
     recipe: Recipe,
     override: Override = None,
@@ -103,6 +118,8 @@ def plan(
         _print_stage(stage)
     whole = f" x {planned.num_items:,} = {_gib(planned.item_bytes * planned.num_items)}"
     typer.echo(f"data: {planned.item_bytes:,} bytes{whole if planned.num_items else ' an item'}")
+    stay = sum(stage.finished for stage in planned.stages)
+    typer.echo(f"disk: checkpoints take {_gib(planned.disk)} at most, and {_gib(stay)} stay")
     if memory is not None and max(stage.highest for stage in planned.stages) > memory:
         _print_advice(settings, planned.stages, memory)
         raise typer.Exit(1)
@@ -113,7 +130,7 @@ def _gib(num_bytes: int | float) -> str:
 
 
 def _print_stage(planned: StagePlan) -> None:
-    """Print the plan of one stage in four lines."""
+    """Print the plan of one stage in five lines."""
     stage = planned.stage
     trained = ", ".join(f"{role} {count:,}" for role, count in planned.trained.items())
     parts = [f"{part} {size / 2**30:.2f}" for part, size in planned.memory.items() if size]
@@ -123,6 +140,7 @@ def _print_stage(planned: StagePlan) -> None:
     typer.echo(f"  teacher: {planned.evaluations:g} evaluations per example and iteration")
     typer.echo(f"  {_gib(planned.peak)}: {', '.join(parts)}")
     typer.echo(f"  {_gib(planned.pictures)} while a checkpoint's pictures are drawn")
+    typer.echo(f"  {_gib(planned.checkpoint)} a checkpoint")
 
 
 def _print_advice(settings: DistillRecipe, planned: Sequence[StagePlan], memory: float) -> None:
@@ -139,10 +157,27 @@ def _print_advice(settings: DistillRecipe, planned: Sequence[StagePlan], memory:
         typer.echo(f"  {_gib(peak)} with {changes}{fits}")
 
 
-def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
-    """Distil a teacher into students of few steps, by the stages of the recipe."""
+def distill(
+    recipe: Recipe,
+    out: Out,
+    override: Override = None,
+    until: Annotated[
+        float | None,
+        typer.Option(parser=_duration, help="Write a checkpoint and stop within 3h, 90m, 1h30m."),
+    ] = None,
+    accept_replaced: Annotated[
+        bool,
+        typer.Option(help="Go on though teacher or data were replaced since the run began."),
+    ] = False,
+) -> None:
+    """Distil a teacher into students of few steps, by the stages of the recipe.
+
+    Ctrl-C and SIGTERM stop it after the iteration that it is at, whose checkpoint is written.
+    """
+    started_at = time.monotonic()
     from twostep import __version__
     from twostep.distill import distil
+    from twostep.distill.clock import ChainClock, duration, progress_line
     from twostep.models.loading import load_bundle, load_with_loras
     from twostep.training.device import find_device
     from twostep.training.processes import joined
@@ -151,9 +186,23 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
     settings = _load_recipe(recipe, override)
     with (
         joined(find_device(settings.device)) as world,
-        progress_bar("distil", shown=world.is_first) as advance,
+        progress_bar("distil", shown=world.is_first, lines=False) as advance,
     ):
         folder = RunFolder(out, settings)
+        folder.deadline = None if until is None else started_at + until
+        settings = folder.settled(settings)
+        for change in folder.changes:
+            typer.echo(f"changed since the last call: {change}", err=True)
+        clock = ChainClock(settings.stages)
+        if world.is_first and not Console(stderr=True).is_terminal:
+            folder.listeners.append(lambda logged: _print_line(progress_line(clock, logged)))
+
+        def on_iteration(stage: Stage, num_done: int, figures: dict[str, float]) -> None:
+            clock.tick(stage, num_done)
+            left = clock.seconds_left(stage, num_done)
+            chain = "" if left is None else f" (chain {duration(left)})"
+            advance(num_done, stage.iterations, f"{stage.name}{chain} {_figures_text(figures)}")
+
         styles = [] if settings.style_lora is None else [str(settings.style_lora)]
         teacher = load_with_loras(settings.model, styles, steps=settings.model_steps)
         start = None
@@ -167,9 +216,8 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
             version=__version__,
             recipe_name=Path(recipe).stem,
             start=start,
-            on_iteration=lambda stage, done, figures: advance(
-                done, stage.iterations, f"{stage.name} {_figures_text(figures)}"
-            ),
+            accept_replaced=accept_replaced,
+            on_iteration=on_iteration,
         )
     if world.is_first:
         for path in written.values():
@@ -177,7 +225,10 @@ def distill(recipe: Recipe, out: Out, override: Override = None) -> None:
 
 
 def report(
-    run: Annotated[Path | None, typer.Argument(help="The folder of a `twostep distill`.")] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Argument(help="The folder of a `twostep distill`, or several to compare."),
+    ] = None,
     lora: Annotated[
         str | None, typer.Option(help="Instead of a run: a LoRA that makes few-step students.")
     ] = None,
@@ -190,14 +241,15 @@ def report(
 ) -> None:
     """Make one HTML page of a run, or find the weight at which a LoRA is best on other bases.
 
-    The page can be made while the run goes on.
+    The page can be made while the run goes on. Of several runs it lays the curves over each other,
+    and lies in the folder of the first.
     """
-    if run is not None and lora is None:
+    if run and lora is None:
         from twostep.reports.run_page import write_report
 
         _find_modules_here()
-        typer.echo(f"written: {write_report(run)}")
-    elif lora is not None and run is None:
+        typer.echo(f"written: {write_report(run[0], run[1:])}")
+    elif lora is not None and not run:
         from twostep.reports.portability import PROMPTS, print_scales
 
         chosen = PROMPTS if prompts is None else _read_prompts(prompts)
@@ -246,7 +298,14 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
             "this recipe has no data: make some with `twostep cache`, and say -o data=FOLDER."
         )
     if settings.cache is not None:
-        return load_cache(settings.cache, teacher)
+        unknown = settings.data_options.keys() - {"caption_dropout"}
+        if unknown:
+            raise RecipeError(
+                f"data_options has {', '.join(sorted(unknown))}, but data is a cache, which has "
+                "only caption_dropout."
+            )
+        dropout = float(settings.data_options.get("caption_dropout", 0.0))
+        return load_cache(settings.cache, teacher, caption_dropout=dropout)
     try:
         make = resolve_name(_BUILTIN_DATA if settings.data == BUILTIN else settings.data)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -257,9 +316,24 @@ def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProg
     return source
 
 
+def _print_line(line: str | None) -> None:
+    if line is not None:
+        typer.echo(line, err=True)
+
+
 @contextmanager
-def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
-    """Show a bar with counts and the time that remains; yields the function that moves it."""
+def progress_bar(title: str, shown: bool = True, *, lines: bool = True) -> Iterator[OnProgress]:
+    """Show a bar with counts and the time that remains; yields the function that moves it.
+
+    Args:
+        title: what is done.
+        shown: whether to show anything.
+        lines: whether to print a line now and then where there is no terminal for a bar.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_printer(title) if shown and lines else lambda done, total, text: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -267,7 +341,7 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(title, total=None)
 
         def advance(done: int, total: int | None, text: str) -> None:
@@ -275,3 +349,18 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[OnProgress]:
             bar.update(task, completed=done, total=total, description=description)
 
         yield advance
+
+
+def _line_printer(title: str) -> OnProgress:
+    """Return what prints a line about the progress, at most every half minute."""
+    last_at = time.monotonic()
+
+    def advance(done: int, total: int | None, text: str) -> None:
+        nonlocal last_at
+        if time.monotonic() - last_at < _SECONDS_BETWEEN_LINES:
+            return
+        last_at = time.monotonic()
+        of_total = "" if total is None else f"/{total}"
+        typer.echo(f"{title} {done}{of_total} {text}".rstrip(), err=True)
+
+    return advance

@@ -10,6 +10,7 @@ from twostep.diffusion.grid import GridError, falling_times, landing, trailing_t
 from twostep.diffusion.prediction import Prediction, PredictionType, guide, prediction_from_output
 from twostep.diffusion.samplers import find_sampler, seeded_noise
 from twostep.diffusion.schedule import (
+    Edm,
     RectifiedFlow,
     Schedule,
     VariancePreserving,
@@ -18,6 +19,7 @@ from twostep.diffusion.schedule import (
 
 __all__ = [
     "Denoise",
+    "Edm",
     "GridError",
     "Prediction",
     "PredictionType",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Real
 from torch import Tensor
 
-from twostep.diffusion.grid import falling_times
+from twostep.diffusion.grid import falling_times, time_tensor
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import Schedule
 from twostep.diffusion.shapes import Batch, Times, Values
@@ -120,7 +120,7 @@ def sample(
     on_step: OnStep | None = None,
 ) -> Batch:
     """Follow the flow from pure noise to clean data along the trailing grid of so many steps."""
-    times = torch.tensor(falling_times(schedule.top, num_steps, schedule))
+    times = time_tensor(falling_times(schedule.top, num_steps, schedule))
     columns = times[:, None].expand(-1, len(noise))
     return solve(denoise, noise, columns, schedule, on_step=on_step)
 

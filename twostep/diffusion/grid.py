@@ -6,6 +6,7 @@ every time of N steps is one of 2N steps. Where times are integers they are roun
 Every function takes a schedule, and without one assumes the integer times 1..1000 of SDXL.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -32,6 +33,12 @@ Times that are kept in float32 are off by less than a tenth of this, even on the
 
 class GridError(TwostepError):
     """A number of steps, or a time, for which there is no grid."""
+
+
+def time_tensor(times: Sequence[Time]) -> torch.Tensor:
+    """Return times as a tensor: integers as such, real times in float32, whatever the default."""
+    tensor = torch.tensor(times)
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def trailing_times(num_steps: int, schedule: Schedule | None = None) -> tuple[Time, ...]:

@@ -1,9 +1,9 @@
 """What a denoiser predicts, free of the prediction type of its network.
 
-A network may predict eps, x0, v = alpha eps - sigma x0 (arXiv 2202.00512) or, for rectified flow,
-u = eps - x0 (arXiv 2209.03003). With x_t = alpha x0 + sigma eps each of them gives the other ones.
-After `prediction_from_output` nobody needs to know the type. Coefficients come from a schedule;
-this file knows no times.
+A network may predict eps, x0, v = alpha eps - sigma x0 (arXiv 2202.00512), for rectified flow
+u = eps - x0 (arXiv 2209.03003), or F of EDM (arXiv 2206.00364), which is -v. With x_t = alpha x0 +
+sigma eps each of them gives the other ones. After `prediction_from_output` nobody needs to know the
+type. Coefficients come from a schedule; this file knows no times.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from twostep.diffusion.shapes import Batch, Coefficients, Values
 from twostep.errors import TwostepError
 
-PredictionType = Literal["eps", "x0", "v", "flow"]
+PredictionType = Literal["eps", "x0", "v", "flow", "edm"]
 """What the output of a network means."""
 
 
@@ -94,8 +94,8 @@ def prediction_from_output(
         x_t: what it was given.
         alpha: the signal coefficient of each item at its time.
         sigma: the noise coefficient of each item at its time.
-        prediction_type: what the output means. With `v` the schedule must preserve variance, with
-            `eps` alpha must not be 0.
+        prediction_type: what the output means. With `v` and `edm` the schedule must preserve
+            variance, with `eps` alpha must not be 0.
 
     Raises:
         PredictionTypeError: the type is not known.
@@ -109,6 +109,11 @@ def prediction_from_output(
             x0=v_to_x0(output, x_t, alpha, sigma),
             eps=v_to_eps(output, x_t, alpha, sigma),
         )
+    if prediction_type == "edm":
+        return Prediction(
+            x0=v_to_x0(-output, x_t, alpha, sigma),
+            eps=v_to_eps(-output, x_t, alpha, sigma),
+        )
     if prediction_type == "flow":
         return Prediction(
             x0=flow_to_x0(output, x_t, alpha, sigma),
@@ -117,11 +122,12 @@ def prediction_from_output(
     *known, last = get_args(PredictionType)
     raise PredictionTypeError(
         f"prediction type {prediction_type!r} is not known; expected {', '.join(known)} or {last}. "
-        "In the words of diffusers these are epsilon, sample, v_prediction and flow_prediction."
+        "In the words of diffusers these are epsilon, sample, v_prediction, flow_prediction, and "
+        "epsilon of an EDM scheduler."
     )
 
 
-def guide(positive: Prediction, negative: Prediction, scale: float) -> Prediction:
+def guide(positive: Prediction, negative: Prediction, scale: float | Coefficients) -> Prediction:
     """Apply classifier-free guidance: eps_n + scale (eps_p - eps_n), eq 6 of arXiv 2207.12598.
 
     x0 and u are linear in eps, so the same line holds for them.
@@ -129,7 +135,8 @@ def guide(positive: Prediction, negative: Prediction, scale: float) -> Predictio
     Args:
         positive: the prediction for the prompt.
         negative: the prediction for the negative, often empty, prompt.
-        scale: 1 is no guidance, 0 is the negative prediction.
+        scale: 1 is no guidance, 0 is the negative prediction; one for all, or one per item, shaped
+            [batch, 1, ...].
     """
     return Prediction(
         x0=negative.x0 + scale * (positive.x0 - negative.x0),

@@ -18,7 +18,7 @@ from typing_extensions import Protocol, runtime_checkable
 from twostep.diffusion.flow import Denoise, Keep, OnStep, initial_noise, solve, walk
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import Schedule
-from twostep.diffusion.shapes import Batch
+from twostep.diffusion.shapes import Batch, Time
 from twostep.diffusion.solvers import dpmpp_2m, unipc
 from twostep.errors import TwostepError
 
@@ -91,6 +91,33 @@ def renoise(
         return schedule.add_noise(prediction.x0, draw_noise(i), s)
 
     return walk(denoise, x, times, schedule, move=move, on_step=on_step, keep=keep)
+
+
+def renoised_input(
+    denoise: Denoise,
+    noise: Batch,
+    times: Sequence[Time],
+    index: int,
+    schedule: Schedule,
+    draw_noise: DrawNoise,
+) -> Batch:
+    """Return what a sampler that renoises feeds the network at times[index].
+
+    Training on it, in the place of noised data, is the backward simulation of DMD2 (section 4.5 of
+    arXiv 2405.14867): the network then learns on what it will meet when it samples.
+
+    Args:
+        denoise: what predicts x0.
+        noise: pure noise, which is the input at times[0].
+        times: of the sampler, falling, the same for all items.
+        index: of the step whose input is asked for; so many network calls are made.
+        schedule: whose times they are.
+        draw_noise: asked once per call, with its number.
+    """
+    if index == 0:
+        return noise
+    columns = torch.tensor(times[: index + 1])[:, None].expand(-1, len(noise))
+    return renoise(denoise, noise, columns, schedule, draw_noise)
 
 
 _SAMPLERS: dict[str, Sampler] = {

@@ -1,14 +1,15 @@
 """How much signal and how much noise each time holds: x_t = alpha_t x0 + sigma_t eps.
 
 Times run from 0 (clean data) to `top` (pure noise). `VariancePreserving` counts integer times, as
-DDPM and SDXL do; `RectifiedFlow` has real times in 0..1, as SD3 and Flux do. A schedule also says
-which number a network is fed for a time. Grids of times and networks are unknown here.
+DDPM and SDXL do; `RectifiedFlow`, as of SD3 and Flux, and `Edm`, as of CosXL and Playground 2.5,
+have real times in 0..1. A schedule also says which number a network is fed for a time. Grids of
+times and networks are unknown here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,6 +20,9 @@ from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion.shapes import Batch, Time, Times
 from twostep.errors import TwostepError
+
+_ALMOST_ZERO = 2.0**-12
+"""alpha at the top of a schedule without signal there."""
 
 
 class ScheduleError(TwostepError):
@@ -107,6 +111,25 @@ class VariancePreserving:
     ) -> VariancePreserving:
         """Build the schedule of linear betas; defaults are those of DDPM (arXiv 2006.11239)."""
         return cls.from_betas(torch.linspace(beta_start, beta_end, num_times, dtype=torch.float64))
+
+    @classmethod
+    def cosine(cls, num_times: int = 1000) -> VariancePreserving:
+        """Build the schedule whose abar is a squared cosine (eq 17 of arXiv 2102.09672)."""
+        shares = torch.linspace(0, 1, num_times + 1, dtype=torch.float64)
+        abar = ((shares + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        return cls.from_betas((1 - abar[1:] / abar[:-1]).clamp(max=0.999))
+
+    def with_zero_snr(self) -> VariancePreserving:
+        """Return the schedule rescaled so that no signal is left at T.
+
+        sqrt(abar_t) is shifted and scaled so that its last value is 0 and its first stays
+        (algorithm 1 of arXiv 2305.08891). In the place of 0 stands 2^-12, as in diffusers, so that
+        sigma / alpha is finite, which other programs count in.
+        """
+        roots = self.alphas[1:]
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+        alphas = torch.cat([self.alphas[:1], roots.clamp(min=_ALMOST_ZERO)])
+        return VariancePreserving(alphas=alphas, sigmas=(1 - alphas**2).sqrt())
 
     @property
     def top(self) -> int:
@@ -236,17 +259,114 @@ class RectifiedFlow:
         return t / (self.shift - (self.shift - 1) * t)
 
 
+@dataclass(frozen=True)
+class Edm:
+    """A schedule of noise levels s without end, in variance-preserving form (arXiv 2206.00364).
+
+    EDM speaks of data of the deviation sigma_data plus s times noise, and scales what the network
+    is given by 1 / sqrt(s^2 + sigma_data^2). In units of sigma_data that is x_t = alpha x0 +
+    sigma eps with alpha = sigma_data / sqrt(s^2 + sigma_data^2) and sigma = s / sqrt(s^2 +
+    sigma_data^2), so that what EDM calls F is -v (eq 7 there), and everything else stays as it is.
+    A network is fed log(s) / 4.
+
+    Times are real numbers in 0..1, between which s rises as in eq 5 ("karras"), or evenly in its
+    logarithm ("exponential"). Time 0 is clean, without the least noise.
+
+    Attributes:
+        sigma_min: the level that times tend to at 0.
+        sigma_max: the level at 1, which hides the data.
+        sigma_data: the deviation of the data; a codec divides latents by it.
+        ramp: "karras" or "exponential".
+        rho: the exponent of eq 5.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    ramp: str = "karras"
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Refuse levels that do not rise, and an unknown ramp."""
+        rises = 0 < self.sigma_min < self.sigma_max < math.inf
+        if not (rises and self.sigma_data > 0 and self.rho > 0):
+            raise ScheduleError(
+                f"EDM needs 0 < sigma_min < sigma_max, sigma_data and rho above 0; got {self}."
+            )
+        if self.ramp not in ("karras", "exponential"):
+            raise ScheduleError(
+                f"ramp {self.ramp!r} is not known; expected 'karras' or 'exponential'."
+            )
+
+    @property
+    def top(self) -> float:
+        """The time of pure noise."""
+        return 1.0
+
+    @property
+    def lowest(self) -> float:
+        """A time that is nearly clean."""
+        return 1 / 1000
+
+    def level(self, t: Times) -> Float64[Tensor, " batch"]:
+        """Return EDM's own noise level s at times above 0, in float64 on the CPU."""
+        times = t.to("cpu", torch.float64)
+        if times.numel() and not 0 <= float(times.min()) <= float(times.max()) <= 1:
+            raise ScheduleError(
+                f"times must lie in 0..1; got {float(times.min()):g}..{float(times.max()):g}. "
+                "Here 0 is clean and 1 is pure noise; EDM's own noise levels follow from these."
+            )
+        if self.ramp == "exponential":
+            lowest, highest = math.log(self.sigma_min), math.log(self.sigma_max)
+            return (lowest + times * (highest - lowest)).exp()
+        lowest = self.sigma_min ** (1 / self.rho)
+        highest = self.sigma_max ** (1 / self.rho)
+        return torch.pow(lowest + times * (highest - lowest), self.rho)
+
+    def coefficients(
+        self, t: Times, like: Batch
+    ) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
+        """Return (alpha_t, sigma_t) of each item, shaped [batch, 1, ...], like `like` in dtype.
+
+        Raises:
+            ScheduleError: a time lies outside 0..1.
+        """
+        level = torch.where(t.cpu() == 0, 0.0, self.level(t))
+        scale = (level**2 + self.sigma_data**2).sqrt()
+        return _like(self.sigma_data / scale, like), _like(level / scale, like)
+
+    def network_time(self, t: Times) -> Times:
+        """Return log(s) / 4."""
+        return (self.level(t).log() / 4).to(t.dtype).to(t.device)
+
+    def add_noise(self, x0: Batch, eps: Batch, t: Times) -> Batch:
+        """Return x_t = alpha_t x0 + sigma_t eps, but exactly eps at the top."""
+        alpha, sigma = self.coefficients(t, x0)
+        is_top = (t == self.top).to(x0.device).view(alpha.shape)
+        return torch.where(is_top, eps, alpha * x0 + sigma * eps)
+
+    def time_at(self, share: Fraction | float) -> float:
+        """Return the share itself."""
+        return float(share)
+
+    def share_at(self, t: Time) -> float:
+        """Return the time itself."""
+        return float(t)
+
+
 def make_schedule(kind: str, **parameters: object) -> Schedule:
     """Make a schedule of the description in a contract; ScheduleError for an unknown kind.
 
     Args:
-        kind: "variance_preserving" or "rectified_flow".
-        parameters: `betas` ("scaled_linear" or "linear"), `beta_start`, `beta_end` and `num_times`
-            of the first, `shift` of the second.
+        kind: "variance_preserving", "rectified_flow" or "edm".
+        parameters: `betas` ("scaled_linear", "linear" or "cosine"), `beta_start`, `beta_end`,
+            `num_times`, `zero_snr` and `trained` (betas one by one) of the first, `shift` of the
+            second, those of `Edm` of the third.
     """
     makers: dict[str, Callable[..., Schedule]] = {
         "variance_preserving": _make_variance_preserving,
         "rectified_flow": RectifiedFlow,
+        "edm": Edm,
     }
     if kind not in makers:
         raise ScheduleError(f"schedule {kind!r} is not known; expected {' or '.join(makers)}.")
@@ -254,15 +374,25 @@ def make_schedule(kind: str, **parameters: object) -> Schedule:
 
 
 def _make_variance_preserving(
-    betas: str, beta_start: float, beta_end: float, num_times: int
+    betas: str = "scaled_linear",
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    num_times: int = 1000,
+    zero_snr: bool = False,
+    trained: Sequence[float] = (),
 ) -> VariancePreserving:
-    makers = {
-        "scaled_linear": VariancePreserving.scaled_linear,
-        "linear": VariancePreserving.linear,
+    makers: dict[str, Callable[[], VariancePreserving]] = {
+        "scaled_linear": lambda: VariancePreserving.scaled_linear(num_times, beta_start, beta_end),
+        "linear": lambda: VariancePreserving.linear(num_times, beta_start, beta_end),
+        "cosine": lambda: VariancePreserving.cosine(num_times),
     }
     if betas not in makers:
         raise ScheduleError(f"betas {betas!r} are not known; expected {' or '.join(makers)}.")
-    return makers[betas](num_times, beta_start, beta_end)
+    if trained:
+        schedule = VariancePreserving.from_betas(torch.tensor(trained, dtype=torch.float64))
+    else:
+        schedule = makers[betas]()
+    return schedule.with_zero_snr() if zero_snr else schedule
 
 
 def _like(values: Tensor, like: Tensor) -> Tensor:

@@ -16,15 +16,16 @@ import torch
 from torch import nn
 
 from twostep.contract import Contract, student_name
+from twostep.data.cache import fingerprint_of
 from twostep.distill.methods.registry import find_method
-from twostep.distill.pairs import Source
+from twostep.distill.pairs import Fingerprinted, Source
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import frozen_lora_copy, weights_of
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import student_path
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, modules_of
 from twostep.models.saving import save_bundle, save_student
 from twostep.networks.adapters import Lora, add_lora, load_lora, remove_lora, remove_loras
 from twostep.networks.denoiser import Denoiser
@@ -33,7 +34,7 @@ from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
-from twostep.training.run_folder import RunFolder
+from twostep.training.run_folder import FINISHED, RunFolder
 from twostep.training.shards import gathered, shard
 from twostep.training.trackers import track
 
@@ -76,6 +77,7 @@ def distil(
     version: str,
     recipe_name: str,
     start: Denoiser | None = None,
+    accept_replaced: bool = False,
     on_iteration: OnStage = lambda stage, iteration, figures: None,
 ) -> dict[int, Path]:
     """Run every stage in order and return the files of the released students by their steps.
@@ -92,15 +94,19 @@ def distil(
         version: of this package, for contracts and the log.
         recipe_name: for contracts.
         start: the student that is trained on; None to start from the teacher. It is moved alike.
+        accept_replaced: whether to go on where teacher or data were replaced since the run began.
         on_iteration: called after every iteration.
 
     Raises:
         TrainingError: a loss is no finite number, or health asks for a pause.
-        RunError: the folder cannot be written or holds something else. What was finished before
-            stays there in either case.
+        StoppedError: training was asked to stop.
+        RunError: the folder cannot be written or holds something else, or teacher or data were
+            replaced. What was finished before stays there in either case.
         ModelError: the teacher surely predicts something else than its contract, or the recipe,
             says.
     """
+    contents = fingerprints(recipe, teacher, source, start)
+    folder.compare_contents(contents, accept=accept_replaced)
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version=version)
     examples = Examples.of(teacher, recipe.sample_prompts)
     if recipe.cache is not None:
@@ -129,6 +135,24 @@ def distil(
                 path = _release(prepared.student, contract, folder)
                 written[stage.student_steps] = path
     return written
+
+
+def fingerprints(
+    recipe: DistillRecipe, teacher: Bundle, source: Source, start: Denoiser | None
+) -> dict[str, str]:
+    """Return what tells a run's teacher and data from others, by the keys that name them.
+
+    Data that a function makes has a fingerprint only if its source says one.
+    """
+    networks = [teacher.denoiser.network, *modules_of(teacher.codec)]
+    networks += teacher.text.networks.values()
+    if start is not None:
+        networks.append(start.network)
+    key = "model" if recipe.style_lora is None else "model or style_lora"
+    contents = {key: fingerprint_of(networks)}
+    if isinstance(source, Fingerprinted):
+        contents["data"] = source.fingerprint()
+    return contents
 
 
 def prepared_stages(
@@ -361,7 +385,7 @@ def _train_or_load(
     stage = prepared.stage
     student = prepared.student
     weights = weights_of(student)
-    finished = folder.load(f"{stage.name}-finished")
+    finished = folder.load(f"{stage.name}{FINISHED}")
     # So that no process finds what another one has just finished.
     wait()
     if finished is not None:
@@ -372,14 +396,16 @@ def _train_or_load(
     if finished is not None:
         return
 
-    sampler = stage.make_method().describe(student).sampler
+    changes = stage.make_method().describe(student)
+    times = changes.times_from_noise(stage.student_steps, student.schedule)
 
     def show(iteration: int) -> dict[str, float]:
-        sheet, looks = examples.show(student, stage.student_steps, sampler)
+        sheet, looks = examples.show(student, times, changes.sampler)
         if world().is_first:
             path = folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
             with write_atomically(path) as file:
                 sheet.save(file, format="PNG")
+            folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
         return looks
 
     train_stage(
@@ -389,13 +415,17 @@ def _train_or_load(
         student=student,
         folder=folder,
         sharded=sharded,
+        codec=examples.teacher.codec,
         health=recipe.health,
         continues=prepared.continues,
         is_continued=prepared.is_continued,
         on_iteration=lambda iteration, figures: on_iteration(stage, iteration, figures),
         on_checkpoint=show,
     )
-    folder.save(f"{stage.name}-finished", {"weights": gathered(weights.state_dict())})
+    folder.save(f"{stage.name}{FINISHED}", {"weights": gathered(weights.state_dict())})
+    # Moments and averages are of no use any more, and weigh many times as much as the student.
+    wait()
+    folder.delete(stage.name)
 
 
 def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:
@@ -431,6 +461,7 @@ def student_contract(recipe: DistillRecipe, prepared: PreparedStage, teacher: Co
         steps=stage.student_steps,
         trained_times=changes.trained_times,
         sampler=changes.sampler,
+        sampling_times=changes.sampling_times,
         prediction_type=prepared.student.prediction_type,
         guidance=1.0,
         base=base,

@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.contract import SamplerName
-from twostep.diffusion import PredictionType
+from twostep.diffusion import PredictionType, Schedule, falling_times
 from twostep.diffusion.shapes import Time
 from twostep.distill.pairs import Batches
 from twostep.distill.roles import Role
@@ -60,11 +60,20 @@ class ContractChanges:
         prediction_type: what its network predicts.
         trained_times: the times at which it was trained, falling, in the unit of its schedule.
         sampler: how it is sampled: along the flow ("euler"), or with fresh noise ("renoise").
+        sampling_times: the times that the sampler visits, falling, without the landing 0; empty
+            for those of the trailing grid.
     """
 
     prediction_type: PredictionType
     trained_times: tuple[Time, ...]
     sampler: SamplerName = "euler"
+    sampling_times: tuple[Time, ...] = ()
+
+    def times_from_noise(self, steps: int, schedule: Schedule) -> tuple[Time, ...]:
+        """Return the times that a student of so many steps visits, the landing 0 included."""
+        if self.sampling_times:
+            return (*self.sampling_times, 0)
+        return falling_times(schedule.top, steps, schedule)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion import Denoise, Schedule, landing, solve, step, trained_times
 from twostep.diffusion.shapes import Batch, Times
+from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
@@ -42,6 +43,14 @@ class Source(Protocol):
         """Return the conditioning of the empty prompt for as many items of the same sizes."""
 
 
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source that can tell whether it is still the same, which is asked when a run goes on."""
+
+    def fingerprint(self) -> str:
+        """Return a short text that is another one if any latents or conditioning are others."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """The examples of a stage, as one process gets them.
@@ -53,6 +62,7 @@ class Batches:
         source: of latents and conditioning.
         batch_size: examples of all processes and parts together.
         device: where examples and noise go.
+        codec: of the teacher, for methods that look at media; None where there is none.
         part: which of the parts of a batch this is, where gradients are accumulated over several.
         num_parts: how many parts a batch is computed in.
     """
@@ -60,6 +70,7 @@ class Batches:
     source: Source
     batch_size: int
     device: torch.device
+    codec: Codec | None = None
     part: int = 0
     num_parts: int = 1
 

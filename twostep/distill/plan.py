@@ -26,6 +26,7 @@ from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import Weights
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import STUDENT, StageTrainer
+from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.conditioning import Conditioning
@@ -69,6 +70,17 @@ class StagePlan:
         """The larger of the two peaks."""
         return max(self.peak, self.pictures)
 
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
+        each = BYTES_OF_WEIGHT + BYTES_OF_MOMENTS[self.stage.optimiser]
+        return each * sum(self.trained.values()) + self.finished
+
+    @property
+    def finished(self) -> int:
+        """Bytes that stay of it once it is finished: the student's weights."""
+        return BYTES_OF_WEIGHT * self.trained[STUDENT]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,6 +95,17 @@ class Plan:
     stages: tuple[StagePlan, ...]
     item_bytes: int
     num_items: int
+
+    @property
+    def disk(self) -> int:
+        """The most bytes that checkpoints take at once, one being written beside those kept."""
+        finished = 0
+        most = 0
+        for planned in self.stages:
+            num_at_once = planned.stage.keep_checkpoints + 1
+            most = max(most, finished + num_at_once * planned.checkpoint)
+            finished += planned.finished
+        return most
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
             standing = meter.living
             kind = _kind(prepared.stage)
             if kind not in measured:
-                measured[kind] = _measure(prepared, source, meter)
+                measured[kind] = _measure(prepared, source, meter, teacher.codec)
             planned.append(_plan_stage(prepared.stage, standing, measured[kind], drawing))
     item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
     return Plan(tuple(planned), item_bytes, num_items)
@@ -247,7 +270,7 @@ def _kind(stage: Stage) -> str:
     return f"{stage.model_dump(include=_KIND)} {stage.guidance > 1}"
 
 
-def _measure(prepared: PreparedStage, source: Source, meter: Meter) -> _Measured:
+def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec) -> _Measured:
     """Take one iteration of a stage, as if it were not the first."""
     before = meter.living
     stage = prepared.stage
@@ -258,7 +281,7 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter) -> _Measured
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
         # do. The 8-bit optimiser knows no tensors without memory.
         stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
-    trainer = StageTrainer(stage, source, prepared.teacher, prepared.student)
+    trainer = StageTrainer(stage, source, prepared.teacher, prepared.student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
         for parameter in trainer.roles[name].weights.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -21,7 +21,7 @@ from twostep.distill.method import Method, MethodSettings
 from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
 from twostep.training.loop import LoopSettings
 from twostep.training.optimiser import OptimiserName
-from twostep.training.recipe import Settings
+from twostep.training.recipe import ANY_TIME, COMPARED, WHILE_RUNNING, Settings
 from twostep.training.trackers import Tracker
 
 BUILTIN = "builtin"
@@ -53,15 +53,25 @@ class Stage(LoopSettings):
         None, gt=0, description="train a LoRA of this rank; the whole network where not given"
     )
     optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of Adam")
-    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of any network")
+    weight_decay: float = Field(
+        0.0, ge=0, description="weight decay of Adam", json_schema_extra=WHILE_RUNNING
+    )
+    gradient_clip: float = Field(
+        1.0,
+        gt=0,
+        description="largest gradient norm of any network",
+        json_schema_extra=WHILE_RUNNING,
+    )
     accumulate: int = Field(
         1,
         ge=1,
         description="parts in which batch_size is computed one after the other, for less memory",
+        json_schema_extra=WHILE_RUNNING,
     )
     gradient_checkpointing: bool = Field(
-        False, description="less memory for activations, about a third slower"
+        False,
+        description="less memory for activations, about a third slower",
+        json_schema_extra=WHILE_RUNNING,
     )
 
     @model_validator(mode="before")
@@ -129,9 +139,15 @@ class Stage(LoopSettings):
 class DistillRecipe(Settings):
     """A chain of stages from a teacher to its students."""
 
-    model: str = Field("nano", description="teacher: a built-in name or a model folder")
+    model: str = Field(
+        "nano",
+        description="teacher: a built-in name or a model folder",
+        json_schema_extra=COMPARED,
+    )
     device: str = Field(
-        "auto", description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one"
+        "auto",
+        description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one",
+        json_schema_extra=ANY_TIME,
     )
     model_steps: int | None = Field(
         None, gt=0, description="start from that model's student of so many steps"
@@ -139,6 +155,7 @@ class DistillRecipe(Settings):
     style_lora: Path | None = Field(
         None,
         description="a LoRA that is merged into the teacher, and that the student's LoRA starts as",
+        json_schema_extra=COMPARED,
     )
     start_steps: int | None = Field(
         None, gt=0, description="train on its student of so many steps; the model teaches"
@@ -153,23 +170,36 @@ class DistillRecipe(Settings):
         None,
         description='folder of `twostep cache`, "builtin" for the drawings in the package, or '
         '"module:function" that makes a `distill.pairs.Source`',
+        json_schema_extra=COMPARED,
     )
     data_options: dict[str, str | int | float] = Field(
-        {}, description="arguments of that function beside the teacher"
+        {},
+        description="arguments of that function beside the teacher; of a cache caption_dropout, "
+        "the share of items that are drawn without their caption",
     )
     release: tuple[int, ...] = Field(
-        (8, 4, 2, 1), description="step counts whose students are written to the model"
+        (8, 4, 2, 1),
+        description="step counts whose students are written to the model",
+        json_schema_extra=ANY_TIME,
     )
-    sample_prompts: tuple[str, ...] = Field(min_length=1, description="prompts of the sample grids")
+    sample_prompts: tuple[str, ...] = Field(
+        min_length=1, description="prompts of the sample grids", json_schema_extra=ANY_TIME
+    )
     base_precision: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="weights of the teacher, and so of the base that LoRAs share; what is trained "
         "is fp32",
     )
     trackers: tuple[Tracker, ...] = Field(
-        (), description="tensorboard, wandb: get every logged figure, if installed"
+        (),
+        description="tensorboard, wandb: get every logged figure, if installed",
+        json_schema_extra=ANY_TIME,
     )
-    health: Health = Field(Health(), description="when a run counts as ill, and what then happens")
+    health: Health = Field(
+        Health(),
+        description="when a run counts as ill, and what then happens",
+        json_schema_extra=ANY_TIME,
+    )
     stages: tuple[Stage, ...] = Field(min_length=1, description="the chain, in order")
 
     @model_validator(mode="before")

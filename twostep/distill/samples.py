@@ -13,10 +13,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from twostep.contract import SamplerName
+from twostep.diffusion.shapes import Time
 from twostep.distill.health import measure
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
-from twostep.models.sampling import Guided, decode, encode_prompts, sample_latents
+from twostep.models.sampling import (
+    Guided,
+    decode,
+    encode_prompts,
+    sample_latents,
+    sampling_times,
+)
 from twostep.networks.denoiser import Denoiser
 
 NUM_SEEDS = 2
@@ -55,34 +62,37 @@ class Examples:
         return Guided(self.guided.positive)
 
     def show(
-        self, student: Denoiser, student_steps: int, sampler: SamplerName = "euler"
+        self, student: Denoiser, times: Sequence[Time] | int, sampler: SamplerName = "euler"
     ) -> tuple[Image.Image, dict[str, float]]:
         """Draw the prompts with a student.
 
         Args:
             student: that draws.
-            student_steps: of the sampler.
+            times: that it visits, falling, the landing 0 included; or a number of steps.
             sampler: by which the student is sampled.
 
         Returns:
             A sheet with the first seed's pictures, the teacher's above the student's, and how the
             looks of all seeds compare (`health.measure`).
         """
-        pictures = self.draw(student, self.unguided, student_steps, sampler)
-        labels = (f"teacher {self.teacher.contract.steps}", f"student {student_steps}")
+        pictures = self.draw(student, self.unguided, times, sampler)
+        num_steps = times if isinstance(times, int) else len(times) - 1
+        labels = (f"teacher {self.teacher.contract.steps}", f"student {num_steps}")
         sheet = _sheet(labels, torch.stack([self._of_teacher[0], pictures[0]]))
         return sheet, measure(pictures, self._of_teacher)
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
-        return self.draw(self.teacher.denoiser, self.guided, self.teacher.contract.steps)
+        teacher = self.teacher
+        times = sampling_times(teacher.contract, teacher.denoiser.schedule)
+        return self.draw(teacher.denoiser, self.guided, times, teacher.contract.sampler)
 
     @torch.no_grad()
     def draw(
         self,
         denoiser: Denoiser,
         guided: Guided,
-        num_steps: int,
+        times: Sequence[Time] | int,
         sampler: SamplerName = "euler",
     ) -> Float[Tensor, "seeds prompts 3 height width"]:
         """Draw every prompt, from the same noise in every call.
@@ -90,7 +100,7 @@ class Examples:
         Args:
             denoiser: which draws.
             guided: the prompts, `self.guided` or `self.unguided`.
-            num_steps: of the sampler.
+            times: that are visited, falling, the landing 0 included; or a number of steps.
             sampler: its name.
         """
         shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
@@ -101,9 +111,7 @@ class Examples:
             part = guided[start : start + AT_ONCE]
             seeds = range(start, start + len(part))
             x = noise[start : start + AT_ONCE].to(part.positive.text.device)
-            latents = sample_latents(
-                denoiser, part, x, times=num_steps, seeds=seeds, sampler=sampler
-            )
+            latents = sample_latents(denoiser, part, x, times=times, seeds=seeds, sampler=sampler)
             pictures.append(self._pictures(latents).cpu())
         by_seed: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
         return by_seed

@@ -16,6 +16,7 @@ from twostep.distill.health import Health, Monitor
 from twostep.distill.pairs import Batches, Source
 from twostep.distill.recipe import Stage
 from twostep.distill.roles import Weights, move_average
+from twostep.media.codec import Codec
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
     MovingAverage,
@@ -27,7 +28,7 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import go_back, make_optimiser, step_down
+from twostep.training.optimiser import OptimiserState, go_back, make_optimiser, step_down
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
 
@@ -61,6 +62,7 @@ class StageTrainer:
         student: Denoiser,
         *,
         sharded: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         """Make the method's networks and the optimisers.
 
@@ -71,10 +73,11 @@ class StageTrainer:
             student: trained in place: its LoRA if it has one, or else its network.
             sharded: whether to spread the method's own networks over all processes. The student's
                 is already, if so.
+            codec: of the teacher, for methods that look at media.
         """
         self.stage = stage
         self.method = stage.make_method()
-        self.batches = Batches(source, stage.batch_size, _device(student))
+        self.batches = Batches(source, stage.batch_size, _device(student), codec)
         # Fresh layers, as a discriminator's head, start at random.
         torch.manual_seed(hashed_seed(stage.seed, stage.name))
         self.roles = dict(self.method.roles(teacher, student))
@@ -111,7 +114,7 @@ class StageTrainer:
         for name, role in self.roles.items():
             state[name] = role.weights
         for name, optimiser in self.optimisers.items():
-            state[f"{name}_optimiser"] = optimiser
+            state[f"{name}_optimiser"] = OptimiserState(optimiser)
         return state
 
     def iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
@@ -254,6 +257,7 @@ def train_stage(
     folder: RunFolder,
     *,
     sharded: bool = False,
+    codec: Codec | None = None,
     health: Health | None = None,
     continues: Stage | None = None,
     is_continued: bool = False,
@@ -271,6 +275,7 @@ def train_stage(
         student: trained in place.
         folder: takes checkpoints and log.
         sharded: whether the method's networks are spread over all processes.
+        codec: of the teacher.
         health: limits, and what happens beyond them.
         continues: the stage before, if it trained the same student by the same method: what its
             roles hand on is where this one's begin.
@@ -282,7 +287,7 @@ def train_stage(
         TrainingError: a loss is no finite number, or health asks for a pause. The checkpoint before
             that is kept.
     """
-    trainer = StageTrainer(stage, source, teacher, student, sharded=sharded)
+    trainer = StageTrainer(stage, source, teacher, student, sharded=sharded, codec=codec)
     if continues is not None and (handed_on := folder.load(_handed_on(continues))):
         begun = trainer.begin_with(handed_on)
         folder.log(part=stage.name, continues=continues.name, goes_on=begun)
@@ -323,6 +328,7 @@ class _MonitoredRun:
         self.on_checkpoint = on_checkpoint
         self.name = trainer.stage.name
         self.pause_reason: str | None = None
+        self.has_rolled_back = False
 
     def run(self) -> None:
         """Run the loop, again from the last checkpoint as often as the monitor allows."""
@@ -335,6 +341,7 @@ class _MonitoredRun:
             except TrainingError as error:
                 if not self.monitor.roll_back():
                     raise
+                self.has_rolled_back = True
                 rate = self.monitor.rate
                 self.folder.log(part=self.name, rolled_back=str(error), rate=rate)
                 self.folder.save(f"{self.name}-health", self.monitor.state_dict())
@@ -348,6 +355,7 @@ class _MonitoredRun:
             name=self.name,
             state=self.trainer.state,
             checkpoint_start=self.monitor.settings.action == "rollback",
+            only_examined=self.has_rolled_back,
             on_iteration=self._add,
             on_checkpoint=self._examine,
         )

@@ -96,8 +96,9 @@ class Resamples:
     ) -> Estimate:
         """Return the total variation between the histograms of chosen pictures and a reference.
 
-        The interval is the basic one, mirrored about the figure, since resampling makes a total
-        variation larger by about as much as sampling did.
+        Resampling makes a total variation larger, as sampling did, so the interval is that of the
+        resamples moved until their median is the figure: it says how much the figure varies, not
+        how much of it is due to few pictures.
 
         Args:
             classes: of each picture.
@@ -113,14 +114,8 @@ class Resamples:
             theirs = self._shares(reference, chosen, num_classes)
         variations = total_variation(ours, theirs)
         value = float(variations[0])
-        percentiles = self._percentiles(value, variations[1:])
-        if percentiles.low is None or percentiles.high is None:
-            return percentiles
-        return Estimate(
-            value,
-            low=max(0.0, 2 * value - percentiles.high),
-            high=min(1.0, 2 * value - percentiles.low),
-        )
+        excess = float(variations[1:].nanmedian()) - value
+        return self._percentiles(value, (variations[1:] - excess).clamp(0, 1))
 
     def _shares(
         self, classes: Tensor, chosen: Tensor, num_classes: int

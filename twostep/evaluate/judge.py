@@ -150,6 +150,22 @@ class Judge(nn.Module):
             features=features,
         )
 
+    def levels(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
+        """Return the features before every halving of the picture and at the end, with gradients.
+
+        They are [batch, width, rows, columns] with the widths of `channels`.
+        """
+        levels: list[Tensor] = []
+        features = images
+        for layer in self.body:
+            is_residual = isinstance(layer, Residual)
+            features = layer(features)
+            if is_residual:
+                levels[-1] = features
+            else:
+                levels.append(features)
+        return levels
+
     def judge(self, images: Float[Tensor, "batch 3 height width"]) -> Verdict:
         """Return the verdict on any number of pictures in -1..1, batch by batch, without gradients.
 
@@ -169,8 +185,11 @@ class Judge(nn.Module):
         return fit_features(self.judge(images).features)
 
 
-def load_judge(path: Path = BUILT_IN) -> Judge:
-    """Read a judge, in fp32 and ready to judge; JudgeError if the file is none, or damaged."""
+def load_judge(path: Path = BUILT_IN, *, outline: bool = False) -> Judge:
+    """Read a judge, in fp32 and ready to judge; JudgeError if the file is none, or damaged.
+
+    An outline has the shapes of the file and no weights, to plan with.
+    """
     if not path.is_file():
         raise JudgeError(
             f"There is no judge at {path}. Train one with: twostep pretrain nano-judge"
@@ -178,9 +197,9 @@ def load_judge(path: Path = BUILT_IN) -> Judge:
     try:
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[METADATA_KEY])
-            names = list(file.keys())
+            names = [] if outline else list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
-        return _rebuild(description, tensors)
+        return _rebuild(description, tensors, outline=outline)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise JudgeError(
@@ -236,7 +255,7 @@ def check_pictures(images: Tensor, pixels: int = _DEFAULT_PIXELS) -> None:
         raise JudgeError(f"the values reach {largest:.3g}; expected -1..1. Scale and clamp them.")
 
 
-def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Judge:
+def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor], *, outline: bool) -> Judge:
     """Make a judge from what its file says; tensors that do not fit raise."""
     concepts = tuple(
         Concept(icon, subgroup, tuple(names)) for icon, subgroup, names in description["concepts"]
@@ -250,7 +269,8 @@ def _rebuild(description: dict[str, Any], tensors: dict[str, Tensor]) -> Judge:
         judge.real = FeatureStatistics(mean.double(), covariance.double(), description["num_real"])
     if description["origin"]:
         judge.origin = Origin(**description["origin"])
-    judge.load_state_dict(tensors)
+    if not outline:
+        judge.load_state_dict(tensors)
     return judge.eval().requires_grad_(False)
 
 

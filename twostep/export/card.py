@@ -5,22 +5,20 @@ know of its nodes.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from twostep.contract import Contract
+from twostep.contract import Contract, VariancePreservingSpec
+from twostep.diffusion import make_schedule
+from twostep.export.page import page_of, rendered
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
-from twostep.formats.locate import ModelError, read_json
-from twostep.formats.single_file import SDXL_BASE
+from twostep.formats.locate import SDXL_BASE, ModelError, read_json
 from twostep.media.pictures import UnusablePictureError, open_picture
+from twostep.models.sampling import sampling_times
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,15 @@ class Card:
     evaluation: Path | None = None
     license: str | None = None
 
-    def write(self, contract: Contract, to: str, out: Path, *, full_size: bool) -> None:
+    def write(
+        self,
+        contract: Contract,
+        to: str,
+        out: Path,
+        *,
+        full_size: bool,
+        name: str | None = None,
+    ) -> None:
         """Write README.md into a folder, or a .md beside a file, with the picture.
 
         Arguments:
@@ -43,6 +49,7 @@ class Card:
             to: the form that it was exported to, as `writing.TARGETS`.
             out: the exported folder or file.
             full_size: whether the model is SDXL itself, and no smaller one of its classes.
+            name: what the export will be called, if not as now.
 
         Raises ModelError for a picture or figures that cannot be read.
         """
@@ -56,10 +63,14 @@ class Card:
         _render(
             "card.md",
             card,
-            file=out.name,
+            file=name or out.name,
             to=to,
             contract=contract,
-            fields={field.name: getattr(contract, field.name) for field in fields(contract)},
+            workflow_steps=workflow_steps(contract),
+            fields=_fields(contract),
+            sampling=sampler_in_words(contract),
+            renoises=contract.sampler == "renoise",
+            timesteps=timesteps(contract),
             full_size=full_size,
             sdxl=is_sdxl(contract),
             base=base,
@@ -88,11 +99,40 @@ class Card:
         return rows
 
 
+def timesteps(contract: Contract) -> list[int]:
+    """Return the times that a model visits as diffusers counts them, from 0 and falling.
+
+    Those of a rectified flow are no whole numbers: of such a model none.
+    """
+    if not isinstance(contract.schedule, VariancePreservingSpec):
+        return []
+    schedule = make_schedule(**asdict(contract.schedule))
+    return [int(t) - 1 for t in sampling_times(contract, schedule)[:-1]]
+
+
+def sampler_in_words(contract: Contract) -> str:
+    """Return how a model is sampled, in the words of other programs."""
+    if contract.sampler == "renoise":
+        times = ", ".join(map(str, timesteps(contract)))
+        return "LCM (x0, then fresh noise)" + (f" at the timesteps {times}" if times else "")
+    return "Euler, trailing times ('simple')"
+
+
+def _fields(contract: Contract) -> dict[str, Any]:
+    """Return the contract's values by their names, without what it does not say."""
+    values = {field.name: getattr(contract, field.name) for field in fields(contract)}
+    if not contract.sampling_times:
+        del values["sampling_times"]
+    return values
+
+
 def _copy_picture(picture: Path, out: Path) -> None:
     try:
-        open_picture(picture.read_bytes).save(out)
+        pixels = open_picture(picture.read_bytes)
     except (OSError, UnusablePictureError) as error:
         raise ModelError(f"{picture} is no picture ({error}).") from error
+    with write_atomically(out) as file:
+        pixels.save(file, format="PNG")
 
 
 def write_workflows(contract: Contract, to: str, out: Path) -> None:
@@ -102,29 +142,36 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
     to its server.
     """
     api_path = out.with_suffix(".api.json")
-    _render("workflow.json", api_path, file=out.name, to=to, contract=contract, name=out.stem)
-    api = read_json(api_path)
-    known = read_json(HERE / "nodes.json")
-    links = _links(api, known)
-    _render("page.json", out.with_suffix(".json"), api=api, known=known, links=links)
+    _render(
+        "workflow.json",
+        api_path,
+        file=out.name,
+        to=to,
+        contract=contract,
+        steps=workflow_steps(contract),
+        name=out.stem,
+    )
+    page = json.dumps(page_of(read_json(api_path)), indent=2)
+    with write_atomically(out.with_suffix(".json")) as file:
+        file.write(page.encode())
 
 
-def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...]]:
-    """List the links of a workflow as the page counts them.
+def workflow_steps(contract: Contract) -> int:
+    """Return the number of steps that a workflow takes.
 
-    Each is: number, node and output that it comes from, node and input that it goes to, type.
+    ComfyUI's scheduler `simple` rounds times another way than the trailing grid, so that the two
+    agree only where all times are whole. A teacher may take any number of steps: its workflow takes
+    the next one that divides its times. A student keeps to its own.
     """
-    links: list[tuple[object, ...]] = []
-    for name, node in api.items():
-        for place, each in enumerate(known[node["class_type"]]["inputs"]):
-            start, output = node["inputs"][each]
-            kind = known[api[start]["class_type"]]["outputs"][output]
-            links.append((len(links) + 1, int(start), output, int(name), place, kind))
-    return links
+    steps = contract.steps
+    schedule = contract.schedule
+    if contract.role == "teacher" and isinstance(schedule, VariancePreservingSpec):
+        while schedule.num_times % steps:
+            steps += 1
+    return steps
 
 
 def _render(template: str, out: Path, **values: object) -> None:
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string((HERE / template).read_text(encoding="utf-8")).render(**values)
+    text = rendered(template, values)
     with write_atomically(out) as file:
         file.write(text.encode())

@@ -9,18 +9,23 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.export.writing import open_lora
+from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
-from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.formats.diffusers_names import (
+    DIFFUSERS_NAMES,
+    noise_of_scheduler,
+    scheduler_settings,
+)
+from twostep.formats.folders import weights_folder
 from twostep.formats.header import read_header
 from twostep.formats.identify import WHOLE
 from twostep.formats.ldm_names import clip_l_names
-from twostep.formats.locate import CONTRACT_FILE, ModelError, read_json
+from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, read_json
 from twostep.formats.lora_files import DIALECTS, write_lora
 from twostep.formats.single_file import (
     LEFT_OUT,
@@ -28,10 +33,12 @@ from twostep.formats.single_file import (
     FolderFiles,
     SingleFile,
     find_single_file,
+    noise_marks,
     whole_weights,
 )
 from twostep.models.sdxl import clean_configs
 from twostep.models.sdxl_networks import hollow_networks
+from twostep.text.vocabulary import END, clip_tokenizer
 
 REST = "single_file_rest.safetensors"
 """What a whole file had and the networks of a folder do not need."""
@@ -64,7 +71,6 @@ def convert(model: str | Path | Checkpoint, to: str, out: Path, *, base: str | N
     checkpoint = resolve(model)
     if out.exists():
         raise ModelError(f"{out} is already there. Give another --out, or delete it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.is_lora and to in DIALECTS:
         return _convert_lora(checkpoint, to, out, base)
     if checkpoint.is_folder and to == "single-file":
@@ -90,23 +96,44 @@ def _convert_lora(lora: Checkpoint, to: str, out: Path, base: str | None) -> Pat
 def _divide(checkpoint: Checkpoint, out: Path) -> Path:
     """Write a whole checkpoint as a folder, with the configs that fit it."""
     single = find_single_file(checkpoint.file)
-    networks = hollow_networks(single.folder)
+    networks = hollow_networks(checkpoint)
     contract = checkpoint.contract
     # All is read before anything is written, so that a damaged file leaves nothing behind.
     divided = {name: single.weights(networks[name], part) for name, part in PARTS.items()}
-    shutil.copytree(single.folder, out, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    with weights_folder(out) as partial:
+        _fill(partial, single, divided)
+        _write_configs(single, partial)
+        _save(_rest(single), partial / REST, checkpoint.file.metadata)
+        if checkpoint.carried is not None:
+            (partial / CONTRACT_FILE).write_text(contract.to_json(), encoding="utf-8")
+        clean_configs(partial)
+        _adapt_scheduler(partial / "scheduler" / "scheduler_config.json", contract)
+    return out
+
+
+def _fill(folder: Path, single: SingleFile, divided: dict[str, dict[str, Tensor]]) -> None:
+    """Write configs and weights of all networks into a folder."""
+    shutil.copytree(
+        single.folder,
+        folder,
+        ignore=shutil.ignore_patterns(*_NOT_COPIED),
+        dirs_exist_ok=True,
+    )
     for name, weights in divided.items():
         file = "model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors"
         if name == "text_encoder":
             names = clip_l_names(weights)
             weights = {names[key]: value for key, value in weights.items()}
-        _save(weights, out / name / file, {"format": "pt"})
-    _save(_rest(single), out / REST, checkpoint.file.metadata)
-    if checkpoint.carried is not None:
-        (out / CONTRACT_FILE).write_text(contract.to_json())
-    clean_configs(out)
-    _adapt_scheduler(out / "scheduler" / "scheduler_config.json", contract)
-    return out
+        _save(weights, folder / name / file, {"format": "pt"})
+
+
+def _write_configs(single: SingleFile, out: Path) -> None:
+    """Write what a file says of its networks itself, and CLIP's tokenizers where there are none."""
+    for name in ("unet", "vae"):
+        (out / name / "config.json").write_text(json.dumps(single.config(name), indent=2))
+    for folder, pad in (("tokenizer", END), ("tokenizer_2", "!")):
+        if not (out / folder).is_dir():
+            clip_tokenizer(pad).save_pretrained(out / folder)
 
 
 def _rest(single: SingleFile) -> dict[str, Tensor]:
@@ -121,9 +148,19 @@ def _rest(single: SingleFile) -> dict[str, Tensor]:
 def _adapt_scheduler(path: Path, contract: Contract) -> None:
     """Let a scheduler's config say what the contract does about prediction and spacing."""
     config = read_json(path)
+    _, schedule = noise_of_scheduler(config, path.parent)
+    if schedule != contract.schedule:
+        name, settings = scheduler_settings(contract.schedule)
+        config = {"_class_name": name, **settings}
     config["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
     if contract.role == "student":
         config["timestep_spacing"] = "trailing"
+    if contract.sampler == "renoise":
+        config["_class_name"] = "LCMScheduler"
+        index_path = path.parents[1] / INDEX_FILE
+        index = read_json(index_path)
+        index["scheduler"] = ["diffusers", "LCMScheduler"]
+        index_path.write_text(json.dumps(index, indent=2))
     path.write_text(json.dumps(config, indent=2))
 
 
@@ -136,8 +173,7 @@ def _join(checkpoint: Checkpoint, out: Path) -> Path:
         networks[name].load_state_dict(files.weights(networks[name], part), assign=True)
     rest: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    if checkpoint.contract.prediction_type == "v":
-        rest["v_pred"] = torch.zeros(0)  # as whole files say it
+    rest |= noise_marks(checkpoint.contract, files.config("vae"))
     if (folder / REST).is_file():
         rest |= load_file(folder / REST)
         metadata |= read_header(folder / REST).metadata
@@ -148,4 +184,6 @@ def _join(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def _save(tensors: dict[str, Tensor], out: Path, metadata: dict[str, str]) -> None:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, out, metadata)
+    data = save({key: value.contiguous() for key, value in tensors.items()}, metadata)
+    with write_atomically(out) as file:
+        file.write(data)

@@ -13,7 +13,8 @@ from twostep.contract import Contract, student_name
 from twostep.export.card import Card
 from twostep.export.writing import ExportJob
 from twostep.formats.locate import ModelError
-from twostep.formats.lora_files import LowRank, write_lora
+from twostep.formats.lora_files import write_lora
+from twostep.formats.lora_kinds import LowRank, WeightChange
 from twostep.models.loading import load_bundle
 
 _OVERSAMPLING = 16
@@ -29,7 +30,7 @@ class _Difference:
     for. `squared_error` and `squared_change` are summed over the layers of `lora`.
     """
 
-    lora: dict[str, LowRank] = field(default_factory=dict)
+    lora: dict[str, WeightChange] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     squared_error: float = 0.0
     squared_change: float = 0.0

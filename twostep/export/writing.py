@@ -11,32 +11,31 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract
-from twostep.export.card import Card, write_workflows
+from twostep.contract import Contract, EdmSpec
+from twostep.export.card import Card, sampler_in_words, write_workflows
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES
+from twostep.formats.folders import weights_folder
 from twostep.formats.ldm_names import clip_l_names
-from twostep.formats.locate import ModelError
-from twostep.formats.lora_files import LowRank, read_lora, write_lora
-from twostep.formats.single_file import SDXL_BASE, Naming, whole_weights
+from twostep.formats.locate import SDXL_BASE, ModelError
+from twostep.formats.lora_files import read_lora, write_lora
+from twostep.formats.lora_kinds import WeightChange
+from twostep.formats.single_file import Naming, noise_marks, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_with_loras
 from twostep.models.saving import save_bundle
-from twostep.models.sdxl import autoencoder, base_folder, embed_no_guidance, is_sdxl
+from twostep.models.sdxl import SDXL_CHANNELS, autoencoder, base_folder, embed_no_guidance, is_sdxl
 from twostep.models.sdxl_networks import hollow_networks
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 """The forms that a model can be exported to."""
-
-_SDXL_CHANNELS = (320, 640, 1280)
-"""The channels of SDXL's own UNet, by level."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ class ExportJob:
             write_workflows(self.contract, self.to, self.out)
         return self.out
 
-    def write_card(self) -> None:
-        """Write the card beside the file, or into the folder."""
-        self.card.write(self.contract, self.to, self.out, full_size=self.full_size)
+    def write_card(self, *, name: str | None = None) -> None:
+        """Write the card beside the file, or into the folder, which will be called `name`."""
+        self.card.write(self.contract, self.to, self.out, full_size=self.full_size, name=name)
 
     @property
     def full_size(self) -> bool:
@@ -75,7 +74,7 @@ class ExportJob:
         if not is_sdxl(self.contract):
             return False
         channels = self.network.config.block_out_channels  # type: ignore[union-attr]
-        return tuple(channels) == _SDXL_CHANNELS  # type: ignore[arg-type]
+        return tuple(channels) == SDXL_CHANNELS  # type: ignore[arg-type]
 
     @property
     def model_spec(self) -> dict[str, str]:
@@ -97,7 +96,7 @@ class ExportJob:
             "date": datetime.now(UTC).date().isoformat(),
             "prediction_type": predicts.removesuffix("_prediction"),
             "usage_hint": (
-                f"{contract.steps} steps, Euler, trailing times ('simple'), "
+                f"{contract.steps} steps, {sampler_in_words(contract)}, "
                 f"guidance {contract.guidance:g}"
             ),
         }
@@ -137,11 +136,13 @@ def export(
     job = ExportJob(contract=contract, to=to, out=out, network=bundle.denoiser.network, card=card)
     if to != "diffusers":
         return _write_file(bundle, job)
-    if is_sdxl(contract):
-        _write_sdxl_folder(bundle, job)
-    else:
-        save_bundle(replace(bundle, contract=contract), out)
-    job.write_card()
+    with weights_folder(out) as partial:
+        folder_job = replace(job, out=partial)
+        if is_sdxl(contract):
+            _write_sdxl_folder(bundle, folder_job)
+        else:
+            save_bundle(replace(bundle, contract=contract), partial)
+        folder_job.write_card(name=out.name)
     return out
 
 
@@ -171,7 +172,7 @@ def _export_lora(lora: Checkpoint, to: str, out: Path, *, base: str | None, card
 
 def open_lora(
     lora: Checkpoint, base: str | None
-) -> tuple[dict[str, LowRank], dict[str, nn.Module]]:
+) -> tuple[dict[str, WeightChange], dict[str, nn.Module]]:
     """Read a LoRA, and make networks without weights that have its layers.
 
     Arguments:
@@ -238,17 +239,24 @@ def _write_file(bundle: Bundle, job: ExportJob) -> Path:
     for, and for weights that are not finite in 16 bits.
     """
     _check_file(job.contract, job.to)
+    vae: Any = autoencoder(bundle)
+    marks = noise_marks(job.contract, vae.config)
     weights = bundle.denoiser.network.state_dict()
     if job.to == "comfyui":
-        weights = whole_weights({**bundle.parts, "vae": autoencoder(bundle)})
+        weights = whole_weights({**bundle.parts, "vae": vae})
     halves = {key: value.half() for key, value in weights.items()}
     for key, value in halves.items():
         if not value.isfinite().all():
             raise ModelError(
                 f"{key} of {job.contract.name} is not finite in 16 bits: damaged, or too large."
             )
-    if job.to == "comfyui" and job.contract.prediction_type == "v":
-        halves["v_pred"] = torch.zeros(0)  # by this programs know that a whole file predicts v
+    if job.to == "comfyui":
+        halves |= marks
+    elif isinstance(job.contract.schedule, EdmSpec):
+        raise ModelError(
+            f"{job.contract.name} follows EDM, which a UNet alone cannot say. Export the whole "
+            "model to comfyui, or to diffusers."
+        )
     return job.write(halves, job.contract.to_metadata())
 
 
@@ -258,6 +266,12 @@ def _check_file(contract: Contract, to: str) -> None:
         raise ModelError(
             f"{contract.name} is no SDXL model, and {to} files have names for SDXL alone. Export "
             "it to diffusers, which writes the folder of its own family."
+        )
+    if contract.sampling_times and to != "lora-peft":
+        times = ", ".join(f"{t:g}" for t in contract.sampling_times)
+        raise ModelError(
+            f"{contract.name} visits the times {times}, which none of ComfyUI's schedulers does. "
+            "Export it to diffusers, or its LoRA to lora-peft: there the times can be given."
         )
     if contract.prediction_type == "flow":
         raise ModelError(

@@ -19,7 +19,7 @@ from twostep.formats.contracts import (
     single_file_contract,
 )
 from twostep.formats.header import Header, read_header
-from twostep.formats.identify import LORA, Kind, kind_of
+from twostep.formats.identify import LORAS, Kind, kind_of
 from twostep.formats.lightning import LIGHTNING, UNETS
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.single_file import is_whole
@@ -49,8 +49,8 @@ class Checkpoint:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the model is a LoRA's file."""
-        return self.kind.what == LORA
+        """Whether the model is the file of a LoRA, or of a relative of it."""
+        return self.kind.what in LORAS
 
     @property
     def is_whole(self) -> bool:
@@ -94,9 +94,10 @@ class Checkpoint:
     def contract_for(self, steps: int | None) -> Contract:
         """Return the contract of the student of so many steps; None means the model itself.
 
-        Raises ModelError with the steps there are.
+        So does any number of steps of a model that has no students. Raises ModelError with the
+        steps there are.
         """
-        if steps is None:
+        if steps is None or self.takes_any_steps:
             return self.contract
         for contract in self.contracts:
             if contract.steps == steps:
@@ -106,6 +107,11 @@ class Checkpoint:
             f"{self.name} has nothing for {steps} steps; there are {offered}. A student draws in "
             "the steps that it was trained for, and in no others: load the one for these."
         )
+
+    @property
+    def takes_any_steps(self) -> bool:
+        """Whether the model is a teacher without students, so that no student has to be picked."""
+        return len(self.contracts) == 1 and self.contract.role == "teacher"
 
     @cached_property
     def students(self) -> dict[int, Checkpoint]:

@@ -6,20 +6,20 @@ single file, a contract is derived from the configs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twostep.contract import (
     METADATA_KEY,
-    TOP_TIME,
     Contract,
     ContractError,
-    VariancePreservingSpec,
     is_student_name,
 )
 from twostep.diffusion import trained_times
-from twostep.formats.diffusers_names import PREDICTION_TYPES
+from twostep.formats import few_step
+from twostep.formats.diffusers_names import library_defaults, noise_of_scheduler
 from twostep.formats.header import Header
 from twostep.formats.identify import DOWN, LORA, UNET_ALONE, WHOLE, kind_of
 from twostep.formats.lightning import NAMED, UNETS
@@ -31,6 +31,9 @@ SDXL = Contract.from_json(Path(__file__).with_name("sdxl.json").read_text(encodi
 
 _WIDEST = 2
 """The widest format is 2 : 1."""
+
+_SAMPLE_SIZE = 128
+"""The side of latents where a UNet's config does not say it, as in diffusers' pipelines of SDXL."""
 
 
 def carried_contract(header: Header) -> Contract | None:
@@ -108,69 +111,72 @@ def single_file_contract(header: Header) -> Contract:
     Raises ModelError for any other kind of file.
     """
     single = find_single_file(header)
-    derived = derived_contract(single.folder)
-    return replace(
-        derived,
-        name=header.path.stem,
-        base=header.path.stem,
-        prediction_type=single.prediction_type or derived.prediction_type,
-    )
+    derived = derived_contract(single.folder, single.config)
+    noise = single.noise
+    try:
+        contract = replace(
+            derived,
+            name=header.path.stem,
+            base=header.path.stem,
+            prediction_type=noise.prediction_type or derived.prediction_type,
+            schedule=noise.schedule or derived.schedule,
+        )
+    except ContractError as error:
+        raise ModelError(f"{header.path} and {single.folder} disagree: {error}") from error
+    found = few_step.detect(header.path.stem, header.metadata)
+    return contract if found is None else few_step.drawn_as(contract, *found)
 
 
 def folder_contract(folder: Path) -> Contract:
     """Read the contract of a model folder, or derive it from the configs; raises ModelError."""
     path = folder / CONTRACT_FILE
     if not path.is_file():
-        return derived_contract(folder)
+        contract = derived_contract(folder)
+        found = few_step.detect(contract.name, {})
+        return contract if found is None else few_step.drawn_as(contract, *found)
     try:
         return Contract.from_json(path.read_text(encoding="utf-8"))
     except ContractError as error:
         raise ModelError(f"{path}: {error}") from error
 
 
-def derived_contract(folder: Path) -> Contract:
+def derived_contract(
+    folder: Path, config: Callable[[str], dict[str, Any]] | None = None
+) -> Contract:
     """Derive a teacher's contract from its configs.
 
-    They do not say how many steps and how much guidance suit it: those are SDXL's own. Raises
-    ModelError unless the folder holds an SDXL base or fine-tune.
+    They do not say how many steps and how much guidance suit it: those are SDXL's own. What configs
+    leave out is what diffusers takes by default. Raises ModelError unless the folder holds an SDXL
+    base or fine-tune, whose noise is known.
+
+    Arguments:
+        folder: the model folder.
+        config: returns the config of a network; by default that in the folder.
     """
     index = read_json(folder / INDEX_FILE)
-    unet = read_json(folder / "unet" / "config.json")
-    vae = read_json(folder / "vae" / "config.json")
+    read = config or (lambda name: read_json(folder / name / "config.json"))
+    unet = library_defaults("UNet2DConditionModel") | read("unet")
+    vae = read("vae")
+    is_tiny = vae.get("_class_name") == "AutoencoderTiny"
+    vae = library_defaults("AutoencoderTiny" if is_tiny else "AutoencoderKL") | vae
     _check_architecture(folder, index, unet)
     _check_channels(folder, unet)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    predicts = scheduler.get("prediction_type", "epsilon")
-    if predicts not in PREDICTION_TYPES:
-        known = ", ".join(PREDICTION_TYPES)
-        raise ModelError(f"{folder} predicts {predicts!r}; known are {known}.")
-    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+    prediction_type, schedule = noise_of_scheduler(
+        read_json(folder / "scheduler" / "scheduler_config.json"), folder
+    )
+    widths = vae["encoder_block_out_channels" if is_tiny else "block_out_channels"]
+    pixels_per_latent = 2 ** (len(widths) - 1)
     multiple = pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
     name = folder.resolve().name
     return replace(
         SDXL,
         name=name,
         base=name,
-        prediction_type=PREDICTION_TYPES[predicts],
-        schedule=_schedule(scheduler),
-        sizes=sizes_around(unet["sample_size"] * pixels_per_latent, max(multiple, 64)),
-    )
-
-
-def _schedule(config: dict[str, Any]) -> VariancePreservingSpec:
-    """Return the schedule of a scheduler's config, whose defaults are those of diffusers.
-
-    Other betas than linear and scaled linear ones cannot be said in a contract; loading the model
-    refuses them.
-    """
-    betas = config.get("beta_schedule", "linear")
-    if betas not in ("scaled_linear", "linear"):
-        return VariancePreservingSpec()
-    return VariancePreservingSpec(
-        betas=betas,
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
-        num_times=config.get("num_train_timesteps", TOP_TIME),
+        prediction_type=prediction_type,
+        schedule=schedule,
+        sizes=sizes_around(
+            (unet["sample_size"] or _SAMPLE_SIZE) * pixels_per_latent, max(multiple, 64)
+        ),
     )
 
 

@@ -6,6 +6,7 @@ large the file is.
 """
 
 import json
+import math
 import re
 import struct
 import tomllib
@@ -21,6 +22,21 @@ _STARTS: dict[str, str] = tomllib.loads(
 """Explanations of files that are no safetensors, by a pattern of how they begin."""
 
 _MAX_HEADER_BYTES = 100_000_000  # as in the format's own library
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+"""What a header says of a tensor."""
+
+_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+"""The bits of one number of each precision that the format has."""
 
 _NUMBERS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 """How `struct` reads one number of each precision that alphas come in; see also BF16 below."""
@@ -65,14 +81,23 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             start = file.read(8)
             length = _header_length(start, size)
-            tensors: dict[str, Any] = json.loads(file.read(length))
-            metadata = tensors.pop("__metadata__", {})
+            tensors: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_once)
+            metadata = _checked_metadata(tensors.pop("__metadata__", None))
+            _check_tensors(tensors)
             _check_size(tensors, start=8 + length, size=size)
             alpha = _first_alpha(file, tensors, start=8 + length)
         names = sorted(tensors)
         shapes = {name: tuple(tensors[name]["shape"]) for name in names}
         precisions = {name: tensors[name]["dtype"] for name in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ModelError(f"{path} {_explanation(path, start, error)}") from error
     return Header(path=path, shapes=shapes, precisions=precisions, metadata=metadata, alpha=alpha)
 
@@ -83,6 +108,43 @@ def _header_length(start: bytes, size: int) -> int:
     if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
         raise ValueError(f"{size} bytes cannot have a header of {length}")
     return length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raises ValueError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name is there twice")
+    return values
+
+
+def _checked_metadata(metadata: object) -> dict[str, str]:
+    """Return metadata, which are text by text; raises ValueError for anything else."""
+    if metadata is None:
+        return {}
+    is_text = isinstance(metadata, dict) and all(
+        isinstance(each, str) for each in metadata.values()
+    )
+    if not is_text:
+        raise ValueError(f"its metadata are {str(metadata)[:60]}, not text by name")
+    assert isinstance(metadata, dict)
+    return metadata
+
+
+def _check_tensors(tensors: dict[str, Any]) -> None:
+    """Raise ValueError unless every tensor is as long as its shape says, one after the other."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        shape = tensor["shape"]
+        offsets = tensor["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+        bits = _BITS.get(tensor["dtype"])
+        if not whole or len(offsets) != 2 or bits is None or set(tensor) - _FIELDS:
+            raise ValueError(f"{name} is described by {str(tensor)[:80]}")
+        length = offsets[1] - offsets[0]
+        if offsets[0] != end or length * 8 != math.prod(shape) * bits:
+            raise ValueError(f"{name} of {shape} lies at {offsets}")
+        end = offsets[1]
 
 
 def _check_size(tensors: dict[str, Any], *, start: int, size: int) -> None:

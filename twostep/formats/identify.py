@@ -12,19 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twostep.formats.header import Header
+from twostep.formats.peft_config import CONFIG_FILE, METADATA_KEY, read_peft_configs
 
 _KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 )
 _SMALLER = "SDXL's classes, in another size"
 
-DOWN = r"(lora_down|lora_A|lora(_linear_layer)?\.down)\.weight"
+DOWN = r"(lora_down|lora_A(\.\w+)?|lora(_linear_layer)?\.down)\.weight"
 """The first half of a LoRA's layer, in any dialect."""
+
+_UP = r"(lora_up|lora_B(\.\w+)?|lora(_linear_layer)?\.up)\.weight"
+"""The second half."""
+
+_RANKED = rf"({DOWN}|\.hada_w1_b|\.lokr_w[12]_b)$"
+"""The tensors whose first side is a rank."""
 
 LORA = "a LoRA"
 WHOLE = "a whole checkpoint"
 UNET_ALONE = "a UNet alone"
+CONTROL = "a ControlNet"
 """The kinds of file that are loaded here, as identify.toml calls them."""
+
+LORAS = (LORA, "a DoRA", "a LoHa", "a LoKr", "a full difference")
+"""The kinds of file that change a model's layers, and are read by `lora_files`."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +57,19 @@ class Kind:
             return "not twostep, which knows SDXL alone"
         if self.architecture == _SMALLER:
             return "twostep, diffusers; others know the full size alone"
-        # Who reads a LoRA depends on its dialect.
+        # Who reads a LoRA depends on its dialect, and of some other kinds too.
         key = (self.names or "") if self.what == LORA else self.what
-        return _KNOWN["readers"].get(key, "not twostep")
+        readers = _KNOWN["readers"]
+        return readers.get(f"{key}, {self.names}", readers.get(key, "not twostep"))
 
 
 def kind_of(header: Header) -> Kind:
     """Identify a file by the names and shapes of its tensors."""
     names = "".join(f"{name}\n" for name in header.shapes)
     unknown = "no model that is known here" if names else "a file without any weights"
+    what = _first("what", names) or unknown
     return Kind(
-        what=_first("what", names) or unknown,
+        what=what,
         architecture=(
             _first("architecture", names)
             or _architecture_by_shapes(header)
@@ -69,15 +82,22 @@ def kind_of(header: Header) -> Kind:
 def summary(header: Header) -> dict[str, str]:
     """Describe a file in a few lines by their headings; what cannot be known is left out."""
     kind = kind_of(header)
+    readers = kind.readers
+    what = str(kind)
+    names = "\n".join(header.shapes)
+    num_down, num_up = (len(re.findall(rf"{half}$", names, re.M)) for half in (DOWN, _UP))
+    if num_down != num_up:
+        what += f", with {num_down} lower and {num_up} upper halves"
+        readers = "not twostep, which leaves no half out"
     lines = {
-        "is": str(kind),
+        "is": what,
         "names": kind.names,
         "rank": _ranks(header),
         "alpha": _alpha_source(header),
         "weights": _amount(header),
         "predicts": _prediction(header) if re.search("UNet|checkpoint", kind.what) else None,
         "title": header.metadata.get("modelspec.title"),
-        "read by": kind.readers,
+        "read by": readers,
     }
     return {heading: line for heading, line in lines.items() if line}
 
@@ -86,7 +106,7 @@ def _ranks(header: Header) -> str | None:
     """List the ranks of a LoRA's layers, None for what is no LoRA."""
     ranks = set()
     for name, shape in header.shapes.items():
-        if re.search(DOWN, name) and shape:
+        if re.search(_RANKED, name) and shape:
             ranks.add(shape[0])
     return ", ".join(map(str, sorted(ranks))) or None
 
@@ -96,8 +116,10 @@ def _alpha_source(header: Header) -> str | None:
     if _ranks(header) is None:
         return None
     in_tensors = any(name.endswith(".alpha") for name in header.shapes)
-    if in_tensors or "lora_adapter_metadata" in header.metadata:
+    if in_tensors or METADATA_KEY in header.metadata:
         return "in the file"
+    if read_peft_configs(header):
+        return f"in {CONFIG_FILE}"
     return "not in the file: the rank, or the contract's"
 
 
@@ -115,11 +137,11 @@ def _prediction(header: Header) -> str | None:
 
 def _architecture_by_shapes(header: Header) -> str | None:
     """Tell a UNet's architecture by the width of its text and its number of input channels."""
-    context = header.shape(rf"attn2[._]to_k(\.weight|[._]{DOWN})")
-    if not context:
+    context = header.shape(rf"attn2[._](processor\.)?to_k(\.weight|[._]{DOWN}|\.(hada_w1_b|diff))")
+    if len(context) < 2:
         return None
     first = header.shape(r"(input_blocks\.0\.0|(^|\.)conv_in)\.weight")
-    channels = first[1] if first else 4
+    channels = first[1] if len(first) > 1 else 4
     architecture = _KNOWN["context"].get(str(context[1]), _SMALLER)
     return architecture + _KNOWN["channels"].get(str(channels), "")
 

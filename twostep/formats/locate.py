@@ -24,7 +24,20 @@ INDEX_FILE = "model_index.json"
 CONFIGS = ("*.json", "*.txt")
 """Patterns for what is no weights in a hub repository: configs and tokenizers."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+"""SDXL's repository on the hub."""
+
+SDXL_CONFIGS = Path(__file__).parent / "sdxl"
+"""The configs of SDXL's networks, so that nothing is fetched for files that have none."""
+
+HUB = "hf:"
+"""What may stand before a hub id, to say that it is no path."""
+
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
+_FILE = re.compile(
+    r"\.(safetensors|ckpt|pth?|bin|gguf|onnx|json|toml|png|jpe?g|webp|zip|tar)$", re.I
+)
+"""How names end that are those of files, and of no repository."""
 
 
 class ModelError(TwostepError):
@@ -39,7 +52,8 @@ def find_model(
     Arguments:
         model: a built-in name, a path, an official SDXL-Lightning name, or a hub id.
         steps: picks the file of ByteDance's repository; of no effect on other models.
-        only: patterns of what to fetch of a hub repository; configs and weights by default.
+        only: patterns of what to fetch of a hub repository; configs and weights by default. SDXL's
+            own configs are here already.
 
     Raises ModelError if there is no such model, with what was found instead.
     """
@@ -50,9 +64,32 @@ def find_model(
         official = official_file(model, steps)
         if official is not None:
             return fetch(LIGHTNING[0], file=official)
-        if _HUB_ID.fullmatch(str(model)):
-            return fetch(str(model), only=only or (*CONFIGS, "*/*.safetensors"))
+        repository = hub_id(model)
+        if repository == SDXL_BASE and only == CONFIGS:
+            return SDXL_CONFIGS
+        if repository is not None:
+            return fetch(repository, only=only or (*CONFIGS, "*/*.safetensors"))
     raise ModelError(_no_model(path))
+
+
+def hub_id(name: str | Path) -> str | None:
+    """Return the hub repository (owner/name) that a name means, None for a path.
+
+    A path that does not exist must not be asked of the hub, where somebody else may have a model of
+    that name. So these are paths: what is given as one, what begins with a dot, a tilde or a slash,
+    what has the ending of a file, and what would lie in a folder that is here. `hf:` before a name
+    says that it is meant for the hub all the same.
+    """
+    if isinstance(name, Path):
+        return None
+    is_marked = name.startswith(HUB)
+    name = name.removeprefix(HUB)
+    if not _HUB_ID.fullmatch(name):
+        return None
+    if is_marked:
+        return name
+    owner, _, _ = name.partition("/")
+    return None if _FILE.search(name) or Path(owner).is_dir() else name
 
 
 def _built_in_models() -> dict[str, Path]:
@@ -74,6 +111,8 @@ def _no_model(path: Path) -> str:
     problem = "does not exist"
     if path.is_dir():
         problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
+    elif _HUB_ID.fullmatch(str(path)) and path.parent.is_dir():
+        problem += f" in the folder {path.parent} here (the hub's is {HUB}{path})"
     names = ", ".join([*_built_in_models(), *_built_in_students()])
     return (
         f"{path} {problem}. Give a model folder, a .safetensors file, a hub id (owner/name) or a "

@@ -1,7 +1,8 @@
 """SDXL in one .safetensors file, as ComfyUI, A1111 and Civitai keep it, and in a folder.
 
 A single file has no configs. They, and the tokenizers, come from a model folder of the same name
-beside it, or else from SDXL's own repository on the hub, whose weights are never fetched.
+beside it, or else they are SDXL's own, which lie in this package. What a file says of the noise
+that it was trained on, it says by a few odd tensors and by its metadata.
 """
 
 import re
@@ -11,12 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from twostep.contract import PredictionType
+from twostep.contract import (
+    Contract,
+    ContractError,
+    EdmSpec,
+    PredictionType,
+    RectifiedFlowSpec,
+    ScheduleSpec,
+    VariancePreservingSpec,
+)
 from twostep.formats.header import Header, read_header
 from twostep.formats.identify import kind_of
 from twostep.formats.ldm_names import (
@@ -31,10 +41,13 @@ from twostep.formats.ldm_names import (
     unet_names,
     vae_names,
 )
-from twostep.formats.locate import CONFIGS, INDEX_FILE, ModelError, fetch, weights_variant
-
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-SDXL_INPAINTING = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
+from twostep.formats.locate import (
+    INDEX_FILE,
+    SDXL_CONFIGS,
+    ModelError,
+    read_json,
+    weights_variant,
+)
 
 Naming = Callable[[Iterable[str]], dict[str, str]]
 """Returns for every key of a network the name of that weight in a file."""
@@ -57,29 +70,137 @@ LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
 
 
-@dataclass(frozen=True, eq=False)
+EDM_MEAN = "edm_mean"
+EDM_STD = "edm_std"
+EDM_V_MAX = "edm_vpred.sigma_max"
+EDM_V_MIN = "edm_vpred.sigma_min"
+V = "v_pred"
+ZERO_SNR = "ztsnr"
+"""Tensors beside the networks' by which a file says what noise it was trained on: Playground 2.5
+has mean and deviation of its latents, CosXL the ends of its noise levels; the last two are marks.
+"""
+
+_EDM_SCALE = 0.5
+"""What latents of such files are scaled by, beside their mean and deviation."""
+
+_PREDICTS = ("modelspec.prediction_type", "modelspec.predict_key")
+"""Metadata that say what a network predicts."""
+
+_WORDS: dict[str, PredictionType] = {
+    "eps": "eps",
+    "epsilon": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "v-prediction": "v",
+    "vpred": "v",
+    "v_pred": "v",
+    "sample": "x0",
+    "x0": "x0",
+    "flow": "flow",
+    "flow_prediction": "flow",
+    "rectified_flow": "flow",
+}
+"""What such metadata say, and what it means."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a file says of what its network predicts, and of its schedule; None is: nothing."""
+
+    prediction_type: PredictionType | None = None
+    schedule: ScheduleSpec | None = None
+
+
 class SingleFile:
     """The weights of networks in one file, with the folder of their configs.
 
     The file is opened once, when the first weights are asked for.
+
+    Arguments:
+        file: its header, or its path, from which the header is read.
+        folder: where the configs lie.
     """
 
-    header: Header
-    folder: Path
     made_on = "meta"
+
+    def __init__(self, file: Header | Path, folder: Path) -> None:
+        self.header = read_header(file) if isinstance(file, Path) else file
+        self.folder = folder
 
     @property
     def prediction_type(self) -> PredictionType | None:
-        """What the file says that it predicts; most say nothing.
+        """What the file says that it predicts; most say nothing. Raises ModelError as `noise`."""
+        return self.noise.prediction_type
 
-        Raises ModelError for a zero-SNR schedule.
+    @cached_property
+    def noise(self) -> Noise:
+        """What the file says of the noise that it was trained on; most say nothing.
+
+        Raises ModelError for what is contradictory or not known.
         """
-        if "ztsnr" in self.header.shapes:
-            raise ModelError(
-                f"{self.header.path} was trained on a zero-SNR schedule, which is not known here."
-            )
-        named = self.header.metadata.get("modelspec.prediction_type", "")
-        return "v" if "v_pred" in self.header.shapes or named.startswith("v") else None
+        path = self.header.path
+        marks = self.header.shapes.keys()
+        if EDM_MEAN in marks or EDM_STD in marks:
+            if not {EDM_MEAN, EDM_STD} <= marks:
+                raise ModelError(f"{path} has only one of {EDM_MEAN} and {EDM_STD}. Fetch it anew.")
+            return Noise("edm", EdmSpec())
+        if EDM_V_MAX in marks or EDM_V_MIN in marks:
+            return Noise("v", self._edm_of_v())
+        predicts = self._named_prediction()
+        if V in marks:
+            predicts = "v"
+        says_zero_snr = str(self.header.metadata.get("ss_zero_terminal_snr", "")).lower() == "true"
+        if ZERO_SNR in marks or says_zero_snr:
+            if predicts not in ("v", "x0"):
+                raise ModelError(
+                    f"{path} was trained to begin without any signal (zero SNR), and predicts "
+                    f"{predicts or 'noise'}, which says nothing of the picture there: it lacks the "
+                    f"mark {V}. Fetch it anew, or convert it with the program that trained it."
+                )
+            return Noise(predicts, VariancePreservingSpec(zero_snr=True))
+        return Noise(predicts, RectifiedFlowSpec() if predicts == "flow" else None)
+
+    def _named_prediction(self) -> PredictionType | None:
+        """Return what the metadata say that is predicted; ModelError for an unknown word."""
+        if str(self.header.metadata.get("ss_v_parameterization", "")).lower() == "true":
+            return "v"
+        for key in _PREDICTS:
+            word = str(self.header.metadata.get(key, "")).strip().lower()
+            if word and word not in _WORDS:
+                raise ModelError(
+                    f"{self.header.path} says that it predicts {word!r} ({key}), which is not "
+                    f"known here; known are {', '.join(_WORDS)}."
+                )
+            if word:
+                return _WORDS[word]
+        return None
+
+    def _edm_of_v(self) -> EdmSpec:
+        """Return the noise levels of a file that predicts v after EDM."""
+        if EDM_V_MAX not in self.header.shapes:
+            raise ModelError(f"{self.header.path} has {EDM_V_MIN} without {EDM_V_MAX}.")
+        highest = float(self.tensor(EDM_V_MAX))
+        lowest = EdmSpec.sigma_min
+        if EDM_V_MIN in self.header.shapes:
+            lowest = float(self.tensor(EDM_V_MIN))
+        try:
+            # Data of deviation 1 and an even ramp, as the programs that read the mark have it.
+            return EdmSpec(lowest, highest, sigma_data=1.0, ramp="exponential")
+        except ContractError as error:
+            raise ModelError(f"{self.header.path} ({EDM_V_MAX}): {error}") from error
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return the config of a network, `name` as in `PARTS`, with what the file says itself."""
+        config = read_json(self.folder / name / "config.json")
+        if name == "unet" and self.folder == SDXL_CONFIGS:
+            first = self.header.shape(r"diffusion_model\.(input_blocks\.0\.0|conv_in)\.weight")
+            if len(first) == 4:
+                config["in_channels"] = first[1]
+        if name == "vae" and EDM_MEAN in self.header.shapes:
+            config["latents_mean"] = self.tensor(EDM_MEAN).float().flatten().tolist()
+            config["latents_std"] = self.tensor(EDM_STD).float().flatten().tolist()
+            config["scaling_factor"] = _EDM_SCALE
+        return config
 
     def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
         """Return a network's weights in the file's precision; `part` is its prefix in the file.
@@ -97,7 +218,16 @@ class SingleFile:
         has_diffusers_names = part == UNET and weights.keys() & expected.keys()
         naming = _unchanged if has_diffusers_names else NAMES[part]
         where = f"{self.header.path} ({part}*)"
-        return account(weights, expected, naming(expected), where)
+        try:
+            return account(weights, expected, naming(expected), where)
+        except ModelError as error:
+            if self.folder != SDXL_CONFIGS:
+                raise
+            beside = self.header.path.with_suffix("")
+            raise ModelError(
+                f"{error} The configs are those of SDXL itself; of another model they must lie "
+                f"beside it, in the folder {beside}."
+            ) from error
 
     def tensor(self, key: str) -> Tensor:
         """Return one tensor of the file."""
@@ -115,6 +245,10 @@ class FolderFiles:
 
     folder: Path
     made_on = "meta"
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return the config of a network, `name` as in `PARTS`."""
+        return read_json(self.folder / name / "config.json")
 
     def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
         """Return a network's weights in the files' precision; `part` is as in `PARTS`.
@@ -185,10 +319,16 @@ def account(
     return accounted
 
 
+@dataclass(frozen=True)
 class Outline:
-    """Stands for weights where only the shapes of networks are wanted."""
+    """Stands for weights where only the shapes of networks are wanted, which the source has."""
 
+    source: SingleFile | FolderFiles
     made_on = "cpu"
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return the config of a network, `name` as in `PARTS`."""
+        return self.source.config(name)
 
     def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
         """Return a network's weights as it was made with them."""
@@ -205,7 +345,7 @@ def is_whole(header: Header) -> bool:
 
 
 def find_single_file(header: Header) -> SingleFile:
-    """Return a whole checkpoint with the folder of its configs, which may be fetched.
+    """Return a whole checkpoint with the folder of its configs.
 
     Raises ModelError for any other file, with what it is.
     """
@@ -217,12 +357,42 @@ def find_single_file(header: Header) -> SingleFile:
             f"{first_key}. Expected a whole SDXL checkpoint, or a UNet that carries its contract."
         )
     beside = header.path.with_suffix("")
-    if (beside / INDEX_FILE).is_file():
-        return SingleFile(header, beside)
-    first_layer = header.shape(r"diffusion_model\.input_blocks\.0\.0\.weight")
-    is_inpainting = bool(first_layer) and first_layer[1] > 4
-    base = SDXL_INPAINTING if is_inpainting else SDXL_BASE
-    return SingleFile(header, fetch(base, only=CONFIGS))
+    return SingleFile(header, beside if (beside / INDEX_FILE).is_file() else SDXL_CONFIGS)
+
+
+def noise_marks(contract: Contract, vae: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors by which a whole file says what noise its network was trained on.
+
+    Arguments:
+        contract: of the model.
+        vae: the config of its autoencoder.
+
+    Raises ModelError for noise that no such file can speak of: it would be drawn as another.
+    """
+    schedule = contract.schedule
+    predicts = contract.prediction_type
+    mark = torch.zeros(0)
+    if predicts == "edm" and schedule == EdmSpec() and vae.get("latents_std") is not None:
+        shape = (1, -1, 1, 1)
+        return {
+            EDM_MEAN: torch.tensor(vae["latents_mean"]).view(shape),
+            EDM_STD: torch.tensor(vae["latents_std"]).view(shape),
+        }
+    if isinstance(schedule, EdmSpec):
+        known = EdmSpec(schedule.sigma_min, schedule.sigma_max, 1.0, "exponential")
+        if predicts == "v" and schedule == known:
+            return {
+                EDM_V_MAX: torch.tensor(schedule.sigma_max),
+                EDM_V_MIN: torch.tensor(schedule.sigma_min),
+            }
+    elif schedule == VariancePreservingSpec(zero_snr=True) and predicts == "v":
+        return {V: mark, ZERO_SNR: mark}
+    elif schedule == VariancePreservingSpec():
+        return {V: mark} if predicts == "v" else {}
+    raise ModelError(
+        f"{contract.name} predicts {predicts} with the schedule {schedule}, which no single file "
+        "can say: programs would draw it as another. Export it to diffusers, whose folders do."
+    )
 
 
 def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

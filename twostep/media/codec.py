@@ -24,6 +24,14 @@ class Encoded:
 
 
 @runtime_checkable
+class DecodesWithGradient(Protocol):
+    """A codec through which a loss on media reaches the latents."""
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Return the media of latents as `decode` does, with gradient and not cut off."""
+
+
+@runtime_checkable
 class Codec(Protocol):
     """What turns media into latents and back, and items of media into files."""
 

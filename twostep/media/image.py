@@ -22,11 +22,17 @@ from twostep.media.png import png_file
 class ImageCodec:
     """Pictures [batch, 3, height, width] in -1..1 <-> latents of about unit variance.
 
+    Autoencoders say themselves by what their latents are scaled, some with a mean and a deviation
+    for each channel.
+
     Args:
         vae: The autoencoder; it computes in the precision of its own weights.
+        deviation: What scaled latents are divided by: their standard deviation in EDM's models, 1
+            in all others.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
+    deviation: float = 1.0
 
     @property
     def media(self) -> str:
@@ -47,14 +53,23 @@ class ImageCodec:
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
         latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
-        return (latents.to(media.dtype) * float(self.vae.config.scaling_factor)).contiguous()
+        mean, scale = self._scaling(media)
+        return ((latents.to(media.dtype) - mean) * scale).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
         """Return pictures, cut off at -1 and 1."""
-        scaled = latents / self.vae.config.scaling_factor
+        return self.decode_with_gradient(latents).clamp(-1, 1).contiguous()
+
+    def decode_with_gradient(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Return pictures through which a loss reaches the latents.
+
+        They are not cut off at -1 and 1, where no gradient would come back.
+        """
+        mean, scale = self._scaling(latents)
+        scaled = latents / scale + mean
         pictures = self._without_overflow(lambda vae: vae.decode(scaled.to(vae.dtype)).sample)
-        return pictures.to(latents.dtype).clamp(-1, 1).contiguous()
+        return pictures.to(latents.dtype)
 
     @torch.no_grad()
     def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:
@@ -72,6 +87,17 @@ class ImageCodec:
     def file(self, item: Image.Image, metadata: Mapping[str, str]) -> Encoded:
         """Return an image as a PNG with the metadata as text chunks."""
         return png_file(item, metadata)
+
+    def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Return mean and factor m and f: latents are f (z - m) of the autoencoder's own z."""
+        config = self.vae.config
+        factor = float(config.scaling_factor) / self.deviation
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return 0.0, factor
+        shaped = [torch.tensor(each, dtype=torch.float32).view(1, -1, 1, 1) for each in (mean, std)]
+        mean, std = (each.to(like.dtype).to(like.device) for each in shaped)
+        return mean, factor / std
 
     @cached_property
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:

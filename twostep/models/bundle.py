@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.contract import Contract
+from twostep.formats.embeddings import Embedding
 from twostep.formats.locate import ModelError
 from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
@@ -37,6 +38,14 @@ class PromptEncoder(Protocol):
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt that are not in the vocabulary."""
+
+
+@runtime_checkable
+class TakesEmbeddings(Protocol):
+    """A prompt encoder that textual inversions can be given to."""
+
+    def with_embeddings(self, embeddings: Sequence[Embedding]) -> PromptEncoder:
+        """Return the same with words for textual inversions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +99,20 @@ class Bundle:
             denoiser=self.denoiser.with_network(parts["unet"]),
             text=self.text.with_networks(parts),
         )
+
+    def with_embeddings(self, embeddings: Sequence[Embedding]) -> Bundle:
+        """Return the bundle with textual inversions, whose names then stand for them in prompts.
+
+        Raises ModelError for a model whose text encoders take none, or that has some already.
+        """
+        if not embeddings:
+            return self
+        if not isinstance(self.text, TakesEmbeddings):
+            raise ModelError(
+                f"{self.contract.name} has {type(self.text).__name__}, which takes no textual "
+                "inversions."
+            )
+        return replace(self, text=self.text.with_embeddings(embeddings))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Bundle:
         """Move every network to a device, in place, and to a precision if one is given.

@@ -9,7 +9,7 @@ from twostep.formats.locate import CONFIGS, ModelError
 from twostep.formats.lora_files import merge_lora
 from twostep.models.bundle import Bundle
 from twostep.models.families import family_of
-from twostep.models.lora_stack import LoraFile, find_lora, spelled
+from twostep.models.lora_stack import LoraFile, all_embeddings, find_lora, spelled
 
 
 def load_bundle(
@@ -35,6 +35,7 @@ def load_with_loras(
     loras: Sequence[str | LoraFile],
     *,
     steps: int | None = None,
+    embeddings: Sequence[str] | None = None,
 ) -> Bundle:
     """Load a model and merge LoRAs into its weights, in order.
 
@@ -45,6 +46,9 @@ def load_with_loras(
         model: as for `load_bundle`; the teacher is loaded if one of the LoRAs makes students.
         loras: each as "file", "file:weight", a built-in name, or a `LoraFile`.
         steps: as for `load_bundle`, or the steps that the LoRA makes students for.
+        embeddings: files and folders of textual inversions, for prompts to name, beside those in
+            the files of the LoRAs; None leaves these out too. Text encoders that have some cannot
+            be written.
 
     Raises ModelError for a model or a LoRA that cannot be had, ContractError for a LoRA that does
     not belong on the model.
@@ -59,4 +63,7 @@ def load_with_loras(
     if contract.role == "student" and steps not in (None, contract.steps):
         raise ModelError(f"{contract.name} draws in {contract.steps} steps, not in {steps}.")
     origin = (*bundle.origin, *map(spelled, loras))
-    return replace(bundle, contract=contract, origin=origin)
+    bundle = replace(bundle, contract=contract, origin=origin)
+    if embeddings is None:
+        return bundle
+    return bundle.with_embeddings(all_embeddings(files, embeddings))

@@ -17,14 +17,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from twostep.contract import Contract, ContractError, student_name
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import goes_on_a_student
-from twostep.formats.locate import ModelError, find_model
-from twostep.formats.lora_files import LowRank, find_layer, merge_lora, read_lora
+from twostep.formats.embeddings import Embedding, bundled_embeddings, find_embeddings
+from twostep.formats.lora_files import find_layer, find_parameter, merge_lora, read_lora, split_name
+from twostep.formats.lora_kinds import LowRank, WeightChange
+from twostep.formats.lora_locate import find_lora_file
 from twostep.models.bundle import Bundle
 
 _SPELLED = re.compile(r"(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?")
@@ -53,10 +56,15 @@ class LoraFile:
         """Whether it turns teachers into students of few steps."""
         return self.contract is not None and not goes_on_a_student(self.contract)
 
-    def read(self, parts: Mapping[str, nn.Module]) -> dict[str, LowRank]:
+    def read(self, parts: Mapping[str, nn.Module]) -> dict[str, WeightChange]:
         """Read what it does to networks, at a weight of 1; raises LoraError if it does not fit."""
         alpha = None if self.contract is None else self.contract.lora_alpha
         return read_lora(self.checkpoint, parts, alpha=alpha)
+
+    @property
+    def embeddings(self) -> list[Embedding]:
+        """The textual inversions that lie in the file with it."""
+        return bundled_embeddings(self.checkpoint.file)
 
     def contract_on(self, model: Contract) -> Contract:
         """Return the contract of a model with this LoRA on it.
@@ -100,14 +108,26 @@ class LoraFile:
 
 
 def find_lora(lora: str | LoraFile) -> LoraFile:
-    """Return a LoRA by "file", "file:0.8" or a built-in name; its header is read.
+    """Return a LoRA by "file" or "file:0.8", whose header is read.
 
-    Raises ModelError if there is none.
+    The file may be a folder or a hub repository with one LoRA in it, or a built-in name. Raises
+    ModelError if there is none.
     """
     if isinstance(lora, LoraFile):
         return lora
     name, weight = _parsed(lora)
-    return LoraFile(_file_only(resolve(name)), weight)
+    path = find_lora_file(name)
+    return LoraFile(_look_at(name, path, 0, 0), weight)
+
+
+def all_embeddings(loras: Sequence[LoraFile], places: Sequence[str]) -> list[Embedding]:
+    """Return the textual inversions in files and folders, and those that LoRAs bring along.
+
+    The same name of both is that of the files. Raises EmbeddingError as `find_embeddings`.
+    """
+    found = {each.name: each for lora in loras for each in lora.embeddings}
+    found |= {each.name: each for each in find_embeddings(places)}
+    return list(found.values())
 
 
 def spelled(lora: str | LoraFile) -> str:
@@ -128,15 +148,6 @@ def _parsed(lora: str) -> tuple[str, float]:
     return match[1], float(match[2] or 1)
 
 
-def _file_only(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.is_folder:
-        raise ModelError(
-            f"{checkpoint.path} is a model folder; give a LoRA's .safetensors, or its built-in "
-            "name."
-        )
-    return checkpoint
-
-
 def _suffix(weight: float) -> str:
     return "" if weight == 1 else f":{weight:g}"
 
@@ -155,22 +166,24 @@ class LoraFinder:
         if isinstance(lora, LoraFile):
             return lora
         name, weight = _parsed(lora)
-        path = find_model(name)
+        path = find_lora_file(name)
         status = path.stat()
         checkpoint = self._checkpoints(name, path, status.st_mtime_ns, status.st_size)
-        return LoraFile(_file_only(checkpoint), weight)
+        return LoraFile(checkpoint, weight)
 
 
 class LoraCache:
     """One loaded model under changing stacks of LoRAs, without changing the model.
 
     The networks' modules are copied for each stack, but not their weights. A LoRA is computed
-    beside its layer, W x + weight * alpha / rank * up down x; or, `fused`, it is added to a copy of
-    the weights. The model itself is never written to: it stays as it was bit for bit, and different
-    stacks may sample at the same time.
+    beside its layer, W x + weight * alpha / rank * up down x; what is no product of two small
+    matrices (a LoHa, LoKr, DoRA or full difference) changes a copy of its layer's weight. Or,
+    `fused`, everything changes copies of the weights. The model itself is never written to: it
+    stays as it was bit for bit, and different stacks may sample at the same time.
 
-    Not fused, a stack takes no memory beyond its LoRAs, which stacks share; fused, it takes that of
-    the networks it changes, and samples as fast as the model alone. The last `num_kept` stacks are
+    Not fused, a stack takes no memory beyond its LoRAs, which stacks share, and the weights that it
+    had to copy; fused, it takes that of the networks it changes, and samples as fast as the model
+    alone. The last `num_kept` stacks are
     kept, so that one of them again costs no time and no look at the disk. Move the model to its
     device and precision before.
     """
@@ -182,37 +195,36 @@ class LoraCache:
         self._low_ranks = lru_cache(num_kept)(self._read)
         self._finder = LoraFinder()
 
-    def apply(self, loras: Sequence[str | LoraFile]) -> Bundle:
+    def apply(self, loras: Sequence[str | LoraFile], *, embeddings: Sequence[str] = ()) -> Bundle:
         """Return the model with LoRAs on it, each "file", "file:weight" or a `LoraFile`.
 
-        Raises as `load_with_loras`. May be called from any thread.
+        `embeddings` are files and folders of textual inversions, whose names then stand for them in
+        prompts; those that lie in a LoRA's file come with it. Raises as `load_with_loras`. May be
+        called from any thread.
         """
-        return self._patched(tuple(loras))
+        return self._patched(tuple(loras), tuple(embeddings))
 
-    def _patch(self, loras: tuple[str | LoraFile, ...]) -> Bundle:
+    def _patch(self, loras: tuple[str | LoraFile, ...], embeddings: tuple[str, ...]) -> Bundle:
         files = [self._finder.find(lora) for lora in loras]
         contract = self.bundle.contract
         for lora in files:
             contract = lora.contract_on(contract)
         stack = [(lora.weight, self._low_ranks(lora.checkpoint)) for lora in files]
         parts = self._copied_parts({layer for _, changes in stack for layer in changes})
-        for weight, changes in stack:
-            if self.fused:
+        if self.fused:
+            for weight, changes in stack:
                 merge_lora(changes, parts, weight=weight)
-            else:
-                _put_beside(changes, parts, weight)
+        else:
+            _put_beside(stack, parts)
         origin = (*self.bundle.origin, *map(spelled, loras))
-        return replace(self.bundle.with_parts(parts), contract=contract, origin=origin)
+        patched = replace(self.bundle.with_parts(parts), contract=contract, origin=origin)
+        return patched.with_embeddings(all_embeddings(files, embeddings))
 
-    def _read(self, checkpoint: Checkpoint) -> dict[str, LowRank]:
-        """Read a LoRA to where the layers are that it changes, and in their precision."""
+    def _read(self, checkpoint: Checkpoint) -> dict[str, WeightChange]:
+        """Read a LoRA to where the layers are that it changes."""
         parts = self.bundle.parts
-        changes = {}
-        for name, low_rank in LoraFile(checkpoint).read(parts).items():
-            weight = find_layer(parts, name).weight
-            down = low_rank.down.to(weight)
-            changes[name] = replace(low_rank, down=down, up=low_rank.up.to(weight))
-        return changes
+        changes = LoraFile(checkpoint).read(parts)
+        return {name: change.to(find_parameter(parts, name)) for name, change in changes.items()}
 
     def _copied_parts(self, layers: set[str]) -> dict[str, nn.Module]:
         """Return the model's networks, those with such layers as copies.
@@ -235,13 +247,38 @@ def _look_at(name: str, path: Path, modified: int, size: int) -> Checkpoint:
     return replace(resolve(path), name=name)
 
 
-def _put_beside(
-    changes: Mapping[str, LowRank], parts: Mapping[str, nn.Module], weight: float
+_Stack = Sequence[tuple[float, Mapping[str, WeightChange]]]
+"""LoRAs in order: the strength of each, and its changes by name."""
+
+
+def _put_beside(stack: _Stack, parts: Mapping[str, nn.Module]) -> None:
+    """Let the layers of networks, which share their weights, compute a stack beside themselves."""
+    by_name: dict[str, list[tuple[float, WeightChange]]] = {}
+    for strength, changes in stack:
+        for name, change in changes.items():
+            by_name.setdefault(name, []).append((strength, change))
+    for name, listed in by_name.items():
+        low_ranks = [change for _, change in listed if isinstance(change, LowRank)]
+        if len(low_ranks) < len(listed):
+            _change_copy(name, listed, parts)
+            continue
+        for (strength, _), low_rank in zip(listed, low_ranks, strict=True):
+            scale = strength * low_rank.alpha / low_rank.rank
+            find_layer(parts, name).register_forward_hook(partial(_beside, low_rank, scale))
+
+
+@torch.no_grad()
+def _change_copy(
+    name: str, listed: Sequence[tuple[float, WeightChange]], parts: Mapping[str, nn.Module]
 ) -> None:
-    """Let the layers of networks compute a LoRA beside themselves."""
-    for name, low_rank in changes.items():
-        scale = weight * low_rank.alpha / low_rank.rank
-        find_layer(parts, name).register_forward_hook(partial(_beside, low_rank, scale))
+    """Give a layer a weight, or a bias, of its own, with changes applied in order."""
+    old = find_parameter(parts, name)
+    new: Tensor = old
+    for strength, change in listed:
+        new = change.applied(new, strength)
+    layer, kind = split_name(name)
+    parameter = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+    setattr(find_layer(parts, layer), kind, parameter)
 
 
 def _beside(

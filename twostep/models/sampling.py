@@ -13,8 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from twostep.diffusion import Denoise, falling_times, find_sampler, initial_noise, seeded_noise
+from twostep.contract import Contract
+from twostep.diffusion import (
+    Denoise,
+    Schedule,
+    falling_times,
+    find_sampler,
+    initial_noise,
+    seeded_noise,
+)
 from twostep.diffusion.flow import Keep, OnStep
+from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.samplers import Sampler
 from twostep.diffusion.shapes import Batch, Time
 from twostep.models.bundle import Bundle
@@ -126,6 +135,25 @@ def draw_noise(
     return noise if device is None else noise.to(device)
 
 
+def sampling_times(
+    contract: Contract, schedule: Schedule, *, steps: int | None = None, start: Time | None = None
+) -> tuple[Time, ...]:
+    """Return the falling times that a model visits, the landing 0 included.
+
+    Args:
+        contract: Says at which times the model is sampled.
+        schedule: Whose times they are.
+        steps: Of a teacher's grid; None is the contract's number.
+        start: Where an image is begun; None begins at pure noise.
+    """
+    if not contract.sampling_times:
+        first = schedule.top if start is None else start
+        return falling_times(first, steps or contract.steps, schedule)
+    if start is None:
+        return (*contract.sampling_times, 0)
+    return (start, *[t for t in contract.sampling_times if t < start], 0)
+
+
 def sample_latents(
     denoiser: Denoiser,
     guided: Guided,
@@ -159,7 +187,7 @@ def sample_latents(
     schedule = denoiser.schedule
     if isinstance(times, int):
         times = falling_times(schedule.top, times, schedule)
-    columns = torch.tensor(times)[:, None].expand(-1, len(x))
+    columns = time_tensor(times)[:, None].expand(-1, len(x))
     follow = find_sampler(sampler) if isinstance(sampler, str) else sampler
     return follow(
         guided.denoise(denoiser),
@@ -200,7 +228,7 @@ def sample_prompts(
             bundle.denoiser,
             guided,
             noise,
-            times=steps or contract.steps,
+            times=sampling_times(contract, bundle.denoiser.schedule, steps=steps),
             seeds=seeds,
             sampler=sampler or contract.sampler,
             on_step=on_step,

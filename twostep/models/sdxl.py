@@ -18,15 +18,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from twostep.contract import Contract, RectifiedFlowSpec
+from twostep.contract import Contract, RectifiedFlowSpec, VariancePreservingSpec
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
-from twostep.formats.diffusers_names import DIFFUSERS_NAMES
-from twostep.formats.locate import CONFIGS, CONTRACT_FILE, WEIGHTS, ModelError, fetch
+from twostep.formats.diffusers_names import DIFFUSERS_NAMES, scheduler_settings
+from twostep.formats.locate import CONFIGS, CONTRACT_FILE, SDXL_BASE, WEIGHTS, ModelError, fetch
 from twostep.formats.lora_files import merge_lora, read_lora
 from twostep.formats.single_file import (
-    SDXL_BASE,
     FolderFiles,
     Outline,
     SingleFile,
@@ -40,6 +39,9 @@ from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders, quiet_transformers
+
+SDXL_CHANNELS = (320, 640, 1280)
+"""The channels of SDXL's own UNet, by level, by which ComfyUI knows it."""
 
 
 class SdxlFamily:
@@ -64,7 +66,8 @@ class SdxlFamily:
         if not checkpoint.is_folder and (contract.role == "teacher" or checkpoint.is_whole):
             single = find_single_file(checkpoint.file)
         folder = _folder_of(checkpoint, contract, single)
-        weights: Weights = Outline() if outline else single or FolderFiles(folder.path)
+        source = single or FolderFiles(folder.path)
+        weights: Weights = Outline(source) if outline else source
         student = None
         if contract.role == "student" and isinstance(weights, FolderFiles):
             # A folder may also be a student's own, with its weights in the folder itself.
@@ -75,7 +78,7 @@ class SdxlFamily:
                 load_schedule(folder.path, contract),
                 contract.prediction_type,
             ),
-            codec=load_codec(folder.path, weights),
+            codec=load_codec(folder.path, weights, contract=contract),
             text=load_text(folder.path, weights),
             contract=contract,
             students=tuple(sorted(folder.students, reverse=True)),
@@ -127,18 +130,16 @@ class SdxlFamily:
 
 def _diffusers_scheduler(contract: Contract) -> Any:
     """Return the scheduler with which diffusers samples as a contract says."""
-    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+    import diffusers
 
-    if isinstance(contract.schedule, RectifiedFlowSpec):
-        return FlowMatchEulerDiscreteScheduler(shift=contract.schedule.shift)
-    return EulerDiscreteScheduler(
-        num_train_timesteps=contract.schedule.num_times,
-        beta_schedule=contract.schedule.betas,
-        beta_start=contract.schedule.beta_start,
-        beta_end=contract.schedule.beta_end,
-        timestep_spacing="trailing",
-        prediction_type=DIFFUSERS_NAMES[contract.prediction_type],
-    )
+    name, settings = scheduler_settings(contract.schedule)
+    if not isinstance(contract.schedule, RectifiedFlowSpec):
+        settings["prediction_type"] = DIFFUSERS_NAMES[contract.prediction_type]
+    if contract.sampler == "renoise" and isinstance(contract.schedule, VariancePreservingSpec):
+        # The times have no place in its config: whoever samples gives them.
+        name = "LCMScheduler"
+        del settings["timestep_spacing"]
+    return getattr(diffusers, name)(**settings)
 
 
 def is_sdxl(contract: Contract) -> bool:

@@ -9,21 +9,29 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from twostep.contract import TOP_TIME, Contract, RectifiedFlowSpec
-from twostep.diffusion import Schedule, VariancePreserving, make_schedule
+from twostep.contract import Contract, EdmSpec
+from twostep.diffusion import Schedule, make_schedule
 from twostep.formats.checkpoint import Checkpoint, resolve
-from twostep.formats.locate import CONFIGS, INDEX_FILE, ModelError, read_json
-from twostep.formats.single_file import PARTS, FolderFiles, Weights, find_single_file
+from twostep.formats.diffusers_names import noise_of_scheduler
+from twostep.formats.locate import CONFIGS, INDEX_FILE, read_json
+from twostep.formats.single_file import (
+    PARTS,
+    FolderFiles,
+    SingleFile,
+    Weights,
+    find_single_file,
+)
 from twostep.media.image import ImageCodec
 from twostep.text.clip import TextEncoders
+from twostep.text.vocabulary import END, clip_tokenizer
 
 
-def build_network(folder: Path, name: str) -> Any:
-    """Make a network of a model folder by its config, with random weights on the default device.
+def build_network(config: dict[str, Any], name: str) -> Any:
+    """Make a network by its config, with random weights on the default device.
 
     `name` is one of `PARTS`.
     """
-    config = read_json(folder / name / "config.json")
+    config = dict(config)
     if name == "unet":
         config["time_cond_proj_dim"] = None  # see `sdxl.embed_no_guidance`
         return UNet2DConditionModel.from_config(config)
@@ -47,8 +55,9 @@ def load_network(folder: Path, name: str, weights: Weights | None = None) -> Any
     Raises ModelError if weights are missing, damaged, or do not fit the config.
     """
     source = weights or FolderFiles(folder)
+    config = source.config(name)
     with torch.device(source.made_on):
-        network = build_network(folder, name)
+        network = build_network(config, name)
     loaded = source.weights(network, PARTS[name])
     network.load_state_dict({key: value.float() for key, value in loaded.items()}, assign=True)
     for module in network.modules():
@@ -58,56 +67,60 @@ def load_network(folder: Path, name: str, weights: Weights | None = None) -> Any
     return network.eval().requires_grad_(False)
 
 
-def load_codec(folder: Path, weights: Weights | None = None) -> ImageCodec:
-    """Load the autoencoder of a model folder, frozen and in float32; see `load_network`."""
+def load_codec(
+    folder: Path, weights: Weights | None = None, *, contract: Contract | None = None
+) -> ImageCodec:
+    """Load the autoencoder of a model folder, frozen and in float32; see `load_network`.
+
+    EDM counts noise in other units than the deviation of its data: the contract says which.
+    """
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     vae = load_network(folder, "vae", weights).to(memory_format=torch.channels_last)
+    if contract is not None and isinstance(contract.schedule, EdmSpec):
+        return ImageCodec(vae, deviation=contract.schedule.sigma_data)
     return ImageCodec(vae)
 
 
 def load_text(folder: Path, weights: Weights | None = None) -> TextEncoders:
     """Load the text encoders of a model folder, frozen and in float32; see `load_network`.
 
-    SDXL's index says that the empty prompt is all zeros; without an index, it is encoded like any
-    other.
+    SDXL's index says that the empty prompt is all zeros, and an index that does not say it means
+    the same, as in diffusers; without an index, it is encoded like any other. Without tokenizers,
+    they are CLIP's, which SDXL has.
     """
-    index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
+    has_index = (folder / INDEX_FILE).is_file()
+    index = read_json(folder / INDEX_FILE) if has_index else {}
     first = load_network(folder, "text_encoder", weights)
     second = load_network(folder, "text_encoder_2", weights)
     return TextEncoders(
         tokenizers=(
-            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+            _tokenizer(folder / "tokenizer", pad=END),
+            _tokenizer(folder / "tokenizer_2", pad="!"),
         ),
         encoders=(first, second),
-        zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", False)),
+        zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", has_index)),
     )
 
 
-def load_schedule(folder: Path, contract: Contract) -> Schedule:
-    """Return the noise schedule of a model.
+def _tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
+    """Return the tokenizer in a folder, or CLIP's where there is none."""
+    if not folder.is_dir():
+        return clip_tokenizer(pad)
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return tokenizer
 
-    A rectified flow stands in the contract. Variance-preserving schedules are read from the
-    scheduler's config, which every folder has. Raises ModelError unless it has linear or scaled
-    linear betas over T = 1000 times.
+
+def load_schedule(folder: Path, contract: Contract | None = None) -> Schedule:
+    """Return the noise schedule of a model, which stands in its contract.
+
+    Without a contract it is read from the scheduler's config in the folder. Raises ModelError for a
+    law of noise that is not known.
     """
-    if isinstance(contract.schedule, RectifiedFlowSpec):
+    if contract is not None:
         return make_schedule(**asdict(contract.schedule))
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    betas = config.get("beta_schedule", "linear")
-    num_times = config.get("num_train_timesteps", TOP_TIME)
-    is_zero_snr = bool(config.get("rescale_betas_zero_snr"))
-    makers = {
-        "scaled_linear": VariancePreserving.scaled_linear,
-        "linear": VariancePreserving.linear,
-    }
-    if betas not in makers or num_times != TOP_TIME or is_zero_snr:
-        rescaled = ", rescaled to zero SNR" if is_zero_snr else ""
-        raise ModelError(
-            f"{folder} has the schedule {betas!r} over {num_times} times{rescaled}; only "
-            f"scaled_linear and linear betas over {TOP_TIME} times are known."
-        )
-    return makers[betas](num_times, config.get("beta_start", 0.0001), config.get("beta_end", 0.02))
+    _, spec = noise_of_scheduler(config, folder)
+    return make_schedule(**asdict(spec))
 
 
 def hollow_networks(model: str | Path | Checkpoint) -> dict[str, nn.Module]:
@@ -116,8 +129,9 @@ def hollow_networks(model: str | Path | Checkpoint) -> dict[str, nn.Module]:
     Raises ModelError if their configs cannot be had.
     """
     checkpoint = resolve(model, only=CONFIGS)
-    folder = checkpoint.path
+    source: SingleFile | FolderFiles = FolderFiles(checkpoint.path)
     if not checkpoint.is_folder:
-        folder = find_single_file(checkpoint.file).folder
+        source = find_single_file(checkpoint.file)
+    configs = {name: source.config(name) for name in PARTS}
     with torch.device("meta"):
-        return {name: build_network(folder, name) for name in PARTS}
+        return {name: build_network(config, name) for name, config in configs.items()}

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from twostep.formats.lora_files import LoraError, read_lora
+from twostep.formats.lora_files import read_lora
+from twostep.formats.lora_kinds import LowRank
+from twostep.formats.peft_config import LoraError
 
 TARGETS = (
     "to_q",
@@ -176,10 +178,14 @@ def load_lora(network: nn.Module, name: str, path: Path) -> Lora:
     Raises:
         LoraError: If the file changes parts beside the UNet, mixes ranks, or does not fit.
     """
-    layers = {
-        layer.removeprefix(PREFIX): low_rank
-        for layer, low_rank in read_lora(path, {"unet": network}).items()
-    }
+    layers = {}
+    for layer, change in read_lora(path, {"unet": network}).items():
+        if not isinstance(change, LowRank):
+            raise LoraError(
+                f"{path} has a {change.kind} for {layer}. Only a LoRA can be trained on; merge "
+                "this into the model that is trained (twostep export --lora)."
+            )
+        layers[layer.removeprefix(PREFIX)] = change
     ranks = {low_rank.rank for low_rank in layers.values()}
     if len(ranks) != 1:
         raise LoraError(

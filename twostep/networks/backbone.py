@@ -37,6 +37,7 @@ class BackboneSpec:
         feature_widths: Channels of every tensor that `features` returns; empty without features.
         lora_targets: Endings of the names of the layers that a LoRA changes; empty where the
             backbone takes no LoRA.
+        pooled_width: Width of the pooled embedding of a prompt; 0 where there is none.
     """
 
     family: str
@@ -45,6 +46,7 @@ class BackboneSpec:
     latent_ndim: int = 3
     feature_widths: tuple[int, ...] = ()
     lora_targets: tuple[str, ...] = ()
+    pooled_width: int = 0
 
     @property
     def is_inpainting(self) -> bool:

@@ -5,9 +5,11 @@ A ControlNet that was made for a teacher serves its students unchanged.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +18,20 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from twostep.formats.locate import WEIGHTS, ModelError, fetch, read_json, weights_variant
+from twostep.formats.header import read_header
+from twostep.formats.identify import CONTROL, kind_of
+from twostep.formats.locate import (
+    WEIGHTS,
+    ModelError,
+    fetch,
+    hub_id,
+    read_json,
+    weights_variant,
+)
+from twostep.formats.single_file import account
 
 BUILT_IN = {"silhouette": WEIGHTS / "nano" / "controlnet"}
 """Folders of the ControlNets that come with the package, by name."""
@@ -35,6 +48,16 @@ SHARED_CONFIG = (
 """What a ControlNet's config must share with that of its UNet."""
 
 _CONFIG = "config.json"
+
+_EMBEDDING = "controlnet_cond_embedding"
+"""What the picture goes through first; only ControlNets by diffusers' names have it."""
+
+_TRANSFORMER = r"attentions\.0\.transformer_blocks\.(\d+)\."
+
+_EXPECTED = (
+    "Expected a ControlNetModel's folder, its .safetensors by diffusers' names, a hub id, or a "
+    f"built-in one: {', '.join(BUILT_IN)}."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +120,7 @@ def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlN
     """Load a ControlNet, on the UNet's device and in its precision; the last four are kept.
 
     Args:
-        name: A built-in name, a folder, or a hub id.
+        name: A built-in name, a folder, a .safetensors file by diffusers' names, or a hub id.
         unet: The UNet that it is to act on.
         pixels_per_latent: Pixels along each side of one latent.
 
@@ -111,11 +134,12 @@ def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlN
             "Draw without a ControlNet, or with an SDXL model."
         )
     folder = _control_folder(name)
+    if folder.is_file():
+        return _from_file(folder, unet, pixels_per_latent)
     config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if config.get("_class_name") != "ControlNetModel":
         kind = config.get("_class_name", "no folder of a network")
-        expected = "a ControlNetModel's folder or hub id, or a built-in one"
-        raise ModelError(f"{folder} is {kind}. Expected {expected}: {', '.join(BUILT_IN)}.")
+        raise ModelError(f"{folder} is {kind}. {_EXPECTED}")
     differences = _differences(config, unet, pixels_per_latent)
     if differences:
         raise ModelError(
@@ -128,9 +152,10 @@ def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlN
 def _control_folder(name: str) -> Path:
     """Return the local folder of a ControlNet, fetched from the hub if it is a hub id."""
     folder = BUILT_IN.get(name, Path(name))
-    if folder.exists() or "/" not in name:
+    repository = hub_id(name)
+    if folder.exists() or repository is None:
         return folder
-    return fetch(name, only=("*.json", "*.safetensors"), holding=_CONFIG)
+    return fetch(repository, only=("*.json", "*.safetensors"), holding=_CONFIG)
 
 
 def _differences(
@@ -153,6 +178,84 @@ def _differences(
         if has != needs:
             differences.append(f"{key} {has}, expected {needs}")
     return differences
+
+
+def _from_file(path: Path, unet: UNet2DConditionModel, pixels_per_latent: int) -> ControlNetModel:
+    """Load a ControlNet from one file, which has no config.
+
+    What its layers are is read off the names and shapes of its weights, everything else is as in
+    the UNet that it acts on.
+    """
+    header = read_header(path)
+    kind = kind_of(header)
+    if kind.what != CONTROL or not header.has(_EMBEDDING):
+        known = f"{kind}, {kind.names} names" if kind.names else str(kind)
+        raise ModelError(f"{path} is {known}. {_EXPECTED}")
+    config = {**unet.config, **_layers(header.shapes)}
+    config["in_channels"] = unet.config.out_channels
+    differences = _differences(config, unet, pixels_per_latent)
+    if differences:
+        raise ModelError(
+            f"{path} is a ControlNet for another model: {'; '.join(differences)}. "
+            "Use one made for this."
+        )
+    return _load_file(path.resolve(), _Config(config), unet.device, unet.dtype)
+
+
+def _layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return what the names and shapes of a ControlNet's weights say of its config."""
+    stages = [shapes[f"{_EMBEDDING}.conv_in.weight"][0]]
+    while (second := f"{_EMBEDDING}.blocks.{2 * len(stages) - 1}.weight") in shapes:
+        stages.append(shapes[second][0])
+    layers: dict[str, Any] = {"conditioning_embedding_out_channels": stages}
+    num_blocks = _count(shapes, r"down_blocks\.(\d+)\.")
+    blocks = [f"down_blocks.{i}" for i in range(num_blocks)]
+    depths = [_count(shapes, rf"{re.escape(each)}\.{_TRANSFORMER}") for each in blocks]
+    middle = _count(shapes, rf"mid_block\.{_TRANSFORMER}")
+    layers["down_block_types"] = [
+        "CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths
+    ]
+    layers["mid_block_type"] = "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D"
+    # The middle has the depth of the last block, which may have no attention itself.
+    layers["transformer_layers_per_block"] = [*(depth or 1 for depth in depths[:-1]), middle or 1]
+    layers["layers_per_block"] = _count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
+    layers["block_out_channels"] = [
+        shapes.get(f"{each}.resnets.0.conv1.weight", (0,))[0] for each in blocks
+    ]
+    for name, shape in shapes.items():
+        if name.endswith("attn2.to_k.weight"):
+            layers["cross_attention_dim"] = shape[1]
+        if name.endswith("attentions.0.proj_in.weight"):
+            # Written as a linear layer, or as a convolution of 1x1.
+            layers["use_linear_projection"] = len(shape) == 2
+    return layers
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """Return how many numbers a pattern has among names that begin with it: the largest and one."""
+    numbers = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
+
+
+class _Config(dict[str, Any]):
+    """A config that can be remembered by: every network is made by equal ones alike."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=4)
+def _load_file(
+    path: Path, config: _Config, device: torch.device, dtype: torch.dtype
+) -> ControlNetModel:
+    known = inspect.signature(ControlNetModel.__init__).parameters
+    arguments = {key: value for key, value in config.items() if key in known}
+    with torch.device("meta"):
+        network = ControlNetModel(**arguments)
+    expected = network.state_dict()
+    accounted = account(load_file(path), expected, {key: key for key in expected}, str(path))
+    network.load_state_dict(accounted, assign=True)
+    return network.to(device, dtype).eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=4)

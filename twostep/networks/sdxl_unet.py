@@ -45,6 +45,10 @@ class SdxlUnet:
             out_channels=int(config.out_channels),
             feature_widths=(*widths, widths[-1]),
             lora_targets=adapters.TARGETS,
+            # What is left beside the embeddings of the six sizes.
+            pooled_width=int(
+                config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            ),
         )
 
     @property

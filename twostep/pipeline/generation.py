@@ -59,8 +59,8 @@ OnStepOf = Callable[[int, Progress], None]
 """The same for several requests; the number is the place of the request."""
 
 
-def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None) -> Result:
-    """Draw the images of a request with a model.
+def generate(bundle: Bundle, request: Request | str, *, on_step: OnStep | None = None) -> Result:
+    """Draw the images of a request, or one image of a prompt, with a model.
 
     Image i depends on the model and on seed + i alone, not on how many others are drawn with it, to
     rounding. What the contract cannot honour raises `ContractError`, what it ignores becomes a
@@ -72,6 +72,8 @@ def generate(bundle: Bundle, request: Request, *, on_step: OnStep | None = None)
         if on_step is not None:
             on_step(progress)
 
+    if isinstance(request, str):
+        request = Request(request)
     (answer,) = generate_together(bundle, [request], on_step=report)
     if isinstance(answer, TwostepError):
         raise answer
@@ -250,7 +252,7 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
         torch.cat(beginnings),
         times=first.times,
         seeds=[seed for part in parts for seed in part.seeds],
-        sampler=bundle.contract.sampler,
+        sampler=first.request.sampler or bundle.contract.sampler,
         on_step=report,
         keep=None if first.mask is None else keep,
     )

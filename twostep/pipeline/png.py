@@ -1,9 +1,10 @@
 """Files that say how they were made.
 
-Every PNG carries two text chunks. `parameters` is the line that A1111 and its relatives write and
-show. `twostep` is JSON: the sampling contract of the model, the request that draws exactly this
-picture again, the names of the model and its LoRAs, and which pictures were drawn in one batch, for
-alone a picture may differ in its last bit.
+Every PNG carries text chunks. `parameters` is the line that A1111 and its relatives write and show,
+`prompt` and `workflow` are a graph for ComfyUI. `twostep` is JSON: the sampling contract of the
+model, the request that draws exactly this picture again, the names of the model and its LoRAs, the
+hashes of these, and which pictures were drawn in one batch, for alone a picture may differ in its
+last bit.
 
 This module does not know how a picture was drawn; it is handed a `Result`.
 """
@@ -11,7 +12,10 @@ This module does not know how a picture was drawn; it is handed a `Result`.
 import json
 import re
 import tempfile
-from dataclasses import dataclass, replace
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,16 @@ from PIL import Image
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
-from twostep.files import write_atomically
+from twostep.export.page import page_of
+from twostep.files import write_new
 from twostep.media.codec import Encoded
-from twostep.pipeline.request import MAX_BATCH, LoraChoice, Request, Result
+from twostep.pipeline.request import MAX_BATCH, SAMPLERS, LoraChoice, Request, Result
+from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
 _MAX_SLUG_LETTERS = 60
+_MAX_SLUG_BYTES = 100
 
 
 class OutputError(TwostepError):
@@ -45,6 +52,7 @@ class Provenance:
     - `parameters`: the text that A1111 shows.
     - `origin`: the model and its LoRAs as they were named; empty where that is not known.
     - `batch`: the request of all that was drawn in one batch with it.
+    - `lora_hashes`: the SHA-256 of the files of its LoRAs, by their names as in the request.
     - `has_merged_loras`: whether its LoRAs were merged into the weights, as they were before a
       request could name them. The sums are then rounded in another order.
     """
@@ -55,6 +63,7 @@ class Provenance:
     origin: tuple[str, ...]
     batch: Request
     has_merged_loras: bool
+    lora_hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
@@ -69,10 +78,7 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
     for index, image in enumerate(result.images):
         encoded = result.to_file(image, text_chunks(result, index))
         stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
-        path = _free_path(folder, stem, encoded)
-        with write_atomically(path) as file:
-            file.write(encoded.data)
-        paths.append(path)
+        paths.append(write_new(_free_paths(folder, stem, encoded), encoded.data))
     return paths
 
 
@@ -87,10 +93,28 @@ def text_chunks(result: Result, index: int) -> dict[str, str]:
         "origin": result.origin,
         "batch": {"seed": batch_seeds[0], "num_images": len(batch_seeds)},
     }
-    return {
+    if request.loras:
+        # This brings torch, which pictures without LoRAs are saved without.
+        from twostep.pipeline.lora_hashes import lora_hashes
+
+        described["lora_hashes"] = lora_hashes(request)
+    chunks = {
         A1111_CHUNK: a1111_text(result.contract, request),
         TWOSTEP_CHUNK: json.dumps(described, ensure_ascii=False),
     }
+    return chunks | comfyui_chunks(result.contract, request)
+
+
+def comfyui_chunks(contract: Contract, request: Request) -> dict[str, str]:
+    """Return the graph that draws one picture, as ComfyUI keeps it in the pictures it saves.
+
+    "prompt" is for its server, "workflow" for its page, which opens it when the picture is dropped
+    there. Empty for what its own nodes cannot do.
+    """
+    api = workflow_of(contract, request)
+    if api is None:
+        return {}
+    return {"prompt": json.dumps(api), "workflow": json.dumps(page_of(api))}
 
 
 def a1111_text(contract: Contract, request: Request) -> str:
@@ -100,8 +124,8 @@ def a1111_text(contract: Contract, request: Request) -> str:
     """
     settings = {
         "Steps": f"{request.steps}",
-        "Sampler": "Euler",
-        "Schedule type": "SGM Uniform",
+        "Sampler": SAMPLERS[request.sampler or contract.sampler],
+        "Schedule type": "Simple",
         "CFG scale": f"{request.guidance:g}",
         "Seed": f"{request.seed}",
         "Size": f"{request.width}x{request.height}",
@@ -155,7 +179,15 @@ def _read_chunks(described: dict[str, Any], parameters: str) -> Provenance:
         origin=origin,
         batch=replace(request, **described.get("batch", {})),
         has_merged_loras=is_old and len(origin) > 1,
+        lora_hashes=_hashes(described.get("lora_hashes", {})),
     )
+
+
+def _hashes(described: object) -> dict[str, str]:
+    """Check what a chunk says of LoRAs; raises TypeError for anything but names and hashes."""
+    if not isinstance(described, dict):
+        raise TypeError("lora_hashes is no object")
+    return {str(name): str(value) for name, value in described.items()}
 
 
 def prepare_folder(folder: str | Path) -> Path:
@@ -176,20 +208,22 @@ def prepare_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _free_path(folder: Path, stem: str, encoded: Encoded) -> Path:
-    """Return a path that no other content has: the stem, or with a number."""
-    path = folder / f"{stem}{encoded.suffix}"
-    number = 1
-    while path.exists() and not (path.is_file() and path.read_bytes() == encoded.data):
-        number += 1
-        path = folder / f"{stem}_{number}{encoded.suffix}"
-    return path
+def _free_paths(folder: Path, stem: str, encoded: Encoded) -> Iterator[Path]:
+    """Yield the names that an item may get: the stem, then with numbers."""
+    yield folder / f"{stem}{encoded.suffix}"
+    for number in count(2):
+        yield folder / f"{stem}_{number}{encoded.suffix}"
 
 
 def _slug(text: str) -> str:
-    """Return a text as a file name: lower-case letters and digits of ASCII, hyphens between."""
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return words[:_MAX_SLUG_LETTERS].rstrip("-") or "untitled"
+    """Return a text as a file name: lower-case letters and digits, hyphens between.
+
+    Letters of every script stay. File systems count bytes, and allow 255 in the whole name.
+    """
+    normal = unicodedata.normalize("NFKC", text).lower()
+    words = re.sub(r"[\W_]+", "-", normal).strip("-")[:_MAX_SLUG_LETTERS]
+    cut = words.encode()[:_MAX_SLUG_BYTES].decode(errors="ignore")
+    return cut.rstrip("-") or "untitled"
 
 
 def _quote(value: str) -> str:

@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from twostep.contract import Contract
-from twostep.diffusion import Schedule, falling_times, trailing_times
+from twostep.diffusion import Schedule, trailing_times
+from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Batch, Latents, Time
+from twostep.formats import few_step
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
-from twostep.models.sampling import Guided, draw_noise, encode_prompts
+from twostep.models.sampling import Guided, draw_noise, encode_prompts, sampling_times
 from twostep.networks.control import Hint, load_control
 from twostep.pipeline.request import (
     NUM_DISTINCT_SEEDS,
@@ -74,8 +76,8 @@ class Prepared:
     def batch_key(self) -> object:
         """What two requests must have in common to be drawn in one batch.
 
-        These are times, guidance, size, tokens, ControlNets with their scales and shares, and
-        whether anything is put back. What an inpainting network is shown is one picture for the
+        These are times, sampler, guidance, size, tokens, ControlNets with their scales and shares,
+        and whether anything is put back. What an inpainting network is shown is one picture for the
         whole batch, so those are drawn by themselves; and so is what another engine runs, for only
         the operations of an eager network can be computed part by part.
         """
@@ -88,6 +90,7 @@ class Prepared:
             self.guided.positive.text.shape,
             tuple(controls),
             self.request.init_noise,
+            self.request.sampler,
             self.mask is None,
             None if known is None and self.request.engine == "eager" else id(self),
         )
@@ -98,7 +101,9 @@ class Prepared:
 
     def beginning(self, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at the first time: the noise, or the noised image."""
-        t = torch.full((len(noise),), self.times[0])
+        if self.request.image is None and self.times[0] != schedule.top:
+            return noise
+        t = time_tensor(self.times[:1]).expand(len(noise))
         x0 = self.x0.expand_as(noise)
         if self.request.init_noise == "comfyui":
             return schedule.add_noise(x0, noise, t)
@@ -131,8 +136,15 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
     that leaves nothing to draw, PromptError for weights in a prompt that cannot be read, and
     ModelError for a ControlNet that does not fit.
     """
-    warnings = bundle.contract.check(request.steps, request.guidance, request.width, request.height)
+    warnings = bundle.contract.check(
+        request.steps,
+        request.guidance,
+        request.width,
+        request.height,
+        sampler=request.sampler,
+    )
     wished_strength = request.strength
+    warnings += _unread_loras(bundle, request)
     request, times = _settled(bundle, request)
     seconds = dict.fromkeys(STAGES, 0.0)
     with timed(seconds, "text"):
@@ -150,7 +162,12 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
         image = None if request.image is None else _pixels(bundle, request.image, size)
         mask = None if request.mask is None else _mask(bundle, request.mask, size)
         if image is None:
-            x0 = torch.zeros(1, *bundle.latent_shape(*size), device=bundle.denoiser.device)
+            x0 = torch.zeros(
+                1,
+                *bundle.latent_shape(*size),
+                dtype=torch.float32,
+                device=bundle.denoiser.device,
+            )
         else:
             x0 = bundle.codec.encode(image)
         known = _known(bundle, size, image, mask) if bundle.is_inpainting else None
@@ -166,6 +183,19 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
         warnings=warnings,
         seconds=seconds,
     )
+
+
+def _unread_loras(bundle: Bundle, request: Request) -> list[str]:
+    """Warn of LoRAs that a request names and the model does not carry."""
+    wished = [str(lora) for lora in request.loras]
+    carried = [str(LoraChoice.parse(lora)) for lora in bundle.origin[1:]]
+    missing = [lora for lora in wished if lora not in carried]
+    if not missing:
+        return []
+    return [
+        f"{', '.join(missing)} is not on this model, and has no effect: a Studio loads what a "
+        "request names, and load_with_loras(model, [file]) puts a LoRA on."
+    ]
 
 
 @contextmanager
@@ -193,27 +223,40 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         guidance = max(1.0, wished)
     steps = request.steps or contract.steps
     schedule = bundle.denoiser.schedule
-    start: float = schedule.top
+    start: Time | None = None
     strength = None
     if request.image is not None:
         start = _first_time(contract, request, steps, schedule)
         strength = start / schedule.top
     width, height = _size(contract, request)
     settled = replace(
-        request, steps=steps, guidance=guidance, width=width, height=height, strength=strength
+        request,
+        steps=steps,
+        guidance=guidance,
+        width=width,
+        height=height,
+        strength=strength,
+        sampler=request.sampler or contract.sampler,
     )
     if bundle.origin:
         model, *loras = bundle.origin
         choices = tuple(LoraChoice.parse(lora) for lora in loras)
         settled = replace(settled, model=model, loras=choices)
-    return settled, falling_times(start, steps, schedule)
+    return settled, sampling_times(contract, schedule, steps=steps, start=start)
 
 
 def _first_time(contract: Contract, request: Request, steps: int, schedule: Schedule) -> Time:
     """Return the time at which an image is begun.
 
-    It is that trained time, or of a teacher's grid, which is nearest to the strength.
+    It is that trained time, or of a teacher's grid, which is nearest to the strength. Raises
+    RequestError for a student that knows no image in its noise.
     """
+    if contract.sampling_times and contract.sampling_times[0] != schedule.top:
+        raise RequestError(
+            f"{contract.name} draws from pure noise alone, which it takes for latents of time "
+            f"{contract.sampling_times[0]:g}, so it cannot begin with an image. Use another "
+            "student for that."
+        )
     usual = DEFAULT_STRENGTH if request.mask is None else 1.0
     wished = schedule.top * (request.strength or usual)
     times = contract.trained_times or trailing_times(steps, schedule)
@@ -314,7 +357,7 @@ def _known(
     """
     if image is None or mask is None:
         width, height = size
-        image = torch.zeros(1, 3, height, width, device=bundle.denoiser.device)
+        image = torch.zeros(1, 3, height, width, dtype=torch.float32, device=bundle.denoiser.device)
         mask = torch.ones_like(image[:, :1], dtype=torch.bool)
     latents = bundle.codec.encode(image.masked_fill(mask, 0))
     return torch.cat([_coarse(mask, latents).to(latents.dtype), latents], dim=1)
@@ -346,6 +389,9 @@ def _warnings(
             f"not in the vocabulary of {contract.name}: {words}. "
             "It has never seen these words, so expect nothing of them."
         )
+    few_steps = few_step.note(contract)
+    if few_steps is not None:
+        warnings.append(few_steps)
     warnings += _picture_warnings(request)
     last = request.seeds[-1]
     if last >= NUM_DISTINCT_SEEDS:

@@ -46,7 +46,17 @@ InitNoise = Literal["comfyui", "diffusers"]
 "comfyui" begins at pure noise, as students are trained. "diffusers" begins at sigma_T times that.
 """
 
+SAMPLERS = {"euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC", "renoise": "LCM"}
+"""The samplers that a request may name, and what A1111 calls them."""
+
 _LORA = re.compile(r"(?P<name>.+?)(?::(?P<weight>-?(?:\d+\.?\d*|\.\d+)))?")
+
+
+_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+_LORA_TAG = re.compile(
+    r"<(?:lora|lyco):(?P<name>(?:hf:)?[^:<>]+)(?::(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)))?>"
+)
+"""A LoRA in a prompt, as A1111 has it."""
 
 
 class RequestError(TwostepError):
@@ -187,15 +197,22 @@ class Request:
     - `width`, `height`: pixels.
     - `image`, `strength`, `mask`: a picture that is changed instead of drawn anew; how much of it,
       above 0 and up to 1 (0.75, with a mask 1); and where, white in a picture of the same size.
+    - `sampler`: how a teacher goes from time to time: "euler", "dpmpp-2m" or "unipc"; "renoise" for
+      models that add fresh noise. Students keep to their own.
     - `controls`: ControlNets.
     - `init_noise`: where the drawing begins.
     - `model`: a built-in name, a folder, a file or a hub id.
-    - `loras`: LoRAs in order, each a `LoraChoice`, "file" or "file:0.8".
+    - `loras`: LoRAs in order, each a `LoraChoice`, "file" or "file:0.8". `<lora:file:0.8>` in the
+      prompt adds one and is taken out of the text.
+    - `embeddings`: files and folders of textual inversions, whose names, or "embedding:name", then
+      stand for them in the prompts.
     - `engine`: what runs the network.
+    - `treated_as`: the few-step kind of a model of others ("lightning", "turbo", "lcm", "hyper",
+      "dmd2"), which is then drawn as a student of so many steps, or "base" for none.
 
-    `generate(bundle, request)` draws with the bundle it is given and reads neither `model`, `loras`
-    nor `engine`; a `Studio` loads what they say. Raises `RequestError` where a value is impossible
-    for any model.
+    `generate(bundle, request)` draws with the bundle it is given and reads neither `model`,
+    `loras`, `engine` nor `treated_as`; a `Studio` loads what they say. Raises `RequestError` where
+    a value is impossible for any model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -216,6 +233,9 @@ class Request:
     model: str = field(default="nano", kw_only=True)
     loras: tuple[LoraChoice | str, ...] = field(default=(), kw_only=True)
     engine: str = field(default="eager", kw_only=True)
+    embeddings: tuple[str, ...] = field(default=(), kw_only=True)
+    sampler: str | None = field(default=None, kw_only=True)
+    treated_as: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, holds, expected in self._rules():
@@ -225,7 +245,11 @@ class Request:
         choices = tuple(
             LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in self.loras
         )
-        object.__setattr__(self, "loras", choices)
+        prompt, more = _loras_in(self.prompt)
+        if _loras_in(self.negative_prompt)[1]:
+            raise RequestError("negative_prompt has <lora:...>; put it into the prompt.")
+        object.__setattr__(self, "prompt", prompt)
+        object.__setattr__(self, "loras", (*choices, *more))
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield the name of a field, whether its value is possible, and what is.
@@ -245,6 +269,8 @@ class Request:
             yield name, _is_text(value) and bool(value.strip()), "a name that is not empty"
         known = all(isinstance(lora, LoraChoice | str) for lora in self.loras)
         yield "loras", known, "each to be a file, file:weight or a LoraChoice"
+        known = all(_is_text(place) and place.strip() for place in self.embeddings)
+        yield "embeddings", known, "each to be a file or a folder"
 
     def _number_rules(self) -> Iterator[tuple[str, bool, str]]:
         expected = "a whole number from 1 up: ask for at least one image"
@@ -264,6 +290,10 @@ class Request:
         yield "guidance", possible, "a number from 0 up. 1 means none, 3 to 8 is usual"
 
     def _picture_rules(self) -> Iterator[tuple[str, bool, str]]:
+        known = self.sampler is None or self.sampler in SAMPLERS
+        yield "sampler", known, f"one of {', '.join(SAMPLERS)}"
+        named = self.treated_as is None or _is_text(self.treated_as)
+        yield "treated_as", named, "the name of a few-step kind"
         choices = get_args(InitNoise)
         yield "init_noise", self.init_noise in choices, f"one of {', '.join(choices)}"
         for name in ("strength", "mask"):
@@ -367,6 +397,25 @@ class Result:
 def _is_text(value: object) -> bool:
     """Tell whether a value is text that can be written as UTF-8: no lone surrogates."""
     return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
+
+
+def _loras_in(prompt: str) -> tuple[str, list[LoraChoice]]:
+    """Return a prompt without A1111's `<lora:name:weight>`, and the LoRAs that it asks for.
+
+    Raises RequestError for what such a tag may say elsewhere, and is not read here.
+    """
+    choices = []
+    for tag in _TAG.finditer(prompt):
+        match = _LORA_TAG.fullmatch(tag[0])
+        if match is None:
+            raise RequestError(
+                f"the prompt has {tag[0]!r}; expected <lora:FILE> or <lora:FILE:WEIGHT>, with one "
+                "weight for all networks."
+            )
+        choices.append(LoraChoice(match["name"].strip(), float(match["weight"] or 1)))
+    if not choices:
+        return prompt, []
+    return re.sub(r"\s+", " ", _TAG.sub(" ", prompt)).strip(), choices
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import torch
 
+from twostep.contract import Contract, ContractError
 from twostep.engines.engine import registered_engine
 from twostep.errors import TwostepError
 from twostep.formats import Checkpoint, resolve
+from twostep.formats.contracts import SDXL
+from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
-from twostep.models.lora_stack import LoraCache, LoraFinder
+from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
 from twostep.pipeline.generation import OnStep, OnStepOf, Progress, generate, generate_together
 from twostep.pipeline.request import Request, RequestError, Result
 from twostep.training.device import find_device
@@ -108,8 +111,10 @@ class Studio:
     def load(self, request: Request) -> Bundle:
         """Return the model of a request with its LoRAs on, loaded if it is not there yet.
 
-        `steps` picks the student. Left open, it is the student of two steps if there is one, else
-        the teacher; with LoRAs, the teacher. A LoRA that makes students needs the teacher too.
+        `steps` picks the student; a model that has none takes any number. Left open, it is the
+        student of two steps if there is one and its LoRAs go on it; else the student that a LoRA
+        was trained on, else the teacher. A LoRA that makes students needs the teacher. `treated_as`
+        says which few-step kind a model is whose file does not say it.
         Raises ModelError where there is no such model, or none for these steps, and ContractError
         for a LoRA that does not go on it.
         """
@@ -119,11 +124,19 @@ class Studio:
         checkpoint = None
         if any(lora.makes_students for lora in loras):
             steps = None
-        elif steps is None and not loras:
+        elif steps is None:
             checkpoint = resolve(request.model)
-            steps = _favourite_steps(checkpoint)
-        bundle = self._model(request.model, steps, checkpoint).apply(loras)
+            steps = _favourite_steps(checkpoint, loras)
+        elif steps is not None and (request.model, steps) not in self._slots:
+            checkpoint = resolve(request.model, steps=steps)
+            if checkpoint.takes_any_steps:
+                steps = None  # one model, whatever the steps
+        model = self._model(request.model, steps, checkpoint)
+        bundle = model.apply(loras, embeddings=request.embeddings)
         contract = bundle.contract
+        if request.treated_as is not None:
+            contract = as_student(contract, SDXL, request.treated_as, request.steps)
+            bundle = replace(bundle, contract=contract)
         if request.steps not in (None, contract.steps) and contract.role == "student":
             raise ModelError(
                 f"{contract.name} draws in {contract.steps} steps, not in {request.steps}."
@@ -162,16 +175,35 @@ class Studio:
                 del self._slots[key]
 
 
-def _favourite_steps(model: Checkpoint) -> int:
-    """Return the steps that are taken where a request says nothing of them."""
-    offered = [contract.steps for contract in model.contracts]
-    return FAVOURITE_STEPS if FAVOURITE_STEPS in offered else offered[0]
+def _favourite_steps(model: Checkpoint, loras: Sequence[LoraFile]) -> int | None:
+    """Return the steps of the student that draws where a request says nothing of them.
+
+    None where the model has no students to pick from.
+    """
+    if model.takes_any_steps:
+        return None
+    fitting = [contract.steps for contract in model.contracts if _all_go_on(contract, loras)]
+    if FAVOURITE_STEPS in fitting:
+        return FAVOURITE_STEPS
+    # Where none fits, loading says why.
+    return fitting[0] if fitting else model.contract.steps
+
+
+def _all_go_on(contract: Contract, loras: Sequence[LoraFile]) -> bool:
+    """Whether LoRAs may be put on the model of a contract, in order."""
+    try:
+        for lora in loras:
+            contract = lora.contract_on(contract)
+    except ContractError:
+        return False
+    return True
 
 
 def _by_model(requests: Sequence[Request]) -> list[list[int]]:
     """Return the places of the requests that need the same model with the same LoRAs."""
     alike: dict[object, list[int]] = {}
     for place, request in enumerate(requests):
-        key = (request.model, request.loras, request.steps, request.engine)
+        wish = (request.model, request.loras, request.embeddings, request.steps, request.engine)
+        key = (*wish, request.treated_as)
         alike.setdefault(key, []).append(place)
     return list(alike.values())

@@ -78,6 +78,7 @@ def train_judge(
         TrainingError: the loss is not finite.
     """
     folder = RunFolder(out, settings)
+    settings = folder.settled(settings)
     judge = new_judge(settings, drawings)
     _fit(judge, settings, drawings, folder, on_iteration=on_iteration)
     path = out / "judge.safetensors"

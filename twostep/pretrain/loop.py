@@ -21,7 +21,13 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import OptimiserName, Trainable, make_optimiser, optimiser_step
+from twostep.training.optimiser import (
+    OptimiserName,
+    OptimiserState,
+    Trainable,
+    make_optimiser,
+    optimiser_step,
+)
 from twostep.training.processes import world
 from twostep.training.recipe import RecipeError, Settings
 from twostep.training.run_folder import RunFolder
@@ -113,7 +119,11 @@ def train_network(
         with average.applied():
             on_checkpoint(iteration)
 
-    state: dict[str, Stateful] = {"network": network, "optimiser": optimiser, "average": average}
+    state: dict[str, Stateful] = {
+        "network": network,
+        "optimiser": OptimiserState(optimiser),
+        "average": average,
+    }
     run_loop(
         iterate,
         settings,

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from twostep import __version__
 from twostep.files import write_atomically
+from twostep.formats.folders import weights_folder
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
@@ -149,24 +150,29 @@ def find_part_recipe(name: str | Path) -> Path:
 
 def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     codec = train_vae(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
-        codec.vae.save_pretrained(run.out / "model" / "vae")
+        with weights_folder(run.out / "model" / "vae") as folder_of_vae:
+            codec.vae.save_pretrained(folder_of_vae)
     return run.out / "model"
 
 
 def _train_text(settings: TextSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     text = train_text(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
-        for number, suffix in enumerate(("", "_2")):
-            text.tokenizers[number].save_pretrained(run.out / "model" / f"tokenizer{suffix}")
-            text.encoders[number].save_pretrained(run.out / "model" / f"text_encoder{suffix}")
+        with weights_folder(run.out / "model") as model:
+            for number, suffix in enumerate(("", "_2")):
+                text.tokenizers[number].save_pretrained(model / f"tokenizer{suffix}")
+                text.encoders[number].save_pretrained(model / f"text_encoder{suffix}")
     return run.out / "model"
 
 
 def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     size = find_size(settings.size)
     codec = load_codec(settings.autoencoder)
     text = load_text(settings.text_encoders)
@@ -183,6 +189,7 @@ def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
 
 def _tune_teacher(settings: TuneSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     teacher = load_bundle(settings.model)
     contract = replace(
         teacher.contract,
@@ -231,6 +238,7 @@ def _fit_teacher(
 
 def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     # The codec stays on the CPU, where the drawings are.
     bundle = load_bundle(settings.model)
     device = find_device(settings.device)
@@ -240,7 +248,8 @@ def _train_control(settings: ControlSettings, run: PartRun) -> Path:
 
     def write(iteration: int, control: ControlNetModel) -> None:
         if world().is_first:
-            copy.deepcopy(control).half().save_pretrained(run.out / "model")
+            with weights_folder(run.out / "model") as model:
+                copy.deepcopy(control).half().save_pretrained(model)
 
     train_control(
         run.drawings,
@@ -260,6 +269,7 @@ def _train_judge(settings: JudgeSettings, run: PartRun) -> Path:
 
 def _train_style(settings: StyleSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
     bundle = load_bundle(settings.model)
     latents = style_latents(run.drawings, bundle, settings, on_variant=run.show_latents)
     bundle = bundle.to(find_device(settings.device))
@@ -272,7 +282,8 @@ def _train_style(settings: StyleSettings, run: PartRun) -> Path:
         with write_atomically(path) as file:
             file.write(save(tensors))
         prompts = style_prompts(latents, settings.loop.seed)
-        (run.out / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+        with write_atomically(run.out / "prompts.txt") as file:
+            file.write("\n".join(prompts).encode())
     return path
 
 

@@ -1,1 +1,1 @@
-"""Reports: a run as one page, and how a few-step LoRA does on other bases."""
+"""Reports: a run as one page, students beside their teacher, a few-step LoRA on other bases."""

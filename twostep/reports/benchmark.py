@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import UInt8
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -111,7 +112,7 @@ class Bench:
             on_batch: told of every batch.
 
         Raises:
-            BenchError: the model is no teacher.
+            BenchError: the model is no teacher, or a file in the cache is damaged.
             JudgeError: its pictures are not of the judge's size.
         """
         if teacher.contract.role != "teacher":
@@ -321,7 +322,7 @@ def draw_tasks(
             words = json.dumps([*origin, [(task.prompt, task.seed) for task in batch]])
             path = cache / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.safetensors"
         if path is not None and path.exists():
-            pictures = load(path.read_bytes())["pictures"]
+            pictures = _read(path)
         else:
             pictures = _draw_batch(
                 bundle, denoiser, batch, steps=steps, scale=scale, sampler=sampler
@@ -332,6 +333,16 @@ def draw_tasks(
         parts.append(pictures)
         on_batch(len(batch))
     return torch.cat(parts)
+
+
+def _read(path: Path) -> Pictures:
+    """Return the pictures of a file in the cache; BenchError if it is damaged."""
+    try:
+        return load(path.read_bytes())["pictures"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise BenchError(
+            f"{path} is damaged ({error}). Delete it; its pictures are drawn again."
+        ) from error
 
 
 def _draw_batch(

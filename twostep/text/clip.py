@@ -1,9 +1,11 @@
 """SDXL's two CLIP text encoders as one: prompts -> text embeddings and pooled embeddings."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from threading import RLock
 from typing import Any
 
@@ -13,19 +15,23 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
 
-from twostep.errors import TwostepError
+from twostep.formats.embeddings import Embedding
 from twostep.networks.conditioning import Conditioning, image_sizes
-from twostep.text.prompt_weights import has_weights, in_compel_syntax, without_weights
+from twostep.text.embeddings import TOKEN, place_embeddings, with_tokens
+from twostep.text.prompt_weights import (
+    PromptError,
+    has_weights,
+    in_compel_syntax,
+    is_conjunction,
+    parse_prompt,
+    without_weights,
+)
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
 
 _TOKENIZING = RLock()
 """Tokenizers keep settings between calls, so one thread at a time uses them."""
-
-
-class PromptError(TwostepError):
-    """Weights in a prompt that cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +46,18 @@ class TextEncoders:
         encoders: The networks.
         zeros_for_empty: Whether the empty prompt is all zeros, as SDXL was trained, instead of
             what the encoders make of it.
+        embeddings: The textual inversions that prompts may name, and how many tokens each takes.
     """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zeros_for_empty: bool = False
+    embeddings: Mapping[str, int] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the encoders without what transformers hooked into them."""
+        encoders = tuple(_without_hooks(encoder) for encoder in self.encoders)
+        return {**vars(self), "encoders": encoders}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -55,6 +68,27 @@ class TextEncoders:
     def with_networks(self, networks: Mapping[str, Any]) -> "TextEncoders":
         """Return these text encoders with other networks in the place of their own."""
         return replace(self, encoders=(networks["text_encoder"], networks["text_encoder_2"]))
+
+    def with_embeddings(self, embeddings: Sequence[Embedding]) -> "TextEncoders":
+        """Return text encoders that know textual inversions too, all at once.
+
+        Raises EmbeddingError for one that was made for another model.
+        """
+        if not embeddings:
+            return self
+        extended = [
+            with_tokens(part, tokenizer, encoder, embeddings)
+            for part, tokenizer, encoder in zip(
+                self.networks, self.tokenizers, self.encoders, strict=True
+            )
+        ]
+        (first, first_encoder), (second, second_encoder) = extended
+        return replace(
+            self,
+            tokenizers=(first, second),
+            encoders=(first_encoder, second_encoder),
+            embeddings={embedding.name: embedding.count for embedding in embeddings},
+        )
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
@@ -90,60 +124,136 @@ class TextEncoders:
 
         A long prompt is encoded in chunks of the tokenizer's length, and the others are filled up
         with empty chunks. Prompts that are short and have no weights are encoded as `encode` does
-        it. Raises PromptError for weights that cannot be read.
+        it. Raises PromptError for weights that cannot be read, and for textual inversions that are
+        not there.
         """
-        prompts = [in_compel_syntax(prompt) for prompt in prompts]
-        if not any(self._needs_compel(prompt) for prompt in prompts):
-            return self.encode(prompts)
+        prompts = [place_embeddings(prompt, self.embeddings) for prompt in prompts]
+        are_whole = [self._is_whole(prompt) for prompt in prompts]
+        words = [without_weights(prompt) for prompt in prompts]
+        if not any(are_whole):
+            return self.encode(words)
         texts = []
-        for prompt in prompts:
-            if self._needs_compel(prompt):
-                texts.append(self._encode_weighted(prompt))
-            else:
-                texts.append(self.encode([prompt])[0])
+        for prompt, text, is_whole in zip(prompts, words, are_whole, strict=True):
+            texts.append(self._encode_weighted(prompt) if is_whole else self.encode([text])[0])
         empty = self.encode([""])[0]
         longest = max(text.shape[1] for text in texts)
         filled = []
-        for text in texts:
-            num_empty = (longest - text.shape[1]) // empty.shape[1]
-            filled.append(torch.cat([text, *[empty] * num_empty], dim=1))
-        _, pooled = self.encode([without_weights(prompt) for prompt in prompts])
+        for encoded in texts:
+            num_empty = (longest - encoded.shape[1]) // empty.shape[1]
+            filled.append(torch.cat([encoded, *[empty] * num_empty], dim=1))
+        _, pooled = self.encode(words)
         return torch.cat(filled), pooled
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", without_weights(prompt).lower()))
-        with _TOKENIZING:
-            return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
-
-    def _needs_compel(self, prompt: str) -> bool:
-        """Whether a prompt has weights, or is longer than the tokenizer's limit."""
+    def is_cut(self, prompt: str) -> bool:
+        """Return whether `encode` leaves out the end of a prompt."""
         tokenizer = self.tokenizers[0]
         with _TOKENIZING:
             length = len(tokenizer(prompt, verbose=False).input_ids)
+        return length > int(tokenizer.model_max_length)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
+        text = TOKEN.sub(" ", without_weights(place_embeddings(prompt, self.embeddings)))
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
+        with _TOKENIZING:
+            return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
+
+    def _is_whole(self, prompt: str) -> bool:
+        """Whether a prompt has weights, or is longer than the tokenizer's limit."""
+        tokenizer = self.tokenizers[0]
+        with _TOKENIZING:
+            length = len(tokenizer(without_weights(prompt), verbose=False).input_ids)
         return length > int(tokenizer.model_max_length) or has_weights(prompt)
 
     def _encode_weighted(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
-        """Encode a prompt in compel's syntax, of any length; PromptError where compel cannot."""
+        """Encode a prompt of any length with its weights; PromptError where compel cannot."""
         with _TOKENIZING, quiet_transformers():
-            from compel import Compel, ReturnedEmbeddingsType
+            try:
+                encoded = [
+                    _compel(tokenizer, encoder).of(prompt)
+                    for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
+                ]
+            except PromptError:
+                raise
+            except Exception as error:  # compel raises errors of many kinds
+                raise PromptError(
+                    f"cannot weigh {prompt[:80]!r} ({error}). Write (red apple:1.3) or red++."
+                ) from error
+            return torch.cat(encoded, dim=-1)
 
-            layer = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-            texts = []
-            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-                try:
-                    compel = Compel(
-                        tokenizer,
-                        encoder,
-                        returned_embeddings_type=layer,
-                        truncate_long_prompts=False,
-                    )
-                    texts.append(compel(prompt))
-                except Exception as error:  # compel raises errors of many kinds
-                    raise PromptError(
-                        f"cannot weigh {prompt!r} ({error}). Write (red apple)1.3, red++ or red-."
-                    ) from error
-            return torch.cat(texts, dim=-1)
+
+def _without_hooks(encoder: Any) -> Any:
+    """Return a copy of an encoder that shares its weights and can be pickled.
+
+    transformers hooks local functions in when hidden states are first asked for; it does so again.
+    """
+    shared = {id(weight): weight for weight in chain(encoder.parameters(), encoder.buffers())}
+    copied = copy.deepcopy(encoder, shared)
+    for module in copied.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if "<locals>" in getattr(hook, "__qualname__", ""):
+                del module._forward_hooks[key]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False
+    return copied
+
+
+@dataclass(frozen=True, eq=False)
+class _Weigher:
+    """compel with one encoder, which is not asked twice for the same chunk."""
+
+    compel: Any
+
+    def of(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
+        """Encode a prompt with its weights."""
+        from compel.prompt_parser import FlattenedPrompt
+        from compel.prompt_parser import Fragment as CompelFragment
+
+        if is_conjunction(prompt):
+            encoded: Tensor = self.compel(in_compel_syntax(prompt))
+            return encoded
+        chunks = []
+        # compel's own parser takes minutes for thousands of words, so it is given what is parsed.
+        for part in parse_prompt(prompt):
+            fragments = [CompelFragment(each.text, each.weight) for each in part]
+            flat = FlattenedPrompt(fragments)
+            with torch.no_grad():
+                (chunk, _), _ = self.compel.build_conditioning_tensor_for_prompt_object(flat)
+            chunks.append(chunk)
+        return torch.cat(chunks, dim=1)
+
+
+def _compel(tokenizer: CLIPTokenizer, encoder: Any) -> _Weigher:
+    """Return compel with an encoder."""
+    from compel import Compel, ReturnedEmbeddingsType
+
+    compel = Compel(
+        tokenizer,
+        encoder,
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        truncate_long_prompts=False,
+    )
+    provider = compel.conditioning_provider
+    encode = provider._encode_token_ids_to_embeddings
+    known: dict[tuple[int, ...], Tensor] = {}
+
+    def encode_once(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        # What is said more quietly is encoded without it too: all chunks again, most of them alike.
+        key = (*tokens.flatten().tolist(), *([] if mask is None else mask.flatten().tolist()))
+        if key not in known:
+            known[key] = encode(tokens, mask)
+        return known[key]
+
+    split = provider._find_next_best_split_point
+
+    def split_soon(tokens: list[int], max_length: int) -> int:
+        # It looks at the first chunk alone, but would first spell all that follows.
+        best: int = split(tokens[: max_length + 1], max_length)
+        return best
+
+    provider._encode_token_ids_to_embeddings = encode_once
+    provider._find_next_best_split_point = split_soon
+    return _Weigher(compel)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,12 +23,19 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
-from twostep.training.processes import average, averaged
-from twostep.training.recipe import Settings
+from twostep.training.processes import average, averaged, world
+from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
+from twostep.training.stopping import OUT_OF_TIME, StoppedError, StopRequest, stop_requests
 
 OnIteration = Callable[[int, dict[str, float]], None]
 """Called after every iteration with the number of iterations done and the figures of the last."""
+
+SECONDS = "seconds_per_iteration"
+"""The figure beside those of an iteration that says how long one took on average."""
+
+_EXIT_CODE = "exit_code"
+"""Beside the figures that processes exchange after every iteration: why one of them is to stop."""
 
 _FINAL_LEARNING_RATE_FACTOR = 0.02
 """Where the cosine decay ends, as a factor of the peak learning rate."""
@@ -40,21 +48,50 @@ class TrainingError(TwostepError):
 class LoopSettings(Settings):
     """Number and size of iterations, learning rate, precision, seed, and how often to keep what."""
 
-    iterations: int = Field(gt=0, description="number of iterations")
-    batch_size: int = Field(gt=0, description="examples per iteration")
-    learning_rate: float = Field(gt=0, description="peak learning rate of every optimiser")
-    warmup_iterations: int = Field(100, ge=0, description="iterations of linear warm-up")
+    iterations: int = Field(
+        gt=0, description="number of iterations", json_schema_extra=WHILE_RUNNING
+    )
+    batch_size: int = Field(
+        gt=0, description="examples per iteration", json_schema_extra=WHILE_RUNNING
+    )
+    learning_rate: float = Field(
+        gt=0, description="peak learning rate of every optimiser", json_schema_extra=WHILE_RUNNING
+    )
+    warmup_iterations: int = Field(
+        100, ge=0, description="iterations of linear warm-up", json_schema_extra=WHILE_RUNNING
+    )
     decay_share: float = Field(
-        0.0, ge=0, le=1, description="share of the iterations over which the rate decays"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the iterations over which the rate decays",
+        json_schema_extra=WHILE_RUNNING,
     )
     ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="decay per step of the averaged weights that are kept"
+        0.999,
+        ge=0,
+        lt=1,
+        description="decay per step of the averaged weights that are kept",
+        json_schema_extra=WHILE_RUNNING,
     )
     precision: str = Field(
-        "bf16", pattern="^(fp32|bf16)$", description="autocast precision of forward passes"
+        "bf16",
+        pattern="^(fp32|bf16)$",
+        description="autocast precision of forward passes",
+        json_schema_extra=WHILE_RUNNING,
     )
-    checkpoint_every: int = Field(500, gt=0, description="iterations between checkpoints")
-    log_every: int = Field(50, gt=0, description="iterations between lines of the log")
+    checkpoint_every: int = Field(
+        500, gt=0, description="iterations between checkpoints", json_schema_extra=ANY_TIME
+    )
+    keep_checkpoints: int = Field(
+        2,
+        gt=0,
+        description="how many checkpoints of a stage are kept until it is finished",
+        json_schema_extra=ANY_TIME,
+    )
+    log_every: int = Field(
+        50, gt=0, description="iterations between lines of the log", json_schema_extra=ANY_TIME
+    )
     seed: int = Field(0, ge=0, lt=2**20, description="seed of everything random")
 
     @contextmanager
@@ -190,6 +227,7 @@ def run_loop(
     state: Mapping[str, Stateful],
     *,
     checkpoint_start: bool = False,
+    only_examined: bool = False,
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
@@ -205,37 +243,103 @@ def run_loop(
         name: of the checkpoint, and of these figures in the log.
         state: everything that a checkpoint keeps, by name.
         checkpoint_start: whether to save the state before the first iteration too.
+        only_examined: whether to go on from the last checkpoint that `on_checkpoint` let pass,
+            rather than from a later one that was written because training was asked to stop.
         on_iteration: called after every iteration with figures averaged over all processes.
         on_checkpoint: called before every checkpoint; if it raises, the checkpoint is not saved.
+
+    Raises:
+        StoppedError: Ctrl-C, SIGTERM or the folder's deadline asked to stop after an iteration,
+            whose checkpoint was written, without `on_checkpoint`.
     """
 
-    def save_checkpoint(num_done: int) -> None:
+    def save_checkpoint(num_done: int, *, examined: bool = True) -> None:
         states = {key: holder.state_dict() for key, holder in state.items()}
-        folder.save(name, {"iteration": num_done, **states})
+        folder.save(
+            name,
+            {"iteration": num_done, **states},
+            keep=settings.keep_checkpoints,
+            examined=examined,
+            later=True,
+        )
 
-    start = _resume(folder, name, state)
+    start = _resume(folder, name, state, only_examined=only_examined)
     if start is None:
         start = 0
         if checkpoint_start:
             save_checkpoint(0)
     started_at = time.monotonic()
-    sums: dict[str, float] = {}
-    num_summed = 0
-    for iteration in range(start, settings.iterations):
-        figures = averaged(iterate(iteration, Randomness.at(settings.seed, iteration, name)))
-        num_done = iteration + 1
-        sums = {key: sums.get(key, 0.0) + value for key, value in figures.items()}
-        num_summed += 1
-        on_iteration(num_done, figures)
-        if num_done % settings.log_every == 0:
-            means = {key: value / num_summed for key, value in sums.items()}
-            seconds = round((time.monotonic() - started_at) / (num_done - start), 4)
-            folder.log(part=name, iteration=num_done, **means, seconds_per_iteration=seconds)
-            sums = {}
-            num_summed = 0
-        if num_done % settings.checkpoint_every == 0 or num_done == settings.iterations:
-            on_checkpoint(num_done)
-            save_checkpoint(num_done)
+    means = _Means()
+    try:
+        with stop_requests(folder.deadline) as stop:
+            for iteration in range(start, settings.iterations):
+                begun_at = time.monotonic()
+                figures = iterate(iteration, Randomness.at(settings.seed, iteration, name))
+                stop.took("iteration", time.monotonic() - begun_at)
+                # One process that is asked to stop stops all.
+                exit_code, figures = _agreed(stop, figures)
+                num_done = iteration + 1
+                means.add(figures)
+                on_iteration(num_done, figures)
+                if num_done % settings.log_every == 0:
+                    seconds = round((time.monotonic() - started_at) / (num_done - start), 4)
+                    folder.log(
+                        part=name,
+                        iteration=num_done,
+                        **means.taken(),
+                        **{SECONDS: seconds},
+                    )
+                begun_at = time.monotonic()
+                is_last = num_done == settings.iterations
+                if exit_code:
+                    # Whoever asked to stop may not wait for what `on_checkpoint` does.
+                    save_checkpoint(num_done, examined=False)
+                if is_last or (num_done % settings.checkpoint_every == 0 and not exit_code):
+                    on_checkpoint(num_done)
+                    save_checkpoint(num_done)
+                    stop.took("checkpoint", time.monotonic() - begun_at)
+                if exit_code:
+                    folder.finish_writing()
+                    raise StoppedError(
+                        f"{name} stopped after iteration {num_done} of {settings.iterations}. "
+                        "Its checkpoint is written, and the same command goes on.",
+                        exit_code,
+                    )
+    finally:
+        folder.finish_writing()
+
+
+class _Means:
+    """The means of figures since they were last taken, each over the iterations that have it.
+
+    Not every role takes a step in every iteration.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        for key, value in figures.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._counts.update(figures.keys())
+
+    def taken(self) -> dict[str, float]:
+        means = {key: value / self._counts[key] for key, value in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def _agreed(stop: StopRequest, figures: dict[str, float]) -> tuple[int, dict[str, float]]:
+    """Return the exit code if any process is to stop, else 0, and figures averaged over all."""
+    stop.is_due()
+    if world().size == 1:
+        return stop.exit_code, figures
+    means = averaged({**figures, _EXIT_CODE: float(stop.exit_code)})
+    if means.pop(_EXIT_CODE) > 0 and stop.exit_code == 0:
+        stop.exit_code = OUT_OF_TIME
+    return stop.exit_code, means
 
 
 def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings) -> Tensor:
@@ -253,17 +357,19 @@ def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings
         return loss
     raise TrainingError(
         f"The {name} loss is {mean.item()} at iteration {iteration}. The last checkpoint is whole: "
-        f"lower learning_rate (now {settings.learning_rate}) or set precision to fp32 under "
-        "another --out, and run the command again."
+        f"lower learning_rate (now {settings.learning_rate:g}) or set precision to fp32, and run "
+        "the command again; it goes on from there."
     )
 
 
-def _resume(folder: RunFolder, name: str, state: Mapping[str, Stateful]) -> int | None:
+def _resume(
+    folder: RunFolder, name: str, state: Mapping[str, Stateful], *, only_examined: bool
+) -> int | None:
     """Restore `state` from a checkpoint and return its iteration, or None if there is none.
 
     A function of its own, so that the loop does not hold the loaded tensors while it runs.
     """
-    checkpoint = folder.load(name)
+    checkpoint = folder.load(name, only_examined=only_examined)
     if checkpoint is None:
         return None
     for key, holder in state.items():

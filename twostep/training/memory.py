@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
@@ -74,6 +74,11 @@ class Meter(FakeTensorMode):
     def _release(self, key: int, num_bytes: int) -> None:
         self._known_storages.remove(key)
         self.living -= num_bytes
+
+
+def is_metered(tensor: Tensor) -> bool:
+    """Tell whether a tensor has no values, as under a `Meter`."""
+    return isinstance(tensor, FakeTensor)
 
 
 @contextmanager

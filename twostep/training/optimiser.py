@@ -73,6 +73,37 @@ def make_optimiser(
     return optimiser
 
 
+_SETTINGS = ("betas", "weight_decay", "eps")
+"""What of a parameter group is a setting, beside the learning rate, and no state."""
+
+
+class OptimiserState:
+    """The state of an optimiser for checkpoints, without its settings.
+
+    torch's own state has the settings too, and would bring back those of the checkpoint when a run
+    goes on with others.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer) -> None:
+        """Hold an optimiser whose settings are the right ones."""
+        self.optimiser = optimiser
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimiser's own state."""
+        return self.optimiser.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Restore what `state_dict` returned, with the settings of now."""
+        settings = [
+            {"peak": group.get("peak", group["lr"])}
+            | {key: group[key] for key in _SETTINGS if key in group}
+            for group in self.optimiser.param_groups
+        ]
+        self.optimiser.load_state_dict(state_dict)
+        for group, own in zip(self.optimiser.param_groups, settings, strict=True):
+            group.update(own)
+
+
 def _groups(
     trainable: Trainable, learning_rate: float, group_rates: Sequence[float] | None
 ) -> list[dict[str, Any]]:

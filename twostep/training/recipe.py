@@ -16,6 +16,17 @@ from twostep.errors import TwostepError
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+# Fields say by these, as their json_schema_extra, when a run may go on with another value.
+ANY_TIME: dict[str, Any] = {"changes": "any time"}
+"""Marks a field that no weight depends on."""
+
+WHILE_RUNNING: dict[str, Any] = {"changes": "while running"}
+"""Marks a field that a part in training can take up: only the iterations to come depend on it."""
+
+COMPARED: dict[str, Any] = {"changes": "by contents"}
+"""Marks a field that names a file or folder, whose contents must stay the same."""
+
+
 class RecipeError(TwostepError):
     """A recipe could not be found, read or accepted."""
 

@@ -81,6 +81,13 @@ def exchange_shards(state: dict[str, Any], folder: Path, *, write: bool) -> dict
     return exchanged
 
 
+def has_shards(state: Any) -> bool:
+    """Return whether a state, or one that was written of it, has shards in it."""
+    if isinstance(state, dict):
+        return any(map(has_shards, state.values()))
+    return isinstance(state, DTensor) or (isinstance(state, Tensor) and state.is_meta)
+
+
 def _mesh() -> DeviceMesh:
     """Return all processes in a row.
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from twostep.diffusion import Schedule, VariancePreserving
+from twostep.distill.recipe import Stage
+from twostep.models.bundle import Bundle
 from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.pretrain.model import random_bundle
 
 SCHEDULE = VariancePreserving.scaled_linear()
 
@@ -75,3 +78,63 @@ class Draws:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+class Consistent(nn.Module):
+    """The exact map of the flow to data of N(mean, deviation^2), with both to be learnt.
+
+    It says x0; its start and its end are where `mean` and `deviation` say.
+    """
+
+    spec = BackboneSpec(family="consistent", in_channels=1, out_channels=1, latent_ndim=1)
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.deviation = nn.Parameter(torch.tensor(deviation))
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        alpha, sigma = SCHEDULE.coefficients(time + 1, x)
+        spread = (alpha**2 * self.deviation**2 + sigma**2).sqrt()
+        return self.mean + self.deviation * (x - alpha * self.mean) / spread
+
+
+class Affine(nn.Module):
+    """A generator: mean + deviation x, whatever the time, with both to be learnt."""
+
+    spec = BackboneSpec(family="affine", in_channels=1, out_channels=1, latent_ndim=1)
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.deviation = nn.Parameter(torch.tensor(deviation))
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.mean + self.deviation * x
+
+
+def says_x0(network: nn.Module) -> Denoiser:
+    """Return a denoiser whose network says x0."""
+    return Denoiser(network, SCHEDULE, prediction_type="x0")
+
+
+def make_stage(method: dict[str, object], **changes: object) -> Stage:
+    """Return a short stage without warm-up, in float32."""
+    values = {
+        "student_steps": 4,
+        "method": method,
+        "iterations": 10,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_iterations": 0,
+        "precision": "fp32",
+        "checkpoint_every": 10,
+        "log_every": 1,
+        "ema_decay": 0.5,
+    }
+    return Stage.model_validate(values | changes)
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    return random_bundle()

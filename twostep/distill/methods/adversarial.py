@@ -56,6 +56,7 @@ from twostep.distill.times import draw_uniform_times
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
+from twostep.training.recipe import ANY_TIME, WHILE_RUNNING
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -89,10 +90,13 @@ class AdversarialSettings(LandingSettings):
         "all", description="where the discriminator has heads: every encoder level, or mid-block"
     )
     discriminator_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate where not given"
+        None, gt=0, description="as learning_rate where not given", json_schema_extra=WHILE_RUNNING
     )
     head_learning_rate: float | None = Field(
-        None, gt=0, description="of the fresh heads; as the rest of it where not given"
+        None,
+        gt=0,
+        description="of the fresh heads; as the rest of it where not given",
+        json_schema_extra=WHILE_RUNNING,
     )
     discriminator_warmup: int = Field(
         0, ge=0, description="iterations at the start in which the discriminator learns alone"
@@ -136,10 +140,16 @@ class AdversarialSettings(LandingSettings):
         3.0, ge=1, description="the teacher's guidance in distribution matching"
     )
     fake_score_learning_rate: float | None = Field(
-        None, gt=0, description="of the fake score; as learning_rate where not given"
+        None,
+        gt=0,
+        description="of the fake score; as learning_rate where not given",
+        json_schema_extra=WHILE_RUNNING,
     )
     largest_gap: float = Field(
-        8.0, gt=0, description="health: largest mean difference of the logits of real and fake"
+        8.0,
+        gt=0,
+        description="health: largest mean difference of the logits of real and fake",
+        json_schema_extra=ANY_TIME,
     )
 
     @property

@@ -15,6 +15,7 @@ from pydantic import Field
 from twostep.distill.landings import LandingSettings
 from twostep.distill.method import MethodSettings
 from twostep.distill.methods.adversarial import Adversarial, AdversarialSettings
+from twostep.training.recipe import ANY_TIME, WHILE_RUNNING
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -28,7 +29,10 @@ class LightningSettings(LandingSettings):
         description="conditional judges x_t with x_s, and keeps the flow; unconditional x_s alone"
     )
     discriminator_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate, as in the paper, where not given"
+        None,
+        gt=0,
+        description="as learning_rate, as in the paper, where not given",
+        json_schema_extra=WHILE_RUNNING,
     )
     discriminator_lora: bool = Field(
         False, description="its encoder as a LoRA on the shared base: needs lora_rank"
@@ -37,7 +41,10 @@ class LightningSettings(LandingSettings):
         1, ge=1, description="weight of t* = 10 against 250, 500, 750 (section 3.7.2)"
     )
     largest_gap: float = Field(
-        8.0, gt=0, description="health: largest mean difference of the logits of real and fake"
+        8.0,
+        gt=0,
+        description="health: largest mean difference of the logits of real and fake",
+        json_schema_extra=ANY_TIME,
     )
 
     @property

@@ -17,6 +17,10 @@ _BUILT_IN = {
     "conversion": "twostep.distill.methods.conversion:Conversion",
     "lightning": "twostep.distill.methods.lightning:Lightning",
     "adversarial": "twostep.distill.methods.adversarial:Adversarial",
+    "lcm": "twostep.distill.methods.lcm:Lcm",
+    "add": "twostep.distill.methods.add:Add",
+    "ladd": "twostep.distill.methods.ladd:Ladd",
+    "dmd2": "twostep.distill.methods.dmd2:Dmd2",
 }
 """Where the built-in methods are; each is imported when it is first asked for."""
 

@@ -1,0 +1,56 @@
+"""CLIP's tokenizers, for models that come without: SDXL in one file, and folders of configs alone.
+
+All that CLIP's vocabulary is made of is the list of its merges, which lies here as
+`clip_merges.txt.gz`: the byte letters, the same at the end of a word, every merge in order, and the
+two marks of beginning and end.
+"""
+
+import gzip
+from pathlib import Path
+
+from tokenizers import pre_tokenizers
+from transformers import CLIPTokenizer
+
+MERGES = Path(__file__).with_name("clip_merges.txt.gz")
+
+MAX_TOKENS = 77
+"""The most tokens of a prompt, its two marks included."""
+
+BEGIN = "<|startoftext|>"
+END = "<|endoftext|>"
+_END_OF_WORD = "</w>"
+
+
+def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
+    """Return CLIP's tokenizer.
+
+    Args:
+        pad: what short prompts are filled up with: the end's own mark for SDXL's first text
+            encoder, "!" for its second.
+    """
+    merges = gzip.decompress(MERGES.read_bytes()).decode().splitlines()
+    letters = _byte_letters()
+    tokens = [*letters, *(f"{letter}{_END_OF_WORD}" for letter in letters)]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens += [BEGIN, END]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=pairs,
+        bos_token=BEGIN,
+        eos_token=END,
+        unk_token=END,
+        pad_token=pad,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def _byte_letters() -> list[str]:
+    """Return the letters that stand for bytes, in CLIP's order.
+
+    Bytes that can be printed stand for themselves and come first; the others follow in the order of
+    their values, as letters that are counted on from 256.
+    """
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    return sorted(letters, key=lambda letter: (ord(letter) >= 256, ord(letter)))
