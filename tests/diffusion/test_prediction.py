@@ -68,7 +68,7 @@ def test_an_unknown_type_is_named_with_the_known_ones(point):
     _, eps, x_t, alpha, sigma = point
     unchecked = inspect.unwrap(prediction_from_output)
     with pytest.raises(
-        PredictionTypeError, match=r"'epsilon' is not known; expected eps, x0, v or flow"
+        PredictionTypeError, match=r"'epsilon' is not known; expected eps, x0, v, flow or edm"
     ):
         unchecked(eps, x_t, alpha, sigma, "epsilon")
 

@@ -156,9 +156,9 @@ def test_a_schedule_is_made_of_its_description(randn):
     assert made.coefficients(torch.tensor([0.5]), like)[0].item() == 0.5
     with pytest.raises(ScheduleError, match="'karras' is not known; expected variance_preserving"):
         make_schedule("karras")
-    with pytest.raises(ScheduleError, match="'cosine' are not known; expected scaled_linear"):
+    with pytest.raises(ScheduleError, match="'sine' are not known; expected scaled_linear"):
         make_schedule(
-            "variance_preserving", betas="cosine", beta_start=0.1, beta_end=0.2, num_times=10
+            "variance_preserving", betas="sine", beta_start=0.1, beta_end=0.2, num_times=10
         )
 
 

@@ -87,7 +87,10 @@ def allocated(settings: DistillRecipe) -> int:
             ],
             marks=pytest.mark.slow,
         ),
-        [{"method": REGRESSION}, {"method": CONVERSION, "student_steps": 1}],
+        pytest.param(
+            [{"method": REGRESSION}, {"method": CONVERSION, "student_steps": 1}],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["guided", "lora", "conditional", "shared-base", "conversion"],
 )

@@ -185,6 +185,7 @@ def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: 
     assert log[0]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_alike_is_told(model: Path, tmp_path: Path) -> None:
     stage = {"student_steps": 4, "teacher_steps": 8, "method": REGRESSION, "batch_size": 3}
     both = distill(write_recipe(tmp_path, model, [stage], release=[4]))

@@ -81,9 +81,10 @@ def final_gaps(teacher: Bundle, source: object, method: dict[str, object]) -> li
     return [trainer.iterate(i, Randomness.at(0, 0))["gap"] for i in range(24)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [CONDITIONAL, pytest.param(UNCONDITIONAL, marks=pytest.mark.slow)],
+    [CONDITIONAL, UNCONDITIONAL],
     ids=lambda method: method["objective"],
 )
 def test_the_discriminator_learns_to_tell_a_student_that_stands_still(
@@ -224,8 +225,8 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
         (REGRESSION, "adamw"),
         ({**REGRESSION, "reuse": 2}, "adamw"),
         (CONDITIONAL, "adamw"),
-        (UNCONDITIONAL, "adamw"),
-        (UNCONDITIONAL, "adamw8bit"),
+        pytest.param(UNCONDITIONAL, "adamw", marks=pytest.mark.slow),
+        pytest.param(UNCONDITIONAL, "adamw8bit", marks=pytest.mark.slow),
     ],
     ids=["regression", "reuse", "conditional", "unconditional", "8-bit"],
 )

@@ -41,6 +41,7 @@ def test_every_room_has_its_page(site: Path) -> None:
     assert 'id="twostep.diffusion.grid.trailing_times"' in page
 
 
+@pytest.mark.slow
 def test_the_readme_is_the_home_page_and_its_links_lead_to_pages(site: Path) -> None:
     page = (site / "index.html").read_text(encoding="utf-8")
     assert 'href="results/"' in page
@@ -48,6 +49,7 @@ def test_the_readme_is_the_home_page_and_its_links_lead_to_pages(site: Path) -> 
     assert (site / "gallery.jpg").is_file()
 
 
+@pytest.mark.slow
 def test_the_search_finds_terms_and_functions(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     places = {entry["location"] for entry in index["docs"]}

@@ -47,7 +47,14 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_a_lora_comes_back_from_every_dialect_bit_for_bit(
     precision: torch.dtype, folder: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

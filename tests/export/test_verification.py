@@ -32,6 +32,7 @@ def test_students_are_what_diffusers_makes_of_the_same_files(steps: int) -> None
     assert all(0 < relative < 1e-5 and largest < 1e-4 for largest, relative in differences)
 
 
+@pytest.mark.slow
 def test_teachers_loras_and_exports_too(folder: Path, tmp_path: Path) -> None:
     assert len(verify(str(folder), prompt=PROMPT)) == 32
     for model in (

@@ -178,7 +178,7 @@ def test_what_is_no_lora_for_this_model_is_told(
             "is a LoRA for Flux",
         ),
         ({"transformer.x.lora_A.weight": torch.ones(1)}, "is a LoRA for a transformer"),
-        ({unet_down.replace("lora_down", "hada_w1_a"): torch.ones(1)}, "lacks hada_w1_b of unet"),
+        ({unet_down.replace("lora_down", "hada_w1_a"): torch.ones(1)}, "is a LoHa: it has"),
         (
             {**good, unet_down.replace("lora_down.weight", "dora_scale"): torch.ones(1)},
             "does not fit",

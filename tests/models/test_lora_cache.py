@@ -85,7 +85,14 @@ def weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("few", ["nano_8step_lora", "nano_4step_lora", "nano_2step_lora"])
+@pytest.mark.parametrize(
+    "few",
+    [
+        pytest.param("nano_8step_lora", marks=pytest.mark.slow),
+        pytest.param("nano_4step_lora", marks=pytest.mark.slow),
+        "nano_2step_lora",
+    ],
+)
 def test_fused_and_not_fused_are_the_same_picture(
     few: str, base: Bundle, styles: list[str]
 ) -> None:
@@ -177,6 +184,7 @@ def test_a_stack_seen_before_is_not_read_again(
         cache.apply([str(path)])
 
 
+@pytest.mark.slow
 def test_requests_in_different_stacks_do_not_disturb_each_other(
     base: Bundle, styles: list[str]
 ) -> None:

@@ -226,6 +226,7 @@ def test_a_model_that_cannot_be_loaded_takes_no_place() -> None:
     assert studio.load(Request(APPLE, steps=1)).denoiser.network is network
 
 
+@pytest.mark.slow
 def test_threads_share_a_studio() -> None:
     studio = Studio("cpu", max_models=2)
     requests = [

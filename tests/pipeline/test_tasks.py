@@ -391,7 +391,8 @@ def digests(images: list[Image.Image]) -> list[str]:
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
 
 
-@pytest.mark.parametrize("with_lora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("with_lora", [False, True])
 def test_four_threads_draw_what_one_does(
     student: Bundle, image: Picture, make_control: Callable[..., str], with_lora: bool
 ) -> None:

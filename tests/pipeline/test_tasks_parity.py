@@ -193,7 +193,7 @@ def controls(models: dict[int, Bundle], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("steps", [*STUDENTS, 32])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_controlnets(
     models: dict[int, Bundle],
     mask: Image.Image,

@@ -83,11 +83,18 @@ def run_teacher(
     return denoiser.network.state_dict()
 
 
-RUNS = pytest.mark.parametrize("run", [run_vae, run_text, run_teacher])
+RUNS = pytest.mark.parametrize(
+    "run", [run_vae, run_text, pytest.param(run_teacher, marks=pytest.mark.slow)]
+)
 
 
 @pytest.mark.parametrize(
-    "run", [run_vae, run_text, pytest.param(run_teacher, marks=pytest.mark.slow)]
+    "run",
+    [
+        pytest.param(run_vae, marks=pytest.mark.slow),
+        run_text,
+        pytest.param(run_teacher, marks=pytest.mark.slow),
+    ],
 )
 def test_the_loss_falls(run: Run, emoji: DrawingSet, tmp_path: Path) -> None:
     losses: list[float] = []

@@ -11,6 +11,7 @@ import re
 import struct
 import tomllib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,12 +73,23 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the header of a file, and check that the file is complete.
 
+    As long as the file stays as it is, whoever asks again gets the same header without reading.
+
     Raises ModelError for pickles and for whatever else is no safetensors file, is empty, is cut
     off, or does not exist.
     """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path} {_explanation(path, b'', error)}") from error
+    return _read_header(path, status.st_size, (status.st_ino, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _read_header(path: Path, size: int, version: tuple[int, int]) -> Header:
+    """Read the header of a file of so many bytes; `version` differs when it was written anew."""
     start = b""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = _header_length(start, size)
