@@ -174,6 +174,7 @@ def test_the_built_in_judge_knows_the_sample(emoji: DrawingSet, judge: Judge):
     assert report.background.num_right >= 125
 
 
+@pytest.mark.slow
 def test_accuracy_is_measured_on_pictures_that_are_the_same_every_time(
     quick_judge: Judge, emoji: DrawingSet
 ):
