@@ -1,15 +1,15 @@
-"""Distillation on points in the plane, down to one step, in under a minute on two cores.
+"""Distillation on points in the plane, down to one step, in about two minutes on two cores.
 
     python examples/toy2d.py [--out toy2d.png]
 
 The data are 25 sharp spots, so the teacher needs no training: what a perfect denoiser answers is a
 softmax over the spots, and it teaches every stage itself, in 32 steps. The student is one small
-network, too small for the steep map from noise to spots that few steps ask for, and this is where
-the mean squared error averages: it leaves points between the spots. Two chains start from the same
-32-step student and get the same number of examples: regression alone, and regression followed by a
-discriminator, which at 4, 2 and 1 steps need not keep to the teacher's flow. At 2 steps and 1 that
-puts more points on spots and forgets some of the spots; at 8 and 4, regression does better
-(docs/log.md has five seeds).
+network, too small for the steep map from noise to spots that one step asks for, and this is where
+the mean squared error averages: it leaves points between the spots, however long it goes on. At one
+step two students start from the same one of two steps and get the same number of examples:
+regression alone, or regression and then a discriminator, for which the data's points are real. The
+second puts more points on spots, and gives up some of the spots for it (docs/log.md has three
+seeds). With a wider student regression alone is better.
 
 Trainer, methods and sampler are the package's. Written here is what other data need: a source,
 two backbones, and a method of our own, which is the adversarial one with another discriminator.
