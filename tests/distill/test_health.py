@@ -134,6 +134,7 @@ def test_a_warning_is_logged_and_shown_and_the_stage_goes_on(
     assert [line["contrast"] for line in lines if "contrast" in line] == [3.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_pause_keeps_the_checkpoint_and_the_same_command_goes_on(
     teacher: Bundle, source: object, run_folder: RunFolder
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_rollback_tries_again_from_the_last_good_checkpoint_at_half_the_rate(
     assert kept == {"rate": 0.5, "num_rollbacks": 1}
 
 
+@pytest.mark.slow
 def test_it_stops_where_going_back_does_not_help(
     teacher: Bundle, source: object, run_folder: RunFolder
 ) -> None:
@@ -169,6 +171,7 @@ def test_it_stops_where_going_back_does_not_help(
     assert kept["iteration"] == 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_rolls_back_too(
     teacher: Bundle, source: object, run_folder: RunFolder
 ) -> None:

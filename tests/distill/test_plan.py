@@ -101,6 +101,7 @@ def test_a_nano_stage_takes_what_was_planned(stages: list[dict]) -> None:
     assert sum(planned.memory.values()) == planned.peak
 
 
+@pytest.mark.slow
 def test_evaluations_parameters_and_bytes_are_counted() -> None:
     guided = {"method": {**REGRESSION, "reuse": 2}, "guidance": 3.0, "iterations": 10}
     planned = plan(recipe(guided, {"method": CONDITIONAL}))
@@ -231,6 +232,7 @@ def test_what_cannot_be_planned_says_why(
     assert answer.exit_code != 0 and told in answer.output
 
 
+@pytest.mark.slow
 def test_a_method_in_this_folder_can_be_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

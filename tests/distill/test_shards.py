@@ -209,6 +209,7 @@ def test_what_cannot_be_written_leaves_the_last_checkpoint_which_three_can_read(
         assert all(said.endswith("1 0 True\n") for said in others)
 
 
+@pytest.mark.slow
 def test_one_process_has_nobody_to_share_with(model: Path, tmp_path: Path) -> None:
     alone = distill(write_recipe(tmp_path, model, CHAIN, shard=True), count=1)
     assert alone.finish() == [1]

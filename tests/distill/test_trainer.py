@@ -55,9 +55,10 @@ def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "teacher_steps"),
-    [(REGRESSION, 2), pytest.param(CONVERSION, None, marks=pytest.mark.slow)],
+    [(REGRESSION, 2), (CONVERSION, None)],
     ids=["regression", "conversion"],
 )
 def test_regression_lowers_its_loss(
@@ -223,7 +224,7 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
     ("method", "optimiser"),
     [
         (REGRESSION, "adamw"),
-        ({**REGRESSION, "reuse": 2}, "adamw"),
+        pytest.param({**REGRESSION, "reuse": 2}, "adamw", marks=pytest.mark.slow),
         (CONDITIONAL, "adamw"),
         pytest.param(UNCONDITIONAL, "adamw", marks=pytest.mark.slow),
         pytest.param(UNCONDITIONAL, "adamw8bit", marks=pytest.mark.slow),

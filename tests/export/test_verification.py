@@ -43,6 +43,7 @@ def test_teachers_loras_and_exports_too(folder: Path, tmp_path: Path) -> None:
         assert max(relative for _, relative in verify(str(model), prompt=PROMPT)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_base_that_predicts_v_and_what_is_exported_of_it(bundle: Bundle, tmp_path: Path) -> None:
     assemble(bundle, prediction_type="v_prediction").save_pretrained(tmp_path / "v")
     assert read_contracts(tmp_path / "v")[0].prediction_type == "v"

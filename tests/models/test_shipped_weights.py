@@ -100,7 +100,7 @@ def test_they_say_nothing_of_the_machine_they_come_from() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
+@pytest.mark.parametrize("steps", [pytest.param(32, marks=pytest.mark.slow), 8, 4, 2, 1])
 def test_they_draw_what_they_are_asked(steps: int) -> None:
     bundle = load_bundle("nano", steps=steps)
     drawn = [
