@@ -119,7 +119,7 @@ def main(
         stage = Stage(
             student_steps=8,
             teacher_steps=32,
-            method={"name": "adversarial", "objective": objective, "discriminator_lora": True},
+            method={"name": "lightning", "objective": objective, "discriminator_lora": True},
             lora_rank=rank,
             iterations=iterations,
             batch_size=1,

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from twostep.diffusion import landing, trained_times
-from twostep.distill.methods.adversarial import BETAS, AdversarialSettings
+from twostep.distill.methods.adversarial import BETAS
 from twostep.distill.methods.discriminator import Discriminator
+from twostep.distill.methods.lightning import LightningSettings
 from twostep.distill.pairs import Transition
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import weights_of
@@ -84,7 +85,7 @@ def measure(stage: Stage, bundle: Bundle, rounds: int) -> str:
     trainer = StageTrainer(stage, models.source, models.teacher, models.student)
 
     def iterate(number: int) -> object:
-        return trainer.iterate(number, Randomness.at(stage.seed, number))
+        return trainer.iterate(number, Randomness.at(stage.seed, number, stage.name))
 
     for number in range(NUM_WARM):
         iterate(number)
@@ -177,7 +178,7 @@ class BareLoop:
         self.student = models.student.network
         self.teacher = copy.deepcopy(self.student)
         settings = stage.method
-        is_adversarial = isinstance(settings, AdversarialSettings)
+        is_adversarial = isinstance(settings, LightningSettings)
         betas = BETAS if is_adversarial else (0.9, 0.999)
         adam = partial(torch.optim.AdamW, betas=betas, fused=True)
         self.optimiser = adam(weights_of(models.student).parameters(), lr=stage.learning_rate)
@@ -192,7 +193,7 @@ class BareLoop:
 
     def __call__(self, number: int) -> None:
         """Do one iteration."""
-        random = Randomness.at(self.stage.seed, number)
+        random = Randomness.at(self.stage.seed, number, self.stage.name)
         with self.stage.autocast():
             x_t, t, conditioning = self.draw(random)
             real = x_t
@@ -239,10 +240,12 @@ class BareLoop:
             times.append(taken.t)
         many = Conditioning.cat([taken.conditioning] * len(latents))
         features = discriminator.features(torch.cat(latents), torch.cat(times), many)
-        features = features.chunk(len(latents))
-        before = features[2] if discriminator.conditional else None
-        loss_of_real = softplus(-discriminator.judge(before, features[0])).mean()
-        loss_of_fake = softplus(discriminator.judge(before, features[1])).mean()
+        real_features, fake_features, *rest = zip(
+            *(level.chunk(len(latents)) for level in features), strict=True
+        )
+        before = rest[0] if rest else None
+        loss_of_real = softplus(-discriminator.judge(before, real_features)).mean()
+        loss_of_fake = softplus(discriminator.judge(before, fake_features)).mean()
         descend(loss_of_real + loss_of_fake, self.discriminator_optimiser)
         discriminator.requires_grad_(False)
         if discriminator.conditional:
@@ -294,7 +297,7 @@ def share_out(
             encoder.add_embedding,
             *encoder.down_blocks,
             encoder.mid_block,
-            discriminator.head,
+            *discriminator.heads,
         ]
     optimisers = list(trainer.optimisers.values())
     with ExitStack() as leaving:
