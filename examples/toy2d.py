@@ -8,7 +8,7 @@ network, too small for the steep map from noise to spots that one step asks for,
 the mean squared error averages: it leaves points between the spots, however long it goes on. At one
 step two students start from the same one of two steps and get the same number of examples:
 regression alone, or regression and then a discriminator, for which the data's points are real. The
-second puts more points on spots, and gives up some of the spots for it (docs/log.md has three
+second puts more points on spots, and gives up some of the spots for it (docs/log.md has two
 seeds). With a wider student regression alone is better.
 
 Trainer, methods and sampler are the package's. Written here is what other data need: a source,
