@@ -17,7 +17,7 @@ from torch import Tensor
 from twostep.diffusion.grid import falling_times, time_tensor
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import Schedule
-from twostep.diffusion.shapes import Batch, Times, Values
+from twostep.diffusion.shapes import Batch, Times, Values, as_column
 from twostep.errors import TwostepError
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -103,8 +103,7 @@ def walk(
         # An item that has arrived at 0 waits there: the network is asked about a legal time, and
         # its answer is dropped.
         prediction = denoise(x, t.masked_fill(t == 0, schedule.lowest))
-        waits = (t == s).to(x.device).view(-1, *[1] * (x.ndim - 1))
-        x = torch.where(waits, x, move(i, prediction, s))
+        x = torch.where(as_column(t == s, x), x, move(i, prediction, s))
         if keep is not None:
             x = keep(x, s)
         if on_step is not None:

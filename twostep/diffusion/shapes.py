@@ -1,6 +1,7 @@
 """Names for the shapes of tensors, used in the signatures of all rooms.
 
-Tests check them at every call; in production they cost nothing.
+Tests check them at every call; in production they cost nothing. And `as_column`, which gives one
+value per item a shape that broadcasts against the items.
 """
 
 from jaxtyping import Float, Real
@@ -23,3 +24,8 @@ Times = Real[Tensor, " batch"]
 
 Time = int | float
 """One time, or a share of the way from clean data to pure noise, as a number."""
+
+
+def as_column(values: Tensor, like: Tensor) -> Tensor:
+    """Return one value per item, shaped [batch, 1, ...], on the device of the items `like`."""
+    return values.to(like.device).view(-1, *[1] * (like.ndim - 1))

@@ -20,7 +20,7 @@ from torch import Tensor
 from twostep.diffusion.flow import Denoise, Keep, OnStep, step, walk
 from twostep.diffusion.prediction import Prediction
 from twostep.diffusion.schedule import Schedule
-from twostep.diffusion.shapes import Batch
+from twostep.diffusion.shapes import Batch, as_column
 
 
 def dpmpp_2m(
@@ -158,12 +158,10 @@ class _Path:
             change = change + _like(behind, x_t) * (predictions[i - 1] - before)
         gain = _like(-self.alphas[i + 1] * base, x_t)
         corrected = self.exponential_step(i, x_t, before) + gain * change
-        has_moved = (h > 0).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
-        return torch.where(has_moved, corrected, x_s)
+        return torch.where(as_column(h > 0, x_t), corrected, x_s)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
     """Return one value per item, shaped [batch, 1, ...], in the dtype and on the device of x."""
-    shaped = values.view(-1, *[1] * (x.ndim - 1))
     # dtype before device: some accelerators have no float64.
-    return shaped.to(x.dtype).to(x.device)
+    return as_column(values.to(x.dtype), x)

@@ -8,11 +8,10 @@ bank at once: they write the same values.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from twostep.files import reporting_write_errors, write_atomically
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.digest import digest_of_tensors
 from twostep.training.recipe import RecipeError
 
 CHUNK = 16
@@ -114,12 +114,14 @@ def digest_of_weights(denoiser: Denoiser) -> str:
         for name, value in state.items()
         if _is_at_work(name, denoiser.lora)
     }
-    return _digest(sorted(at_work.items()))
+    return digest_of_tensors(sorted(at_work.items()))
 
 
 def digest_of_examples(x0: Tensor, conditioning: Conditioning) -> str:
     """Return a digest of latents and their conditioning."""
-    return _digest([("x0", x0), ("text", conditioning.text), ("pooled", conditioning.pooled)])
+    return digest_of_tensors(
+        [("x0", x0), ("text", conditioning.text), ("pooled", conditioning.pooled)]
+    )
 
 
 def _is_at_work(name: str, lora: str | None) -> bool:
@@ -127,14 +129,6 @@ def _is_at_work(name: str, lora: str | None) -> bool:
     if ".lora_" not in name:
         return True
     return lora is not None and f".{lora}." in name
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in tensors:
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion import Denoise, Schedule, landing, solve, step, trained_times
-from twostep.diffusion.shapes import Batch, Times
+from twostep.diffusion.shapes import Batch, Times, as_column
+from twostep.distill.times import draw_weighted_times
 from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -282,11 +283,10 @@ def draw_times(
         schedule: whose times they are.
         weights: how often each time is drawn, from the highest down; None for all alike.
     """
-    times = torch.tensor(trained_times(student_steps, schedule))
-    if weights is None:
-        return times[torch.randint(len(times), (count,), generator=generator)]
-    shares = torch.tensor(weights, dtype=torch.float32)
-    return times[torch.multinomial(shares, count, replacement=True, generator=generator)]
+    times = trained_times(student_steps, schedule)
+    if weights is not None:
+        return draw_weighted_times(times, weights, count, generator)
+    return torch.tensor(times)[torch.randint(len(times), (count,), generator=generator)]
 
 
 def teacher_landing(
@@ -319,12 +319,10 @@ def draw_noised_times(
         generator: of the random numbers.
         schedule: whose times they are.
     """
-    shares = torch.tensor(weights, dtype=torch.float32)
-    drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
-    return torch.tensor([schedule.time_at(share) for share in NOISED_SHARES])[drawn]
+    times = [schedule.time_at(share) for share in NOISED_SHARES]
+    return draw_weighted_times(times, weights, count, generator)
 
 
 def noise_landed(x_s: Batch, s: Times, noised: Times, eps: Batch, schedule: Schedule) -> Batch:
     """Return latents with those that landed on 0 noised to their t*, and the others as they are."""
-    landed = (s == 0).to(x_s.device).view(-1, *[1] * (x_s.ndim - 1))
-    return torch.where(landed, schedule.add_noise(x_s, eps, noised), x_s)
+    return torch.where(as_column(s == 0, x_s), schedule.add_noise(x_s, eps, noised), x_s)

@@ -7,12 +7,13 @@ differs from method to method. Everything is drawn on the CPU for the whole batc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from twostep.diffusion import Schedule
-from twostep.diffusion.shapes import Times
+from twostep.diffusion.shapes import Time, Times
 
 _NUM_REAL_TIMES = 1000
 """How finely real times are looked up by their noise."""
@@ -42,6 +43,22 @@ def draw_uniform_times(
     shares = lowest_share + (highest_share - lowest_share) * torch.rand(count, generator=generator)
     times = torch.tensor([schedule.time_at(share) for share in shares.tolist()])
     return times.clamp(min=float(schedule.lowest))
+
+
+def draw_weighted_times(
+    times: Sequence[Time], weights: Sequence[float], count: int, generator: torch.Generator
+) -> Times:
+    """Draw one of a few times per item.
+
+    Args:
+        times: to draw from.
+        weights: how often each is drawn; they need not add up to 1.
+        count: number of items.
+        generator: of the random numbers.
+    """
+    shares = torch.tensor(weights, dtype=torch.float32)
+    drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
+    return torch.tensor(times)[drawn]
 
 
 def draw_logit_normal_times(

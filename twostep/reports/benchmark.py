@@ -35,6 +35,7 @@ from twostep.files import write_atomically
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.sampling import decode, draw_noise, encode_prompts, sample_latents
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.digest import digest_of_tensors
 from twostep.pretrain.drawings import built_in_concepts
 from twostep.pretrain.prompt_sets import Task, complete_tasks, open_tasks, with_fresh_noise
 
@@ -371,16 +372,8 @@ def to_float(pictures: Pictures) -> Tensor:
 
 def weights_digest(teacher: Bundle, denoiser: Denoiser) -> str:
     """Return a digest of all weights that pictures by a denoiser of a teacher depend on."""
-    digest = hashlib.sha256(denoiser.prediction_type.encode())
-    digest.update(str(denoiser.lora).encode())
-    for network in (denoiser.network, *teacher.text.networks.values(), *modules_of(teacher.codec)):
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    # numpy knows no bfloat16; as bytes it does not matter what they mean.
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    networks = (denoiser.network, *teacher.text.networks.values(), *modules_of(teacher.codec))
+    weights = digest_of_tensors(
+        entry for network in networks for entry in sorted(network.state_dict().items())
+    )
+    return f"{denoiser.prediction_type}/{denoiser.lora}/{weights}"

@@ -7,8 +7,8 @@ import torch
 
 from twostep.distill.methods.add import Add, Answer, score_distillation_loss
 from twostep.distill.methods.ladd import Ladd, start_weights
-from twostep.distill.methods.renoising import draw_weighted_times
 from twostep.distill.pairs import Batches
+from twostep.distill.times import draw_weighted_times
 from twostep.distill.trainer import StageTrainer
 from twostep.models.bundle import Bundle
 from twostep.training.loop import Randomness

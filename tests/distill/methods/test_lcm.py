@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from twostep.diffusion import VariancePreserving, landing
-from twostep.distill.methods.lcm import ConsistentPair, Lcm, consistent_x0, visited_times
-from twostep.distill.pairs import Batches
+from twostep.distill.methods.lcm import Lcm, consistent_x0, visited_times
+from twostep.distill.pairs import Batches, Transition
 from twostep.distill.trainer import StageTrainer
 from twostep.networks.conditioning import Conditioning
 from twostep.training.loop import Randomness
@@ -31,7 +31,7 @@ class Prompted(Draws):
         return x0, nothing(count, shift=1.0)
 
 
-def draw(stage, source, teacher, iteration: int = 0) -> ConsistentPair:
+def draw(stage, source, teacher, iteration: int = 0) -> Transition:
     batches = Batches(source, stage.batch_size, torch.device("cpu"))
     models = {"teacher": teacher}
     return Lcm(stage).draw(iteration, batches, models, Randomness.at(0, iteration))
@@ -101,7 +101,7 @@ def test_the_pseudo_huber_distance_is_the_papers() -> None:
     stage = make_stage({"name": "lcm", "huber_width": 0.03})
     x = torch.zeros(2, 4)
     t = torch.tensor([20, 20])
-    pair = ConsistentPair(x, torch.full_like(x, 0.04), t, t - 20, nothing(2))
+    pair = Transition(x, torch.full_like(x, 0.04), t, t - 20, nothing(2))
 
     class Zero(Consistent):
         def forward(self, x, time, conditioning):

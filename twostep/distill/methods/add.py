@@ -30,26 +30,21 @@ from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import trailing_times
-from twostep.diffusion.shapes import Batch, Times
+from twostep.diffusion.shapes import Batch, Times, as_column
 from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings, Models
 from twostep.distill.methods.heads import (
     Heads,
+    HeadSettings,
     JudgeFeatures,
     TeacherFeatures,
-    hinge_of_heads,
+    heads_role,
     hinge_of_student,
-    r1_penalty,
-    share_told_apart,
+    loss_of_heads,
 )
-from twostep.distill.methods.renoising import (
-    as_column,
-    draw_weighted_times,
-    refuse_teacher_steps,
-    renoising_contract,
-)
+from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
 from twostep.distill.pairs import Batches
 from twostep.distill.roles import Adam, Role, learner
-from twostep.distill.times import draw_uniform_times
+from twostep.distill.times import draw_uniform_times, draw_weighted_times
 from twostep.evaluate.judge import load_judge
 from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
@@ -61,7 +56,7 @@ if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
 
 
-class AddSettings(MethodSettings):
+class AddSettings(HeadSettings):
     """The settings of ADD-style distillation."""
 
     name: str = "add"
@@ -71,13 +66,6 @@ class AddSettings(MethodSettings):
     distillation_weight: float = Field(
         2.5, ge=0, description="weight of the teacher's pull; 2.5 in the paper"
     )
-    feature_r1_weight: float = Field(
-        1e-5, ge=0, description="weight of the R1 penalty; 1e-5 in the paper"
-    )
-    heads_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate where not given"
-    )
-    head_width: int = Field(64, gt=0, multiple_of=8, description="channels inside every head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +111,14 @@ class Add(Method[Answer]):
         if self.settings.features == "judge":
             is_plan = is_metered(next(teacher.network.parameters()))
             self._frozen = JudgeFeatures(load_judge(outline=is_plan).to(teacher.device))
-        heads = Heads(
+        heads = heads_role(
+            self.stage,
+            self.settings,
             self._frozen.widths,
-            hidden=self.settings.head_width,
             condition_width=teacher.backbone.spec.pooled_width,
-        ).to(teacher.device)
-        adam = Adam.of(self.stage, learning_rate=self.settings.heads_learning_rate)
-        return {"student": learner(student, Adam.of(self.stage)), "heads": Role(heads, heads, adam)}
+            device=teacher.device,
+        )
+        return {"student": learner(student, Adam.of(self.stage)), "heads": heads}
 
     def draw(self, iteration: int, batches: Batches, models: Models, random: Randomness) -> Answer:
         """Let the student answer at one of its times, and draw where the teacher is asked."""
@@ -170,13 +159,13 @@ class Add(Method[Answer]):
         with torch.no_grad():
             real_features = self._features(pair.x0, pair)
             fake_features = self._features(pair.fake.detach(), pair)
-        if self.settings.feature_r1_weight > 0:
-            real, penalty = r1_penalty(heads, real_features, condition)
-        else:
-            real, penalty = heads(real_features, condition), torch.zeros((), device=pair.x0.device)
-        fake = heads(fake_features, condition)
-        total = hinge_of_heads(real, fake) + self.settings.feature_r1_weight * penalty
-        return {"total": total, "accuracy": share_told_apart(real, fake), "r1": penalty}
+        return loss_of_heads(
+            heads,
+            real_features,
+            fake_features,
+            condition,
+            r1_weight=self.settings.feature_r1_weight,
+        )
 
     def _features(self, latents: Batch, pair: Answer) -> list[Tensor]:
         """Return the frozen features of clean latents, with a gradient for these."""

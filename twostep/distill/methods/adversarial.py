@@ -68,11 +68,40 @@ DISCRIMINATOR = "discriminator"
 FAKE_SCORE = "fake_score"
 
 
-class AdversarialSettings(LandingSettings):
+Objective = Literal["conditional", "unconditional"]
+"""Whether a landing is judged with where it started, or alone."""
+
+
+class DiscriminatorSettings(LandingSettings):
+    """The settings that every game against a discriminator has."""
+
+    objective: Objective = Field(
+        description="conditional judges x_t with x_s, and keeps the flow; unconditional x_s alone"
+    )
+    discriminator_learning_rate: float | None = Field(
+        None, gt=0, description="as learning_rate where not given", json_schema_extra=WHILE_RUNNING
+    )
+    discriminator_lora: bool = Field(
+        False, description="its encoder as a LoRA on the shared base: needs lora_rank"
+    )
+    largest_gap: float = Field(
+        8.0,
+        gt=0,
+        description="health: largest mean difference of the logits of real and fake",
+        json_schema_extra=ANY_TIME,
+    )
+
+    @property
+    def variant(self) -> str | None:
+        """The objective, which tells two stages of one student apart."""
+        return self.objective
+
+
+class AdversarialSettings(DiscriminatorSettings):
     """The settings of adversarial distillation."""
 
     name: str = "adversarial"
-    objective: Literal["conditional", "unconditional"] = Field(
+    objective: Objective = Field(
         "unconditional",
         description="conditional judges x_t with x_s, and keeps the flow; unconditional x_s alone",
     )
@@ -89,9 +118,6 @@ class AdversarialSettings(LandingSettings):
     levels: Levels = Field(
         "all", description="where the discriminator has heads: every encoder level, or mid-block"
     )
-    discriminator_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate where not given", json_schema_extra=WHILE_RUNNING
-    )
     head_learning_rate: float | None = Field(
         None,
         gt=0,
@@ -103,9 +129,6 @@ class AdversarialSettings(LandingSettings):
     )
     discriminator_steps: int = Field(
         1, ge=1, description="steps of the discriminator, and of the fake score, per student step"
-    )
-    discriminator_lora: bool = Field(
-        False, description="its encoder as a LoRA on the shared base: needs lora_rank"
     )
     discriminator_precision: Precision = Field(
         "fp32", description="fp32, or stage for what the stage computes in"
@@ -145,17 +168,6 @@ class AdversarialSettings(LandingSettings):
         description="of the fake score; as learning_rate where not given",
         json_schema_extra=WHILE_RUNNING,
     )
-    largest_gap: float = Field(
-        8.0,
-        gt=0,
-        description="health: largest mean difference of the logits of real and fake",
-        json_schema_extra=ANY_TIME,
-    )
-
-    @property
-    def variant(self) -> str | None:
-        """The objective, which tells two stages of one student apart."""
-        return self.objective
 
 
 @dataclass(frozen=True, eq=False)

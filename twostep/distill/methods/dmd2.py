@@ -115,7 +115,24 @@ class FakeScore:
         return self.weights.logits(x_t, t, conditioning)
 
 
-class OwnFakeScore(nn.Module):
+class _DenoiserWithHead:
+    """How every fake score answers."""
+
+    head: nn.Module
+    _denoiser: Denoiser
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Return x0 and eps."""
+        prediction = self._denoiser(x_t, t, conditioning)
+        return prediction.x0, prediction.eps
+
+    def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the head's logits [batch, places]."""
+        logits: Tensor = self.head(self._denoiser.features(x_t, t, conditioning)[-1])
+        return logits
+
+
+class OwnFakeScore(_DenoiserWithHead, nn.Module):
     """A copy of the teacher with a head on its mid-block, trained whole."""
 
     METHODS = ("predict", "logits")
@@ -133,22 +150,12 @@ class OwnFakeScore(nn.Module):
         self.network = self._denoiser.network.requires_grad_(True)
         self.head = _make_head(teacher, head_width)
 
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """Return x0 and eps."""
-        prediction = self._denoiser(x_t, t, conditioning)
-        return prediction.x0, prediction.eps
-
-    def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the head's logits [batch, places]."""
-        logits: Tensor = self.head(self._denoiser.features(x_t, t, conditioning)[-1])
-        return logits
-
     def checkpoint_gradients(self) -> None:
         """Recompute blocks in the backward pass instead of keeping activations."""
         self._denoiser.checkpoint_gradients(True)
 
 
-class LoraFakeScore:
+class LoraFakeScore(_DenoiserWithHead):
     """The same as a LoRA on the teacher's network, so that the base is there once."""
 
     NAME = "fake-score"
@@ -164,16 +171,6 @@ class LoraFakeScore:
         self.lora = place_lora(teacher, self.NAME, rank=rank)
         self._denoiser = replace(teacher, lora=self.NAME)
         self.head = _make_head(teacher, head_width)
-
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """Return x0 and eps."""
-        prediction = self._denoiser(x_t, t, conditioning)
-        return prediction.x0, prediction.eps
-
-    def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the head's logits [batch, places]."""
-        logits: Tensor = self.head(self._denoiser.features(x_t, t, conditioning)[-1])
-        return logits
 
     def remove(self) -> None:
         """Take the LoRA off the teacher's network."""

@@ -10,18 +10,25 @@ stage's precision is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from twostep.diffusion.shapes import Time, Times
+from twostep.distill.method import MethodSettings
+from twostep.distill.roles import Adam, Role
 from twostep.evaluate.judge import Judge
 from twostep.media.codec import Codec, DecodesWithGradient
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from twostep.distill.recipe import Stage
 
 Features = Sequence[Tensor]
 """Levels of features, each [batch, width, rows, columns]."""
@@ -35,6 +42,18 @@ NUM_TIME_FEATURES = 16
 _NUM_GROUPS = 8
 _SLOPE = 0.2
 """Of the leaky ReLUs."""
+
+
+class HeadSettings(MethodSettings):
+    """The settings of methods that judge by heads on frozen features."""
+
+    feature_r1_weight: float = Field(
+        1e-5, ge=0, description="weight of the R1 penalty on the heads' inputs; 1e-5 in ADD's paper"
+    )
+    heads_learning_rate: float | None = Field(
+        None, gt=0, description="as learning_rate where not given"
+    )
+    head_width: int = Field(64, gt=0, multiple_of=8, description="channels inside every head")
 
 
 class Head(nn.Module):
@@ -107,6 +126,27 @@ class Heads(nn.Module):
         return [head(level, condition) for head, level in pairs]
 
 
+def heads_role(
+    stage: Stage,
+    settings: HeadSettings,
+    widths: Sequence[int],
+    *,
+    condition_width: int,
+    device: torch.device,
+) -> Role:
+    """Return the role of fresh heads.
+
+    Args:
+        stage: says how they learn, as far as the method does not.
+        settings: of the method.
+        widths: channels of every level of the features.
+        condition_width: numbers of what they are told.
+        device: where they are.
+    """
+    heads = Heads(widths, hidden=settings.head_width, condition_width=condition_width).to(device)
+    return Role(heads, heads, Adam.of(stage, learning_rate=settings.heads_learning_rate))
+
+
 class TeacherFeatures:
     """The levels of a frozen teacher's encoder, and its mid-block's, on noisy latents."""
 
@@ -172,6 +212,27 @@ def hinge_of_heads(real: Logits, fake: Logits) -> Tensor:
     """Return what heads minimise: sum over them of E max(0, 1 - real) + E max(0, 1 + fake)."""
     pairs = zip(real, fake, strict=True)
     return torch.stack([(1 - r).relu().mean() + (1 + f).relu().mean() for r, f in pairs]).sum()
+
+
+def loss_of_heads(
+    heads: Heads, real: Features, fake: Features, condition: Tensor | None, r1_weight: float
+) -> Mapping[str, Tensor]:
+    """Return the heads' hinge loss with their R1 penalty as "total", and figures for the log.
+
+    Args:
+        heads: that learn.
+        real: features of what is real, without gradient.
+        fake: features of the student's, without gradient.
+        condition: what all heads are told.
+        r1_weight: of the penalty; 0 leaves it out.
+    """
+    if r1_weight > 0:
+        on_real, penalty = r1_penalty(heads, real, condition)
+    else:
+        on_real, penalty = heads(real, condition), torch.zeros((), device=real[0].device)
+    on_fake = heads(fake, condition)
+    total = hinge_of_heads(on_real, on_fake) + r1_weight * penalty
+    return {"total": total, "accuracy": share_told_apart(on_real, on_fake), "r1": penalty}
 
 
 def hinge_of_student(fake: Logits) -> Tensor:

@@ -34,21 +34,17 @@ from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings
 from twostep.distill.methods.heads import (
     NUM_TIME_FEATURES,
     Heads,
+    HeadSettings,
     TeacherFeatures,
-    hinge_of_heads,
+    heads_role,
     hinge_of_student,
-    r1_penalty,
-    share_told_apart,
+    loss_of_heads,
     told_time,
 )
-from twostep.distill.methods.renoising import (
-    draw_weighted_times,
-    refuse_teacher_steps,
-    renoising_contract,
-)
+from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
 from twostep.distill.pairs import Batches
 from twostep.distill.roles import Adam, Role, learner
-from twostep.distill.times import draw_logit_normal_times
+from twostep.distill.times import draw_logit_normal_times, draw_weighted_times
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
@@ -60,7 +56,7 @@ _WEIGHT_OF_NOISE = 0.7
 """Share of draws in which the student starts at pure noise, after the first iterations."""
 
 
-class LaddSettings(MethodSettings):
+class LaddSettings(HeadSettings):
     """The settings of latent adversarial distillation."""
 
     name: str = "ladd"
@@ -74,13 +70,6 @@ class LaddSettings(MethodSettings):
     low_noise_iterations: int = Field(
         500, ge=0, description="iterations in which the student starts at its lower times alone"
     )
-    feature_r1_weight: float = Field(
-        1e-5, ge=0, description="weight of the R1 penalty on the heads' inputs, as in ADD"
-    )
-    heads_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate where not given"
-    )
-    head_width: int = Field(64, gt=0, multiple_of=8, description="channels inside every head")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +109,14 @@ class Ladd(Method[JudgedLatents]):
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
         """Student and heads learn."""
         self._frozen = TeacherFeatures(teacher)
-        heads = Heads(
+        heads = heads_role(
+            self.stage,
+            self.settings,
             self._frozen.widths,
-            hidden=self.settings.head_width,
             condition_width=teacher.backbone.spec.pooled_width + NUM_TIME_FEATURES,
-        ).to(teacher.device)
-        adam = Adam.of(self.stage, learning_rate=self.settings.heads_learning_rate)
-        return {"student": learner(student, Adam.of(self.stage)), "heads": Role(heads, heads, adam)}
+            device=teacher.device,
+        )
+        return {"student": learner(student, Adam.of(self.stage)), "heads": heads}
 
     def draw(
         self, iteration: int, batches: Batches, models: Models, random: Randomness
@@ -193,16 +183,13 @@ class Ladd(Method[JudgedLatents]):
         with torch.no_grad():
             real_features = self._frozen(pair.real, pair.t, pair.conditioning)
             fake_features = self._frozen(pair.fake.detach(), pair.t, pair.conditioning)
-        if self.settings.feature_r1_weight > 0:
-            real, penalty = r1_penalty(heads, real_features, condition)
-        else:
-            real, penalty = (
-                heads(real_features, condition),
-                torch.zeros((), device=pair.real.device),
-            )
-        fake = heads(fake_features, condition)
-        total = hinge_of_heads(real, fake) + self.settings.feature_r1_weight * penalty
-        return {"total": total, "accuracy": share_told_apart(real, fake), "r1": penalty}
+        return loss_of_heads(
+            heads,
+            real_features,
+            fake_features,
+            condition,
+            r1_weight=self.settings.feature_r1_weight,
+        )
 
     def _condition(self, pair: JudgedLatents, teacher: Denoiser) -> Tensor:
         """Return what the heads are told: the prompt, and how noisy what they see is."""

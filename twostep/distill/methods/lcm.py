@@ -28,7 +28,6 @@ With `lora_rank` this is LCM-LoRA: the target is then the same LoRA without grad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -43,10 +42,10 @@ from twostep.diffusion import (
     step,
     trailing_times,
 )
-from twostep.diffusion.shapes import Batch, Time, Times
+from twostep.diffusion.shapes import Batch, Time, Times, as_column
 from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings, Models
-from twostep.distill.methods.renoising import as_column, refuse_teacher_steps, renoising_contract
-from twostep.distill.pairs import Batches
+from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
+from twostep.distill.pairs import Batches, Transition
 from twostep.distill.roles import Adam, Role, learner, moving_average_of
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -86,26 +85,7 @@ class LcmSettings(MethodSettings):
     )
 
 
-@dataclass(frozen=True, eq=False)
-class ConsistentPair:
-    """Two neighbours on a path of the flow.
-
-    Args:
-        x_t: data noised to t.
-        x_s: where the teacher's step from x_t lands.
-        t: times of x_t, on the CPU.
-        s: times of x_s < t, on the CPU.
-        conditioning: what both are to show.
-    """
-
-    x_t: Batch
-    x_s: Batch
-    t: Times
-    s: Times
-    conditioning: Conditioning
-
-
-class Lcm(Method[ConsistentPair]):
+class Lcm(Method[Transition]):
     """The student's x0 at t is pulled to its own average's x0 one step of the teacher lower."""
 
     name: ClassVar[str] = "lcm"
@@ -147,7 +127,7 @@ class Lcm(Method[ConsistentPair]):
 
     def draw(
         self, iteration: int, batches: Batches, models: Models, random: Randomness
-    ) -> ConsistentPair:
+    ) -> Transition:
         """Noise data to a time of the solver's grid, and let the teacher take one step."""
         teacher: Denoiser = models["teacher"]
         schedule = teacher.schedule
@@ -161,7 +141,7 @@ class Lcm(Method[ConsistentPair]):
         with torch.no_grad():
             prediction = self._guided(teacher, x_t, t, conditioning, batches, scales)
             x_s = step(prediction, s, schedule)
-        return ConsistentPair(x_t, x_s, t, s, conditioning)
+        return Transition(x_t=x_t, x_s=x_s, t=t, s=s, conditioning=conditioning)
 
     def _draw_scales(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw the scale of the guidance of each item."""
@@ -190,7 +170,7 @@ class Lcm(Method[ConsistentPair]):
             Prediction(x0, eps), Prediction(x0_negative, eps_negative), as_column(scales, x_t)
         )
 
-    def loss(self, role: str, pair: ConsistentPair, models: Models) -> Mapping[str, Tensor]:
+    def loss(self, role: str, pair: Transition, models: Models) -> Mapping[str, Tensor]:
         """Return the distance between the student's x0 at t and the target's at s."""
         student: Denoiser = models["student"]
         target = consistent_x0(models.get("target", student), pair.x_s, pair.s, pair.conditioning)

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from twostep.diffusion import trailing_times
-from twostep.diffusion.shapes import Time, Times
+from twostep.diffusion.shapes import Time
 from twostep.distill.method import ContractChanges
 from twostep.networks.denoiser import Denoiser
 
@@ -50,16 +47,3 @@ def renoising_contract(
         sampler="renoise",
         sampling_times=() if is_trailing else visited,
     )
-
-
-def draw_weighted_times(
-    times: tuple[Time, ...], weights: tuple[float, ...], count: int, generator: torch.Generator
-) -> Times:
-    """Draw one of a few times per item, each as often as its weight says."""
-    drawn = torch.multinomial(torch.tensor(weights), count, replacement=True, generator=generator)
-    return torch.tensor(times)[drawn]
-
-
-def as_column(values: Tensor, like: Tensor) -> Tensor:
-    """Return one value per item, shaped [batch, 1, ...], on the device of `like`."""
-    return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
