@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from twostep.training import loop
+from twostep.training.device import computes_bfloat16
 from twostep.training.loop import (
     LoopSettings,
     MovingAverage,
@@ -51,6 +54,21 @@ class Sum:
         self.values.append(torch.rand(1, generator=randomness.tensors).item())
         self.values.append(randomness.words.random())
         return {"loss": float(iteration)}
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_computed_where_the_device_does_it(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda device_type: native)
+    layer = nn.Linear(2, 2)
+    said = nullcontext() if native else pytest.warns(UserWarning, match="computing in float32")
+    with said, settings(precision="bf16").autocast("cpu"):
+        assert layer(torch.ones(1, 2)).dtype == expected
+
+
+def test_every_accelerator_counts_as_computing_bfloat16() -> None:
+    assert computes_bfloat16("cuda")
 
 
 def test_a_resumed_run_draws_what_an_uninterrupted_one_draws(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Finding the device that a recipe names."""
+"""Finding the device that a recipe names, and knowing what it computes well."""
+
+from functools import cache
 
 import torch
 
@@ -22,3 +24,15 @@ def find_device(name: str) -> torch.device:
             f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".'
         ) from error
     return torch.device(name)
+
+
+@cache
+def computes_bfloat16(device_type: str) -> bool:
+    """Return whether a type of device, as in "cpu" or "cuda", computes bfloat16 in hardware.
+
+    Every accelerator that torch knows does. A CPU without AVX-512 or its like emulates it, some
+    forty times slower than float32.
+    """
+    if device_type != "cpu":
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
+from twostep.training.device import computes_bfloat16
 from twostep.training.processes import average, averaged, world
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
@@ -77,7 +79,7 @@ class LoopSettings(Settings):
     precision: str = Field(
         "bf16",
         pattern="^(fp32|bf16)$",
-        description="autocast precision of forward passes",
+        description="autocast precision of forward passes; fp32 on a CPU without bfloat16",
         json_schema_extra=WHILE_RUNNING,
     )
     checkpoint_every: int = Field(
@@ -96,9 +98,20 @@ class LoopSettings(Settings):
 
     @contextmanager
     def autocast(self, device: str = "cpu") -> Iterator[None]:
-        """Run forward passes of the block in the precision of these settings on a device type."""
+        """Run forward passes of the block in the precision of these settings on a device type.
+
+        On a CPU that would have to emulate bfloat16 they run in float32, and a warning says so.
+        """
+        in_bfloat16 = self.precision == "bf16"
+        if in_bfloat16 and not computes_bfloat16(device):
+            warnings.warn(
+                "this CPU has no bfloat16 instructions: computing in float32, which is many times "
+                "faster here",
+                stacklevel=3,
+            )
+            in_bfloat16 = False
         with (
-            torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"),
+            torch.autocast(device, torch.bfloat16, enabled=in_bfloat16),
             training_attention(device),
         ):
             yield
