@@ -6,13 +6,15 @@ Every checkpoint is shown beside the first teacher, in `samples/` of the run fol
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from twostep.contract import Contract, student_name
@@ -21,7 +23,8 @@ from twostep.distill.methods.registry import find_method
 from twostep.distill.pairs import Fingerprinted, Source
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import frozen_lora_copy, weights_of
-from twostep.distill.samples import Examples
+from twostep.distill.samples import Examples, SampleSheets
+from twostep.distill.snapshots import save_snapshot, snapshot_path
 from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import student_path
@@ -31,7 +34,7 @@ from twostep.networks.adapters import Lora, add_lora, load_lora, remove_lora, re
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
 from twostep.training.device import find_device
-from twostep.training.loop import Randomness
+from twostep.training.loop import Periodic, Randomness
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import FINISHED, RunFolder
@@ -108,7 +111,7 @@ def distil(
     contents = fingerprints(recipe, teacher, source, start)
     folder.compare_contents(contents, accept=accept_replaced)
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version=version)
-    examples = Examples.of(teacher, recipe.sample_prompts)
+    examples = sample_examples(recipe, teacher)
     if recipe.cache is not None:
         # The texts of a cache are encoded already.
         for encoder in teacher.text.networks.values():
@@ -120,18 +123,19 @@ def distil(
             stack.callback(remove_loras, start.network)
             start = _prepare_start(recipe, start, teacher.denoiser)
         for prepared in prepared_stages(recipe, teacher, start=start):
+            contract = student_contract(recipe, prepared, teacher.contract)
+            contract = replace(contract, recipe=recipe_name, version=version)
             _train_or_load(
                 prepared,
                 source,
                 folder,
+                contract=contract,
                 examples=examples,
                 recipe=recipe,
                 on_iteration=on_iteration,
             )
             stage = prepared.stage
             if prepared.is_last and stage.student_steps in recipe.release:
-                contract = student_contract(recipe, prepared, teacher.contract)
-                contract = replace(contract, recipe=recipe_name, version=version)
                 path = _release(prepared.student, contract, folder)
                 written[stage.student_steps] = path
     return written
@@ -153,6 +157,22 @@ def fingerprints(
     if isinstance(source, Fingerprinted):
         contents["data"] = source.fingerprint()
     return contents
+
+
+def sample_examples(recipe: DistillRecipe, teacher: Bundle) -> tuple[Examples, ...]:
+    """Return the sample prompts of a recipe, encoded at each of its sizes.
+
+    Raises:
+        ContractError: the teacher does not draw one of the sizes.
+    """
+    sizes = recipe.sample_sizes or teacher.contract.sizes[:1]
+    for width, height in sizes:
+        for warning in teacher.contract.check(None, None, width, height):
+            warnings.warn(warning, stacklevel=2)
+    return tuple(
+        Examples.of(teacher, recipe.sample_prompts, size=size, seeds=recipe.sample_seeds)
+        for size in sizes
+    )
 
 
 def prepared_stages(
@@ -377,7 +397,8 @@ def _train_or_load(
     source: Source,
     folder: RunFolder,
     *,
-    examples: Examples,
+    contract: Contract,
+    examples: Sequence[Examples],
     recipe: DistillRecipe,
     on_iteration: OnStage,
 ) -> None:
@@ -399,15 +420,34 @@ def _train_or_load(
     changes = stage.make_method().describe(student)
     times = changes.times_from_noise(stage.student_steps, student.schedule)
 
-    def show(iteration: int) -> dict[str, float]:
-        sheet, looks = examples.show(student, times, changes.sampler)
+    def sheet_path(iteration: int) -> Path:
+        return folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
+
+    def write_sheet(iteration: int, sheet: Image.Image) -> None:
         if world().is_first:
-            path = folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
+            path = sheet_path(iteration)
             with write_atomically(path) as file:
                 sheet.save(file, format="PNG")
             folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
-        return looks
 
+    sheets = SampleSheets(
+        examples,
+        draw=lambda each: each.show(student, times, changes.sampler),
+        write=write_sheet,
+    )
+    samples = Periodic(
+        "samples",
+        stage.sample_every,
+        act=sheets.show,
+        is_done=lambda iteration: sheet_path(iteration).exists(),
+        at_start=True,
+    )
+    snapshots = Periodic(
+        "snapshot",
+        stage.snapshot_every,
+        act=lambda iteration: save_snapshot(student, contract, folder, stage.name, iteration),
+        is_done=lambda iteration: snapshot_path(folder.path, stage.name, iteration).exists(),
+    )
     train_stage(
         stage,
         source,
@@ -415,12 +455,13 @@ def _train_or_load(
         student=student,
         folder=folder,
         sharded=sharded,
-        codec=examples.teacher.codec,
+        codec=examples[0].teacher.codec,
         health=recipe.health,
         continues=prepared.continues,
         is_continued=prepared.is_continued,
+        periodic=(snapshots, samples),
         on_iteration=lambda iteration, figures: on_iteration(stage, iteration, figures),
-        on_checkpoint=show,
+        on_checkpoint=sheets.examine,
     )
     folder.save(f"{stage.name}{FINISHED}", {"weights": gathered(weights.state_dict())})
     # Moments and averages are of no use any more, and weigh many times as much as the student.

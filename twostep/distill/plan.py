@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.data.cache import read_shard
-from twostep.distill.chain import PreparedStage, prepared_stages
+from twostep.distill.chain import PreparedStage, prepared_stages, sample_examples
 from twostep.distill.landings import without_bank
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe, Stage
@@ -40,6 +40,9 @@ BYTES_OF_WEIGHT = 4
 
 BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
 """Both of Adam's moments of one parameter."""
+
+_BYTES_IN_SNAPSHOT = 2
+"""Of a weight; they are in fp16."""
 
 _KIND = {"batch_size", "accumulate", "precision", "lora_rank", "gradient_checkpointing", "method"}
 """The settings on which memory depends; stages that share them are measured once."""
@@ -75,6 +78,14 @@ class StagePlan:
         """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
         each = BYTES_OF_WEIGHT + BYTES_OF_MOMENTS[self.stage.optimiser]
         return each * sum(self.trained.values()) + self.finished
+
+    @property
+    def snapshots(self) -> int:
+        """Bytes of the stage's snapshots, which are in fp16 and stay."""
+        if self.stage.snapshot_every is None:
+            return 0
+        count = self.stage.iterations // self.stage.snapshot_every
+        return count * _BYTES_IN_SNAPSHOT * self.trained[STUDENT]
 
     @property
     def finished(self) -> int:
@@ -144,7 +155,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher, start = _outline(recipe)
         source = _blank_source(teacher, sizes)
-        drawing = _measure_drawing(Examples.of(teacher, recipe.sample_prompts), meter)
+        drawing = max(_measure_drawing(each, meter) for each in sample_examples(recipe, teacher))
         if recipe.cache is not None and not on_cpu:
             _drop_text_encoders(teacher)
         for position, prepared in enumerate(prepared_stages(recipe, teacher, start=start)):

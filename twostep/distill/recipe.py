@@ -11,14 +11,22 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from twostep.diffusion import PredictionType
 from twostep.distill.health import Health
 from twostep.distill.method import Method, MethodSettings
 from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
+from twostep.distill.samples import SEEDS
 from twostep.training.loop import LoopSettings
 from twostep.training.optimiser import OptimiserName
 from twostep.training.recipe import ANY_TIME, COMPARED, WHILE_RUNNING, Settings
@@ -67,6 +75,19 @@ class Stage(LoopSettings):
         ge=1,
         description="parts in which batch_size is computed one after the other, for less memory",
         json_schema_extra=WHILE_RUNNING,
+    )
+    sample_every: int | None = Field(
+        None,
+        gt=0,
+        description="iterations between sheets of samples, from iteration 0 on, beside those of "
+        "checkpoints",
+        json_schema_extra=ANY_TIME,
+    )
+    snapshot_every: int | None = Field(
+        None,
+        gt=0,
+        description="iterations between files of the student, for `twostep export RUN --at N`",
+        json_schema_extra=ANY_TIME,
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -189,6 +210,18 @@ class DistillRecipe(Settings):
         "fp32",
         description="weights of the teacher, and so of the base that LoRAs share; what is trained "
         "is fp32",
+    )
+    sample_sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        (),
+        description="width and height of the samples, one or several; the model's first size where "
+        "not given, and the first is the one whose looks count",
+        json_schema_extra=ANY_TIME,
+    )
+    sample_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
+        SEEDS,
+        min_length=2,
+        description="seeds of every sample prompt; at least two, which show whether pictures vary",
+        json_schema_extra=ANY_TIME,
     )
     trackers: tuple[Tracker, ...] = Field(
         (),

@@ -21,6 +21,7 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
+    Periodic,
     Randomness,
     TrainingError,
     check_finite,
@@ -261,6 +262,7 @@ def train_stage(
     health: Health | None = None,
     continues: Stage | None = None,
     is_continued: bool = False,
+    periodic: Sequence[Periodic] = (),
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: OnCheckpoint = lambda iteration: {},
 ) -> None:
@@ -280,6 +282,8 @@ def train_stage(
         continues: the stage before, if it trained the same student by the same method: what its
             roles hand on is where this one's begin.
         is_continued: whether the next stage continues this one.
+        periodic: what is done with the student every so many iterations, while it has its averaged
+            weights.
         on_iteration: called after every iteration.
         on_checkpoint: called before every checkpoint.
 
@@ -293,7 +297,12 @@ def train_stage(
         folder.log(part=stage.name, continues=continues.name, goes_on=begun)
     monitor = Monitor(health or Health(), trainer.method.limits())
     run = _MonitoredRun(
-        trainer, monitor, folder, on_iteration=on_iteration, on_checkpoint=on_checkpoint
+        trainer,
+        monitor,
+        folder,
+        periodic=periodic,
+        on_iteration=on_iteration,
+        on_checkpoint=on_checkpoint,
     )
     try:
         run.run()
@@ -318,12 +327,14 @@ class _MonitoredRun:
         monitor: Monitor,
         folder: RunFolder,
         *,
+        periodic: Sequence[Periodic],
         on_iteration: OnIteration,
         on_checkpoint: OnCheckpoint,
     ) -> None:
         self.trainer = trainer
         self.monitor = monitor
         self.folder = folder
+        self.periodic = [replace(each, act=self._with_average(each.act)) for each in periodic]
         self.on_iteration = on_iteration
         self.on_checkpoint = on_checkpoint
         self.name = trainer.stage.name
@@ -356,6 +367,7 @@ class _MonitoredRun:
             state=self.trainer.state,
             checkpoint_start=self.monitor.settings.action == "rollback",
             only_examined=self.has_rolled_back,
+            periodic=self.periodic,
             on_iteration=self._add,
             on_checkpoint=self._examine,
         )
@@ -367,6 +379,15 @@ class _MonitoredRun:
                 "The same command goes on."
             )
         return self.trainer.iterate(iteration, random)
+
+    def _with_average(self, act: Callable[[int], None]) -> Callable[[int], None]:
+        """Return the same function, with averaged weights in the student while it runs."""
+
+        def act_with_average(num_done: int) -> None:
+            with self.trainer.average.applied():
+                act(num_done)
+
+        return act_with_average
 
     def _add(self, iteration: int, figures: dict[str, float]) -> None:
         self.monitor.add(figures)
