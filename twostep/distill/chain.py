@@ -22,17 +22,25 @@ from twostep.data.cache import fingerprint_of
 from twostep.distill.methods.registry import find_method
 from twostep.distill.pairs import Fingerprinted, Source
 from twostep.distill.recipe import DistillRecipe, Stage
-from twostep.distill.roles import frozen_lora_copy, weights_of
+from twostep.distill.roles import file_weights, frozen_lora_copy, weights_of
 from twostep.distill.samples import Examples, SampleSheets
 from twostep.distill.snapshots import save_snapshot, snapshot_path
 from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
-from twostep.formats.checkpoint import student_path
+from twostep.formats.checkpoint import resolve, student_path
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.saving import save_bundle, save_student
-from twostep.networks.adapters import Lora, add_lora, load_lora, remove_lora, remove_loras
+from twostep.networks.adapters import (
+    Lora,
+    add_lora,
+    choose_layers,
+    load_lora,
+    remove_lora,
+    remove_loras,
+)
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
+from twostep.training.checkpoints import digest_files
 from twostep.training.device import find_device
 from twostep.training.loop import Periodic, Randomness
 from twostep.training.processes import wait, world
@@ -154,6 +162,10 @@ def fingerprints(
         networks.append(start.network)
     key = "model" if recipe.style_lora is None else "model or style_lora"
     contents = {key: fingerprint_of(networks)}
+    for position, stage in enumerate(recipe.stages):
+        if stage.lora_start is not None:
+            path = resolve(stage.lora_start).path
+            contents[f"stages.{position}.lora_start"] = digest_files([path])[path.name]
     if isinstance(source, Fingerprinted):
         contents["data"] = source.fingerprint()
     return contents
@@ -265,19 +277,41 @@ def _learner(last_student: Denoiser, stage: Stage) -> Denoiser:
 def _lora_learner(last_student: Denoiser, stage: Stage, rank: int) -> Denoiser:
     """Return the last student with its running LoRA ready to be trained, put on if need be."""
     network = last_student.network
-    if last_student.lora is None:
+    possible = last_student.backbone.spec.lora_targets
+    layers = None
+    if stage.lora_targets is not None:
+        layers = choose_layers(network, stage.lora_targets, possible)
+    if last_student.lora is None and stage.lora_start is not None:
+        lora = load_lora(network, _RUNNING, stage.lora_start, alpha=stage.lora_alpha, only=layers)
+    elif last_student.lora is None:
         lora = add_lora(
-            network, _RUNNING, rank=rank, targets=last_student.backbone.spec.lora_targets
+            network, _RUNNING, rank=rank, alpha=stage.lora_alpha, targets=layers or possible
         )
     else:
         lora = Lora(network, _RUNNING)
-    if lora.rank != rank:
-        raise RecipeError(
-            f"stage {stage.name} has lora_rank {rank}; the LoRA that it trains on has {lora.rank}."
-        )
+    _check_lora(lora, stage, layers)
     network.requires_grad_(False)
     lora.requires_grad_(True)
     return replace(last_student, lora=_RUNNING)
+
+
+def _check_lora(lora: Lora, stage: Stage, layers: list[str] | None) -> None:
+    """Refuse to train a LoRA on that is not the one which a stage describes: RecipeError."""
+    name = f"stage {stage.name}"
+    if lora.rank != stage.lora_rank:
+        raise RecipeError(
+            f"{name} has lora_rank {stage.lora_rank}; the LoRA that it trains on has {lora.rank}."
+        )
+    if stage.lora_alpha not in (None, lora.alpha):
+        raise RecipeError(
+            f"{name} has lora_alpha {stage.lora_alpha:g}; the LoRA that it trains on has "
+            f"{lora.alpha:g}. One LoRA runs through all stages."
+        )
+    if layers is not None and set(layers) != lora.layers:
+        raise RecipeError(
+            f"{name} has other lora_targets ({len(layers)} layers) than the LoRA that it trains on "
+            f"({len(lora.layers)} layers). One LoRA runs through all stages."
+        )
 
 
 def _finished(student: Denoiser, stage: Stage) -> Denoiser:
@@ -471,7 +505,7 @@ def _train_or_load(
 
 def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:
     """Write a student into the run's model and return its file; all processes must call it."""
-    weights = gathered(weights_of(student).state_dict())
+    weights = gathered(file_weights(student))
     if world().is_first:
         save_student(weights, contract, folder.path / "model")
     return student_path(contract, folder.path / "model")

@@ -44,7 +44,16 @@ BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
 _BYTES_IN_SNAPSHOT = 2
 """Of a weight; they are in fp16."""
 
-_KIND = {"batch_size", "accumulate", "precision", "lora_rank", "gradient_checkpointing", "method"}
+_KIND = {
+    "batch_size",
+    "accumulate",
+    "precision",
+    "lora_rank",
+    "lora_dropout",
+    "lora_targets",
+    "gradient_checkpointing",
+    "method",
+}
 """The settings on which memory depends; stages that share them are measured once."""
 
 
@@ -154,6 +163,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
         # Copying a network asks where its weights are, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher, start = _outline(recipe)
+        recipe = _without_files(recipe)
         source = _blank_source(teacher, sizes)
         drawing = max(_measure_drawing(each, meter) for each in sample_examples(recipe, teacher))
         if recipe.cache is not None and not on_cpu:
@@ -331,6 +341,12 @@ def _outline(recipe: DistillRecipe) -> tuple[Bundle, Denoiser | None]:
     start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
     nn.Module.to(start.network, teacher.denoiser.dtype)
     return teacher, start
+
+
+def _without_files(recipe: DistillRecipe) -> DistillRecipe:
+    """Return a recipe whose LoRAs start fresh, which takes as much and reads no weights."""
+    stages = tuple(stage.model_copy(update={"lora_start": None}) for stage in recipe.stages)
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _drop_text_encoders(teacher: Bundle) -> None:

@@ -60,6 +60,27 @@ class Stage(LoopSettings):
     lora_rank: int | None = Field(
         None, gt=0, description="train a LoRA of this rank; the whole network where not given"
     )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="what the LoRA is multiplied with, times its rank; the rank if none"
+    )
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of its layers' inputs that the LoRA does not see in training",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    lora_targets: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the layers that get the LoRA: groups, names, endings or patterns of names; "
+        "all that the network offers if not given",
+    )
+    lora_start: Path | None = Field(
+        None,
+        description="a LoRA of the same rank that the student's starts as",
+        json_schema_extra=COMPARED,
+    )
     optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(
         0.0, ge=0, description="weight decay of Adam", json_schema_extra=WHILE_RUNNING
@@ -119,6 +140,10 @@ class Stage(LoopSettings):
                 "a 1-step student predicts x0, into which no LoRA turns an eps network: no "
                 "lora_rank here"
             )
+        if self.lora_rank is None:
+            for key in ("lora_alpha", "lora_dropout", "lora_targets", "lora_start"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is of a LoRA: give lora_rank too, or leave it out")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
@@ -268,6 +293,23 @@ class DistillRecipe(Settings):
             raise ValueError(
                 f"two stages train the same student by the same method: {', '.join(names)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_lora_starts_once(self) -> DistillRecipe:
+        running: Path | None = None
+        is_running = False
+        for stage in self.stages:
+            if stage.lora_start is not None and self.style_lora is not None:
+                raise ValueError("both style_lora and lora_start say what the LoRA starts as")
+            if is_running and stage.lora_start not in (None, running):
+                raise ValueError(
+                    f"stage {stage.name} cannot start from {stage.lora_start}: it trains the LoRA "
+                    "of the stage before it on. Say lora_start there"
+                )
+            if not is_running:
+                running = stage.lora_start
+            is_running = stage.lora_rank is not None
         return self
 
     def _check_teacher(self, stage: Stage, known: set[int]) -> None:

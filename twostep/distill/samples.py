@@ -1,4 +1,4 @@
-"""The samples of a run: fixed prompts from fixed seeds, by the teacher and by the student as it is."""
+"""The samples of a run: fixed prompts from fixed seeds, by the teacher and the student as it is."""
 
 from __future__ import annotations
 

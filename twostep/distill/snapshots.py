@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twostep.contract import Contract
-from twostep.distill.roles import weights_of
+from twostep.distill.roles import file_weights
 from twostep.export.card import Card
 from twostep.export.writing import export
 from twostep.files import PARTIAL_SUFFIX, reporting_write_errors
@@ -68,7 +68,7 @@ def save_snapshot(
     Raises:
         WriteError: the file cannot be written.
     """
-    weights = gathered(weights_of(student).state_dict())
+    weights = gathered(file_weights(student))
     if not world().is_first:
         return
     path = snapshot_path(folder.path, stage, iteration)

@@ -17,6 +17,7 @@ from twostep.distill.pairs import Batches, Source
 from twostep.distill.recipe import Stage
 from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
+from twostep.networks.adapters import Lora
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
     MovingAverage,
@@ -30,6 +31,7 @@ from twostep.training.loop import (
     run_loop,
 )
 from twostep.training.optimiser import OptimiserState, go_back, make_optimiser, step_down
+from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
 
@@ -135,9 +137,27 @@ class StageTrainer:
         pairs = _Pairs(self, iteration, random)
         factor = self.rate * learning_rate_factor(iteration, self.stage)
         figures: dict[str, float | Tensor] = {}
-        for name in self.method.turns(iteration):
-            figures |= self._take_turn(name, iteration, pairs, factor)
+        with self._dropout(iteration):
+            for name in self.method.turns(iteration):
+                figures |= self._take_turn(name, iteration, pairs, factor)
         return {name: float(value) for name, value in figures.items()}
+
+    @contextmanager
+    def _dropout(self, iteration: int) -> Iterator[None]:
+        """Let the student's LoRA drop inputs in the block, the same ones whenever it is resumed."""
+        lora = self.roles[STUDENT].weights
+        if not isinstance(lora, Lora) or self.stage.lora_dropout == 0:
+            yield
+            return
+        device = self.batches.device
+        seed = hashed_seed(self.stage.seed, self.stage.name, iteration, "dropout", world().rank)
+        # Dropout knows no generator but the global one, which is put back as it was.
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            lora.dropout(self.stage.lora_dropout),
+        ):
+            torch.manual_seed(seed)
+            yield
 
     def _take_turn(
         self, name: str, iteration: int, pairs: _Pairs, factor: float
