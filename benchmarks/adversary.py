@@ -35,8 +35,10 @@ from twostep.distill.landings import Landings, LandingSettings
 from twostep.distill.pairs import Batches
 from twostep.distill.recipe import Stage
 from twostep.distill.trainer import train_stage
+from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.detail import high_pass_energy
-from twostep.evaluate.palette import OFF_PALETTE, palette_distance
+from twostep.evaluate.histograms import histogram, total_variation
+from twostep.evaluate.palette import OFF_PALETTE, border_colour, palette_distance
 from twostep.files import write_atomically
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -54,7 +56,7 @@ from twostep.training.run_folder import RunFolder
 
 GUIDANCE = 3.0
 TEACHER_STEPS = 32
-NUM_LOOKED_AT = 96
+NUM_LOOKED_AT = 192
 
 CAPTIONS = Omission(everything=0.05, style=0.4, background=0.5, concept=0.05, subgroup_instead=0.1)
 """Half of the captions leave the background open: what is to be learned shows there."""
@@ -177,11 +179,20 @@ class TimeIsUp(Exception):
     """The arm's time is over; its last checkpoint stands."""
 
 
+def needs_bank(arm: str) -> bool:
+    """Return whether an arm learns from the teacher's landings, and not from the drawings alone."""
+    return ARMS[arm][1].get("real") != "data"
+
+
 def make_stage(arm: str, steps: int, seed: int, options: argparse.Namespace) -> Stage:
     """Return the stage of an arm."""
     rate, method = ARMS[arm]
     method = dict(method)
-    if method.get("real") != "data":
+    if "discriminator_warmup" in method:
+        method["discriminator_warmup"] = min(
+            method["discriminator_warmup"], options.iterations // 10
+        )
+    if needs_bank(arm):
         method |= {"bank": options.out / f"bank-{steps}step", "bank_size": options.bank}
     return Stage.model_validate(
         {
@@ -194,7 +205,7 @@ def make_stage(arm: str, steps: int, seed: int, options: argparse.Namespace) -> 
             "learning_rate": rate,
             "warmup_iterations": min(50, options.iterations),
             "ema_decay": 0.995,
-            "precision": "bf16",
+            "precision": "bf16",  # fp32 on a CPU without bf16
             "checkpoint_every": options.checkpoint_every,
             "log_every": 25,
             "seed": seed,
@@ -238,8 +249,14 @@ def fill_bank(steps: int, options: argparse.Namespace, clock: Clock) -> dict[str
 
 @torch.no_grad()
 def look(student: Denoiser, teacher: Bundle, steps: int) -> tuple[dict[str, float], Tensor]:
-    """Return quick figures of a student on open prompts, and its pictures in levels of 0..255."""
-    tasks = list(open_tasks(built_in_concepts(), NUM_LOOKED_AT))
+    """Return quick figures of a student, and its pictures in levels of 0..255.
+
+    The prompts leave the background open. `background_to_uniform` is the total variation between
+    the nearest backgrounds and all twelve in equal parts, as the drawings have them: what a student
+    loses that prefers some.
+    """
+    some = open_tasks(built_in_concepts(), 2 * NUM_LOOKED_AT)
+    tasks = [task for task in some if task.attributes.background is None][:NUM_LOOKED_AT]
     size = teacher.contract.sizes[0]
     seeds = [task.seed for task in tasks]
     guided = encode_prompts(teacher, [task.prompt for task in tasks], size, scale=1.0)
@@ -248,10 +265,16 @@ def look(student: Denoiser, teacher: Bundle, steps: int) -> tuple[dict[str, floa
     pixels = decode(teacher, latents, at_once=16).float()
     levels = ((pixels + 1) * 127.5).round().clamp(0, 255)
     distances = palette_distance(pixels)
+    palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=pixels.device)
+    nearest = torch.cdist(border_colour(pixels), palette).argmin(dim=1).cpu()
+    uniform = torch.full((len(BACKGROUNDS),), 1 / len(BACKGROUNDS), dtype=torch.float64)
     figures = {
         "off_palette": (distances > OFF_PALETTE).float().mean().item(),
         "palette_distance": distances.mean().item(),
         "high_pass": high_pass_energy(pixels).mean().item(),
+        "background_to_uniform": total_variation(
+            histogram(nearest, len(BACKGROUNDS)), uniform
+        ).item(),
     }
     return figures, levels.to(torch.uint8).cpu()
 
@@ -285,6 +308,10 @@ def run_arm(arm: str, steps: int, seed: int, options: argparse.Namespace, clock:
         done = iteration
         if clock.left < 0:
             raise TimeIsUp
+
+    figures, pictures = look(student, teacher, steps)
+    save_grid(pictures, folder / "grid-start.png")
+    note(seconds=0.0, **figures)
 
     def on_checkpoint(iteration: int) -> dict[str, float]:
         figures, pictures = look(student, teacher, steps)
@@ -395,6 +422,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--bank", type=int, default=65_536, help="landings of each grid")
+    parser.add_argument(
+        "--bank-share", type=float, default=0.3, help="of the budget that the bank may take"
+    )
     parser.add_argument("--variants", type=int, default=16, help="pictures of every drawing")
     parser.add_argument("--captions", type=int, default=4, help="captions of every picture")
     parser.add_argument("--checkpoint-every", type=int, default=100)
@@ -417,12 +447,13 @@ def main() -> None:
     shared = sys.argv[1:]
     steps = options.steps.split(",")
     prepare(options)
-    in_processes(
-        [[*shared, "--worker", f"bank:{each}:0"] for each in steps],
-        options.processes,
-        Clock(options.seconds * 0.3),
-        lambda: None,
-    )
+    if any(needs_bank(arm) for arm in options.arms.split(",")):
+        in_processes(
+            [[*shared, "--worker", f"bank:{each}:0"] for each in steps],
+            options.processes,
+            Clock(options.seconds * options.bank_share),
+            lambda: None,
+        )
     jobs = [
         [*shared, "--worker", f"{arm}:{each}:{seed}"]
         for seed in options.seeds.split(",")

@@ -132,12 +132,17 @@ def test_an_old_picture_s_lora_is_told_by_name_alone(
 def test_ctrl_c_and_a_closed_pipe_end_quietly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "twostep"]
     drawing = subprocess.Popen(
-        [*command, "generate", "a fox", "--steps", "32", "-n", "64", "-o", str(tmp_path)],
+        [*command, "generate", "a fox", "--steps", "32", "-n", "64", "-o", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it runs in the background with SIGINT ignored, and children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    time.sleep(20)
+    folder = tmp_path / "out"
+    deadline = time.monotonic() + 240
+    while not any(folder.glob("*")) and drawing.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     drawing.send_signal(signal.SIGINT)
     _, errors = drawing.communicate(timeout=60)
     assert drawing.returncode == 130 and "Traceback" not in errors, errors
