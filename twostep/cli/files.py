@@ -102,7 +102,11 @@ def inspect(
 
 def convert(
     model: Annotated[
-        str, typer.Argument(help="A LoRA, a whole checkpoint in one file, or a diffusers folder.")
+        str,
+        typer.Argument(
+            help="A LoRA (a file, a folder with one, owner/repo[/file] on the hub), a whole "
+            "checkpoint in one file, or a diffusers folder."
+        ),
     ],
     to: Annotated[
         str,
