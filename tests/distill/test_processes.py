@@ -175,13 +175,15 @@ def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written:") == 1
     log = lines(recipe.with_suffix(""))
-    assert [line["part"] for line in log] == [
-        "environment",
-        "probe",
-        "4-regression",
-        "4-regression",
-    ]
-    assert "student_loss" in log[2] and "diversity" in log[3]
+    # Each is there once: the second process writes nothing.
+    for part, figure in (
+        ("environment", "processes"),
+        ("probe", None),
+        ("4-regression", "student_loss"),
+        ("4-regression", "saturation"),
+    ):
+        found = [line for line in log if line["part"] == part and (not figure or figure in line)]
+        assert len(found) == 1, (part, found)
     assert log[0]["processes"] == 2
 
 

@@ -220,3 +220,12 @@ def test_a_snapshot_shares_nothing() -> None:
     state["a"][0].fill_(7)
     assert torch.equal(copied["a"][0], torch.zeros(2))
     assert copied["a"][1][1] == 3 and copied["b"] == {"c": 0.5}
+
+
+def test_tensors_without_data_stay_where_shards_were() -> None:
+    """A checkpoint of shards is written while training goes on, too."""
+    state = {"shard": torch.empty(2, device="meta"), "whole": torch.ones(2)}
+    copied = snapshot(state)
+    assert copied["shard"].is_meta
+    state["whole"].zero_()
+    assert copied["whole"].tolist() == [1, 1]

@@ -78,8 +78,13 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def snapshot(value: Any) -> Any:
-    """Return a state as it is now: its tensors are copied to the CPU, so that training goes on."""
+    """Return a state as it is now: its tensors are copied to the CPU, so that training goes on.
+
+    Tensors without data, which stand where shards were, stay as they are.
+    """
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return value
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: snapshot(part) for key, part in value.items()}
