@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, whoever else writes them at the same time."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from twostep.errors import TwostepError
-from twostep.files import WriteError, folder_atomically, write_atomically, write_new
+from twostep.files import (
+    WriteError,
+    alone_in,
+    folder_atomically,
+    remove_leftovers,
+    write_atomically,
+    write_new,
+)
 
 
 def test_a_written_file_appears_with_its_folders(tmp_path: Path) -> None:
@@ -186,3 +194,44 @@ def test_saving_a_picture_loads_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAVE_A_PICTURE, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_no_room_says_what_to_do(tmp_path: Path) -> None:
+    advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some", errno.EFBIG: "raise the"}
+    for number, words in advice.items():
+        with pytest.raises(WriteError, match=words), write_atomically(tmp_path / "file"):
+            raise OSError(number, "no room")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    """A killed process cannot tidy up after itself."""
+    leftover = tmp_path / "model" / f"students.{'0a' * 8}.partial"
+    (leftover / f"unet.{'1b' * 8}.partial").mkdir(parents=True)
+    (leftover / "weights").write_text("half")
+    (tmp_path / f"run.toml.{'2c' * 8}.partial").write_text("half")
+    (tmp_path / "mine.partial").write_text("whole")
+    mine = tmp_path / "another" / f"run.toml.{'3d' * 8}.partial"
+    mine.parent.mkdir()
+    mine.write_text("another process may be at it")
+    remove_leftovers(tmp_path, within=("model",))
+    with alone_in(tmp_path):
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"model", "mine.partial", ".lock", "another", str(mine.relative_to(tmp_path))}
+
+
+def test_a_folder_is_one_process_own(tmp_path: Path) -> None:
+    code = (
+        "import sys; from twostep.files import alone_in, WriteError\n"
+        "try:\n"
+        "    with alone_in(sys.argv[1]): print('inside')\n"
+        "except WriteError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with alone_in(tmp_path):
+        second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert second.stdout == (
+        f"Another process is at work in {tmp_path}. Wait for it, or give another --out.\n"
+    )
+    third = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert third.stdout == "inside\n"

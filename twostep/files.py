@@ -6,6 +6,7 @@ decides which of them writes.
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
 from twostep.errors import TwostepError
 
 PARTIAL_SUFFIX = ".partial"
 """How the name of a file ends while it is being written."""
+
+_LEFTOVER = re.compile(rf".*\.[0-9a-f]+{re.escape(PARTIAL_SUFFIX)}")
+"""The names of what a killed process left half written."""
+
+_FULL = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "your share of the disk is used up; free some space",
+    errno.EFBIG: "it is larger than a file may be there; give another place, or raise the limit",
+}
+"""What to do about errors that say that there is no room."""
 
 # File systems allow 255 bytes in a name; the random part and the suffix need some of them.
 _MAX_NAME_LETTERS = 50
@@ -137,11 +150,61 @@ def reporting_write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            advice = "the disk is full; free some space"
-        else:
-            advice = "give another place"
+        advice = _FULL.get(error.errno or 0, "give another place")
         raise WriteError(
             f"{path} cannot be written ({error.strerror or error}): {advice}. "
             "What was saved before is whole."
         ) from error
+
+
+def remove_leftovers(folder: str | Path, *, within: tuple[str, ...] = ()) -> None:
+    """Remove what killed processes left half written in a folder.
+
+    Only for places that no other process writes to.
+
+    Args:
+        folder: whose own files and folders are looked at.
+        within: its subfolders that are looked at to any depth.
+
+    Raises:
+        WriteError: something cannot be removed.
+    """
+    with reporting_write_errors(folder):
+        pattern = f"*{PARTIAL_SUFFIX}"
+        paths = list(Path(folder).glob(pattern))
+        for name in within:
+            paths += (Path(folder) / name).rglob(pattern)
+        for path in sorted(paths):
+            if not _LEFTOVER.fullmatch(path.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                # Missing, if it lay in a folder that was one itself.
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other processes out of a folder during the block, and remove what killed ones left.
+
+    The folder is created if it is missing. Whatever ends this process gives the folder back.
+
+    Raises:
+        WriteError: another process is at work in it, or it cannot be written.
+    """
+    folder = Path(folder)
+    with reporting_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", is_singleton=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise WriteError(
+                f"Another process is at work in {folder}. Wait for it, or give another --out."
+            ) from error
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        lock.release()

@@ -136,7 +136,7 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what it runs in the background with SIGINT ignored, and children inherit it.
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     folder = tmp_path / "out"

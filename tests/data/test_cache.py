@@ -5,6 +5,8 @@ fit.
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from twostep.data import cache as cache_module
 from twostep.data.cache import CachedSource, CacheWriter, load_cache
 from twostep.data.encoding import Variants, cache_pictures, cache_prompts, count_cut
 from twostep.data.sources import DataError, Demands, find_entries, read_picture
+from twostep.errors import TwostepError
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import crop_to_size
 from twostep.models.bundle import Bundle
@@ -168,6 +171,37 @@ def test_damage_is_told(pictures: Path, bundle: Bundle, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match="damaged"):
         load_cache(tmp_path / "cache", bundle)
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1', "[]", "\0\0\0\0"])
+def test_a_damaged_record_is_told_and_made_anew(
+    text: str, pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    fill(pictures, bundle, tmp_path)
+    before = {name: value.tolist() for name, value in items(tmp_path).items()}
+    (tmp_path / "cache.json").write_text(text)
+    with pytest.raises(DataError, match=r"cache\.json is damaged .* --redo"):
+        load_cache(tmp_path, bundle)
+    with pytest.raises(DataError, match=r"cache\.json is damaged .* --redo"):
+        fill(pictures, bundle, tmp_path)
+    fill(pictures, bundle, tmp_path, redo=True)
+    assert {name: value.tolist() for name, value in items(tmp_path).items()} == before
+
+
+def test_two_processes_do_not_fill_one_cache(
+    pictures: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    """They would choose the same names for their shards."""
+    holding = "import sys, time; from twostep.files import alone_in\n"
+    holding += "with alone_in(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holding, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(TwostepError, match="Another process is at work in"):
+            fill(pictures, bundle, tmp_path)
+        other.kill()
+    assert len(fill(pictures, bundle, tmp_path)) == 5
 
 
 def test_latents_that_are_no_numbers_are_skipped_by_name(

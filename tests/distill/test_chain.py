@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from twostep.distill import DistillRecipe, distil
+from twostep.distill.chain import fingerprints, prepared_stages
 from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
 from twostep.formats import resolve
 from twostep.formats.locate import ModelError
@@ -324,3 +325,93 @@ def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teach
     with pytest.raises(RecipeError, match="has lora_rank 8; the LoRA that it trains on has 4"):
         folder = RunFolder(tmp_path / "wrong", wrong)
         distil(wrong, teacher, source, folder, version="0", recipe_name="test", start=start)
+
+
+ALPHA = {"lora_rank": 4, "lora_alpha": 12.0, "lora_targets": ["attention", "time"]}
+
+
+@pytest.mark.slow
+def test_alpha_layers_and_dropout_of_a_lora_reach_its_file(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    """The file's own alpha is its rank, for three times that is in its weights; and every run drops
+    the same inputs.
+    """
+    recipe = make_recipe(
+        stage(4, 8, REGRESSION, **ALPHA, lora_dropout=0.5, iterations=2, learning_rate=1e-3),
+        stage(2, 4, REGRESSION, lora_rank=4),
+        release=[4],
+    )
+    folder = RunFolder(tmp_path / "run", recipe)
+    written = distil(recipe, teacher, source, folder, version="0", recipe_name="test")
+    contract = resolve(written[4]).contract
+    assert (contract.lora_rank, contract.lora_alpha) == (4, 4.0)
+    kept = folder.load("4-regression-lora-finished")
+    assert kept is not None
+    in_file = load_file(written[4])
+    assert in_file.keys() == {f"unet.{key}" for key in kept["weights"]}
+    assert all(".attn" in key or "time_emb_proj" in key for key in in_file)
+    for key, value in kept["weights"].items():
+        scale = 3 if "lora_B" in key else 1
+        assert torch.equal(in_file[f"unet.{key}"], (scale * value).half())
+    again = distil(
+        recipe,
+        random_bundle(),
+        source,
+        RunFolder(tmp_path / "again", recipe),
+        version="0",
+        recipe_name="test",
+    )
+    assert again[4].read_bytes() == written[4].read_bytes()
+
+
+def first_stage(teacher: Bundle, *stages: dict[str, object]) -> Lora:
+    """The LoRA that is trained in the last of some stages, of which none is run."""
+    for prepared in prepared_stages(make_recipe(*stages), teacher):
+        student = prepared.student
+    assert student.lora is not None
+    return Lora(student.network, student.lora)
+
+
+def test_one_lora_runs_through_all_stages(teacher: Bundle, tmp_path: Path) -> None:
+    lora = first_stage(teacher, stage(4, 8, REGRESSION, **ALPHA))
+    path = tmp_path / "start.safetensors"
+    save_file({f"unet.{key}": value for key, value in lora.scaled_state_dict().items()}, path)
+    first = stage(4, 8, REGRESSION, lora_rank=4, lora_alpha=2.0, lora_start=str(path))
+    started = first_stage(random_bundle(), first, stage(2, 4, REGRESSION, lora_rank=4))
+    assert (started.alpha, started.layers) == (2, lora.layers)
+    for changes, words in (
+        ({"lora_alpha": 4.0}, "lora_alpha 4; the LoRA that it trains on has 2"),
+        ({"lora_targets": ["time"]}, "has other lora_targets"),
+    ):
+        second = stage(2, 4, REGRESSION, lora_rank=4, **changes)
+        with pytest.raises(RecipeError, match=words):
+            first_stage(random_bundle(), first, second)
+    with pytest.raises(RecipeError, match="has lora_rank 8; the LoRA that it trains on has 4"):
+        first_stage(random_bundle(), {**first, "lora_rank": 8})
+
+
+def test_settings_of_a_lora_need_one() -> None:
+    for changes in ({"lora_alpha": 4.0}, {"lora_dropout": 0.1}, {"lora_targets": ["time"]}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} is of a LoRA"):
+            make_recipe(stage(4, 8, REGRESSION, **changes))
+    first = stage(4, 8, REGRESSION, lora_rank=4)
+    second = stage(2, 4, REGRESSION, lora_rank=4, lora_start="a.safetensors")
+    with pytest.raises(ValueError, match=r"start from a\.safetensors: it trains the LoRA of the"):
+        make_recipe(first, second)
+    with pytest.raises(ValueError, match="both style_lora and lora_start"):
+        make_recipe(second | {"teacher_steps": 8}, style_lora="b.safetensors")
+
+
+def test_a_lora_that_is_started_from_is_known_by_its_contents(
+    teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    recipe = make_recipe(stage(4, 8, REGRESSION, lora_rank=4, lora_start=str(path)))
+    found = []
+    for value in (0.0, 1.0):
+        save_file({"unet.x.lora_A.weight": torch.full((4, 4), value)}, path)
+        found.append(fingerprints(recipe, teacher, source, None))
+    assert found[0].keys() == {"model", "stages.0.lora_start"}
+    assert found[0]["model"] == found[1]["model"]
+    assert found[0]["stages.0.lora_start"] != found[1]["stages.0.lora_start"]

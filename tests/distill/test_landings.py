@@ -104,6 +104,17 @@ def test_a_bank_goes_on_where_it_was_left(tmp_path: Path) -> None:
     assert torch.equal(first.read(4, slice(0, CHUNK)), landings)
 
 
+def test_a_bank_whose_beginner_was_killed_at_once_is_empty(tmp_path: Path) -> None:
+    """It had said what the landings are made of, and made none of the other files."""
+    Bank(tmp_path, {}, (2,))
+    (tmp_path / "landings.f32").unlink()
+    (tmp_path / "done.u8").unlink()
+    bank = Bank(tmp_path, {}, (2,))
+    assert bank.read(0, slice(0, CHUNK)) is None
+    bank.write(0, slice(0, CHUNK), torch.ones(CHUNK, 2))
+    assert bank.num_done == CHUNK
+
+
 def test_a_process_that_dies_between_both_writes_leaves_nothing_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,8 @@ def test_a_documented_block_runs(
     monkeypatch.chdir(tmp_path)
     for command in commands:
         words = shlex.split(command)[1:]
-        if words[0] in LONG or command in PLANNED:
+        # There is no run of which a moment could be exported.
+        if words[0] in LONG or command in PLANNED or "--at" in words:
             words = [*words, "--help"]
         PLANNED.update([command] if words[0] == "plan" else [])
         answer = CliRunner().invoke(app, words)

@@ -47,6 +47,29 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     )
 
 
+@pytest.mark.parametrize("name", ["me/style", "me/style/ink.safetensors", "hf:me/style"])
+def test_a_lora_of_the_hub_is_converted_as_its_file(
+    name: str, bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the hub's cache, as `generate --lora` finds it."""
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "hub" / "models--me--style" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    tensors, details = write_lora(random_lora(bundle), dict(bundle.parts), "peft")
+    save_file(tensors, snapshot / "ink.safetensors", details)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    convert(name, "kohya", tmp_path / "hub.safetensors", base=str(folder))
+    convert(snapshot / "ink.safetensors", "kohya", tmp_path / "file.safetensors", base=str(folder))
+    assert same_bits(
+        load_file(tmp_path / "hub.safetensors"), load_file(tmp_path / "file.safetensors")
+    )
+
+
 @pytest.mark.parametrize(
     "precision",
     [

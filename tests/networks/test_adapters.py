@@ -5,12 +5,14 @@ same function.
 import copy
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import (
@@ -19,6 +21,8 @@ from twostep.networks.adapters import (
     active,
     add_lora,
     checkpoint_gradients,
+    choose_layers,
+    load_lora,
     merge,
     remove_lora,
     remove_loras,
@@ -57,6 +61,101 @@ def test_on_sdxl_it_reaches_what_the_paper_says() -> None:
         sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         == 196_751_360
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (("attention",), 70 * 2 * 4),
+        (("self-attention",), 70 * 4),
+        (("cross-attention", "feed-forward"), 70 * (4 + 2)),
+        (("projections",), 11 * 2),
+        (("convolutions",), 17 * 2 + 11 + 4),
+        (("time",), 17),
+        (("to_k", "attn2.to_k"), 70 * 2),
+        (("mid_block.*",), 10 * (8 + 2) + 2 + 2 * 3),
+        (("down_blocks.*.attn2.*",), (2 * 2 + 2 * 10) * 4),
+        (("attention", "feed-forward", "projections", "convolutions", "time"), 788),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_groups_and_patterns_mean_the_layers_of_sdxl(names: tuple[str, ...], count: int) -> None:
+    """70 blocks of two attentions in 11 transformers, 17 residual blocks, 4 samplers."""
+    assert len(choose_layers(sdxl_outline(), names)) == count
+
+
+@cache
+def sdxl_outline() -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
+
+
+def test_what_means_no_layer_is_told(bundle: Bundle) -> None:
+    network = bundle.denoiser.network
+    with pytest.raises(LoraError, match=r"called .atention.\. Give some of attention, self-attent"):
+        choose_layers(network, ["feed-forward", "atention"])
+    # The first and the last layer get none.
+    with pytest.raises(LoraError, match="called 'conv_in'"):
+        choose_layers(network, ["conv_in"])
+    layers = choose_layers(network, ["attn2.to_*"])
+    assert add_lora(network, "student", rank=4, targets=layers).layers == set(layers)
+
+
+def test_alpha_scales_what_it_does(bundle: Bundle) -> None:
+    """An alpha of three times the rank trebles it, in the network as in the weights of a file."""
+    network = bundle.denoiser.network
+    lora = add_lora(network, "student", rank=4, alpha=12.0)
+    assert (lora.rank, lora.alpha) == (4, 12)
+    shake(lora)
+    layer = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    down, up = layer.lora_A["student"].weight, layer.lora_B["student"].weight
+    expected = layer.base_layer(x) + 3 * x @ down.T @ up.T
+    activate(network, "student")
+    torch.testing.assert_close(layer(x), expected)
+    before = answer(bundle, "student")
+    plain = add_lora(network, "plain", rank=4)
+    plain.load_state_dict(lora.scaled_state_dict())
+    torch.testing.assert_close(answer(bundle, "plain"), before)
+
+
+def test_it_drops_inputs_in_the_block_alone(bundle: Bundle) -> None:
+    """What is left is enlarged by as much, and the base drops nothing."""
+    network = bundle.denoiser.network
+    lora = add_lora(network, "student", rank=4)
+    shake(lora)
+    layer = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    activate(network, "student")
+    before = layer(x)
+    with lora.dropout(0.25):
+        torch.manual_seed(1)
+        dropped = layer(x)
+    down, up = layer.lora_A["student"].weight, layer.lora_B["student"].weight
+    assert not torch.allclose(dropped, before)
+    torch.manual_seed(1)
+    kept = torch.nn.functional.dropout(torch.ones_like(x), 0.25)
+    torch.testing.assert_close(dropped, layer.base_layer(x) + (kept * x) @ down.T @ up.T)
+    assert torch.equal(layer(x), before)
+
+
+def test_a_file_starts_an_adapter_of_any_alpha(bundle: Bundle, tmp_path: Path) -> None:
+    """It does what the file's LoRA does, whose layers may be fewer."""
+    network = bundle.denoiser.network
+    layers = choose_layers(network, ["attention"])
+    lora = add_lora(network, "first", rank=4, alpha=2.0, targets=layers)
+    shake(lora)
+    expected = answer(bundle, "first")
+    path = tmp_path / "first.safetensors"
+    save_file({f"unet.{key}": value for key, value in lora.scaled_state_dict().items()}, path)
+    started = load_lora(network, "second", path, alpha=8.0)
+    assert (started.alpha, started.layers) == (8, set(layers))
+    torch.testing.assert_close(answer(bundle, "second"), expected, atol=1e-5, rtol=1e-4)
+    more = choose_layers(network, ["attention", "time"])
+    assert load_lora(network, "third", path, only=more).layers == set(more)
+    torch.testing.assert_close(answer(bundle, "third"), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(LoraError, match="layers that lora_targets leaves out"):
+        load_lora(network, "fourth", path, only=choose_layers(network, ["cross-attention"]))
 
 
 def test_fresh_it_changes_nothing_and_shaken_it_does(bundle: Bundle) -> None:

@@ -78,7 +78,7 @@ def engine(fake: FakeStudio) -> Iterator[Engine]:
     engine = Engine([fake], max_waiting=8)
     yield engine
     fake.steps.release(1000)
-    engine.close(10)
+    engine.close(10.0)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_clients_take_turns_and_what_is_alike_is_drawn_together(
     fake.steps.release(100)
     for job in (*greedy, alike, large):
         with pytest.raises(RequestError, match="drawn"):
-            job.wait(10)
+            job.wait(10.0)
     # b's turn comes second and takes a4 along; c has a batch of its own before a8's turn.
     assert fake.drawn == [["first"], ["a2"], ["b", "a4"], ["c"], ["a8"]]
 
@@ -131,9 +131,9 @@ def test_cancelling_frees_the_device_before_the_next_call() -> None:
     assert fake.busy.acquire(timeout=10)
     assert fake.num_calls == 1
     with pytest.raises(CancelledError):
-        job.wait(0)
+        job.wait(0.0)
     fake.steps.release(50)
-    engine.close(10)
+    engine.close(10.0)
     assert other.state == "failed"
 
 
@@ -142,7 +142,7 @@ def test_late_jobs_fail_while_they_wait(engine: Engine, fake: FakeStudio) -> Non
     job = engine.submit(Request("late"), seconds=1e-6)
     fake.steps.release(1)
     with pytest.raises(LateError):
-        job.wait(10)
+        job.wait(10.0)
     assert ["late"] not in fake.drawn
 
 
@@ -151,9 +151,9 @@ def test_a_fault_ends_the_job_that_has_it_alone(engine: Engine, fake: FakeStudio
     good, bad = engine.submit(Request("good")), engine.submit(Request("broken"))
     fake.steps.release(100)
     with pytest.raises(RequestError, match="drawn good"):
-        good.wait(10)
+        good.wait(10.0)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
-        bad.wait(10)
+        bad.wait(10.0)
     assert engine.is_alive
 
 
@@ -170,7 +170,7 @@ def test_every_accepted_job_ends_at_shutdown(has_time: bool) -> None:
         fake.steps.release(100)
     else:
         threading.Timer(0.2, fake.steps.release, [100]).start()
-    engine.close(10 if has_time else 0)
+    engine.close(10.0 if has_time else 0.0)
     expected = RequestError if has_time else ClosingError
     assert [type(job.error) for job in jobs] == [expected] * 3
     assert sum(event.is_end for event in events) == 3
@@ -180,13 +180,13 @@ def test_every_accepted_job_ends_at_shutdown(has_time: bool) -> None:
 
 def test_wishes_become_what_the_model_can_do_or_are_refused() -> None:
     catalogue = Catalogue(["nano"])
-    wish = Wish("x", model="gpt-image-1", steps=50, guidance=7, width=1024, height=768)
+    wish = Wish("x", model="gpt-image-1", steps=50, guidance=7.0, width=1024, height=768)
     fitted = catalogue.fit(wish, strict=False)
     assert (fitted.request.steps, fitted.request.guidance) == (8, None)
     assert (fitted.request.width, fitted.request.height) == (64, 64)
     assert len(fitted.changes) == 4
     assert catalogue.fit(Wish("x", model="nano-4step"), strict=True).request.steps == 4
-    assert catalogue.fit(Wish("x", steps=32, guidance=7), strict=True).request.guidance == 7
+    assert catalogue.fit(Wish("x", steps=32, guidance=7.0), strict=True).request.guidance == 7.0
     with pytest.raises(ContractError, match="8, 4, 2, 1 steps, not in 50"):
         catalogue.fit(Wish("x", steps=50), strict=True)
     for tag in ("<lora:/etc/passwd:1>", "<lora:../secret>"):

@@ -318,3 +318,30 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
     run_loop(state.iterate, loop, folder, "x", {"sum": state})
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["x.000015.pt", "x.000018.pt", "x.pt"]
+
+
+def test_what_is_done_every_so_often_is_done_once(tmp_path: Path) -> None:
+    """Also what a stop came before, and before the first iteration where that is asked for."""
+    done: list[int] = []
+    every = loop.Periodic("x", 3, done.append, lambda num_done: num_done in done, at_start=True)
+    never = loop.Periodic("y", None, pytest.fail, lambda num_done: False)
+    state = Sum()
+
+    def run(iterate: Callable[..., Any]) -> None:
+        folder = RunFolder(tmp_path, settings())
+        run_loop(iterate, settings(), folder, "x", {"sum": state}, periodic=[every, never])
+
+    with pytest.raises(StoppedError, match="after iteration 6"):
+        run(stopping_at(state, 5, signal.SIGTERM))
+    assert done == [0, 3]
+    run(state.iterate)
+    assert done == [0, 3, 6, 9]
+
+
+def test_without_being_asked_nothing_is_done_at_the_start(tmp_path: Path) -> None:
+    done: list[int] = []
+    every = loop.Periodic("x", 5, done.append, lambda num_done: False)
+    folder = RunFolder(tmp_path, settings())
+    state = Sum()
+    run_loop(state.iterate, settings(), folder, "x", {"sum": state}, periodic=[every])
+    assert done == [5, 10]

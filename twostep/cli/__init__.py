@@ -5,6 +5,7 @@ needs it are imported inside the verbs, so that help and recipes answer at once.
 `TwostepError` becomes one red line.
 """
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -43,8 +44,23 @@ class _Verbs(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(_PIPE_CLOSED) from error
         except TwostepError as error:
-            Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+            _print_error(str(error))
             raise typer.Exit(1) from error
+        except OSError as error:
+            # Of a place where nothing better is known: its name and the system's reason.
+            _print_error(_in_words(error))
+            raise typer.Exit(1) from error
+
+
+def _print_error(message: str) -> None:
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+def _in_words(error: OSError) -> str:
+    """Say what the system refused, and what to do about it."""
+    where = "" if error.filename is None else f"{error.filename}: "
+    advice = "free some space" if error.errno == errno.ENOSPC else "give another place, or mend it"
+    return f"{where}{error.strerror or error}; {advice}. What was saved before is whole."
 
 
 app = typer.Typer(

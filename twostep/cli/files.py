@@ -17,13 +17,19 @@ def export(
             help="A built-in name, a folder, a file, a hub id; of LoRAs a file or name."
         ),
     ],
-    to: Annotated[str, typer.Option(help="diffusers, comfyui, unet, lora-kohya or lora-peft.")],
+    to: Annotated[
+        str | None, typer.Option(help="diffusers, comfyui, unet, lora-kohya or lora-peft.")
+    ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out", "-o", help="The folder for diffusers, else the .safetensors to write."
         ),
-    ],
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Of a run's folder: its snapshot at that iteration, 1000 or STAGE:1000."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Picks the student of a model that has several.")
     ] = None,
@@ -41,20 +47,28 @@ def export(
         str | None, typer.Option(help="For the card: the hub's name of a licence.")
     ] = None,
 ) -> None:
-    """Write a model as others load it, with its contract, a card, and for ComfyUI workflows."""
+    """Write a model as others load it, with its contract, a card, and for ComfyUI workflows.
+
+    Of a run's snapshot (--at), all the usual forms are written if none is named.
+    """
     from twostep.export.card import Card
     from twostep.export.writing import export as write
 
-    written = write(
-        model,
-        to,
-        out,
-        steps=steps,
-        base=base,
-        loras=tuple(lora or ()),
-        card=Card(picture, evaluation, license),
-    )
-    typer.echo(written)
+    card = Card(picture, evaluation, license)
+    loras = tuple(lora or ())
+    if at is not None:
+        from twostep.distill.snapshots import export_snapshot
+
+        if steps is not None:
+            raise typer.BadParameter("--at names one student; leave --steps out.")
+        for path in export_snapshot(
+            Path(model), at, to=to, out=out, base=base, loras=loras, card=card
+        ):
+            typer.echo(path)
+        return
+    if to is None or out is None:
+        raise typer.BadParameter("give --to and --out; only --at can do without them.")
+    typer.echo(write(model, to, out, steps=steps, base=base, loras=loras, card=card))
 
 
 def inspect(
@@ -88,7 +102,11 @@ def inspect(
 
 def convert(
     model: Annotated[
-        str, typer.Argument(help="A LoRA, a whole checkpoint in one file, or a diffusers folder.")
+        str,
+        typer.Argument(
+            help="A LoRA (a file, a folder with one, owner/repo[/file] on the hub), a whole "
+            "checkpoint in one file, or a diffusers folder."
+        ),
     ],
     to: Annotated[
         str,

@@ -12,7 +12,7 @@ import typer
 from twostep.errors import TwostepError
 
 _KEY_VARIABLE = "TWOSTEP_KEY"
-_DRAIN_SECONDS = 30
+_DRAIN_SECONDS = 30.0
 
 
 class ServeError(TwostepError):
@@ -86,7 +86,7 @@ def serve(
     config = uvicorn.Config(
         app,
         log_level="warning",
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
+        timeout_graceful_shutdown=int(_DRAIN_SECONDS),
         server_header=False,
     )
     uvicorn.Server(config).run(sockets=[listener])

@@ -120,6 +120,8 @@ def plan(
     typer.echo(f"data: {planned.item_bytes:,} bytes{whole if planned.num_items else ' an item'}")
     stay = sum(stage.finished for stage in planned.stages)
     typer.echo(f"disk: checkpoints take {_gib(planned.disk)} at most, and {_gib(stay)} stay")
+    if snapshots := sum(stage.snapshots for stage in planned.stages):
+        typer.echo(f"disk: snapshots take {_gib(snapshots)}")
     if memory is not None and max(stage.highest for stage in planned.stages) > memory:
         _print_advice(settings, planned.stages, memory)
         raise typer.Exit(1)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from twostep.data.sources import DataError
-from twostep.files import write_atomically
+from twostep.files import reporting_write_errors, write_atomically
 from twostep.models.bundle import Bundle, modules_of
 from twostep.networks.conditioning import Conditioning
 
@@ -108,7 +108,7 @@ class CacheWriter:
             for path in (*_shard_paths(folder), record, folder / "skipped.jsonl"):
                 path.unlink(missing_ok=True)
         if record.is_file():
-            _compare(json.loads(record.read_text(encoding="utf-8")), made_by, folder)
+            _compare(_read_record(record), made_by, folder)
         else:
             with torch.no_grad():
                 empty = bundle.conditioning([""], *made_by["sizes"][0])
@@ -175,7 +175,8 @@ class CacheWriter:
     def skip(self, name: str, reason: str) -> None:
         """Record that an item cannot be used, and why."""
         self.skipped[name] = reason
-        with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "skipped.jsonl"
+        with reporting_write_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, "reason": reason}) + "\n")
         self._tell()
 
@@ -405,11 +406,7 @@ def load_cache(folder: Path, bundle: Bundle, *, caption_dropout: float = 0.0) ->
         raise DataError(
             f"{folder} is no cache: it has no cache.json. Make one with `twostep cache`."
         )
-    _compare(
-        json.loads(record.read_text(encoding="utf-8")),
-        {"format": 1, **fingerprints(bundle)},
-        folder,
-    )
+    _compare(_read_record(record), {"format": 1, **fingerprints(bundle)}, folder)
     shards: dict[tuple[int, int], list[Shard]] = {}
     for shard in map(read_shard, _shard_paths(folder)):
         shards.setdefault(shard.size, []).append(shard)
@@ -462,6 +459,22 @@ def _sampled_bytes(path: Path) -> bytes:
 
 def _is_finite(item: dict[str, Tensor]) -> bool:
     return all(bool(torch.isfinite(value).all()) for value in item.values())
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Read what made a cache; DataError if the file is damaged."""
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}). Run `twostep cache` with --redo, which begins anew."
+        ) from error
+    if not isinstance(recorded, dict):
+        raise DataError(
+            f"{path} is damaged (no JSON object). Run `twostep cache` with --redo, which begins "
+            "anew."
+        )
+    return recorded
 
 
 def _compare(recorded: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from twostep.data.cache import CacheWriter, Item, OnItem
 from twostep.data.sources import DataError, Demands, Entry, read_picture
+from twostep.files import alone_in
 from twostep.media.pictures import UnusablePictureError, crop_to_size
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.sampling import encode_prompts, sample_prompts
@@ -125,27 +126,29 @@ def cache_pictures(
     Raises:
         DataError: the folder was made by another autoencoder, other text encoders or with other
             sizes, or no picture at all could be used.
+        WriteError: another process is at work in the folder, or it cannot be written.
     """
-    made_by = {"kind": "pictures", "sizes": [list(size) for size in sizes]}
-    writer = CacheWriter(bundle, folder, made_by, on_item, redo=redo, keep_others=keep_others)
-    if device is not None:
-        for network in (*bundle.text.networks.values(), *modules_of(bundle.codec)):
-            nn.Module.to(network, device)
-    look = _Looker(writer, sizes, demands or Demands(), variants or Variants())
-    waiting: dict[tuple[int, int], list[_Wanted]] = {}
-    for looked in _in_threads(look, entries, ahead=2 * batch_size):
-        if looked.problem is not None:
-            writer.skip(looked.name, looked.problem)
-        for item in looked.current:
-            writer.keep(item)
-        for wanted in looked.wanted:
-            size = (wanted.pixels.shape[2], wanted.pixels.shape[1])
-            waiting.setdefault(size, []).append(wanted)
-            if len(waiting[size]) == batch_size:
-                _encode(waiting.pop(size), bundle, writer)
-    for batch in waiting.values():
-        _encode(batch, bundle, writer)
-    return writer.close()
+    with alone_in(folder):
+        made_by = {"kind": "pictures", "sizes": [list(size) for size in sizes]}
+        writer = CacheWriter(bundle, folder, made_by, on_item, redo=redo, keep_others=keep_others)
+        if device is not None:
+            for network in (*bundle.text.networks.values(), *modules_of(bundle.codec)):
+                nn.Module.to(network, device)
+        look = _Looker(writer, sizes, demands or Demands(), variants or Variants())
+        waiting: dict[tuple[int, int], list[_Wanted]] = {}
+        for looked in _in_threads(look, entries, ahead=2 * batch_size):
+            if looked.problem is not None:
+                writer.skip(looked.name, looked.problem)
+            for item in looked.current:
+                writer.keep(item)
+            for wanted in looked.wanted:
+                size = (wanted.pixels.shape[2], wanted.pixels.shape[1])
+                waiting.setdefault(size, []).append(wanted)
+                if len(waiting[size]) == batch_size:
+                    _encode(waiting.pop(size), bundle, writer)
+        for batch in waiting.values():
+            _encode(batch, bundle, writer)
+        return writer.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,31 +266,38 @@ def cache_prompts(
 
     Raises:
         DataError: there are no prompts, or the folder was made with other settings.
+        WriteError: another process is at work in the folder, or it cannot be written.
     """
     if not any(prompt.strip() for prompt in prompts):
         raise DataError("There are no prompts: give a text file with one on every line.")
     steps = steps or bundle.contract.steps
     guidance = guidance or bundle.contract.guidance
     width, height = bundle.contract.sizes[0]
-    made_by = {"kind": "prompts", "sizes": [[width, height]], "steps": steps, "guidance": guidance}
-    writer = CacheWriter(bundle, folder, made_by, on_item, redo=redo, keep_others=keep_others)
-    if device is not None:
-        bundle.to(device)
-    wishes = _numbered(prompts, per_prompt)
-    missing = []
-    for name in wishes:
-        item = Item(name, _DRAWN)
-        if writer.is_current(item):
-            writer.keep(item)
-        else:
-            missing.append(name)
-    for start in range(0, len(missing), batch_size):
-        names = missing[start : start + batch_size]
-        seeds = [wishes[name][0] for name in names]
-        texts = [wishes[name][1] for name in names]
-        latents, conditioning = _draw(bundle, texts, seeds, steps=steps, guidance=guidance)
-        writer.add([Item(name, _DRAWN) for name in names], latents, conditioning)
-    return writer.close()
+    with alone_in(folder):
+        made_by = {
+            "kind": "prompts",
+            "sizes": [[width, height]],
+            "steps": steps,
+            "guidance": guidance,
+        }
+        writer = CacheWriter(bundle, folder, made_by, on_item, redo=redo, keep_others=keep_others)
+        if device is not None:
+            bundle.to(device)
+        wishes = _numbered(prompts, per_prompt)
+        missing = []
+        for name in wishes:
+            item = Item(name, _DRAWN)
+            if writer.is_current(item):
+                writer.keep(item)
+            else:
+                missing.append(name)
+        for start in range(0, len(missing), batch_size):
+            names = missing[start : start + batch_size]
+            seeds = [wishes[name][0] for name in names]
+            texts = [wishes[name][1] for name in names]
+            latents, conditioning = _draw(bundle, texts, seeds, steps=steps, guidance=guidance)
+            writer.add([Item(name, _DRAWN) for name in names], latents, conditioning)
+        return writer.close()
 
 
 def _numbered(prompts: Sequence[str], per_prompt: int) -> dict[str, tuple[int, str]]:

@@ -57,9 +57,10 @@ class Bank:
         record = path / "bank.json"
         if record.exists():
             _check_same(path, json.loads(record.read_text()), described)
-            return
-        with write_atomically(record) as file:
-            file.write(json.dumps(described, indent=2).encode() + b"\n")
+        else:
+            with write_atomically(record) as file:
+                file.write(json.dumps(described, indent=2).encode() + b"\n")
+        # Also of a bank that is there: whoever began it may have been killed here.
         with reporting_write_errors(path):
             self._landings.touch()
             self._done.touch()

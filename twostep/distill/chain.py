@@ -6,13 +6,15 @@ Every checkpoint is shown beside the first teacher, in `samples/` of the run fol
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from twostep.contract import Contract, student_name
@@ -20,18 +22,27 @@ from twostep.data.cache import fingerprint_of
 from twostep.distill.methods.registry import find_method
 from twostep.distill.pairs import Fingerprinted, Source
 from twostep.distill.recipe import DistillRecipe, Stage
-from twostep.distill.roles import frozen_lora_copy, weights_of
-from twostep.distill.samples import Examples
+from twostep.distill.roles import file_weights, frozen_lora_copy, weights_of
+from twostep.distill.samples import Examples, SampleSheets
+from twostep.distill.snapshots import save_snapshot, snapshot_path
 from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
-from twostep.formats.checkpoint import student_path
+from twostep.formats.checkpoint import resolve, student_path
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.saving import save_bundle, save_student
-from twostep.networks.adapters import Lora, add_lora, load_lora, remove_lora, remove_loras
+from twostep.networks.adapters import (
+    Lora,
+    add_lora,
+    choose_layers,
+    load_lora,
+    remove_lora,
+    remove_loras,
+)
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
+from twostep.training.checkpoints import digest_files
 from twostep.training.device import find_device
-from twostep.training.loop import Randomness
+from twostep.training.loop import Periodic, Randomness
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import FINISHED, RunFolder
@@ -108,7 +119,7 @@ def distil(
     contents = fingerprints(recipe, teacher, source, start)
     folder.compare_contents(contents, accept=accept_replaced)
     teacher = _prepare(recipe, teacher.as_teacher(), source, folder, version=version)
-    examples = Examples.of(teacher, recipe.sample_prompts)
+    examples = sample_examples(recipe, teacher)
     if recipe.cache is not None:
         # The texts of a cache are encoded already.
         for encoder in teacher.text.networks.values():
@@ -120,18 +131,19 @@ def distil(
             stack.callback(remove_loras, start.network)
             start = _prepare_start(recipe, start, teacher.denoiser)
         for prepared in prepared_stages(recipe, teacher, start=start):
+            contract = student_contract(recipe, prepared, teacher.contract)
+            contract = replace(contract, recipe=recipe_name, version=version)
             _train_or_load(
                 prepared,
                 source,
                 folder,
+                contract=contract,
                 examples=examples,
                 recipe=recipe,
                 on_iteration=on_iteration,
             )
             stage = prepared.stage
             if prepared.is_last and stage.student_steps in recipe.release:
-                contract = student_contract(recipe, prepared, teacher.contract)
-                contract = replace(contract, recipe=recipe_name, version=version)
                 path = _release(prepared.student, contract, folder)
                 written[stage.student_steps] = path
     return written
@@ -150,9 +162,29 @@ def fingerprints(
         networks.append(start.network)
     key = "model" if recipe.style_lora is None else "model or style_lora"
     contents = {key: fingerprint_of(networks)}
+    for position, stage in enumerate(recipe.stages):
+        if stage.lora_start is not None:
+            path = resolve(stage.lora_start).path
+            contents[f"stages.{position}.lora_start"] = digest_files([path])[path.name]
     if isinstance(source, Fingerprinted):
         contents["data"] = source.fingerprint()
     return contents
+
+
+def sample_examples(recipe: DistillRecipe, teacher: Bundle) -> tuple[Examples, ...]:
+    """Return the sample prompts of a recipe, encoded at each of its sizes.
+
+    Raises:
+        ContractError: the teacher does not draw one of the sizes.
+    """
+    sizes = recipe.sample_sizes or teacher.contract.sizes[:1]
+    for width, height in sizes:
+        for warning in teacher.contract.check(None, None, width, height):
+            warnings.warn(warning, stacklevel=2)
+    return tuple(
+        Examples.of(teacher, recipe.sample_prompts, size=size, seeds=recipe.sample_seeds)
+        for size in sizes
+    )
 
 
 def prepared_stages(
@@ -245,19 +277,41 @@ def _learner(last_student: Denoiser, stage: Stage) -> Denoiser:
 def _lora_learner(last_student: Denoiser, stage: Stage, rank: int) -> Denoiser:
     """Return the last student with its running LoRA ready to be trained, put on if need be."""
     network = last_student.network
-    if last_student.lora is None:
+    possible = last_student.backbone.spec.lora_targets
+    layers = None
+    if stage.lora_targets is not None:
+        layers = choose_layers(network, stage.lora_targets, possible)
+    if last_student.lora is None and stage.lora_start is not None:
+        lora = load_lora(network, _RUNNING, stage.lora_start, alpha=stage.lora_alpha, only=layers)
+    elif last_student.lora is None:
         lora = add_lora(
-            network, _RUNNING, rank=rank, targets=last_student.backbone.spec.lora_targets
+            network, _RUNNING, rank=rank, alpha=stage.lora_alpha, targets=layers or possible
         )
     else:
         lora = Lora(network, _RUNNING)
-    if lora.rank != rank:
-        raise RecipeError(
-            f"stage {stage.name} has lora_rank {rank}; the LoRA that it trains on has {lora.rank}."
-        )
+    _check_lora(lora, stage, layers)
     network.requires_grad_(False)
     lora.requires_grad_(True)
     return replace(last_student, lora=_RUNNING)
+
+
+def _check_lora(lora: Lora, stage: Stage, layers: list[str] | None) -> None:
+    """Refuse to train a LoRA on that is not the one which a stage describes: RecipeError."""
+    name = f"stage {stage.name}"
+    if lora.rank != stage.lora_rank:
+        raise RecipeError(
+            f"{name} has lora_rank {stage.lora_rank}; the LoRA that it trains on has {lora.rank}."
+        )
+    if stage.lora_alpha not in (None, lora.alpha):
+        raise RecipeError(
+            f"{name} has lora_alpha {stage.lora_alpha:g}; the LoRA that it trains on has "
+            f"{lora.alpha:g}. One LoRA runs through all stages."
+        )
+    if layers is not None and set(layers) != lora.layers:
+        raise RecipeError(
+            f"{name} has other lora_targets ({len(layers)} layers) than the LoRA that it trains on "
+            f"({len(lora.layers)} layers). One LoRA runs through all stages."
+        )
 
 
 def _finished(student: Denoiser, stage: Stage) -> Denoiser:
@@ -377,7 +431,8 @@ def _train_or_load(
     source: Source,
     folder: RunFolder,
     *,
-    examples: Examples,
+    contract: Contract,
+    examples: Sequence[Examples],
     recipe: DistillRecipe,
     on_iteration: OnStage,
 ) -> None:
@@ -399,15 +454,34 @@ def _train_or_load(
     changes = stage.make_method().describe(student)
     times = changes.times_from_noise(stage.student_steps, student.schedule)
 
-    def show(iteration: int) -> dict[str, float]:
-        sheet, looks = examples.show(student, times, changes.sampler)
+    def sheet_path(iteration: int) -> Path:
+        return folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
+
+    def write_sheet(iteration: int, sheet: Image.Image) -> None:
         if world().is_first:
-            path = folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
+            path = sheet_path(iteration)
             with write_atomically(path) as file:
                 sheet.save(file, format="PNG")
             folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
-        return looks
 
+    sheets = SampleSheets(
+        examples,
+        draw=lambda each: each.show(student, times, changes.sampler),
+        write=write_sheet,
+    )
+    samples = Periodic(
+        "samples",
+        stage.sample_every,
+        act=sheets.show,
+        is_done=lambda iteration: sheet_path(iteration).exists(),
+        at_start=True,
+    )
+    snapshots = Periodic(
+        "snapshot",
+        stage.snapshot_every,
+        act=lambda iteration: save_snapshot(student, contract, folder, stage.name, iteration),
+        is_done=lambda iteration: snapshot_path(folder.path, stage.name, iteration).exists(),
+    )
     train_stage(
         stage,
         source,
@@ -415,12 +489,13 @@ def _train_or_load(
         student=student,
         folder=folder,
         sharded=sharded,
-        codec=examples.teacher.codec,
+        codec=examples[0].teacher.codec,
         health=recipe.health,
         continues=prepared.continues,
         is_continued=prepared.is_continued,
+        periodic=(snapshots, samples),
         on_iteration=lambda iteration, figures: on_iteration(stage, iteration, figures),
-        on_checkpoint=show,
+        on_checkpoint=sheets.examine,
     )
     folder.save(f"{stage.name}{FINISHED}", {"weights": gathered(weights.state_dict())})
     # Moments and averages are of no use any more, and weigh many times as much as the student.
@@ -430,7 +505,7 @@ def _train_or_load(
 
 def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:
     """Write a student into the run's model and return its file; all processes must call it."""
-    weights = gathered(weights_of(student).state_dict())
+    weights = gathered(file_weights(student))
     if world().is_first:
         save_student(weights, contract, folder.path / "model")
     return student_path(contract, folder.path / "model")

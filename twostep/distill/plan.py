@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.data.cache import read_shard
-from twostep.distill.chain import PreparedStage, prepared_stages
+from twostep.distill.chain import PreparedStage, prepared_stages, sample_examples
 from twostep.distill.landings import without_bank
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe, Stage
@@ -41,7 +41,19 @@ BYTES_OF_WEIGHT = 4
 BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
 """Both of Adam's moments of one parameter."""
 
-_KIND = {"batch_size", "accumulate", "precision", "lora_rank", "gradient_checkpointing", "method"}
+_BYTES_IN_SNAPSHOT = 2
+"""Of a weight; they are in fp16."""
+
+_KIND = {
+    "batch_size",
+    "accumulate",
+    "precision",
+    "lora_rank",
+    "lora_dropout",
+    "lora_targets",
+    "gradient_checkpointing",
+    "method",
+}
 """The settings on which memory depends; stages that share them are measured once."""
 
 
@@ -75,6 +87,14 @@ class StagePlan:
         """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
         each = BYTES_OF_WEIGHT + BYTES_OF_MOMENTS[self.stage.optimiser]
         return each * sum(self.trained.values()) + self.finished
+
+    @property
+    def snapshots(self) -> int:
+        """Bytes of the stage's snapshots, which are in fp16 and stay."""
+        if self.stage.snapshot_every is None:
+            return 0
+        count = self.stage.iterations // self.stage.snapshot_every
+        return count * _BYTES_IN_SNAPSHOT * self.trained[STUDENT]
 
     @property
     def finished(self) -> int:
@@ -143,8 +163,9 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
         # Copying a network asks where its weights are, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         teacher, start = _outline(recipe)
+        recipe = _without_files(recipe)
         source = _blank_source(teacher, sizes)
-        drawing = _measure_drawing(Examples.of(teacher, recipe.sample_prompts), meter)
+        drawing = max(_measure_drawing(each, meter) for each in sample_examples(recipe, teacher))
         if recipe.cache is not None and not on_cpu:
             _drop_text_encoders(teacher)
         for position, prepared in enumerate(prepared_stages(recipe, teacher, start=start)):
@@ -320,6 +341,12 @@ def _outline(recipe: DistillRecipe) -> tuple[Bundle, Denoiser | None]:
     start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
     nn.Module.to(start.network, teacher.denoiser.dtype)
     return teacher, start
+
+
+def _without_files(recipe: DistillRecipe) -> DistillRecipe:
+    """Return a recipe whose LoRAs start fresh, which takes as much and reads no weights."""
+    stages = tuple(stage.model_copy(update={"lora_start": None}) for stage in recipe.stages)
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _drop_text_encoders(teacher: Bundle) -> None:

@@ -11,14 +11,22 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from twostep.diffusion import PredictionType
 from twostep.distill.health import Health
 from twostep.distill.method import Method, MethodSettings
 from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
+from twostep.distill.samples import SEEDS
 from twostep.training.loop import LoopSettings
 from twostep.training.optimiser import OptimiserName
 from twostep.training.recipe import ANY_TIME, COMPARED, WHILE_RUNNING, Settings
@@ -52,6 +60,27 @@ class Stage(LoopSettings):
     lora_rank: int | None = Field(
         None, gt=0, description="train a LoRA of this rank; the whole network where not given"
     )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="what the LoRA is multiplied with, times its rank; the rank if none"
+    )
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of its layers' inputs that the LoRA does not see in training",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    lora_targets: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the layers that get the LoRA: groups, names, endings or patterns of names; "
+        "all that the network offers if not given",
+    )
+    lora_start: Path | None = Field(
+        None,
+        description="a LoRA of the same rank that the student's starts as",
+        json_schema_extra=COMPARED,
+    )
     optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(
         0.0, ge=0, description="weight decay of Adam", json_schema_extra=WHILE_RUNNING
@@ -67,6 +96,19 @@ class Stage(LoopSettings):
         ge=1,
         description="parts in which batch_size is computed one after the other, for less memory",
         json_schema_extra=WHILE_RUNNING,
+    )
+    sample_every: int | None = Field(
+        None,
+        gt=0,
+        description="iterations between sheets of samples, from iteration 0 on, beside those of "
+        "checkpoints",
+        json_schema_extra=ANY_TIME,
+    )
+    snapshot_every: int | None = Field(
+        None,
+        gt=0,
+        description="iterations between files of the student, for `twostep export RUN --at N`",
+        json_schema_extra=ANY_TIME,
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -98,6 +140,10 @@ class Stage(LoopSettings):
                 "a 1-step student predicts x0, into which no LoRA turns an eps network: no "
                 "lora_rank here"
             )
+        if self.lora_rank is None:
+            for key in ("lora_alpha", "lora_dropout", "lora_targets", "lora_start"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is of a LoRA: give lora_rank too, or leave it out")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
@@ -190,6 +236,18 @@ class DistillRecipe(Settings):
         description="weights of the teacher, and so of the base that LoRAs share; what is trained "
         "is fp32",
     )
+    sample_sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        (),
+        description="width and height of the samples, one or several; the model's first size where "
+        "not given, and the first is the one whose looks count",
+        json_schema_extra=ANY_TIME,
+    )
+    sample_seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
+        SEEDS,
+        min_length=2,
+        description="seeds of every sample prompt; at least two, which show whether pictures vary",
+        json_schema_extra=ANY_TIME,
+    )
     trackers: tuple[Tracker, ...] = Field(
         (),
         description="tensorboard, wandb: get every logged figure, if installed",
@@ -235,6 +293,23 @@ class DistillRecipe(Settings):
             raise ValueError(
                 f"two stages train the same student by the same method: {', '.join(names)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_lora_starts_once(self) -> DistillRecipe:
+        running: Path | None = None
+        is_running = False
+        for stage in self.stages:
+            if stage.lora_start is not None and self.style_lora is not None:
+                raise ValueError("both style_lora and lora_start say what the LoRA starts as")
+            if is_running and stage.lora_start not in (None, running):
+                raise ValueError(
+                    f"stage {stage.name} cannot start from {stage.lora_start}: it trains the LoRA "
+                    "of the stage before it on. Say lora_start there"
+                )
+            if not is_running:
+                running = stage.lora_start
+            is_running = stage.lora_rank is not None
         return self
 
     def _check_teacher(self, stage: Stage, known: set[int]) -> None:

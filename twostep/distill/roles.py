@@ -122,6 +122,14 @@ def weights_of(denoiser: Denoiser) -> Weights:
     return Lora(denoiser.network, denoiser.lora)
 
 
+def file_weights(denoiser: Denoiser) -> Mapping[str, Tensor]:
+    """Return what a student's file holds: its network, or its LoRA with alpha multiplied in."""
+    if denoiser.lora is None:
+        weights: Mapping[str, Tensor] = denoiser.network.state_dict()
+        return weights
+    return Lora(denoiser.network, denoiser.lora).scaled_state_dict()
+
+
 def learner(denoiser: Denoiser, adam: Adam) -> Role:
     """Return the role of a denoiser that is trained as it stands."""
     return Role(denoiser, weights_of(denoiser), adam)
@@ -166,7 +174,7 @@ def place_lora(denoiser: Denoiser, name: str, *, rank: int, encoder_only: bool =
         )
     if denoiser.lora is not None:
         # What that LoRA does not change stays at zero.
-        start = Lora(network, denoiser.lora).state_dict()
+        start = Lora(network, denoiser.lora).scaled_state_dict()
         fresh = lora.state_dict()
         lora.load_state_dict({key: start.get(key, value) for key, value in fresh.items()})
     lora.requires_grad_(True)
@@ -213,7 +221,9 @@ def frozen_lora_copy(denoiser: Denoiser, name: str) -> Denoiser:
     copied = Lora(network, name)
     if not has_lora(network, name):
         with _keeping_trainable(network):
-            copied = add_lora(network, name, rank=running.rank, targets=running.targets)
+            copied = add_lora(
+                network, name, rank=running.rank, alpha=running.alpha, targets=running.targets
+            )
     copied.load_state_dict(running.state_dict())
     copied.requires_grad_(False)
     return replace(denoiser, lora=name)

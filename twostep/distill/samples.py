@@ -1,8 +1,8 @@
-"""The samples of a run: fixed prompts from fixed noise, by the teacher and every checkpoint."""
+"""The samples of a run: fixed prompts from fixed seeds, by the teacher and the student as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,41 +20,66 @@ from twostep.models.bundle import Bundle
 from twostep.models.sampling import (
     Guided,
     decode,
+    draw_noise,
     encode_prompts,
     sample_latents,
     sampling_times,
 )
 from twostep.networks.denoiser import Denoiser
 
-NUM_SEEDS = 2
-"""Pictures of every prompt: the least that shows whether seeds differ."""
+SEEDS = (0, 1)
+"""Of the pictures of every prompt: two are the least that shows whether seeds differ."""
 
 AT_ONCE = 4
 """Pictures drawn together; they are decoded one by one, for training has left little memory."""
 
 _SCALE = 2
+"""By how much small pictures are enlarged on a sheet."""
+
+_LARGEST_ENLARGED = 256
+"""Width in pixels above which pictures stay as they are."""
+
 _FONT_SIZE = 15
 _MARGIN = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The sample prompts of a run, encoded at the teacher's first size.
+    """The sample prompts of a run, encoded at one size.
 
     Args:
         teacher: which draws them once, with its guidance.
         guided: every prompt for each seed in turn, with the teacher's guidance.
+        size: (width, height) in pixels.
+        seeds: of every prompt; a picture is the one that a request with this seed gives.
     """
 
     teacher: Bundle
     guided: Guided
+    size: tuple[int, int]
+    seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, teacher: Bundle, prompts: tuple[str, ...]) -> Examples:
-        """Encode the prompts now; the text encoders are not needed afterwards."""
+    def of(
+        cls,
+        teacher: Bundle,
+        prompts: tuple[str, ...],
+        *,
+        size: tuple[int, int] | None = None,
+        seeds: tuple[int, ...] = SEEDS,
+    ) -> Examples:
+        """Encode the prompts now; the text encoders are not needed afterwards.
+
+        Args:
+            teacher: which draws them.
+            prompts: what is drawn.
+            size: (width, height) in pixels; the teacher's first if not given.
+            seeds: of every prompt.
+        """
+        size = size or teacher.contract.sizes[0]
         with torch.no_grad():
-            guided = encode_prompts(teacher, prompts * NUM_SEEDS, teacher.contract.sizes[0])
-        return cls(teacher, guided)
+            guided = encode_prompts(teacher, prompts * len(seeds), size)
+        return cls(teacher, guided, size, seeds)
 
     @property
     def unguided(self) -> Guided:
@@ -72,14 +97,21 @@ class Examples:
             sampler: by which the student is sampled.
 
         Returns:
-            A sheet with the first seed's pictures, the teacher's above the student's, and how the
-            looks of all seeds compare (`health.measure`).
+            A sheet with the pictures, of each seed the teacher's above the student's, and how their
+            looks compare (`health.measure`).
         """
         pictures = self.draw(student, self.unguided, times, sampler)
         num_steps = times if isinstance(times, int) else len(times) - 1
-        labels = (f"teacher {self.teacher.contract.steps}", f"student {num_steps}")
-        sheet = _sheet(labels, torch.stack([self._of_teacher[0], pictures[0]]))
-        return sheet, measure(pictures, self._of_teacher)
+        labels: list[str] = []
+        rows: list[Tensor] = []
+        for seed, by_teacher, by_student in zip(
+            self.seeds, self._of_teacher, pictures, strict=True
+        ):
+            labels += [f"teacher {self.teacher.contract.steps}", f"student {num_steps}"]
+            if len(self.seeds) > 1:
+                labels[-2:] = [f"{label}, seed {seed}" for label in labels[-2:]]
+            rows += [by_teacher, by_student]
+        return _sheet(labels, torch.stack(rows)), measure(pictures, self._of_teacher)
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
@@ -103,17 +135,17 @@ class Examples:
             times: that are visited, falling, the landing 0 included; or a number of steps.
             sampler: its name.
         """
-        shape = self.teacher.latent_shape(*self.teacher.contract.sizes[0])
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(guided), *shape, generator=generator)
+        shape = self.teacher.latent_shape(*self.size)
+        num_prompts = len(guided) // len(self.seeds)
+        all_seeds = [seed for seed in self.seeds for _ in range(num_prompts)]
         pictures: list[Tensor] = []
-        for start in range(0, len(noise), AT_ONCE):
+        for start in range(0, len(guided), AT_ONCE):
             part = guided[start : start + AT_ONCE]
-            seeds = range(start, start + len(part))
-            x = noise[start : start + AT_ONCE].to(part.positive.text.device)
+            seeds = all_seeds[start : start + AT_ONCE]
+            x = draw_noise(seeds, shape, part.positive.text.device)
             latents = sample_latents(denoiser, part, x, times=times, seeds=seeds, sampler=sampler)
             pictures.append(self._pictures(latents).cpu())
-        by_seed: Tensor = torch.cat(pictures).unflatten(0, (NUM_SEEDS, -1))
+        by_seed: Tensor = torch.cat(pictures).unflatten(0, (len(self.seeds), -1))
         return by_seed
 
     def _pictures(self, latents: Tensor) -> Float[Tensor, "items 3 height width"]:
@@ -123,14 +155,67 @@ class Examples:
         return self.teacher.codec.preview(latents)
 
 
+class SampleSheets:
+    """The sheets of one stage: drawn every so often, and at every checkpoint."""
+
+    def __init__(
+        self,
+        examples: Sequence[Examples],
+        draw: Callable[[Examples], tuple[Image.Image, dict[str, float]]],
+        write: Callable[[int, Image.Image], None],
+    ) -> None:
+        """Have drawn nothing yet.
+
+        Args:
+            examples: of every size; the looks are those of the first.
+            draw: with the student as it is; returns a sheet and how it looks.
+            write: called with the number of iterations done and the sheet of all sizes.
+        """
+        self._examples = examples
+        self._draw = draw
+        self._write = write
+        self._drawn: tuple[int, dict[str, float]] | None = None
+
+    def show(self, iteration: int) -> None:
+        """Draw and write the sheet of an iteration."""
+        sheets, looks = zip(*map(self._draw, self._examples), strict=True)
+        self._write(iteration, _stacked(sheets))
+        self._drawn = (iteration, looks[0])
+
+    def examine(self, iteration: int) -> dict[str, float]:
+        """Return how the student looks; the sheet is drawn unless that was done just before."""
+        drawn = self._drawn
+        if drawn is None or drawn[0] != iteration:
+            self.show(iteration)
+            drawn = self._drawn
+        assert drawn is not None
+        # After a rollback the same iteration comes again with another student.
+        self._drawn = None
+        return drawn[1]
+
+
+def _stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Lay sheets of several sizes below each other."""
+    if len(sheets) == 1:
+        return sheets[0]
+    width = max(sheet.width for sheet in sheets)
+    stacked = Image.new("RGB", (width, sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        stacked.paste(sheet, (0, top))
+        top += sheet.height
+    return stacked
+
+
 def _sheet(
     labels: Sequence[str], rows: Float[Tensor, "rows columns 3 height width"]
 ) -> Image.Image:
-    """Lay pictures out in rows, enlarged, with a label on the left of every row."""
+    """Lay pictures out in rows with a label on the left of every row; small ones are enlarged."""
     spaced = pad(rows, (0, 4, 0, 4), value=1.0)
     as_one = spaced.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     (grid,) = to_images(as_one[None])
-    grid = grid.resize((_SCALE * grid.width, _SCALE * grid.height), Image.Resampling.LANCZOS)
+    if rows.shape[-1] <= _LARGEST_ENLARGED:
+        grid = grid.resize((_SCALE * grid.width, _SCALE * grid.height), Image.Resampling.LANCZOS)
     font = ImageFont.load_default(size=_FONT_SIZE)
     left = 2 * _MARGIN + round(max(map(font.getlength, labels)))
     sheet = Image.new("RGB", (left + grid.width, grid.height), "white")

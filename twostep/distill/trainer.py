@@ -17,10 +17,12 @@ from twostep.distill.pairs import Batches, Source
 from twostep.distill.recipe import Stage
 from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
+from twostep.networks.adapters import Lora
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
+    Periodic,
     Randomness,
     TrainingError,
     check_finite,
@@ -29,6 +31,7 @@ from twostep.training.loop import (
     run_loop,
 )
 from twostep.training.optimiser import OptimiserState, go_back, make_optimiser, step_down
+from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
 
@@ -134,9 +137,27 @@ class StageTrainer:
         pairs = _Pairs(self, iteration, random)
         factor = self.rate * learning_rate_factor(iteration, self.stage)
         figures: dict[str, float | Tensor] = {}
-        for name in self.method.turns(iteration):
-            figures |= self._take_turn(name, iteration, pairs, factor)
+        with self._dropout(iteration):
+            for name in self.method.turns(iteration):
+                figures |= self._take_turn(name, iteration, pairs, factor)
         return {name: float(value) for name, value in figures.items()}
+
+    @contextmanager
+    def _dropout(self, iteration: int) -> Iterator[None]:
+        """Let the student's LoRA drop inputs in the block, the same ones whenever it is resumed."""
+        lora = self.roles[STUDENT].weights
+        if not isinstance(lora, Lora) or self.stage.lora_dropout == 0:
+            yield
+            return
+        device = self.batches.device
+        seed = hashed_seed(self.stage.seed, self.stage.name, iteration, "dropout", world().rank)
+        # Dropout knows no generator but the global one, which is put back as it was.
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            lora.dropout(self.stage.lora_dropout),
+        ):
+            torch.manual_seed(seed)
+            yield
 
     def _take_turn(
         self, name: str, iteration: int, pairs: _Pairs, factor: float
@@ -261,6 +282,7 @@ def train_stage(
     health: Health | None = None,
     continues: Stage | None = None,
     is_continued: bool = False,
+    periodic: Sequence[Periodic] = (),
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: OnCheckpoint = lambda iteration: {},
 ) -> None:
@@ -280,6 +302,8 @@ def train_stage(
         continues: the stage before, if it trained the same student by the same method: what its
             roles hand on is where this one's begin.
         is_continued: whether the next stage continues this one.
+        periodic: what is done with the student every so many iterations, while it has its averaged
+            weights.
         on_iteration: called after every iteration.
         on_checkpoint: called before every checkpoint.
 
@@ -293,7 +317,12 @@ def train_stage(
         folder.log(part=stage.name, continues=continues.name, goes_on=begun)
     monitor = Monitor(health or Health(), trainer.method.limits())
     run = _MonitoredRun(
-        trainer, monitor, folder, on_iteration=on_iteration, on_checkpoint=on_checkpoint
+        trainer,
+        monitor,
+        folder,
+        periodic=periodic,
+        on_iteration=on_iteration,
+        on_checkpoint=on_checkpoint,
     )
     try:
         run.run()
@@ -318,12 +347,14 @@ class _MonitoredRun:
         monitor: Monitor,
         folder: RunFolder,
         *,
+        periodic: Sequence[Periodic],
         on_iteration: OnIteration,
         on_checkpoint: OnCheckpoint,
     ) -> None:
         self.trainer = trainer
         self.monitor = monitor
         self.folder = folder
+        self.periodic = [replace(each, act=self._with_average(each.act)) for each in periodic]
         self.on_iteration = on_iteration
         self.on_checkpoint = on_checkpoint
         self.name = trainer.stage.name
@@ -356,6 +387,7 @@ class _MonitoredRun:
             state=self.trainer.state,
             checkpoint_start=self.monitor.settings.action == "rollback",
             only_examined=self.has_rolled_back,
+            periodic=self.periodic,
             on_iteration=self._add,
             on_checkpoint=self._examine,
         )
@@ -367,6 +399,15 @@ class _MonitoredRun:
                 "The same command goes on."
             )
         return self.trainer.iterate(iteration, random)
+
+    def _with_average(self, act: Callable[[int], None]) -> Callable[[int], None]:
+        """Return the same function, with averaged weights in the student while it runs."""
+
+        def act_with_average(num_done: int) -> None:
+            with self.trainer.average.applied():
+                act(num_done)
+
+        return act_with_average
 
     def _add(self, iteration: int, figures: dict[str, float]) -> None:
         self.monitor.add(figures)

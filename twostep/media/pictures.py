@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from twostep.errors import TwostepError
@@ -90,6 +90,9 @@ def examine_picture(
         upright = ImageOps.exif_transpose(eight_bits).convert("RGBA")
     except UnusablePictureError:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow names an object in memory, which tells a person nothing.
+        raise UnusablePictureError("it cannot be read (it is no picture)") from error
     # Pillow's readers raise nearly anything for a damaged file: a missing field is a KeyError, a
     # cut one a struct.error, a wrong size a MemoryError.
     except Exception as error:

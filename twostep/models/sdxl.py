@@ -194,7 +194,8 @@ def base_folder(path: Path, contract: Contract) -> Path:
     """Return the folder with the parts that a student's file leaves out.
 
     Arguments:
-        path: the student's file, which may lie in the folder `students` of its model.
+        path: the student's file, which may lie in the folder `students` of its model, or among the
+            snapshots of a run beside its `model`.
         contract: what the file says of itself.
 
     Raises ModelError if the model is neither there nor built in, or the file is a LoRA that goes
@@ -205,7 +206,8 @@ def base_folder(path: Path, contract: Contract) -> Path:
             f"{path} is a LoRA that goes on {contract.base}. Load that, and this with it "
             f"(--lora {path})."
         )
-    for folder in (path.parent.parent, WEIGHTS / contract.base):
+    beside = path.parent.parent
+    for folder in (beside, beside / "model", WEIGHTS / contract.base):
         if (folder / CONTRACT_FILE).is_file():
             return folder
     if contract.base == SDXL.base:

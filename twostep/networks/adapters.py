@@ -6,6 +6,8 @@ first, the last, and the embedding of time that all blocks share.
 """
 
 import copy
+import fnmatch
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -48,8 +50,23 @@ TARGETS = (
 On SDXL these are 788 layers, and 196,751,360 parameters at rank 64.
 """
 
+GROUPS = {
+    "attention": r"attn\d\.(to_q|to_k|to_v|to_out\.0)",
+    "self-attention": r"attn1\.(to_q|to_k|to_v|to_out\.0)",
+    "cross-attention": r"attn2\.(to_q|to_k|to_v|to_out\.0)",
+    "feed-forward": r"ff\.net\.(0\.proj|2)",
+    "projections": r"proj_(in|out)",
+    "convolutions": r"conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv",
+    "time": r"time_emb_proj",
+}
+"""Groups of these layers by the regular expressions that the ends of their names match."""
+
 PREFIX = "unet."
 """What diffusers puts before the names of a UNet's LoRA in a file."""
+
+_DOWN = ".lora_A.weight"
+_UP = ".lora_B.weight"
+"""How PEFT's names of an adapter's matrices end, that of the second one."""
 
 _SWITCHING = RLock()
 """Held while an adapter is active in a call, for all callers share the network's switch."""
@@ -86,6 +103,16 @@ class Lora:
         return int(_peft_configs(self.network)[self.name].r)
 
     @property
+    def alpha(self) -> float:
+        """What the product of the matrices is multiplied with, times the rank."""
+        return float(_peft_configs(self.network)[self.name].lora_alpha)
+
+    @property
+    def layers(self) -> set[str]:
+        """The names of the layers that it changes."""
+        return {key.removesuffix(_DOWN) for key in self._named if key.endswith(_DOWN)}
+
+    @property
     def targets(self) -> list[str]:
         """The names, or endings of names, of the layers that it was added to."""
         return sorted(_peft_configs(self.network)[self.name].target_modules)
@@ -102,6 +129,37 @@ class Lora:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights by PEFT's names, which are the same for every adapter's name."""
         return {key: parameter.detach() for key, parameter in self._named.items()}
+
+    def scaled_state_dict(self) -> dict[str, Tensor]:
+        """Return the weights with alpha multiplied in, as of an alpha that is the rank.
+
+        So every program reads them alike, whatever it takes for an alpha that is not in the file.
+        """
+        scale = self.alpha / self.rank
+        weights = self.state_dict()
+        if scale == 1:
+            return weights
+        return {
+            key: value * scale if key.endswith(_UP) else value for key, value in weights.items()
+        }
+
+    @contextmanager
+    def dropout(self, share: float) -> Iterator[None]:
+        """Drop a share of the layers' inputs in the block, by torch's global generator.
+
+        Args:
+            share: probability that a value of what the adapter (not the base) sees becomes zero.
+        """
+        # PEFT's layers have it, but their common class does not declare it.
+        holders: list[Any] = [getattr(layer, "lora_dropout", {}) for layer in _layers(self.network)]
+        holders = [holder for holder in holders if self.name in holder]
+        for holder in holders:
+            holder[self.name] = nn.Dropout(share)
+        try:
+            yield
+        finally:
+            for holder in holders:
+                holder[self.name] = nn.Identity()
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Load weights; LoraError where a key is missing, unknown, or of another shape."""
@@ -126,18 +184,20 @@ def add_lora(
     name: str,
     *,
     rank: int,
+    alpha: float | None = None,
     targets: Iterable[str] = TARGETS,
     encoder_only: bool = False,
 ) -> Lora:
     """Add an adapter to every target layer, and make it the active one.
 
     The base and every other adapter are frozen; this one can be trained. Its weights are float32
-    whatever the base's precision is, and its alpha is the rank.
+    whatever the base's precision is.
 
     Args:
         network: A network with diffusers' adapter methods.
         name: The adapter's name, new on this network.
         rank: The rank of its matrices.
+        alpha: What it is multiplied with, times the rank; the rank if not given.
         targets: Names, or endings of names, of the layers that get it.
         encoder_only: Whether to leave the UNet's decoder out.
 
@@ -152,7 +212,7 @@ def add_lora(
     network.requires_grad_(False)
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         target_modules=targets,
         exclude_modules=r"up_blocks\..*" if encoder_only else None,
     )
@@ -170,10 +230,54 @@ def add_lora(
     return lora
 
 
-def load_lora(network: nn.Module, name: str, path: Path) -> Lora:
+def choose_layers(
+    network: nn.Module, names: Iterable[str], targets: Iterable[str] = TARGETS
+) -> list[str]:
+    """Return the layers that are meant, in the network's order.
+
+    Args:
+        network: That has them.
+        names: Of `GROUPS`; patterns of whole names, as "down_blocks.*.attn2.*"; or names or endings
+            of names, as "to_k".
+        targets: Endings of the names of the layers that may get an adapter at all.
+
+    Raises:
+        LoraError: If one of the names means no layer.
+    """
+    may_end = tuple(f".{target}" for target in targets)
+    possible = [name for name, _ in network.named_modules() if f".{name}".endswith(may_end)]
+    chosen: set[str] = set()
+    for name in names:
+        expression = GROUPS.get(name, fnmatch.translate(name))
+        ending = re.compile(rf"(.*\.)?({expression})")
+        meant = [layer for layer in possible if ending.fullmatch(layer)]
+        if not meant:
+            example = f", as {possible[0]}" if possible else ""
+            raise LoraError(
+                f"No layer that a LoRA can change is called {name!r}. Give some of "
+                f"{', '.join(GROUPS)}, or names, endings or patterns of layers{example}."
+            )
+        chosen.update(meant)
+    return [layer for layer in possible if layer in chosen]
+
+
+def load_lora(
+    network: nn.Module,
+    name: str,
+    path: Path,
+    *,
+    alpha: float | None = None,
+    only: Iterable[str] | None = None,
+) -> Lora:
     """Add an adapter from a file, on the file's layers and at the file's rank.
 
-    The file's alpha is multiplied into the weights.
+    Args:
+        network: A network with diffusers' adapter methods.
+        name: The adapter's name, new on this network.
+        path: The file.
+        alpha: Of the adapter, which does not change what it does at first: the file's own alpha is
+            multiplied into the weights. The rank if not given.
+        only: Names of layers; the file must change no others.
 
     Raises:
         LoraError: If the file changes parts beside the UNet, mixes ranks, or does not fit.
@@ -191,10 +295,17 @@ def load_lora(network: nn.Module, name: str, path: Path) -> Lora:
         raise LoraError(
             f"{path} has the ranks {sorted(ranks)}. Only a LoRA of one rank can be trained on."
         )
-    lora = add_lora(network, name, rank=ranks.pop(), targets=layers)
-    weights = {}
+    if only is not None and (others := sorted(layers.keys() - set(only))):
+        raise LoraError(
+            f"{path} changes {len(others)} layers that lora_targets leaves out, as {others[0]}. "
+            "Leave lora_targets out to train on the layers of the file."
+        )
+    rank = ranks.pop()
+    lora = add_lora(network, name, rank=rank, alpha=alpha, targets=only or layers)
+    # Layers that the file does not change begin at zero.
+    weights = lora.state_dict()
     for layer, low_rank in layers.items():
-        scale = low_rank.alpha / low_rank.rank
+        scale = low_rank.alpha / lora.alpha
         weights[f"{layer}.lora_A.weight"] = low_rank.down.float()
         weights[f"{layer}.lora_B.weight"] = low_rank.up.float() * scale
     lora.load_state_dict(weights)

@@ -177,7 +177,7 @@ async def _answer(
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     if not await ended(serving.engine, job, http):
         return Response(status_code=499)  # nobody reads it
-    result = job.wait(0)
+    result = job.wait(0.0)
     data = await run_in_threadpool(_data, result, body)
     answer = {
         "created": int(time.time()),

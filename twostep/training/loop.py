@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -232,6 +232,31 @@ def learning_rate_factor(iteration: int, settings: LoopSettings) -> float:
     return _FINAL_LEARNING_RATE_FACTOR + (1 - _FINAL_LEARNING_RATE_FACTOR) * cosine
 
 
+@dataclass(frozen=True)
+class Periodic:
+    """Something that is done every so many iterations, beside checkpoints.
+
+    Args:
+        name: of it, for the time that it takes.
+        every: iterations between two times; None for never.
+        act: does it; called with the number of iterations done.
+        is_done: whether it was done at that number already, before the run was stopped.
+        at_start: whether to do it before the first iteration too.
+    """
+
+    name: str
+    every: int | None
+    act: Callable[[int], None]
+    is_done: Callable[[int], bool]
+    at_start: bool = False
+
+    def is_due(self, num_done: int) -> bool:
+        """Tell whether it is to be done after so many iterations."""
+        if self.every is None or (num_done == 0 and not self.at_start):
+            return False
+        return num_done % self.every == 0
+
+
 def run_loop(
     iterate: Callable[[int, Randomness], dict[str, float]],
     settings: LoopSettings,
@@ -241,6 +266,7 @@ def run_loop(
     *,
     checkpoint_start: bool = False,
     only_examined: bool = False,
+    periodic: Sequence[Periodic] = (),
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
@@ -258,6 +284,8 @@ def run_loop(
         checkpoint_start: whether to save the state before the first iteration too.
         only_examined: whether to go on from the last checkpoint that `on_checkpoint` let pass,
             rather than from a later one that was written because training was asked to stop.
+        periodic: what else is done every so many iterations, before the checkpoint of the same
+            iteration. What a stop came before is done when the run goes on.
         on_iteration: called after every iteration with figures averaged over all processes.
         on_checkpoint: called before every checkpoint; if it raises, the checkpoint is not saved.
 
@@ -285,6 +313,9 @@ def run_loop(
     means = _Means()
     try:
         with stop_requests(folder.deadline) as stop:
+            for each in periodic:
+                if each.is_due(start) and not each.is_done(start):
+                    each.act(start)
             for iteration in range(start, settings.iterations):
                 begun_at = time.monotonic()
                 figures = iterate(iteration, Randomness.at(settings.seed, iteration, name))
@@ -302,8 +333,10 @@ def run_loop(
                         **means.taken(),
                         **{SECONDS: seconds},
                     )
-                begun_at = time.monotonic()
                 is_last = num_done == settings.iterations
+                if is_last or not exit_code:
+                    _act(periodic, num_done, stop)
+                begun_at = time.monotonic()
                 if exit_code:
                     # Whoever asked to stop may not wait for what `on_checkpoint` does.
                     save_checkpoint(num_done, examined=False)
@@ -320,6 +353,15 @@ def run_loop(
                     )
     finally:
         folder.finish_writing()
+
+
+def _act(periodic: Sequence[Periodic], num_done: int, stop: StopRequest) -> None:
+    """Do what is due after so many iterations, and take in how long it took."""
+    for each in periodic:
+        if each.is_due(num_done):
+            begun_at = time.monotonic()
+            each.act(num_done)
+            stop.took(each.name, time.monotonic() - begun_at)
 
 
 class _Means:

@@ -23,8 +23,8 @@ from pydantic import ValidationError
 
 from twostep.errors import TwostepError
 from twostep.files import (
-    PARTIAL_SUFFIX,
     WriteError,
+    remove_leftovers,
     reporting_write_errors,
     write_atomically,
 )
@@ -81,6 +81,9 @@ class RunFolder:
         self.deadline: float | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._lock = FileLock(path / "run.lock", is_singleton=True)
+        # First of all: what another process is about to write must not be read before.
+        self._enter()
         record = self._read_record()
         before = self._read_recipe(type(recipe))
         self._settings = recipe
@@ -89,25 +92,32 @@ class RunFolder:
             self._settings = settled(before, recipe, set(record.get("stated", ())))
             self.changes = tuple(changes(before, self._settings, self.progress, self._whole()))
             _refuse([change for change in self.changes if change.refusal is not None], path)
-        with _as_run_error(), reporting_write_errors(path):
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (path / "samples").mkdir(exist_ok=True)
-        self._lock = FileLock(path / "run.lock", is_singleton=True)
         if not world().is_first:
             return
-        # Held until this object is deleted or the process ends, however it ends.
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise RunError(
-                f"Another process is at work in {path}. Wait for it, or give another --out."
-            ) from error
         if before is None or self.changes:
             self._write_recipe(record, list(stated_keys(recipe)))
         with _as_run_error():
-            self._remove_partial_files()
+            remove_leftovers(path, within=("checkpoints", "samples", "model"))
         if self.changes:
             self.log(part="recipe", changed=[str(change) for change in self.changes])
+
+    def _enter(self) -> None:
+        """Make the folder, and keep other processes out of it.
+
+        It is held until this object is deleted or the process ends, however it ends.
+        """
+        with _as_run_error(), reporting_write_errors(self.path):
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.path / "samples").mkdir(exist_ok=True)
+            if not world().is_first:
+                return
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout as error:
+                raise RunError(
+                    f"Another process is at work in {self.path}. Wait for it, or give another "
+                    "--out."
+                ) from error
 
     def settled(self, recipe: SettingsT) -> SettingsT:
         """Return the recipe under which the run goes on.
@@ -382,12 +392,6 @@ class RunFolder:
     def _write_record(self, record: dict[str, Any]) -> None:
         with _as_run_error(), write_atomically(self.path / "run.json") as file:
             file.write(json.dumps(record, indent=1).encode())
-
-    def _remove_partial_files(self) -> None:
-        """Remove what a killed process of this run left half written."""
-        for folder in ("checkpoints", "samples"):
-            for partial in (self.path / folder).glob(f"*{PARTIAL_SUFFIX}"):
-                partial.unlink(missing_ok=True)
 
 
 def _refuse(refused: list[Change], path: Path) -> None:

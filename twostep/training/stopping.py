@@ -18,7 +18,8 @@ OUT_OF_TIME = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _SAFETY = 1.5
-"""An iteration and a checkpoint may take this many times as long as the longest so far."""
+"""What comes next, an iteration with all that follows on it, may take this many times as long as
+the longest of each so far."""
 
 
 class StoppedError(TwostepError):
@@ -50,11 +51,11 @@ class StopRequest:
         """
         self.deadline = deadline
         self.exit_code = 0
-        self._longest = {"iteration": 0.0, "checkpoint": 0.0}
+        self._longest: dict[str, float] = {}
 
     def took(self, what: str, seconds: float) -> None:
-        """Take in how long an "iteration" or a "checkpoint" took."""
-        self._longest[what] = max(self._longest[what], seconds)
+        """Take in how long something took: an "iteration", a "checkpoint", or what else is done."""
+        self._longest[what] = max(self._longest.get(what, 0.0), seconds)
 
     def is_due(self) -> bool:
         """Return whether to stop now, because another iteration might come too late."""
