@@ -38,7 +38,7 @@ from twostep.distill.trainer import train_stage
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.detail import high_pass_energy
 from twostep.evaluate.histograms import histogram, total_variation
-from twostep.evaluate.palette import OFF_PALETTE, border_colour, palette_distance
+from twostep.evaluate.palette import OFF_PALETTE, nearest_background, palette_distance
 from twostep.files import write_atomically
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -265,8 +265,7 @@ def look(student: Denoiser, teacher: Bundle, steps: int) -> tuple[dict[str, floa
     pixels = decode(teacher, latents, at_once=16).float()
     levels = ((pixels + 1) * 127.5).round().clamp(0, 255)
     distances = palette_distance(pixels)
-    palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=pixels.device)
-    nearest = torch.cdist(border_colour(pixels), palette).argmin(dim=1).cpu()
+    nearest = nearest_background(pixels).cpu()
     uniform = torch.full((len(BACKGROUNDS),), 1 / len(BACKGROUNDS), dtype=torch.float64)
     figures = {
         "off_palette": (distances > OFF_PALETTE).float().mean().item(),
@@ -309,18 +308,21 @@ def run_arm(arm: str, steps: int, seed: int, options: argparse.Namespace, clock:
         if clock.left < 0:
             raise TimeIsUp
 
-    figures, pictures = look(student, teacher, steps)
-    save_grid(pictures, folder / "grid-start.png")
-    note(seconds=0.0, **figures)
+    def note_looks(grid: Path) -> dict[str, float]:
+        figures, pictures = look(student, teacher, steps)
+        save_grid(pictures, grid)
+        note(seconds=round(time.monotonic() - begun, 1), **figures)
+        return figures
+
+    start_grid = folder / "grid-start.png"
+    if not start_grid.exists():
+        note_looks(start_grid)
 
     def on_checkpoint(iteration: int) -> dict[str, float]:
-        figures, pictures = look(student, teacher, steps)
-        save_grid(pictures, folder / "grid.png")
         weights = {key: value.half() for key, value in student.network.state_dict().items()}
         with write_atomically(folder / "student.safetensors") as file:
             file.write(save(weights))
-        note(seconds=round(time.monotonic() - begun, 1), **figures)
-        return figures
+        return note_looks(folder / "grid.png")
 
     run_folder = RunFolder(folder, stage)
     try:

@@ -184,6 +184,20 @@ def remove_leftovers(folder: str | Path, *, within: tuple[str, ...] = ()) -> Non
                 path.unlink(missing_ok=True)
 
 
+def acquire_folder(folder: str | Path, lock: FileLock) -> None:
+    """Acquire the lock of a folder at once, until it is released or this process ends.
+
+    Raises:
+        WriteError: another process holds it, and so is at work in the folder.
+    """
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise WriteError(
+            f"Another process is at work in {folder}. Wait for it, or give another --out."
+        ) from error
+
+
 @contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
     """Keep other processes out of a folder during the block, and remove what killed ones left.
@@ -197,12 +211,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", is_singleton=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise WriteError(
-                f"Another process is at work in {folder}. Wait for it, or give another --out."
-            ) from error
+        acquire_folder(folder, lock)
     try:
         remove_leftovers(folder)
         yield

@@ -29,6 +29,10 @@ from .launching import (
 
 LORA = {"lora_rank": 4, "gradient_checkpointing": True}
 ON_SHARED_BASE = {"discriminator_lora": True}
+# The penalty is of a difference of logits. With the noise of 0.05 that one trains with, they differ
+# by 1e-2 at most, and their own rounding is then 2e-5 of it and of the gradient: a comparison to
+# 1e-5 needs a difference ten times as large.
+PENALIZED = {**UNCONDITIONAL, "r1_weight": 1.0, "perturbation": 0.5}
 CHAIN = [
     {
         "student_steps": 16,
@@ -49,7 +53,7 @@ CHAIN = [
         **LORA,
     },
     {"student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL},
-    {"student_steps": 2, "teacher_steps": 8, "method": {**UNCONDITIONAL, "r1_weight": 100.0}},
+    {"student_steps": 2, "teacher_steps": 8, "method": PENALIZED},
 ]
 NAMES = [
     "16-regression",
@@ -175,13 +179,15 @@ def test_torchrun_starts_it_and_the_first_process_writes(model: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written:") == 1
     log = lines(recipe.with_suffix(""))
-    assert [line["part"] for line in log] == [
-        "environment",
-        "probe",
-        "4-regression",
-        "4-regression",
-    ]
-    assert "student_loss" in log[2] and "diversity" in log[3]
+    # Each is there once: the second process writes nothing.
+    for part, figure in (
+        ("environment", "processes"),
+        ("probe", None),
+        ("4-regression", "student_loss"),
+        ("4-regression", "saturation"),
+    ):
+        found = [line for line in log if line["part"] == part and (not figure or figure in line)]
+        assert len(found) == 1, (part, found)
     assert log[0]["processes"] == 2
 
 

@@ -1,7 +1,6 @@
 """Weights in prompts as A1111 and compel write them: right numbers, escapes, and clear refusals."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -117,13 +116,12 @@ def test_parts_between_breaks_are_chunks_of_their_own(bundle: Bundle) -> None:
     torch.testing.assert_close(text, torch.cat(pair, dim=1))
 
 
-def test_five_thousand_words_take_no_two_seconds(bundle: Bundle) -> None:
+def test_five_thousand_words_are_all_encoded(bundle: Bundle) -> None:
+    """How long it takes is told by benchmarks/long_prompt.py."""
     prompt = " ".join(["red", "apple", "(blue:1.2)", "dog", "house,"] * 1000)
-    embedded(bundle, "warm (up:1.2)")
-    start = time.process_time()
     text = embedded(bundle, prompt)
-    assert time.process_time() - start < 2
     assert text.shape[1] > 5000
+    assert text.isfinite().all()
 
 
 def test_500_damaged_prompts_are_read_or_refused(bundle: Bundle) -> None:

@@ -13,9 +13,9 @@ import torch
 from twostep.training import run_folder
 from twostep.training.checkpoints import (
     DamagedCheckpointError,
+    copied_to_cpu,
     read_checkpoint,
     read_note,
-    snapshot,
     write_checkpoint,
 )
 from twostep.training.loop import LoopSettings
@@ -214,9 +214,18 @@ def test_what_goes_wrong_meanwhile_is_told_at_the_next_call(
     assert folder.load("a") is None
 
 
-def test_a_snapshot_shares_nothing() -> None:
+def test_a_copied_state_shares_nothing() -> None:
     state = {"a": [torch.zeros(2), (torch.ones(1), 3)], "b": {"c": 0.5}}
-    copied = snapshot(state)
+    copied = copied_to_cpu(state)
     state["a"][0].fill_(7)
     assert torch.equal(copied["a"][0], torch.zeros(2))
     assert copied["a"][1][1] == 3 and copied["b"] == {"c": 0.5}
+
+
+def test_tensors_without_data_stay_where_shards_were() -> None:
+    """A checkpoint of shards is written while training goes on, too."""
+    state = {"shard": torch.empty(2, device="meta"), "whole": torch.ones(2)}
+    copied = copied_to_cpu(state)
+    assert copied["shard"].is_meta
+    state["whole"].zero_()
+    assert copied["whole"].tolist() == [1, 1]

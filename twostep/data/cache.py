@@ -465,15 +465,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     """Read what made a cache; DataError if the file is damaged."""
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(recorded, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is damaged ({error}). Run `twostep cache` with --redo, which begins anew."
         ) from error
-    if not isinstance(recorded, dict):
-        raise DataError(
-            f"{path} is damaged (no JSON object). Run `twostep cache` with --redo, which begins "
-            "anew."
-        )
     return recorded
 
 

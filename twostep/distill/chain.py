@@ -451,31 +451,7 @@ def _train_or_load(
     if finished is not None:
         return
 
-    changes = stage.make_method().describe(student)
-    times = changes.times_from_noise(stage.student_steps, student.schedule)
-
-    def sheet_path(iteration: int) -> Path:
-        return folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
-
-    def write_sheet(iteration: int, sheet: Image.Image) -> None:
-        if world().is_first:
-            path = sheet_path(iteration)
-            with write_atomically(path) as file:
-                sheet.save(file, format="PNG")
-            folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
-
-    sheets = SampleSheets(
-        examples,
-        draw=lambda each: each.show(student, times, changes.sampler),
-        write=write_sheet,
-    )
-    samples = Periodic(
-        "samples",
-        stage.sample_every,
-        act=sheets.show,
-        is_done=lambda iteration: sheet_path(iteration).exists(),
-        at_start=True,
-    )
+    sheets, samples = _samples_of(stage, student, examples, folder)
     snapshots = Periodic(
         "snapshot",
         stage.snapshot_every,
@@ -501,6 +477,38 @@ def _train_or_load(
     # Moments and averages are of no use any more, and weigh many times as much as the student.
     wait()
     folder.delete(stage.name)
+
+
+def _samples_of(
+    stage: Stage, student: Denoiser, examples: Sequence[Examples], folder: RunFolder
+) -> tuple[SampleSheets, Periodic]:
+    """Return the sheets of a stage's student, and when they are drawn beside its checkpoints."""
+    changes = stage.make_method().describe(student)
+    times = changes.times_from_noise(stage.student_steps, student.schedule)
+
+    def sheet_path(iteration: int) -> Path:
+        return folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
+
+    def write_sheet(iteration: int, sheet: Image.Image) -> None:
+        if world().is_first:
+            path = sheet_path(iteration)
+            with write_atomically(path) as file:
+                sheet.save(file, format="PNG")
+            folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
+
+    sheets = SampleSheets(
+        examples,
+        draw=lambda each: each.show(student, times, changes.sampler),
+        write=write_sheet,
+    )
+    samples = Periodic(
+        "samples",
+        stage.sample_every,
+        act=sheets.show,
+        is_done=lambda iteration: sheet_path(iteration).exists(),
+        at_start=True,
+    )
+    return sheets, samples
 
 
 def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:

@@ -6,7 +6,7 @@ of its nearest neighbour; this measure sees it. It looks at pixels alone and nee
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from twostep.evaluate.attributes import BACKGROUNDS
@@ -57,6 +57,23 @@ def palette_distance(
     It is the Euclidean distance in RGB, from 0 to 442, in levels of 0..255. Pictures are in -1..1.
     A picture is *off the palette* beyond `OFF_PALETTE`.
     """
+    return _distances(images).min(dim=1).values
+
+
+def nearest_background(
+    images: Float[Tensor, "items 3 height width"],
+) -> Int[Tensor, " items"]:
+    """Return the background that the border's colour is nearest to, as its place in `BACKGROUNDS`.
+
+    Pictures are in -1..1.
+    """
+    return _distances(images).argmin(dim=1)
+
+
+def _distances(
+    images: Float[Tensor, "items 3 height width"],
+) -> Float[Tensor, "items backgrounds"]:
+    """Return how far the border's colour is from every background, in RGB levels."""
     colours = border_colour(images)
     palette = torch.tensor(list(BACKGROUNDS.values()), dtype=colours.dtype, device=colours.device)
-    return torch.cdist(colours, palette).min(dim=1).values
+    return torch.cdist(colours, palette)

@@ -306,8 +306,8 @@ def load_lora(
     weights = lora.state_dict()
     for layer, low_rank in layers.items():
         scale = low_rank.alpha / lora.alpha
-        weights[f"{layer}.lora_A.weight"] = low_rank.down.float()
-        weights[f"{layer}.lora_B.weight"] = low_rank.up.float() * scale
+        weights[f"{layer}{_DOWN}"] = low_rank.down.float()
+        weights[f"{layer}{_UP}"] = low_rank.up.float() * scale
     lora.load_state_dict(weights)
     return lora
 

@@ -77,14 +77,19 @@ def read_note(path: Path) -> dict[str, Any]:
         return {}
 
 
-def snapshot(value: Any) -> Any:
-    """Return a state as it is now: its tensors are copied to the CPU, so that training goes on."""
+def copied_to_cpu(value: Any) -> Any:
+    """Return a state as it is now: its tensors are copied to the CPU, so that training goes on.
+
+    Tensors without data, which stand where shards were, stay as they are.
+    """
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return value
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: snapshot(part) for key, part in value.items()}
+        return {key: copied_to_cpu(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(snapshot(part) for part in value)
+        return type(value)(copied_to_cpu(part) for part in value)
     return value
 
 

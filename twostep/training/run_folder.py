@@ -18,22 +18,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import ValidationError
 
 from twostep.errors import TwostepError
 from twostep.files import (
     WriteError,
+    acquire_folder,
     remove_leftovers,
     reporting_write_errors,
     write_atomically,
 )
 from twostep.training.checkpoints import (
     DamagedCheckpointError,
+    copied_to_cpu,
     digest_files,
     read_checkpoint,
     read_note,
-    snapshot,
     write_checkpoint,
 )
 from twostep.training.processes import wait, world
@@ -109,15 +110,8 @@ class RunFolder:
         with _as_run_error(), reporting_write_errors(self.path):
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (self.path / "samples").mkdir(exist_ok=True)
-            if not world().is_first:
-                return
-            try:
-                self._lock.acquire(blocking=False)
-            except Timeout as error:
-                raise RunError(
-                    f"Another process is at work in {self.path}. Wait for it, or give another "
-                    "--out."
-                ) from error
+            if world().is_first:
+                acquire_folder(self.path, self._lock)
 
     def settled(self, recipe: SettingsT) -> SettingsT:
         """Return the recipe under which the run goes on.
@@ -212,7 +206,7 @@ class RunFolder:
         if not world().is_first:
             return
         if later:
-            copied = snapshot(state)
+            copied = copied_to_cpu(state)
             self._pending = self._writer.submit(self._write, name, copied, keep, examined)
         else:
             self._write(name, state, keep, examined)
