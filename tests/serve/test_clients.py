@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -112,3 +114,13 @@ def test_a_server_that_is_terminated_finishes_what_it_accepted() -> None:
         assert text.count("event: image_generation.completed") == 4
         # uvicorn ends by the signal that it got, when all is done.
         assert server.wait(60) == -signal.SIGTERM
+
+
+def test_the_python_of_the_page_runs(address: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert blocks
+    for block in blocks:
+        scope: dict[str, Any] = {}
+        exec(block.replace("http://127.0.0.1:8000", address), scope)
+        assert scope["answer"].data[0].seed == 7
