@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
-from twostep.training.device import computes_bfloat16
+from twostep.training import device as devices
 from twostep.training.processes import average, averaged, world
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
@@ -106,7 +106,7 @@ class LoopSettings(Settings):
         On a CPU that would have to emulate bfloat16 they run in float32, and a warning says so.
         """
         in_bfloat16 = self.precision == "bf16"
-        if in_bfloat16 and not computes_bfloat16(device):
+        if in_bfloat16 and not devices.computes_bfloat16(device):
             warnings.warn(
                 "this CPU has no bfloat16 instructions: computing in float32, which is many times "
                 "faster here",
