@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from twostep.training import loop
+from twostep.training import device, loop
 from twostep.training.device import computes_bfloat16
 from twostep.training.loop import (
     LoopSettings,
@@ -60,7 +60,7 @@ class Sum:
 def test_bfloat16_is_computed_where_the_device_does_it(
     native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "computes_bfloat16", lambda device_type: native)
+    monkeypatch.setattr(device, "computes_bfloat16", lambda device_type: native)
     layer = nn.Linear(2, 2)
     said = nullcontext() if native else pytest.warns(UserWarning, match="computing in float32")
     with said, settings(precision="bf16").autocast("cpu"):
