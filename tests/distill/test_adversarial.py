@@ -118,6 +118,21 @@ def test_turns_follow_the_warmup_and_the_steps_of_the_discriminator() -> None:
     turns = ["student" in method.turns(iteration) for iteration in range(8)]
     assert turns == [False, False, False, False, True, False, False, True]
     assert all(method.turns(iteration)[0] == "discriminator" for iteration in range(8))
+    method = Adversarial(make_stage({"student_first": True, "discriminator_steps": 2}))
+    assert list(method.turns(0)) == ["discriminator"]
+    assert list(method.turns(1)) == ["student", "discriminator"]
+
+
+@pytest.mark.parametrize("student_first", [True, False])
+def test_the_student_can_face_a_discriminator_that_has_not_seen_its_landings(
+    teacher: Bundle, source: object, student_first: bool
+) -> None:
+    stage = make_stage({"student_first": student_first, "discriminator_learning_rate": 1e-3})
+    trainer = StageTrainer(stage, source, teacher.denoiser, make_student(teacher))
+    figures = trainer.iterate(0, Randomness.at(0, 0))
+    # softplus(gap) - softplus(-gap) = gap, as long as both losses see one discriminator.
+    difference = figures["student_loss"] - figures["discriminator_loss"]
+    assert (difference == pytest.approx(figures["gap"], abs=1e-5)) == student_first
 
 
 def test_heads_stand_where_they_are_asked_for(teacher: Bundle) -> None:
@@ -162,6 +177,30 @@ def test_heads_may_learn_at_a_rate_of_their_own(teacher: Bundle, source: object)
     assert len(groups[1]["params"]) == len(list(discriminator.heads.parameters()))
     counted = sum(len(group["params"]) for group in groups)
     assert counted == len(list(discriminator.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "betas"),
+    [
+        ({}, (0.0, 0.99)),
+        ({"betas": (0.5, 0.9)}, (0.5, 0.9)),
+        ({"optimiser": "prodigy", "learning_rate": 1.0}, (0.0, 0.99)),
+        # What the paper says of Adam's moments is not meant for these.
+        ({"optimiser": "lion"}, (0.9, 0.99)),
+        ({"optimiser": "lion", "betas": (0.95, 0.98)}, (0.95, 0.98)),
+        ({"optimiser": "adafactor"}, None),
+    ],
+)
+def test_a_stage_s_own_betas_win_over_the_paper_s(
+    stage: dict[str, object], betas: tuple[float, float] | None, teacher: Bundle, source: object
+) -> None:
+    made = make_stage({}, **stage)
+    trainer = StageTrainer(made, source, teacher.denoiser, make_student(teacher))
+    found = {
+        name: optimiser.param_groups[0].get("betas")
+        for name, optimiser in trainer.optimisers.items()
+    }
+    assert found == {"student": betas, "discriminator": betas}
 
 
 def test_real_may_be_the_data(teacher: Bundle, source: object) -> None:
@@ -240,6 +279,7 @@ def test_matching_trains_a_fake_score_and_each_turn_moves_its_own_role_alone(
         ({"bank": "somewhere", "bank_size": 24}, {"batch_size": 16}, "multiple of batch_size"),
         ({"early_weight": 5}, {}, "It is one of 'lightning'"),
         ({}, {"accumulate": 3}, "does not divide batch_size"),
+        ({"head_learning_rate": 0.5}, {"optimiser": "prodigy"}, "prodigy finds one rate"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from twostep.cli import app
 from twostep.distill import DistillRecipe
 from twostep.distill.chain import prepared_stages
+from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import StageTrainer
 from twostep.formats.locate import WEIGHTS
 from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
+from twostep.training import device as devices
 from twostep.training.loop import Randomness
 from twostep.training.run_folder import RunFolder
 
@@ -91,8 +93,17 @@ def allocated(settings: DistillRecipe) -> int:
             [{"method": REGRESSION}, {"method": CONVERSION, "student_steps": 1}],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            [{"method": CONDITIONAL, "optimiser": "prodigy", "learning_rate": 1.0}],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([{"method": REGRESSION, "optimiser": "adafactor"}], marks=pytest.mark.slow),
+        pytest.param([{"method": REGRESSION, "optimiser": "lion"}], marks=pytest.mark.slow),
     ],
-    ids=["guided", "lora", "conditional", "shared-base", "conversion"],
+    ids=[
+        *("guided", "lora", "conditional", "shared-base", "conversion"),
+        *("prodigy", "adafactor", "lion"),
+    ],
 )
 def test_a_nano_stage_takes_what_was_planned(stages: list[dict]) -> None:
     settings = recipe(*stages)
@@ -185,6 +196,23 @@ def test_off_the_cpu_attention_takes_less() -> None:
 
 
 @pytest.mark.slow
+def test_off_the_cpu_bfloat16_is_computed_whatever_this_cpu_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device_type: device_type != "cpu")
+    there = [
+        plan(recipe({"method": REGRESSION, "precision": precision}, device="cuda")).stages[0].memory
+        for precision in ("bf16", "fp32")
+    ]
+    assert there[0]["activations"] < there[1]["activations"]
+    here = [
+        plan(recipe({"method": REGRESSION, "precision": precision}, device="cpu")).stages[0].memory
+        for precision in ("bf16", "fp32")
+    ]
+    assert here[0] == here[1]
+
+
+@pytest.mark.slow
 def test_advice_puts_the_best_first_and_all_together_last() -> None:
     settings = recipe({"method": CONDITIONAL, "lora_rank": 12})
     *entries, (together, least) = advise(settings, 0)
@@ -212,7 +240,9 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
     )
     enough = CliRunner().invoke(app, ["plan", str(mine), "--memory", "1GiB"])
     assert enough.exit_code == 0, enough.output
-    assert "discriminator 3,996,497" in enough.output and "would take" not in enough.output
+    judge = Discriminator(random_bundle().denoiser, conditional=True, levels="all")
+    trained = sum(parameter.numel() for parameter in judge.parameters())
+    assert f"discriminator {trained:,}" in enough.output and "would take" not in enough.output
 
 
 @pytest.mark.parametrize(
@@ -222,6 +252,7 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
         (["nano-quick", "-o", "stages.0.teacher_steps=7"], "no multiple of student_steps"),
         (["nano-quick", "-o", "model=nowhere"], "nowhere does not exist"),
         (["nano-quick", "--memory", "much"], "much is no size"),
+        (["nano-quick", "--device", "gpu"], "gpu is no device; write cuda"),
     ],
 )
 def test_what_cannot_be_planned_says_why(
@@ -246,7 +277,7 @@ def test_a_method_in_this_folder_can_be_planned(
     monkeypatch.chdir(tmp_path)
     answer = CliRunner().invoke(app, ["plan", "mine.toml"])
     assert answer.exit_code == 0, answer.output
-    assert answer.output.startswith("8-mine: 1 iterations of 1")
+    assert "\n8-mine: 1 iterations of 1" in answer.output
 
 
 @pytest.mark.slow
@@ -254,6 +285,7 @@ def test_the_disk_that_is_planned_is_what_checkpoints_take(tmp_path: Path) -> No
     stages = [
         {"method": REGRESSION, "lora_rank": 64, "batch_size": 2, "keep_checkpoints": 1},
         {"method": CONDITIONAL, "lora_rank": 64, "batch_size": 2, "keep_checkpoints": 3},
+        {"method": CONDITIONAL, "student_steps": 4, "optimiser": "adafactor", "batch_size": 2},
     ]
     settings = recipe(*stages)
     planned = plan(settings)
@@ -268,10 +300,13 @@ def test_the_disk_that_is_planned_is_what_checkpoints_take(tmp_path: Path) -> No
         folder.save("x", {"iteration": 1, **state})
         sizes.append(folder.checkpoint("x").stat().st_size)
         trainer.remove_roles()
-    first, second = planned.stages
+    first, second, third = planned.stages
     # Names and headers weigh as much as small matrices do.
-    assert [first.checkpoint, second.checkpoint] == [
+    assert [first.checkpoint, second.checkpoint, third.checkpoint] == [
         pytest.approx(size, rel=0.05) for size in sizes
     ]
     assert first.finished == 4 * first.trained["student"]
-    assert planned.disk == first.finished + 4 * second.checkpoint
+    standing = first.finished + second.finished
+    assert planned.disk == max(
+        first.finished + 4 * second.checkpoint, standing + 3 * third.checkpoint
+    )

@@ -5,7 +5,6 @@ needs it are imported inside the verbs, so that help and recipes answer at once.
 `TwostepError` becomes one red line.
 """
 
-import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -16,8 +15,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep import __version__
-from twostep.cli import cache, compare, draw, evaluate, files, pretrain, train
+from twostep.cli import cache, compare, draw, evaluate, files, pretrain, serve, train
 from twostep.errors import TwostepError
+from twostep.files import UNHARMED, advice_on
 from twostep.training.stopping import StoppedError
 
 _INTERRUPTED = 130
@@ -59,8 +59,7 @@ def _print_error(message: str) -> None:
 def _in_words(error: OSError) -> str:
     """Say what the system refused, and what to do about it."""
     where = "" if error.filename is None else f"{error.filename}: "
-    advice = "free some space" if error.errno == errno.ENOSPC else "give another place, or mend it"
-    return f"{where}{error.strerror or error}; {advice}. What was saved before is whole."
+    return f"{where}{error.strerror or error}: {advice_on(error)}. {UNHARMED}"
 
 
 app = typer.Typer(
@@ -97,5 +96,6 @@ _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
 _BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
 _MEASURING = (compare.compare, compare.reproduce)
-for verb in (*_DRAWING, *_TRAINING, *_BUILT_IN, *_MEASURING, *_FILES):
+_SERVING = (serve.serve,)
+for verb in (*_DRAWING, *_SERVING, *_TRAINING, *_BUILT_IN, *_MEASURING, *_FILES):
     app.command()(verb)

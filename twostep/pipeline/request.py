@@ -86,8 +86,8 @@ class Picture:
     is_eight_bit: bool = field(default=True, repr=False, compare=False)
 
     @classmethod
-    def of(cls, source: str | Path | Image) -> Picture:
-        """Read a picture from a file or take one in memory.
+    def of(cls, source: str | Path | bytes | Image) -> Picture:
+        """Read a picture from a file or from a file's bytes, or take one in memory.
 
         Raises RequestError where it is no picture, or too small or too large to draw from.
         """
@@ -98,15 +98,12 @@ class Picture:
             data = Path(source).read_bytes() if isinstance(source, str | Path) else source
             opened = examine_picture(lambda: data, for_input=True)
         except (OSError, ValueError, UnusablePictureError) as error:
+            named = "a picture" if isinstance(source, bytes) else source
             raise RequestError(
-                f"{source} cannot be taken: {error}. Give another PNG, JPEG or WebP."
+                f"{named} cannot be taken: {error}. Give another PNG, JPEG or WebP."
             ) from error
-        name = ""
-        if isinstance(data, Image):
-            digest = sha256(data.tobytes())
-        else:
-            name = Path(str(source)).name
-            digest = sha256(data)
+        name = Path(source).name if isinstance(source, str | Path) else ""
+        digest = sha256(data.tobytes() if isinstance(data, Image) else data)
         return cls(
             name,
             digest.hexdigest(),

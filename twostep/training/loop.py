@@ -15,16 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
-from twostep.training.device import computes_bfloat16
+from twostep.training import device as devices
 from twostep.training.processes import average, averaged, world
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
@@ -39,8 +39,11 @@ SECONDS = "seconds_per_iteration"
 _EXIT_CODE = "exit_code"
 """Beside the figures that processes exchange after every iteration: why one of them is to stop."""
 
-_FINAL_LEARNING_RATE_FACTOR = 0.02
-"""Where the cosine decay ends, as a factor of the peak learning rate."""
+_MEANS = "means"
+"""Where a checkpoint keeps the figures that are not yet logged."""
+
+Schedule = Literal["constant", "cosine", "linear"]
+"""How a learning rate moves after its warm-up."""
 
 
 class TrainingError(TwostepError):
@@ -66,7 +69,27 @@ class LoopSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="share of the iterations over which the rate decays",
+        description="share of the iterations over which the rate decays, the last ones; where it "
+        "is 0 and a schedule is given, all after the warm-up",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    schedule: Schedule | None = Field(
+        None,
+        description="constant, or along what the rate decays: cosine or linear; if not given, a "
+        "cosine where there is a decay_share",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    restarts: int = Field(
+        0,
+        ge=0,
+        description="how often a decaying rate rises to its peak again and decays anew",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    final_rate: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="where the decay ends, as a share of the peak learning rate",
         json_schema_extra=WHILE_RUNNING,
     )
     ema_decay: float = Field(
@@ -96,6 +119,17 @@ class LoopSettings(Settings):
     )
     seed: int = Field(0, ge=0, lt=2**20, description="seed of everything random")
 
+    @model_validator(mode="after")
+    def _one_schedule(self) -> LoopSettings:
+        if self.schedule == "constant" and self.decay_share > 0:
+            raise ValueError(
+                f'schedule = "constant" and decay_share = {self.decay_share:g} contradict each '
+                "other: leave one of them out, or set decay_share to 0"
+            )
+        if self.restarts and self.schedule in (None, "constant") and self.decay_share == 0:
+            raise ValueError('restarts are of a rate that decays: give schedule = "cosine" too')
+        return self
+
     @contextmanager
     def autocast(self, device: str = "cpu") -> Iterator[None]:
         """Run forward passes of the block in the precision of these settings on a device type.
@@ -103,7 +137,7 @@ class LoopSettings(Settings):
         On a CPU that would have to emulate bfloat16 they run in float32, and a warning says so.
         """
         in_bfloat16 = self.precision == "bf16"
-        if in_bfloat16 and not computes_bfloat16(device):
+        if in_bfloat16 and not devices.computes_bfloat16(device):
             warnings.warn(
                 "this CPU has no bfloat16 instructions: computing in float32, which is many times "
                 "faster here",
@@ -217,19 +251,35 @@ class MovingAverage:
 
 
 def learning_rate_factor(iteration: int, settings: LoopSettings) -> float:
-    """Return the factor of the peak learning rate at an iteration, in (0, 1].
+    """Return the factor of the peak learning rate at an iteration, in [0, 1].
 
-    The rate rises linearly over the warm-up, stays constant, and falls along a cosine to a fiftieth
-    over the last `decay_share` of the iterations.
+    The rate rises linearly over the warm-up, stays constant, and falls to `final_rate` along a
+    cosine (arXiv 1608.03983) or a line, over the last `decay_share` of the iterations. Restarts
+    divide these into arcs of equal length, each of which begins at the peak.
     """
     if iteration < settings.warmup_iterations:
         return (iteration + 1) / settings.warmup_iterations
-    num_decaying = settings.decay_share * settings.iterations
-    if num_decaying == 0:
+    progress = _decay_progress(iteration, settings)
+    if progress == 0:
         return 1.0
-    progress = max(0.0, 1 - (settings.iterations - iteration) / num_decaying)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return _FINAL_LEARNING_RATE_FACTOR + (1 - _FINAL_LEARNING_RATE_FACTOR) * cosine
+    is_linear = settings.schedule == "linear"
+    height = 1 - progress if is_linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.final_rate + (1 - settings.final_rate) * height
+
+
+def _decay_progress(iteration: int, settings: LoopSettings) -> float:
+    """Return how much of the decay, or of its present arc, is over at an iteration, in [0, 1]."""
+    num_decaying = settings.decay_share * settings.iterations
+    if settings.schedule in ("cosine", "linear"):
+        # It begins at the peak, which is the end of the warm-up or later.
+        after_warmup = max(0, settings.iterations - settings.warmup_iterations)
+        num_decaying = min(num_decaying or after_warmup, after_warmup)
+    num_left = settings.iterations - iteration
+    if num_decaying <= num_left:
+        return 0.0
+    if settings.restarts and num_left > 0:
+        return (num_decaying - num_left) * (settings.restarts + 1) / num_decaying % 1
+    return 1 - num_left / num_decaying
 
 
 @dataclass(frozen=True)
@@ -298,19 +348,19 @@ def run_loop(
         states = {key: holder.state_dict() for key, holder in state.items()}
         folder.save(
             name,
-            {"iteration": num_done, **states},
+            {"iteration": num_done, _MEANS: means.state_dict(), **states},
             keep=settings.keep_checkpoints,
             examined=examined,
             later=True,
         )
 
-    start = _resume(folder, name, state, only_examined=only_examined)
+    means = _Means()
+    start = _resume(folder, name, state, means, only_examined=only_examined)
     if start is None:
         start = 0
         if checkpoint_start:
             save_checkpoint(0)
     started_at = time.monotonic()
-    means = _Means()
     try:
         with stop_requests(folder.deadline) as stop:
             for each in periodic:
@@ -367,7 +417,8 @@ def _act(periodic: Sequence[Periodic], num_done: int, stop: StopRequest) -> None
 class _Means:
     """The means of figures since they were last taken, each over the iterations that have it.
 
-    Not every role takes a step in every iteration.
+    Not every role takes a step in every iteration. A checkpoint keeps them, for it may come between
+    two lines of the log.
     """
 
     def __init__(self) -> None:
@@ -384,6 +435,13 @@ class _Means:
         self._sums.clear()
         self._counts.clear()
         return means
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        self._sums = dict(state["sums"])
+        self._counts = Counter({key: int(count) for key, count in state["counts"].items()})
 
 
 def _agreed(stop: StopRequest, figures: dict[str, float]) -> tuple[int, dict[str, float]]:
@@ -418,7 +476,12 @@ def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings
 
 
 def _resume(
-    folder: RunFolder, name: str, state: Mapping[str, Stateful], *, only_examined: bool
+    folder: RunFolder,
+    name: str,
+    state: Mapping[str, Stateful],
+    means: _Means,
+    *,
+    only_examined: bool,
 ) -> int | None:
     """Restore `state` from a checkpoint and return its iteration, or None if there is none.
 
@@ -429,4 +492,7 @@ def _resume(
         return None
     for key, holder in state.items():
         holder.load_state_dict(checkpoint[key])
+    # Older versions did not keep them.
+    if _MEANS in checkpoint:
+        means.load_state_dict(checkpoint[_MEANS])
     return int(checkpoint["iteration"])

@@ -1,0 +1,302 @@
+"""What is served, by name, and wishes fitted to it.
+
+Clients name models and LoRAs; where these lie is the server's business, and nothing else can be
+asked for. Many clients send steps, guidance and sizes that were meant for another model. `fit`
+takes what comes nearest and says what it changed, or refuses, as it is told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from twostep.contract import Contract, ContractError
+from twostep.errors import TwostepError
+from twostep.formats import read_contracts
+from twostep.pipeline.request import MAX_BATCH, LoraChoice, Picture, Request, RequestError
+from twostep.pipeline.studio import FAVOURITE_STEPS
+
+MAX_PROMPT_LETTERS = 32_000
+"""The longest prompt, as the OpenAI API has it."""
+
+
+class UnknownModelError(TwostepError):
+    """A name that is not served."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A name that clients may give: the model, where it lies, and the steps if the name says so."""
+
+    name: str
+    model: str
+    contracts: tuple[Contract, ...]
+    steps: int | None = None
+
+    @property
+    def students(self) -> list[Contract]:
+        """The students that the model has, by falling steps."""
+        return [contract for contract in self.contracts if contract.role == "student"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a client asks for, before it is known whether the model can do it.
+
+    The fields are those of `Request`; `model` is the name that the client gave, None for any.
+    """
+
+    prompt: str
+    model: str | None = None
+    num_images: int = 1
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    image: Picture | None = None
+    strength: float | None = None
+    mask: Picture | None = None
+    loras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A request that the model can draw, and sentences about what was changed to get there."""
+
+    request: Request
+    served: Served
+    changes: list[str] = field(default_factory=list)
+
+
+class Catalogue:
+    """The models and LoRAs that are served.
+
+    Args:
+        models: names, folders or files, the default first. A client names a model by the last part
+            of its path without the suffix, or one of its checkpoints by the name in its contract,
+            such as nano-4step.
+        loras: files, named in the same way.
+
+    Raises ModelError for what is no model, and RequestError where two have one name.
+    """
+
+    def __init__(self, models: Sequence[str], loras: Sequence[str] = ()) -> None:
+        if not models:
+            raise RequestError("no model to serve; name at least one.")
+        self._served: dict[str, Served] = {}
+        for model in models:
+            contracts = tuple(read_contracts(model))
+            self._add(Served(short_name(model), model, contracts))
+        for served in list(self._served.values()):
+            for contract in served.students:
+                if contract.name not in self._served:
+                    self._add(Served(contract.name, served.model, served.contracts, contract.steps))
+        self._default = short_name(models[0])
+        self._loras: dict[str, str] = {}
+        for lora in loras:
+            if short_name(lora) in self._loras:
+                raise RequestError(f"two LoRAs are called {short_name(lora)}; rename one.")
+            self._loras[short_name(lora)] = lora
+
+    @property
+    def default(self) -> Served:
+        """What is drawn with where nothing is named."""
+        return self._served[self._default]
+
+    @property
+    def served(self) -> list[Served]:
+        """Everything that may be named, the default first."""
+        return list(self._served.values())
+
+    @property
+    def loras(self) -> list[str]:
+        """The names of the LoRAs."""
+        return list(self._loras)
+
+    def find(self, name: str) -> Served:
+        """Return what a name stands for; raises UnknownModelError."""
+        if name not in self._served:
+            raise UnknownModelError(
+                f"there is no model {name[:80]!r}; there are {', '.join(self._served)}."
+            )
+        return self._served[name]
+
+    def fit(self, wish: Wish, *, strict: bool) -> Fitted:
+        """Make a request of a wish.
+
+        What the model cannot do becomes what comes nearest, with a sentence for each change; or,
+        if `strict`, the first one is refused. What no model can do is refused in any case.
+
+        Raises:
+            UnknownModelError: strict, and the model is not served.
+            ContractError: strict, and the model cannot do what is wished.
+            RequestError: the wish is impossible, too large, or names an unknown LoRA.
+        """
+        _check_bounds(wish)
+        changes: list[str] = []
+        served = self._find(wish.model, changes, strict=strict)
+        steps, contract = _fit_steps(served, wish.steps, changes)
+        is_student = contract.role == "student"
+        guidance = wish.guidance
+        if is_student and guidance is not None and guidance > 1:
+            changes.append(f"guidance {guidance:g} was left out: {contract.name} has none")
+            guidance = None
+        negative = wish.negative_prompt
+        if is_student and negative:
+            changes.append(f"the negative prompt was left out: {contract.name} has no guidance")
+            negative = ""
+        width, height = _fit_size(contract, wish, changes)
+        if strict and changes:
+            raise ContractError(f"{changes[0]}. Ask for what it can do; this server is strict.")
+        request = Request(
+            wish.prompt,
+            num_images=wish.num_images,
+            seed=wish.seed,
+            steps=steps,
+            guidance=guidance,
+            negative_prompt=negative,
+            width=width,
+            height=height,
+            image=wish.image,
+            strength=wish.strength,
+            mask=wish.mask,
+            model=served.model,
+            loras=wish.loras,
+        )
+        return Fitted(self._with_known_loras(request), served, changes)
+
+    def _add(self, served: Served) -> None:
+        if served.name in self._served:
+            raise RequestError(f"two models are called {served.name}; rename one.")
+        self._served[served.name] = served
+
+    def _find(self, name: str | None, changes: list[str], *, strict: bool) -> Served:
+        if not name or name in self._served or strict:
+            return self.find(name) if name else self.default
+        changes.append(f"there is no model {name[:80]!r}: {self.default.name} was taken")
+        return self.default
+
+    def _with_known_loras(self, request: Request) -> Request:
+        """Put where the LoRAs lie for their names; those of the prompt's tags are among them."""
+        places = []
+        for lora in request.loras:
+            choice = LoraChoice.parse(lora) if isinstance(lora, str) else lora
+            if choice.name not in self._loras:
+                known = ", ".join(self._loras) or "none"
+                raise RequestError(f"there is no LoRA {choice.name[:80]!r}; there are {known}.")
+            places.append(LoraChoice(self._loras[choice.name], choice.weight))
+        return replace(request, loras=tuple(places))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what can be asked for, as plain values for JSON: the contracts in short."""
+        models = [
+            {
+                "name": served.name,
+                "checkpoints": [
+                    {
+                        "name": contract.name,
+                        "role": contract.role,
+                        "steps": contract.steps,
+                        "guidance": contract.guidance,
+                        "sizes": [list(size) for size in contract.sizes],
+                        "prediction_type": contract.prediction_type,
+                    }
+                    for contract in served.contracts
+                ],
+            }
+            for served in self.served
+            if served.steps is None
+        ]
+        return {
+            "default_model": self.default.name,
+            "models": models,
+            "loras": self.loras,
+            "limits": {"num_images": MAX_BATCH, "prompt_letters": MAX_PROMPT_LETTERS},
+        }
+
+
+def short_name(place: str) -> str:
+    """Return what a model or LoRA is called: the last part of its path, without the suffix."""
+    name = Path(place).name or place
+    return name.removesuffix(".safetensors") or place
+
+
+def nearest_student(students: Sequence[Contract], steps: int) -> Contract:
+    """Return the student whose number of steps is nearest as a ratio, the slower of two."""
+    return min(
+        students, key=lambda contract: (abs(math.log(contract.steps / steps)), -contract.steps)
+    )
+
+
+def _check_bounds(wish: Wish) -> None:
+    if not wish.prompt.strip():
+        raise RequestError("the prompt is empty; say what to draw.")
+    letters = max(len(wish.prompt), len(wish.negative_prompt))
+    if letters > MAX_PROMPT_LETTERS:
+        raise RequestError(f"a prompt has {letters} letters; at most {MAX_PROMPT_LETTERS} may be.")
+    if not 1 <= wish.num_images <= MAX_BATCH:
+        raise RequestError(f"asked for {wish.num_images} images; 1 to {MAX_BATCH} may be at once.")
+    if wish.steps is not None and wish.steps < 1:
+        raise RequestError(f"steps is {wish.steps}; expected a whole number from 1 up.")
+
+
+def _fit_steps(
+    served: Served, wished: int | None, changes: list[str]
+) -> tuple[int | None, Contract]:
+    """Return the steps to ask a studio for, None for its own choice, and what will draw."""
+    students = served.students
+    by_steps = {contract.steps: contract for contract in served.contracts}
+    if served.steps is not None:
+        contract = by_steps[served.steps]
+        if wished not in (None, contract.steps):
+            changes.append(f"{contract.name} draws in {contract.steps} steps, not in {wished}")
+        return contract.steps, contract
+    if wished in by_steps:
+        return wished, by_steps[wished]
+    if not students:
+        return wished, served.contracts[0]
+    if wished is None:
+        favourite = nearest_student(students, FAVOURITE_STEPS)
+        if favourite.steps != FAVOURITE_STEPS:
+            favourite = students[0]
+        return None, favourite
+    contract = nearest_student(students, wished)
+    offered = ", ".join(str(each.steps) for each in served.contracts)
+    changes.append(
+        f"{served.name} draws in {offered} steps, not in {wished}: {contract.steps} were taken"
+    )
+    return contract.steps, contract
+
+
+def _fit_size(
+    contract: Contract, wish: Wish, changes: list[str]
+) -> tuple[int, int] | tuple[None, None]:
+    """Return a size that a contract has, or none where none is wished."""
+    if wish.width is None or wish.height is None:
+        return None, None
+    width, height = wish.width, wish.height
+    if min(width, height) < 1:
+        raise RequestError(f"the size is {width}x{height}; expected at least one pixel a side.")
+    try:
+        contract.check(None, None, width, height)
+    except ContractError:
+        shape = math.log(width / height)
+        area = math.log(width * height)
+
+        def distance(size: tuple[int, int]) -> tuple[float, float]:
+            return (
+                abs(math.log(size[0] / size[1]) - shape),
+                abs(math.log(size[0] * size[1]) - area),
+            )
+
+        nearest = min(contract.sizes, key=distance)
+        changes.append(
+            f"{contract.name} does not draw {width}x{height}: {nearest[0]}x{nearest[1]} was taken"
+        )
+        return nearest
+    return width, height

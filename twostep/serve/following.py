@@ -1,0 +1,105 @@
+"""A job's events for a connection, and what of a result travels over it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import math
+from collections.abc import AsyncGenerator, Mapping
+from io import BytesIO
+from typing import Any, Literal
+
+from PIL import Image
+from starlette.requests import Request as HttpRequest
+
+from twostep.media.png import encode_png
+from twostep.pipeline.png import text_chunks
+from twostep.pipeline.request import Result
+from twostep.serve.engine import Engine, Event, Job
+
+PictureFormat = Literal["png", "jpeg", "webp"]
+"""What pictures are sent as."""
+
+
+async def follow(
+    engine: Engine, job: Job, http: HttpRequest, *, is_owner: bool
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of a job until it ends or the client has gone.
+
+    With `is_owner` nobody else waits for the job: it is cancelled when the client goes.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Event | None] = asyncio.Queue()
+
+    def listen(event: Event) -> None:
+        # The loop is closed where the server has stopped: then nobody listens any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    async def until_gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        queue.put_nowait(None)
+
+    gone = asyncio.create_task(until_gone())
+    job.follow(listen)
+    try:
+        while (event := await queue.get()) is not None:
+            yield event
+            if event.is_end:
+                return
+    finally:
+        job.unfollow(listen)
+        gone.cancel()
+        if is_owner:
+            engine.cancel(job)
+
+
+async def ended(engine: Engine, job: Job, http: HttpRequest) -> bool:
+    """Wait until a job ends, for its owner; False if the client went before."""
+    async with contextlib.aclosing(follow(engine, job, http, is_owner=True)) as events:
+        async for event in events:
+            if event.is_end:
+                return True
+    return False
+
+
+def encode(result: Result, index: int, format: PictureFormat, quality: int) -> bytes:
+    """Return picture `index` of a result as a file; a PNG says how it was made.
+
+    `quality` is 1 to 100, for the other formats.
+    """
+    if format == "png":
+        encoded = result.to_file(result.images[index], text_chunks(result, index))
+        return encoded.data
+    buffer = BytesIO()
+    result.images[index].save(buffer, format=format.upper(), quality=quality)
+    return buffer.getvalue()
+
+
+def in_base64(data: bytes) -> str:
+    """Return bytes as base64 text."""
+    return base64.b64encode(data).decode()
+
+
+def preview_in_base64(image: Image.Image) -> str:
+    """Return a preview as a PNG in base64."""
+    return in_base64(encode_png(image, {}))
+
+
+def server_sent(kind: str, values: Mapping[str, Any]) -> str:
+    """Return one server-sent event."""
+    return f"event: {kind}\ndata: {json.dumps(values)}\n\n"
+
+
+def in_header(sentences: list[str]) -> str:
+    """Return sentences as the value of a header: one line of ASCII."""
+    text = "; ".join(sentences).encode("ascii", "backslashreplace").decode()
+    return " ".join(text.split())
+
+
+def milliseconds(result: Result) -> dict[str, int]:
+    """Return the time of every stage, in whole milliseconds rounded up."""
+    return {stage: math.ceil(1000 * seconds) for stage, seconds in result.seconds.items()}

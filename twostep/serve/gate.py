@@ -1,0 +1,116 @@
+"""Who may come in, and with how much: checked before a request's body is read.
+
+Without a key the server answers programs of its own machine alone. A web page in a browser there
+could ask too, also under a name that it made to point here; so names and origins are checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Names of the machine itself."""
+
+MAX_BODY = 64 * 2**20
+"""The most bytes of a request."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is let in.
+
+    - `key`: what clients must send as `Authorization: Bearer KEY`, or as the password of HTTP
+      Basic; None if they need none, and then the names in `hosts` alone are answered.
+    - `max_body`: bytes of a request.
+    """
+
+    key: str | None = field(default=None, repr=False)
+    hosts: frozenset[str] = LOOPBACK
+    max_body: int = MAX_BODY
+
+
+class Gate:
+    """ASGI middleware that refuses what the rules do not let in."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app = app
+        self._rules = rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401, 403 or 413."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await _refuse(send, *refusal)
+            return
+        num_read = 0
+
+        async def counted() -> Message:
+            nonlocal num_read
+            message = await receive()
+            num_read += len(message.get("body", b""))
+            if num_read > self._rules.max_body:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self, path: str, headers: Headers) -> tuple[int, str] | None:
+        """Return the status and the sentence for what is not let in, None for what is."""
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._rules.max_body:
+            return 413, self._too_large()
+        if self._rules.key is not None:
+            if path != "/health" and not _holds(headers.get("authorization", ""), self._rules.key):
+                return 401, "this server needs its key: Authorization: Bearer KEY."
+            return None
+        host = headers.get("host", "")
+        if _name_of(f"//{host}") not in self._rules.hosts:
+            return 403, "this server answers to the names of its own machine alone."
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return 403, "this server draws for no pages of other origins."
+        return None
+
+    def _too_large(self) -> str:
+        return f"the request is too large; at most {self._rules.max_body} bytes are read."
+
+
+def _name_of(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def _holds(authorization: str, key: str) -> bool:
+    """Whether a header holds the key, in a time that says nothing of the key."""
+    scheme, _, value = authorization.partition(" ")
+    given = value.strip()
+    if scheme.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            given = ""
+    return secrets.compare_digest(given.encode(errors="replace"), key.encode())
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    headers = [(b"content-type", b"application/json")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})

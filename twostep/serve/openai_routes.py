@@ -1,0 +1,356 @@
+"""The OpenAI images API: /v1/images/generations, /v1/images/edits and /v1/models.
+
+Clients name models that are not served, and steps, qualities and sizes of other models. What comes
+nearest is drawn, and the header X-Twostep-Changes says what was changed. Beyond the API's own
+fields, `steps` (or `num_inference_steps`), `seed`, `negative_prompt`, `guidance_scale`, `strength`
+and `loras` are read, which its SDK sends as `extra_body`.
+"""
+
+import contextlib
+import json
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from twostep.contract import ContractError
+from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Picture, RequestError, Result
+from twostep.serve.catalogue import Fitted, Wish
+from twostep.serve.engine import Event, Job
+from twostep.serve.following import (
+    PictureFormat,
+    encode,
+    ended,
+    follow,
+    in_base64,
+    in_header,
+    milliseconds,
+    preview_in_base64,
+    server_sent,
+)
+from twostep.serve.serving import Serving, picture_of
+
+MAX_IMAGES = 10
+"""The most pictures of one request, as the API has it."""
+
+QUALITY_STEPS = {"low": 1, "medium": 4, "standard": 4, "high": 8, "hd": 8, "xhigh": 8, "max": 8}
+"""How many steps a quality asks for, where a request says no number; "auto" is not among them."""
+
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_IMAGE_FIELD = re.compile(r"images?(\[\d*\])?")
+
+_Kind = Literal["image_generation", "image_edit"]
+
+
+class ImagesBody(BaseModel):
+    """What is read of a request; other fields are let through unread."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    prompt: str
+    model: str | None = None
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES)
+    size: str | None = None
+    quality: str | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: PictureFormat | None = None
+    output_compression: int | None = Field(default=None, ge=0, le=100)
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
+    seed: int | None = Field(default=None, ge=0)
+    steps: int | None = Field(
+        default=None, ge=1, validation_alias=AliasChoices("steps", "num_inference_steps")
+    )
+    guidance: float | None = Field(
+        default=None, ge=0, validation_alias=AliasChoices("guidance_scale", "guidance")
+    )
+    negative_prompt: str | None = None
+    strength: float | None = None
+    loras: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """Return sentences about what this server does otherwise than the request has it."""
+        notes = []
+        if self.response_format == "url":
+            notes.append("response_format url: pictures are sent as b64_json")
+        if self.background == "transparent":
+            notes.append("background transparent: pictures are opaque")
+        return notes
+
+    def wish(self, image: Picture | None = None, mask: Picture | None = None) -> Wish:
+        """Return what is to be drawn; a seed that is left out is picked."""
+        width, height = _size_of(self.size)
+        steps = self.steps
+        if steps is None and self.quality is not None:
+            steps = QUALITY_STEPS.get(self.quality)
+        seed = self.seed
+        if seed is None:
+            seed = secrets.randbelow(NUM_DISTINCT_SEEDS - MAX_IMAGES)
+        return Wish(
+            self.prompt,
+            model=self.model,
+            num_images=self.n,
+            seed=seed,
+            steps=steps,
+            guidance=self.guidance,
+            negative_prompt=self.negative_prompt or "",
+            width=width,
+            height=height,
+            image=image,
+            strength=self.strength,
+            mask=mask,
+            loras=self.loras,
+        )
+
+
+def openai_routes(serving: Serving) -> APIRouter:
+    """Return the addresses of the API, below /v1."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI images"])
+
+    @router.get("/models")
+    def list_models() -> dict[str, Any]:
+        """List the names that `model` may have."""
+        return {"object": "list", "data": [_model(name) for name in _names(serving)]}
+
+    @router.get("/models/{name:path}")
+    def describe_model(name: str) -> dict[str, Any]:
+        """Describe one model."""
+        return _model(serving.catalogue.find(name).name)
+
+    @router.post("/images/generations", response_model=None)
+    async def generations(http: HttpRequest) -> Response:
+        """Draw pictures of a prompt."""
+        body = _validated(await _json_of(http))
+        return await _answer(serving, http, "image_generation", body, body.wish, body.notes())
+
+    @router.post("/images/edits", response_model=None)
+    async def edits(http: HttpRequest) -> Response:
+        """Change a picture, all of it or where the mask is transparent."""
+        async with http.form(max_files=32, max_fields=200) as form:
+            body = _validated(_fields_of(form))
+            images = await _files_of(form, _IMAGE_FIELD)
+            masks = await _files_of(form, re.compile("mask"))
+        if not images:
+            raise RequestError("there is no image; send the part image or image[].")
+        notes = body.notes()
+        if len(images) > 1:
+            notes.append(f"{len(images)} images: the first alone was taken")
+
+        def make() -> Wish:
+            mask = picture_of(masks[0]) if masks else None
+            return body.wish(picture_of(images[0]), None if mask is None else _editable(mask))
+
+        return await _answer(serving, http, "image_edit", body, make, notes)
+
+    return router
+
+
+async def _answer(
+    serving: Serving,
+    http: HttpRequest,
+    kind: _Kind,
+    body: ImagesBody,
+    make: Callable[[], Wish],
+    notes: list[str],
+) -> Response:
+    """Draw, and send pictures at the end or events on the way."""
+    if serving.strict and notes:
+        raise ContractError(f"{notes[0]}. This server is strict.")
+    num_partials = (body.partial_images or 0) if body.stream else 0
+    job, fitted = await serving.accept(http, make, wants_previews=num_partials > 0)
+    changes = [*notes, *fitted.changes]
+    headers = {"X-Twostep-Job": job.id}
+    if changes:
+        headers["X-Twostep-Changes"] = in_header(changes)
+    if body.stream:
+        events = _stream(serving, http, kind, body, job, fitted, changes)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    if not await ended(serving.engine, job, http):
+        return Response(status_code=499)  # nobody reads it
+    result = job.wait(0.0)
+    data = await run_in_threadpool(_data, result, body)
+    answer = {
+        "created": int(time.time()),
+        "data": data,
+        **_described(result, body),
+        "usage": _usage(result),
+        "twostep": _told(result, fitted, changes),
+    }
+    return JSONResponse(answer, headers=headers)
+
+
+async def _stream(
+    serving: Serving,
+    http: HttpRequest,
+    kind: _Kind,
+    body: ImagesBody,
+    job: Job,
+    fitted: Fitted,
+    changes: list[str],
+) -> AsyncIterator[str]:
+    """Yield a partial image for each picture at chosen steps, then each picture, as events."""
+    index = 0
+    events = follow(serving.engine, job, http, is_owner=True)
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if event.kind == "step" and _is_partial(event, body.partial_images or 0):
+                for preview in event.previews:
+                    values = {
+                        "type": f"{kind}.partial_image",
+                        "b64_json": await run_in_threadpool(preview_in_base64, preview),
+                        "partial_image_index": index,
+                        "created_at": int(time.time()),
+                        "size": f"{preview.width}x{preview.height}",
+                        "quality": body.quality or "auto",
+                        "background": "opaque",
+                        "output_format": "png",
+                    }
+                    yield server_sent(f"{kind}.partial_image", values)
+                index += 1
+            if not event.is_end:
+                continue
+            if job.result is None:
+                error = {"message": str(job.error), "type": "server_error", "param": None}
+                yield server_sent("error", {"error": error | {"code": event.kind}})
+                return
+            result = job.result
+            for item in await run_in_threadpool(_data, result, body):
+                values = {
+                    "type": f"{kind}.completed",
+                    **item,
+                    "created_at": int(time.time()),
+                    **_described(result, body),
+                    "usage": _usage(result),
+                    "twostep": _told(result, fitted, changes),
+                }
+                yield server_sent(f"{kind}.completed", values)
+            yield "data: [DONE]\n\n"
+
+
+def _is_partial(event: Event, num_partials: int) -> bool:
+    """Whether a step is one of those whose pictures are shown: evenly spread, without the last."""
+    before_last = event.num_steps - 1
+    chosen = {
+        round(before_last * (i + 1) / num_partials) for i in range(min(num_partials, before_last))
+    }
+    if num_partials >= before_last:
+        chosen = set(range(1, before_last + 1))
+    return event.num_done in chosen
+
+
+def _data(result: Result, body: ImagesBody) -> list[dict[str, Any]]:
+    quality = 100 if body.output_compression is None else max(1, body.output_compression)
+    return [
+        {
+            "b64_json": in_base64(encode(result, i, body.output_format or "png", quality)),
+            "seed": seed,
+        }
+        for i, seed in enumerate(result.seeds)
+    ]
+
+
+def _described(result: Result, body: ImagesBody) -> dict[str, Any]:
+    return {
+        "background": "opaque",
+        "output_format": body.output_format or "png",
+        "quality": body.quality or "auto",
+        "size": f"{result.request.width}x{result.request.height}",
+    }
+
+
+def _usage(result: Result) -> dict[str, Any]:
+    """Count words in, and the network's steps out: one for each step of each picture."""
+    text = len(re.findall(r"\w+|[^\w\s]", result.request.prompt))
+    image = 0 if result.request.image is None else 1
+    steps = (result.request.steps or 0) * len(result.images)
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": steps,
+        "total_tokens": text + image + steps,
+    }
+
+
+def _told(result: Result, fitted: Fitted, changes: list[str]) -> dict[str, Any]:
+    """Return what the API has no field for: what really was drawn."""
+    return {
+        "model": fitted.served.name,
+        "checkpoint": result.contract.name,
+        "steps": result.request.steps,
+        "guidance": result.request.guidance,
+        "milliseconds": milliseconds(result),
+        "changes": changes,
+        "warnings": result.warnings,
+    }
+
+
+def _names(serving: Serving) -> list[str]:
+    return [served.name for served in serving.catalogue.served]
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "twostep"}
+
+
+async def _json_of(http: HttpRequest) -> Any:
+    try:
+        return json.loads(await http.body())
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}.") from error
+
+
+def _validated(values: Any) -> ImagesBody:
+    try:
+        return ImagesBody.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise RequestError(f"{place}: {first['msg']}.") from error
+
+
+def _fields_of(form: FormData) -> dict[str, Any]:
+    """Return the text fields of a form; empty ones are left out, `loras` may come several times."""
+    fields: dict[str, Any] = {
+        name: value for name, value in form.multi_items() if isinstance(value, str) and value
+    }
+    loras = [value for name in ("loras", "loras[]") for value in form.getlist(name)]
+    fields["loras"] = [value for value in loras if isinstance(value, str)]
+    return fields
+
+
+async def _files_of(form: FormData, name: re.Pattern[str]) -> list[bytes]:
+    """Return the files whose field has this name, in order."""
+    return [
+        await value.read()
+        for field, value in form.multi_items()
+        if name.fullmatch(field) and isinstance(value, UploadFile)
+    ]
+
+
+def _editable(mask: Picture) -> Picture:
+    """Return a mask that is white where the API's is transparent.
+
+    One without transparency is white where it is changed already, as other programs paint it.
+    """
+    if mask.alpha is None:
+        return mask
+    return Picture.of(mask.alpha.point(lambda level: 255 if level < 128 else 0))
+
+
+def _size_of(size: str | None) -> tuple[int, int] | tuple[None, None]:
+    if size is None or size == "auto":
+        return None, None
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise RequestError(f"size is {size[:80]!r}; expected WIDTHxHEIGHT in pixels, or auto.")
+    return int(match[1]), int(match[2])
