@@ -90,6 +90,10 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     "adversarial-conditional": (5e-5, {**RELATIVISTIC, "objective": "conditional"}),
     "adversarial-data": (5e-5, {**RELATIVISTIC, "real": "data"}),
     "adversarial-data-fast": (1.5e-4, {**RELATIVISTIC, "real": "data"}),
+    "adversarial-data-student-first": (
+        5e-5,
+        {**RELATIVISTIC, "real": "data", "student_first": True},
+    ),
     "matching": (5e-5, {**RELATIVISTIC, **MATCHING}),
     "matching-data": (5e-5, {**RELATIVISTIC, **MATCHING, "real": "data"}),
     # What each piece of the method pays: one thing changed of "adversarial".

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from twostep.cli import app
 from twostep.distill import DistillRecipe
 from twostep.distill.chain import prepared_stages
+from twostep.distill.methods.discriminator import Discriminator
 from twostep.distill.plan import advise, plan
 from twostep.distill.trainer import StageTrainer
 from twostep.formats.locate import WEIGHTS
 from twostep.models.loading import load_bundle
 from twostep.pretrain.model import random_bundle
+from twostep.training import device as devices
 from twostep.training.loop import Randomness
 from twostep.training.run_folder import RunFolder
 
@@ -185,6 +187,23 @@ def test_off_the_cpu_attention_takes_less() -> None:
 
 
 @pytest.mark.slow
+def test_off_the_cpu_bfloat16_is_computed_whatever_this_cpu_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device_type: device_type != "cpu")
+    there = [
+        plan(recipe({"method": REGRESSION, "precision": precision}, device="cuda")).stages[0].memory
+        for precision in ("bf16", "fp32")
+    ]
+    assert there[0]["activations"] < there[1]["activations"]
+    here = [
+        plan(recipe({"method": REGRESSION, "precision": precision}, device="cpu")).stages[0].memory
+        for precision in ("bf16", "fp32")
+    ]
+    assert here[0] == here[1]
+
+
+@pytest.mark.slow
 def test_advice_puts_the_best_first_and_all_together_last() -> None:
     settings = recipe({"method": CONDITIONAL, "lora_rank": 12})
     *entries, (together, least) = advise(settings, 0)
@@ -212,7 +231,9 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
     )
     enough = CliRunner().invoke(app, ["plan", str(mine), "--memory", "1GiB"])
     assert enough.exit_code == 0, enough.output
-    assert "discriminator 3,996,497" in enough.output and "would take" not in enough.output
+    judge = Discriminator(random_bundle().denoiser, conditional=True, levels="all")
+    trained = sum(parameter.numel() for parameter in judge.parameters())
+    assert f"discriminator {trained:,}" in enough.output and "would take" not in enough.output
 
 
 @pytest.mark.parametrize(
@@ -222,6 +243,7 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
         (["nano-quick", "-o", "stages.0.teacher_steps=7"], "no multiple of student_steps"),
         (["nano-quick", "-o", "model=nowhere"], "nowhere does not exist"),
         (["nano-quick", "--memory", "much"], "much is no size"),
+        (["nano-quick", "--device", "gpu"], "gpu is no device; write cuda"),
     ],
 )
 def test_what_cannot_be_planned_says_why(
@@ -246,7 +268,7 @@ def test_a_method_in_this_folder_can_be_planned(
     monkeypatch.chdir(tmp_path)
     answer = CliRunner().invoke(app, ["plan", "mine.toml"])
     assert answer.exit_code == 0, answer.output
-    assert answer.output.startswith("8-mine: 1 iterations of 1")
+    assert "\n8-mine: 1 iterations of 1" in answer.output
 
 
 @pytest.mark.slow

@@ -99,11 +99,28 @@ def _duration(text: str) -> float:
     return 3600 * hours + 60 * minutes + seconds
 
 
+def _device_type(text: str) -> str:
+    """Return the name of a type of device if torch knows it, here or elsewhere."""
+    import torch
+
+    try:
+        return torch.device(text).type
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{text} is no device; write cuda, mps or cpu.") from error
+
+
 def plan(
     recipe: Recipe,
     override: Override = None,
     memory: Annotated[
         float | None, typer.Option(parser=size_in_bytes, help="What there is, as 24GB; less fails.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            parser=_device_type,
+            help="Plan for this type of device, as cuda; this machine need not have it.",
+        ),
     ] = None,
 ) -> None:
     """Say what a recipe takes before it runs: evaluations, parameters, memory, disk.
@@ -113,7 +130,11 @@ def plan(
     from twostep.distill.plan import plan as make_plan
 
     settings = _load_recipe(recipe, override)
+    if device is not None:
+        settings = settings.model_copy(update={"device": device})
     planned = make_plan(settings)
+    other = "" if device or planned.device != "cpu" else "; for a GPU: --device cuda"
+    typer.echo(f"planned for: {planned.device}{other}")
     for stage in planned.stages:
         _print_stage(stage)
     whole = f" x {planned.num_items:,} = {_gib(planned.item_bytes * planned.num_items)}"

@@ -110,11 +110,13 @@ class Plan:
         stages: the planned stages, in order.
         item_bytes: of one example of the data.
         num_items: of the data; 0 if that is not known.
+        device: the type of device it is planned for, as in "cpu" or "cuda".
     """
 
     stages: tuple[StagePlan, ...]
     item_bytes: int
     num_items: int
+    device: str
 
     @property
     def disk(self) -> int:
@@ -151,8 +153,8 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
         ModelError: not even the model's configs can be found.
     """
     sizes, num_items = _read_cache(recipe)
-    device = find_device("auto").type if recipe.device == "auto" else recipe.device
-    on_cpu = "cpu" in device
+    device = find_device("auto").type if recipe.device == "auto" else recipe.device.split(":")[0]
+    on_cpu = device == "cpu"
     planned: list[StagePlan] = []
     measured: dict[str, _Measured] = {}
     with (
@@ -162,6 +164,8 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
     ):
         # Copying a network asks where its weights are, which is nowhere here.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        # A CPU without it is counted as it computes, and says so when it trains.
+        warnings.filterwarnings("ignore", message="this CPU has no bfloat16 instructions")
         teacher, start = _outline(recipe)
         recipe = _without_files(recipe)
         source = _blank_source(teacher, sizes)
@@ -178,7 +182,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
                 measured[kind] = _measure(prepared, source, meter, teacher.codec)
             planned.append(_plan_stage(prepared.stage, standing, measured[kind], drawing))
     item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
-    return Plan(tuple(planned), item_bytes, num_items)
+    return Plan(tuple(planned), item_bytes, num_items, device)
 
 
 def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:

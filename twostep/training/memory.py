@@ -21,6 +21,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from twostep.training import device as devices
+
 
 class Meter(FakeTensorMode):
     """A context in which tensors have no values and their bytes are counted.
@@ -85,9 +87,9 @@ def is_metered(tensor: Tensor) -> bool:
 def computing_off_cpu() -> Iterator[None]:
     """Let fake tensors on the CPU take the memory that they would take on an accelerator.
 
-    There attention is fused, and norms under autocast compute in float32. The functions of torch
-    are patched, because a mode of torch's would be off in backward passes, in which blocks under
-    gradient checkpointing are computed again.
+    There bfloat16 is computed, whatever this CPU can do, attention is fused, and norms under
+    autocast compute in float32. The functions of torch are patched, because a mode of torch's would
+    be off in backward passes, in which blocks under gradient checkpointing are computed again.
     """
     attention = functional.scaled_dot_product_attention
 
@@ -99,6 +101,7 @@ def computing_off_cpu() -> Iterator[None]:
         patches.enter_context(
             patch.object(functional, "scaled_dot_product_attention", fused_attention)
         )
+        patches.enter_context(patch.object(devices, "computes_bfloat16", lambda device_type: True))
         for norm in (functional.group_norm, functional.layer_norm):
             patches.enter_context(
                 patch.object(functional, norm.__name__, partial(_norm_in_float32, norm))
