@@ -117,11 +117,22 @@ def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> N
         ("stages.6.method.objective=conditional", "two stages train the same"),
         ("stages.10.teacher_steps=2", "own frozen copy teaches: leave teacher_steps out"),
         ("phases=[]", "twostep recipe --migrate OLD.toml"),
+        ("stages.1.optimiser=adam", "stages.1.optimiser: .*'adafactor', 'prodigy' or 'lion'"),
+        ("stages.1.schedule=step", "stages.1.schedule: .*'constant', 'cosine' or 'linear'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe("nano", DistillRecipe, [override])
+
+
+@pytest.mark.parametrize("optimiser", ["adamw8bit", "adafactor", "prodigy"])
+def test_shards_are_not_for_optimisers_that_look_at_whole_tensors(optimiser: str) -> None:
+    said = f"asks for {optimiser}, .*shard = true: choose adamw or lion"
+    changes = [f"defaults.optimiser={optimiser}", "shard=true"]
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("nano-full", DistillRecipe, changes)
+    load_recipe("nano-full", DistillRecipe, ["defaults.optimiser=lion", "shard=true"])
 
 
 def test_a_missing_recipe_lists_those_there_are() -> None:

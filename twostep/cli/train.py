@@ -47,7 +47,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 def _figures_text(figures: dict[str, float]) -> str:
     """Return the figures of one iteration in one line."""
-    return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+    return " ".join(f"{key} {value:.3g}" for key, value in figures.items())
 
 
 def recipes() -> None:

@@ -34,12 +34,13 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.memory import Meter, computing_off_cpu
+from twostep.training.optimiser import OptimiserName, state_bytes
 
 BYTES_OF_WEIGHT = 4
 """Everything that is trained is float32, and so are its gradients."""
 
-BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
-"""Both of Adam's moments of one parameter."""
+_MEASURED_WITH: OptimiserName = "adamw"
+"""The optimiser of the iteration that is measured; what others keep is computed instead."""
 
 _BYTES_IN_SNAPSHOT = 2
 """Of a weight; they are in fp16."""
@@ -85,8 +86,8 @@ class StagePlan:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
-        each = BYTES_OF_WEIGHT + BYTES_OF_MOMENTS[self.stage.optimiser]
-        return each * sum(self.trained.values()) + self.finished
+        moments = sum(self.memory[f"{role} moments"] for role in self.trained)
+        return BYTES_OF_WEIGHT * sum(self.trained.values()) + moments + self.finished
 
     @property
     def snapshots(self) -> int:
@@ -134,12 +135,22 @@ class Plan:
 class _Measured:
     """What was measured of a kind of stage.
 
-    `added` is what an iteration after the first adds at its peak, `batch` what it leaves behind.
+    `shapes` are those of every role's parameters, `added` is what an iteration after the first adds
+    at its peak, `batch` what it leaves behind.
     """
 
-    trained: dict[str, int]
+    shapes: dict[str, list[torch.Size]]
     added: int
     batch: int
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Parameters by role."""
+        return {role: sum(map(math.prod, shapes)) for role, shapes in self.shapes.items()}
+
+    def moments(self, optimiser: OptimiserName) -> dict[str, int]:
+        """Return the bytes that an optimiser keeps of each role."""
+        return {role: state_bytes(optimiser, shapes) for role, shapes in self.shapes.items()}
 
 
 def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
@@ -211,7 +222,7 @@ def _possible_changes(recipe: DistillRecipe, stage: Stage) -> list[dict[str, Any
         changes.append({"precision": "bf16"})
     if stage.lora_rank is not None and recipe.base_precision == "fp32":
         changes.append({"base_precision": "bf16"})
-    if stage.optimiser == "adamw":
+    if stage.optimiser == "adamw" and not (recipe.shard and stage.lora_rank is None):
         changes.append({"optimiser": "adamw8bit"})
     if stage.student_steps > 1 and stage.lora_rank != 1:
         changes.append({"lora_rank": stage.lora_rank // 2 if stage.lora_rank else 64})
@@ -258,7 +269,7 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     Args:
         stage: that is planned.
         standing: bytes before the stage's own networks are made.
-        measured: of a stage of this kind, whose optimiser was "adamw".
+        measured: of a stage of this kind, whose optimiser was `_MEASURED_WITH`.
         drawing: bytes that drawing pictures adds.
     """
     cost = stage.make_method().cost()
@@ -266,7 +277,7 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     # The iteration that was measured holds one of the kept batches already.
     kept = measured.batch * max(0, cost.num_kept_batches - 1)
     student = BYTES_OF_WEIGHT * trained[STUDENT]
-    moments = BYTES_OF_MOMENTS[stage.optimiser]
+    moments = measured.moments(stage.optimiser)
     memory = {
         "frozen weights": standing - student,
         "kept batches": kept,
@@ -274,11 +285,12 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     }
     for role, count in trained.items():
         memory[f"{role} weights"] = BYTES_OF_WEIGHT * count
-        memory[f"{role} moments"] = moments * count
+        memory[f"{role} moments"] = moments[role]
     # While the student has its averaged weights, its own are put aside.
     pictures = sum(memory.values()) + student + drawing
     memory["gradients, of one at a time"] = BYTES_OF_WEIGHT * max(trained.values())
-    saved_moments = (BYTES_OF_MOMENTS["adamw"] - moments) * sum(trained.values())
+    measured_moments = measured.moments(_MEASURED_WITH)
+    saved_moments = sum(measured_moments.values()) - sum(moments.values())
     peak = standing + measured.added + kept - saved_moments
     memory["activations"] = max(0, peak - sum(memory.values()))
     return StagePlan(
@@ -301,10 +313,12 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
     stage = prepared.stage
     # Nothing is read from a bank: there are no landings of tensors without memory.
     method = stage.method.model_copy(update=without_bank(stage.method))
-    stage = stage.model_copy(update={"optimiser": "adamw", "method": method})
+    # Others know no tensors without memory: what they keep is computed.
+    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None}
+    stage = stage.model_copy(update={**plain, "method": method})
     if stage.teacher_steps is not None:
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
-        # do. The 8-bit optimiser knows no tensors without memory.
+        # do.
         stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
     trainer = StageTrainer(stage, source, prepared.teacher, prepared.student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
@@ -316,14 +330,14 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
     meter.peak = standing
     trainer.iterate(0, Randomness.at(0, 0))
     batch = meter.living - standing
-    trained = {name: _num_parameters(trainer.roles[name].weights) for name in trainer.optimisers}
+    shapes = {name: _shapes(trainer.roles[name].weights) for name in trainer.optimisers}
     trainer.remove_roles()
-    return _Measured(trained, meter.peak - before, batch)
+    return _Measured(shapes, meter.peak - before, batch)
 
 
-def _num_parameters(weights: Weights) -> int:
-    """Return how many numbers are trained."""
-    return sum(parameter.numel() for parameter in weights.parameters())
+def _shapes(weights: Weights) -> list[torch.Size]:
+    """Return the shapes of what is trained."""
+    return [parameter.shape for parameter in weights.parameters()]
 
 
 def _measure_drawing(examples: Examples, meter: Meter) -> int:

@@ -27,8 +27,7 @@ from twostep.distill.health import Health
 from twostep.distill.method import Method, MethodSettings
 from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
 from twostep.distill.samples import SEEDS
-from twostep.training.loop import LoopSettings
-from twostep.training.optimiser import OptimiserName
+from twostep.training.optimiser import SHARDED_OPTIMISERS, OptimiserSettings
 from twostep.training.recipe import ANY_TIME, COMPARED, WHILE_RUNNING, Settings
 from twostep.training.trackers import Tracker
 
@@ -36,7 +35,7 @@ BUILTIN = "builtin"
 """The value of `data` that means the drawings in the package."""
 
 
-class Stage(LoopSettings):
+class Stage(OptimiserSettings):
     """One stage: which student learns from whom, by which method, for how long."""
 
     student_steps: int = Field(gt=0, description="steps of the student that is trained")
@@ -81,9 +80,8 @@ class Stage(LoopSettings):
         description="a LoRA of the same rank that the student's starts as",
         json_schema_extra=COMPARED,
     )
-    optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(
-        0.0, ge=0, description="weight decay of Adam", json_schema_extra=WHILE_RUNNING
+        0.0, ge=0, description="decoupled weight decay", json_schema_extra=WHILE_RUNNING
     )
     gradient_clip: float = Field(
         1.0,
@@ -310,6 +308,16 @@ class DistillRecipe(Settings):
             if not is_running:
                 running = stage.lora_start
             is_running = stage.lora_rank is not None
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_optimisers(self) -> DistillRecipe:
+        for stage in self.stages:
+            if self.shard and stage.lora_rank is None and stage.optimiser not in SHARDED_OPTIMISERS:
+                raise ValueError(
+                    f"stage {stage.name} asks for {stage.optimiser}, which needs whole networks "
+                    f"and not the shards of shard = true: choose {' or '.join(SHARDED_OPTIMISERS)}"
+                )
         return self
 
     def _check_teacher(self, stage: Stage, known: set[int]) -> None:

@@ -30,7 +30,13 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import OptimiserState, go_back, make_optimiser, step_down
+from twostep.training.optimiser import (
+    OptimiserState,
+    effective_rate,
+    go_back,
+    make_optimiser,
+    step_down,
+)
 from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
@@ -107,6 +113,7 @@ class StageTrainer:
                     role.adam.learning_rate,
                     betas=role.adam.betas,
                     weight_decay=role.adam.weight_decay,
+                    eps=role.adam.eps,
                     name=role.adam.name,
                     group_rates=role.adam.group_rates,
                 )
@@ -128,8 +135,8 @@ class StageTrainer:
             random: the iteration's own.
 
         Returns:
-            Of every role that took a step its `ROLE_loss` and `ROLE_grad_norm` (before clipping),
-            and the method's own figures.
+            Of every role that took a step its `ROLE_loss`, its `ROLE_grad_norm` (before clipping),
+            its `ROLE_rate` (of learning), and the method's own figures.
 
         Raises:
             TrainingError: a loss is not a finite number.
@@ -189,7 +196,8 @@ class StageTrainer:
         )
         self._follow(name)
         means = {key: value / self.stage.accumulate for key, value in sums.items()}
-        return {f"{name}_grad_norm": norm, **means}
+        rate = effective_rate(self.optimisers[name])
+        return {f"{name}_grad_norm": norm, f"{name}_rate": rate, **means}
 
     def _follow(self, name: str) -> None:
         """Move every average of a role that has taken a step."""
