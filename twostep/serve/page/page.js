@@ -95,8 +95,8 @@ function show(wish, { answer, blob }, took) {
   state.milliseconds[`${wish.model} ${answer.steps}`] = sum;
   const time = document.querySelector(`#steps [value="${wish.steps}"] ~ small`);
   if (time) time.textContent = ` ${sum} ms`;
-  const warnings = answer.warnings.length ? ` ${answer.warnings.join(" ")}` : "";
-  say(`Drawn in ${Math.round(took)} ms.${warnings}`);
+  const warnings = answer.warnings.map((text) => ` ${text[0].toUpperCase()}${text.slice(1)}`);
+  say(`Drawn in ${Math.round(took)} ms.${warnings.join("")}`);
   const download = at("download");
   download.href = address;
   download.download = `${answer.checkpoint}_${answer.seed}.png`;
