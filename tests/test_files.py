@@ -220,6 +220,45 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     assert left == {"model", "mine.partial", ".lock", "another", str(mine.relative_to(tmp_path))}
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_a_killed_process_left_of_a_name_goes_when_it_is_written_again(
+    is_folder: bool, tmp_path: Path
+) -> None:
+    """What a living one is at stays: it is locked."""
+    path = tmp_path / "model [a]"
+    abandoned = tmp_path / f"model [a].{'0a' * 8}.partial"
+    of_others = tmp_path / f"another.{'0a' * 8}.partial"
+    write = folder_atomically if is_folder else write_atomically
+    for partial in (abandoned, of_others):
+        partial.mkdir()
+        (partial / "weights").write_text("half")
+    (tmp_path / f"model [a].{'1b' * 8}.partial").write_text("half")
+    (tmp_path / "model [a].mine.partial").write_text("whole")
+    with write(path), write(path):
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert [
+        name for name in left if name.endswith((f"{'0a' * 8}.partial", f"{'1b' * 8}.partial"))
+    ] == [of_others.name]
+    assert len(left) == 4, "two of the living, another's, and one that nobody here has made"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        of_others.name,
+        "model [a]",
+        "model [a].mine.partial",
+    ]
+
+
+def test_a_file_in_a_folder_that_is_not_yet_there_is_named_as_it_will_be(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with (
+        pytest.raises(WriteError) as raised,
+        folder_atomically(path) as partial,
+        write_atomically(partial / "unet" / "weights"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(raised.value).startswith(f"{path / 'unet' / 'weights'} cannot be written (No space")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_is_one_process_own(tmp_path: Path) -> None:
     code = (
         "import sys; from twostep.files import alone_in, WriteError\n"

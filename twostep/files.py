@@ -9,8 +9,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,21 +19,40 @@ from filelock import FileLock, Timeout
 
 from twostep.errors import TwostepError
 
+if sys.platform != "win32":
+    import fcntl
+
 PARTIAL_SUFFIX = ".partial"
 """How the name of a file ends while it is being written."""
+
+UNHARMED = "What was saved before is whole."
+"""What is true of every failed write: nothing is written in place."""
 
 _LEFTOVER = re.compile(rf".*\.[0-9a-f]+{re.escape(PARTIAL_SUFFIX)}")
 """The names of what a killed process left half written."""
 
-_FULL = {
+_ADVICE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "your share of the disk is used up; free some space",
     errno.EFBIG: "it is larger than a file may be there; give another place, or raise the limit",
+    errno.EACCES: "give another place, or change who may use this one",
+    errno.EPERM: "give another place, or change who may use this one",
+    errno.EROFS: "nothing can be written there; give another place",
+    errno.EISDIR: "there is a folder of that name; give the name of a file",
+    errno.EEXIST: "there is a file where a folder should be; give another place",
+    errno.ENOTDIR: "a part of its path is a file; give another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "there is nothing of that name; check it",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.EIO: "the disk does not answer as it should; give another place, and look after it",
 }
-"""What to do about errors that say that there is no room."""
+"""What to do about what a system refuses."""
 
 # File systems allow 255 bytes in a name; the random part and the suffix need some of them.
 _MAX_NAME_LETTERS = 50
+
+_MAX_ATTEMPTS = 5
+"""To make a partial file that no other process takes for abandoned before it is locked."""
 
 
 class WriteError(TwostepError):
@@ -53,20 +73,13 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
         WriteError: the disk is full, or the place cannot be written.
     """
     path = Path(path)
-    with reporting_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        token = secrets.token_hex(8)
-        partial = path.with_name(f"{path.name[:_MAX_NAME_LETTERS]}.{token}{PARTIAL_SUFFIX}")
-        try:
-            with partial.open("xb") as file:
-                yield file
-                file.flush()
-                # Without this a power failure after the rename could leave an empty file.
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with reporting_write_errors(path), _partial(path, _create_file) as partial:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            # Without this a power failure after the rename could leave an empty file.
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def write_new(names: Iterable[str | Path], data: bytes) -> Path:
@@ -79,19 +92,13 @@ def write_new(names: Iterable[str | Path], data: bytes) -> Path:
     """
     for path in map(Path, names):
         with reporting_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(
-                f"{path.name[:_MAX_NAME_LETTERS]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
-            )
-            try:
-                with partial.open("xb") as file:
+            with _partial(path, _create_file) as partial:
+                with partial.open("wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 if _claim(partial, path):
                     return path
-            finally:
-                partial.unlink(missing_ok=True)
             if path.is_file() and path.read_bytes() == data:
                 return path
     raise WriteError("none of the names is free: give another place.")
@@ -124,24 +131,119 @@ def folder_atomically(path: str | Path) -> Iterator[Path]:
         WriteError: the disk is full, or the place cannot be written.
     """
     path = Path(path)
-    with reporting_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with reporting_write_errors(path), _partial(path, Path.mkdir) as partial:
+        try:
+            yield partial
+        except WriteError as error:
+            # Of a file in it, which has a name of its own only once it is complete.
+            raise WriteError(str(error).replace(str(partial), str(path))) from error
+        if _give_name(partial, path):
+            return
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                place = path / file.relative_to(partial)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+
+
+def _give_name(partial: Path, path: Path) -> bool:
+    """Give a complete folder its name; False where there is a folder of that name."""
+    if path.is_dir():
+        return False
+    try:
+        partial.replace(path)
+    except OSError:
+        if path.is_dir():
+            # Another process was faster.
+            return False
+        raise
+    return True
+
+
+@contextmanager
+def _partial(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Give a new file or folder beside `path` that is removed in the end, if it is still there.
+
+    It is locked meanwhile. So what a killed process left of the same name is known by being
+    unlocked, and is removed first.
+
+    Args:
+        path: what shall be written; missing parent folders are created.
+        create: makes the partial file or folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    partial, lock = _create_locked(path, create)
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+        if lock is not None:
+            os.close(lock)
+
+
+def _create_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int | None]:
+    """Create a partial file or folder; return it with its lock, None where there are no locks."""
+    for _ in range(_MAX_ATTEMPTS):
         partial = path.with_name(
             f"{path.name[:_MAX_NAME_LETTERS]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
         )
-        try:
-            partial.mkdir()
-            yield partial
-            if path.is_dir():
-                for file in sorted(partial.rglob("*")):
-                    if file.is_file():
-                        place = path / file.relative_to(partial)
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        file.replace(place)
-            else:
-                partial.replace(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        create(partial)
+        lock = _lock(partial)
+        if lock is not None and partial.exists():
+            return partial, lock
+        # Another process took it for abandoned before it was locked, or there are no locks here.
+        if lock is not None:
+            os.close(lock)
+        _remove(partial)
+    create(partial)
+    return partial, None
+
+
+def _create_file(path: Path) -> None:
+    path.touch(exist_ok=False)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left half written of a file or folder."""
+    prefix = re.escape(path.name[:_MAX_NAME_LETTERS])
+    pattern = re.compile(rf"{prefix}\.[0-9a-f]+{re.escape(PARTIAL_SUFFIX)}")
+    with suppress(OSError):
+        # A folder that may not be listed can be written all the same.
+        for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+            other = path.with_name(name)
+            lock = _lock(other)
+            if lock is not None:
+                _remove(other)
+                os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder until the descriptor that is returned is closed, or the process ends.
+
+    Returns None if another process has locked it, it is no more, or the system has no such locks.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(partial: Path) -> None:
+    """Remove a partial file or folder, as far as that is possible."""
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager
@@ -150,11 +252,14 @@ def reporting_write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _FULL.get(error.errno or 0, "give another place")
         raise WriteError(
-            f"{path} cannot be written ({error.strerror or error}): {advice}. "
-            "What was saved before is whole."
+            f"{path} cannot be written ({error.strerror or error}): {advice_on(error)}. {UNHARMED}"
         ) from error
+
+
+def advice_on(error: OSError) -> str:
+    """Return what to do about what the system refused, in a few words without a full stop."""
+    return _ADVICE.get(error.errno or 0, "give another place, or mend it")
 
 
 def remove_leftovers(folder: str | Path, *, within: tuple[str, ...] = ()) -> None:

@@ -39,8 +39,10 @@ def test_every_base_at_every_scale_and_the_best_of_them(run, model: Path, prompt
     looks = [[float(row[3]) for row in rows[start : start + 6]] for start in (2, 10)]
     sums = [a + b for a, b in zip(*looks, strict=True)]
     lines = answer.stdout.replace("\n", "").split("best scale on ")[1:]
-    best = [f"{SCALES[distances.index(min(distances))]:g}" for distances in (*looks, sums)]
-    assert [line.rpartition(": ")[2] for line in lines] == best
+    chosen = [SCALES.index(float(line.rpartition(": ")[2])) for line in lines]
+    # Two that look alike in the five places that are printed may differ in the sixth.
+    for place, distances, half_unit in zip(chosen, (*looks, sums), (0, 0, 1e-5), strict=True):
+        assert distances[place] <= min(distances) + half_unit
     assert lines[0].startswith("nano:") and lines[2].startswith("all:")
     # On its own teacher the LoRA is nearer to the guided pictures than the teacher is without it at
     # as few steps.

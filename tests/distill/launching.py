@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
 DRAWINGS = ROOT / "tests" / "pretrain" / "sample"
@@ -36,7 +40,13 @@ CLOCKS = {"time", "seconds_per_iteration"}
 FORKS = multiprocessing.get_context("forkserver")
 # What every process would import anew, which takes longer than what it then does.
 FORKS.set_forkserver_preload(
-    ["twostep.distill", "twostep.pretrain.latents", "twostep.data.cache", "accelerate"]
+    [
+        "twostep.distill",
+        "twostep.pretrain.latents",
+        "twostep.data.cache",
+        "accelerate",
+        "tests.distill.killing",
+    ]
 )
 WORK = """
 import os, sys
@@ -241,3 +251,30 @@ def check_equal(one: Path, other: Path) -> None:
         for name in expected
         for key, value in expected[name].items()
     )
+
+
+def check_snapshots(out: Path, names: list[str]) -> None:
+    """Compare snapshots after the last iteration with what the stages ended with, and export one.
+
+    Args:
+        out: the folder of a run.
+        names: of the snapshots that there are, without their ending; those of LoRAs among them.
+    """
+    assert [path.stem for path in sorted((out / "snapshots").iterdir())] == names
+    finished = weights(out)
+    for name in names:
+        stage = name.rpartition("-")[0]
+        expected = finished[f"{stage}-finished"]
+        found = load_file(out / "snapshots" / f"{name}.safetensors")
+        prefix = "unet." if stage.endswith("-lora") else ""
+        assert found.keys() == {f"{prefix}{key}" for key in expected}
+        assert all(
+            torch.equal(found[f"{prefix}{key}"], value.half()) for key, value in expected.items()
+        )
+        at = f"{stage}:{int(name.rpartition('-')[2])}"
+        written = CliRunner().invoke(app, ["export", str(out), "--at", at])
+        assert written.exit_code == 0, written.output
+        paths = [Path(line) for line in written.stdout.splitlines()]
+        assert paths
+        assert all(path.parent == out / "exports" / name and path.exists() for path in paths)
+    assert not list(out.rglob("*.partial"))

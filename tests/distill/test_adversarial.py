@@ -118,6 +118,21 @@ def test_turns_follow_the_warmup_and_the_steps_of_the_discriminator() -> None:
     turns = ["student" in method.turns(iteration) for iteration in range(8)]
     assert turns == [False, False, False, False, True, False, False, True]
     assert all(method.turns(iteration)[0] == "discriminator" for iteration in range(8))
+    method = Adversarial(make_stage({"student_first": True, "discriminator_steps": 2}))
+    assert list(method.turns(0)) == ["discriminator"]
+    assert list(method.turns(1)) == ["student", "discriminator"]
+
+
+@pytest.mark.parametrize("student_first", [True, False])
+def test_the_student_can_face_a_discriminator_that_has_not_seen_its_landings(
+    teacher: Bundle, source: object, student_first: bool
+) -> None:
+    stage = make_stage({"student_first": student_first, "discriminator_learning_rate": 1e-3})
+    trainer = StageTrainer(stage, source, teacher.denoiser, make_student(teacher))
+    figures = trainer.iterate(0, Randomness.at(0, 0))
+    # softplus(gap) - softplus(-gap) = gap, as long as both losses see one discriminator.
+    difference = figures["student_loss"] - figures["discriminator_loss"]
+    assert (difference == pytest.approx(figures["gap"], abs=1e-5)) == student_first
 
 
 def test_heads_stand_where_they_are_asked_for(teacher: Bundle) -> None:

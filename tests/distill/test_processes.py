@@ -19,6 +19,7 @@ from .launching import (
     UNCONDITIONAL,
     check_equal,
     check_same,
+    check_snapshots,
     command,
     distill,
     launch,
@@ -39,12 +40,15 @@ CHAIN = [
         "teacher_steps": 32,
         "guidance": 3.0,
         "method": {**REGRESSION, "reuse": 2},
+        "snapshot_every": 3,
+        "sample_every": 1,
     },
     {
         "student_steps": 8,
         "teacher_steps": 16,
         "method": {**CONDITIONAL, **ON_SHARED_BASE},
         **LORA,
+        "snapshot_every": 3,
     },
     {
         "student_steps": 4,
@@ -81,6 +85,11 @@ def test_two_processes_with_half_the_batch_each_give_what_one_gives(
     alone: Path, together: Path
 ) -> None:
     check_same(alone, together, CHAIN)
+
+
+@pytest.mark.slow
+def test_snapshots_of_two_processes_are_whole_and_exported(together: Path) -> None:
+    check_snapshots(together, ["16-regression-000003", "8-adversarial-conditional-lora-000003"])
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from .launching import (
     UNCONDITIONAL,
     check_equal,
     check_same,
+    check_snapshots,
     distill,
     launch,
     run_chain,
@@ -27,14 +28,23 @@ from .launching import (
 )
 
 ONCE = {"iterations": 1}
+SNAPSHOTS = {"snapshot_every": 1, "sample_every": 1}
 CHAIN = [
-    {"student_steps": 8, "teacher_steps": 16, "method": REGRESSION, "guidance": 3.0, **ONCE},
+    {
+        "student_steps": 8,
+        "teacher_steps": 16,
+        "method": REGRESSION,
+        "guidance": 3.0,
+        **ONCE,
+        **SNAPSHOTS,
+    },
     {
         "student_steps": 4,
         "teacher_steps": 8,
         "method": {**CONDITIONAL, "discriminator_lora": True},
         "lora_rank": 4,
         **ONCE,
+        **SNAPSHOTS,
     },
     {
         "student_steps": 4,
@@ -43,7 +53,17 @@ CHAIN = [
         "gradient_checkpointing": True,
         **ONCE,
     },
-    {"student_steps": 2, "teacher_steps": 4, "method": {**CONDITIONAL, "r1_weight": 1.0}},
+    {
+        "student_steps": 2,
+        "teacher_steps": 4,
+        "method": {**CONDITIONAL, "r1_weight": 1.0},
+        "snapshot_every": 3,
+    },
+]
+SNAPSHOT_NAMES = [
+    "2-adversarial-conditional-000003",
+    "4-adversarial-conditional-lora-000001",
+    "8-regression-000001",
 ]
 
 
@@ -101,6 +121,11 @@ def test_what_they_release_is_whole(sharded: Path) -> None:
     own = student.denoiser.network.state_dict()
     assert own.keys() == finished.keys()
     assert all(torch.equal(own[key], value.half().float()) for key, value in finished.items())
+
+
+@pytest.mark.slow
+def test_snapshots_of_halves_are_whole_and_exported(sharded: Path) -> None:
+    check_snapshots(sharded, SNAPSHOT_NAMES)
 
 
 SHARES = """

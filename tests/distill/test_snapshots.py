@@ -156,6 +156,7 @@ def test_the_usual_forms_are_those_that_can_say_how_to_sample() -> None:
     assert usual_targets(nano) == ("comfyui", "unet")
 
 
+@pytest.mark.slow
 def test_the_disk_of_snapshots_is_planned() -> None:
     """Two bytes of a weight, as often as they are written."""
     (stage,) = plan(recipe(iterations=9, snapshot_every=2)).stages

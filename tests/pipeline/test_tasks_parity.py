@@ -90,7 +90,7 @@ def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("steps", [*STUDENTS, 32])
+@pytest.mark.parametrize("steps", [*STUDENTS, pytest.param(32, marks=pytest.mark.slow)])
 def test_text_to_image(models: dict[int, Bundle], steps: int) -> None:
     theirs = vanilla(models[steps], type(assemble(models[steps])))
     assert relative_difference(ours(models[steps]), theirs) < 1e-4
@@ -192,7 +192,7 @@ def controls(models: dict[int, Bundle], tmp_path_factory: pytest.TempPathFactory
     return folders
 
 
-@pytest.mark.parametrize("steps", [*STUDENTS, 32])
+@pytest.mark.parametrize("steps", [*STUDENTS, pytest.param(32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_controlnets(
     models: dict[int, Bundle],

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     LRScheduler,
 )
 
-from twostep.training import loop
+from twostep.training import device, loop
 from twostep.training.device import computes_bfloat16
 from twostep.training.loop import (
     LoopSettings,
@@ -68,7 +68,7 @@ class Sum:
 def test_bfloat16_is_computed_where_the_device_does_it(
     native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "computes_bfloat16", lambda device_type: native)
+    monkeypatch.setattr(device, "computes_bfloat16", lambda device_type: native)
     layer = nn.Linear(2, 2)
     said = nullcontext() if native else pytest.warns(UserWarning, match="computing in float32")
     with said, settings(precision="bf16").autocast("cpu"):
@@ -117,6 +117,24 @@ def test_means_are_logged_and_callbacks_are_called(tmp_path: Path) -> None:
         ("x", 5, 2.0),
         ("x", 10, 7.0),
     ]
+
+
+def test_a_mean_takes_in_what_came_before_a_checkpoint(tmp_path: Path) -> None:
+    """The run stops between two lines of the log; the next line is still of all five iterations."""
+    state = Sum()
+
+    def stop(num_done: int, figures: dict[str, float]) -> None:
+        if num_done == 6 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path, settings())
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(state.iterate, settings(), folder, "x", {"sum": state}, on_iteration=stop)
+    run_loop(state.iterate, settings(), folder, "x", {"sum": state}, on_iteration=stop)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # Of iterations 0 to 4, once more after the checkpoint at 4, and of 5 to 9.
+    assert [(line["iteration"], line["loss"]) for line in lines] == [(5, 2), (5, 2), (10, 7)]
 
 
 def test_a_figure_of_some_iterations_is_averaged_over_those(tmp_path: Path) -> None:
@@ -171,7 +189,11 @@ def test_the_start_is_saved_where_it_is_asked_for(tmp_path: Path) -> None:
         )
     checkpoint = folder.load("x")
     assert checkpoint is not None
-    assert checkpoint == {"iteration": 0, "sum": {"values": []}}
+    assert checkpoint == {
+        "iteration": 0,
+        "sum": {"values": []},
+        "means": {"sums": {}, "counts": {}},
+    }
 
 
 def test_the_learning_rate_warms_up_stays_and_decays() -> None:

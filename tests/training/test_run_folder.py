@@ -101,3 +101,25 @@ def test_two_processes_on_one_folder_are_told_and_a_killed_one_leaves_it(tmp_pat
             RunFolder(tmp_path / "run", SETTINGS)
         other.kill()
     RunFolder(tmp_path / "run", SETTINGS).save("a", {})
+
+
+def test_whoever_is_killed_after_the_recipe_leaves_no_run_without_its_record(
+    tmp_path: Path,
+) -> None:
+    """What the recipe states is known all the same once the run is called again."""
+    RunFolder(tmp_path, SETTINGS)
+    record = (tmp_path / "run.json").read_bytes()
+    (tmp_path / "run.json").unlink()
+    RunFolder(tmp_path, SETTINGS)
+    assert (tmp_path / "run.json").read_bytes() == record
+
+
+def test_what_was_logged_is_known_and_half_a_line_is_passed_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    assert not folder.has_logged(part="x")
+    folder.log(part="x", iteration=4, picture="samples/x-000004.png")
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"part": "x", "iteration": 6, "pict')
+    assert folder.has_logged(part="x", picture="samples/x-000004.png")
+    assert not folder.has_logged(part="y", picture="samples/x-000004.png")
+    assert not folder.has_logged(part="x", iteration=6)

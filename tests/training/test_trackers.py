@@ -1,5 +1,6 @@
 """Trackers: what the log says of an iteration, they are told; what is not installed is named."""
 
+import gc
 import json
 import struct
 import time
@@ -11,11 +12,14 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from twostep.files import WriteError
 from twostep.training import trackers
 from twostep.training.loop import LoopSettings
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 from twostep.training.trackers import track
+
+from ..disks import mounted
 
 SETTINGS = LoopSettings(iterations=1, batch_size=1, learning_rate=1.0)
 
@@ -46,6 +50,18 @@ def test_tensorboard_is_told_every_figure_of_an_iteration_and_shown_the_pictures
     assert [event.step for event in read.Scalars("4-mse/loss")] == [1, 2]
     (picture,) = read.Images("8-mse/samples")
     assert (picture.step, picture.width, picture.height) == (10, 6, 4)
+
+
+def test_a_full_disk_is_told_by_a_tracker_too(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", SETTINGS)
+    with mounted(folder.path / "tensorboard", size=8192):
+        track(folder, ("tensorboard",))
+        with pytest.raises(WriteError, match=r"tensorboard cannot be written .* free some space"):
+            for iteration in range(1000):
+                folder.log(part="a" * 100, iteration=iteration, loss=0.5)
+        # Its own thread still holds the file.
+        del folder.listeners[:]
+        gc.collect()
 
 
 def records(data: bytes) -> Iterator[bytes]:

@@ -5,7 +5,6 @@ needs it are imported inside the verbs, so that help and recipes answer at once.
 `TwostepError` becomes one red line.
 """
 
-import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from typer.core import TyperGroup
 from twostep import __version__
 from twostep.cli import cache, compare, draw, evaluate, files, pretrain, serve, train
 from twostep.errors import TwostepError
+from twostep.files import UNHARMED, advice_on
 from twostep.training.stopping import StoppedError
 
 _INTERRUPTED = 130
@@ -59,8 +59,7 @@ def _print_error(message: str) -> None:
 def _in_words(error: OSError) -> str:
     """Say what the system refused, and what to do about it."""
     where = "" if error.filename is None else f"{error.filename}: "
-    advice = "free some space" if error.errno == errno.ENOSPC else "give another place, or mend it"
-    return f"{where}{error.strerror or error}; {advice}. What was saved before is whole."
+    return f"{where}{error.strerror or error}: {advice_on(error)}. {UNHARMED}"
 
 
 app = typer.Typer(

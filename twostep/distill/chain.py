@@ -24,7 +24,7 @@ from twostep.distill.pairs import Fingerprinted, Source
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import file_weights, frozen_lora_copy, weights_of
 from twostep.distill.samples import Examples, SampleSheets
-from twostep.distill.snapshots import save_snapshot, snapshot_path
+from twostep.distill.snapshots import has_snapshot, save_snapshot
 from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import resolve, student_path
@@ -454,6 +454,8 @@ def _train_or_load(
     if sharded:
         shard(student.network)
     if finished is not None:
+        # Whoever finished it may have been killed before it deleted what is of no use any more.
+        folder.delete(stage.name)
         return
 
     sheets, samples = _samples_of(stage, student, examples, folder)
@@ -461,7 +463,7 @@ def _train_or_load(
         "snapshot",
         stage.snapshot_every,
         act=lambda iteration: save_snapshot(student, contract, folder, stage.name, iteration),
-        is_done=lambda iteration: snapshot_path(folder.path, stage.name, iteration).exists(),
+        is_done=lambda iteration: has_snapshot(folder, stage.name, iteration),
     )
     train_stage(
         stage,
@@ -501,6 +503,10 @@ def _samples_of(
                 sheet.save(file, format="PNG")
             folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
 
+    def has_sheet(iteration: int) -> bool:
+        path = sheet_path(iteration)
+        return path.exists() and folder.has_logged(part=stage.name, picture=f"samples/{path.name}")
+
     sheets = SampleSheets(
         examples,
         draw=lambda each: each.show(student, times, changes.sampler),
@@ -510,7 +516,7 @@ def _samples_of(
         "samples",
         stage.sample_every,
         act=sheets.show,
-        is_done=lambda iteration: sheet_path(iteration).exists(),
+        is_done=has_sheet,
         at_start=True,
     )
     return sheets, samples

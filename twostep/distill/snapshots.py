@@ -15,7 +15,7 @@ from twostep.contract import Contract
 from twostep.distill.roles import file_weights
 from twostep.export.card import Card
 from twostep.export.writing import export
-from twostep.files import PARTIAL_SUFFIX, reporting_write_errors
+from twostep.files import folder_atomically
 from twostep.formats import ModelError, resolve
 from twostep.models.saving import save_student
 from twostep.models.sdxl import is_sdxl
@@ -72,14 +72,18 @@ def save_snapshot(
     if not world().is_first:
         return
     path = snapshot_path(folder.path, stage, iteration)
-    # A family chooses the names of its files itself, which are those of finished students.
-    partial = path.with_name(f"{path.stem}{PARTIAL_SUFFIX}")
-    try:
-        with reporting_write_errors(path):
-            save_student(weights, contract, partial).replace(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with folder_atomically(path.parent) as partial:
+        # A family chooses the names of its files itself, which are those of finished students.
+        named = partial / "named"
+        save_student(weights, contract, named).replace(partial / path.name)
+        shutil.rmtree(named)
     folder.log(part=stage, iteration=iteration, snapshot=f"{_FOLDER}/{path.name}")
+
+
+def has_snapshot(folder: RunFolder, stage: str, iteration: int) -> bool:
+    """Tell whether a run has written the snapshot of a moment, and said so in its log."""
+    path = snapshot_path(folder.path, stage, iteration)
+    return path.exists() and folder.has_logged(part=stage, snapshot=f"{_FOLDER}/{path.name}")
 
 
 def snapshots_of(run: Path) -> list[Snapshot]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from twostep.files import WriteError, folder_atomically
+from twostep.files import UNHARMED, WriteError, folder_atomically
 
 
 @contextmanager
@@ -21,5 +21,5 @@ def weights_folder(path: str | Path) -> Iterator[Path]:
         except SafetensorError as error:
             raise WriteError(
                 f"{path} cannot be written ({error}): free some space, or give another place. "
-                "What was saved before is whole."
+                f"{UNHARMED}"
             ) from error

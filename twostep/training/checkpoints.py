@@ -41,9 +41,16 @@ def write_checkpoint(file: BinaryIO, state: dict[str, Any], note: dict[str, Any]
         file: an empty file.
         state: nested dictionaries of tensors and plain values.
         note: plain values that `read_note` returns without reading the state.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     hashed = _HashedFile(file)
-    torch.save(state, cast("BinaryIO", hashed))
+    try:
+        torch.save(state, cast("BinaryIO", hashed))
+    except RuntimeError as error:
+        # Where a write has failed, torch stumbles once more over its own end of the archive.
+        raise hashed.failure or error from None
     text = _MARK + json.dumps({**note, "digest": hashed.digest(note)}).encode()
     # The length of the comment is the only part of the archive that the digest leaves out; a
     # reader compares it with the comment that there is.
@@ -154,16 +161,25 @@ def _split(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 class _HashedFile:
-    """A file for `torch.save` whose bytes are digested on their way, all but the last two."""
+    """A file for `torch.save` whose bytes are digested on their way, all but the last two.
+
+    Attributes:
+        failure: why a write failed, if one did.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = _new_digest()
         self._held_back = b""
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write bytes and return how many."""
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         if len(data) < _LENGTH_BYTES:
             kept = self._held_back + bytes(data)
             self._digest.update(kept[:-_LENGTH_BYTES])

@@ -39,6 +39,9 @@ SECONDS = "seconds_per_iteration"
 _EXIT_CODE = "exit_code"
 """Beside the figures that processes exchange after every iteration: why one of them is to stop."""
 
+_MEANS = "means"
+"""Where a checkpoint keeps the figures that are not yet logged."""
+
 Schedule = Literal["constant", "cosine", "linear"]
 """How a learning rate moves after its warm-up."""
 
@@ -345,19 +348,19 @@ def run_loop(
         states = {key: holder.state_dict() for key, holder in state.items()}
         folder.save(
             name,
-            {"iteration": num_done, **states},
+            {"iteration": num_done, _MEANS: means.state_dict(), **states},
             keep=settings.keep_checkpoints,
             examined=examined,
             later=True,
         )
 
-    start = _resume(folder, name, state, only_examined=only_examined)
+    means = _Means()
+    start = _resume(folder, name, state, means, only_examined=only_examined)
     if start is None:
         start = 0
         if checkpoint_start:
             save_checkpoint(0)
     started_at = time.monotonic()
-    means = _Means()
     try:
         with stop_requests(folder.deadline) as stop:
             for each in periodic:
@@ -414,7 +417,8 @@ def _act(periodic: Sequence[Periodic], num_done: int, stop: StopRequest) -> None
 class _Means:
     """The means of figures since they were last taken, each over the iterations that have it.
 
-    Not every role takes a step in every iteration.
+    Not every role takes a step in every iteration. A checkpoint keeps them, for it may come between
+    two lines of the log.
     """
 
     def __init__(self) -> None:
@@ -431,6 +435,13 @@ class _Means:
         self._sums.clear()
         self._counts.clear()
         return means
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        self._sums = dict(state["sums"])
+        self._counts = Counter({key: int(count) for key, count in state["counts"].items()})
 
 
 def _agreed(stop: StopRequest, figures: dict[str, float]) -> tuple[int, dict[str, float]]:
@@ -465,7 +476,12 @@ def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings
 
 
 def _resume(
-    folder: RunFolder, name: str, state: Mapping[str, Stateful], *, only_examined: bool
+    folder: RunFolder,
+    name: str,
+    state: Mapping[str, Stateful],
+    means: _Means,
+    *,
+    only_examined: bool,
 ) -> int | None:
     """Restore `state` from a checkpoint and return its iteration, or None if there is none.
 
@@ -476,4 +492,7 @@ def _resume(
         return None
     for key, holder in state.items():
         holder.load_state_dict(checkpoint[key])
+    # Older versions did not keep them.
+    if _MEANS in checkpoint:
+        means.load_state_dict(checkpoint[_MEANS])
     return int(checkpoint["iteration"])

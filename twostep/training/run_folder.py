@@ -96,7 +96,11 @@ class RunFolder:
         if not world().is_first:
             return
         if before is None or self.changes:
-            self._write_recipe(record, list(stated_keys(recipe)))
+            self._write_recipe()
+        stated = list(stated_keys(recipe))
+        # Also where the recipe is there already: whoever wrote it may have been killed here.
+        if record.get("stated") != stated:
+            self._write_record({**record, "stated": stated})
         with _as_run_error():
             remove_leftovers(path, within=("checkpoints", "samples", "model"))
         if self.changes:
@@ -172,6 +176,21 @@ class RunFolder:
             file.write(f"{line}\n".encode())
         for listener in self.listeners:
             listener(values)
+
+    def has_logged(self, **values: Any) -> bool:
+        """Tell whether a line of log.jsonl has these values, among others."""
+        path = self.path / "log.jsonl"
+        if not path.exists():
+            return False
+        for line in path.read_bytes().splitlines():
+            try:
+                logged = json.loads(line)
+            except ValueError:
+                # Half a line, of a run that was killed.
+                continue
+            if values.items() <= logged.items():
+                return True
+        return False
 
     def save(
         self,
@@ -377,11 +396,10 @@ class RunFolder:
             return {}
         return values if isinstance(values, dict) else {}
 
-    def _write_recipe(self, record: dict[str, Any], stated: list[str]) -> None:
+    def _write_recipe(self) -> None:
         values = self._settings.model_dump(mode="json", exclude_none=True)
         with _as_run_error(), write_atomically(self.path / "run.toml") as file:
             file.write(tomli_w.dumps(values).encode())
-        self._write_record({**record, "stated": stated})
 
     def _write_record(self, record: dict[str, Any]) -> None:
         with _as_run_error(), write_atomically(self.path / "run.json") as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
+from twostep.files import reporting_write_errors
 from twostep.training.processes import world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
@@ -29,6 +30,7 @@ def track(folder: RunFolder, names: Sequence[Tracker]) -> None:
 
     Raises:
         RecipeError: a named tracker is not installed, or cannot start.
+        WriteError: its files cannot be written; also later, when something is logged.
     """
     for name in names:
         if not _is_installed(name):
@@ -38,15 +40,19 @@ def track(folder: RunFolder, names: Sequence[Tracker]) -> None:
             )
     if not names or not world().is_first:
         return
-    senders = [_STARTERS[name](folder) for name in names]
+    senders = []
+    for name in names:
+        with reporting_write_errors(folder.path / name):
+            senders.append(_STARTERS[name](folder))
 
     def send(values: dict[str, Any]) -> None:
         if "iteration" not in values:
             return
         figures = {key: value for key, value in values.items() if isinstance(value, float)}
         picture = folder.path / values["picture"] if "picture" in values else None
-        for sender in senders:
-            sender(values["part"], values["iteration"], figures, picture)
+        for name, sender in zip(names, senders, strict=True):
+            with reporting_write_errors(folder.path / name):
+                sender(values["part"], values["iteration"], figures, picture)
 
     folder.listeners.append(send)
 

@@ -130,6 +130,11 @@ class AdversarialSettings(DiscriminatorSettings):
     discriminator_steps: int = Field(
         1, ge=1, description="steps of the discriminator, and of the fake score, per student step"
     )
+    student_first: bool = Field(
+        False,
+        description="whether the student faces a discriminator that has not yet learned from the "
+        "very landings it judges",
+    )
     discriminator_precision: Precision = Field(
         "fp32", description="fp32, or stage for what the stage computes in"
     )
@@ -375,13 +380,13 @@ class Adversarial(Method[JudgedPair]):
         )
 
     def turns(self, iteration: int) -> Sequence[str]:
-        """Return the discriminator, then the student, which faces the one that has just learned."""
+        """Return the discriminator and then the student, or the student first."""
         roles = [DISCRIMINATOR]
         if self.settings.matching_weight > 0:
             roles.append(FAKE_SCORE)
         since = iteration - self.settings.discriminator_warmup
         if since >= 0 and (since + 1) % self.settings.discriminator_steps == 0:
-            roles.append("student")
+            roles.insert(0 if self.settings.student_first else len(roles), "student")
         return roles
 
     def loss(self, role: str, pair: JudgedPair, models: Models) -> Mapping[str, Tensor]:
