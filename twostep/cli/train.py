@@ -82,7 +82,7 @@ def recipe(
     typer.echo(text, nl=False)
 
 
-def _size(text: str) -> float:
+def size_in_bytes(text: str) -> float:
     """Return the bytes of a size like 24GB or 22.5GiB."""
     match = re.fullmatch(r"([\d.]+)G(i?)B", text)
     if match is None:
@@ -113,7 +113,7 @@ def plan(
     recipe: Recipe,
     override: Override = None,
     memory: Annotated[
-        float | None, typer.Option(parser=_size, help="What there is, as 24GB; less fails.")
+        float | None, typer.Option(parser=size_in_bytes, help="What there is, as 24GB; less fails.")
     ] = None,
     device: Annotated[
         str | None,
