@@ -57,6 +57,7 @@ def test_the_client_draws_follows_and_cancels(address: str, tmp_path: Path) -> N
             job.wait()
 
 
+@pytest.mark.slow
 def test_the_client_sends_pictures_and_masks(address: str) -> None:
     image = Image.new("RGB", (64, 64), "white")
     mask = Image.new("RGBA", (64, 64))

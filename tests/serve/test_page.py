@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -76,6 +77,12 @@ def drawn(page: Any) -> None:
     )
 
 
+def assert_accessible(page: Any) -> None:
+    """Let axe look at the page as it stands."""
+    found = Axe().run(page).response["violations"]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+
+
 @pytest.mark.slow
 def test_typing_draws_and_the_newest_wins(page: Any, tmp_path: Path) -> None:
     page.locator("#prompt").press_sequentially(APPLE, delay=30)
@@ -105,6 +112,7 @@ def test_typing_draws_and_the_newest_wins(page: Any, tmp_path: Path) -> None:
     until(page, "!document.getElementById('beside').hidden")
     assert "32 steps" in page.locator("#reference-caption").inner_text()
     page.screenshot(path=tmp_path / "compared.png")
+    assert_accessible(page)
 
     page.get_by_role("button", name="Python").click()
     text = page.evaluate("navigator.clipboard.readText()")
@@ -138,6 +146,7 @@ def test_a_picture_restores_everything_and_others_are_begun_with(
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.emulate_media(color_scheme="dark")
     page.screenshot(path=tmp_path / "phone.png", full_page=True)
+    assert_accessible(page)
 
 
 @pytest.mark.slow

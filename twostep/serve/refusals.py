@@ -20,9 +20,22 @@ def refusal(
         code: a word for programs, where there is one.
         param: the field that is at fault, where it is one.
     """
+    message = _writable(message)
     kind = "server_error" if status >= 500 else "invalid_request_error"
     if status == 429:
         kind = "rate_limit_error"
     if path.startswith(A1111_PREFIX):
         return {"error": kind, "detail": message, "body": "", "errors": message}
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {
+        "error": {
+            "message": message,
+            "type": kind,
+            "param": param and _writable(param),
+            "code": code,
+        }
+    }
+
+
+def _writable(text: str) -> str:
+    """Return a text that may quote a client with what UTF-8 has no place for written as escapes."""
+    return text.encode(errors="backslashreplace").decode()

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from twostep.serve.engine import Engine, EngineError, Job, new_job_id
 from twostep.serve.metrics import Metrics
 from twostep.serve.shapes import JOBS_PATH, JobAnswer, JobBody
 from twostep.serve.store import JobStore, StoredJob
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a letter, as JSON writes it; one half alone is no text."""
 
 _Body = TypeVar("_Body", bound=BaseModel)
 
@@ -141,9 +145,13 @@ def client_of(http: HttpRequest) -> str:
 
 
 async def json_of(http: HttpRequest) -> Any:
-    """Return the body of a request; raises RequestError where it is no JSON."""
+    """Return the body of a request; raises RequestError where it is no JSON, or no UTF-8 inside."""
+    body = await http.body()
     try:
-        return json.loads(await http.body())
+        values = json.loads(body)
+        if _SURROGATE.search(body):
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {error}.") from error
 

@@ -5,9 +5,9 @@ Neither a web framework nor torch is needed here.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from twostep.pipeline.request import MAX_BATCH
 
@@ -43,6 +43,18 @@ class JobBody(BaseModel):
     loras: tuple[str, ...] = ()
     previews: bool = False
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Refuse half letters, which can neither be written down nor sent back."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"it is no text: {error.reason}") from error
+        return value
 
 
 class JobAnswer(BaseModel):
