@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.diffusion import VariancePreserving, trained_times
+from twostep.distill import trainer
 from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodSettings, Models
 from twostep.distill.methods.registry import find_method, method_names, register_method
 from twostep.distill.pairs import Batches
@@ -22,6 +23,7 @@ from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
+from twostep.training.offload import OffloadedState
 from twostep.training.run_folder import RunFolder
 
 
@@ -204,6 +206,25 @@ def test_it_resumes_bit_for_bit(
         for name in ("whole", "cut")
     )
     assert all(line in one for line in other), "the same rates, of prodigy too"
+
+
+def test_offloaded_a_stage_trains_and_resumes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, offloaded = denoiser(0.0), denoiser(0.0)
+    stage = make_stage()
+    train_stage(stage, Sounds(), denoiser(0.5), plain, RunFolder(tmp_path / "plain", stage))
+    # As if this were an accelerator.
+    monkeypatch.setattr(trainer, "has_own_memory", lambda device: True)
+    stage = make_stage(offload=True)
+    first = make_stage(offload=True, iterations=4)
+    folder = tmp_path / "offloaded"
+    train_stage(first, Sounds(), denoiser(0.5), denoiser(0.0), RunFolder(folder, first))
+    train_stage(stage, Sounds(), denoiser(0.5), offloaded, RunFolder(folder, stage))
+    assert torch.equal(plain.network.weight, offloaded.network.weight)
+    made = StageTrainer(stage, Sounds(), denoiser(0.5), denoiser(0.0))
+    assert isinstance(made.state["student_optimiser"], OffloadedState)
+    assert isinstance(made.state["critic_optimiser"], OffloadedState)
 
 
 def test_methods_are_found_by_name_and_by_place() -> None:

@@ -213,6 +213,24 @@ def test_off_the_cpu_bfloat16_is_computed_whatever_this_cpu_can(
 
 
 @pytest.mark.slow
+def test_offloaded_moments_are_on_disk_and_not_on_the_accelerator() -> None:
+    stage = {"method": CONDITIONAL, "optimiser": "prodigy", "learning_rate": 1.0}
+    here, there = (
+        plan(recipe({**stage, "offload": offload}, device="cuda")).stages[0]
+        for offload in (False, True)
+    )
+    most = max(here.moments.values())
+    assert there.moments == here.moments and there.checkpoint == here.checkpoint
+    # Prodigy brings all of a network's at once, and AdamW a portion, which is all of nano's.
+    assert here.peak - there.peak == sum(here.moments.values()) - most
+    assert there.memory["moments, of one portion"] == most
+    assert here.pictures - there.pictures == sum(here.moments.values())
+    assert sum(there.memory.values()) == there.peak
+    on_cpu = plan(recipe({**stage, "offload": True}, device="cpu")).stages[0]
+    assert "moments, of one portion" not in on_cpu.memory
+
+
+@pytest.mark.slow
 def test_advice_puts_the_best_first_and_all_together_last() -> None:
     settings = recipe({"method": CONDITIONAL, "lora_rank": 12})
     *entries, (together, least) = advise(settings, 0)

@@ -135,6 +135,18 @@ def test_shards_are_not_for_optimisers_that_look_at_whole_tensors(optimiser: str
     load_recipe("nano-full", DistillRecipe, ["defaults.optimiser=lion", "shard=true"])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("shard=true", "asks for offload, which takes no shards"),
+        ("defaults.optimiser=adamw8bit", "another optimiser than adamw8bit"),
+    ],
+)
+def test_offloading_is_for_whole_state_of_32_bits(change: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("nano-full", DistillRecipe, ["defaults.offload=true", change])
+
+
 def test_a_missing_recipe_lists_those_there_are() -> None:
     with pytest.raises(RecipeError, match=r"Did you mean 'nano-lora'.*sdxl-lora-24gb"):
         load_recipe("nano-lroa", DistillRecipe)

@@ -34,6 +34,7 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.memory import Meter, computing_off_cpu
+from twostep.training.offload import bytes_at_once
 from twostep.training.optimiser import OptimiserName, state_bytes
 
 BYTES_OF_WEIGHT = 4
@@ -66,6 +67,7 @@ class StagePlan:
         stage: that is planned.
         evaluations: calls of the teacher per example and iteration.
         trained: parameters by role.
+        moments: bytes of the optimisers' states by role, wherever they are.
         memory: bytes by what they are for; they add up to `peak`.
         peak: the most bytes at once in an iteration.
         pictures: the most bytes at once while a checkpoint's pictures are drawn.
@@ -74,6 +76,7 @@ class StagePlan:
     stage: Stage
     evaluations: int | float
     trained: dict[str, int]
+    moments: dict[str, int]
     memory: dict[str, int]
     peak: int
     pictures: int
@@ -86,8 +89,8 @@ class StagePlan:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
-        moments = sum(self.memory[f"{role} moments"] for role in self.trained)
-        return BYTES_OF_WEIGHT * sum(self.trained.values()) + moments + self.finished
+        weights = BYTES_OF_WEIGHT * sum(self.trained.values())
+        return weights + sum(self.moments.values()) + self.finished
 
     @property
     def snapshots(self) -> int:
@@ -152,6 +155,10 @@ class _Measured:
         """Return the bytes that an optimiser keeps of each role."""
         return {role: state_bytes(optimiser, shapes) for role, shapes in self.shapes.items()}
 
+    def moments_at_once(self, optimiser: OptimiserName) -> int:
+        """Return the most bytes of them on an accelerator at once where they are offloaded."""
+        return max(bytes_at_once(optimiser, shapes) for shapes in self.shapes.values())
+
 
 def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
     """Return the plan of a recipe, of all its stages or of one.
@@ -191,7 +198,9 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
             kind = _kind(prepared.stage)
             if kind not in measured:
                 measured[kind] = _measure(prepared, source, meter, teacher.codec)
-            planned.append(_plan_stage(prepared.stage, standing, measured[kind], drawing))
+            planned.append(
+                _plan_stage(prepared.stage, standing, measured[kind], drawing, on_cpu=on_cpu)
+            )
     item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
     return Plan(tuple(planned), item_bytes, num_items, device)
 
@@ -224,6 +233,8 @@ def _possible_changes(recipe: DistillRecipe, stage: Stage) -> list[dict[str, Any
         changes.append({"base_precision": "bf16"})
     if stage.optimiser == "adamw" and not (recipe.shard and stage.lora_rank is None):
         changes.append({"optimiser": "adamw8bit"})
+    elif stage.optimiser != "adamw8bit" and not stage.offload and not recipe.shard:
+        changes.append({"offload": True})
     if stage.student_steps > 1 and stage.lora_rank != 1:
         changes.append({"lora_rank": stage.lora_rank // 2 if stage.lora_rank else 64})
     for saving in stage.make_method().cost().savings:
@@ -263,7 +274,9 @@ def _changed(stage: Stage, change: Mapping[str, Any]) -> Stage:
     return stage.model_copy(update={**of_stage, "method": method})
 
 
-def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) -> StagePlan:
+def _plan_stage(
+    stage: Stage, standing: int, measured: _Measured, drawing: int, *, on_cpu: bool
+) -> StagePlan:
     """Divide a stage's bytes by what they are for.
 
     Args:
@@ -271,6 +284,7 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
         standing: bytes before the stage's own networks are made.
         measured: of a stage of this kind, whose optimiser was `_MEASURED_WITH`.
         drawing: bytes that drawing pictures adds.
+        on_cpu: whether there is no memory but the main memory.
     """
     cost = stage.make_method().cost()
     trained = measured.trained
@@ -278,6 +292,7 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     kept = measured.batch * max(0, cost.num_kept_batches - 1)
     student = BYTES_OF_WEIGHT * trained[STUDENT]
     moments = measured.moments(stage.optimiser)
+    is_offloaded = stage.offload and not on_cpu
     memory = {
         "frozen weights": standing - student,
         "kept batches": kept,
@@ -285,18 +300,24 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     }
     for role, count in trained.items():
         memory[f"{role} weights"] = BYTES_OF_WEIGHT * count
-        memory[f"{role} moments"] = moments[role]
+        memory[f"{role} moments"] = 0 if is_offloaded else moments[role]
     # While the student has its averaged weights, its own are put aside.
     pictures = sum(memory.values()) + student + drawing
     memory["gradients, of one at a time"] = BYTES_OF_WEIGHT * max(trained.values())
     measured_moments = measured.moments(_MEASURED_WITH)
-    saved_moments = sum(measured_moments.values()) - sum(moments.values())
-    peak = standing + measured.added + kept - saved_moments
+    peak = standing + measured.added + kept - sum(measured_moments.values())
+    if is_offloaded:
+        # Others' activations may be there while a role takes its step.
+        memory["moments, of one portion"] = measured.moments_at_once(stage.optimiser)
+        peak += memory["moments, of one portion"]
+    else:
+        peak += sum(moments.values())
     memory["activations"] = max(0, peak - sum(memory.values()))
     return StagePlan(
         stage=stage,
         evaluations=cost.teacher_evaluations,
         trained=trained,
+        moments=moments,
         memory=memory,
         peak=peak,
         pictures=pictures,
@@ -314,7 +335,7 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
     # Nothing is read from a bank: there are no landings of tensors without memory.
     method = stage.method.model_copy(update=without_bank(stage.method))
     # Others know no tensors without memory: what they keep is computed.
-    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None}
+    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None, "offload": False}
     stage = stage.model_copy(update={**plain, "method": method})
     if stage.teacher_steps is not None:
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will

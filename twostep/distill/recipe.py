@@ -95,6 +95,12 @@ class Stage(OptimiserSettings):
         description="parts in which batch_size is computed one after the other, for less memory",
         json_schema_extra=WHILE_RUNNING,
     )
+    offload: bool = Field(
+        False,
+        description="keep the optimisers' state in main memory between steps, for less memory of "
+        "the accelerator; steps take longer",
+        json_schema_extra=ANY_TIME,
+    )
     sample_every: int | None = Field(
         None,
         gt=0,
@@ -142,6 +148,11 @@ class Stage(OptimiserSettings):
             for key in ("lora_alpha", "lora_dropout", "lora_targets", "lora_start"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is of a LoRA: give lora_rank too, or leave it out")
+        if self.offload and self.optimiser == "adamw8bit":
+            raise ValueError(
+                "offload is for state of 32 bits: leave it out, or choose another optimiser than "
+                "adamw8bit"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
@@ -312,8 +323,14 @@ class DistillRecipe(Settings):
 
     @model_validator(mode="after")
     def _shards_have_optimisers(self) -> DistillRecipe:
-        for stage in self.stages:
-            if self.shard and stage.lora_rank is None and stage.optimiser not in SHARDED_OPTIMISERS:
+        sharded = [stage for stage in self.stages if self.shard and stage.lora_rank is None]
+        for stage in sharded:
+            if stage.offload:
+                raise ValueError(
+                    f"stage {stage.name} asks for offload, which takes no shards: leave it out, "
+                    "or set shard to false"
+                )
+            if stage.optimiser not in SHARDED_OPTIMISERS:
                 raise ValueError(
                     f"stage {stage.name} asks for {stage.optimiser}, which needs whole networks "
                     f"and not the shards of shard = true: choose {' or '.join(SHARDED_OPTIMISERS)}"

@@ -19,6 +19,7 @@ from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
 from twostep.networks.adapters import Lora
 from twostep.networks.denoiser import Denoiser
+from twostep.training.device import has_own_memory
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
@@ -30,6 +31,7 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
+from twostep.training.offload import OffloadedState
 from twostep.training.optimiser import (
     OptimiserState,
     effective_rate,
@@ -95,6 +97,10 @@ class StageTrainer:
         models = {name: role.model for name, role in self.roles.items()}
         self.models: Mapping[str, Any] = {"teacher": teacher, **models}
         self.optimisers = self._make_optimisers()
+        self._stepping = {
+            name: self._make_stepping(name, optimiser)
+            for name, optimiser in self.optimisers.items()
+        }
         self.average = MovingAverage(self.roles[STUDENT].weights, stage.ema_decay)
         self.rate = 1.0
         self.state = self._make_state()
@@ -123,9 +129,16 @@ class StageTrainer:
         state: dict[str, Stateful] = {"average": self.average}
         for name, role in self.roles.items():
             state[name] = role.weights
-        for name, optimiser in self.optimisers.items():
-            state[f"{name}_optimiser"] = OptimiserState(optimiser)
+        for name, stepping in self._stepping.items():
+            state[f"{name}_optimiser"] = stepping
         return state
+
+    def _make_stepping(self, name: str, optimiser: torch.optim.Optimizer) -> OptimiserState:
+        adam = self.roles[name].adam
+        assert adam is not None
+        if self.stage.offload and has_own_memory(self.batches.device):
+            return OffloadedState(optimiser, adam.name)
+        return OptimiserState(optimiser)
 
     def iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
         """Do one iteration and return its figures.
@@ -192,7 +205,7 @@ class StageTrainer:
             for key, value in figures.items():
                 sums[key] = sums[key] + value.detach() if key in sums else value.detach()
         norm = step_down(
-            self.optimisers[name], role.weights, clip=self.stage.gradient_clip, factor=factor
+            self._stepping[name], role.weights, clip=self.stage.gradient_clip, factor=factor
         )
         self._follow(name)
         means = {key: value / self.stage.accumulate for key, value in sums.items()}

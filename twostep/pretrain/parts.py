@@ -71,7 +71,7 @@ class PartRun:
         """Return what shows an iteration's figures."""
 
         def on_iteration(num_done: int, figures: dict[str, float]) -> None:
-            words = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            words = " ".join(f"{key} {value:.3g}" for key, value in figures.items())
             self.advance(num_done, loop.iterations, words)
 
         return on_iteration

@@ -228,7 +228,7 @@ _SETTINGS = ("betas", "weight_decay", "eps")
 
 
 class OptimiserState:
-    """The state of an optimiser for checkpoints, without its settings.
+    """An optimiser with its step, and its state for checkpoints, without its settings.
 
     torch's own state has the settings too, and would bring back those of the checkpoint when a run
     goes on with others.
@@ -237,6 +237,10 @@ class OptimiserState:
     def __init__(self, optimiser: torch.optim.Optimizer) -> None:
         """Hold an optimiser whose settings are the right ones."""
         self.optimiser = optimiser
+
+    def step(self) -> None:
+        """Take the optimiser's step down the gradients that are there."""
+        self.optimiser.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimiser's own state."""
@@ -288,7 +292,7 @@ def optimiser_step(
         factor: of the peak learning rate, as of `learning_rate_factor`.
     """
     go_back(loss)
-    return step_down(optimiser, trainable, clip, factor)
+    return step_down(OptimiserState(optimiser), trainable, clip, factor)
 
 
 def go_back(loss: Tensor) -> None:
@@ -297,19 +301,18 @@ def go_back(loss: Tensor) -> None:
         loss.backward()
 
 
-def step_down(
-    optimiser: torch.optim.Optimizer, trainable: Trainable, clip: float, factor: float
-) -> float:
+def step_down(stepping: OptimiserState, trainable: Trainable, clip: float, factor: float) -> float:
     """Take one optimiser step down the gradients that are there, and clear them.
 
     Of several processes every one must call it. Returns the gradient norm before clipping.
 
     Args:
-        optimiser: made by `make_optimiser` of the same `trainable`.
+        stepping: an optimiser of the same `trainable`, made by `make_optimiser`.
         trainable: whose gradients are averaged and clipped.
         clip: largest norm of all gradients together; longer ones are scaled down to it.
         factor: of the peak learning rate, as of `learning_rate_factor`.
     """
+    optimiser = stepping.optimiser
     for group in optimiser.param_groups:
         # The peak is kept in the group, and so in checkpoints, because "lr" is overwritten.
         peak = group.setdefault("peak", group["lr"])
@@ -317,6 +320,6 @@ def step_down(
     parameters = list(trainable.parameters())
     average([parameter.grad for parameter in parameters if parameter.grad is not None])
     norm = nn.utils.clip_grad_norm_(parameters, clip)
-    optimiser.step()
+    stepping.step()
     optimiser.zero_grad(set_to_none=True)
     return norm.item()
