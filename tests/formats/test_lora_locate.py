@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.formats.checkpoint import resolve
-from twostep.formats.locate import ModelError, find_model
+from twostep.formats.locate import ModelError, find_model, read_json
 from twostep.formats.lora_locate import _on_hub, find_lora_file
 
 
@@ -106,6 +106,8 @@ def test_what_holds_no_weights_is_refused_as_a_model(
     (tmp_path / "none").mkdir()
     with pytest.raises(ModelError, match="it is no model folder"):
         resolve(tmp_path / "none")
+    with pytest.raises(ModelError, match="it is no model folder"):
+        resolve("")
     for path in ("./me/style", Path("me/style"), "/me/style.safetensors"):
         with pytest.raises(ModelError, match="does not exist"):
             resolve(path)
@@ -137,3 +139,12 @@ def test_commands_take_a_lora_of_the_hub(
     filled = [part.format("me/style/ink.safetensors") for part in command]
     result = CliRunner().invoke(app, filled)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_configs_are_read_as_editors_save_them(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes('{"name": "caf\u00e9"}'.encode(encoding))
+    assert read_json(tmp_path / "config.json") == {"name": "caf\u00e9"}
+    (tmp_path / "config.json").write_bytes(b"\xff{}")
+    with pytest.raises(ModelError, match="is damaged"):
+        read_json(tmp_path / "config.json")

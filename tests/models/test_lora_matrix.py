@@ -4,6 +4,7 @@ loading and PEFT's own merging make of the first file are those of the last.
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,14 @@ WITH_ALPHAS = tuple(name for name in DIALECTS if name != "early")
 def test_diffusers_makes_the_same_of_what_was_converted(
     first: str, second: str, strength: float, uneven: dict[str, LowRank], tmp_path: Path
 ) -> None:
-    """From dialect to dialect by `convert`, against the sums of the factors themselves."""
+    """From dialect to dialect by `convert`, against the sums of the factors themselves.
+
+    By kohya's names diffusers 0.42.1 gives all layers of the UNet one alpha, whatever the file says
+    of each, so in these there is only one.
+    """
     ours = load_bundle("nano")
+    if second != "peft":
+        uneven = {name: replace(low, alpha=1.5) for name, low in uneven.items()}
     write(uneven, ours, first, tmp_path / "first.safetensors")
     second_file = tmp_path / "second.safetensors"
     convert(tmp_path / "first.safetensors", second, second_file, base="nano")

@@ -69,14 +69,14 @@ def recipe(
     ] = None,
 ) -> None:
     """Print a recipe: twostep recipe NAME > mine.toml copies it out."""
+    from twostep.training.recipe import find_recipe, recipe_text
+
     if migrate is not None and name is None:
         from twostep.distill.migration import migrate as rewritten
 
-        text = rewritten(migrate.read_text(encoding="utf-8"))
+        text = rewritten(recipe_text(migrate))
     elif name is not None and migrate is None:
-        from twostep.training.recipe import find_recipe
-
-        text = find_recipe(name).read_text(encoding="utf-8")
+        text = recipe_text(find_recipe(name))
     else:
         raise typer.BadParameter("give the name of a recipe, or --migrate OLD.toml.")
     typer.echo(text, nl=False)
@@ -283,7 +283,13 @@ def report(
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
     """Return the lines of a file that are not blank."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    from twostep.data.sources import DataError
+    from twostep.data.texts import UnreadableTextError, read_lines
+
+    try:
+        lines = read_lines(path)
+    except UnreadableTextError as error:
+        raise DataError(f"{path}: {error}.") from error
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
         raise typer.BadParameter(f"{path} is empty; give a prompt on every line.")

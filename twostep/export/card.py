@@ -93,7 +93,7 @@ class Card:
             "keys."
         )
         try:
-            read = json.loads(self.evaluation.read_text(encoding="utf-8"))
+            read = json.loads(self.evaluation.read_bytes())
         except (OSError, ValueError) as error:
             raise problem from error
         rows = read if isinstance(read, list) else [read]

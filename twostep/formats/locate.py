@@ -146,7 +146,7 @@ def weights_variant(folder: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a config; raises ModelError if it is missing or damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelError(
             f"{path} does not exist: that part of the model is missing. Fetch or train it."

@@ -60,6 +60,8 @@ def may_be_one_file(name: str | Path) -> bool:
     That is a path without its ending, a folder with weights in it, and what the hub is asked for.
     """
     path = Path(name)
+    if not str(name).strip():
+        return False
     if path.is_dir():
         return any(path.rglob(f"*{SUFFIX}"))
     if path.name and path.with_name(f"{path.name}{SUFFIX}").is_file():
