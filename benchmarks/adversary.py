@@ -68,12 +68,21 @@ RELATIVISTIC: dict[str, Any] = {
     "head_learning_rate": 8e-4,
     "discriminator_warmup": 50,
 }
+STRONG: dict[str, Any] = {
+    **RELATIVISTIC,
+    "student_first": True,
+    "discriminator_warmup": 150,
+    "discriminator_steps": 2,
+    "noised_weights": (6.0, 2.0, 1.0, 1.0),
+}
+"""A discriminator that is always ahead of a student that learns more slowly."""
 MATCHING: dict[str, Any] = {
     "matching_weight": 0.5,
     "matching_guidance": GUIDANCE,
     "discriminator_steps": 2,
     "fake_score_learning_rate": 5e-5,
 }
+MOSTLY: dict[str, Any] = {"matching_weight": 20.0, "discriminator_warmup": 50}
 ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     "mse": (1e-4, {"name": "regression"}),
     "lightning": (
@@ -94,8 +103,14 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
         5e-5,
         {**RELATIVISTIC, "real": "data", "student_first": True},
     ),
+    "adversarial-data-strong": (2e-5, {**STRONG, "real": "data"}),
     "matching": (5e-5, {**RELATIVISTIC, **MATCHING}),
     "matching-data": (5e-5, {**RELATIVISTIC, **MATCHING, "real": "data"}),
+    "mostly-matching": (3e-5, {**STRONG, **MATCHING, **MOSTLY, "real": "data"}),
+    "mostly-matching-unguided": (
+        3e-5,
+        {**STRONG, **MATCHING, **MOSTLY, "real": "data", "matching_guidance": 1.0},
+    ),
     # What each piece of the method pays: one thing changed of "adversarial".
     "without-levels": (5e-5, {**RELATIVISTIC, "levels": "mid"}),
     "without-pairs": (5e-5, {**RELATIVISTIC, "loss": "non-saturating"}),

@@ -198,12 +198,12 @@ def from_page(page: Workflow, known: Definitions) -> Workflow:
 
 
 def _widget_names(inputs: Mapping[str, Any]) -> list[str | None]:
-    """List the inputs with widgets; None stands for the widget after a seed."""
+    """List the inputs with widgets; None stands for the second widget that some have."""
     names: list[str | None] = []
     for name, spec in inputs.items():
         if kind_of(spec) in WIDGETS:
             names.append(name)
-            if _is_seed(spec):
+            if _second_widget(spec) is not None:
                 names.append(None)
     return names
 
@@ -229,9 +229,15 @@ def _options(spec: list[Any]) -> dict[str, Any]:
     return spec[1] if len(spec) > 1 else {}
 
 
-def _is_seed(spec: list[Any]) -> bool:
-    """Tell whether a widget follows that says what becomes of the value after every run."""
-    return bool(_options(spec).get("control_after_generate"))
+def _second_widget(spec: list[Any]) -> str | None:
+    """Return the value of the widget that follows an input's own; None if none does.
+
+    Behind a seed one says what becomes of it after every run; behind a picture is an upload.
+    """
+    options = _options(spec)
+    if options.get("control_after_generate"):
+        return "fixed"
+    return "image" if options.get("image_upload") else None
 
 
 def _link_problems(
@@ -287,8 +293,9 @@ def _widget_values(node: Workflow, definition: Mapping[str, Any]) -> list[Any]:
         if value is None or is_link(value):
             value = _options(spec).get("default", "")
         values.append(value)
-        if _is_seed(spec):
-            values.append("fixed")
+        second = _second_widget(spec)
+        if second is not None:
+            values.append(second)
     return values
 
 

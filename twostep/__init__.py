@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from twostep.pipeline.generation import generate
     from twostep.pipeline.request import Request, Result
     from twostep.pipeline.studio import Studio
+    from twostep.serve.client import Client
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bundle",
+    "Client",
     "Contract",
     "Prediction",
     "Request",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "Bundle": ("twostep.models.bundle", "Bundle"),
+    "Client": ("twostep.serve.client", "Client"),
     "Contract": ("twostep.contract", "Contract"),
     "VariancePreserving": ("twostep.diffusion.schedule", "VariancePreserving"),
     "Prediction": ("twostep.diffusion.prediction", "Prediction"),

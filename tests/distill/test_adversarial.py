@@ -179,6 +179,30 @@ def test_heads_may_learn_at_a_rate_of_their_own(teacher: Bundle, source: object)
     assert counted == len(list(discriminator.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("stage", "betas"),
+    [
+        ({}, (0.0, 0.99)),
+        ({"betas": (0.5, 0.9)}, (0.5, 0.9)),
+        ({"optimiser": "prodigy", "learning_rate": 1.0}, (0.0, 0.99)),
+        # What the paper says of Adam's moments is not meant for these.
+        ({"optimiser": "lion"}, (0.9, 0.99)),
+        ({"optimiser": "lion", "betas": (0.95, 0.98)}, (0.95, 0.98)),
+        ({"optimiser": "adafactor"}, None),
+    ],
+)
+def test_a_stage_s_own_betas_win_over_the_paper_s(
+    stage: dict[str, object], betas: tuple[float, float] | None, teacher: Bundle, source: object
+) -> None:
+    made = make_stage({}, **stage)
+    trainer = StageTrainer(made, source, teacher.denoiser, make_student(teacher))
+    found = {
+        name: optimiser.param_groups[0].get("betas")
+        for name, optimiser in trainer.optimisers.items()
+    }
+    assert found == {"student": betas, "discriminator": betas}
+
+
 def test_real_may_be_the_data(teacher: Bundle, source: object) -> None:
     stage = make_stage({"real": "data"}, student_steps=1, teacher_steps=None)
     trainer = StageTrainer(stage, source, teacher.denoiser, make_student(teacher, "x0"))
@@ -255,6 +279,7 @@ def test_matching_trains_a_fake_score_and_each_turn_moves_its_own_role_alone(
         ({"bank": "somewhere", "bank_size": 24}, {"batch_size": 16}, "multiple of batch_size"),
         ({"early_weight": 5}, {}, "It is one of 'lightning'"),
         ({}, {"accumulate": 3}, "does not divide batch_size"),
+        ({"head_learning_rate": 0.5}, {"optimiser": "prodigy"}, "prodigy finds one rate"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -1,5 +1,6 @@
 """The seam: a method, a backbone and a source from this file train by the package's trainer."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.diffusion import VariancePreserving, trained_times
+from twostep.distill import trainer
 from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodSettings, Models
 from twostep.distill.methods.registry import find_method, method_names, register_method
 from twostep.distill.pairs import Batches
@@ -21,6 +23,7 @@ from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
+from twostep.training.offload import OffloadedState
 from twostep.training.run_folder import RunFolder
 
 
@@ -152,8 +155,10 @@ def test_it_trains_and_its_average_follows() -> None:
     trainer = StageTrainer(make_stage(), Sounds(), denoiser(0.5), denoiser(0.0))
     figures = [trainer.iterate(i, Randomness.at(0, i)) for i in range(2)]
     assert trainer.method.seen == ["critic"] * 4 + ["student"]
-    assert set(figures[0]) == {"critic_loss", "critic_grad_norm", "size"}
-    assert set(figures[1]) == {*figures[0], "student_loss", "student_grad_norm"}
+    assert set(figures[0]) == {"critic_loss", "critic_grad_norm", "critic_rate", "size"}
+    of_student = {"student_loss", "student_grad_norm", "student_rate"}
+    assert set(figures[1]) == {*figures[0], *of_student}
+    assert figures[1]["student_rate"] == make_stage().learning_rate
     student, target = (trainer.models[name].network.weight for name in ("student", "target"))
     assert student > 0
     # Half of the way that the student's only step has gone.
@@ -163,7 +168,20 @@ def test_it_trains_and_its_average_follows() -> None:
     }
 
 
-def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimiser", "settings"),
+    [
+        ("adamw", {}),
+        ("adamw", {"schedule": "cosine", "restarts": 1, "betas": (0.5, 0.8), "eps": 1e-3}),
+        ("adamw8bit", {"schedule": "linear"}),
+        ("adafactor", {"schedule": "cosine"}),
+        ("prodigy", {"learning_rate": 1.0, "warmup_iterations": 2}),
+        ("lion", {"weight_decay": 0.1}),
+    ],
+)
+def test_it_resumes_bit_for_bit(
+    optimiser: str, settings: dict[str, object], tmp_path: Path
+) -> None:
     class Killed(Exception):
         pass
 
@@ -171,7 +189,7 @@ def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
         if iteration == 5:
             raise Killed
 
-    stage = make_stage()
+    stage = make_stage(optimiser=optimiser, **settings)
     whole, cut, resumed = (denoiser(0.0) for _ in range(3))
     train_stage(stage, Sounds(), denoiser(0.5), whole, RunFolder(tmp_path / "whole", stage))
     folder = tmp_path / "cut"
@@ -180,6 +198,33 @@ def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     train_stage(stage, Sounds(), denoiser(0.5), resumed, RunFolder(folder, stage))
     assert torch.equal(whole.network.weight, resumed.network.weight)
     assert whole.network.weight > 0
+    one, other = (
+        [
+            {key: value for key, value in json.loads(line).items() if key.endswith("_rate")}
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    )
+    assert all(line in one for line in other), "the same rates, of prodigy too"
+
+
+def test_offloaded_a_stage_trains_and_resumes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, offloaded = denoiser(0.0), denoiser(0.0)
+    stage = make_stage()
+    train_stage(stage, Sounds(), denoiser(0.5), plain, RunFolder(tmp_path / "plain", stage))
+    # As if this were an accelerator.
+    monkeypatch.setattr(trainer, "has_own_memory", lambda device: True)
+    stage = make_stage(offload=True)
+    first = make_stage(offload=True, iterations=4)
+    folder = tmp_path / "offloaded"
+    train_stage(first, Sounds(), denoiser(0.5), denoiser(0.0), RunFolder(folder, first))
+    train_stage(stage, Sounds(), denoiser(0.5), offloaded, RunFolder(folder, stage))
+    assert torch.equal(plain.network.weight, offloaded.network.weight)
+    made = StageTrainer(stage, Sounds(), denoiser(0.5), denoiser(0.0))
+    assert isinstance(made.state["student_optimiser"], OffloadedState)
+    assert isinstance(made.state["critic_optimiser"], OffloadedState)
 
 
 def test_methods_are_found_by_name_and_by_place() -> None:

@@ -93,8 +93,17 @@ def allocated(settings: DistillRecipe) -> int:
             [{"method": REGRESSION}, {"method": CONVERSION, "student_steps": 1}],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            [{"method": CONDITIONAL, "optimiser": "prodigy", "learning_rate": 1.0}],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([{"method": REGRESSION, "optimiser": "adafactor"}], marks=pytest.mark.slow),
+        pytest.param([{"method": REGRESSION, "optimiser": "lion"}], marks=pytest.mark.slow),
     ],
-    ids=["guided", "lora", "conditional", "shared-base", "conversion"],
+    ids=[
+        *("guided", "lora", "conditional", "shared-base", "conversion"),
+        *("prodigy", "adafactor", "lion"),
+    ],
 )
 def test_a_nano_stage_takes_what_was_planned(stages: list[dict]) -> None:
     settings = recipe(*stages)
@@ -204,6 +213,24 @@ def test_off_the_cpu_bfloat16_is_computed_whatever_this_cpu_can(
 
 
 @pytest.mark.slow
+def test_offloaded_moments_are_on_disk_and_not_on_the_accelerator() -> None:
+    stage = {"method": CONDITIONAL, "optimiser": "prodigy", "learning_rate": 1.0}
+    here, there = (
+        plan(recipe({**stage, "offload": offload}, device="cuda")).stages[0]
+        for offload in (False, True)
+    )
+    most = max(here.moments.values())
+    assert there.moments == here.moments and there.checkpoint == here.checkpoint
+    # Prodigy brings all of a network's at once, and AdamW a portion, which is all of nano's.
+    assert here.peak - there.peak == sum(here.moments.values()) - most
+    assert there.memory["moments, of one portion"] == most
+    assert here.pictures - there.pictures == sum(here.moments.values())
+    assert sum(there.memory.values()) == there.peak
+    on_cpu = plan(recipe({**stage, "offload": True}, device="cpu")).stages[0]
+    assert "moments, of one portion" not in on_cpu.memory
+
+
+@pytest.mark.slow
 def test_advice_puts_the_best_first_and_all_together_last() -> None:
     settings = recipe({"method": CONDITIONAL, "lora_rank": 12})
     *entries, (together, least) = advise(settings, 0)
@@ -276,6 +303,7 @@ def test_the_disk_that_is_planned_is_what_checkpoints_take(tmp_path: Path) -> No
     stages = [
         {"method": REGRESSION, "lora_rank": 64, "batch_size": 2, "keep_checkpoints": 1},
         {"method": CONDITIONAL, "lora_rank": 64, "batch_size": 2, "keep_checkpoints": 3},
+        {"method": CONDITIONAL, "student_steps": 4, "optimiser": "adafactor", "batch_size": 2},
     ]
     settings = recipe(*stages)
     planned = plan(settings)
@@ -290,10 +318,13 @@ def test_the_disk_that_is_planned_is_what_checkpoints_take(tmp_path: Path) -> No
         folder.save("x", {"iteration": 1, **state})
         sizes.append(folder.checkpoint("x").stat().st_size)
         trainer.remove_roles()
-    first, second = planned.stages
+    first, second, third = planned.stages
     # Names and headers weigh as much as small matrices do.
-    assert [first.checkpoint, second.checkpoint] == [
+    assert [first.checkpoint, second.checkpoint, third.checkpoint] == [
         pytest.approx(size, rel=0.05) for size in sizes
     ]
     assert first.finished == 4 * first.trained["student"]
-    assert planned.disk == first.finished + 4 * second.checkpoint
+    standing = first.finished + second.finished
+    assert planned.disk == max(
+        first.finished + 4 * second.checkpoint, standing + 3 * third.checkpoint
+    )

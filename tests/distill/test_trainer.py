@@ -228,8 +228,14 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(
         (CONDITIONAL, "adamw"),
         pytest.param(UNCONDITIONAL, "adamw", marks=pytest.mark.slow),
         pytest.param(UNCONDITIONAL, "adamw8bit", marks=pytest.mark.slow),
+        pytest.param(CONDITIONAL, "adafactor", marks=pytest.mark.slow),
+        pytest.param(CONDITIONAL, "prodigy", marks=pytest.mark.slow),
+        pytest.param(CONDITIONAL, "lion", marks=pytest.mark.slow),
     ],
-    ids=["regression", "reuse", "conditional", "unconditional", "8-bit"],
+    ids=[
+        *("regression", "reuse", "conditional", "unconditional"),
+        *("8-bit", "adafactor", "prodigy", "lion"),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     method: dict[str, object], optimiser: str, teacher: Bundle, source: object, tmp_path: Path
@@ -242,7 +248,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             raise Killed
 
     shape = {"student_steps": 2, "teacher_steps": 4, "decay_share": 0.5}
-    stage = make_stage(method=method, optimiser=optimiser, **shape)
+    rate = 1.0 if optimiser == "prodigy" else 1e-4
+    stage = make_stage(method=method, optimiser=optimiser, learning_rate=rate, **shape)
     whole = make_student(teacher)
     train_stage(stage, source, teacher.denoiser, whole, RunFolder(tmp_path / "whole", stage))
     with pytest.raises(Killed):

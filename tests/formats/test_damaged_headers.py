@@ -3,16 +3,23 @@
 import copy
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file, save, save_file
 
+from twostep.errors import TwostepError
+from twostep.formats.checkpoint import resolve
+from twostep.formats.embeddings import bundled_embeddings, find_embeddings
 from twostep.formats.header import read_header
 from twostep.formats.identify import summary
 from twostep.formats.locate import ModelError, find_model
+from twostep.formats.lora_files import read_lora
+from twostep.models.loading import load_bundle
 
 ODD: list[Any] = [
     None, [], {}, "", "F16", -1, 0, 1, 2**40, 2**70, 1.5, True, [1], [-1], [0, 4], [[1]], {"a": 1},
@@ -45,6 +52,81 @@ def damaged(header: dict[str, Any], rng: random.Random) -> bytes:
                 data[rng.randrange(len(data))] = rng.randrange(256)
             return bytes(data)
     return json.dumps(changed).encode()
+
+
+def metadata_damaged(header: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Return a header in which a value of the metadata is other text, or other JSON."""
+    changed = copy.deepcopy(header)
+    metadata = changed["__metadata__"]
+    key = rng.choice(sorted(metadata))
+    if rng.random() < 0.3:
+        metadata[key] = rng.choice(["", "null", "[]", "{}", "1", "NaN", '"x"', "[[[[", "\u2028"])
+        return changed
+    try:
+        inside = json.loads(metadata[key])
+    except ValueError:
+        metadata[key] = str(rng.choice(ODD))
+        return changed
+    if isinstance(inside, dict) and inside:
+        inside[rng.choice(sorted(inside))] = rng.choice(ODD)
+    metadata[key] = json.dumps(inside)
+    return changed
+
+
+def read_by_every_reader(path: Path, parts: dict[str, Any]) -> int:
+    """Read a file as a model, a LoRA, an adapter of a request and a textual inversion.
+
+    Returns how many of them refuse it; any error but one line of ours goes through.
+    """
+    readers: list[Callable[[], object]] = [
+        lambda: summary(read_header(path)),
+        lambda: resolve(path).contracts,
+        lambda: read_lora(path, parts),
+        lambda: find_embeddings([path]),
+        lambda: bundled_embeddings(read_header(path)),
+    ]
+    refused = 0
+    for read in readers:
+        try:
+            read()
+        except TwostepError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1, error
+    return refused
+
+
+@pytest.mark.slow
+def test_2000_damaged_headers_in_every_reader(tmp_path: Path) -> None:
+    """LoRAs by PEFT's and kohya's names and textual inversions, with a contract and settings."""
+    parts = load_bundle("nano").parts
+    lora = dict(list(load_file(find_model("nano_4step_lora")).items())[:6])
+    with safetensors.safe_open(find_model("nano_4step_lora"), "pt") as file:
+        said = dict(file.metadata())
+    said |= {
+        "lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "unet.alpha_pattern": {}}),
+        "ss_network_alpha": "4",
+        "modelspec.prediction_type": "v",
+        "modelspec.title": "x lightning 4 steps",
+    }
+    words = {"clip_l": torch.zeros(2, 64), "clip_g": torch.zeros(2, 96)}
+    bundled = {f"bundle_emb.fox.{key}": value for key, value in words.items()}
+    headers = []
+    for tensors in (lora, words, {**lora, **bundled}):
+        data = save(tensors, said)
+        end = 8 + int.from_bytes(data[:8], "little")
+        headers.append((json.loads(data[8:end]), data[end:]))
+    rng = random.Random(1)
+    path = tmp_path / "odd.safetensors"
+    refused = 0
+    for case in range(2000):
+        header, body = headers[case % len(headers)]
+        if case % 2:
+            text = json.dumps(metadata_damaged(header, rng)).encode()
+        else:
+            text = damaged(header, rng)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+        refused += read_by_every_reader(path, parts)
+    assert refused > 4000
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
-from twostep.formats.locate import ModelError, find_model
+from twostep.cli import app
+from twostep.formats.checkpoint import resolve
+from twostep.formats.locate import ModelError, find_model, read_json
 from twostep.formats.lora_locate import _on_hub, find_lora_file
 
 
@@ -72,3 +75,76 @@ def test_a_missing_local_path_is_not_asked_of_the_hub(
         with pytest.raises(ModelError):
             find_lora_file(name)
     assert hub == []
+
+
+def test_every_name_of_a_model_may_be_that_of_a_lora(
+    lora: Path, hub: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A path without its ending, a folder, a repository, a file in one: as `--lora` takes them."""
+    import huggingface_hub
+
+    (tmp_path / "none").mkdir()
+
+    def snapshot(repository: str, local_files_only: bool = False, **_: object) -> str:
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("nothing yet")
+        return str(tmp_path / "none")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    names = (str(lora.with_suffix("")), str(lora.parent), "me/style", "me/style/ink.safetensors")
+    for name in names:
+        checkpoint = resolve(name)
+        assert (checkpoint.path, checkpoint.name, checkpoint.is_lora) == (lora, name, True)
+    shutil.copy(lora, lora.with_name("wool.safetensors"))
+    with pytest.raises(ModelError, match="several files"):
+        resolve(str(lora.parent))
+
+
+def test_what_holds_no_weights_is_refused_as_a_model(
+    lora: Path, hub: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ModelError, match="it is no model folder"):
+        resolve(tmp_path / "none")
+    with pytest.raises(ModelError, match="it is no model folder"):
+        resolve("")
+    for path in ("./me/style", Path("me/style"), "/me/style.safetensors"):
+        with pytest.raises(ModelError, match="does not exist"):
+            resolve(path)
+    assert hub == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "{}"),
+        ("info", "{}"),
+        ("convert", "{}", "--to", "kohya", "--out", "a.safetensors"),
+        ("export", "{}", "--to", "lora-peft", "--out", "b.safetensors"),
+        ("export", "nano", "--lora", "{}", "--to", "unet", "--out", "c.safetensors"),
+    ],
+)
+def test_commands_take_a_lora_of_the_hub(
+    command: tuple[str, ...],
+    lora: Path,
+    hub: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    shutil.move(lora, tmp_path / "cache.safetensors")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda repository, file: str(tmp_path / "cache.safetensors"),
+    )
+    filled = [part.format("me/style/ink.safetensors") for part in command]
+    result = CliRunner().invoke(app, filled)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_configs_are_read_as_editors_save_them(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes('{"name": "caf\u00e9"}'.encode(encoding))
+    assert read_json(tmp_path / "config.json") == {"name": "caf\u00e9"}
+    (tmp_path / "config.json").write_bytes(b"\xff{}")
+    with pytest.raises(ModelError, match="is damaged"):
+        read_json(tmp_path / "config.json")

@@ -218,6 +218,24 @@ def test_the_model_that_was_used_longest_ago_leaves() -> None:
     assert network(1) is one
 
 
+@pytest.mark.slow
+def test_models_leave_until_their_weights_fit_into_memory() -> None:
+    bundle = twostep.load("nano", steps=1)
+    networks = [bundle.denoiser.network, *bundle.text.networks.values(), bundle.codec.vae]
+    num_bytes = 4 * sum(value.numel() for net in networks for value in net.state_dict().values())
+    studio = Studio("cpu", max_models=9, max_bytes=int(2.5 * num_bytes))
+    for steps in (1, 2, 1, 4):
+        studio.load(Request(APPLE, steps=steps))
+    assert studio.loaded == [("nano", 1), ("nano", 4)]
+    small = Studio("cpu", max_bytes=num_bytes - 1)
+    with pytest.raises(ModelError, match="Allow more memory"):
+        small.load(Request(APPLE, steps=1))
+    assert not small.loaded
+    half = Studio("cpu", torch.bfloat16, max_bytes=num_bytes - 1)
+    half.load(Request(APPLE, steps=1))
+    assert half.loaded == [("nano", 1)]
+
+
 def test_a_model_that_cannot_be_loaded_takes_no_place() -> None:
     studio = Studio("cpu", max_models=1)
     network = studio.load(Request(APPLE, steps=1)).denoiser.network

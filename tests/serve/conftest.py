@@ -1,11 +1,16 @@
-"""A server on a port of this machine, as clients of others need it."""
+"""Studios that tests can hold up, an engine, and a server within the process and on a port."""
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
 
+from twostep.pipeline.generation import Progress
+from twostep.pipeline.request import RequestError
 from twostep.pipeline.studio import Studio
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
@@ -13,12 +18,91 @@ from twostep.serve.engine import Engine
 from twostep.serve.gate import Rules
 from twostep.serve.serving import Serving
 
+APPLE = "a 3d red apple on a blue background"
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+
+class FakeStudio:
+    """Draws a step when it is told to, and notes what it was given."""
+
+    def __init__(self, num_steps: int = 1) -> None:
+        self.num_steps = num_steps
+        self.drawn: list[list[str]] = []
+        self.steps = threading.Semaphore(0)
+        self.busy = threading.Semaphore(0)
+        self.num_calls = 0
+
+    def submit(self, requests: Any, *, on_step: Any = None) -> list[Any]:
+        self.drawn.append([request.prompt for request in requests])
+        self.busy.release()
+        for i in range(self.num_steps):
+            assert self.steps.acquire(timeout=10)
+            self.num_calls += 1
+            if any("broken" in request.prompt for request in requests):
+                raise ZeroDivisionError("a fault")
+            for place in range(len(requests)):
+                on_step(place, FakeProgress(i + 1, self.num_steps))
+        return [RequestError(f"drawn {request.prompt}") for request in requests]
+
+
+class FakeProgress(Progress):
+    """A step of one picture, without the picture."""
+
+    def __init__(self, num_done: int, num_steps: int) -> None:
+        for name, value in (("num_done", num_done), ("num_steps", num_steps), ("seeds", [0])):
+            object.__setattr__(self, name, value)
+
+    def previews(self) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8))]
+
+
+@pytest.fixture
+def fake() -> FakeStudio:
+    return FakeStudio()
+
+
+@pytest.fixture
+def engine(fake: FakeStudio) -> Iterator[Engine]:
+    engine = Engine([fake], max_waiting=8)
+    yield engine
+    fake.steps.release(1000)
+    engine.close(10.0)
+
+
+class GatedStudio(Studio):
+    """A studio that waits at a gate, and notes how many requests it was given at once."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", max_models=8)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.arrived = threading.Semaphore(0)
+        self.sizes: list[int] = []
+
+    def submit(self, requests: Any, *, on_step: Any = None) -> list[Any]:
+        self.sizes.append(len(requests))
+        self.arrived.release()
+        assert self.gate.wait(30)
+        return super().submit(requests, on_step=on_step)
+
+
+@pytest.fixture(scope="session")
+def studio() -> GatedStudio:
+    return GatedStudio()
+
+
+@pytest.fixture(scope="session")
+def client(studio: GatedStudio) -> Iterator[TestClient]:
+    serving = Serving(Engine([studio]), Catalogue(["nano"]))
+    with TestClient(create_app(serving, Rules()), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def address(studio: GatedStudio) -> Iterator[str]:
     """The address of a server that draws with nano."""
-    serving = Serving(Engine([Studio("cpu", max_models=4)]), Catalogue(["nano"]))
-    config = uvicorn.Config(create_app(serving, Rules()), port=0, log_level="warning")
+    serving = Serving(Engine([studio]), Catalogue(["nano"]))
+    application = create_app(serving, Rules(), with_mcp=True)
+    config = uvicorn.Config(application, port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

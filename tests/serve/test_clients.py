@@ -1,6 +1,8 @@
 """The clients that people use, against a server on a port."""
 
+import asyncio
 import base64
+import json
 import os
 import re
 import signal
@@ -12,12 +14,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from mcp.client.client import Client as McpClient
 from openai import BadRequestError, OpenAI
 from PIL import Image, ImageChops
+from webuiapi import WebUIApi
+
+from tests.serve.conftest import APPLE
 
 pytestmark = pytest.mark.slow
-
-APPLE = "a 3d red apple on a blue background"
 
 
 @pytest.fixture
@@ -96,6 +100,87 @@ def test_openai_lists_models(openai: OpenAI) -> None:
     assert openai.models.retrieve("nano-2step").id == "nano-2step"
 
 
+@pytest.fixture
+def webui(address: str) -> WebUIApi:
+    return WebUIApi(baseurl=f"{address}/sdapi/v1")
+
+
+def test_webuiapi_draws(webui: WebUIApi) -> None:
+    result = webui.txt2img(prompt=APPLE, seed=7, batch_size=2, cfg_scale=7)
+    assert [image.size for image in result.images] == [(64, 64)] * 2
+    assert (result.info["steps"], result.info["all_seeds"]) == (8, [7, 8])
+    changes = " ".join(result.info["twostep"]["changes"])
+    for word in ("Euler a", "20", "guidance 7", "512x512"):
+        assert word in changes
+    info = webui.png_info(result.image)
+    assert info.info == result.info["infotexts"][0]
+    assert info.parameters["Seed"] == "7"
+
+
+def test_webuiapi_changes_pictures(webui: WebUIApi) -> None:
+    image = Image.new("RGB", (64, 64), "white")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    result = webui.img2img(images=[image], mask_image=mask, prompt=APPLE, denoising_strength=1.0)
+    changed = result.image.convert("RGB")
+    assert changed.crop((0, 0, 32, 64)).getcolors() == [(2048, (255, 255, 255))]
+    assert changed.crop((32, 0, 64, 64)).getcolors() != [(2048, (255, 255, 255))]
+
+
+def test_webuiapi_tours_the_rest(webui: WebUIApi) -> None:
+    assert "Euler" in webui.util_get_sampler_names()
+    assert webui.util_get_scheduler_names() == ["automatic", "simple"]
+    webui.util_set_model("nano-4step")
+    assert webui.util_get_current_model() == "nano-4step"
+    assert webui.txt2img(prompt=APPLE, steps=4).info["sd_model_name"] == "nano-4step"
+    webui.set_options(webui.get_options() | {"sd_model_checkpoint": "nano"})
+    assert webui.util_get_current_model() == "nano"
+    webui.util_wait_for_ready()
+    assert webui.get_memory()["ram"]["total"] > 2**28
+    assert webui.interrupt() == {}
+    assert webui.skip() == {}
+    assert webui.refresh_checkpoints() == {}
+    assert webui.get_loras() == []
+    assert not webui.has_controlnet
+    for empty in (
+        webui.get_sd_vae,
+        webui.get_upscalers,
+        webui.get_latent_upscale_modes,
+        webui.get_hypernetworks,
+        webui.get_face_restorers,
+        webui.get_realesrgan_models,
+        webui.get_prompt_styles,
+        webui.get_cmd_flags,
+    ):
+        assert len(empty()) == 0
+    assert webui.get_embeddings()["loaded"] == {}
+
+
+def test_an_mcp_client_calls_the_tools(address: str) -> None:
+    async def tour() -> None:
+        steps: list[float] = []
+
+        async def note(done: float, total: float | None, _: str | None) -> None:
+            steps.append(done)
+
+        async with McpClient(f"{address}/mcp") as client:
+            tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            assert set(tools) == {"generate_image", "describe_models"}
+            assert tools["generate_image"].input_schema["required"] == ["prompt"]
+            wish = {"prompt": APPLE, "steps": 20, "seed": 7, "num_images": 2}
+            drawn = await client.call_tool("generate_image", wish, progress_callback=note)
+            *pictures, text = drawn.content
+            assert [picture(each.data).size for each in pictures] == [(64, 64)] * 2
+            told = json.loads(text.text)
+            assert (told["steps"], told["seeds"], len(told["changes"])) == (8, [7, 8], 1)
+            wrong = await client.call_tool("generate_image", {"prompt": " "})
+            assert wrong.is_error
+            assert "prompt is empty" in wrong.content[0].text
+        assert steps[-1] == 8
+
+    asyncio.run(tour())
+
+
 def test_a_server_that_is_terminated_finishes_what_it_accepted() -> None:
     command = [sys.executable, "-m", "twostep", "serve", "--port", "0"]
     with subprocess.Popen(
@@ -116,11 +201,20 @@ def test_a_server_that_is_terminated_finishes_what_it_accepted() -> None:
         assert server.wait(60) == -signal.SIGTERM
 
 
-def test_the_python_of_the_page_runs(address: str) -> None:
+def test_the_python_of_the_page_runs(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert blocks
+    answers = []
     for block in blocks:
         scope: dict[str, Any] = {}
-        exec(block.replace("http://127.0.0.1:8000", address), scope)
-        assert scope["answer"].data[0].seed == 7
+        port = address.rpartition(":")[2]
+        exec(block.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("8000", port), scope)
+        answers.append(scope["answer"])
+    openai_answer, webui_answer, own_answer = answers
+    assert openai_answer.data[0].seed == 7
+    assert webui_answer.info["seed"] == 7
+    assert own_answer.seeds == [7]
+    assert len(list(tmp_path.glob("out/*.png"))) == 1

@@ -66,6 +66,8 @@ def test_break_begins_a_new_part() -> None:
         ("[red:blue:0.5] apple", "change the prompt while it is drawn"),
         ("[red|blue] apple", "change the prompt while it is drawn"),
         ("(red:-1)", "is below 0"),
+        ("(red:1001)", "is beyond 1000"),
+        ("(red)99999999999999999999999999", "is beyond 1000"),
         ("(a BREAK b:1.2)", "BREAK stands within"),
     ],
 )

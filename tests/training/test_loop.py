@@ -1,6 +1,7 @@
 """The loop under every training: what it calls, logs, saves, and how it resumes."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    LinearLR,
+    LRScheduler,
+)
 
 from twostep.training import device, loop
 from twostep.training.device import computes_bfloat16
@@ -194,6 +202,86 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     assert learning_rate_factor(10, loop) == learning_rate_factor(79, loop) == 1.0
     assert learning_rate_factor(90, loop) == pytest.approx(0.51)
     assert learning_rate_factor(100, loop) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {0: 0.1, 9: 1.0, 10: 1.0, 109: 1.0}),
+        ({"schedule": "constant"}, {0: 0.1, 10: 1.0, 109: 1.0}),
+        # Over the hundred iterations after the warm-up: half, and a quarter of the way, down to 0.
+        ({"schedule": "linear"}, {4: 0.5, 10: 1.0, 35: 0.75, 60: 0.5, 109: 0.01}),
+        ({"schedule": "cosine"}, {10: 1.0, 43: 0.5 + math.cos(0.33 * math.pi) / 2, 60: 0.5}),
+        # Four arcs of 25: each begins at the peak, and is half down in its middle.
+        (
+            {"schedule": "cosine", "restarts": 3},
+            {10: 1.0, 15: 0.5 + math.cos(0.2 * math.pi) / 2, 35: 1.0, 60: 1.0, 85: 1.0, 90: 0.9045},
+        ),
+        ({"schedule": "linear", "restarts": 1}, {10: 1.0, 35: 0.5, 59: 0.02, 60: 1.0, 85: 0.5}),
+        # Over the last half of 110 alone.
+        ({"schedule": "linear", "decay_share": 0.5}, {54: 1.0, 55: 1.0, 66: 0.8, 99: 0.2}),
+        ({"decay_share": 0.5, "restarts": 1}, {55: 1.0, 60: 0.9206, 82: 0.0008, 83: 0.9992}),
+        ({"schedule": "linear", "final_rate": 0.2}, {10: 1.0, 60: 0.6, 110: 0.2}),
+        # A warm-up that never ends leaves nothing to decay.
+        ({"schedule": "cosine", "warmup_iterations": 110}, {54: 0.5, 109: 1.0}),
+    ],
+)
+def test_schedules_have_the_values_of_their_formulas(
+    changes: dict[str, Any], expected: dict[int, float]
+) -> None:
+    loop = settings(**{"iterations": 110, "warmup_iterations": 10, "final_rate": 0.0} | changes)
+    found = {iteration: learning_rate_factor(iteration, loop) for iteration in expected}
+    assert found == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "make"),
+    [
+        (
+            {"schedule": "linear"},
+            lambda optimiser: LinearLR(optimiser, 1.0, end_factor=0.1, total_iters=42),
+        ),
+        ({"schedule": "cosine"}, lambda optimiser: CosineAnnealingLR(optimiser, 42, eta_min=0.1)),
+        (
+            {"schedule": "cosine", "restarts": 2},
+            lambda optimiser: CosineAnnealingWarmRestarts(optimiser, 14, eta_min=0.1),
+        ),
+    ],
+    ids=["linear", "cosine", "restarts"],
+)
+def test_schedules_are_those_of_torch(
+    changes: dict[str, Any], make: Callable[[torch.optim.Optimizer], LRScheduler]
+) -> None:
+    loop = settings(iterations=50, warmup_iterations=8, final_rate=0.1, **changes)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = make(optimiser)
+    for iteration in range(8, 50):
+        expected = optimiser.param_groups[0]["lr"]
+        assert learning_rate_factor(iteration, loop) == pytest.approx(expected), iteration
+        optimiser.step()
+        theirs.step()
+
+
+def test_a_decay_without_a_schedule_has_the_values_that_it_had() -> None:
+    # Where no schedule is given a decay begins within the warm-up, as ever.
+    loop = settings(iterations=300, warmup_iterations=20, decay_share=1.0)
+    for iteration in range(20, 300):
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, 1 - (300 - iteration) / 300.0)))
+        assert learning_rate_factor(iteration, loop) == 0.02 + (1 - 0.02) * cosine
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schedule": "constant", "decay_share": 0.5}, "contradict each other"),
+        ({"restarts": 2}, 'give schedule = "cosine" too'),
+        ({"restarts": 2, "schedule": "constant"}, 'give schedule = "cosine" too'),
+        ({"schedule": "cosine_with_restarts"}, "'constant', 'cosine' or 'linear'"),
+    ],
+)
+def test_schedules_that_mean_nothing_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings(**changes)
 
 
 def test_an_average_follows_and_gives_the_trained_weights_back() -> None:

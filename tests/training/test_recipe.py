@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from twostep.distill.recipe import DistillRecipe
-from twostep.training.recipe import RecipeError, load_recipe, recipe_names
+from twostep.training.recipe import RecipeError, find_recipe, load_recipe, recipe_names
 
 NAMES = {
     "nano",
@@ -35,6 +35,24 @@ def test_an_override_reaches_into_lists() -> None:
     assert recipe.stages[1].learning_rate == 3e-7
     assert recipe.stages[2].method.early_weight == 2
     assert recipe.model == "other"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_recipes_are_read_as_editors_and_shells_save_them(encoding: str, tmp_path: Path) -> None:
+    """Windows' Notepad puts a mark in front, and `>` of its shell writes UTF-16."""
+    text = find_recipe("nano").read_text(encoding="utf-8").replace("\n", "\r\n")
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text.encode(encoding))
+    assert load_recipe(path, DistillRecipe) == load_recipe("nano", DistillRecipe)
+
+
+def test_a_recipe_in_no_encoding_is_refused_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for data in (b"\xff\xfe\0", "# caf\u00e9".encode("latin-1"), b"\x89PNG\r\n"):
+        path.write_bytes(data)
+        with pytest.raises(RecipeError, match="is not valid TOML") as caught:
+            load_recipe(path, DistillRecipe)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 BRIEF = """
@@ -117,11 +135,34 @@ def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> N
         ("stages.6.method.objective=conditional", "two stages train the same"),
         ("stages.10.teacher_steps=2", "own frozen copy teaches: leave teacher_steps out"),
         ("phases=[]", "twostep recipe --migrate OLD.toml"),
+        ("stages.1.optimiser=adam", "stages.1.optimiser: .*'adafactor', 'prodigy' or 'lion'"),
+        ("stages.1.schedule=step", "stages.1.schedule: .*'constant', 'cosine' or 'linear'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(override: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe("nano", DistillRecipe, [override])
+
+
+@pytest.mark.parametrize("optimiser", ["adamw8bit", "adafactor", "prodigy"])
+def test_shards_are_not_for_optimisers_that_look_at_whole_tensors(optimiser: str) -> None:
+    said = f"asks for {optimiser}, .*shard = true: choose adamw or lion"
+    changes = [f"defaults.optimiser={optimiser}", "shard=true"]
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("nano-full", DistillRecipe, changes)
+    load_recipe("nano-full", DistillRecipe, ["defaults.optimiser=lion", "shard=true"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("shard=true", "asks for offload, which takes no shards"),
+        ("defaults.optimiser=adamw8bit", "another optimiser than adamw8bit"),
+    ],
+)
+def test_offloading_is_for_whole_state_of_32_bits(change: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("nano-full", DistillRecipe, ["defaults.offload=true", change])
 
 
 def test_a_missing_recipe_lists_those_there_are() -> None:

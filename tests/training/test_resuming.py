@@ -52,6 +52,10 @@ def run(tmp_path: Path) -> Path:
         ),
         ({"stages": {2: {"batch_size": 4}}}, "stages.2.batch_size: 2 -> 4"),
         ({"stages": {2: {"seed": 7}}}, "stages.2.seed: 0 -> 7"),
+        ({"stages": {2: {"optimiser": "prodigy"}}}, "stages.2.optimiser: adamw -> prodigy"),
+        ({"stages": {1: {"betas": (0.5, 0.9)}}}, "stages.1.betas: nothing -> (0.5, 0.9)"),
+        ({"stages": {1: {"eps": 1e-6}}}, "stages.1.eps: nothing -> 1e-06"),
+        ({"stages": {1: {"schedule": "linear"}}}, "stages.1.schedule: nothing -> linear"),
         ({"stages": {0: {"log_every": 2}}}, "stages.0.log_every: 50 -> 2"),
         ({"stages": {0: {"checkpoint_every": 2}}}, "stages.0.checkpoint_every: 500 -> 2"),
         ({"sample_prompts": ["a cat"]}, "sample_prompts: ('a fox',) -> ('a cat',)"),
@@ -88,6 +92,10 @@ def test_what_cannot_change_the_weights_so_far_may_change(
         ({"stages": {1: {"iterations": 2}}}, ["stages.1.iterations: 6 -> 2", "3 are done"]),
         ({"stages": {1: {"seed": 1}}}, ["stages.1.seed: 0 -> 1", "shaped the weights"]),
         ({"stages": {1: {"guidance": 2.0}}}, ["stages.1.guidance: 1 -> 2"]),
+        (
+            {"stages": {1: {"optimiser": "lion"}}},
+            ["stages.1.optimiser: adamw -> lion", "shaped the weights"],
+        ),
         ({"stages": {1: {"student_steps": 2}}}, ["stages.1: 4-adversarial-conditional -> 2-adv"]),
         ({"base_precision": "bf16"}, ["base_precision: fp32 -> bf16"]),
         (

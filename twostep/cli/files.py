@@ -14,7 +14,8 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="A built-in name, a folder, a file, a hub id; of LoRAs a file or name."
+            help="A model or a LoRA: a built-in name, a folder, a file, a hub id "
+            "(owner/repo[/file])."
         ),
     ],
     to: Annotated[
@@ -73,7 +74,11 @@ def export(
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="Any .safetensors, or the name of a built-in or official one.")
+        str,
+        typer.Argument(
+            help="Any .safetensors, or the name of a built-in or official one, or on the hub "
+            "owner/repo[/file]."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:

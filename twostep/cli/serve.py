@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twostep.cli.train import size_in_bytes
 from twostep.errors import TwostepError
+
+if TYPE_CHECKING:
+    from twostep.pipeline.studio import Studio
 
 _KEY_VARIABLE = "TWOSTEP_KEY"
 _DRAIN_SECONDS = 30.0
+_MAX_MODELS = 4
+"""How many models stay loaded where no memory is named; each student counts as one."""
 
 
 class ServeError(TwostepError):
@@ -48,11 +55,22 @@ def serve(
         list[str] | None,
         typer.Option("--device", help="Where to draw, as torch names it; several draw at once."),
     ] = None,
-    max_models: Annotated[
-        int, typer.Option(min=1, help="Models that stay loaded; each student counts as one.")
-    ] = 4,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            parser=size_in_bytes,
+            help="What loaded models may take on each device, as 24GB; else 4 of them stay.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(help="A file that keeps accepted jobs; what is unfinished there is drawn."),
+    ] = None,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Give language models tools at /mcp; needs the extra mcp.")
+    ] = False,
 ) -> None:
-    """Draw for other programs over HTTP, with the OpenAI images API and one of its own."""
+    """Draw for other programs over HTTP, as OpenAI's images API or A1111's, and on a live page."""
     try:
         import uvicorn
 
@@ -62,11 +80,12 @@ def serve(
             f"{error.name} is not installed. Run: pip install 'twostep[serve]'."
         ) from error
     from twostep.pipeline.request import Request
-    from twostep.pipeline.studio import Studio
     from twostep.serve.catalogue import Catalogue
-    from twostep.serve.engine import Engine
+    from twostep.serve.engine import Engine, Observer
     from twostep.serve.gate import LOOPBACK, Rules
+    from twostep.serve.metrics import Metrics
     from twostep.serve.serving import Serving
+    from twostep.serve.store import JobStore
 
     key = _key(key_file)
     if host not in LOOPBACK and key is None:
@@ -75,13 +94,27 @@ def serve(
             f"Write one to a file and give --key-file, or set {_KEY_VARIABLE}."
         )
     catalogue = Catalogue(models or ["nano"], lora or [])
-    studios = [Studio(name, max_models=max_models) for name in device or ["auto"]]
+    store = None if jobs is None else JobStore(jobs)
+    studios = [_studio(name, memory) for name in device or ["auto"]]
     # Whatever keeps the default model from drawing is said now, and the first client need not wait.
     for studio in studios:
         studio.draw(Request("a picture", model=catalogue.default.model))
     listener = _listen(host, port)
-    engine = Engine(studios, max_waiting=queue)
-    app = create_app(Serving(engine, catalogue, strict), Rules(key), drain_seconds=_DRAIN_SECONDS)
+    metrics = Metrics()
+    observers: list[Observer] = [metrics]
+    if store is not None:
+        observers.append(store)
+    engine = Engine(studios, max_waiting=queue, observers=observers)
+    metrics.watch(engine)
+    serving = Serving(engine, catalogue, strict=strict, metrics=metrics, store=store)
+    if num_resumed := serving.resume():
+        typer.echo(f"{num_resumed} jobs of before are drawn now.")
+    try:
+        app = create_app(serving, Rules(key), drain_seconds=_DRAIN_SECONDS, with_mcp=mcp)
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"{error.name} is not installed. Run: pip install 'twostep[serve,mcp]'."
+        ) from error
     typer.echo(_greeting(host, listener.getsockname()[1], needs_key=key is not None))
     config = uvicorn.Config(
         app,
@@ -90,6 +123,15 @@ def serve(
         server_header=False,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _studio(device: str, memory: float | None) -> Studio:
+    """Return a studio that keeps a few models, or as many as fit into so many bytes."""
+    from twostep.pipeline.studio import Studio
+
+    if memory is None:
+        return Studio(device, max_models=_MAX_MODELS)
+    return Studio(device, max_models=sys.maxsize, max_bytes=int(memory))
 
 
 def _key(path: Path | None) -> str | None:
@@ -126,7 +168,8 @@ def _greeting(host: str, port: int, *, needs_key: bool) -> str:
         "sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))"
     )
     return (
-        f"twostep serves at {address} (OpenAI base URL: {address}/v1). Ctrl-C ends it. Try:\n"
+        f"twostep serves at {address}: open it in a browser to draw while you type.\n"
+        f"For clients of OpenAI's API: {address}/v1; of A1111's: {address}. Ctrl-C ends it. Try:\n"
         f"curl -s {address}/v1/images/generations{key} -H 'Content-Type: application/json' "
         f"-d '{body}' | python3 -c \"{decode}\" > apple.png"
     )

@@ -47,7 +47,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 def _figures_text(figures: dict[str, float]) -> str:
     """Return the figures of one iteration in one line."""
-    return " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+    return " ".join(f"{key} {value:.3g}" for key, value in figures.items())
 
 
 def recipes() -> None:
@@ -69,20 +69,20 @@ def recipe(
     ] = None,
 ) -> None:
     """Print a recipe: twostep recipe NAME > mine.toml copies it out."""
+    from twostep.training.recipe import find_recipe, recipe_text
+
     if migrate is not None and name is None:
         from twostep.distill.migration import migrate as rewritten
 
-        text = rewritten(migrate.read_text(encoding="utf-8"))
+        text = rewritten(recipe_text(migrate))
     elif name is not None and migrate is None:
-        from twostep.training.recipe import find_recipe
-
-        text = find_recipe(name).read_text(encoding="utf-8")
+        text = recipe_text(find_recipe(name))
     else:
         raise typer.BadParameter("give the name of a recipe, or --migrate OLD.toml.")
     typer.echo(text, nl=False)
 
 
-def _size(text: str) -> float:
+def size_in_bytes(text: str) -> float:
     """Return the bytes of a size like 24GB or 22.5GiB."""
     match = re.fullmatch(r"([\d.]+)G(i?)B", text)
     if match is None:
@@ -113,7 +113,7 @@ def plan(
     recipe: Recipe,
     override: Override = None,
     memory: Annotated[
-        float | None, typer.Option(parser=_size, help="What there is, as 24GB; less fails.")
+        float | None, typer.Option(parser=size_in_bytes, help="What there is, as 24GB; less fails.")
     ] = None,
     device: Annotated[
         str | None,
@@ -283,7 +283,13 @@ def report(
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
     """Return the lines of a file that are not blank."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    from twostep.data.sources import DataError
+    from twostep.data.texts import UnreadableTextError, read_lines
+
+    try:
+        lines = read_lines(path)
+    except UnreadableTextError as error:
+        raise DataError(f"{path}: {error}.") from error
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
         raise typer.BadParameter(f"{path} is empty; give a prompt on every line.")

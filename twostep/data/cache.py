@@ -503,10 +503,11 @@ def _items_of(noted: Any) -> tuple[Item, ...]:
     """Return the items that a shard notes; an older version noted their names alone."""
     if isinstance(noted, list):
         return tuple(Item(str(name), "") for name in noted)
+    if not isinstance(noted, dict):
+        raise TypeError(f"{METADATA_KEY} is neither a list nor an object")
     weights = noted.get("weights", [1.0] * len(noted["names"]))
-    return tuple(
-        Item(*values) for values in zip(noted["names"], noted["fingerprints"], weights, strict=True)
-    )
+    rows = zip(noted["names"], noted["fingerprints"], weights, strict=True)
+    return tuple(Item(str(name), str(mark), float(weight)) for name, mark, weight in rows)
 
 
 def _write_shard(path: Path, items: Sequence[Item], tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,8 @@ import codecs
 import csv
 import io
 import json
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,12 @@ _BYTE_ORDER_MARKS = (
 _MOST_ACCENTS = 0.3
 """Western text has a smaller share of bytes beyond ASCII; what has more is in another encoding."""
 
+_UTF_8_LETTER = re.compile(rb"[\xc3-\xcf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}")
+"""A letter beyond ASCII in UTF-8, of two bytes or three."""
+
+_LAYOUT = "\t\n\v\f\r\x85"
+"""The control characters that are part of text."""
+
 
 class UnreadableTextError(TwostepError):
     """Text in no encoding that is known, or a line that is not what it should be."""
@@ -36,22 +44,51 @@ def decode(data: bytes) -> str:
     without, and Windows-1252, which printed Latin-1 is a part of.
 
     Raises:
-        UnreadableTextError: it is in none of them.
+        UnreadableTextError: it is in none of them, or holds characters that no text has.
     """
+    text = _decoded(data, _encoding_of(data))
+    strange = next((sign for sign in text if _is_strange(sign)), None)
+    if strange is not None:
+        raise UnreadableTextError(
+            f"it holds the character U+{ord(strange):04X}, which no text has: it is damaged, or no "
+            "text"
+        )
+    return text
+
+
+def _encoding_of(data: bytes) -> str:
+    """Return the encoding of text by its first bytes, its zeros, and its letters beyond ASCII."""
     for mark, encoding in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
-            return _decoded(data, encoding)
+            return encoding
     if b"\0" in data:
-        # Every second byte of Latin letters in UTF-16 is zero.
-        return _decoded(data, "utf-16-be" if data[:1] == b"\0" else "utf-16-le")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        pass
+        # Every second byte of Latin letters in UTF-16 is zero; elsewhere none is.
+        for encoding, zeros in (("utf-16-le", data[1::2]), ("utf-16-be", data[::2])):
+            if zeros.count(0) > len(zeros) / 2 and zeros.count(0) == data.count(0):
+                return encoding
+        raise UnreadableTextError("it holds bytes of zero: it is damaged, or no text")
+    if _is_utf_8(data):
+        return "utf-8"
     num_beyond_ascii = sum(byte > 127 for byte in data)
     if num_beyond_ascii > _MOST_ACCENTS * len(data):
         raise UnreadableTextError("its text is in no encoding that is known: save it as UTF-8")
-    return _decoded(data, "cp1252")
+    if _UTF_8_LETTER.search(data):
+        # Two such letters in a row mean nothing in Western languages.
+        raise UnreadableTextError("its text is damaged UTF-8: save it again")
+    return "cp1252"
+
+
+def _is_utf_8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_strange(sign: str) -> bool:
+    """Tell whether a character is a control character that lays no text out, or none at all."""
+    return sign not in _LAYOUT and unicodedata.category(sign) in ("Cc", "Cn")
 
 
 def _decoded(data: bytes, encoding: str) -> str:
@@ -86,7 +123,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, f"it is no JSON ({error})"
             continue
         if isinstance(values, dict):
@@ -99,7 +136,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     text = io.StringIO(decode(path.read_bytes()), newline="")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(text, delimiter=delimiter, restkey="")
-    for row in reader:
+    rows = iter(reader)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # A quotation mark that is never closed, most often; what it swallowed is one row.
+            yield reader.line_num + 1, f"it is no row of a table ({error})"
+            continue
         if "" in row:
             yield reader.line_num, f"it has more values than the {len(row) - 1} columns"
         else:

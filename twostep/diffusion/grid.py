@@ -59,6 +59,24 @@ def trailing_times(num_steps: int, schedule: Schedule | None = None) -> tuple[Ti
     return tuple(schedule.time_at(share) for share in shares)
 
 
+def floored_times(num_steps: int, top: int = DEFAULT_TOP) -> tuple[int, ...]:
+    """Return the times of ComfyUI's scheduler `simple`: whole times, their distance rounded down.
+
+    They are those of the trailing grid where `num_steps` divides the top, and some are one higher
+    elsewhere.
+
+    Args:
+        num_steps: 1..T.
+        top: T.
+
+    Raises:
+        GridError: there is no grid of so many steps.
+    """
+    _check_steps(num_steps, top)
+    spacing = top / num_steps
+    return tuple(top - int(k * spacing) for k in range(num_steps))
+
+
 def trained_times(student_steps: int, schedule: Schedule | None = None) -> tuple[Time, ...]:
     """Return the times that a student of so many steps is trained at, falling.
 

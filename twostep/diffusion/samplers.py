@@ -156,7 +156,13 @@ def seeded_noise(seeds: Sequence[int], like: Batch) -> DrawNoise:
     return draw_noise
 
 
+def seed_of_step(seed: int, i: int) -> int:
+    """Return the seed of the fresh noise after network call i of an item.
+
+    It is hashed, so that the noise is neither the initial one nor that of a neighbouring seed.
+    """
+    return random.Random(f"{seed}/{i}").getrandbits(31)
+
+
 def _noise_of_step(seed: int, i: int, shape: Sequence[int]) -> Tensor:
-    # Hashed, so that it is neither the initial noise nor that of a neighbouring seed.
-    number = random.Random(f"{seed}/{i}").getrandbits(31)
-    return initial_noise(number, tuple(shape))
+    return initial_noise(seed_of_step(seed, i), tuple(shape))

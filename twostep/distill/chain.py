@@ -41,7 +41,7 @@ from twostep.networks.adapters import (
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
 from twostep.training.checkpoints import digest_files
-from twostep.training.device import find_device
+from twostep.training.device import find_device, has_own_memory
 from twostep.training.loop import Periodic, Randomness
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
@@ -331,6 +331,11 @@ def _prepare(
     device = find_device(recipe.device)
     track(folder, recipe.trackers)
     _check_processes(recipe, device)
+    if any(stage.offload for stage in recipe.stages) and not has_own_memory(device):
+        warnings.warn(
+            f"offload does nothing on {device.type}, which has no memory beside the main memory",
+            stacklevel=2,
+        )
     _log_environment(folder, device, version)
     if recipe.prediction_type is not None:
         teacher = replace(

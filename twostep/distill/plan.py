@@ -34,12 +34,14 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.memory import Meter, computing_off_cpu
+from twostep.training.offload import bytes_at_once
+from twostep.training.optimiser import OptimiserName, state_bytes
 
 BYTES_OF_WEIGHT = 4
 """Everything that is trained is float32, and so are its gradients."""
 
-BYTES_OF_MOMENTS = {"adamw": 8, "adamw8bit": 2}
-"""Both of Adam's moments of one parameter."""
+_MEASURED_WITH: OptimiserName = "adamw"
+"""The optimiser of the iteration that is measured; what others keep is computed instead."""
 
 _BYTES_IN_SNAPSHOT = 2
 """Of a weight; they are in fp16."""
@@ -65,6 +67,7 @@ class StagePlan:
         stage: that is planned.
         evaluations: calls of the teacher per example and iteration.
         trained: parameters by role.
+        moments: bytes of the optimisers' states by role, wherever they are.
         memory: bytes by what they are for; they add up to `peak`.
         peak: the most bytes at once in an iteration.
         pictures: the most bytes at once while a checkpoint's pictures are drawn.
@@ -73,6 +76,7 @@ class StagePlan:
     stage: Stage
     evaluations: int | float
     trained: dict[str, int]
+    moments: dict[str, int]
     memory: dict[str, int]
     peak: int
     pictures: int
@@ -85,8 +89,8 @@ class StagePlan:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint: weights and moments of all that is trained, and the average."""
-        each = BYTES_OF_WEIGHT + BYTES_OF_MOMENTS[self.stage.optimiser]
-        return each * sum(self.trained.values()) + self.finished
+        weights = BYTES_OF_WEIGHT * sum(self.trained.values())
+        return weights + sum(self.moments.values()) + self.finished
 
     @property
     def snapshots(self) -> int:
@@ -134,12 +138,26 @@ class Plan:
 class _Measured:
     """What was measured of a kind of stage.
 
-    `added` is what an iteration after the first adds at its peak, `batch` what it leaves behind.
+    `shapes` are those of every role's parameters, `added` is what an iteration after the first adds
+    at its peak, `batch` what it leaves behind.
     """
 
-    trained: dict[str, int]
+    shapes: dict[str, list[torch.Size]]
     added: int
     batch: int
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Parameters by role."""
+        return {role: sum(map(math.prod, shapes)) for role, shapes in self.shapes.items()}
+
+    def moments(self, optimiser: OptimiserName) -> dict[str, int]:
+        """Return the bytes that an optimiser keeps of each role."""
+        return {role: state_bytes(optimiser, shapes) for role, shapes in self.shapes.items()}
+
+    def moments_at_once(self, optimiser: OptimiserName) -> int:
+        """Return the most bytes of them on an accelerator at once where they are offloaded."""
+        return max(bytes_at_once(optimiser, shapes) for shapes in self.shapes.values())
 
 
 def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
@@ -180,7 +198,9 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
             kind = _kind(prepared.stage)
             if kind not in measured:
                 measured[kind] = _measure(prepared, source, meter, teacher.codec)
-            planned.append(_plan_stage(prepared.stage, standing, measured[kind], drawing))
+            planned.append(
+                _plan_stage(prepared.stage, standing, measured[kind], drawing, on_cpu=on_cpu)
+            )
     item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
     return Plan(tuple(planned), item_bytes, num_items, device)
 
@@ -211,8 +231,10 @@ def _possible_changes(recipe: DistillRecipe, stage: Stage) -> list[dict[str, Any
         changes.append({"precision": "bf16"})
     if stage.lora_rank is not None and recipe.base_precision == "fp32":
         changes.append({"base_precision": "bf16"})
-    if stage.optimiser == "adamw":
+    if stage.optimiser == "adamw" and not (recipe.shard and stage.lora_rank is None):
         changes.append({"optimiser": "adamw8bit"})
+    elif stage.optimiser != "adamw8bit" and not stage.offload and not recipe.shard:
+        changes.append({"offload": True})
     if stage.student_steps > 1 and stage.lora_rank != 1:
         changes.append({"lora_rank": stage.lora_rank // 2 if stage.lora_rank else 64})
     for saving in stage.make_method().cost().savings:
@@ -252,21 +274,25 @@ def _changed(stage: Stage, change: Mapping[str, Any]) -> Stage:
     return stage.model_copy(update={**of_stage, "method": method})
 
 
-def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) -> StagePlan:
+def _plan_stage(
+    stage: Stage, standing: int, measured: _Measured, drawing: int, *, on_cpu: bool
+) -> StagePlan:
     """Divide a stage's bytes by what they are for.
 
     Args:
         stage: that is planned.
         standing: bytes before the stage's own networks are made.
-        measured: of a stage of this kind, whose optimiser was "adamw".
+        measured: of a stage of this kind, whose optimiser was `_MEASURED_WITH`.
         drawing: bytes that drawing pictures adds.
+        on_cpu: whether there is no memory but the main memory.
     """
     cost = stage.make_method().cost()
     trained = measured.trained
     # The iteration that was measured holds one of the kept batches already.
     kept = measured.batch * max(0, cost.num_kept_batches - 1)
     student = BYTES_OF_WEIGHT * trained[STUDENT]
-    moments = BYTES_OF_MOMENTS[stage.optimiser]
+    moments = measured.moments(stage.optimiser)
+    is_offloaded = stage.offload and not on_cpu
     memory = {
         "frozen weights": standing - student,
         "kept batches": kept,
@@ -274,17 +300,24 @@ def _plan_stage(stage: Stage, standing: int, measured: _Measured, drawing: int) 
     }
     for role, count in trained.items():
         memory[f"{role} weights"] = BYTES_OF_WEIGHT * count
-        memory[f"{role} moments"] = moments * count
+        memory[f"{role} moments"] = 0 if is_offloaded else moments[role]
     # While the student has its averaged weights, its own are put aside.
     pictures = sum(memory.values()) + student + drawing
     memory["gradients, of one at a time"] = BYTES_OF_WEIGHT * max(trained.values())
-    saved_moments = (BYTES_OF_MOMENTS["adamw"] - moments) * sum(trained.values())
-    peak = standing + measured.added + kept - saved_moments
+    measured_moments = measured.moments(_MEASURED_WITH)
+    peak = standing + measured.added + kept - sum(measured_moments.values())
+    if is_offloaded:
+        # Others' activations may be there while a role takes its step.
+        memory["moments, of one portion"] = measured.moments_at_once(stage.optimiser)
+        peak += memory["moments, of one portion"]
+    else:
+        peak += sum(moments.values())
     memory["activations"] = max(0, peak - sum(memory.values()))
     return StagePlan(
         stage=stage,
         evaluations=cost.teacher_evaluations,
         trained=trained,
+        moments=moments,
         memory=memory,
         peak=peak,
         pictures=pictures,
@@ -301,10 +334,12 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
     stage = prepared.stage
     # Nothing is read from a bank: there are no landings of tensors without memory.
     method = stage.method.model_copy(update=without_bank(stage.method))
-    stage = stage.model_copy(update={"optimiser": "adamw", "method": method})
+    # Others know no tensors without memory: what they keep is computed.
+    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None, "offload": False}
+    stage = stage.model_copy(update={**plain, "method": method})
     if stage.teacher_steps is not None:
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
-        # do. The 8-bit optimiser knows no tensors without memory.
+        # do.
         stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
     trainer = StageTrainer(stage, source, prepared.teacher, prepared.student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
@@ -316,14 +351,14 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
     meter.peak = standing
     trainer.iterate(0, Randomness.at(0, 0))
     batch = meter.living - standing
-    trained = {name: _num_parameters(trainer.roles[name].weights) for name in trainer.optimisers}
+    shapes = {name: _shapes(trainer.roles[name].weights) for name in trainer.optimisers}
     trainer.remove_roles()
-    return _Measured(trained, meter.peak - before, batch)
+    return _Measured(shapes, meter.peak - before, batch)
 
 
-def _num_parameters(weights: Weights) -> int:
-    """Return how many numbers are trained."""
-    return sum(parameter.numel() for parameter in weights.parameters())
+def _shapes(weights: Weights) -> list[torch.Size]:
+    """Return the shapes of what is trained."""
+    return [parameter.shape for parameter in weights.parameters()]
 
 
 def _measure_drawing(examples: Examples, meter: Meter) -> int:

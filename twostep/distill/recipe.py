@@ -27,8 +27,7 @@ from twostep.distill.health import Health
 from twostep.distill.method import Method, MethodSettings
 from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
 from twostep.distill.samples import SEEDS
-from twostep.training.loop import LoopSettings
-from twostep.training.optimiser import OptimiserName
+from twostep.training.optimiser import SHARDED_OPTIMISERS, OptimiserSettings
 from twostep.training.recipe import ANY_TIME, COMPARED, WHILE_RUNNING, Settings
 from twostep.training.trackers import Tracker
 
@@ -36,7 +35,7 @@ BUILTIN = "builtin"
 """The value of `data` that means the drawings in the package."""
 
 
-class Stage(LoopSettings):
+class Stage(OptimiserSettings):
     """One stage: which student learns from whom, by which method, for how long."""
 
     student_steps: int = Field(gt=0, description="steps of the student that is trained")
@@ -81,9 +80,8 @@ class Stage(LoopSettings):
         description="a LoRA of the same rank that the student's starts as",
         json_schema_extra=COMPARED,
     )
-    optimiser: OptimiserName = Field("adamw", description="adamw8bit keeps its moments in 8 bits")
     weight_decay: float = Field(
-        0.0, ge=0, description="weight decay of Adam", json_schema_extra=WHILE_RUNNING
+        0.0, ge=0, description="decoupled weight decay", json_schema_extra=WHILE_RUNNING
     )
     gradient_clip: float = Field(
         1.0,
@@ -96,6 +94,12 @@ class Stage(LoopSettings):
         ge=1,
         description="parts in which batch_size is computed one after the other, for less memory",
         json_schema_extra=WHILE_RUNNING,
+    )
+    offload: bool = Field(
+        False,
+        description="keep the optimisers' state in main memory between steps, for less memory of "
+        "the accelerator; steps take longer",
+        json_schema_extra=ANY_TIME,
     )
     sample_every: int | None = Field(
         None,
@@ -144,6 +148,11 @@ class Stage(LoopSettings):
             for key in ("lora_alpha", "lora_dropout", "lora_targets", "lora_start"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is of a LoRA: give lora_rank too, or leave it out")
+        if self.offload and self.optimiser == "adamw8bit":
+            raise ValueError(
+                "offload is for state of 32 bits: leave it out, or choose another optimiser than "
+                "adamw8bit"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
@@ -310,6 +319,22 @@ class DistillRecipe(Settings):
             if not is_running:
                 running = stage.lora_start
             is_running = stage.lora_rank is not None
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_optimisers(self) -> DistillRecipe:
+        sharded = [stage for stage in self.stages if self.shard and stage.lora_rank is None]
+        for stage in sharded:
+            if stage.offload:
+                raise ValueError(
+                    f"stage {stage.name} asks for offload, which takes no shards: leave it out, "
+                    "or set shard to false"
+                )
+            if stage.optimiser not in SHARDED_OPTIMISERS:
+                raise ValueError(
+                    f"stage {stage.name} asks for {stage.optimiser}, which needs whole networks "
+                    f"and not the shards of shard = true: choose {' or '.join(SHARDED_OPTIMISERS)}"
+                )
         return self
 
     def _check_teacher(self, stage: Stage, known: set[int]) -> None:

@@ -23,7 +23,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from twostep.networks.adapters import Lora, add_lora, has_lora, remove_lora
 from twostep.networks.denoiser import Denoiser
-from twostep.training.optimiser import OptimiserName, Trainable
+from twostep.training.optimiser import ADAMS, OptimiserName, Trainable
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -43,16 +43,18 @@ class Adam:
 
     Args:
         learning_rate: the peak.
-        betas: decay of the first and of the second moment.
+        betas: decay of the first and of the second moment; None for the optimiser's own.
         weight_decay: decoupled, relative to the learning rate.
-        name: "adamw", or "adamw8bit" with moments of 8 bits.
+        eps: added to the root of the second moment; None for the optimiser's own.
+        name: of the optimiser; all but adamw are other ones than Adam, or Adam kept otherwise.
         group_rates: peaks of the groups that the weights' `parameter_groups` returns; None for one
             rate of all.
     """
 
     learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] | None = None
     weight_decay: float = 0.0
+    eps: float | None = None
     name: OptimiserName = "adamw"
     group_rates: tuple[float, ...] | None = None
 
@@ -61,14 +63,26 @@ class Adam:
         cls,
         stage: Stage,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         learning_rate: float | None = None,
     ) -> Adam:
-        """Return what a stage says, with the method's betas and, if given, its own rate."""
+        """Return what a stage says, and what the method says where the stage does not.
+
+        Args:
+            stage: whose optimiser it is.
+            betas: the method's, if it has any; meant for Adam's moments, so lion and adafactor do
+                not take them.
+            learning_rate: the role's own; that of the stage if not given.
+        """
+        if stage.betas is not None:
+            betas = stage.betas
+        elif stage.optimiser not in ADAMS:
+            betas = None
         return cls(
             learning_rate=learning_rate or stage.learning_rate,
             betas=betas,
             weight_decay=stage.weight_decay,
+            eps=stage.eps,
             name=stage.optimiser,
         )
 

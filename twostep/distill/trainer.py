@@ -19,6 +19,7 @@ from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
 from twostep.networks.adapters import Lora
 from twostep.networks.denoiser import Denoiser
+from twostep.training.device import has_own_memory
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
@@ -30,7 +31,14 @@ from twostep.training.loop import (
     learning_rate_factor,
     run_loop,
 )
-from twostep.training.optimiser import OptimiserState, go_back, make_optimiser, step_down
+from twostep.training.offload import OffloadedState
+from twostep.training.optimiser import (
+    OptimiserState,
+    effective_rate,
+    go_back,
+    make_optimiser,
+    step_down,
+)
 from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
@@ -89,6 +97,10 @@ class StageTrainer:
         models = {name: role.model for name, role in self.roles.items()}
         self.models: Mapping[str, Any] = {"teacher": teacher, **models}
         self.optimisers = self._make_optimisers()
+        self._stepping = {
+            name: self._make_stepping(name, optimiser)
+            for name, optimiser in self.optimisers.items()
+        }
         self.average = MovingAverage(self.roles[STUDENT].weights, stage.ema_decay)
         self.rate = 1.0
         self.state = self._make_state()
@@ -107,6 +119,7 @@ class StageTrainer:
                     role.adam.learning_rate,
                     betas=role.adam.betas,
                     weight_decay=role.adam.weight_decay,
+                    eps=role.adam.eps,
                     name=role.adam.name,
                     group_rates=role.adam.group_rates,
                 )
@@ -116,9 +129,16 @@ class StageTrainer:
         state: dict[str, Stateful] = {"average": self.average}
         for name, role in self.roles.items():
             state[name] = role.weights
-        for name, optimiser in self.optimisers.items():
-            state[f"{name}_optimiser"] = OptimiserState(optimiser)
+        for name, stepping in self._stepping.items():
+            state[f"{name}_optimiser"] = stepping
         return state
+
+    def _make_stepping(self, name: str, optimiser: torch.optim.Optimizer) -> OptimiserState:
+        adam = self.roles[name].adam
+        assert adam is not None
+        if self.stage.offload and has_own_memory(self.batches.device):
+            return OffloadedState(optimiser, adam.name)
+        return OptimiserState(optimiser)
 
     def iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
         """Do one iteration and return its figures.
@@ -128,8 +148,8 @@ class StageTrainer:
             random: the iteration's own.
 
         Returns:
-            Of every role that took a step its `ROLE_loss` and `ROLE_grad_norm` (before clipping),
-            and the method's own figures.
+            Of every role that took a step its `ROLE_loss`, its `ROLE_grad_norm` (before clipping),
+            its `ROLE_rate` (of learning), and the method's own figures.
 
         Raises:
             TrainingError: a loss is not a finite number.
@@ -185,11 +205,12 @@ class StageTrainer:
             for key, value in figures.items():
                 sums[key] = sums[key] + value.detach() if key in sums else value.detach()
         norm = step_down(
-            self.optimisers[name], role.weights, clip=self.stage.gradient_clip, factor=factor
+            self._stepping[name], role.weights, clip=self.stage.gradient_clip, factor=factor
         )
         self._follow(name)
         means = {key: value / self.stage.accumulate for key, value in sums.items()}
-        return {f"{name}_grad_norm": norm, **means}
+        rate = effective_rate(self.optimisers[name])
+        return {f"{name}_grad_norm": norm, f"{name}_rate": rate, **means}
 
     def _follow(self, name: str) -> None:
         """Move every average of a role that has taken a step."""

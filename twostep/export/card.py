@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.diffusion import make_schedule
+from twostep.diffusion.grid import floored_times
 from twostep.export.page import page_of, rendered
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
@@ -67,6 +70,7 @@ class Card:
             to=to,
             contract=contract,
             workflow_steps=workflow_steps(contract),
+            has_levels=workflow_levels(contract) is not None,
             fields=_fields(contract),
             sampling=sampler_in_words(contract),
             renoises=contract.sampler == "renoise",
@@ -89,7 +93,7 @@ class Card:
             "keys."
         )
         try:
-            read = json.loads(self.evaluation.read_text(encoding="utf-8"))
+            read = json.loads(self.evaluation.read_bytes())
         except (OSError, ValueError) as error:
             raise problem from error
         rows = read if isinstance(read, list) else [read]
@@ -149,6 +153,7 @@ def write_workflows(contract: Contract, to: str, out: Path) -> None:
         to=to,
         contract=contract,
         steps=workflow_steps(contract),
+        levels=workflow_levels(contract),
         name=out.stem,
     )
     page = json.dumps(page_of(read_json(api_path)), indent=2)
@@ -169,6 +174,24 @@ def workflow_steps(contract: Contract) -> int:
         while schedule.num_times % steps:
             steps += 1
     return steps
+
+
+def workflow_levels(contract: Contract) -> str | None:
+    """Return the noise levels of a student whose times `simple` misses, as ComfyUI reads them.
+
+    None where `simple` visits the times that the student was trained at, and for other laws of
+    noise than those of whole times.
+    """
+    spec = contract.schedule
+    if contract.role == "teacher" or not isinstance(spec, VariancePreservingSpec):
+        return None
+    schedule = make_schedule(**asdict(spec))
+    times = sampling_times(contract, schedule)
+    if times[:-1] == floored_times(contract.steps, spec.num_times):
+        return None
+    whole = torch.tensor(times)
+    alpha, sigma = schedule.coefficients(whole, whole.double())
+    return ", ".join(f"{level:.9f}" for level in (sigma / alpha).tolist())
 
 
 def _render(template: str, out: Path, **values: object) -> None:

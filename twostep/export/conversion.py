@@ -27,7 +27,6 @@ from twostep.formats.identify import WHOLE
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, read_json
 from twostep.formats.lora_files import DIALECTS, write_lora
-from twostep.formats.lora_locate import find_lora_file
 from twostep.formats.single_file import (
     LEFT_OUT,
     PARTS,
@@ -60,8 +59,8 @@ def convert(model: str | Path | Checkpoint, to: str, out: Path, *, base: str | N
     """Write a model's file in another form.
 
     Arguments:
-        model: a LoRA, a whole checkpoint in one file, or a diffusers folder. A LoRA is found as
-            `find_lora_file` does, also on the hub (`owner/repo`, `owner/repo/file.safetensors`).
+        model: a LoRA, a whole checkpoint in one file, or a diffusers folder; a path, a name, or on
+            the hub.
         to: one of `DIALECTS` for a LoRA, "diffusers" for a whole checkpoint, "single-file" for a
             folder.
         out: the file or folder to write, which must not exist.
@@ -72,8 +71,6 @@ def convert(model: str | Path | Checkpoint, to: str, out: Path, *, base: str | N
     """
     if out.exists():
         raise ModelError(f"{out} is already there. Give another --out, or delete it.")
-    if to in DIALECTS and not isinstance(model, Checkpoint):
-        model = find_lora_file(str(model))
     checkpoint = resolve(model)
     if checkpoint.is_lora and to in DIALECTS:
         return _convert_lora(checkpoint, to, out, base)

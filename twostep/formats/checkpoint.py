@@ -21,7 +21,8 @@ from twostep.formats.contracts import (
 from twostep.formats.header import Header, read_header
 from twostep.formats.identify import LORAS, Kind, kind_of
 from twostep.formats.lightning import LIGHTNING, UNETS
-from twostep.formats.locate import ModelError, find_model
+from twostep.formats.locate import ModelError, NoModelFolderError, find_model
+from twostep.formats.lora_locate import find_lora_file, may_be_one_file
 from twostep.formats.single_file import is_whole
 
 FOLDER = Kind("a folder")
@@ -148,11 +149,12 @@ def resolve(
     steps: int | None = None,
     only: tuple[str, ...] | None = None,
 ) -> Checkpoint:
-    """Locate a model and read its header.
+    """Locate a model or a LoRA and read its header.
 
     Arguments:
-        model: a built-in name, a path, an official name, or a hub id, which is fetched if it is not
-            in the cache. A checkpoint is returned as it is.
+        model: a built-in name, a path, an official name, or a hub id (`owner/repo`, or
+            `owner/repo/file.safetensors`), which is fetched if it is not in the cache. A folder or
+            repository that is no model may hold one file. A checkpoint is returned as it is.
         steps: picks the file of ByteDance's repository; of no effect on other models.
         only: patterns of what to fetch of a hub repository; configs and weights by default.
 
@@ -160,7 +162,12 @@ def resolve(
     """
     if isinstance(model, Checkpoint):
         return model
-    path = find_model(model, steps=steps, only=only)
+    try:
+        path = find_model(model, steps=steps, only=only)
+    except NoModelFolderError:
+        if not may_be_one_file(model):
+            raise
+        path = find_lora_file(str(model))
     if path.is_file():
         return _look_at_file(str(model), path)
     return look_at_folder(path, name=str(model))

@@ -135,7 +135,7 @@ def folder_contract(folder: Path) -> Contract:
         found = few_step.detect(contract.name, {})
         return contract if found is None else few_step.drawn_as(contract, *found)
     try:
-        return Contract.from_json(path.read_text(encoding="utf-8"))
+        return Contract.from_json(path.read_text(encoding="utf-8-sig"))
     except ContractError as error:
         raise ModelError(f"{path}: {error}") from error
 

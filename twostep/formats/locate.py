@@ -44,6 +44,10 @@ class ModelError(TwostepError):
     """A model that does not exist, is damaged, is of another kind, or lacks such a student."""
 
 
+class NoModelFolderError(ModelError):
+    """A name that stands for no model as a whole; it may be that of one file all the same."""
+
+
 def find_model(
     model: str | Path, *, steps: int | None = None, only: tuple[str, ...] | None = None
 ) -> Path:
@@ -69,7 +73,7 @@ def find_model(
             return SDXL_CONFIGS
         if repository is not None:
             return fetch(repository, only=only or (*CONFIGS, "*/*.safetensors"))
-    raise ModelError(_no_model(path))
+    raise NoModelFolderError(_no_model(path))
 
 
 def hub_id(name: str | Path) -> str | None:
@@ -142,7 +146,7 @@ def weights_variant(folder: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a config; raises ModelError if it is missing or damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelError(
             f"{path} does not exist: that part of the model is missing. Fetch or train it."
@@ -183,5 +187,7 @@ def fetch(
             "Check the name and the connection, or give the path of a model folder."
         ) from error
     if not (folder / holding).is_file():
-        raise ModelError(f"{hub_id} has no {holding}: it is no diffusers folder. Give one that is.")
+        raise NoModelFolderError(
+            f"{hub_id} has no {holding}: it is no diffusers folder. Give one that is."
+        )
     return folder

@@ -1,4 +1,4 @@
-"""Where a LoRA lies: a file, a folder, a built-in name, or the hub."""
+"""Where one file lies, most often a LoRA: a file, a folder, a built-in name, or the hub."""
 
 import re
 from contextlib import suppress
@@ -52,6 +52,22 @@ def find_lora_file(name: str) -> Path:
         )
     found = find_model(name)
     return _in_folder(name, found) if found.is_dir() else found
+
+
+def may_be_one_file(name: str | Path) -> bool:
+    """Tell whether what is no model folder may be found by `find_lora_file`.
+
+    That is a path without its ending, a folder with weights in it, and what the hub is asked for.
+    """
+    path = Path(name)
+    if not str(name).strip():
+        return False
+    if path.is_dir():
+        return any(path.rglob(f"*{SUFFIX}"))
+    if path.name and path.with_name(f"{path.name}{SUFFIX}").is_file():
+        return True
+    on_hub = None if isinstance(name, Path) else _HUB.fullmatch(name)
+    return on_hub is not None and bool(on_hub["marked"] or not Path(on_hub["owner"]).exists())
 
 
 def _in_folder(name: str, folder: Path) -> Path:

@@ -51,11 +51,13 @@ class OpenedPicture:
         pixels: The picture.
         alpha: How opaque it was, as 8-bit grey; None where nothing was transparent.
         notes: Sentences about what a person might not expect of it.
+        is_eight_bit: Whether its values were levels of 255, and are still the same.
     """
 
     pixels: Image.Image
     alpha: Image.Image | None = None
     notes: tuple[str, ...] = ()
+    is_eight_bit: bool = True
 
 
 def open_picture(
@@ -102,7 +104,12 @@ def examine_picture(
     pixels = Image.alpha_composite(white, upright).convert("RGB")
     alpha = upright.getchannel("A")
     lowest, _ = alpha.getextrema()
-    return OpenedPicture(pixels, alpha if lowest != 255 else None, notes)
+    return OpenedPicture(
+        pixels,
+        alpha=alpha if lowest != 255 else None,
+        notes=notes,
+        is_eight_bit=eight_bits is picture,
+    )
 
 
 def _decoded(data: bytes, *, for_input: bool) -> Image.Image:

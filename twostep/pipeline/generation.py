@@ -27,7 +27,9 @@ from twostep.models.bundle import Bundle
 from twostep.models.sampling import Guided, decode, sample_latents
 from twostep.pipeline.batching import ExactBatch
 from twostep.pipeline.prepare import Prepared, prepare, timed
-from twostep.pipeline.request import MAX_BATCH, Request, Result
+from twostep.pipeline.request import MAX_BATCH, ModelTraits, Request, Result
+from twostep.text.clip import TextEncoders
+from twostep.text.prompt_weights import without_weights
 
 
 class GenerationError(TwostepError):
@@ -134,6 +136,7 @@ class _Drawing:
             request=request,
             origin=bundle.origin,
             to_file=_to_file(bundle.codec),
+            traits=_traits(bundle, request),
         )
 
 
@@ -204,6 +207,18 @@ def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
         if drawing.error is None:
             images = bundle.codec.items(drawing.prepared.finished(pictures))
             drawing.images.update(zip(part.seeds, images, strict=True))
+
+
+def _traits(bundle: Bundle, request: Request) -> ModelTraits:
+    """Return what of a model other programs must be told, where it has CLIP's text encoders."""
+    if not isinstance(bundle.text, TextEncoders):
+        return ModelTraits(is_inpainting=bundle.is_inpainting)
+    prompts = [request.prompt, request.negative_prompt]
+    return ModelTraits(
+        zeros_for_empty=bundle.text.zeros_for_empty,
+        is_inpainting=bundle.is_inpainting,
+        is_long=any(map(bundle.text.is_cut, map(without_weights, prompts))),
+    )
 
 
 def _to_file(codec: Codec) -> Callable[[Any, Mapping[str, str]], Encoded]:

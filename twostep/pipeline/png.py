@@ -26,7 +26,14 @@ from twostep.errors import TwostepError
 from twostep.export.page import page_of
 from twostep.files import write_new
 from twostep.media.codec import Encoded
-from twostep.pipeline.request import MAX_BATCH, SAMPLERS, LoraChoice, Request, Result
+from twostep.pipeline.request import (
+    MAX_BATCH,
+    SAMPLERS,
+    LoraChoice,
+    ModelTraits,
+    Request,
+    Result,
+)
 from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
@@ -102,16 +109,16 @@ def text_chunks(result: Result, index: int) -> dict[str, str]:
         A1111_CHUNK: a1111_text(result.contract, request),
         TWOSTEP_CHUNK: json.dumps(described, ensure_ascii=False),
     }
-    return chunks | comfyui_chunks(result.contract, request)
+    return chunks | comfyui_chunks(result.contract, request, result.traits)
 
 
-def comfyui_chunks(contract: Contract, request: Request) -> dict[str, str]:
+def comfyui_chunks(contract: Contract, request: Request, traits: ModelTraits) -> dict[str, str]:
     """Return the graph that draws one picture, as ComfyUI keeps it in the pictures it saves.
 
     "prompt" is for its server, "workflow" for its page, which opens it when the picture is dropped
     there. Empty for what its own nodes cannot do.
     """
-    api = workflow_of(contract, request)
+    api = workflow_of(contract, request, traits)
     if api is None:
         return {}
     return {"prompt": json.dumps(api), "workflow": json.dumps(page_of(api))}

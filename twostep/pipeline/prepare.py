@@ -31,6 +31,7 @@ from twostep.models.sampling import Guided, draw_noise, encode_prompts, sampling
 from twostep.networks.control import Hint, load_control
 from twostep.pipeline.request import (
     NUM_DISTINCT_SEEDS,
+    WHITE,
     Control,
     LoraChoice,
     Picture,
@@ -40,9 +41,6 @@ from twostep.pipeline.request import (
 
 DEFAULT_STRENGTH = 0.75
 """How much of an image is changed where a request does not say it and has no mask."""
-
-_WHITE = 128
-"""The least level of 255 that counts as white, or as opaque, in a mask."""
 
 STAGES = ("text", "encode", "denoise", "decode")
 """The stages of a drawing, in order, by which time is counted."""
@@ -311,19 +309,10 @@ def _wanted(picture: Picture) -> np.ndarray:
     That is what is white or transparent. If all that is opaque in it is white, it was painted on an
     empty layer: then what is transparent stays.
     """
-    is_white = np.asarray(picture.image.convert("L")) >= _WHITE
-    if picture.alpha is None or not _is_white_on_nothing(picture):
+    is_white = np.asarray(picture.image.convert("L")) >= WHITE
+    if picture.alpha is None or not picture.is_white_on_nothing:
         return is_white
-    return np.asarray(picture.alpha) >= _WHITE
-
-
-def _is_white_on_nothing(picture: Picture) -> bool:
-    """Tell whether a mask has white strokes on a transparent layer, and nothing else."""
-    if picture.alpha is None:
-        return False
-    is_opaque = np.asarray(picture.alpha) >= _WHITE
-    is_white = np.asarray(picture.image.convert("L")) >= _WHITE
-    return bool(is_opaque.any()) and not is_opaque.all() and bool(is_white[is_opaque].all())
+    return np.asarray(picture.alpha) >= WHITE
 
 
 def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[Time, ...]) -> Hint:
@@ -419,7 +408,7 @@ def _picture_warnings(request: Request) -> list[str]:
         if picture is not None:
             name = picture.name or f"the {what}"
             warnings += [f"{name}: {note}" for note in picture.notes]
-    if request.mask is not None and _is_white_on_nothing(request.mask):
+    if request.mask is not None and request.mask.is_white_on_nothing:
         warnings.append(
             "the mask is white on a transparent layer: what is white is drawn anew, and what is "
             "transparent stays. Put black behind it to say so yourself."

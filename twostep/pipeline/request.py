@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from PIL.Image import Image
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -49,6 +50,9 @@ InitNoise = Literal["comfyui", "diffusers"]
 SAMPLERS = {"euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC", "renoise": "LCM"}
 """The samplers that a request may name, and what A1111 calls them."""
 
+WHITE = 128
+"""The least level of 255 that counts as white, or as opaque, in a mask."""
+
 _LORA = re.compile(r"(?P<name>.+?)(?::(?P<weight>-?(?:\d+\.?\d*|\.\d+)))?")
 
 
@@ -70,7 +74,8 @@ class Picture:
     `sha256` is that of the file, or of the pixels where there is no file; `name` is then empty. The
     pixels are RGB on white, and `alpha` is how opaque they were, None where all are. A picture that
     was read from JSON has neither until `reopen` is called. `notes` are sentences about what a
-    person might not expect of it.
+    person might not expect of it. `is_eight_bit` is false where larger values were scaled, which
+    other programs do in ways of their own.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Picture:
     pixels: Image | None = field(default=None, repr=False, compare=False)
     alpha: Image | None = field(default=None, repr=False, compare=False)
     notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    is_eight_bit: bool = field(default=True, repr=False, compare=False)
 
     @classmethod
     def of(cls, source: str | Path | bytes | Image) -> Picture:
@@ -98,7 +104,14 @@ class Picture:
             ) from error
         name = Path(source).name if isinstance(source, str | Path) else ""
         digest = sha256(data.tobytes() if isinstance(data, Image) else data)
-        return cls(name, digest.hexdigest(), opened.pixels, opened.alpha, opened.notes)
+        return cls(
+            name,
+            digest.hexdigest(),
+            pixels=opened.pixels,
+            alpha=opened.alpha,
+            notes=opened.notes,
+            is_eight_bit=opened.is_eight_bit,
+        )
 
     @property
     def image(self) -> Image:
@@ -107,6 +120,15 @@ class Picture:
             name = self.name or "a picture in memory"
             raise RequestError(f"{name} is known by name alone; call reopen(folders).")
         return self.pixels
+
+    @property
+    def is_white_on_nothing(self) -> bool:
+        """Whether there are white strokes on a transparent layer, and nothing else."""
+        if self.alpha is None:
+            return False
+        is_opaque = np.asarray(self.alpha) >= WHITE
+        is_white = np.asarray(self.image.convert("L")) >= WHITE
+        return bool(is_opaque.any()) and not is_opaque.all() and bool(is_white[is_opaque].all())
 
     def reopen(self, folders: Sequence[Path]) -> Picture:
         """Read the same file again from the first of the folders that has it.
@@ -362,6 +384,20 @@ class Request:
 
 
 @dataclass(frozen=True)
+class ModelTraits:
+    """What other programs must be told of a drawing, and neither contract nor request says.
+
+    - `zeros_for_empty`: whether the empty prompt was all zeros.
+    - `is_inpainting`: whether the network itself saw the mask.
+    - `is_long`: whether a prompt went beyond one chunk of the text encoders.
+    """
+
+    zeros_for_empty: bool = False
+    is_inpainting: bool = False
+    is_long: bool = False
+
+
+@dataclass(frozen=True)
 class Result:
     """What was made of a request.
 
@@ -372,6 +408,7 @@ class Result:
     - `request`: has every default filled in, with the guidance and strength that were really used.
     - `origin`: the model and its LoRAs as they were named when the bundle was loaded.
     - `to_file`: encodes one of the images with metadata, as the model's codec does it.
+    - `traits`: what other programs must be told beside contract and request.
     """
 
     images: list[Any]
@@ -384,6 +421,7 @@ class Result:
     to_file: Callable[[Any, Mapping[str, str]], Encoded] = field(
         default=png_file, repr=False, compare=False
     )
+    traits: ModelTraits = ModelTraits()
 
     @property
     def seconds_per_image(self) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import torch
+from torch import nn
 
 from twostep.contract import Contract, ContractError
 from twostep.engines.engine import registered_engine
@@ -21,7 +22,7 @@ from twostep.formats import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, modules_of
 from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
 from twostep.pipeline.generation import OnStep, OnStepOf, Progress, generate, generate_together
@@ -38,6 +39,7 @@ class _Slot:
 
     lock: Lock = field(default_factory=Lock)
     cache: LoraCache | None = None
+    num_bytes: int = 0
 
 
 class Studio:
@@ -48,6 +50,8 @@ class Studio:
         dtype: precision of the networks; by default float16 on an accelerator, float32 on a CPU.
         max_models: how many models are kept; the one that was used longest ago leaves first. Each
             student of a model counts as one.
+        max_bytes: how many bytes the weights of the kept models may take; None for any number. What
+            leaves does so before the next model is moved to the device.
         num_kept_loras: how many combinations of LoRAs are kept for each model.
 
     A studio may be used by several threads at once.
@@ -59,6 +63,7 @@ class Studio:
         dtype: torch.dtype | None = None,
         *,
         max_models: int = 2,
+        max_bytes: int | None = None,
         num_kept_loras: int = 8,
     ) -> None:
         if max_models < 1:
@@ -68,10 +73,17 @@ class Studio:
             dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self.dtype = dtype
         self._max_models = max_models
+        self._max_bytes = max_bytes
         self._num_kept_loras = num_kept_loras
         self._loras = LoraFinder()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
+
+    @property
+    def loaded(self) -> list[tuple[str, int | None]]:
+        """The models that are kept, each with the steps that it was loaded for, the latest last."""
+        with self._lock:
+            return [key for key, slot in self._slots.items() if slot.cache is not None]
 
     def draw(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Draw one request; raises the TwostepError that ended it.
@@ -159,20 +171,52 @@ class Studio:
         with slot.lock:
             if slot.cache is None:
                 try:
-                    bundle = load_bundle(checkpoint or model, steps=steps).to(
-                        self.device, self.dtype
-                    )
+                    bundle = load_bundle(checkpoint or model, steps=steps)
+                    self._make_room(key, slot, _num_bytes(bundle, self.dtype))
+                    bundle = bundle.to(self.device, self.dtype)
                 except BaseException:
                     self._forget(key, slot)
                     raise
                 slot.cache = LoraCache(bundle, num_kept=self._num_kept_loras)
             return slot.cache
 
+    def _make_room(self, key: tuple[str, int | None], slot: _Slot, num_bytes: int) -> None:
+        """Drop models that were used long ago until one of so many bytes fits in.
+
+        Raises ModelError where it does not even fit alone.
+        """
+        if self._max_bytes is not None and num_bytes > self._max_bytes:
+            raise ModelError(
+                f"{key[0]} takes {num_bytes / 2**30:.2f} GiB, and all models together may take "
+                f"{self._max_bytes / 2**30:.2f}. Allow more memory, or use a smaller model."
+            )
+        with self._lock:
+            slot.num_bytes = num_bytes
+            others = [other for other in self._slots if other != key]
+            while others and self._max_bytes is not None:
+                if sum(each.num_bytes for each in self._slots.values()) <= self._max_bytes:
+                    return
+                del self._slots[others.pop(0)]
+
     def _forget(self, key: tuple[str, int | None], slot: _Slot) -> None:
         """Free the place of a model that could not be loaded."""
         with self._lock:
             if self._slots.get(key) is slot:
                 del self._slots[key]
+
+
+def _num_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
+    """Return the bytes that the weights of a model take in a precision."""
+    networks = (*bundle.parts.values(), *modules_of(bundle.codec))
+    tensors = [
+        tensor
+        for network in networks
+        for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network))
+    ]
+    return sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+        for tensor in tensors
+    )
 
 
 def _favourite_steps(model: Checkpoint, loras: Sequence[LoraFile]) -> int | None:

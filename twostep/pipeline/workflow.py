@@ -1,17 +1,35 @@
 """The graph with which ComfyUI draws a picture that was drawn here.
 
-Its KSampler with `euler` and `simple` is what contracts say: the trailing grid (to rounding, for
-teachers), from pure noise of the same seed. An image is begun in the middle of the same grid.
+Its own nodes alone are used, so that it opens in any ComfyUI. What they would draw otherwise gets
+no graph: a graph that draws another picture is worse than none. docs/comfyui.md lists both.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.errors import TwostepError
-from twostep.pipeline.request import LoraChoice, Request
+from twostep.pipeline.graph_nodes import Graph, Link, output
+from twostep.pipeline.graph_pictures import (
+    add_latent_mask,
+    add_mask,
+    add_pasted,
+    add_picture,
+    is_readable,
+    is_readable_mask,
+)
+from twostep.pipeline.graph_sampling import (
+    MOST_SCALE,
+    Drawing,
+    Walk,
+    add_sampling,
+    control_range,
+)
+from twostep.pipeline.request import LoraChoice, ModelTraits, Request
+from twostep.text.prompt_weights import PromptError, is_conjunction, parse_prompt
 
 _SUFFIX = ".safetensors"
 
@@ -19,63 +37,164 @@ _SAMPLING = {"x0": "x0", "v": "v_prediction"}
 """ComfyUI's words for what a network predicts, where it is not eps."""
 
 
-def workflow_of(contract: Contract, request: Request) -> dict[str, Any] | None:
+def workflow_of(
+    contract: Contract, request: Request, traits: ModelTraits | None = None
+) -> dict[str, Any] | None:
     """Return the graph of a settled request of one image, for ComfyUI's server.
 
-    None for masks and ControlNets, for other samplers and laws of noise than SDXL's, and where an
-    image is begun between two times of the grid: ComfyUI's own nodes would draw something else.
+    Arguments:
+        contract: how the model is sampled.
+        request: with nothing left open.
+        traits: what neither says of the model; by default what SDXL's single files have.
+
+    None for what ComfyUI's own nodes would draw otherwise.
     """
-    if request.mask is not None or request.controls:
+    traits = traits or ModelTraits()
+    if not _has_known_law(contract) or request.init_noise != "comfyui":
         return None
-    if contract.prediction_type == "flow" or contract.schedule != VariancePreservingSpec():
+    if traits.is_inpainting or traits.is_long or request.embeddings:
         return None
-    if (request.sampler or contract.sampler) != "euler" or contract.sampling_times:
+    texts = _texts(request)
+    walk = Walk.of(contract, request)
+    if texts is None or walk is None or not _has_readable_pictures(request, walk):
         return None
-    graph = _Graph()
+    graph = Graph()
     model, clip, vae = _loaded(graph, contract, request)
-    positive = graph.add("CLIPTextEncode", clip=clip, text=request.prompt)
-    negative = graph.add("CLIPTextEncode", clip=clip, text=request.negative_prompt)
-    if request.image is None:
-        samples = _drawn(graph, request, model, positive, negative)
-    else:
-        begun = _begun(request)
-        if begun is None:
-            return None
-        samples = _changed(graph, request, (model, positive, negative, vae), begun)
+    positive, negative = (_encoded(graph, clip, text, traits) for text in texts)
+    controlled = _controlled(graph, request, walk, (positive, negative))
+    if controlled is None:
+        return None
+    size = (request.width or 0, request.height or 0)
+    image = mask = latents = None
+    needs_image = request.image is not None and (not walk.begins_at_top or walk.has_mask)
+    if needs_image and request.image is not None:
+        image = add_picture(graph, request.image, size)
+        latents = graph.add("VAEEncode", pixels=image, vae=vae)
+    if request.mask is not None:
+        mask = add_mask(graph, request.mask, size)
+    drawing = Drawing(
+        model=model,
+        positive=controlled[0],
+        negative=controlled[1],
+        image=latents,
+        mask=None if mask is None else add_latent_mask(graph, mask, size),
+    )
+    samples = add_sampling(graph, request, walk, drawing)
+    if samples is None:
+        return None
     pixels = graph.add("VAEDecode", samples=samples, vae=vae)
+    if image is not None and mask is not None:
+        pixels = add_pasted(graph, image, pixels, mask)
     graph.add("SaveImage", images=pixels, filename_prefix=contract.name)
     return graph.nodes
 
 
-_Link = list[Any]
-"""A node and the number of its output."""
+def _has_known_law(contract: Contract) -> bool:
+    """Tell whether ComfyUI's ModelSamplingDiscrete has a model's law of noise."""
+    schedule = contract.schedule
+    if not isinstance(schedule, VariancePreservingSpec):
+        return False
+    if schedule == VariancePreservingSpec():
+        return contract.prediction_type in ("eps", *_SAMPLING)
+    has_zero_snr = schedule == VariancePreservingSpec(zero_snr=True)
+    return has_zero_snr and contract.prediction_type in _SAMPLING
 
 
-class _Graph:
-    """Nodes by their numbers, as they are added."""
+def _has_readable_pictures(request: Request, walk: Walk) -> bool:
+    """Tell whether ComfyUI reads all pictures of a request as they were read here."""
+    pictures = [control.picture for control in request.controls]
+    if request.image is not None and not walk.begins_at_top:
+        pictures.append(request.image)
+    if request.mask is None:
+        return all(map(is_readable, pictures))
+    if request.image is not None:
+        pictures.append(request.image)
+    return all(map(is_readable, pictures)) and is_readable_mask(request.mask)
 
-    def __init__(self) -> None:
-        self.nodes: dict[str, Any] = {}
 
-    def add(self, kind: str, **inputs: Any) -> _Link:
-        """Add a node; returns its first output."""
-        name = str(len(self.nodes) + 1)
-        self.nodes[name] = {"class_type": kind, "inputs": inputs}
-        return [name, 0]
+def _texts(request: Request) -> tuple[str, str] | None:
+    """Return the two prompts as ComfyUI reads them; None where it cannot weigh one so."""
+    positive = _text(request.prompt)
+    # Without guidance the other is not looked at.
+    negative = _text(request.negative_prompt) if (request.guidance or 1) != 1 else ""
+    if positive is None or negative is None:
+        return None
+    return positive, negative
 
 
-def _loaded(graph: _Graph, contract: Contract, request: Request) -> tuple[_Link, _Link, _Link]:
+def _text(prompt: str) -> str | None:
+    """Return a prompt as ComfyUI reads it.
+
+    Weights above 1 are its own law. Below 1 compel's is another, `BREAK` has its pooled embedding
+    from all chunks, and mixtures of prompts have no word there.
+    """
+    if is_conjunction(prompt) or "embedding:" in prompt:
+        return None
+    try:
+        parts = parse_prompt(prompt)
+    except PromptError:
+        return None
+    if len(parts) != 1 or any(fragment.weight < 1 for fragment in parts[0]):
+        return None
+    texts = []
+    for fragment in parts[0]:
+        text = re.sub(r"[()]", r"\\\g<0>", fragment.text)
+        texts.append(text if fragment.weight == 1 else f"({text}:{fragment.weight:.6g})")
+    return "".join(texts)
+
+
+def _encoded(graph: Graph, clip: Link, text: str, traits: ModelTraits) -> Link:
+    """Add what encodes a prompt; the empty one may be all zeros."""
+    encoded = graph.add("CLIPTextEncode", clip=clip, text=text)
+    if text == "" and traits.zeros_for_empty:
+        return graph.add("ConditioningZeroOut", conditioning=encoded)
+    return encoded
+
+
+def _controlled(
+    graph: Graph, request: Request, walk: Walk, conditionings: tuple[Link, Link]
+) -> tuple[Link, Link] | None:
+    """Add ControlNets to both conditionings; None where one acts as no node does."""
+    positive, negative = conditionings
+    size = (request.width or 0, request.height or 0)
+    for control in request.controls:
+        share = control_range(control, walk)
+        if share is None:
+            continue  # none of the steps lies in its share
+        if control.scale > MOST_SCALE:
+            return None
+        applied = graph.add(
+            "ControlNetApplyAdvanced",
+            positive=positive,
+            negative=negative,
+            control_net=graph.add("ControlNetLoader", control_net_name=_file_name(control.model)),
+            image=add_picture(graph, control.picture, size),
+            strength=float(control.scale),
+            start_percent=share[0],
+            end_percent=share[1],
+        )
+        positive = applied
+        negative = output(applied, 1)
+    return positive, negative
+
+
+def _loaded(graph: Graph, contract: Contract, request: Request) -> tuple[Link, Link, Link]:
     """Add the loaders; returns model, text encoders and autoencoder."""
     loras = [lora for lora in request.loras if isinstance(lora, LoraChoice)]
     checkpoint = request.model
+    student = None
     if contract.lora_rank is not None and not any(map(_makes_students, loras)):
         # The model itself is a LoRA on its base.
         loras = [LoraChoice(request.model), *loras]
         checkpoint = contract.base
+    elif contract.role == "student":
+        student = _unet_alone(request)
+        checkpoint = checkpoint if student is None else contract.base
     loader = graph.add("CheckpointLoaderSimple", ckpt_name=_file_name(checkpoint))
     model = loader
-    clip = [loader[0], 1]
-    vae = [loader[0], 2]
+    clip = output(loader, 1)
+    if student is not None:
+        model = graph.add("UNETLoader", unet_name=_file_name(student), weight_dtype="default")
     for lora in loras:
         model = graph.add(
             "LoraLoader",
@@ -85,11 +204,29 @@ def _loaded(graph: _Graph, contract: Contract, request: Request) -> tuple[_Link,
             strength_model=lora.weight,
             strength_clip=lora.weight,
         )
-        clip = [model[0], 1]
-    if contract.prediction_type in _SAMPLING:
-        sampling = _SAMPLING[contract.prediction_type]
-        model = graph.add("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)
-    return model, clip, vae
+        clip = output(model, 1)
+    sampling = _SAMPLING.get(contract.prediction_type)
+    if sampling is not None:
+        has_zero_snr = contract.schedule == VariancePreservingSpec(zero_snr=True)
+        model = graph.add(
+            "ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=has_zero_snr
+        )
+    return model, clip, output(loader, 2)
+
+
+def _unet_alone(request: Request) -> str | None:
+    """Return the file with a student's UNet and nothing else; None if the model is one file."""
+    # This brings torch, which a picture that is only described does without.
+    from twostep.formats.checkpoint import resolve
+
+    try:
+        checkpoint = resolve(request.model, steps=request.steps)
+        if checkpoint.is_folder:
+            student = checkpoint.students.get(request.steps or 0)
+            return None if student is None else student.path.name
+    except (TwostepError, OSError):
+        return None
+    return None if checkpoint.is_whole or checkpoint.is_lora else checkpoint.path.name
 
 
 def _makes_students(lora: LoraChoice) -> bool:
@@ -110,66 +247,3 @@ def _file_name(model: str) -> str:
     """Return what a model is called in ComfyUI's folders."""
     name = Path(model).name
     return name if name.endswith(_SUFFIX) else f"{name}{_SUFFIX}"
-
-
-def _drawn(
-    graph: _Graph, request: Request, model: _Link, positive: _Link, negative: _Link
-) -> _Link:
-    """Add what draws a picture from noise."""
-    latents = graph.add(
-        "EmptyLatentImage", width=request.width, height=request.height, batch_size=1
-    )
-    return graph.add(
-        "KSampler",
-        model=model,
-        positive=positive,
-        negative=negative,
-        latent_image=latents,
-        seed=request.seed,
-        steps=request.steps,
-        cfg=float(request.guidance or 1),
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-    )
-
-
-def _begun(request: Request) -> int | None:
-    """Return how many steps of the grid are left out at the strength; None between two times."""
-    steps = request.steps or 1
-    taken = steps * (request.strength or 1)
-    return steps - round(taken) if abs(taken - round(taken)) < 1e-9 else None
-
-
-def _changed(
-    graph: _Graph, request: Request, made: tuple[_Link, _Link, _Link, _Link], begun: int
-) -> _Link:
-    """Add what changes an image, whose grid begins after `begun` steps."""
-    model, positive, negative, vae = made
-    assert request.image is not None
-    loaded = graph.add("LoadImage", image=request.image.name or "image.png")
-    scaled = graph.add(
-        "ImageScale",
-        image=loaded,
-        upscale_method="lanczos",
-        width=request.width,
-        height=request.height,
-        crop="center",
-    )
-    latents = graph.add("VAEEncode", pixels=scaled, vae=vae)
-    sigmas = graph.add(
-        "BasicScheduler", model=model, scheduler="simple", steps=request.steps, denoise=1.0
-    )
-    split = graph.add("SplitSigmas", sigmas=sigmas, step=begun)
-    return graph.add(
-        "SamplerCustom",
-        model=model,
-        positive=positive,
-        negative=negative,
-        sampler=graph.add("KSamplerSelect", sampler_name="euler"),
-        sigmas=[split[0], 1],
-        latent_image=latents,
-        add_noise=True,
-        noise_seed=request.seed,
-        cfg=float(request.guidance or 1),
-    )

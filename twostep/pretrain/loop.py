@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.training.loop import (
-    LoopSettings,
     MovingAverage,
     OnIteration,
     Randomness,
@@ -22,14 +21,15 @@ from twostep.training.loop import (
     run_loop,
 )
 from twostep.training.optimiser import (
-    OptimiserName,
+    OptimiserSettings,
     OptimiserState,
     Trainable,
+    effective_rate,
     make_optimiser,
     optimiser_step,
 )
 from twostep.training.processes import world
-from twostep.training.recipe import RecipeError, Settings
+from twostep.training.recipe import WHILE_RUNNING, RecipeError, Settings
 from twostep.training.run_folder import RunFolder
 
 Loss = Callable[[int, Randomness], Tensor]
@@ -40,17 +40,22 @@ share (`training.processes.World.share`), so a recipe means the same for any num
 """
 
 
-class NetworkLoopSettings(LoopSettings):
+class NetworkLoopSettings(OptimiserSettings):
     """The loop and the optimiser of one network's training."""
 
-    optimiser: OptimiserName = Field(
-        "adamw", description="adamw8bit keeps its moments in 8 bits; it needs bitsandbytes"
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled weight decay", json_schema_extra=WHILE_RUNNING
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     decay_share: float = Field(
-        0.25, gt=0, le=1, description="share of the iterations over which the rate decays"
+        0.25,
+        ge=0,
+        le=1,
+        description="share of the iterations over which the rate decays",
+        json_schema_extra=WHILE_RUNNING,
     )
-    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    gradient_clip: float = Field(
+        1.0, gt=0, description="largest gradient norm", json_schema_extra=WHILE_RUNNING
+    )
 
 
 class PartSettings(Settings):
@@ -101,7 +106,9 @@ def train_network(
     optimiser = make_optimiser(
         network,
         settings.learning_rate,
+        betas=settings.betas,
         weight_decay=settings.weight_decay,
+        eps=settings.eps,
         name=settings.optimiser,
     )
     average = MovingAverage(network, settings.ema_decay)
@@ -113,7 +120,7 @@ def train_network(
         factor = learning_rate_factor(iteration, settings)
         optimiser_step(value, optimiser, network, clip=settings.gradient_clip, factor=factor)
         average.update()
-        return {"loss": value.item()}
+        return {"loss": value.item(), "rate": effective_rate(optimiser)}
 
     def show_averaged(iteration: int) -> None:
         with average.applied():

@@ -41,7 +41,7 @@ from twostep.pretrain.vae import VaeSettings, train_vae
 from twostep.training.device import find_device
 from twostep.training.loop import LoopSettings, OnIteration
 from twostep.training.processes import world
-from twostep.training.recipe import RecipeError, load_recipe
+from twostep.training.recipe import RecipeError, load_recipe, recipe_text
 from twostep.training.run_folder import RunFolder
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -71,7 +71,7 @@ class PartRun:
         """Return what shows an iteration's figures."""
 
         def on_iteration(num_done: int, figures: dict[str, float]) -> None:
-            words = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            words = " ".join(f"{key} {value:.3g}" for key, value in figures.items())
             self.advance(num_done, loop.iterations, words)
 
         return on_iteration
@@ -128,8 +128,8 @@ def load_part(recipe: str | Path, overrides: Sequence[str] = ()) -> Part:
     """
     path = find_part_recipe(recipe)
     try:
-        kind = tomllib.loads(path.read_text(encoding="utf-8")).get("part")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        kind = tomllib.loads(recipe_text(path)).get("part")
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     if kind not in _PARTS:
         raise RecipeError(f'{path}: part = "{kind}" is none of {", ".join(_PARTS)}.')

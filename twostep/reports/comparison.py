@@ -40,6 +40,7 @@ from twostep.reports.benchmark import (
     weights_digest,
 )
 from twostep.training.device import find_device
+from twostep.training.recipe import RecipeError, recipe_text
 
 NUM_SHOWN = 24
 """Pictures of each set of prompts that pages show, and that may be voted on."""
@@ -378,9 +379,9 @@ def _seconds(row: Row, denoiser: Denoiser, bench: Bench) -> float:
 def _recipe(run: Path) -> DistillRecipe:
     """Return the recipe of a run; ComparisonError if it cannot be read any more."""
     try:
-        values = tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
+        values = tomllib.loads(recipe_text(run / "run.toml"))
         return DistillRecipe.model_validate(values)
-    except (ValidationError, tomllib.TOMLDecodeError) as error:
+    except (ValidationError, tomllib.TOMLDecodeError, RecipeError) as error:
         raise ComparisonError(
             f"the recipe of {run} cannot be read: {error}. Compare its model folder instead: "
             f"{run / 'model'}"

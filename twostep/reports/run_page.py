@@ -22,6 +22,7 @@ from twostep.distill.recipe import Stage
 from twostep.files import write_atomically
 from twostep.formats import resolve
 from twostep.training.loop import SECONDS
+from twostep.training.recipe import recipe_text
 from twostep.training.run_folder import RunError
 
 NOT_CURVES = {"time", "part", "iteration", "trouble", "picture", SECONDS}
@@ -164,7 +165,7 @@ def _read_run(folder: Path) -> Run:
         raise RunError(
             f"{folder} holds no run: it has no run.toml. Give the --out of a `twostep distill`."
         )
-    recipe = record.read_text(encoding="utf-8")
+    recipe = recipe_text(record)
     lines, num_unreadable = _read_log(folder / "log.jsonl")
     parts = _read_parts(lines, folder)
     environments = [

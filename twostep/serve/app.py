@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from twostep import __version__
 from twostep.errors import TwostepError
+from twostep.serve.a1111_routes import a1111_routes
 from twostep.serve.catalogue import UnknownModelError
 from twostep.serve.engine import (
     CancelledError,
@@ -25,6 +25,9 @@ from twostep.serve.engine import (
 from twostep.serve.gate import Gate, Rules
 from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
+from twostep.serve.operation_routes import operation_routes
+from twostep.serve.page_routes import page_routes
+from twostep.serve.refusals import refusal
 from twostep.serve.serving import Serving
 
 _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
@@ -41,66 +44,75 @@ _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
 _log = logging.getLogger(__name__)
 
 
-def create_app(serving: Serving, rules: Rules, *, drain_seconds: float = 30.0) -> FastAPI:
+def create_app(
+    serving: Serving, rules: Rules, *, drain_seconds: float = 30.0, with_mcp: bool = False
+) -> FastAPI:
     """Return the application.
 
     Args:
-        serving: the engine and catalogue that it serves; the engine is closed with it.
+        serving: the engine and catalogue that it serves; engine and store are closed with it.
         rules: what is let in.
         drain_seconds: how long jobs may still be drawn at the end.
+        with_mcp: whether language models get tools, which needs the extra `mcp`.
     """
+    tools = None
+    if with_mcp:
+        # The extra may be missing where nobody wants this.
+        from twostep.serve.mcp_tools import mcp_routes, mcp_server
+
+        tools = mcp_server(serving)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with AsyncExitStack() as stack:
+            if tools is not None:
+                await stack.enter_async_context(tools.session_manager.run())
+            yield
         await run_in_threadpool(serving.engine.close, drain_seconds)
+        if serving.store is not None:
+            serving.store.close()
 
     # The interactive pages of FastAPI load scripts from other hosts.
     app = FastAPI(
         title="twostep", version=__version__, lifespan=life, docs_url=None, redoc_url=None
     )
     app.add_middleware(Gate, rules=rules)
+    app.include_router(page_routes())
     app.include_router(openai_routes(serving))
+    app.include_router(a1111_routes(serving))
     app.include_router(native_routes(serving))
+    app.include_router(operation_routes(serving))
+
+    if tools is not None:
+        app.router.routes.extend(mcp_routes(tools))
 
     @app.exception_handler(TwostepError)
-    async def explain(_: HttpRequest, error: TwostepError) -> JSONResponse:
+    async def explain(http: HttpRequest, error: TwostepError) -> JSONResponse:
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         headers = {}
         if isinstance(error, QueueFullError):
             headers["Retry-After"] = str(error.retry_after)
         code = "queue_full" if status == 429 else "model_not_found" if status == 404 else None
-        return _error(status, str(error), code=code, headers=headers)
+        body = refusal(http.url.path, status, str(error), code=code)
+        return JSONResponse(body, status, headers=headers)
 
     @app.exception_handler(HTTPException)
-    async def refuse(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    async def refuse(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        body = refusal(http.url.path, error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
-    async def reject(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+    async def reject(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return _error(422, f"{place}: {first['msg']}.", param=place)
+        body = refusal(http.url.path, 422, f"{place}: {first['msg']}.", param=place)
+        return JSONResponse(body, 422)
 
     @app.exception_handler(Exception)
     async def fail(http: HttpRequest, error: Exception) -> JSONResponse:
         _log.error("%s %s failed", http.method, http.url.path, exc_info=error)
-        return _error(500, "the server failed; its log says more.")
+        return JSONResponse(
+            refusal(http.url.path, 500, "the server failed; its log says more."), 500
+        )
 
     return app
-
-
-def _error(
-    status: int,
-    message: str,
-    *,
-    code: str | None = None,
-    param: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    """Return an error in the OpenAI API's shape, which all addresses share."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    if status == 429:
-        kind = "rate_limit_error"
-    error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, headers=headers)

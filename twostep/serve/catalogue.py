@@ -8,6 +8,7 @@ takes what comes nearest and says what it changed, or refuses, as it is told.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,14 @@ from typing import Any
 from twostep.contract import Contract, ContractError
 from twostep.errors import TwostepError
 from twostep.formats import read_contracts
-from twostep.pipeline.request import MAX_BATCH, LoraChoice, Picture, Request, RequestError
+from twostep.pipeline.request import (
+    MAX_BATCH,
+    NUM_DISTINCT_SEEDS,
+    LoraChoice,
+    Picture,
+    Request,
+    RequestError,
+)
 from twostep.pipeline.studio import FAVOURITE_STEPS
 
 MAX_PROMPT_LETTERS = 32_000
@@ -61,6 +69,7 @@ class Wish:
     image: Picture | None = None
     strength: float | None = None
     mask: Picture | None = None
+    sampler: str | None = None
     loras: tuple[str, ...] = ()
 
 
@@ -150,6 +159,10 @@ class Catalogue:
         if is_student and negative:
             changes.append(f"the negative prompt was left out: {contract.name} has no guidance")
             negative = ""
+        sampler = wish.sampler
+        if is_student and sampler not in (None, contract.sampler):
+            changes.append(f"the sampler {sampler[:80]} was left out: {contract.name} has its own")
+            sampler = None
         width, height = _fit_size(contract, wish, changes)
         if strict and changes:
             raise ContractError(f"{changes[0]}. Ask for what it can do; this server is strict.")
@@ -165,6 +178,7 @@ class Catalogue:
             image=wish.image,
             strength=wish.strength,
             mask=wish.mask,
+            sampler=sampler,
             model=served.model,
             loras=wish.loras,
         )
@@ -218,6 +232,11 @@ class Catalogue:
             "loras": self.loras,
             "limits": {"num_images": MAX_BATCH, "prompt_letters": MAX_PROMPT_LETTERS},
         }
+
+
+def random_seed() -> int:
+    """Return a seed for a request that has none."""
+    return secrets.randbelow(NUM_DISTINCT_SEEDS - MAX_BATCH)
 
 
 def short_name(place: str) -> str:

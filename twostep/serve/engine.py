@@ -72,6 +72,20 @@ class Draws(Protocol):
         """Return one result or error for each request; what `on_step` raises ends all."""
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """What is told of the work of an engine, by the threads that do it; must raise nothing."""
+
+    def started(self, jobs: Sequence[Job]) -> None:
+        """Jobs begin to be drawn, in one batch."""
+
+    def ended(self, job: Job) -> None:
+        """A job is done, failed or cancelled."""
+
+    def refused(self) -> None:
+        """A request found the queue full."""
+
+
 @dataclass(frozen=True, eq=False)
 class Event:
     """Something that happened to a job.
@@ -100,6 +114,11 @@ Listener = Callable[[Event], None]
 """Called with each event of a job, by the thread in which it happens; must return at once."""
 
 
+def new_job_id() -> str:
+    """Return a random name for a job, that nobody guesses."""
+    return secrets.token_urlsafe(16)
+
+
 class Job:
     """A request on its way. Made by `Engine.submit`.
 
@@ -112,9 +131,15 @@ class Job:
     """
 
     def __init__(
-        self, request: Request, client: str, *, wants_previews: bool, deadline: float | None
+        self,
+        request: Request,
+        client: str,
+        *,
+        id: str | None = None,
+        wants_previews: bool,
+        deadline: float | None,
     ) -> None:
-        self.id = secrets.token_urlsafe(16)
+        self.id = new_job_id() if id is None else id
         self.request = request
         self.client = client
         self.wants_previews = wants_previews
@@ -126,6 +151,13 @@ class Job:
         self._state: State = "queued"
         self._result: Result | None = None
         self._error: TwostepError | None = None
+        self._accepted = time.monotonic()
+        self._started = math.nan
+
+    @property
+    def seconds_waited(self) -> float:
+        """How long the job waited before it was drawn, once it is or was; nan before."""
+        return self._started - self._accepted
 
     @property
     def state(self) -> State:
@@ -177,6 +209,7 @@ class Job:
         with self._lock:
             if not self.has_ended:
                 self._state = "drawing"
+                self._started = time.monotonic()
             return not self.has_ended
 
     def _publish(self, event: Event) -> None:
@@ -215,17 +248,27 @@ class Engine:
     Args:
         studios: what draws, one for each device.
         max_waiting: how many jobs may wait, at least 1.
+        observers: what is told of the work.
 
     All methods may be called by any thread.
     """
 
-    def __init__(self, studios: Sequence[Draws], *, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        studios: Sequence[Draws],
+        *,
+        max_waiting: int = 64,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         if not studios or max_waiting < 1:
             raise EngineError("an engine needs a device and a queue of at least 1.")
         self._max_waiting = max_waiting
+        self._observers = tuple(observers)
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[str, Job] = {}
+        self._ended: OrderedDict[str, Job] = OrderedDict()
+        self._num_ended_pixels = 0
         self._is_closing = False
         self._seconds_per_job = 0.0
         self._num_drawing = 0
@@ -249,36 +292,47 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether new jobs are taken, and every device has its thread."""
-        return not self._is_closing and all(thread.is_alive() for thread in self._threads)
+        """Whether new jobs are taken, and drawn on every device."""
+        return not self._is_closing and self.has_all_threads
+
+    @property
+    def has_all_threads(self) -> bool:
+        """Whether every device has its thread."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def submit(
         self,
         request: Request,
         *,
         client: str = "",
+        id: str | None = None,
         wants_previews: bool = False,
         seconds: float | None = None,
+        even_if_full: bool = False,
     ) -> Job:
         """Accept a request; from then on it is drawn or its end is reported.
 
         Args:
             request: what to draw.
             client: clients take turns, whatever each of them asks for.
+            id: the name of the job, if it has one from before; else one is made.
             wants_previews: whether steps bring previews, which costs a little.
             seconds: after how many the job fails if it is not done.
+            even_if_full: whether it may be one more than may wait, as it was accepted before.
 
         Raises:
             QueueFullError: as many jobs wait as may.
             ClosingError: the engine shuts down.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
-        job = Job(request, client, wants_previews=wants_previews, deadline=deadline)
+        job = Job(request, client, id=id, wants_previews=wants_previews, deadline=deadline)
         with self._changed:
             if self._is_closing:
                 raise ClosingError("the server shuts down and takes no new jobs; ask it again.")
             position = self.num_waiting
-            if position >= self._max_waiting:
+            if position >= self._max_waiting and not even_if_full:
+                for observer in self._observers:
+                    observer.refused()
                 raise QueueFullError(position, self._retry_after(position))
             self._jobs[job.id] = job
             self._waiting.setdefault(client, deque()).append(job)
@@ -290,7 +344,7 @@ class Engine:
     def find(self, job_id: str) -> Job | None:
         """Return a job that waits, is drawn or ended not long ago."""
         with self._changed:
-            return self._jobs.get(job_id)
+            return self._jobs.get(job_id) or self._ended.get(job_id)
 
     def cancel(self, job: Job) -> bool:
         """End a job now; False if it has ended already.
@@ -313,7 +367,7 @@ class Engine:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
-            left = [job for job in self._jobs.values() if not job.has_ended]
+            left = list(self._jobs.values())
         for job in left:
             self._end(job, ClosingError("the server was shut down before the job was done."))
             _log.warning("job %s was not done at shutdown", job.id)
@@ -378,6 +432,8 @@ class Engine:
         jobs = [job for job in jobs if job._start()]
         if not jobs:
             return
+        for observer in self._observers:
+            observer.started(jobs)
 
         def on_step(place: int, progress: Progress) -> None:
             _report(jobs[place], progress)
@@ -409,9 +465,13 @@ class Engine:
             if not job._end(answer):
                 return False
             self._remove(job)
-            self._jobs.move_to_end(job.id)
+            del self._jobs[job.id]
+            self._ended[job.id] = job
+            self._num_ended_pixels += _num_pixels(job.result)
             self._forget()
-            return True
+        for observer in self._observers:
+            observer.ended(job)
+        return True
 
     def _end_late(self) -> None:
         """End the jobs whose deadline has passed."""
@@ -420,21 +480,18 @@ class Engine:
             late = [
                 job
                 for job in self._jobs.values()
-                if job.deadline is not None and job.deadline <= now and not job.has_ended
+                if job.deadline is not None and job.deadline <= now
             ]
             for job in late:
                 self._end(job, LateError("the job was not done by its deadline."))
 
     def _forget(self) -> None:
-        ended = [job for job in self._jobs.values() if job.has_ended]
-        pixels = [_num_pixels(job.result) for job in ended]
-        num_left, pixels_left = len(ended), sum(pixels)
-        for job, its_pixels in zip(ended[:-1], pixels, strict=False):
-            if num_left <= MAX_KEPT_JOBS and pixels_left <= MAX_KEPT_PIXELS:
-                return
-            del self._jobs[job.id]
-            num_left -= 1
-            pixels_left -= its_pixels
+        """Let go of the oldest ended jobs while there are too many; the newest stays."""
+        while len(self._ended) > 1 and (
+            len(self._ended) > MAX_KEPT_JOBS or self._num_ended_pixels > MAX_KEPT_PIXELS
+        ):
+            _, oldest = self._ended.popitem(last=False)
+            self._num_ended_pixels -= _num_pixels(oldest.result)
 
 
 def _report(job: Job, progress: Progress) -> None:

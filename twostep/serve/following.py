@@ -7,7 +7,7 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from io import BytesIO
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from starlette.requests import Request as HttpRequest
 from twostep.media.png import encode_png
 from twostep.pipeline.png import text_chunks
 from twostep.pipeline.request import Result
+from twostep.serve.catalogue import Fitted
 from twostep.serve.engine import Engine, Event, Job
+from twostep.serve.shapes import JOBS_PATH, JobAnswer
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 """What pictures are sent as."""
@@ -30,6 +32,37 @@ async def follow(
 
     With `is_owner` nobody else waits for the job: it is cancelled when the client goes.
     """
+    with _heard(job) as queue:
+
+        async def until_gone() -> None:
+            while (await http.receive())["type"] != "http.disconnect":
+                pass
+            queue.put_nowait(None)
+
+        gone = asyncio.create_task(until_gone())
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+                if event.is_end:
+                    return
+        finally:
+            gone.cancel()
+            if is_owner:
+                engine.cancel(job)
+
+
+async def events_of(job: Job) -> AsyncGenerator[Event, None]:
+    """Yield the events of a job until it ends."""
+    with _heard(job) as queue:
+        while (event := await queue.get()) is not None:
+            yield event
+            if event.is_end:
+                return
+
+
+@contextlib.contextmanager
+def _heard(job: Job) -> Iterator[asyncio.Queue[Event | None]]:
+    """Put the events of a job into a queue of the running loop."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -38,23 +71,11 @@ async def follow(
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    async def until_gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        queue.put_nowait(None)
-
-    gone = asyncio.create_task(until_gone())
     job.follow(listen)
     try:
-        while (event := await queue.get()) is not None:
-            yield event
-            if event.is_end:
-                return
+        yield queue
     finally:
         job.unfollow(listen)
-        gone.cancel()
-        if is_owner:
-            engine.cancel(job)
 
 
 async def ended(engine: Engine, job: Job, http: HttpRequest) -> bool:
@@ -103,3 +124,40 @@ def in_header(sentences: list[str]) -> str:
 def milliseconds(result: Result) -> dict[str, int]:
     """Return the time of every stage, in whole milliseconds rounded up."""
     return {stage: math.ceil(1000 * seconds) for stage, seconds in result.seconds.items()}
+
+
+def drawing_of(result: Result, fitted: Fitted, changes: list[str]) -> dict[str, Any]:
+    """Return what really was drawn, for which the APIs of others have no field."""
+    return {
+        "model": fitted.served.name,
+        "checkpoint": result.contract.name,
+        "steps": result.request.steps,
+        "guidance": result.request.guidance,
+        "milliseconds": milliseconds(result),
+        "changes": changes,
+        "warnings": result.warnings,
+    }
+
+
+def answer_of(job: Job) -> JobAnswer:
+    """Return how a job stands, in the shape of the server's own API."""
+    path = f"{JOBS_PATH}/{job.id}"
+    answer = JobAnswer(id=job.id, state=job.state, seed=job.request.seed, events=f"{path}/events")
+    if job.error is not None:
+        answer.error = str(job.error)
+    result = job.result
+    if result is None:
+        return answer
+    return answer.model_copy(
+        update={
+            "images": [f"{path}/images/{i}" for i in range(len(result.images))],
+            "seeds": result.seeds,
+            "checkpoint": result.contract.name,
+            "steps": result.request.steps,
+            "guidance": result.request.guidance,
+            "width": result.request.width,
+            "height": result.request.height,
+            "milliseconds": milliseconds(result),
+            "warnings": result.warnings,
+        }
+    )

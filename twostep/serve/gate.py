@@ -17,8 +17,14 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from twostep.serve.page_routes import PAGE_FILES
+from twostep.serve.refusals import A1111_PREFIX, refusal
+
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 """Names of the machine itself."""
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", *PAGE_FILES})
+"""Addresses that are answered without a key."""
 
 MAX_BODY = 64 * 2**20
 """The most bytes of a request."""
@@ -51,9 +57,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self._refusal(scope["path"], headers)
-        if refusal is not None:
-            await _refuse(send, *refusal)
+        refused = self._refusal(scope["path"], headers)
+        if refused is not None:
+            await _refuse(send, scope["path"], *refused)
             return
         num_read = 0
 
@@ -73,7 +79,9 @@ class Gate:
         if not length.isdecimal() or int(length) > self._rules.max_body:
             return 413, self._too_large()
         if self._rules.key is not None:
-            if path != "/health" and not _holds(headers.get("authorization", ""), self._rules.key):
+            if path not in OPEN_PATHS and not _holds(
+                headers.get("authorization", ""), self._rules.key
+            ):
                 return 401, "this server needs its key: Authorization: Bearer KEY."
             return None
         host = headers.get("host", "")
@@ -107,10 +115,11 @@ def _holds(authorization: str, key: str) -> bool:
     return secrets.compare_digest(given.encode(errors="replace"), key.encode())
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+async def _refuse(send: Send, path: str, status: int, message: str) -> None:
     headers = [(b"content-type", b"application/json")]
     if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        scheme = b"Basic" if path.startswith(A1111_PREFIX) else b"Bearer"
+        headers.append((b"www-authenticate", scheme + b' realm="twostep"'))
+    body = json.dumps(refusal(path, status, message)).encode()
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+    await send({"type": "http.response.body", "body": body})

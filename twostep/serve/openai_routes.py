@@ -7,37 +7,35 @@ and `loras` are read, which its SDK sends as `extra_body`.
 """
 
 import contextlib
-import json
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from twostep.contract import ContractError
-from twostep.pipeline.request import NUM_DISTINCT_SEEDS, Picture, RequestError, Result
-from twostep.serve.catalogue import Fitted, Wish
+from twostep.pipeline.request import Picture, RequestError, Result
+from twostep.serve.catalogue import Fitted, Wish, random_seed
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
     PictureFormat,
+    drawing_of,
     encode,
     ended,
     follow,
     in_base64,
     in_header,
-    milliseconds,
     preview_in_base64,
     server_sent,
 )
-from twostep.serve.serving import Serving, picture_of
+from twostep.serve.serving import Serving, json_of, picture_of, validated
 
 MAX_IMAGES = 10
 """The most pictures of one request, as the API has it."""
@@ -93,9 +91,7 @@ class ImagesBody(BaseModel):
         steps = self.steps
         if steps is None and self.quality is not None:
             steps = QUALITY_STEPS.get(self.quality)
-        seed = self.seed
-        if seed is None:
-            seed = secrets.randbelow(NUM_DISTINCT_SEEDS - MAX_IMAGES)
+        seed = random_seed() if self.seed is None else self.seed
         return Wish(
             self.prompt,
             model=self.model,
@@ -130,14 +126,14 @@ def openai_routes(serving: Serving) -> APIRouter:
     @router.post("/images/generations", response_model=None)
     async def generations(http: HttpRequest) -> Response:
         """Draw pictures of a prompt."""
-        body = _validated(await _json_of(http))
+        body = validated(ImagesBody, await json_of(http))
         return await _answer(serving, http, "image_generation", body, body.wish, body.notes())
 
     @router.post("/images/edits", response_model=None)
     async def edits(http: HttpRequest) -> Response:
         """Change a picture, all of it or where the mask is transparent."""
         async with http.form(max_files=32, max_fields=200) as form:
-            body = _validated(_fields_of(form))
+            body = validated(ImagesBody, _fields_of(form))
             images = await _files_of(form, _IMAGE_FIELD)
             masks = await _files_of(form, re.compile("mask"))
         if not images:
@@ -184,7 +180,7 @@ async def _answer(
         "data": data,
         **_described(result, body),
         "usage": _usage(result),
-        "twostep": _told(result, fitted, changes),
+        "twostep": drawing_of(result, fitted, changes),
     }
     return JSONResponse(answer, headers=headers)
 
@@ -231,7 +227,7 @@ async def _stream(
                     "created_at": int(time.time()),
                     **_described(result, body),
                     "usage": _usage(result),
-                    "twostep": _told(result, fitted, changes),
+                    "twostep": drawing_of(result, fitted, changes),
                 }
                 yield server_sent(f"{kind}.completed", values)
             yield "data: [DONE]\n\n"
@@ -281,41 +277,12 @@ def _usage(result: Result) -> dict[str, Any]:
     }
 
 
-def _told(result: Result, fitted: Fitted, changes: list[str]) -> dict[str, Any]:
-    """Return what the API has no field for: what really was drawn."""
-    return {
-        "model": fitted.served.name,
-        "checkpoint": result.contract.name,
-        "steps": result.request.steps,
-        "guidance": result.request.guidance,
-        "milliseconds": milliseconds(result),
-        "changes": changes,
-        "warnings": result.warnings,
-    }
-
-
 def _names(serving: Serving) -> list[str]:
     return [served.name for served in serving.catalogue.served]
 
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "twostep"}
-
-
-async def _json_of(http: HttpRequest) -> Any:
-    try:
-        return json.loads(await http.body())
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}.") from error
-
-
-def _validated(values: Any) -> ImagesBody:
-    try:
-        return ImagesBody.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the body"
-        raise RequestError(f"{place}: {first['msg']}.") from error
 
 
 def _fields_of(form: FormData) -> dict[str, Any]:

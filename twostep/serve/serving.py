@@ -1,46 +1,139 @@
 """What every family of addresses needs: the engine, the catalogue, and how jobs are made."""
 
+import base64
+import binascii
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 
-from twostep.pipeline.request import Picture
-from twostep.serve.catalogue import Catalogue, Fitted, Wish
-from twostep.serve.engine import Engine, Job
+from twostep.errors import TwostepError
+from twostep.pipeline.request import Picture, RequestError
+from twostep.serve.catalogue import Catalogue, Fitted, Wish, random_seed
+from twostep.serve.engine import Engine, EngineError, Job, new_job_id
+from twostep.serve.metrics import Metrics
+from twostep.serve.shapes import JOBS_PATH, JobAnswer, JobBody
+from twostep.serve.store import JobStore, StoredJob
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a letter, as JSON writes it; one half alone is no text."""
+
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A server's engine and catalogue, and whether it refuses what it would have to change."""
+    """A server's engine and catalogue, and whether it refuses what it would have to change.
+
+    `metrics` and `store`, where there are such, are observers of the engine.
+    """
 
     engine: Engine
     catalogue: Catalogue
     strict: bool = False
+    metrics: Metrics | None = None
+    store: JobStore | None = None
 
     async def accept(
         self,
         http: HttpRequest,
         make: Callable[[], Wish],
         *,
-        strict: bool | None = None,
         wants_previews: bool = False,
-        seconds: float | None = None,
     ) -> tuple[Job, Fitted]:
         """Make a wish, which may open pictures, in another thread; fit it and queue it.
 
         Raises what `Catalogue.fit` and `Engine.submit` raise, and RequestError for pictures.
         """
         wish = await run_in_threadpool(make)
-        fitted = self.catalogue.fit(wish, strict=self.strict if strict is None else strict)
+        fitted = self.catalogue.fit(wish, strict=self.strict)
         job = self.engine.submit(
-            fitted.request,
-            client=client_of(http),
-            wants_previews=wants_previews,
-            seconds=seconds,
+            fitted.request, client=client_of(http), wants_previews=wants_previews
         )
         return job, fitted
+
+    async def accept_body(self, http: HttpRequest, body: JobBody) -> Job:
+        """Queue a job of the server's own API, which is written down first where there is a store.
+
+        Raises what `Catalogue.fit` and `Engine.submit` raise, RequestError for pictures, and
+        StoreError.
+        """
+        if body.seed is None:
+            body = body.model_copy(update={"seed": random_seed()})
+        wish = await run_in_threadpool(wish_of, body)
+        fitted = self.catalogue.fit(wish, strict=True)
+        job_id = new_job_id()
+        client = client_of(http)
+        if self.store is not None:
+            await run_in_threadpool(self.store.add, StoredJob(job_id, client, body))
+        try:
+            return self._submit(job_id, client, body, fitted)
+        except EngineError:
+            if self.store is not None:
+                self.store.drop(job_id)
+            raise
+
+    def resume(self) -> int:
+        """Queue what the store has unfinished, and return how many jobs that are.
+
+        What cannot be drawn any more is written down as failed.
+        """
+        stored = [] if self.store is None else self.store.unfinished()
+        for job in stored:
+            try:
+                fitted = self.catalogue.fit(wish_of(job.body), strict=True)
+            except TwostepError as error:
+                answer = JobAnswer(
+                    id=job.id,
+                    state="failed",
+                    seed=job.body.seed or 0,
+                    events=f"{JOBS_PATH}/{job.id}/events",
+                    error=str(error),
+                )
+                assert self.store is not None
+                self.store.finish(answer)
+                continue
+            self._submit(job.id, job.client, job.body, fitted, even_if_full=True)
+        return len(stored)
+
+    def _submit(
+        self, job_id: str, client: str, body: JobBody, fitted: Fitted, *, even_if_full: bool = False
+    ) -> Job:
+        return self.engine.submit(
+            fitted.request,
+            client=client,
+            id=job_id,
+            wants_previews=body.previews,
+            seconds=body.seconds,
+            even_if_full=even_if_full,
+        )
+
+
+def wish_of(body: JobBody) -> Wish:
+    """Return what a job of the server's own API draws; raises RequestError for its pictures."""
+    if (body.width is None) != (body.height is None):
+        raise RequestError("a width needs a height, and a height a width.")
+    return Wish(
+        body.prompt,
+        model=body.model,
+        num_images=body.num_images,
+        seed=random_seed() if body.seed is None else body.seed,
+        steps=body.steps,
+        guidance=body.guidance,
+        negative_prompt=body.negative_prompt,
+        width=body.width,
+        height=body.height,
+        image=picture_in("image", body.image),
+        strength=body.strength,
+        mask=picture_in("mask", body.mask),
+        sampler=body.sampler,
+        loras=body.loras,
+    )
 
 
 def client_of(http: HttpRequest) -> str:
@@ -49,6 +142,46 @@ def client_of(http: HttpRequest) -> str:
     if name:
         return name[:100]
     return http.client.host if http.client else ""
+
+
+async def json_of(http: HttpRequest) -> Any:
+    """Return the body of a request; raises RequestError where it is no JSON, or no UTF-8 inside."""
+    body = await http.body()
+    try:
+        values = json.loads(body)
+        if _SURROGATE.search(body):
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}.") from error
+
+
+def validated(kind: type[_Body], values: object) -> _Body:
+    """Return values as a body of some kind; raises RequestError with the field that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise RequestError(f"{place}: {first['msg']}.") from error
+
+
+def picture_in(name: str, text: str | None) -> Picture | None:
+    """Open the picture that a field holds in base64, with the prefix of a data: address or without.
+
+    Raises RequestError where it is none, or too small or too large.
+    """
+    return None if text is None else Picture.of(bytes_in(name, text))
+
+
+def bytes_in(name: str, text: str) -> bytes:
+    """Read the base64 of a field, with the prefix of a data: address or without."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{name} is no base64; send a PNG, JPEG or WebP in it.") from error
 
 
 def picture_of(data: bytes | None) -> Picture | None:

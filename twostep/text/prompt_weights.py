@@ -20,6 +20,9 @@ LOUDER = 1.1
 SOFTER = 0.9
 """The weight of one minus, as compel has it; a pair of brackets is 1 / LOUDER, as A1111 has it."""
 
+MOST = 1000.0
+"""The largest weight: far above any use, and far below what overflows."""
+
 _CONJUNCTION = re.compile(r"\)\.(and|blend)\([^)]*\)")
 """What makes a prompt of several in compel's syntax."""
 
@@ -183,6 +186,8 @@ def _number(prompt: str, text: str) -> float:
     weight = float(text)
     if weight < 0:
         raise _unweighable(prompt, f"{weight:g} is below 0")
+    if weight > MOST:
+        raise _unweighable(prompt, f"{weight:g} is beyond {MOST:g}, where nothing is drawn")
     return weight
 
 

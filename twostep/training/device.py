@@ -26,6 +26,11 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Return whether a device has other memory than the main memory; a CPU or Apple's has not."""
+    return device.type not in ("cpu", "mps")
+
+
 @cache
 def computes_bfloat16(device_type: str) -> bool:
     """Return whether a type of device, as in "cpu" or "cuda", computes bfloat16 in hardware.

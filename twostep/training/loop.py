@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,8 +42,8 @@ _EXIT_CODE = "exit_code"
 _MEANS = "means"
 """Where a checkpoint keeps the figures that are not yet logged."""
 
-_FINAL_LEARNING_RATE_FACTOR = 0.02
-"""Where the cosine decay ends, as a factor of the peak learning rate."""
+Schedule = Literal["constant", "cosine", "linear"]
+"""How a learning rate moves after its warm-up."""
 
 
 class TrainingError(TwostepError):
@@ -69,7 +69,27 @@ class LoopSettings(Settings):
         0.0,
         ge=0,
         le=1,
-        description="share of the iterations over which the rate decays",
+        description="share of the iterations over which the rate decays, the last ones; where it "
+        "is 0 and a schedule is given, all after the warm-up",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    schedule: Schedule | None = Field(
+        None,
+        description="constant, or along what the rate decays: cosine or linear; if not given, a "
+        "cosine where there is a decay_share",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    restarts: int = Field(
+        0,
+        ge=0,
+        description="how often a decaying rate rises to its peak again and decays anew",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    final_rate: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="where the decay ends, as a share of the peak learning rate",
         json_schema_extra=WHILE_RUNNING,
     )
     ema_decay: float = Field(
@@ -98,6 +118,17 @@ class LoopSettings(Settings):
         50, gt=0, description="iterations between lines of the log", json_schema_extra=ANY_TIME
     )
     seed: int = Field(0, ge=0, lt=2**20, description="seed of everything random")
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> LoopSettings:
+        if self.schedule == "constant" and self.decay_share > 0:
+            raise ValueError(
+                f'schedule = "constant" and decay_share = {self.decay_share:g} contradict each '
+                "other: leave one of them out, or set decay_share to 0"
+            )
+        if self.restarts and self.schedule in (None, "constant") and self.decay_share == 0:
+            raise ValueError('restarts are of a rate that decays: give schedule = "cosine" too')
+        return self
 
     @contextmanager
     def autocast(self, device: str = "cpu") -> Iterator[None]:
@@ -220,19 +251,35 @@ class MovingAverage:
 
 
 def learning_rate_factor(iteration: int, settings: LoopSettings) -> float:
-    """Return the factor of the peak learning rate at an iteration, in (0, 1].
+    """Return the factor of the peak learning rate at an iteration, in [0, 1].
 
-    The rate rises linearly over the warm-up, stays constant, and falls along a cosine to a fiftieth
-    over the last `decay_share` of the iterations.
+    The rate rises linearly over the warm-up, stays constant, and falls to `final_rate` along a
+    cosine (arXiv 1608.03983) or a line, over the last `decay_share` of the iterations. Restarts
+    divide these into arcs of equal length, each of which begins at the peak.
     """
     if iteration < settings.warmup_iterations:
         return (iteration + 1) / settings.warmup_iterations
-    num_decaying = settings.decay_share * settings.iterations
-    if num_decaying == 0:
+    progress = _decay_progress(iteration, settings)
+    if progress == 0:
         return 1.0
-    progress = max(0.0, 1 - (settings.iterations - iteration) / num_decaying)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return _FINAL_LEARNING_RATE_FACTOR + (1 - _FINAL_LEARNING_RATE_FACTOR) * cosine
+    is_linear = settings.schedule == "linear"
+    height = 1 - progress if is_linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.final_rate + (1 - settings.final_rate) * height
+
+
+def _decay_progress(iteration: int, settings: LoopSettings) -> float:
+    """Return how much of the decay, or of its present arc, is over at an iteration, in [0, 1]."""
+    num_decaying = settings.decay_share * settings.iterations
+    if settings.schedule in ("cosine", "linear"):
+        # It begins at the peak, which is the end of the warm-up or later.
+        after_warmup = max(0, settings.iterations - settings.warmup_iterations)
+        num_decaying = min(num_decaying or after_warmup, after_warmup)
+    num_left = settings.iterations - iteration
+    if num_decaying <= num_left:
+        return 0.0
+    if settings.restarts and num_left > 0:
+        return (num_decaying - num_left) * (settings.restarts + 1) / num_decaying % 1
+    return 1 - num_left / num_decaying
 
 
 @dataclass(frozen=True)

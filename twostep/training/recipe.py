@@ -3,6 +3,7 @@
 Errors name the path of the key, what was wrong with its value, and the nearest right key.
 """
 
+import codecs
 import difflib
 import tomllib
 from collections.abc import Iterable
@@ -55,6 +56,21 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"There is no recipe '{name}'.{hint} Built in: {', '.join(recipe_names())}.")
 
 
+def recipe_text(path: Path) -> str:
+    """Return the text of a recipe, in UTF-8 or UTF-16, as editors and shells save it.
+
+    Raises:
+        RecipeError: it is in neither.
+    """
+    data = path.read_bytes()
+    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        # Windows' Notepad writes a mark in front of UTF-8, its shell's ">" UTF-16.
+        return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+
+
 def load_recipe(
     name: str | Path, model: type[SettingsT], overrides: Iterable[str] = ()
 ) -> SettingsT:
@@ -71,8 +87,8 @@ def load_recipe(
     """
     path = find_recipe(name)
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(recipe_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)

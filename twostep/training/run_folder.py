@@ -38,7 +38,7 @@ from twostep.training.checkpoints import (
     write_checkpoint,
 )
 from twostep.training.processes import wait, world
-from twostep.training.recipe import Settings
+from twostep.training.recipe import RecipeError, Settings, recipe_text
 from twostep.training.resuming import Change, Progress, changes, settled, stated_keys
 from twostep.training.shards import exchange_shards, has_shards
 
@@ -377,8 +377,8 @@ class RunFolder:
         if not record.exists():
             return None
         try:
-            return model.model_validate(tomllib.loads(record.read_text(encoding="utf-8")))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+            return model.model_validate(tomllib.loads(recipe_text(record)))
+        except (tomllib.TOMLDecodeError, RecipeError, ValidationError) as error:
             reason = error.errors()[0] if isinstance(error, ValidationError) else error
             words = reason["msg"] if isinstance(reason, dict) else str(reason)
             place = ".".join(map(str, reason["loc"])) if isinstance(reason, dict) else ""

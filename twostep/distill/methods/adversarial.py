@@ -235,6 +235,10 @@ class Adversarial(Method[JudgedPair]):
                 f"discriminator_warmup {settings.discriminator_warmup} leaves the student none of "
                 f"the {stage.iterations} iterations"
             )
+        if settings.head_learning_rate is not None and stage.optimiser == "prodigy":
+            raise ValueError(
+                "head_learning_rate: prodigy finds one rate for all of a network; leave it out"
+            )
         check_weights("noised_weights", settings.noised_weights, len(NOISED_SHARES))
         if settings.matching_weight > 0 and stage.teacher != "first":
             raise ValueError(

@@ -1,0 +1,87 @@
+// Talks to the server: what it can do, and jobs that are followed and given up.
+
+const CLIENT = crypto.getRandomValues(new Uint32Array(2)).join("-");
+let key = sessionStorage.getItem("key");
+
+async function ask(path, options = {}) {
+  const headers = { "X-Twostep-Client": CLIENT, ...options.headers };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) {
+    key = prompt("This server asks for its key.");
+    if (!key) throw new Error("the server needs its key");
+    sessionStorage.setItem("key", key);
+    return ask(path, options);
+  }
+  if (!answer.ok) {
+    const body = await answer.json().catch(() => null);
+    throw new Error(body?.error?.message ?? `the server answered ${answer.status}`);
+  }
+  return answer;
+}
+
+export async function capabilities() {
+  return (await ask("/api/v1/capabilities")).json();
+}
+
+// One drawing. `stop()` gives it up wherever it is, and nothing of it is reported any more.
+export class Drawing {
+  #aborter = new AbortController();
+  #id = null;
+  stopped = false;
+
+  // Draws, calls onStep(values) at each step, and returns {answer, blob}; null if it was stopped.
+  async run(body, onStep) {
+    try {
+      const headers = { "Content-Type": "application/json" };
+      const posted = await ask("/api/v1/jobs", { method: "POST", headers, body: JSON.stringify(body) });
+      const job = await posted.json();
+      this.#id = job.id;
+      if (this.stopped) {
+        this.#giveUp();
+        return null;
+      }
+      const stream = await ask(job.events, { signal: this.#aborter.signal });
+      for await (const [kind, values] of events(stream)) {
+        if (this.stopped) return null;
+        if (kind === "step") onStep(values);
+        if (kind === "failed" || kind === "cancelled") throw new Error(values.error);
+        if (kind === "done") {
+          const blob = await (await ask(values.images[0], { signal: this.#aborter.signal })).blob();
+          return this.stopped ? null : { answer: values, blob };
+        }
+      }
+      throw new Error("the server ended the connection");
+    } catch (error) {
+      if (this.stopped) return null;
+      throw error;
+    }
+  }
+
+  stop() {
+    if (this.stopped) return;
+    this.stopped = true;
+    this.#aborter.abort();
+    if (this.#id) this.#giveUp();
+  }
+
+  #giveUp() {
+    ask(`/api/v1/jobs/${this.#id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+  }
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
+      const lines = text.slice(0, end).split("\n");
+      const kind = lines.find((line) => line.startsWith("event: "))?.slice(7);
+      const data = lines.find((line) => line.startsWith("data: "))?.slice(6);
+      if (kind && data) yield [kind, JSON.parse(data)];
+    }
+  }
+}

@@ -1,0 +1,41 @@
+"""Errors as clients of each API expect them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+A1111_PREFIX = "/sdapi/"
+"""How the addresses of A1111's API begin; all others have the OpenAI API's shape of errors."""
+
+
+def refusal(
+    path: str, status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """Return the body of an answer that refuses, as plain values for JSON.
+
+    Args:
+        path: the address that was asked.
+        status: the HTTP status.
+        message: one sentence.
+        code: a word for programs, where there is one.
+        param: the field that is at fault, where it is one.
+    """
+    message = _writable(message)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    if path.startswith(A1111_PREFIX):
+        return {"error": kind, "detail": message, "body": "", "errors": message}
+    return {
+        "error": {
+            "message": message,
+            "type": kind,
+            "param": param and _writable(param),
+            "code": code,
+        }
+    }
+
+
+def _writable(text: str) -> str:
+    """Return a text that may quote a client with what UTF-8 has no place for written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
