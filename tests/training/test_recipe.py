@@ -55,6 +55,15 @@ def test_a_recipe_in_no_encoding_is_refused_in_a_line(tmp_path: Path) -> None:
         assert len(str(caught.value).splitlines()) == 1
 
 
+def test_what_is_wrong_in_every_stage_is_told_once_for_each() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("nano-quick", DistillRecipe, ["defaults.optimiser=nope"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(load_recipe("nano-quick", DistillRecipe).stages) == 2
+    for number, line in enumerate(lines):
+        assert f"stages.{number}.optimiser" in line and "'prodigy'" in line
+
+
 BRIEF = """
 sample_prompts = ["x"]
 

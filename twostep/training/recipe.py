@@ -95,8 +95,20 @@ def load_recipe(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem, model, path) for problem in error.errors()]
+        found = error.errors()
+        places = [problem["loc"] for problem in found]
+        # A list all of whose items are wrong is called empty as well, which it is not.
+        problems = [
+            _explain(problem, model, path)
+            for problem in found
+            if not any(_is_inside(place, problem["loc"]) for place in places)
+        ]
         raise RecipeError("\n".join(problems)) from error
+
+
+def _is_inside(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    """Tell whether a place in a recipe lies within another one."""
+    return len(place) > len(other) and place[: len(other)] == other
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
