@@ -291,7 +291,7 @@ def test_a_client_that_leaves_cancels_its_job(fake: FakeStudio, engine: Engine) 
         "headers": [(b"host", b"127.0.0.1:8000")],
     }
     asyncio.run(application(scope, receive, send))
-    (job,) = engine._jobs.values()
+    (job,) = engine._ended.values()
     assert job.state == "cancelled"
 
 

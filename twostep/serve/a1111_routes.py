@@ -86,7 +86,7 @@ class PngInfoBody(BaseModel):
     image: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Drawing:
     """A job of a client, and what is known of its progress."""
 
@@ -293,6 +293,7 @@ async def _draw(serving: Serving, desk: _Desk, http: HttpRequest, kind: type[Tex
             return Response(status_code=499)  # nobody reads it
     finally:
         desk.drawings.remove(drawing)
+        job.unfollow(drawing.listen)
     result = job.wait(0.0)
     changes = [*notes, *fitted.changes]
     format = _FORMATS[desk.samples_format]

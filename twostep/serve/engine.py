@@ -266,7 +266,9 @@ class Engine:
         self._observers = tuple(observers)
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[str, Job] = {}
+        self._ended: OrderedDict[str, Job] = OrderedDict()
+        self._num_ended_pixels = 0
         self._is_closing = False
         self._seconds_per_job = 0.0
         self._num_drawing = 0
@@ -342,7 +344,7 @@ class Engine:
     def find(self, job_id: str) -> Job | None:
         """Return a job that waits, is drawn or ended not long ago."""
         with self._changed:
-            return self._jobs.get(job_id)
+            return self._jobs.get(job_id) or self._ended.get(job_id)
 
     def cancel(self, job: Job) -> bool:
         """End a job now; False if it has ended already.
@@ -365,7 +367,7 @@ class Engine:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
-            left = [job for job in self._jobs.values() if not job.has_ended]
+            left = list(self._jobs.values())
         for job in left:
             self._end(job, ClosingError("the server was shut down before the job was done."))
             _log.warning("job %s was not done at shutdown", job.id)
@@ -463,7 +465,9 @@ class Engine:
             if not job._end(answer):
                 return False
             self._remove(job)
-            self._jobs.move_to_end(job.id)
+            del self._jobs[job.id]
+            self._ended[job.id] = job
+            self._num_ended_pixels += _num_pixels(job.result)
             self._forget()
         for observer in self._observers:
             observer.ended(job)
@@ -476,21 +480,18 @@ class Engine:
             late = [
                 job
                 for job in self._jobs.values()
-                if job.deadline is not None and job.deadline <= now and not job.has_ended
+                if job.deadline is not None and job.deadline <= now
             ]
             for job in late:
                 self._end(job, LateError("the job was not done by its deadline."))
 
     def _forget(self) -> None:
-        ended = [job for job in self._jobs.values() if job.has_ended]
-        pixels = [_num_pixels(job.result) for job in ended]
-        num_left, pixels_left = len(ended), sum(pixels)
-        for job, its_pixels in zip(ended[:-1], pixels, strict=False):
-            if num_left <= MAX_KEPT_JOBS and pixels_left <= MAX_KEPT_PIXELS:
-                return
-            del self._jobs[job.id]
-            num_left -= 1
-            pixels_left -= its_pixels
+        """Let go of the oldest ended jobs while there are too many; the newest stays."""
+        while len(self._ended) > 1 and (
+            len(self._ended) > MAX_KEPT_JOBS or self._num_ended_pixels > MAX_KEPT_PIXELS
+        ):
+            _, oldest = self._ended.popitem(last=False)
+            self._num_ended_pixels -= _num_pixels(oldest.result)
 
 
 def _report(job: Job, progress: Progress) -> None:
