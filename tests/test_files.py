@@ -247,6 +247,18 @@ def test_what_a_killed_process_left_of_a_name_goes_when_it_is_written_again(
     ]
 
 
+def test_what_fills_a_folder_that_is_not_yet_there_leaves_nothing_beside_it(
+    tmp_path: Path,
+) -> None:
+    """Or whoever is killed then would leave what belongs to no name."""
+    with folder_atomically(tmp_path / "model") as outer:
+        with folder_atomically(outer) as inner:
+            (inner / "weights").write_text("whole")
+            assert [path.name for path in tmp_path.iterdir()] == [outer.name]
+        assert [path.name for path in outer.iterdir()] == ["weights"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_file_in_a_folder_that_is_not_yet_there_is_named_as_it_will_be(tmp_path: Path) -> None:
     path = tmp_path / "model"
     with (

@@ -184,10 +184,11 @@ def _partial(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
 
 def _create_locked(path: Path, create: Callable[[Path], None]) -> tuple[Path, int | None]:
     """Create a partial file or folder; return it with its lock, None where there are no locks."""
+    # What is written to a partial folder as a whole lies in it meanwhile, and goes with it.
+    beside = path / "all" if path.is_dir() and _LEFTOVER.fullmatch(path.name) else path
+    stem = beside.name[:_MAX_NAME_LETTERS]
     for _ in range(_MAX_ATTEMPTS):
-        partial = path.with_name(
-            f"{path.name[:_MAX_NAME_LETTERS]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
-        )
+        partial = beside.with_name(f"{stem}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
         create(partial)
         lock = _lock(partial)
         if lock is not None and partial.exists():

@@ -263,8 +263,8 @@ def _export() -> None:
 
 def _convert() -> None:
     for model, to, out in (
-        (WHOLE, "single-file", Path("whole.safetensors")),
         (WHOLE.with_suffix(".safetensors"), "diffusers", Path("folder")),
+        (WHOLE, "single-file", Path("whole.safetensors")),
         (LORA, "kohya", Path("lora.safetensors")),
     ):
         # What is there already it refuses to write again.

@@ -2,12 +2,15 @@
 same to the bit.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from compel import CompelForSDXL
 
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.pretrain.model import random_bundle
 from twostep.text.clip import PromptError
 
 from ..vanilla import assemble
@@ -92,3 +95,18 @@ def test_a_short_prompt_beside_a_long_one_is_filled_with_empty_chunks(bundle: Bu
 def test_weights_of_nothing_are_told(bundle: Bundle, prompt: str) -> None:
     with pytest.raises(PromptError, match=r"cannot weigh .*Write"):
         bundle.text.encode_whole([prompt])
+
+
+def test_tokenizers_are_saved_alike_whether_they_were_used_or_not(tmp_path: Path) -> None:
+    """Lengths of the last call would be in their files otherwise."""
+    text = random_bundle().text
+    for used in (False, True):
+        if used:
+            text.encode(["a red fox"])
+        for number, tokenizer in enumerate(text.tokenizers_to_save()):
+            tokenizer.save_pretrained(tmp_path / str(used) / str(number))
+    for number in ("0", "1"):
+        unused, used = (tmp_path / state / number / "tokenizer.json" for state in ("False", "True"))
+        assert used.read_bytes() == unused.read_bytes()
+    tokens = text.tokenizers[0](["a"], padding="max_length", truncation=True).input_ids
+    assert len(tokens[0]) == text.tokenizers[0].model_max_length

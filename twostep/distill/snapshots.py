@@ -17,8 +17,9 @@ from twostep.export.card import Card
 from twostep.export.writing import export
 from twostep.files import folder_atomically
 from twostep.formats import ModelError, resolve
+from twostep.formats.single_file import FolderFiles, has_names_for
 from twostep.models.saving import save_student
-from twostep.models.sdxl import is_sdxl
+from twostep.models.sdxl import base_folder, is_sdxl
 from twostep.networks.denoiser import Denoiser
 from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
@@ -163,7 +164,7 @@ def export_snapshot(
     """
     snapshot = find_snapshot(run, at)
     contract = resolve(snapshot.path).contract
-    targets = usual_targets(contract) if to is None else (to,)
+    targets = _targets(snapshot, contract) if to is None else (to,)
     if to is not None and out is not None:
         return [export(snapshot.path, to, out, base=base, loras=loras, card=card)]
     folder = out or run / "exports" / snapshot.path.stem
@@ -181,6 +182,16 @@ def _listed(snapshots: Sequence[Snapshot]) -> str:
     for snapshot in snapshots:
         by_stage.setdefault(snapshot.stage, []).append(str(snapshot.iteration))
     return "; ".join(f"{', '.join(each)} of {stage}" for stage, each in by_stage.items())
+
+
+def _targets(snapshot: Snapshot, contract: Contract) -> Sequence[str]:
+    """Return the usual exports of a snapshot: its folder where no single file can hold it whole."""
+    targets = usual_targets(contract)
+    if "comfyui" in targets:
+        config = FolderFiles(base_folder(snapshot.path, contract)).config("vae")
+        if not has_names_for(config):
+            return ("diffusers", "unet")
+    return targets
 
 
 def usual_targets(contract: Contract) -> Sequence[str]:

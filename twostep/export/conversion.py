@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.export.writing import open_lora
-from twostep.files import write_atomically
+from twostep.files import reporting_write_errors, write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.diffusers_names import (
     DIFFUSERS_NAMES,
@@ -119,6 +119,7 @@ def _fill(folder: Path, single: SingleFile, divided: dict[str, dict[str, Tensor]
         folder,
         ignore=shutil.ignore_patterns(*_NOT_COPIED),
         dirs_exist_ok=True,
+        copy_function=_copy,
     )
     for name, weights in divided.items():
         file = "model.safetensors" if "text" in name else "diffusion_pytorch_model.safetensors"
@@ -126,6 +127,14 @@ def _fill(folder: Path, single: SingleFile, divided: dict[str, dict[str, Tensor]
             names = clip_l_names(weights)
             weights = {names[key]: value for key, value in weights.items()}
         _save(weights, folder / name / file, {"format": "pt"})
+
+
+def _copy(source: str, out: str) -> None:
+    """Copy a file; WriteError at the first that cannot be, where `shutil` would go on and forget
+    the reason.
+    """
+    with reporting_write_errors(out):
+        shutil.copy2(source, out)
 
 
 def _write_configs(single: SingleFile, out: Path) -> None:

@@ -395,6 +395,11 @@ def noise_marks(contract: Contract, vae: Mapping[str, Any]) -> dict[str, Tensor]
     )
 
 
+def has_names_for(autoencoder: Mapping[str, Any]) -> bool:
+    """Tell by an autoencoder's config whether single files have names for its weights."""
+    return bool(autoencoder.get("_class_name") != AutoencoderTiny.__name__)
+
+
 def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return the weights of networks, by their names in `PARTS`, as a single file has them.
 

@@ -91,7 +91,7 @@ class SdxlFamily:
         Every SDXL pipeline loads it. Raises ModelError for a bundle with parts that are not SDXL's.
         """
         text = text_encoders(bundle)
-        tokenizer, tokenizer_2 = text.tokenizers
+        tokenizer, tokenizer_2 = text.tokenizers_to_save()
         networks = {**bundle.parts, "vae": autoencoder(bundle)}
         with quiet_transformers():
             from diffusers import StableDiffusionXLPipeline

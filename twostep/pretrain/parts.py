@@ -163,9 +163,10 @@ def _train_text(settings: TextSettings, run: PartRun) -> Path:
     settings = folder.settled(settings)
     text = train_text(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
     if world().is_first:
+        tokenizers = text.tokenizers_to_save()
         with weights_folder(run.out / "model") as model:
             for number, suffix in enumerate(("", "_2")):
-                text.tokenizers[number].save_pretrained(model / f"tokenizer{suffix}")
+                tokenizers[number].save_pretrained(model / f"tokenizer{suffix}")
                 text.encoders[number].save_pretrained(model / f"text_encoder{suffix}")
     return run.out / "model"
 

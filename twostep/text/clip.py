@@ -90,6 +90,18 @@ class TextEncoders:
             embeddings={embedding.name: embedding.count for embedding in embeddings},
         )
 
+    def tokenizers_to_save(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        """Return the tokenizers without the lengths of their last call.
+
+        These would be written into their files, which would then depend on whether the process that
+        writes them has encoded anything.
+        """
+        with _TOKENIZING:
+            for tokenizer in self.tokenizers:
+                tokenizer.backend_tokenizer.no_truncation()
+                tokenizer.backend_tokenizer.no_padding()
+        return self.tokenizers
+
     def encode(self, prompts: Sequence[str]) -> Embeddings:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
         layers = []
