@@ -14,6 +14,7 @@ import pytest
 
 from comfyui import graph
 from twostep.contract import Contract
+from twostep.diffusion import VariancePreserving
 from twostep.export.writing import export
 
 from .conftest import Shelf, student_of
@@ -196,3 +197,25 @@ def test_the_registry_takes_the_package() -> None:
     assert needs == project["dependencies"], (
         "ComfyUI-Manager installs requirements.txt, the registry the other"
     )
+
+
+@pytest.mark.parametrize("target", ["comfyui", "unet"])
+def test_a_student_of_3_steps_has_its_levels_written_out(
+    target: str, shelf: Shelf, tmp_path: Path
+) -> None:
+    """`simple` would visit the time 334 in the place of 333."""
+    out = tmp_path / "out" / "model.safetensors"
+    export(source(shelf, target, student_of(3)), target, out, steps=3, base=base_of(shelf, target))
+    api_flow = json.loads(out.with_suffix(".api.json").read_text())
+    assert graph.problems(api_flow, KNOWN) == []
+    page = json.loads(out.with_suffix(".json").read_text())
+    assert graph.page_problems(page, KNOWN) == []
+    assert graph.from_page(page, KNOWN) == dict(sorted(api_flow.items(), key=lambda n: int(n[0])))
+    kinds = {node["class_type"]: node["inputs"] for node in api_flow.values()}
+    assert "KSampler" not in kinds
+    schedule = VariancePreserving.scaled_linear()
+    ratio = schedule.sigmas / schedule.alphas
+    written = [float(level) for level in kinds["ManualSigmas"]["sigmas"].split(", ")]
+    assert written == pytest.approx([ratio[t].item() for t in (1000, 667, 333, 0)], abs=1e-8)
+    assert kinds["KSamplerSelect"] == {"sampler_name": "euler"}
+    assert "ManualSigmas" in out.with_suffix(".md").read_text()

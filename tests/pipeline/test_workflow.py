@@ -81,6 +81,11 @@ def test_a_lora_as_the_model_goes_on_its_base() -> None:
     assert node(graph, "LoraLoader")["lora_name"] == "nano_4step_lora.safetensors"
     graph = workflow_of(student, settled(model="nano", loras=("nano_4step_lora:0.9",)))
     assert node(graph, "LoraLoader")["strength_model"] == 0.9
+    # The LoRA makes the student of the teacher: the student's own network has no place there.
+    for merged in (student, contract(4)):
+        graph = workflow_of(merged, settled(model="nano", loras=("nano_4step_lora:0.9",)))
+        assert "UNETLoader" not in {each["class_type"] for each in graph.values()}
+        assert node(graph, "CheckpointLoaderSimple") == {"ckpt_name": "nano.safetensors"}
 
 
 def test_a_changed_image_begins_in_the_middle_of_the_grid() -> None:

@@ -183,7 +183,9 @@ def _loaded(graph: Graph, contract: Contract, request: Request) -> tuple[Link, L
     loras = [lora for lora in request.loras if isinstance(lora, LoraChoice)]
     checkpoint = request.model
     student = None
-    if contract.lora_rank is not None and not any(map(_makes_students, loras)):
+    if any(map(_makes_students, loras)):
+        pass  # of the teacher, which the model is
+    elif contract.lora_rank is not None:
         # The model itself is a LoRA on its base.
         loras = [LoraChoice(request.model), *loras]
         checkpoint = contract.base
