@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 import twostep
@@ -25,6 +26,13 @@ JAPANESE = "青い背景の赤いりんご"
 def test_version(run) -> None:
     answer = run("--version")
     assert (answer.exit_code, answer.stdout) == (0, f"{twostep.__version__}\n")
+
+
+def test_every_verb_says_its_help(run) -> None:
+    # What looks like markup in a help text breaks it.
+    for name in typer.main.get_command(app).commands:
+        answer = run(name, "--help")
+        assert answer.exit_code == 0, (name, answer.exception)
 
 
 def test_standard_output_is_paths_alone_whatever_the_script(

@@ -273,7 +273,7 @@ def check_snapshots(out: Path, names: list[str]) -> None:
         )
         at = f"{stage}:{int(name.rpartition('-')[2])}"
         written = CliRunner().invoke(app, ["export", str(out), "--at", at])
-        assert written.exit_code == 0, written.output
+        assert written.exit_code == 0, (written.output, written.exception)
         paths = [Path(line) for line in written.stdout.splitlines()]
         assert paths
         assert all(path.parent == out / "exports" / name and path.exists() for path in paths)

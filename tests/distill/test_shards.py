@@ -10,6 +10,7 @@ import torch
 
 import twostep
 from twostep.pretrain.model import random_bundle
+from twostep.training.optimiser import SHARDED_OPTIMISERS
 
 from .launching import (
     CONDITIONAL,
@@ -163,8 +164,12 @@ with joined(torch.device("cpu")):
 
 
 @pytest.mark.slow
-def test_each_holds_half_of_everything_and_stops_where_the_other_does(tmp_path: Path) -> None:
-    stage = {**SHARED, "student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL}
+@pytest.mark.parametrize("optimiser", SHARDED_OPTIMISERS)
+def test_each_holds_half_of_everything_and_stops_where_the_other_does(
+    optimiser: str, tmp_path: Path
+) -> None:
+    shape = {"student_steps": 4, "teacher_steps": 8, "method": CONDITIONAL}
+    stage = {**SHARED, **shape, "optimiser": optimiser}
     both = launch((MODELS + SHARES).replace("{stage!r}", repr(stage)), tmp_path)
     assert both.finish() == [0, 0], both.said()
     for said in both.said():

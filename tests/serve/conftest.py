@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -97,11 +98,11 @@ def client(studio: GatedStudio) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def address(studio: GatedStudio) -> Iterator[str]:
-    """The address of a server that draws with nano."""
+@contextmanager
+def listening(studio: Studio, *, with_mcp: bool = False) -> Iterator[str]:
+    """Serve nano on a free port, and yield the address."""
     serving = Serving(Engine([studio]), Catalogue(["nano"]))
-    application = create_app(serving, Rules(), with_mcp=True)
+    application = create_app(serving, Rules(), with_mcp=with_mcp)
     config = uvicorn.Config(application, port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -110,6 +111,15 @@ def address(studio: GatedStudio) -> Iterator[str]:
         assert thread.is_alive()
         thread.join(0.05)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def address(studio: GatedStudio) -> Iterator[str]:
+    """The address of a server that draws with nano."""
+    with listening(studio) as found:
+        yield found

@@ -1,5 +1,7 @@
 """The clients that people use, against a server on a port."""
 
+from __future__ import annotations
+
 import asyncio
 import base64
 import json
@@ -10,22 +12,26 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-from mcp.client.client import Client as McpClient
-from openai import BadRequestError, OpenAI
 from PIL import Image, ImageChops
-from webuiapi import WebUIApi
 
-from tests.serve.conftest import APPLE
+from tests.serve.conftest import APPLE, GatedStudio, listening
+
+# These take seconds to import, which those need not wait for who leave slow tests out.
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from webuiapi import WebUIApi
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def openai(address: str) -> OpenAI:
+    from openai import OpenAI
+
     return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
@@ -59,6 +65,8 @@ def test_openai_generates(openai: OpenAI) -> None:
 
 
 def test_openai_takes_what_was_meant_for_others(openai: OpenAI) -> None:
+    from openai import BadRequestError
+
     raw = openai.images.with_raw_response.generate(
         model="gpt-image-2.6", prompt=APPLE, quality="high", size="1024x1024"
     )
@@ -102,6 +110,8 @@ def test_openai_lists_models(openai: OpenAI) -> None:
 
 @pytest.fixture
 def webui(address: str) -> WebUIApi:
+    from webuiapi import WebUIApi
+
     return WebUIApi(baseurl=f"{address}/sdapi/v1")
 
 
@@ -156,8 +166,10 @@ def test_webuiapi_tours_the_rest(webui: WebUIApi) -> None:
     assert webui.get_embeddings()["loaded"] == {}
 
 
-def test_an_mcp_client_calls_the_tools(address: str) -> None:
-    async def tour() -> None:
+def test_an_mcp_client_calls_the_tools(studio: GatedStudio) -> None:
+    from mcp.client.client import Client as McpClient
+
+    async def tour(address: str) -> None:
         steps: list[float] = []
 
         async def note(done: float, total: float | None, _: str | None) -> None:
@@ -178,7 +190,8 @@ def test_an_mcp_client_calls_the_tools(address: str) -> None:
             assert "prompt is empty" in wrong.content[0].text
         assert steps[-1] == 8
 
-    asyncio.run(tour())
+    with listening(studio, with_mcp=True) as found:
+        asyncio.run(tour(found))
 
 
 def test_a_server_that_is_terminated_finishes_what_it_accepted() -> None:

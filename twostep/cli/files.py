@@ -15,7 +15,7 @@ def export(
         str,
         typer.Argument(
             help="A model or a LoRA: a built-in name, a folder, a file, a hub id "
-            "(owner/repo[/file])."
+            "(owner/repo or owner/repo/file)."
         ),
     ],
     to: Annotated[
@@ -77,7 +77,7 @@ def inspect(
         str,
         typer.Argument(
             help="Any .safetensors, or the name of a built-in or official one, or on the hub "
-            "owner/repo[/file]."
+            "owner/repo or owner/repo/file."
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
@@ -109,7 +109,7 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
-            help="A LoRA (a file, a folder with one, owner/repo[/file] on the hub), a whole "
+            help="A LoRA (a file, a folder with one, owner/repo, owner/repo/file), a whole "
             "checkpoint in one file, or a diffusers folder."
         ),
     ],
