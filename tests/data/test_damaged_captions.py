@@ -71,7 +71,7 @@ def test_500_damaged_captions() -> None:
     assert 150 < refused < 450
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("ending", [pytest.param("jsonl", marks=pytest.mark.slow), "csv"])
 def test_250_damaged_tables_lose_no_more_than_their_damaged_rows(
     ending: str, tmp_path: Path
 ) -> None:

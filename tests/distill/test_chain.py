@@ -289,6 +289,7 @@ def _losses(recipe: DistillRecipe, teacher: Bundle, source: object, out: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_a_style_is_trained_on_from_itself_on_a_student_against_the_styled_teacher(
     teacher: Bundle, source: object, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_fused_and_not_fused_are_the_same_picture(
     ).abs().mean() > 0.01
 
 
+@pytest.mark.slow
 def test_without_rounding_they_are_the_same_in_every_pixel(styles: list[str]) -> None:
     exact = load_bundle("nano")
     for network in exact.parts.values():

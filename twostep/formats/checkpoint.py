@@ -23,7 +23,6 @@ from twostep.formats.identify import LORAS, Kind, kind_of
 from twostep.formats.lightning import LIGHTNING, UNETS
 from twostep.formats.locate import ModelError, NoModelFolderError, find_model
 from twostep.formats.lora_locate import find_lora_file, may_be_one_file
-from twostep.formats.single_file import is_whole
 
 FOLDER = Kind("a folder")
 
@@ -56,6 +55,9 @@ class Checkpoint:
     @property
     def is_whole(self) -> bool:
         """Whether the model is one file with everything in it, the autoencoder too."""
+        # This brings torch, which what only names files does without.
+        from twostep.formats.single_file import is_whole
+
         return self.header is not None and is_whole(self.header)
 
     @property

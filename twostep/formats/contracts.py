@@ -17,14 +17,12 @@ from twostep.contract import (
     ContractError,
     is_student_name,
 )
-from twostep.diffusion import trained_times
 from twostep.formats import few_step
 from twostep.formats.diffusers_names import library_defaults, noise_of_scheduler
 from twostep.formats.header import Header
 from twostep.formats.identify import DOWN, LORA, UNET_ALONE, WHOLE, kind_of
 from twostep.formats.lightning import NAMED, UNETS
 from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, read_json
-from twostep.formats.single_file import find_single_file
 
 SDXL = Contract.from_json(Path(__file__).with_name("sdxl.json").read_text(encoding="utf-8"))
 """The contract of SDXL itself; steps and guidance are those of arXiv 2402.13929, section 3.6."""
@@ -78,6 +76,9 @@ def official_contract(name: str, header: Header | None = None) -> Contract | Non
         _check_kind(header, what)
         rank = next(iter(header.shape(DOWN)), None)
         alpha = rank if header.alpha is None else header.alpha
+    # This brings torch, which what only names files does without.
+    from twostep.diffusion import trained_times
+
     return replace(
         SDXL,
         name=name.removesuffix(".safetensors"),
@@ -110,6 +111,9 @@ def single_file_contract(header: Header) -> Contract:
 
     Raises ModelError for any other kind of file.
     """
+    # This brings torch, which what only names files does without.
+    from twostep.formats.single_file import find_single_file
+
     single = find_single_file(header)
     derived = derived_contract(single.folder, single.config)
     noise = single.noise

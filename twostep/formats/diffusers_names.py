@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from twostep.contract import (
     TOP_TIME,
     ContractError,
@@ -18,8 +16,6 @@ from twostep.contract import (
     ScheduleSpec,
     VariancePreservingSpec,
 )
-from twostep.diffusion import make_schedule
-from twostep.diffusion.schedule import VariancePreserving
 from twostep.formats.locate import ModelError
 
 PREDICTION_TYPES: dict[str, PredictionType] = {
@@ -170,6 +166,12 @@ def _without_needless_list(spec: VariancePreservingSpec) -> VariancePreservingSp
     sdxl = VariancePreservingSpec(zero_snr=spec.zero_snr)
     if not spec.trained:
         return spec
+    # These bring torch, which what only names files does without.
+    import torch
+
+    from twostep.diffusion import make_schedule
+    from twostep.diffusion.schedule import VariancePreserving
+
     given, known = make_schedule(**asdict(spec)), make_schedule(**asdict(sdxl))
     assert isinstance(given, VariancePreserving) and isinstance(known, VariancePreserving)
     return sdxl if torch.allclose(given.alphas, known.alphas, rtol=1e-6, atol=0) else spec

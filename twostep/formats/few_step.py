@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from twostep.contract import Contract, ContractError, SamplerName
-from twostep.diffusion import make_schedule, trained_times
 
 BASE = "base"
 """The word for no few-step model at all."""
@@ -135,6 +134,9 @@ def as_student(contract: Contract, plain: Contract, kind: str, steps: int | None
             f"{few.title} draws in {', '.join(map(str, sorted(few.steps)))} steps; asked for "
             f"{steps}."
         )
+    # This brings torch, which what only names files does without.
+    from twostep.diffusion import make_schedule, trained_times
+
     schedule = make_schedule(**asdict(contract.schedule))
     return replace(
         contract,

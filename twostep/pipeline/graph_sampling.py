@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.pipeline.graph_nodes import Graph, Link, output
@@ -36,50 +37,48 @@ class Walk:
     Args:
         times: falling whole times of SDXL, the landing 0 included.
         top: the time of pure noise.
-        levels: sigma / alpha at each time.
+        schedule: whose times they are.
         sampler: "euler", "dpmpp-2m" or "renoise".
-        has_zero_snr: whether the schedule has no signal at the top.
         has_mask: whether known parts are put back.
     """
 
     times: tuple[int, ...]
     top: int
-    levels: tuple[float, ...]
+    schedule: VariancePreservingSpec
     sampler: str
-    has_zero_snr: bool
     has_mask: bool
 
     @classmethod
     def of(cls, contract: Contract, request: Request) -> Walk | None:
         """Return the walk of a settled request; None where ComfyUI's nodes cannot take it."""
-        # These bring torch, which a picture that is only described does without.
-        from dataclasses import asdict
-
-        import torch
-
-        from twostep.diffusion import make_schedule
-        from twostep.models.sampling import sampling_times
-
         if not isinstance(contract.schedule, VariancePreservingSpec):
             return None
-        schedule = make_schedule(**asdict(contract.schedule))
-        start = None
-        if request.image is not None and request.strength is not None:
-            start = round(request.strength * schedule.top)
-        times = sampling_times(contract, schedule, steps=request.steps, start=start)
-        whole = torch.tensor([int(t) for t in times])
-        alpha, sigma = schedule.coefficients(whole, whole.double())
+        top = len(contract.schedule.trained) or contract.schedule.num_times
+        times = _times(contract, contract.schedule, request, top)
         sampler = request.sampler or contract.sampler
         walk = cls(
-            times=tuple(whole.tolist()),
-            top=int(schedule.top),
-            levels=tuple((sigma / alpha).tolist()),
+            times=times,
+            top=top,
+            schedule=contract.schedule,
             # With one step there is nothing to add fresh noise to.
-            sampler="euler" if list(times) == [schedule.top, 0] else sampler,
-            has_zero_snr=contract.schedule.zero_snr,
+            sampler="euler" if times == (top, 0) else sampler,
             has_mask=request.mask is not None,
         )
         return walk if walk.is_expressible else None
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """sigma / alpha at each time."""
+        # These bring torch, which the commonest graphs do without.
+        import torch
+
+        from twostep.diffusion import make_schedule
+
+        whole = torch.tensor(self.times)
+        schedule = make_schedule(**asdict(self.schedule))
+        alpha, sigma = schedule.coefficients(whole, whole.double())
+        levels: list[float] = (sigma / alpha).tolist()
+        return tuple(levels)
 
     @property
     def is_expressible(self) -> bool:
@@ -117,17 +116,36 @@ class Walk:
     @property
     def simple_steps(self) -> int | None:
         """The steps of `simple` whose last times these are; None if there are none."""
-        # This brings torch, which a picture that is only described does without.
-        from twostep.diffusion.grid import floored_times
-
-        if self.has_zero_snr:
+        if self.schedule.zero_snr:
             return None  # its largest level is another
+        # Its times are multiples of one spacing where that divides the top.
         spacing = self.times[-2]
-        if self.top % spacing:
+        multiples = tuple(spacing * k for k in range(self.num_steps, -1, -1))
+        if self.top % spacing or self.times != multiples:
             return None
-        steps = self.top // spacing
-        grid = floored_times(steps, self.top)
-        return steps if grid[-self.num_steps :] == self.times[:-1] else None
+        return self.top // spacing
+
+
+def _times(
+    contract: Contract, spec: VariancePreservingSpec, request: Request, top: int
+) -> tuple[int, ...]:
+    """Return the times at which a request is drawn, the landing 0 included."""
+    steps = request.steps or contract.steps
+    begins_with_image = request.image is not None and request.strength is not None
+    if not begins_with_image and not contract.sampling_times and top % steps == 0:
+        # The commonest grid, which needs no torch to be known.
+        return tuple(range(top, -1, -top // steps))
+
+    from twostep.diffusion import make_schedule
+    from twostep.models.sampling import sampling_times
+
+    start = None
+    if begins_with_image:
+        assert request.strength is not None
+        start = round(request.strength * top)
+    schedule = make_schedule(**asdict(spec))
+    times = sampling_times(contract, schedule, steps=request.steps, start=start)
+    return tuple(int(t) for t in times)
 
 
 @dataclass(frozen=True)
