@@ -83,6 +83,7 @@ MATCHING: dict[str, Any] = {
     "fake_score_learning_rate": 5e-5,
 }
 MOSTLY: dict[str, Any] = {"matching_weight": 20.0, "discriminator_warmup": 50}
+"""Distribution matching that outweighs the discriminator's loss."""
 ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     "mse": (1e-4, {"name": "regression"}),
     "lightning": (

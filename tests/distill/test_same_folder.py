@@ -42,14 +42,20 @@ def run_together(kinds: str, outs: list[Path]) -> list[str]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", REFUSED)
-def test_the_second_is_refused_and_the_first_undisturbed(kind: str, folder: Path) -> None:
+def alone_and_together(kind: str, folder: Path) -> tuple[Path, Path, list[str]]:
+    """Work alone in one folder and twice at a time in another; return both, and who was refused."""
     whole = folder / f"{kind}-whole"
     assert run_together(kind, [whole]) == [""]
     together = folder / kind
     together.mkdir()
     refused = [words for words in run_together(kind, [together, together]) if words]
+    return whole, together, refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", REFUSED)
+def test_the_second_is_refused_and_the_first_undisturbed(kind: str, folder: Path) -> None:
+    whole, together, refused = alone_and_together(kind, folder)
     assert len(refused) == 1
     assert "Another process is at work in" in refused[0]
     assert contents(together) == contents(whole)
@@ -59,11 +65,7 @@ def test_the_second_is_refused_and_the_first_undisturbed(kind: str, folder: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_both_write_and_all_is_whole(kind: str, folder: Path) -> None:
-    whole = folder / f"{kind}-whole"
-    assert run_together(kind, [whole]) == [""]
-    together = folder / kind
-    together.mkdir()
-    refused = [words for words in run_together(kind, [together, together]) if words]
+    whole, together, refused = alone_and_together(kind, folder)
     # Converting never writes over what is there, so the slower one may find it done.
     assert all("is already there" in words for words in refused)
     assert len(refused) <= (kind == "convert")

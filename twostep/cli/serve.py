@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twostep.cli.train import size_in_bytes
+from twostep.cli.units import size_in_bytes
 from twostep.errors import TwostepError
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from twostep.cli.units import duration_in_seconds, size_in_bytes
 
 if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
@@ -80,23 +81,6 @@ def recipe(
     else:
         raise typer.BadParameter("give the name of a recipe, or --migrate OLD.toml.")
     typer.echo(text, nl=False)
-
-
-def size_in_bytes(text: str) -> float:
-    """Return the bytes of a size like 24GB or 22.5GiB."""
-    match = re.fullmatch(r"([\d.]+)G(i?)B", text)
-    if match is None:
-        raise typer.BadParameter(f"{text} is no size; write 24GB, or 22.5GiB.")
-    return float(match[1]) * (2**30 if match[2] else 1e9)
-
-
-def _duration(text: str) -> float:
-    """Return the seconds of a time like 3h, 90m, 1h30m or 45s."""
-    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if match is None or not text:
-        raise typer.BadParameter(f"{text} is no time; write 3h, 90m, 1h30m or 45s.")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
 
 
 def _device_type(text: str) -> str:
@@ -186,7 +170,9 @@ def distill(
     override: Override = None,
     until: Annotated[
         float | None,
-        typer.Option(parser=_duration, help="Write a checkpoint and stop within 3h, 90m, 1h30m."),
+        typer.Option(
+            parser=duration_in_seconds, help="Write a checkpoint and stop within 3h, 90m, 1h30m."
+        ),
     ] = None,
     accept_replaced: Annotated[
         bool,

@@ -15,6 +15,7 @@ from twostep.diffusion.schedule import (
     Schedule,
     VariancePreserving,
     make_schedule,
+    noise_levels,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "initial_noise",
     "landing",
     "make_schedule",
+    "noise_levels",
     "prediction_from_output",
     "sample",
     "seeded_noise",

@@ -354,6 +354,14 @@ class Edm:
         return float(t)
 
 
+def noise_levels(schedule: Schedule, times: Sequence[Time]) -> list[float]:
+    """Return sigma / alpha at every time, in float64: what other programs count noise in."""
+    t = torch.tensor(times, dtype=torch.float64)
+    alpha, sigma = schedule.coefficients(t, t)
+    levels: list[float] = (sigma / alpha).tolist()
+    return levels
+
+
 def make_schedule(kind: str, **parameters: object) -> Schedule:
     """Make a schedule of the description in a contract; ScheduleError for an unknown kind.
 

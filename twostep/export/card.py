@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from twostep.contract import Contract, VariancePreservingSpec
-from twostep.diffusion import make_schedule
+from twostep.diffusion import make_schedule, noise_levels
 from twostep.diffusion.grid import floored_times
 from twostep.export.page import page_of, rendered
 from twostep.files import write_atomically
@@ -189,9 +187,7 @@ def workflow_levels(contract: Contract) -> str | None:
     times = sampling_times(contract, schedule)
     if times[:-1] == floored_times(contract.steps, spec.num_times):
         return None
-    whole = torch.tensor(times)
-    alpha, sigma = schedule.coefficients(whole, whole.double())
-    return ", ".join(f"{level:.9f}" for level in (sigma / alpha).tolist())
+    return ", ".join(f"{level:.9f}" for level in noise_levels(schedule, times))
 
 
 def _render(template: str, out: Path, **values: object) -> None:

@@ -13,6 +13,7 @@ from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusion
 from safetensors.torch import load_file
 from torch import Tensor
 
+from twostep import diffusion
 from twostep.contract import (
     Contract,
     EdmSpec,
@@ -95,10 +96,9 @@ def noise_levels(contract: Contract) -> list[float]:
             "nor ComfyUI draw: there is nothing to compare with."
         )
     schedule = make_schedule(**asdict(contract.schedule))
-    times = torch.tensor(trailing_times(contract.steps, schedule), dtype=torch.float64)
-    alpha, sigma = schedule.coefficients(times, times)
+    levels = diffusion.noise_levels(schedule, trailing_times(contract.steps, schedule))
     unit = contract.schedule.sigma_data if isinstance(contract.schedule, EdmSpec) else 1.0
-    return [*(unit * sigma / alpha).tolist(), 0.0]
+    return [*(unit * level for level in levels), 0.0]
 
 
 def _sampled(bundle: Bundle, prompt: str, noise: Tensor, seed: int) -> list[Tensor]:

@@ -55,7 +55,7 @@ class Checkpoint:
     @property
     def is_whole(self) -> bool:
         """Whether the model is one file with everything in it, the autoencoder too."""
-        # This brings torch, which what only names files does without.
+        # Imported here, for it loads torch, which locating a file does not need.
         from twostep.formats.single_file import is_whole
 
         return self.header is not None and is_whole(self.header)

@@ -76,7 +76,7 @@ def official_contract(name: str, header: Header | None = None) -> Contract | Non
         _check_kind(header, what)
         rank = next(iter(header.shape(DOWN)), None)
         alpha = rank if header.alpha is None else header.alpha
-    # This brings torch, which what only names files does without.
+    # Imported here, for it loads torch, which locating a file does not need.
     from twostep.diffusion import trained_times
 
     return replace(
@@ -111,7 +111,7 @@ def single_file_contract(header: Header) -> Contract:
 
     Raises ModelError for any other kind of file.
     """
-    # This brings torch, which what only names files does without.
+    # Imported here, for it loads torch, which locating a file does not need.
     from twostep.formats.single_file import find_single_file
 
     single = find_single_file(header)

@@ -166,7 +166,7 @@ def _without_needless_list(spec: VariancePreservingSpec) -> VariancePreservingSp
     sdxl = VariancePreservingSpec(zero_snr=spec.zero_snr)
     if not spec.trained:
         return spec
-    # These bring torch, which what only names files does without.
+    # Imported here, for it loads torch, which locating a file does not need.
     import torch
 
     from twostep.diffusion import make_schedule

@@ -134,7 +134,7 @@ def as_student(contract: Contract, plain: Contract, kind: str, steps: int | None
             f"{few.title} draws in {', '.join(map(str, sorted(few.steps)))} steps; asked for "
             f"{steps}."
         )
-    # This brings torch, which what only names files does without.
+    # Imported here, for it loads torch, which locating a file does not need.
     from twostep.diffusion import make_schedule, trained_times
 
     schedule = make_schedule(**asdict(contract.schedule))

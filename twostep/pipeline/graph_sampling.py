@@ -69,16 +69,10 @@ class Walk:
     @cached_property
     def levels(self) -> tuple[float, ...]:
         """sigma / alpha at each time."""
-        # These bring torch, which the commonest graphs do without.
-        import torch
+        # Imported here, for it loads torch, which the commonest graphs do not need.
+        from twostep.diffusion import make_schedule, noise_levels
 
-        from twostep.diffusion import make_schedule
-
-        whole = torch.tensor(self.times)
-        schedule = make_schedule(**asdict(self.schedule))
-        alpha, sigma = schedule.coefficients(whole, whole.double())
-        levels: list[float] = (sigma / alpha).tolist()
-        return tuple(levels)
+        return tuple(noise_levels(make_schedule(**asdict(self.schedule)), self.times))
 
     @property
     def is_expressible(self) -> bool:

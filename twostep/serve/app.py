@@ -41,6 +41,9 @@ _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
 )
 """The status of an error: that of the first class that it is of."""
 
+_CODES = {404: "model_not_found", 429: "queue_full"}
+"""Words for programs, by status."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -92,8 +95,7 @@ def create_app(
         headers = {}
         if isinstance(error, QueueFullError):
             headers["Retry-After"] = str(error.retry_after)
-        code = "queue_full" if status == 429 else "model_not_found" if status == 404 else None
-        body = refusal(http.url.path, status, str(error), code=code)
+        body = refusal(http.url.path, status, str(error), code=_CODES.get(status))
         return JSONResponse(body, status, headers=headers)
 
     @app.exception_handler(HTTPException)

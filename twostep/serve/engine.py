@@ -22,6 +22,7 @@ from PIL import Image
 from twostep.errors import TwostepError
 from twostep.pipeline.generation import OnStepOf, Progress
 from twostep.pipeline.request import MAX_BATCH, Request, Result
+from twostep.serve.shapes import JobState
 
 MAX_KEPT_JOBS = 1000
 MAX_KEPT_PIXELS = 2**26
@@ -31,9 +32,6 @@ _TURN = 0.2
 """Weight of the newest batch in the mean time that a job takes."""
 
 _log = logging.getLogger(__name__)
-
-State = Literal["queued", "drawing", "done", "failed", "cancelled"]
-"""Where a job stands. The last three are ends."""
 
 
 class EngineError(TwostepError):
@@ -148,7 +146,7 @@ class Job:
         self._ended = threading.Event()
         self._events: list[Event] = []
         self._listeners: list[Listener] = []
-        self._state: State = "queued"
+        self._state: JobState = "queued"
         self._result: Result | None = None
         self._error: TwostepError | None = None
         self._accepted = time.monotonic()
@@ -160,7 +158,7 @@ class Job:
         return self._started - self._accepted
 
     @property
-    def state(self) -> State:
+    def state(self) -> JobState:
         """Where the job stands now."""
         return self._state
 

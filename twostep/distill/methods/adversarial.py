@@ -386,7 +386,7 @@ class Adversarial(Method[JudgedPair]):
             roles.append(FAKE_SCORE)
         since = iteration - self.settings.discriminator_warmup
         if since >= 0 and (since + 1) % self.settings.discriminator_steps == 0:
-            roles.insert(0 if self.settings.student_first else len(roles), "student")
+            return ["student", *roles] if self.settings.student_first else [*roles, "student"]
         return roles
 
     def loss(self, role: str, pair: JudgedPair, models: Models) -> Mapping[str, Tensor]:

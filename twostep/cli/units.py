@@ -1,0 +1,22 @@
+"""Sizes and times as people write them on a command line."""
+
+import re
+
+import typer
+
+
+def size_in_bytes(text: str) -> float:
+    """Return the bytes of a size like 24GB or 22.5GiB."""
+    match = re.fullmatch(r"([\d.]+)G(i?)B", text)
+    if match is None:
+        raise typer.BadParameter(f"{text} is no size; write 24GB, or 22.5GiB.")
+    return float(match[1]) * (2**30 if match[2] else 1e9)
+
+
+def duration_in_seconds(text: str) -> float:
+    """Return the seconds of a time like 3h, 90m, 1h30m or 45s."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if match is None or not text:
+        raise typer.BadParameter(f"{text} is no time; write 3h, 90m, 1h30m or 45s.")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
