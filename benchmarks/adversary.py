@@ -69,7 +69,7 @@ RELATIVISTIC: dict[str, Any] = {
     "discriminator_warmup": 50,
 }
 FROM_NOISE = (7.0, 1.0, 1.0, 1.0)
-"""Seven tenths of the examples start where a student of one step draws from; alike, it is a quarter."""
+"""Seven tenths of the examples start from where a student of one step draws; alike, a quarter."""
 STRONG: dict[str, Any] = {
     **RELATIVISTIC,
     "student_first": True,
