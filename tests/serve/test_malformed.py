@@ -172,15 +172,15 @@ def test_a_bomb_is_refused_before_it_is_unpacked(client: TestClient) -> None:
 
 def test_two_thousand_malformed_requests_leave_nothing_behind() -> None:
     request = twostep.Request(APPLE, seed=7, steps=1)
-    with running() as (server, address), twostep.Client(address) as client:
+    with running() as server, twostep.Client(server.address) as client:
         process = psutil.Process(server.pid)
         expected = client.draw(request).files
         # What any server takes once: caches, threads, and the pictures of jobs that it keeps.
-        attack(address, 400, seed=0)
+        attack(server.address, 400, seed=0)
         before = process.memory_info().rss
-        answered = attack(address, 2_000, seed=1)
+        answered = attack(server.address, 2_000, seed=1)
         assert client.draw(request).files == expected
-        assert server.poll() is None
+        assert server.is_alive
         now = process.memory_info().rss
         assert now < 1.05 * before, (now / 2**20, before / 2**20)
         assert len(process.net_connections(kind="tcp")) < 20
