@@ -127,7 +127,8 @@ def comfyui_chunks(contract: Contract, request: Request, traits: ModelTraits) ->
 def a1111_text(contract: Contract, request: Request) -> str:
     """Describe one picture the way A1111 does.
 
-    That is the prompt, the negative prompt if there is any, and one line of settings.
+    That is the prompt, in which A1111 also says its LoRAs, by the names of their files without
+    ending; the negative prompt if there is any; and one line of settings.
     """
     settings = {
         "Steps": f"{request.steps}",
@@ -140,7 +141,8 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "RNG": "CPU",
         "Version": f"twostep {contract.version}",
     }
-    lines = [request.prompt]
+    loras = [f"<lora:{Path(lora.name).stem}:{lora.weight:g}>" for lora in request.loras]
+    lines = [" ".join([request.prompt, *loras])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items()))
@@ -152,7 +154,7 @@ def read_provenance(path: str | Path) -> Provenance:
     try:
         with Image.open(path) as image:
             chunks = dict(image.info)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ProvenanceError(
             f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
         ) from error
@@ -163,7 +165,7 @@ def read_provenance(path: str | Path) -> Provenance:
         )
     try:
         return _read_chunks(json.loads(chunks[TWOSTEP_CHUNK]), str(chunks.get(A1111_CHUNK, "")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ProvenanceError(
             f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}."
         ) from error

@@ -28,13 +28,11 @@ from twostep.training import device as devices
 from twostep.training.processes import average, averaged, world
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
+from twostep.training.run_log import SECONDS
 from twostep.training.stopping import OUT_OF_TIME, StoppedError, StopRequest, stop_requests
 
 OnIteration = Callable[[int, dict[str, float]], None]
 """Called after every iteration with the number of iterations done and the figures of the last."""
-
-SECONDS = "seconds_per_iteration"
-"""The figure beside those of an iteration that says how long one took on average."""
 
 _EXIT_CODE = "exit_code"
 """Beside the figures that processes exchange after every iteration: why one of them is to stop."""
