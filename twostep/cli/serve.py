@@ -46,6 +46,10 @@ def serve(
         list[str] | None,
         typer.Option("--lora", help="A LoRA that clients may name, without .safetensors; several."),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option("--control", help="A ControlNet that clients may name in the same way."),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse what the model cannot do instead of changing it."),
@@ -93,7 +97,7 @@ def serve(
             f"{host} can be reached by others, so clients need a key. "
             f"Write one to a file and give --key-file, or set {_KEY_VARIABLE}."
         )
-    catalogue = Catalogue(models or ["nano"], lora or [])
+    catalogue = Catalogue(models or ["nano"], lora or [], control or [])
     store = None if jobs is None else JobStore(jobs)
     studios = [_studio(name, memory) for name in device or ["auto"]]
     # Whatever keeps the default model from drawing is said now, and the first client need not wait.

@@ -10,22 +10,29 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from twostep.contract import Contract, ContractError
+from twostep.diffusion import make_schedule, trailing_times
 from twostep.errors import TwostepError
 from twostep.formats import read_contracts
+from twostep.networks.control import BUILT_IN as BUILT_IN_CONTROLS
 from twostep.pipeline.request import (
     MAX_BATCH,
     NUM_DISTINCT_SEEDS,
+    Control,
     LoraChoice,
     Picture,
     Request,
     RequestError,
 )
 from twostep.pipeline.studio import FAVOURITE_STEPS
+from twostep.serve.shapes import MAX_CONTROLS
+
+_BUILT_IN_BASE = "nano"
+"""What the ControlNets of the package were made for."""
 
 MAX_PROMPT_LETTERS = 32_000
 """The longest prompt, as the OpenAI API has it."""
@@ -54,7 +61,8 @@ class Served:
 class Wish:
     """What a client asks for, before it is known whether the model can do it.
 
-    The fields are those of `Request`; `model` is the name that the client gave, None for any.
+    The fields are those of `Request`; `model` is the name that the client gave, None for any, and
+    so are those of the LoRAs and ControlNets.
     """
 
     prompt: str
@@ -69,6 +77,7 @@ class Wish:
     image: Picture | None = None
     strength: float | None = None
     mask: Picture | None = None
+    controls: tuple[Control, ...] = ()
     sampler: str | None = None
     loras: tuple[str, ...] = ()
 
@@ -83,18 +92,22 @@ class Fitted:
 
 
 class Catalogue:
-    """The models and LoRAs that are served.
+    """The models, LoRAs and ControlNets that are served.
 
     Args:
         models: names, folders or files, the default first. A client names a model by the last part
             of its path without the suffix, or one of its checkpoints by the name in its contract,
             such as nano-4step.
         loras: files, named in the same way.
+        controls: folders, files or hub ids of ControlNets, named in the same way; those of the
+            package are added where a model is served that they were made for.
 
     Raises ModelError for what is no model, and RequestError where two have one name.
     """
 
-    def __init__(self, models: Sequence[str], loras: Sequence[str] = ()) -> None:
+    def __init__(
+        self, models: Sequence[str], loras: Sequence[str] = (), controls: Sequence[str] = ()
+    ) -> None:
         if not models:
             raise RequestError("no model to serve; name at least one.")
         self._served: dict[str, Served] = {}
@@ -106,11 +119,11 @@ class Catalogue:
                 if contract.name not in self._served:
                     self._add(Served(contract.name, served.model, served.contracts, contract.steps))
         self._default = short_name(models[0])
-        self._loras: dict[str, str] = {}
-        for lora in loras:
-            if short_name(lora) in self._loras:
-                raise RequestError(f"two LoRAs are called {short_name(lora)}; rename one.")
-            self._loras[short_name(lora)] = lora
+        self._loras = _by_short_name("LoRAs", loras)
+        self._controls = _by_short_name("ControlNets", controls)
+        bases = {contract.base for served in self.served for contract in served.contracts}
+        if _BUILT_IN_BASE in bases:
+            self._controls = {name: name for name in BUILT_IN_CONTROLS} | self._controls
 
     @property
     def default(self) -> Served:
@@ -126,6 +139,11 @@ class Catalogue:
     def loras(self) -> list[str]:
         """The names of the LoRAs."""
         return list(self._loras)
+
+    @property
+    def controls(self) -> list[str]:
+        """The names of the ControlNets."""
+        return list(self._controls)
 
     def find(self, name: str) -> Served:
         """Return what a name stands for; raises UnknownModelError."""
@@ -144,7 +162,7 @@ class Catalogue:
         Raises:
             UnknownModelError: strict, and the model is not served.
             ContractError: strict, and the model cannot do what is wished.
-            RequestError: the wish is impossible, too large, or names an unknown LoRA.
+            RequestError: the wish is impossible, too large, or names an unknown LoRA or ControlNet.
         """
         _check_bounds(wish)
         changes: list[str] = []
@@ -178,6 +196,7 @@ class Catalogue:
             image=wish.image,
             strength=wish.strength,
             mask=wish.mask,
+            controls=tuple(map(self._placed, wish.controls)),
             sampler=sampler,
             model=served.model,
             loras=wish.loras,
@@ -206,6 +225,13 @@ class Catalogue:
             places.append(LoraChoice(self._loras[choice.name], choice.weight))
         return replace(request, loras=tuple(places))
 
+    def _placed(self, control: Control) -> Control:
+        """Return a ControlNet with where it lies for its name."""
+        if control.model not in self._controls:
+            known = ", ".join(self._controls) or "none"
+            raise RequestError(f"there is no ControlNet {control.model[:80]!r}; there are {known}.")
+        return replace(control, model=self._controls[control.model])
+
     def describe(self) -> dict[str, Any]:
         """Return what can be asked for, as plain values for JSON: the contracts in short."""
         models = [
@@ -219,6 +245,7 @@ class Catalogue:
                         "guidance": contract.guidance,
                         "sizes": [list(size) for size in contract.sizes],
                         "prediction_type": contract.prediction_type,
+                        "strengths": strengths(contract),
                     }
                     for contract in served.contracts
                 ],
@@ -230,7 +257,12 @@ class Catalogue:
             "default_model": self.default.name,
             "models": models,
             "loras": self.loras,
-            "limits": {"num_images": MAX_BATCH, "prompt_letters": MAX_PROMPT_LETTERS},
+            "controls": self.controls,
+            "limits": {
+                "num_images": MAX_BATCH,
+                "prompt_letters": MAX_PROMPT_LETTERS,
+                "controls": MAX_CONTROLS,
+            },
         }
 
 
@@ -239,8 +271,33 @@ def random_seed() -> int:
     return secrets.randbelow(NUM_DISTINCT_SEEDS - MAX_BATCH)
 
 
+def strengths(contract: Contract) -> list[float]:
+    """Return how much of a picture a model can change, rising, as shares of all of it.
+
+    A student begins at the times that it was trained at, a teacher anywhere on its own grid. None
+    where it knows no picture in its noise.
+    """
+    schedule = make_schedule(**asdict(contract.schedule))
+    if contract.sampling_times and contract.sampling_times[0] != schedule.top:
+        return []
+    times = contract.trained_times or trailing_times(contract.steps, schedule)
+    return sorted(time / schedule.top for time in times)
+
+
+def _by_short_name(kind: str, places: Sequence[str]) -> dict[str, str]:
+    """Return where things lie by their names; raises RequestError where two have one name."""
+    named: dict[str, str] = {}
+    for place in places:
+        if short_name(place) in named:
+            raise RequestError(f"two {kind} are called {short_name(place)}; rename one.")
+        named[short_name(place)] = place
+    return named
+
+
 def short_name(place: str) -> str:
-    """Return what a model or LoRA is called: the last part of its path, without the suffix."""
+    """Return what a model, LoRA or ControlNet is called: the last part of its path, without the
+    suffix.
+    """
     name = Path(place).name or place
     return name.removesuffix(".safetensors") or place
 
@@ -262,6 +319,10 @@ def _check_bounds(wish: Wish) -> None:
         raise RequestError(f"asked for {wish.num_images} images; 1 to {MAX_BATCH} may be at once.")
     if wish.steps is not None and wish.steps < 1:
         raise RequestError(f"steps is {wish.steps}; expected a whole number from 1 up.")
+    if len(wish.controls) > MAX_CONTROLS:
+        raise RequestError(
+            f"asked for {len(wish.controls)} ControlNets; at most {MAX_CONTROLS} may be."
+        )
 
 
 def _fit_steps(
