@@ -79,7 +79,7 @@ def test_the_client_sends_controlnets(address: str) -> None:
     request = Request(APPLE, steps=4, seed=7, controls=(control,))
     with twostep.Client(address) as client:
         capabilities = client.capabilities()
-        assert (capabilities.controls, capabilities.limits.controls) == (["silhouette"], 4)
+        assert (capabilities.controlnets, capabilities.limits.controls) == (["silhouette"], 4)
         (picture,) = client.draw(request).images
         with pytest.raises(ServerError, match="no ControlNet 'depth'; there are silhouette"):
             client.draw(replace(request, controls=(replace(control, model="depth"),)))

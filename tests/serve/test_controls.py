@@ -158,7 +158,7 @@ def test_pictures_of_another_shape_are_fitted_as_they_are_told_to() -> None:
 
 def test_controlnets_are_named_as_loras_are() -> None:
     catalogue = Catalogue(["nano"], [], ["models/depth.safetensors", "owner/canny"])
-    assert catalogue.controls == ["silhouette", "depth", "canny"]
+    assert catalogue.controlnets == ["depth", "canny", "silhouette"]
     with pytest.raises(RequestError, match="two ControlNets are called depth"):
         Catalogue(["nano"], [], ["a/depth", "b/depth.safetensors"])
 

@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from twostep.media.png import encode_png
 from twostep.pipeline.request import Control, Picture, RequestError
+from twostep.serve.document import A1111Refusal, refusals
 from twostep.serve.following import in_base64
 from twostep.serve.serving import Serving, bytes_in, validated
 from twostep.serve.shapes import MAX_CONTROLS
@@ -143,7 +144,11 @@ class DetectBody(BaseModel):
 
 def control_routes(serving: Serving) -> APIRouter:
     """Return the addresses below /controlnet, with which clients find out what there is."""
-    router = APIRouter(prefix=CONTROL_PREFIX.rstrip("/"), tags=["A1111"])
+    router = APIRouter(
+        prefix=CONTROL_PREFIX.rstrip("/"),
+        tags=["A1111"],
+        responses=refusals(422, shape=A1111Refusal),
+    )
 
     @router.get("/version")
     async def version() -> dict[str, int]:
@@ -153,7 +158,7 @@ def control_routes(serving: Serving) -> APIRouter:
     @router.get("/model_list")
     async def list_controls() -> dict[str, list[str]]:
         """List the names that `model` of a unit may have."""
-        return {"model_list": serving.catalogue.controls}
+        return {"model_list": serving.catalogue.controlnets}
 
     @router.get("/module_list")
     async def list_modules() -> dict[str, Any]:
@@ -166,9 +171,9 @@ def control_routes(serving: Serving) -> APIRouter:
         """List everything as the one type that there is."""
         everything = {
             "module_list": list(MODULES),
-            "model_list": ["None", *serving.catalogue.controls],
+            "model_list": ["None", *serving.catalogue.controlnets],
             "default_option": MODULES[0],
-            "default_model": next(iter(serving.catalogue.controls), "None"),
+            "default_model": next(iter(serving.catalogue.controlnets), "None"),
         }
         return {"control_types": {"All": everything}}
 

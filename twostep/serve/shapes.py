@@ -141,7 +141,8 @@ class Limits(BaseModel):
 
     num_images: int
     prompt_letters: int
-    controls: int = MAX_CONTROLS
+    steps: int
+    controls: int
 
 
 class Capabilities(BaseModel):
@@ -150,5 +151,5 @@ class Capabilities(BaseModel):
     default_model: str
     models: list[ModelAnswer]
     loras: list[str]
-    controls: list[str] = []
+    controlnets: list[str] = []
     limits: Limits
