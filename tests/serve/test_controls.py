@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw, ImageOps
 
 from tests.serve.conftest import APPLE
 from twostep.formats import read_contracts
-from twostep.pipeline.png import read_provenance
 from twostep.pipeline.request import Control, Picture, Request, RequestError
 from twostep.pipeline.studio import Studio
 from twostep.serve.a1111_controls import ControlUnit
@@ -188,7 +187,7 @@ def test_a_job_brings_the_graph_for_comfyui(client: TestClient, expected: dict[s
         for node in found["prompt"].values()
         if node["class_type"] == "LoadImage"
     ]
-    digest = read_provenance(BytesIO(data)).request.controls[0].picture.sha256
+    digest = json.loads(chunks["twostep"])["request"]["controls"][0]["picture"]["sha256"]
     assert names == [f"{digest[:12]}.png"] * 2
     assert found["inputs"] == {"control 1": names[0], "control 2": names[1]}
     assert client.get(f"/api/v1/jobs/{job['id']}/images/1/workflow").status_code == 404
