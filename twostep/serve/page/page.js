@@ -29,7 +29,7 @@ const state = {
   key: "", // model and steps of the last wish
 };
 
-const turns = new Turns(draw, () => state.drawing?.stop());
+const turns = new Turns(draw, () => state.drawing?.stop(), () => busy(false));
 const easel = new Easel(at("canvas"), painted);
 let controls = null;
 
@@ -64,7 +64,13 @@ function changed(how) {
   const felt = state.milliseconds[key]?.felt;
   if (felt || key !== state.key) turns.milliseconds = felt ?? null;
   state.key = key;
+  busy(true);
   turns.change(how);
+}
+
+// Whether a picture of what is wished is still to come.
+function busy(isBusy) {
+  at("main").setAttribute("aria-busy", isBusy);
 }
 
 function stop() {
@@ -131,6 +137,7 @@ function display(entry) {
   picture.classList.remove("coarse");
   picture.alt = wish.prompt;
   picture.hidden = false;
+  picture.parentElement.style.aspectRatio = `${answer.width} / ${answer.height}`;
   at("empty").hidden = true;
   at("progress").value = 1;
   at("caption").textContent = `${answer.checkpoint}, ${answer.width} × ${answer.height}, seed ${answer.seed}`;
@@ -138,8 +145,12 @@ function display(entry) {
   at("download").download = `${answer.checkpoint}_${answer.seed}.png`;
   at("actions").hidden = false;
   at("inputs").hidden = true;
+  markCurrent();
+}
+
+function markCurrent() {
   for (const button of document.querySelectorAll("#history button")) button.removeAttribute("aria-current");
-  entry.item?.firstElementChild.setAttribute("aria-current", "true");
+  state.last.item?.firstElementChild.setAttribute("aria-current", "true");
 }
 
 function remember(entry) {
@@ -160,7 +171,7 @@ function remember(entry) {
     URL.revokeObjectURL(old.querySelector("img").src);
     old.remove();
   }
-  if (state.last === entry) display(entry);
+  markCurrent();
 }
 
 async function goBack(entry) {
@@ -204,7 +215,12 @@ async function restoreFrom(made) {
   Object.assign(wish, { image: inputs.image ?? null, mask: inputs.mask ?? null, controls: inputs.controls ?? [] });
   await restore(wish);
   const missing = [];
-  if (made.image && !inputs.image) missing.push({ ...made.image, put: (address) => begin(address) });
+  const beginAnew = async (address) => {
+    const mask = state.mask;
+    await begin(address);
+    state.mask = mask;
+  };
+  if (made.image && !inputs.image) missing.push({ ...made.image, put: beginAnew });
   if (made.mask && !inputs.mask) {
     missing.push({ ...made.mask, put: async (address) => (state.mask = await Layer.from("mask", address)) });
   }
@@ -234,6 +250,7 @@ async function compare() {
     URL.revokeObjectURL(at("reference").src);
     at("reference").src = URL.createObjectURL(drawn.blob);
     at("reference").alt = `${wish.prompt}, drawn by the teacher`;
+    at("reference").parentElement.style.aspectRatio = picture.parentElement.style.aspectRatio;
     at("reference-caption").textContent = `${name}, ${steps} steps with guidance ${scale}: ${total(drawn.answer.milliseconds)} ms`;
     at("beside").hidden = false;
     say("The teacher's picture is beside.");
@@ -594,7 +611,8 @@ function listenToPictures() {
 
 function listenToThePage() {
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || !(turns.isRunning || state.comparing)) return;
+    const isBusy = at("main").getAttribute("aria-busy") === "true";
+    if (event.key !== "Escape" || !(isBusy || state.comparing)) return;
     stop();
     say("Stopped.");
   });

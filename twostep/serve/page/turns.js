@@ -14,7 +14,8 @@ const FORGOTTEN = 1000; // ms between two changes that do not belong together
 export class Turns {
   #draw;
   #stop;
-  #timer = 0;
+  #onRest;
+  #timer = null; // of a run that waits
   #isRunning = false;
   #isStale = false;
   #isGivenUp = false;
@@ -24,14 +25,12 @@ export class Turns {
   #startedAt = 0;
   milliseconds = null; // what a run takes; null while that is not known
 
-  // `draw` promises to end when it is drawn or given up; `stop` gives it up.
-  constructor(draw, stop) {
+  // `draw` promises to end when it is drawn or given up; `stop` gives it up. `onRest` is called when
+  // nothing is left to draw.
+  constructor(draw, stop, onRest = () => {}) {
     this.#draw = draw;
     this.#stop = stop;
-  }
-
-  get isRunning() {
-    return this.#isRunning;
+    this.#onRest = onRest;
   }
 
   // Something is wished otherwise. `now`: it is not one of many changes in a row. `patient`: more is to
@@ -56,8 +55,10 @@ export class Turns {
   // Gives up what is under way and what waits.
   halt() {
     clearTimeout(this.#timer);
+    this.#timer = null;
     this.#isStale = false;
     this.#stop();
+    if (!this.#isRunning) this.#onRest();
   }
 
   // Whether pauses were taken for the end that were none.
@@ -83,6 +84,7 @@ export class Turns {
   }
 
   async #begin() {
+    this.#timer = null;
     if (this.#isRunning) {
       this.#isStale = true; // it was given up, and ends in a moment
       return;
@@ -96,5 +98,6 @@ export class Turns {
       this.#isRunning = false;
     }
     if (this.#isStale) this.#begin();
+    else if (this.#timer === null) this.#onRest();
   }
 }
