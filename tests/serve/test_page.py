@@ -76,7 +76,13 @@ def browsing(address: str, **options: Any) -> Iterator[Any]:
 @pytest.fixture
 def page(address: str) -> Iterator[Any]:
     with browsing(address) as page:
+        ready(page)
         yield page
+
+
+def ready(page: Any) -> None:
+    """Wait until the page knows what the server can do."""
+    until(page, "document.querySelector('#steps input') !== null")
 
 
 def until(page: Any, condition: str) -> None:
@@ -270,6 +276,7 @@ def test_canvas_mask_and_controlnet_are_drawn_from_saved_and_restored(
 
     # A fresh page restores it from the file, with all that went in.
     page.reload()
+    ready(page)
     page.locator("#file").set_input_files(path)
     drawn(page)
     assert page.locator("#controls li").count() == 1
@@ -311,6 +318,7 @@ def test_every_state_is_accessible_and_fits(
     address: str, tmp_path: Path, viewport: dict[str, int], scheme: str
 ) -> None:
     with browsing(address, viewport=viewport, color_scheme=scheme, reduced_motion="reduce") as page:
+        ready(page)
         count = 0
 
         def look(name: str) -> None:
@@ -352,6 +360,9 @@ def test_every_state_is_accessible_and_fits(
         page.locator("#prompt").fill("apple " * 6000)  # more than may be
         until(page, "document.getElementById('status').textContent.startsWith('Not drawn')")
         look("fault")
+        # The browser itself says that it was refused.
+        assert len(page.problems) == 1
+        page.problems.clear()
 
 
 @pytest.mark.slow

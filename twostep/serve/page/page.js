@@ -390,21 +390,28 @@ function listLayers() {
     if (!found.length) return closeCanvas();
     return edit(found[0][1]);
   }
-  at("layers").replaceChildren(
-    ...found.map(([name, layer], i) => {
-      const label = document.createElement("label");
-      const input = document.createElement("input");
-      Object.assign(input, { type: "radio", name: "layer", value: i, checked: layer === easel.layer });
-      input.addEventListener("change", () => edit(layer));
-      label.append(input, name);
-      return label;
-    }),
-  );
-  at("canvas").setAttribute("aria-label", `Canvas: ${found.find(([, layer]) => layer === easel.layer)[0]}`);
+  // Chips that stay are kept, for one of them may have the focus.
+  const names = found.map(([name]) => name);
+  const chips = [...at("layers").children];
+  if (names.join() !== chips.map((each) => each.textContent).join()) {
+    at("layers").replaceChildren(...names.map(chipOf));
+  }
+  const chosen = found.findIndex(([, layer]) => layer === easel.layer);
+  at("layers").children[chosen].firstElementChild.checked = true;
+  at("canvas").setAttribute("aria-label", `Canvas: ${names[chosen]}`);
   at("undo").disabled = !easel.layer.canUndo;
   at("redo").disabled = !easel.layer.canRedo;
   at("clear").disabled = !easel.layer.canUndo;
   at("colours").hidden = easel.layer.kind === "mask";
+}
+
+function chipOf(name, place) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  Object.assign(input, { type: "radio", name: "layer" });
+  input.addEventListener("change", () => edit(layers()[place][1]));
+  label.append(input, name);
+  return label;
 }
 
 function edit(layer) {
