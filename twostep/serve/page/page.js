@@ -253,6 +253,7 @@ async function compare() {
     at("reference").parentElement.style.aspectRatio = picture.parentElement.style.aspectRatio;
     at("reference-caption").textContent = `${name}, ${steps} steps with guidance ${scale}: ${total(drawn.answer.milliseconds)} ms`;
     at("beside").hidden = false;
+    at("progress").value = 1;
     say("The teacher's picture is beside.");
   } catch (error) {
     if (!comparing.stopped) say(`The teacher drew nothing: ${error.message}`, { isFault: true });
@@ -285,7 +286,7 @@ function listSteps(wished) {
 function listSizes(wished = size.value) {
   const { sizes } = checkpoint();
   const options = sizes.map(([width, height]) => new Option(`${width} × ${height}`, `${width}x${height}`));
-  size.replaceChildren(new Option("its own", ""), ...options);
+  size.replaceChildren(new Option("automatic", ""), ...options);
   size.value = options.length > 1 && options.some((each) => each.value === wished) ? wished : "";
   at("sizes").hidden = sizes.length < 2;
 }
