@@ -15,6 +15,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from twostep.errors import TwostepError
 from twostep.export.page import page_of
 from twostep.files import write_new
 from twostep.media.codec import Encoded
+from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.request import (
     MAX_BATCH,
     SAMPLERS,
@@ -71,6 +73,21 @@ class Provenance:
     batch: Request
     has_merged_loras: bool
     lora_hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A graph that draws a picture in ComfyUI.
+
+    - `prompt`: as its server takes it.
+    - `page`: as its page opens it.
+    - `inputs`: under which names its nodes load pictures, by what these are: "image", "mask",
+      "control 1".
+    """
+
+    prompt: dict[str, Any]
+    page: dict[str, Any]
+    inputs: dict[str, str]
 
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
@@ -147,6 +164,28 @@ def a1111_text(contract: Contract, request: Request) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def read_workflow(data: bytes) -> Workflow | None:
+    """Read ComfyUI's graph from the bytes of a PNG; None where it has none."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            chunks = dict(image.info)
+        described = json.loads(chunks[TWOSTEP_CHUNK])
+        return Workflow(
+            prompt=json.loads(chunks["prompt"]),
+            page=json.loads(chunks["workflow"]),
+            inputs=_inputs(_read_chunks(described, "").request),
+        )
+    except KeyError:
+        return None
+
+
+def _inputs(request: Request) -> dict[str, str]:
+    """Return the names under which a graph loads pictures, by what they are in a request."""
+    pictures = {"image": request.image, "mask": request.mask}
+    pictures |= {f"control {i}": each.picture for i, each in enumerate(request.controls, 1)}
+    return {what: file_name(each) for what, each in pictures.items() if each is not None}
 
 
 def read_provenance(path: str | Path) -> Provenance:
