@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sqlite3
 import threading
@@ -56,21 +57,20 @@ def _ask_until_killed(server: Running, accepted: list[Accepted], dice: random.Ra
     """Let clients post jobs, and kill the server at a random moment after the first are taken."""
     least = len(accepted) + LEAST_OF_A_ROUND
     delay = dice.uniform(0.0, 1.5)
+    is_killed = threading.Event()
     seeds = [dice.randrange(2**30) for _ in range(NUM_CLIENTS)]
 
     def ask(number: int) -> None:
         own = random.Random(seeds[number])
         with twostep.Client(server.address, name=f"client {number}", patience=0.0) as client:
-            while True:
+            while not is_killed.is_set():
                 steps, guidance = own.choice([(1, None), (2, None), (32, 5.0)])
                 request = twostep.Request(
                     APPLE, seed=own.randrange(NUM_SEEDS), steps=steps, guidance=guidance
                 )
-                try:
+                # Where the queue is full, or the server was killed, nothing was accepted.
+                with contextlib.suppress(ServerError):
                     accepted.append(Accepted(client.submit(request).id, request))
-                except ServerError as error:
-                    if error.status != 429:
-                        return  # killed
                 time.sleep(own.uniform(0.0, 0.2))
 
     threads = [threading.Thread(target=ask, args=[number]) for number in range(NUM_CLIENTS)]
@@ -82,6 +82,7 @@ def _ask_until_killed(server: Running, accepted: list[Accepted], dice: random.Ra
         time.sleep(0.01)
     time.sleep(delay)
     server.kill()
+    is_killed.set()
     for thread in threads:
         thread.join()
 
