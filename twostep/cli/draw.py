@@ -13,31 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
-
-from twostep.contract import Contract
-from twostep.pipeline.png import (
-    Provenance,
-    ProvenanceError,
-    prepare_folder,
-    read_provenance,
-    save_images,
-)
-from twostep.pipeline.request import (
-    NUM_DISTINCT_SEEDS,
-    Control,
-    Picture,
-    Request,
-    RequestError,
-    Result,
-)
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from twostep.contract import Contract
     from twostep.models.bundle import Bundle
     from twostep.pipeline.generation import OnStep
+    from twostep.pipeline.png import Provenance
+    from twostep.pipeline.request import Control, Request, Result
 
 _Model = Annotated[
     str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")
@@ -107,6 +91,8 @@ def generate(
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
+    from twostep.pipeline.request import Request
+
     width, height = _parse_size(size)
     _check_steps(model, steps)
     loras, embeddings = _parse_loras(lora)
@@ -150,6 +136,8 @@ def edit(
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
+    from twostep.pipeline.request import Picture, Request
+
     _check_steps(model, steps)
     loras, embeddings = _parse_loras(lora)
     request = Request(
@@ -188,6 +176,8 @@ def replay(
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
     from PIL import Image, ImageChops
 
+    from twostep.pipeline.png import ProvenanceError, read_provenance
+
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
         raise ProvenanceError(f"{picture} does not say which model drew it. Give it with --model.")
@@ -221,6 +211,8 @@ def info(
     ] = False,
 ) -> None:
     """Print what a model says of itself: how each of its checkpoints must be sampled."""
+    from rich.console import Console
+
     from twostep.formats import read_contracts
 
     contracts = read_contracts(model)
@@ -232,6 +224,9 @@ def info(
 
 def contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each and a row for every field."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
     columns = [Column(contract.name, overflow="fold") for contract in contracts]
     table = Table("contract", *columns)
     for field in list(asdict(contracts[0]))[1:]:
@@ -249,6 +244,11 @@ def _draw_and_save(
 
     With a provenance, the request is drawn with the checkpoint that is named there.
     """
+    from rich.console import Console
+    from rich.text import Text
+
+    from twostep.pipeline.png import prepare_folder, save_images
+
     prepare_folder(out)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {request.model}"):
@@ -289,6 +289,15 @@ def _load(request: Request, provenance: Provenance | None) -> Bundle:
 @contextmanager
 def _progress_bar(name: str) -> Iterator[OnStep]:
     """Show a progress bar on a terminal; gives what is to be called after every step."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     from twostep.pipeline.generation import Progress as Step
 
     console = Console(stderr=True)
@@ -334,6 +343,7 @@ def _check_steps(model: str, steps: int | None) -> None:
     if steps is None or steps >= 1:
         return
     from twostep.formats import read_contracts
+    from twostep.pipeline.request import RequestError
 
     offered = ", ".join(str(contract.steps) for contract in read_contracts(model))
     raise RequestError(
@@ -353,6 +363,8 @@ def _parse_loras(given: list[str] | None) -> tuple[tuple[str, ...], tuple[str, .
 
 def _parse_seed(seed: str, num_images: int) -> int:
     """Read a seed, or pick one and say which on standard error."""
+    from twostep.pipeline.request import NUM_DISTINCT_SEEDS, RequestError
+
     if seed.strip().lower() != "random":
         if re.fullmatch(r"-?\d+", seed.strip()) is None:
             raise RequestError(f"seed is {seed!r}; expected a whole number from 0 up, or random.")
@@ -364,6 +376,8 @@ def _parse_seed(seed: str, num_images: int) -> int:
 
 def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:
     """Read "PICTURE@CONTROLNET:SCALE:FROM-TO", of which all after the ControlNet may be missing."""
+    from twostep.pipeline.request import Control, Picture, RequestError
+
     parsed = []
     for text in controls or ():
         match = _CONTROL.fullmatch(text)
@@ -387,6 +401,8 @@ def _parse_size(size: str | None) -> tuple[int, int] | tuple[None, None]:
     """Read WIDTHxHEIGHT."""
     if size is None:
         return None, None
+    from twostep.pipeline.request import RequestError
+
     match = re.fullmatch(r"(\d+)[xX](\d+)", size.strip())
     if match is None:
         raise RequestError(f"size is {size!r}; expected WIDTHxHEIGHT in pixels, such as 64x64.")
