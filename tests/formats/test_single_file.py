@@ -20,9 +20,10 @@ from twostep.contract import VariancePreservingSpec
 from twostep.formats import read_contracts
 from twostep.formats.contracts import SDXL as CONTRACT_OF_SDXL
 from twostep.formats.header import read_header
-from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, unet_names
+from twostep.formats.ldm_names import unet_names
 from twostep.formats.locate import SDXL_BASE, SDXL_CONFIGS, ModelError, find_model, hub_id
 from twostep.formats.single_file import find_single_file
+from twostep.formats.single_header import CLIP_G, CLIP_L, UNET, VAE
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl_networks import hollow_networks
