@@ -23,6 +23,7 @@ from twostep.serve.engine import (
     QueueFullError,
 )
 from twostep.serve.gate import Gate, Rules
+from twostep.serve.handover_routes import handover_routes
 from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
 from twostep.serve.operation_routes import operation_routes
@@ -48,7 +49,12 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(
-    serving: Serving, rules: Rules, *, drain_seconds: float = 30.0, with_mcp: bool = False
+    serving: Serving,
+    rules: Rules,
+    *,
+    drain_seconds: float = 30.0,
+    with_mcp: bool = False,
+    handover_token: str | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -57,6 +63,8 @@ def create_app(
         rules: what is let in.
         drain_seconds: how long jobs may still be drawn at the end.
         with_mcp: whether language models get tools, which needs the extra `mcp`.
+        handover_token: what commands of the same user send with what they hand over; without it
+            nothing can be handed over.
     """
     tools = None
     if with_mcp:
@@ -85,6 +93,8 @@ def create_app(
     app.include_router(a1111_routes(serving))
     app.include_router(native_routes(serving))
     app.include_router(operation_routes(serving))
+    if handover_token is not None:
+        app.include_router(handover_routes(serving, handover_token))
 
     if tools is not None:
         app.router.routes.extend(mcp_routes(tools))
