@@ -99,10 +99,18 @@ def client(studio: GatedStudio) -> Iterator[TestClient]:
 
 
 @contextmanager
-def listening(studio: Studio, *, with_mcp: bool = False) -> Iterator[str]:
+def listening(
+    studio: Studio,
+    *,
+    with_mcp: bool = False,
+    handover_token: str | None = None,
+    rules: Rules | None = None,
+) -> Iterator[str]:
     """Serve nano on a free port, and yield the address."""
     serving = Serving(Engine([studio]), Catalogue(["nano"]))
-    application = create_app(serving, Rules(), with_mcp=with_mcp)
+    application = create_app(
+        serving, rules or Rules(), with_mcp=with_mcp, handover_token=handover_token
+    )
     config = uvicorn.Config(application, port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

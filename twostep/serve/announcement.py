@@ -84,7 +84,7 @@ def announced(announcement: Announcement) -> Iterator[None]:
 
 
 def announcements() -> list[tuple[Path, Announcement]]:
-    """Return the servers of this user that run the same program, the latest first, with their files.
+    """Return this user's servers that run the same program, the latest first, with their files.
 
     They may have died since. What others could have written is not read.
     """
