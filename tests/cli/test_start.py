@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from twostep.formats.locate import WEIGHTS
@@ -86,3 +87,60 @@ def test_what_says_something_of_models_loads_neither_torch_nor_numpy(tmp_path: P
     ]
     told = json.loads(answers[f"inspect {lora} --json"])
     assert told["is"].startswith("a LoRA") and told["contract"]["steps"] == 2
+
+
+DRAWS = """
+import json, sys
+from typer.testing import CliRunner
+from twostep.cli import app
+answer = CliRunner().invoke(app, ["generate", "a red apple", "--out", sys.argv[1]])
+assert answer.exit_code == 0, answer.output
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+BROUGHT = {
+    "torch": "draws",
+    "diffusers": "the UNet and the autoencoder",
+    "transformers": "the text encoders; diffusers imports it too",
+    "peft": "diffusers and transformers import it",
+    "accelerate": "diffusers, transformers and peft import it",
+    "bitsandbytes": "peft imports it where it is installed",
+    "scipy": "diffusers imports it where it is installed",
+    "sklearn": "transformers imports it where it is installed",
+    "sympy": "torch's compiler, which diffusers imports",
+    "networkx": "torch's compiler",
+    "torchgen": "torch's compiler",
+}
+"""What `generate` may load of what takes long, and who brings it."""
+
+LEFT_OUT = (
+    "compel",
+    "datasets",
+    "fastapi",
+    "httpx2",
+    "jinja2",
+    "matplotlib",
+    "mcp",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "pandas",
+    "prometheus_client",
+    "ray",
+    "starlette",
+    "tensorboard",
+    "uvicorn",
+    "wandb",
+)
+"""What it has no use for."""
+
+
+@pytest.mark.slow
+def test_what_drawing_loads(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", DRAWS, str(tmp_path)]
+    process = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    loaded = set(json.loads(process.stdout.splitlines()[-1]))
+    print(sorted(loaded & BROUGHT.keys()))
+    assert loaded & set(LEFT_OUT) == set()
+    assert {"torch", "diffusers", "transformers"} <= loaded

@@ -92,7 +92,7 @@ def hub(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # SDXL's configs are in the package; these files are of nano's size.
     base = filled / "models--stabilityai--stable-diffusion-xl-base-1.0" / "snapshots" / "0123"
-    for module in ("locate", "single_file"):
+    for module in ("locate", "single_file", "single_header"):
         monkeypatch.setattr(f"twostep.formats.{module}.SDXL_CONFIGS", base)
     return filled
 

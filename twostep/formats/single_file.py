@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from twostep.contract import Contract, EdmSpec, PredictionType, VariancePreservingSpec
@@ -72,6 +71,9 @@ TINY = "AutoencoderTiny"
 LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
 
+_BYTES_AT_ONCE = 2**28
+"""How much of a file stands in memory beside what it is converted to."""
+
 _EDM_SCALE = 0.5
 """What latents of files with a mean and a deviation are scaled by beside."""
 
@@ -111,16 +113,19 @@ class SingleFile:
             config["scaling_factor"] = _EDM_SCALE
         return config
 
-    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
-        """Return a network's weights in the file's precision; `part` is its prefix in the file.
+    def weights(
+        self, network: nn.Module, part: str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return a network's weights; `part` is its prefix in the file.
 
-        Raises ModelError unless every key is accounted for.
+        They are in the file's precision unless another one is given. Raises ModelError unless every
+        key is accounted for.
         """
-        keys = [key for key in self.header.shapes if key.startswith(part)]
-        weights = {}
-        for key in keys or self.header.shapes:  # a UNet alone may have no prefix
-            if not key.endswith(LEFT_OUT):
-                weights[key.removeprefix(part)] = self.tensor(key)
+        # A UNet alone may have no prefix.
+        keys = [key for key in self.header.shapes if key.startswith(part)] or self.header.shapes
+        wanted = [key for key in keys if not key.endswith(LEFT_OUT)]
+        read = read_tensors(self.header.path, wanted, dtype)
+        weights = {key.removeprefix(part): value for key, value in read.items()}
         if part == CLIP_G:
             weights = split(weights)
         expected = network.state_dict()
@@ -159,14 +164,17 @@ class FolderFiles:
         """Return the config of a network, `name` as in `PARTS`."""
         return read_json(self.folder / name / "config.json")
 
-    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
-        """Return a network's weights in the files' precision; `part` is as in `PARTS`.
+    def weights(
+        self, network: nn.Module, part: str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return a network's weights; `part` is as in `PARTS`.
 
-        Raises ModelError unless every key is accounted for.
+        They are in the files' precision unless another one is given. Raises ModelError unless every
+        key is accounted for.
         """
         name = next(name for name, prefix in PARTS.items() if prefix == part)
         folder = self.folder / name
-        weights = _read_parts(folder)
+        weights = _read_parts(folder, dtype)
         if part == UNET:
             _drop_guidance(weights, folder)
         # Newer transformers dropped the first word of the keys that files have.
@@ -179,14 +187,41 @@ class FolderFiles:
         return account(weights, expected, naming(expected), str(folder))
 
 
-def _read_parts(folder: Path) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, keys: Iterable[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Read tensors of a file, which is mapped into memory and not copied.
+
+    What is converted is copied, and the file is then mapped anew after every 256 MB of it, so that
+    what was read does not stand in memory beside what became of it.
+
+    Arguments:
+        path: the file.
+        keys: the names of the tensors.
+        dtype: the precision that floating-point tensors get; None leaves all as they are.
+    """
+    tensors: dict[str, Tensor] = {}
+    left = list(keys)[::-1]
+    while left:
+        num_bytes = 0
+        with safe_open(path, "pt") as file:
+            while left and num_bytes < _BYTES_AT_ONCE:
+                tensor = file.get_tensor(left[-1])
+                is_kept = dtype in (None, tensor.dtype) or not tensor.is_floating_point()
+                tensors[left.pop()] = tensor if is_kept else tensor.to(dtype)
+                num_bytes += 0 if is_kept else tensor.numel() * tensor.itemsize
+                del tensor  # the last that holds the file in memory
+    return tensors
+
+
+def _read_parts(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Read all weights in the folder of one network, of the variant there is."""
     is_half = weights_variant(folder) is not None
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if (".fp16." in path.name) == is_half:
-            read_header(path)  # says what is wrong with a file that is damaged
-            weights |= load_file(path)
+            header = read_header(path)  # says what is wrong with a file that is damaged
+            weights |= read_tensors(path, header.shapes, dtype)
     return weights
 
 
@@ -239,7 +274,9 @@ class Outline:
         """Return the config of a network, `name` as in `PARTS`."""
         return self.source.config(name)
 
-    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
+    def weights(
+        self, network: nn.Module, part: str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         """Return a network's weights as it was made with them."""
         return network.state_dict()
 
