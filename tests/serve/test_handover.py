@@ -180,9 +180,15 @@ def test_servers_that_draw_otherwise_or_elsewhere_are_not_told_of(
     monkeypatch.setenv(SWITCH, "")
     told = _announcement(ServeSettings(), 8000, key=None, token=TOKEN)
     assert told == Announcement("http://127.0.0.1:8000", None, TOKEN, this_program())
-    others = [{"devices": ("cpu",)}, {"host": "192.0.2.1"}]
+    others = [
+        {"devices": ("cpu",)},
+        {"host": "192.0.2.1"},
+        {"cluster": {}},
+        {"filter": {"function": "mine:judge"}},
+    ]
     for values in others:
-        assert _announcement(ServeSettings(**values), 8000, key=KEY, token=TOKEN) is None
+        settings = ServeSettings.model_validate(values)
+        assert _announcement(settings, 8000, key=KEY, token=TOKEN) is None
     monkeypatch.setenv(SWITCH, "off")
     assert _announcement(ServeSettings(), 8000, key=None, token=TOKEN) is None
 

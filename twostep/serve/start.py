@@ -93,10 +93,12 @@ def _announcement(
 ) -> Announcement | None:
     """Return what commands of this user are told; None for a server that is not to be told of.
 
-    That is one which this machine's own address does not reach, or which draws where a command
-    would not, so that its pictures are others.
+    That is one which this machine's own address does not reach, or whose pictures may be others:
+    it draws where a command would not, or keeps some back.
     """
     if is_switched_off() or tuple(settings.devices) != _USUAL_DEVICES:
+        return None
+    if settings.filter is not None or settings.cluster is not None:
         return None
     if settings.host not in (*LOOPBACK, "0.0.0.0", "::"):
         return None
