@@ -23,9 +23,13 @@ from twostep.serve.announcement import (
     folder_of_announcements,
     this_program,
 )
+from twostep.serve.catalogue import Catalogue
 from twostep.serve.config import ServeSettings
+from twostep.serve.engine import Engine
 from twostep.serve.gate import Rules
 from twostep.serve.handover import HandedOverError, hand_over
+from twostep.serve.handover_routes import _Body, _why_not
+from twostep.serve.serving import Serving
 from twostep.serve.start import _announcement
 
 from .conftest import GatedStudio, listening
@@ -104,20 +108,36 @@ def test_what_cannot_be_drawn_is_said_as_here(keyed: str, runtime: Path) -> None
         hand_over(order, print)
 
 
-def test_what_is_another_model_there_is_drawn_here(
-    keyed: str, runtime: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_served_is_drawn_here(keyed: str, runtime: Path) -> None:
     lines: list[str] = []
     with announced(announcement(keyed)):
         assert hand_over(Order("an apple", "mini"), lines.append) is None
-        (runtime / "nano").mkdir()
-        (runtime / "style.safetensors").touch()
-        monkeypatch.chdir(runtime)
-        assert hand_over(Order("an apple", "nano"), lines.append) is None
-    assert [line.partition("(")[2] for line in lines] == [
-        "mini is not among its models): drawn here.",
-        "nano is another model there): drawn here.",
-    ]
+    assert lines == [f"{keyed} does not draw it (mini is not among its models): drawn here."]
+
+
+def test_names_that_mean_something_else_there_are_not_drawn(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = Serving(engine, Catalogue(["nano"]))
+
+    def problem(order: Order, model_path: str | None = None, folder: str | None = None) -> str:
+        body = _Body(order=order.to_json(), model_path=model_path, folder=folder, pictures={})
+        return _why_not(serving, order, body) or ""
+
+    nano = Order("an apple", "nano")
+    assert problem(nano) == ""
+    # The command's own folder has something of that name.
+    assert problem(nano, model_path=str(tmp_path / "nano")) == "nano is another model there"
+    assert "other files there" in problem(nano, folder=str(tmp_path))
+    assert problem(nano, folder=str(Path.cwd())) == ""
+    # The server's has.
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "style.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert problem(nano) == "nano is another model there"
+    assert problem(nano, model_path=str(tmp_path / "nano")) == ""
+    styled = replace(nano, loras=("style:0.5",))
+    assert "other files there" in problem(styled, model_path=str(tmp_path / "nano"))
 
 
 def test_a_file_of_the_folder_is_not_looked_for_elsewhere(

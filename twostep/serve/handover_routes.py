@@ -63,7 +63,7 @@ def handover_routes(serving: Serving, token: str) -> APIRouter:
         job = serving.engine.submit(request, client=client_of(http))
         if not await ended(serving.engine, job, http):
             return Response(status_code=_GONE)
-        return JSONResponse(await run_in_threadpool(_answer, job.wait(0)))
+        return JSONResponse(await run_in_threadpool(_answer, job.wait()))
 
     return router
 
