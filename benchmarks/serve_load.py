@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from serving_load import Answers, Served, ask_openai, figures, load, posted, serve, wish
+from serving_load import Answers, Served, ask_openai, figures, load, posted, serve, stop, wish
 
 from twostep.pipeline.png import text_chunks
 from twostep.pipeline.request import MAX_BATCH, Request, Result
@@ -42,25 +42,32 @@ LONG = {"prompt": "a 3d red apple on a white background", "steps": 32, "guidance
 def file_of(answer: object) -> bytes:
     """Return the first picture of a result as `twostep generate` writes it."""
     if not isinstance(answer, Result):
-        raise SystemExit(f"a picture was not drawn: {answer}")
+        stop(f"a picture was not drawn: {answer}")
     return answer.to_file(answer.images[0], text_chunks(answer, 0)).data
 
 
-def offline(studio: Studio, model: str, steps: int, seconds: float) -> dict[int, float]:
-    """Return pictures a second by the size of the batch, each measured so many seconds."""
-    rates = {}
+def offline(
+    studio: Studio, model: str, steps: int, seconds: float
+) -> dict[int, tuple[float, float]]:
+    """Measure each size of a batch for so many seconds.
+
+    Returns pictures a second, and the milliseconds of processor time that each of them takes.
+    """
+    measured = {}
     for size in BATCHES:
         requests = [wish(number).request(model, steps) for number in range(size)]
         studio.submit(requests)
         start = time.perf_counter()
+        used = time.process_time()
         count = 0
         while (now := time.perf_counter()) < start + seconds or not count:
             for answer in studio.submit(requests):
                 file_of(answer)
             count += size
             now = time.perf_counter()
-        rates[size] = count / (now - start)
-    return rates
+        used = time.process_time() - used
+        measured[size] = (count / (now - start), 1e3 * used / count)
+    return measured
 
 
 def one_prompt(studio: Studio, model: str, steps: int, seconds: float) -> float:
@@ -84,7 +91,7 @@ def check_files(studio: Studio, answers: list[Answers], model: str, steps: int) 
         assert answer.last is not None
         one, data = answer.last
         if file_of(studio.draw(one.request(model, steps))) != data:
-            raise SystemExit(f"the server's file of {one} is another than that of `generate`.")
+            stop(f"the server's file of {one} is another than that of `generate`.")
     return len(answers)
 
 
@@ -127,6 +134,8 @@ def cancels(served: Served, model: str, rounds: int) -> dict[str, float]:
     """Cancel jobs at random moments; how long the device was not free then, and one network call.
 
     A job is four pictures of a guided teacher. A job that ended by itself before is not counted.
+    The connection is opened anew where it may have been silent for so long that the server closed
+    it.
     """
     dice = random.Random(0)
     connection = served.connect()
@@ -137,13 +146,18 @@ def cancels(served: Served, model: str, rounds: int) -> dict[str, float]:
         connection.request(method, path)
         return json.loads(connection.getresponse().read())
 
-    job = posted(connection, "/api/v1/jobs", body | {"seed": 0}, headers)
+    def post(seed: int) -> Any:
+        connection.close()
+        return posted(connection, "/api/v1/jobs", body | {"seed": seed}, headers)
+
+    job = post(0)
     times = step_times(served, job["events"])
     calls = [later - earlier for earlier, later in pairwise(times)]
     call = statistics.median(calls)
     freed = []
     for seed in range(1, rounds + 1):
-        job = posted(connection, "/api/v1/jobs", body | {"seed": seed}, headers)
+        job = post(seed)
+        connection.close()
         time.sleep(dice.uniform(0.0, call * len(times)))
         answer = get(f"/api/v1/jobs/{job['id']}", "DELETE")
         start = time.perf_counter()
@@ -199,16 +213,19 @@ def main(
         alone = lone(served, studio, model, steps, rounds)
         freed = cancels(served, model, cancelled)
     after = offline(studio, model, steps, offline_seconds)
-    rates = {size: statistics.mean((before[size], after[size])) for size in BATCHES}
+    rates = {size: statistics.mean((before[size][0], after[size][0])) for size in BATCHES}
+    costs = {size: statistics.mean((before[size][1], after[size][1])) for size in BATCHES}
     best = max(rates.values())
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{psutil.cpu_count()} cores",
         "offline_pictures_per_second": rates,
+        "offline_processor_ms": costs,
         "offline_one_prompt_pictures_per_second": whole,
         "served": figures(answers, seconds),
         "mean_batch": (later[0] - jobs) / max(1.0, later[1] - batches),
         "server_processor_share": used / seconds,
+        "server_processor_ms": 1e3 * used / sum(len(each.seconds) for each in answers),
         "files_compared": num_checked,
         "lone": alone,
         "cancel": freed,
@@ -255,6 +272,10 @@ def main(
         f"answers take {served_figures['p50_ms']:.0f} ms (median), "
         f"{served_figures['p95_ms']:.0f} ms (95 %); {found['mean_batch']:.1f} jobs a batch; the "
         f"server uses {found['server_processor_share']:.2f} cores; {num_checked} files compared"
+    )
+    typer.echo(
+        f"processor time of a picture: {found['server_processor_ms']:.1f} ms in the server, "
+        f"{min(costs.values()):.1f} ms offline at best"
     )
     typer.echo("| what | measured | wanted | |\n|---|---|---|---|")
     for what, measured, wanted, is_kept in checks:

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,9 @@ import httpx2
 import pytest
 from PIL import Image, ImageChops
 
-from tests.serve.conftest import APPLE, GatedStudio, listening
+from tests.serve.conftest import APPLE, FakeStudio, GatedStudio, listening
+from twostep.pipeline.request import Control, Picture, Request
+from twostep.pipeline.studio import Studio
 
 # These take seconds to import, which those need not wait for who leave slow tests out.
 if TYPE_CHECKING:
@@ -102,6 +106,77 @@ def test_openai_streams(openai: OpenAI) -> None:
     assert all(picture(event.b64_json).size for event in events)
 
 
+def test_openai_streams_three_pictures_and_edits(openai: OpenAI) -> None:
+    three = openai.images.generate(
+        prompt=APPLE, n=3, stream=True, partial_images=1, extra_body={"steps": 4, "seed": 7}
+    )
+    kinds = [event.type.rpartition(".")[2] for event in three]
+    assert kinds == ["partial_image"] * 3 + ["completed"] * 3
+    image = ("a.png", png(Image.new("RGB", (64, 64), "white")), "image/png")
+    edits = list(
+        openai.images.edit(
+            image=image, prompt=APPLE, n=3, stream=True, partial_images=0, extra_body={"steps": 1}
+        )
+    )
+    assert [event.type for event in edits] == ["image_edit.completed"] * 3
+    assert edits[0].usage.input_tokens_details.image_tokens == 1
+
+
+def test_openai_is_told_of_changed_steps_and_guidance(openai: OpenAI) -> None:
+    wish = {"num_inference_steps": 50, "guidance_scale": 7, "seed": 1}
+    answer = openai.images.generate(prompt=APPLE, quality="xhigh", size="auto", extra_body=wish)
+    assert answer.model_extra is not None
+    drawn = answer.model_extra["twostep"]
+    assert (drawn["steps"], drawn["guidance"]) == (8, 1.0)
+    assert ["50" in change or "guidance 7" in change for change in drawn["changes"]] == [True] * 2
+
+
+def test_openai_is_told_when_the_queue_is_full() -> None:
+    from openai import OpenAI, RateLimitError
+
+    fake = FakeStudio()
+    with listening(fake, max_waiting=1) as address:
+        for prompt in ("drawn", "waits"):
+            answer = httpx2.post(f"{address}/api/v1/jobs", json={"prompt": prompt})
+            assert answer.status_code == 202
+            if prompt == "drawn":
+                assert fake.busy.acquire(timeout=10)
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(RateLimitError) as caught:
+            client.images.generate(prompt="one more")
+        assert int(caught.value.response.headers["Retry-After"]) >= 1
+        assert isinstance(caught.value.body, dict)
+        assert caught.value.body["type"] == "rate_limit_error"
+        assert caught.value.code == "queue_full"
+        fake.steps.release(10)
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_client_that_hangs_up_frees_the_device(address: str, path: str) -> None:
+    # Two minutes of drawing on a laptop, of which one step is waited for.
+    body = {"prompt": APPLE, "steps": 32, "n": 10, "batch_size": 10, "guidance_scale": 5}
+    name = {"X-Twostep-Client": path}
+
+    def state() -> tuple[int, int]:
+        now = httpx2.get(f"{address}/readyz", timeout=60).json()
+        return now["waiting"], now["drawing"]
+
+    with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        while state() != (0, 1):
+            time.sleep(0.01)
+    start = time.monotonic()
+    while state() != (0, 0):
+        time.sleep(0.01)
+    freed = time.monotonic() - start
+    start = time.monotonic()
+    answer = httpx2.post(f"{address}{path}", json=body | {"steps": 1}, headers=name, timeout=60)
+    assert answer.status_code == 200
+    assert freed < 10 * (time.monotonic() - start)  # of 64 calls it was one or two
+
+
 def test_openai_lists_models(openai: OpenAI) -> None:
     names = [model.id for model in openai.models.list()]
     assert names[0] == "nano"
@@ -127,6 +202,15 @@ def test_webuiapi_draws(webui: WebUIApi) -> None:
     assert info.parameters["Seed"] == "7"
 
 
+def test_webuiapi_is_told_what_is_not_here(webui: WebUIApi) -> None:
+    with pytest.raises(RuntimeError, match="404"):
+        webui.interrogate(Image.new("RGB", (64, 64)))
+    with pytest.raises(RuntimeError, match="404"):
+        webui.extra_single_image(Image.new("RGB", (64, 64)))
+    with pytest.raises(RuntimeError, match="prompt"):
+        webui.txt2img(prompt=" ")
+
+
 def test_webuiapi_changes_pictures(webui: WebUIApi) -> None:
     image = Image.new("RGB", (64, 64), "white")
     mask = Image.new("L", (64, 64))
@@ -135,6 +219,27 @@ def test_webuiapi_changes_pictures(webui: WebUIApi) -> None:
     changed = result.image.convert("RGB")
     assert changed.crop((0, 0, 32, 64)).getcolors() == [(2048, (255, 255, 255))]
     assert changed.crop((32, 0, 64, 64)).getcolors() != [(2048, (255, 255, 255))]
+
+
+def test_webuiapi_uses_controlnets(webui: WebUIApi) -> None:
+    from webuiapi import ControlNetUnit
+
+    assert webui.controlnet_version() == 3
+    assert webui.controlnet_model_list() == ["silhouette"]
+    assert webui.controlnet_module_list() == ["none", "invert"]
+    shape = Image.new("RGB", (64, 64))
+    shape.paste("white", (8, 24, 36, 56))
+    unit = ControlNetUnit(image=shape, model="silhouette", weight=0.8, guidance_end=0.5)
+    result = webui.txt2img(prompt=APPLE, steps=4, seed=7, controlnet_units=[unit])
+    control = Control(Picture.of(shape), scale=0.8, end=0.5)
+    (expected,) = Studio("cpu").draw(Request(APPLE, steps=4, seed=7, controls=(control,))).images
+    assert result.image.convert("RGB").tobytes() == expected.tobytes()
+    (turned,) = webui.controlnet_detect([shape], module="invert").images
+    assert turned.getpixel((0, 0)) == (255, 255, 255)
+    # Of a picture that is changed, the unit looks at that where it has none of its own.
+    unit = ControlNetUnit(model="silhouette")
+    result = webui.img2img(images=[shape], prompt=APPLE, steps=4, controlnet_units=[unit])
+    assert result.image.size == (64, 64)
 
 
 def test_webuiapi_tours_the_rest(webui: WebUIApi) -> None:
@@ -185,6 +290,16 @@ def test_an_mcp_client_calls_the_tools(studio: GatedStudio) -> None:
             assert [picture(each.data).size for each in pictures] == [(64, 64)] * 2
             told = json.loads(text.text)
             assert (told["steps"], told["seeds"], len(told["changes"])) == (8, [7, 8], 1)
+            shape = Image.new("RGB", (64, 64), "white")
+            control = {"name": "silhouette", "picture": base64.b64encode(png(shape)).decode()}
+            wish = {"prompt": APPLE, "steps": 4, "controls": [control]}
+            drawn = await client.call_tool("generate_image", wish)
+            assert picture(drawn.content[0].data).size == (64, 64)
+            wish["controls"] = [control | {"name": "depth"}]
+            wrong = await client.call_tool("generate_image", wish)
+            assert "there are silhouette" in wrong.content[0].text
+            told = json.loads((await client.call_tool("describe_models", {})).content[0].text)
+            assert told["controlnets"] == ["silhouette"]
             wrong = await client.call_tool("generate_image", {"prompt": " "})
             assert wrong.is_error
             assert "prompt is empty" in wrong.content[0].text
@@ -226,8 +341,8 @@ def test_the_python_of_the_page_runs(
         port = address.rpartition(":")[2]
         exec(block.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("8000", port), scope)
         answers.append(scope["answer"])
-    openai_answer, webui_answer, own_answer = answers
+    openai_answer, webui_answer, own_answer, controlled = answers
     assert openai_answer.data[0].seed == 7
     assert webui_answer.info["seed"] == 7
-    assert own_answer.seeds == [7]
+    assert own_answer.seeds == controlled.seeds == [7]
     assert len(list(tmp_path.glob("out/*.png"))) == 1

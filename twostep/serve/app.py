@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from twostep import __version__
 from twostep.errors import TwostepError
+from twostep.serve.a1111_controls import control_routes
 from twostep.serve.a1111_routes import a1111_routes
 from twostep.serve.catalogue import UnknownModelError
 from twostep.serve.engine import (
@@ -23,6 +24,7 @@ from twostep.serve.engine import (
     QueueFullError,
 )
 from twostep.serve.gate import Gate, Rules
+from twostep.serve.handover_routes import handover_routes
 from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
 from twostep.serve.operation_routes import operation_routes
@@ -48,7 +50,12 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(
-    serving: Serving, rules: Rules, *, drain_seconds: float = 30.0, with_mcp: bool = False
+    serving: Serving,
+    rules: Rules,
+    *,
+    drain_seconds: float = 30.0,
+    with_mcp: bool = False,
+    handover_token: str | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -57,6 +64,8 @@ def create_app(
         rules: what is let in.
         drain_seconds: how long jobs may still be drawn at the end.
         with_mcp: whether language models get tools, which needs the extra `mcp`.
+        handover_token: what commands of the same user send with what they hand over; without it
+            nothing can be handed over.
     """
     tools = None
     if with_mcp:
@@ -83,8 +92,11 @@ def create_app(
     app.include_router(page_routes())
     app.include_router(openai_routes(serving))
     app.include_router(a1111_routes(serving))
+    app.include_router(control_routes(serving))
     app.include_router(native_routes(serving))
     app.include_router(operation_routes(serving))
+    if handover_token is not None:
+        app.include_router(handover_routes(serving, handover_token))
 
     if tools is not None:
         app.router.routes.extend(mcp_routes(tools))
