@@ -1,6 +1,5 @@
 """The web application: addresses, errors and the end."""
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -9,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 
 from twostep import __version__
@@ -29,6 +29,7 @@ from twostep.serve.operation_routes import operation_routes
 from twostep.serve.page_routes import page_routes
 from twostep.serve.refusals import refusal
 from twostep.serve.serving import Serving
+from twostep.serve.tracing import HEADER, Traced
 
 _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
     (UnknownModelError, 404),
@@ -44,11 +45,14 @@ _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
 _CODES = {404: "model_not_found", 429: "queue_full"}
 """Words for programs, by status."""
 
-_log = logging.getLogger(__name__)
-
 
 def create_app(
-    serving: Serving, rules: Rules, *, drain_seconds: float = 30.0, with_mcp: bool = False
+    serving: Serving,
+    rules: Rules,
+    *,
+    drain_seconds: float = 30.0,
+    with_mcp: bool = False,
+    log_prompts: bool = False,
 ) -> FastAPI:
     """Return the application.
 
@@ -57,6 +61,7 @@ def create_app(
         rules: what is let in.
         drain_seconds: how long jobs may still be drawn at the end.
         with_mcp: whether language models get tools, which needs the extra `mcp`.
+        log_prompts: whether the log may have what exceptions say, which may quote a prompt.
     """
     tools = None
     if with_mcp:
@@ -79,7 +84,17 @@ def create_app(
     app = FastAPI(
         title="twostep", version=__version__, lifespan=life, docs_url=None, redoc_url=None
     )
+    # The last is the outermost.
     app.add_middleware(Gate, rules=rules)
+    if rules.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(rules.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Twostep-Client", HEADER],
+            expose_headers=["X-Twostep-Job", "X-Twostep-Changes", "Retry-After", HEADER],
+        )
+    app.add_middleware(Traced, with_prompts=log_prompts)
     app.include_router(page_routes())
     app.include_router(openai_routes(serving))
     app.include_router(a1111_routes(serving))
@@ -109,12 +124,5 @@ def create_app(
         place = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
         body = refusal(http.url.path, 422, f"{place}: {first['msg']}.", param=place)
         return JSONResponse(body, 422)
-
-    @app.exception_handler(Exception)
-    async def fail(http: HttpRequest, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", http.method, http.url.path, exc_info=error)
-        return JSONResponse(
-            refusal(http.url.path, 500, "the server failed; its log says more."), 500
-        )
 
     return app

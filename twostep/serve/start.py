@@ -16,6 +16,7 @@ from twostep.serve.catalogue import Catalogue
 from twostep.serve.config import ServeError, ServeSettings
 from twostep.serve.engine import Engine, Observer
 from twostep.serve.gate import LOOPBACK, Rules
+from twostep.serve.logs import JobLog, set_up_logs
 from twostep.serve.metrics import Metrics
 from twostep.serve.serving import Serving
 from twostep.serve.store import JobStore
@@ -39,6 +40,8 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
             f"{settings.host} can be reached by others, so clients need a key. "
             f"Write one to a file and give --key-file, or set {KEY_VARIABLE}."
         )
+    log = JobLog(with_prompts=settings.log_prompts)
+    set_up_logs(settings.log_format, settings.log_level, log, with_prompts=settings.log_prompts)
     models = ["nano"] if settings.names_no_model else settings.models
     catalogue = Catalogue(models, settings.loras, settings.controlnets, bounds=settings.limits)
     store = None if settings.jobs is None else JobStore(settings.jobs)
@@ -48,18 +51,24 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         studio.draw(Request("a picture", model=catalogue.default.model))
     listener = _listen(settings.host, settings.port)
     metrics = Metrics()
-    observers: list[Observer] = [metrics]
+    observers: list[Observer] = [metrics, log]
     if store is not None:
         observers.append(store)
     engine = Engine(studios, max_waiting=settings.queue, observers=observers)
     metrics.watch(engine)
-    serving = Serving(engine, catalogue, strict=settings.strict, metrics=metrics, store=store)
+    serving = Serving(
+        engine, catalogue, strict=settings.strict, metrics=metrics, store=store, log=log
+    )
     if num_resumed := serving.resume():
         say(f"{num_resumed} jobs of before are drawn now.")
-    rules = Rules(key, max_body=int(settings.limits.body))
+    rules = Rules(key, origins=frozenset(settings.origins), max_body=int(settings.limits.body))
     try:
         app = create_app(
-            serving, rules, drain_seconds=settings.drain_seconds, with_mcp=settings.mcp
+            serving,
+            rules,
+            drain_seconds=settings.drain_seconds,
+            with_mcp=settings.mcp,
+            log_prompts=settings.log_prompts,
         )
     except ModuleNotFoundError as error:
         raise ServeError(
@@ -68,7 +77,10 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     say(_greeting(settings.host, listener.getsockname()[1], needs_key=key is not None))
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        # Its own form of the log would stand beside ours. Of its two parsers, h11 bounds headers.
+        log_config=None,
+        access_log=False,
+        http="h11",
         timeout_graceful_shutdown=int(settings.drain_seconds),
         server_header=False,
     )
