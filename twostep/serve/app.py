@@ -1,6 +1,6 @@
 """The web application: addresses, errors and the end."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
@@ -27,7 +27,8 @@ from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
 from twostep.serve.operation_routes import operation_routes
 from twostep.serve.page_routes import page_routes
-from twostep.serve.refusals import refusal
+from twostep.serve.picture_filter import RefusedPictureError
+from twostep.serve.refusals import code_of, refusal
 from twostep.serve.serving import Serving
 from twostep.serve.tracing import HEADER, Traced
 
@@ -37,6 +38,7 @@ _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
     (ClosingError, 503),
     (LateError, 504),
     (CancelledError, 409),
+    (RefusedPictureError, 400),
     (EngineError, 500),
     (TwostepError, 400),
 )
@@ -53,6 +55,7 @@ def create_app(
     drain_seconds: float = 30.0,
     with_mcp: bool = False,
     log_prompts: bool = False,
+    at_end: Sequence[Callable[[], None]] = (),
 ) -> FastAPI:
     """Return the application.
 
@@ -62,6 +65,7 @@ def create_app(
         drain_seconds: how long jobs may still be drawn at the end.
         with_mcp: whether language models get tools, which needs the extra `mcp`.
         log_prompts: whether the log may have what exceptions say, which may quote a prompt.
+        at_end: what else is closed once the last job has ended.
     """
     tools = None
     if with_mcp:
@@ -79,6 +83,8 @@ def create_app(
         await run_in_threadpool(serving.engine.close, drain_seconds)
         if serving.store is not None:
             serving.store.close()
+        for close in at_end:
+            await run_in_threadpool(close)
 
     # The interactive pages of FastAPI load scripts from other hosts.
     app = FastAPI(
@@ -110,7 +116,8 @@ def create_app(
         headers = {}
         if isinstance(error, QueueFullError):
             headers["Retry-After"] = str(error.retry_after)
-        body = refusal(http.url.path, status, str(error), code=_CODES.get(status))
+        code = code_of(error) or _CODES.get(status)
+        body = refusal(http.url.path, status, str(error), code=code)
         return JSONResponse(body, status, headers=headers)
 
     @app.exception_handler(HTTPException)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+from twostep.errors import TwostepError
+
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request under way; empty where there is none."""
 
 A1111_PREFIX = "/sdapi/"
 """How the addresses of A1111's API begin; all others have the OpenAI API's shape of errors."""
+
+
+def code_of(error: TwostepError | None) -> str | None:
+    """Return the word for programs that an error has, None for most."""
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) else None
 
 
 def refusal(

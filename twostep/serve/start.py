@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -13,13 +15,18 @@ from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
-from twostep.serve.config import ServeError, ServeSettings
-from twostep.serve.engine import Engine, Observer
+from twostep.serve.config import ServeError, ServeSettings, Verdict
+from twostep.serve.engine import Draws, Engine, Observer
 from twostep.serve.gate import LOOPBACK, Rules
 from twostep.serve.logs import JobLog, set_up_logs
 from twostep.serve.metrics import Metrics
+from twostep.serve.picture_filter import FilteredStudio, load_filter
+from twostep.serve.reloading import Reloader, Watch
 from twostep.serve.serving import Serving
 from twostep.serve.store import JobStore
+
+if TYPE_CHECKING:
+    from twostep.serve.cluster import Cluster
 
 KEY_VARIABLE = "TWOSTEP_KEY"
 """Where the key is read from if there is no file of it."""
@@ -42,20 +49,35 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         )
     log = JobLog(with_prompts=settings.log_prompts)
     set_up_logs(settings.log_format, settings.log_level, log, with_prompts=settings.log_prompts)
-    models = ["nano"] if settings.names_no_model else settings.models
-    catalogue = Catalogue(models, settings.loras, settings.controlnets, bounds=settings.limits)
+    watch = make_watch(settings)
+    catalogue = Catalogue(watch.stock(), controlnets=settings.controlnets, bounds=settings.limits)
     store = None if settings.jobs is None else JobStore(settings.jobs)
-    studios = [_studio(device, settings) for device in settings.devices]
-    # Whatever keeps the default model from drawing is said now, and the first client need not wait.
-    for studio in studios:
-        studio.draw(Request("a picture", model=catalogue.default.model))
     listener = _listen(settings.host, settings.port)
     metrics = Metrics()
     observers: list[Observer] = [metrics, log]
     if store is not None:
         observers.append(store)
-    engine = Engine(studios, max_waiting=settings.queue, observers=observers)
+    studios: list[Studio] = []
+    draws: list[Draws] = []
+    at_end: list[Callable[[], None]] = []
+    if settings.cluster is not None:
+        cluster = _cluster(settings)
+        draws = [cluster.studio] * cluster.num_calls
+        # Before all others: it must know the jobs that are given to it next.
+        observers.insert(0, cluster.studio)
+        at_end.append(cluster.close)
+    else:
+        for device in settings.devices:
+            studio, drawing = make_studio(device, settings, watch, metrics.judged)
+            # Whatever keeps the default model from drawing is said now, and the first client need
+            # not wait.
+            studio.draw(Request("a picture", model=catalogue.default.model))
+            studios.append(studio)
+            draws.append(drawing)
+    engine = Engine(draws, max_waiting=settings.queue, observers=observers)
     metrics.watch(engine)
+    reloader = Reloader(watch, catalogue, studios, settings.reload_seconds)
+    at_end.insert(0, reloader.close)
     serving = Serving(
         engine, catalogue, strict=settings.strict, metrics=metrics, store=store, log=log
     )
@@ -69,6 +91,7 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
             drain_seconds=settings.drain_seconds,
             with_mcp=settings.mcp,
             log_prompts=settings.log_prompts,
+            at_end=at_end,
         )
     except ModuleNotFoundError as error:
         raise ServeError(
@@ -84,14 +107,58 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=int(settings.drain_seconds),
         server_header=False,
     )
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: reloader.wake())
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _studio(device: str, settings: ServeSettings) -> Studio:
-    """Return a studio that keeps a few models, or as many as fit into so many bytes."""
+def make_watch(settings: ServeSettings) -> Watch:
+    """Return what looks after the models and LoRAs that settings name; nano where they name none.
+
+    Raises as `Watch`.
+    """
+    return Watch(
+        ["nano"] if settings.names_no_model else settings.models,
+        settings.loras,
+        settings.model_folders,
+        settings.lora_folders,
+    )
+
+
+def make_studio(
+    device: str,
+    settings: ServeSettings,
+    watch: Watch,
+    count: Callable[[Verdict], None] | None = None,
+) -> tuple[Studio, Draws]:
+    """Return a studio, and what an engine draws with: the same, behind the filter if there is one.
+
+    The studio keeps a few models, or as many as fit into the memory that may be used. `count` is
+    told of the filter's verdicts.
+    """
     if settings.memory is None:
-        return Studio(device, max_models=settings.max_models)
-    return Studio(device, max_models=sys.maxsize, max_bytes=int(settings.memory))
+        studio = Studio(device, max_models=settings.max_models, check=watch.check)
+    else:
+        most = int(settings.memory)
+        studio = Studio(device, max_models=sys.maxsize, max_bytes=most, check=watch.check)
+    if settings.filter is None:
+        return studio, studio
+    judge = load_filter(settings.filter, str(studio.device))
+    return studio, FilteredStudio(studio, judge, count)
+
+
+def _cluster(settings: ServeSettings) -> Cluster:
+    """Start the replicas; raises ServeError where Ray is not installed or not to be had."""
+    try:
+        from twostep.serve.cluster import Cluster
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"{error.name} is not installed. Run: pip install 'twostep[serve,cluster]'."
+        ) from error
+    try:
+        return Cluster(settings)
+    except (ConnectionError, RuntimeError) as error:
+        raise ServeError(f"the cluster cannot be started: {error}.") from error
 
 
 def _key(settings: ServeSettings) -> str | None:
