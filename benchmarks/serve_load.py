@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from serving_load import Answers, Served, ask_openai, figures, load, posted, serve, wish
+from serving_load import Answers, Served, ask_openai, figures, load, posted, serve, stop, wish
 
 from twostep.pipeline.png import text_chunks
 from twostep.pipeline.request import MAX_BATCH, Request, Result
@@ -42,7 +42,7 @@ LONG = {"prompt": "a 3d red apple on a white background", "steps": 32, "guidance
 def file_of(answer: object) -> bytes:
     """Return the first picture of a result as `twostep generate` writes it."""
     if not isinstance(answer, Result):
-        raise SystemExit(f"a picture was not drawn: {answer}")
+        stop(f"a picture was not drawn: {answer}")
     return answer.to_file(answer.images[0], text_chunks(answer, 0)).data
 
 
@@ -84,7 +84,7 @@ def check_files(studio: Studio, answers: list[Answers], model: str, steps: int) 
         assert answer.last is not None
         one, data = answer.last
         if file_of(studio.draw(one.request(model, steps))) != data:
-            raise SystemExit(f"the server's file of {one} is another than that of `generate`.")
+            stop(f"the server's file of {one} is another than that of `generate`.")
     return len(answers)
 
 
@@ -127,6 +127,8 @@ def cancels(served: Served, model: str, rounds: int) -> dict[str, float]:
     """Cancel jobs at random moments; how long the device was not free then, and one network call.
 
     A job is four pictures of a guided teacher. A job that ended by itself before is not counted.
+    The connection is opened anew where it may have been silent for so long that the server closed
+    it.
     """
     dice = random.Random(0)
     connection = served.connect()
@@ -137,13 +139,18 @@ def cancels(served: Served, model: str, rounds: int) -> dict[str, float]:
         connection.request(method, path)
         return json.loads(connection.getresponse().read())
 
-    job = posted(connection, "/api/v1/jobs", body | {"seed": 0}, headers)
+    def post(seed: int) -> Any:
+        connection.close()
+        return posted(connection, "/api/v1/jobs", body | {"seed": seed}, headers)
+
+    job = post(0)
     times = step_times(served, job["events"])
     calls = [later - earlier for earlier, later in pairwise(times)]
     call = statistics.median(calls)
     freed = []
     for seed in range(1, rounds + 1):
-        job = posted(connection, "/api/v1/jobs", body | {"seed": seed}, headers)
+        job = post(seed)
+        connection.close()
         time.sleep(dice.uniform(0.0, call * len(times)))
         answer = get(f"/api/v1/jobs/{job['id']}", "DELETE")
         start = time.perf_counter()

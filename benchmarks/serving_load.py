@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -23,6 +23,12 @@ from twostep.pipeline.request import Request
 
 COLOURS = ("red", "blue", "green", "yellow")
 THINGS = ("apple", "dog", "cat", "car", "tree", "house", "fish", "star")
+
+
+def stop(message: str) -> NoReturn:
+    """End with a message."""
+    print(message, file=sys.stderr)
+    raise SystemExit(1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def _found(process: subprocess.Popen[str]) -> Served:
             # What it prints later must not fill the pipe.
             threading.Thread(target=process.stdout.read, daemon=True).start()
             return Served(match[1], int(match[2]), process)
-    raise SystemExit("the server did not start.")
+    stop("the server did not start.")
 
 
 @dataclass
@@ -124,7 +130,7 @@ def posted(
     response = connection.getresponse()
     data = response.read()
     if response.status not in (200, 202):
-        raise SystemExit(f"{path} answered {response.status}: {data[:300]!r}")
+        stop(f"{path} answered {response.status}: {data[:300]!r}")
     return json.loads(data)
 
 
@@ -164,7 +170,7 @@ def load(
     for thread in threads:
         thread.join()
     if not all(each.seconds for each in answers):
-        raise SystemExit("a client got no answer in time; give more --seconds.")
+        stop("a client got no answer in time; give more --seconds.")
     return answers, used
 
 

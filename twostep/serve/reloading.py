@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
@@ -39,6 +39,7 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Forgets(Protocol):
     """What keeps loaded models, as a studio does."""
 
