@@ -52,7 +52,7 @@ def started(
     watch = Watch(models or ["nano"], (), [folder], lora_folders, settled_seconds=0.0)
     catalogue = Catalogue(watch.stock())
     studio = Forgetful()
-    reloader = Reloader(watch, catalogue, [studio], 0)
+    reloader = Reloader(watch, catalogue, [studio], 0.0)
 
     def look() -> None:
         reloader.look()
@@ -211,7 +211,7 @@ def test_loras_come_and_go(folder: Path, tmp_path: Path) -> None:
 def test_a_signal_wakes_the_watch_that_never_looks_by_itself(folder: Path) -> None:
     watch = Watch(["nano"], (), [folder], settled_seconds=0.1)
     catalogue = Catalogue(watch.stock())
-    reloader = Reloader(watch, catalogue, [], 0)
+    reloader = Reloader(watch, catalogue, [], 0.0)
     put(STUDENTS[0], folder / "mine.safetensors")
     time.sleep(0.3)
     assert names(catalogue) == ["nano"]

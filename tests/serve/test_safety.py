@@ -145,7 +145,8 @@ def test_places_in_requests_are_neither_fetched_nor_opened(
 
 
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/page.css/../../config.py", "//etc"]
+    "path",
+    ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/page.css/../../config.py", "/config.py"],
 )
 def test_the_page_has_its_own_files_alone(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404

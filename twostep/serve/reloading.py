@@ -113,7 +113,10 @@ class Watch:
         self._watched = frozenset(on_disk)
         for kind, place in self._found():
             stamp = stamp_of(Path(place))
-            if max(changed for *_, changed, _ in stamp) < time.time_ns() - 1e9 * settled_seconds:
+            if (
+                max((changed for *_, changed, _ in stamp), default=0)
+                < time.time_ns() - 1e9 * settled_seconds
+            ):
                 self._judge((kind, place), _Waiting(stamp, 0.0))
 
     @property

@@ -52,7 +52,6 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     watch = make_watch(settings)
     catalogue = Catalogue(watch.stock(), controlnets=settings.controlnets, bounds=settings.limits)
     store = None if settings.jobs is None else JobStore(settings.jobs)
-    listener = _listen(settings.host, settings.port)
     metrics = Metrics()
     observers: list[Observer] = [metrics, log]
     if store is not None:
@@ -74,6 +73,8 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
             studio.draw(Request("a picture", model=catalogue.default.model))
             studios.append(studio)
             draws.append(drawing)
+    # Who can connect can be answered.
+    listener = _listen(settings.host, settings.port)
     engine = Engine(draws, max_waiting=settings.queue, observers=observers)
     metrics.watch(engine)
     reloader = Reloader(watch, catalogue, studios, settings.reload_seconds)
