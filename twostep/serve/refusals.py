@@ -10,8 +10,10 @@ from twostep.errors import TwostepError
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request under way; empty where there is none."""
 
-A1111_PREFIX = "/sdapi/"
-"""How the addresses of A1111's API begin; all others have the OpenAI API's shape of errors."""
+A1111_PREFIX = ("/sdapi/", "/controlnet/")
+"""How the addresses of A1111's API begin, and those of its extension for ControlNets; all others
+have the OpenAI API's shape of errors.
+"""
 
 
 def code_of(error: TwostepError | None) -> str | None:
