@@ -158,7 +158,8 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "RNG": "CPU",
         "Version": f"twostep {contract.version}",
     }
-    loras = [f"<lora:{Path(lora.name).stem}:{lora.weight:g}>" for lora in request.loras]
+    choices = [LoraChoice.parse(str(lora)) for lora in request.loras]
+    loras = [f"<lora:{Path(lora.name).stem}:{lora.weight:g}>" for lora in choices]
     lines = [" ".join([request.prompt, *loras])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
