@@ -191,7 +191,7 @@ class Studio:
                 except BaseException:
                     self._forget(key, slot)
                     raise
-                slot.cache = LoraCache(bundle, num_kept=self._num_kept_loras)
+                slot.cache = LoraCache(bundle.remembering(), num_kept=self._num_kept_loras)
             return slot.cache
 
     def _read(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> Bundle:

@@ -24,6 +24,7 @@ from twostep.serve.engine import (
     QueueFullError,
 )
 from twostep.serve.gate import Gate, Rules
+from twostep.serve.handover_routes import handover_routes
 from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
 from twostep.serve.operation_routes import operation_routes
@@ -57,6 +58,7 @@ def create_app(
     with_mcp: bool = False,
     log_prompts: bool = False,
     at_end: Sequence[Callable[[], None]] = (),
+    handover_token: str | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -67,6 +69,8 @@ def create_app(
         with_mcp: whether language models get tools, which needs the extra `mcp`.
         log_prompts: whether the log may have what exceptions say, which may quote a prompt.
         at_end: what else is closed once the last job has ended.
+        handover_token: what commands of the same user send with what they hand over; without it
+            nothing can be handed over.
     """
     tools = None
     if with_mcp:
@@ -108,6 +112,8 @@ def create_app(
     app.include_router(control_routes(serving))
     app.include_router(native_routes(serving))
     app.include_router(operation_routes(serving))
+    if handover_token is not None:
+        app.include_router(handover_routes(serving, handover_token))
 
     if tools is not None:
         app.router.routes.extend(mcp_routes(tools))
