@@ -19,6 +19,7 @@ from twostep.pipeline.png import text_chunks
 from twostep.pipeline.request import Result
 from twostep.serve.catalogue import Fitted
 from twostep.serve.engine import Engine, Event, Job
+from twostep.serve.refusals import code_of
 from twostep.serve.shapes import JOBS_PATH, JobAnswer
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -145,6 +146,7 @@ def answer_of(job: Job) -> JobAnswer:
     answer = JobAnswer(id=job.id, state=job.state, seed=job.request.seed, events=f"{path}/events")
     if job.error is not None:
         answer.error = str(job.error)
+        answer.code = code_of(job.error)
     result = job.result
     if result is None:
         return answer
