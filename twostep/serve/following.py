@@ -117,9 +117,15 @@ def server_sent(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def in_header(sentences: list[str]) -> str:
-    """Return sentences as the value of a header: one line of ASCII."""
-    text = "; ".join(sentences).encode("ascii", "backslashreplace").decode()
-    return " ".join(text.split())
+    """Return sentences as the value of a header: one line of printable ASCII, others as escapes.
+
+    Sentences quote clients, and a server sends no answer at all with another value.
+    """
+    line = " ".join("; ".join(sentences).split())
+    return "".join(
+        letter if " " <= letter <= "~" else letter.encode("unicode_escape").decode()
+        for letter in line
+    )
 
 
 def milliseconds(result: Result) -> dict[str, int]:
