@@ -116,7 +116,7 @@ def listening(
     application = create_app(
         serving, rules or Rules(), with_mcp=with_mcp, handover_token=handover_token
     )
-    config = uvicorn.Config(application, port=0, log_level="warning")
+    config = uvicorn.Config(application, port=0, log_level="warning", http="h11")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
