@@ -200,6 +200,12 @@ export class Easel {
     this.refresh();
   }
 
+  // Shows nothing any more.
+  close() {
+    this.#lift();
+    this.layer = null;
+  }
+
   // Draws all anew before the next frame.
   refresh() {
     cancelAnimationFrame(this.#frame);
