@@ -79,6 +79,12 @@ _As = Annotated[
         "--as", help="What the model is, of others: lightning, turbo, lcm, hyper, dmd2, base."
     ),
 ]
+_Engine = Annotated[
+    str,
+    typer.Option(
+        help="What runs the networks: eager, auto, compiled, openvino, openvino-int8 or -bf16."
+    ),
+]
 _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
 ]
@@ -104,6 +110,7 @@ def generate(
     control: _Controls = None,
     scheduler: _Scheduler = None,
     treated_as: _As = None,
+    engine: _Engine = "eager",
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
@@ -125,6 +132,7 @@ def generate(
         embeddings=embeddings,
         sampler=scheduler,
         treated_as=treated_as,
+        engine=engine,
     )
     _draw_and_save(request, out)
 
@@ -147,6 +155,7 @@ def edit(
     guidance: _Guidance = None,
     scheduler: _Scheduler = None,
     treated_as: _As = None,
+    engine: _Engine = "eager",
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
@@ -167,6 +176,7 @@ def edit(
         embeddings=embeddings,
         sampler=scheduler,
         treated_as=treated_as,
+        engine=engine,
     )
     _draw_and_save(request, out)
 
