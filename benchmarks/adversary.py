@@ -59,7 +59,7 @@ TEACHER_STEPS = 32
 NUM_LOOKED_AT = 192
 
 CAPTIONS = Omission(everything=0.05, style=0.4, background=0.5, concept=0.05, subgroup_instead=0.1)
-"""Half of the captions leave the background open: what is to be learned shows there."""
+"""`--open` of the captions leave the background open: what is to be learned shows there."""
 
 RELATIVISTIC: dict[str, Any] = {
     "name": "adversarial",
@@ -68,6 +68,8 @@ RELATIVISTIC: dict[str, Any] = {
     "head_learning_rate": 8e-4,
     "discriminator_warmup": 50,
 }
+FROM_NOISE = (7.0, 1.0, 1.0, 1.0)
+"""Seven tenths of the examples start from where a student of one step draws; alike, a quarter."""
 STRONG: dict[str, Any] = {
     **RELATIVISTIC,
     "student_first": True,
@@ -111,6 +113,17 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     "mostly-matching-unguided": (
         3e-5,
         {**STRONG, **MATCHING, **MOSTLY, "real": "data", "matching_guidance": 1.0},
+    ),
+    "both": (
+        5e-5,
+        {
+            **RELATIVISTIC,
+            "real": "data",
+            "matching_weight": 5.0,
+            "matching_guidance": 2.0,
+            "fake_score_learning_rate": 1e-4,
+            "time_weights": FROM_NOISE,
+        },
     ),
     # What each piece of the method pays: one thing changed of "adversarial".
     "without-levels": (5e-5, {**RELATIVISTIC, "levels": "mid"}),
@@ -223,7 +236,7 @@ def make_stage(arm: str, steps: int, seed: int, options: argparse.Namespace) -> 
             "iterations": options.iterations,
             "batch_size": options.batch,
             "learning_rate": rate,
-            "warmup_iterations": min(50, options.iterations),
+            "warmup_iterations": min(options.warmup, options.iterations),
             "ema_decay": 0.995,
             "precision": "bf16",  # fp32 on a CPU without bf16
             "checkpoint_every": options.checkpoint_every,
@@ -241,7 +254,8 @@ def prepare(options: argparse.Namespace) -> tuple[Bundle, DeviceSource]:
     options.out.mkdir(parents=True, exist_ok=True)
     made = builtin(teacher, options.out, lambda *_: None, variants=options.variants)
     assert isinstance(made, DrawingSource)
-    cache = replace(made.latents, omission=CAPTIONS)
+    captions = replace(CAPTIONS, background=options.open)
+    cache = replace(made.latents, omission=captions)
     return teacher, DeviceSource.of(cache, teacher, options.captions)
 
 
@@ -449,6 +463,15 @@ def main() -> None:
     )
     parser.add_argument("--variants", type=int, default=16, help="pictures of every drawing")
     parser.add_argument("--captions", type=int, default=4, help="captions of every picture")
+    parser.add_argument(
+        "--open", type=float, default=0.5, help="share of captions without a background"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=0,
+        help="iterations over which all rates rise, the discriminator's too",
+    )
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--pictures", type=int, default=2048, help="0 to leave measuring out")
     parser.add_argument("--drawn-at-once", type=int, default=256)

@@ -17,7 +17,7 @@ from twostep.distill.method import ContractChanges, Cost, Limit, Method, MethodS
 from twostep.distill.methods.registry import find_method, method_names, register_method
 from twostep.distill.pairs import Batches
 from twostep.distill.recipe import Stage
-from twostep.distill.roles import Adam, Role, copy_of, learner, moving_average_of
+from twostep.distill.roles import OptimiserSettings, Role, copy_of, learner, moving_average_of
 from twostep.distill.trainer import StageTrainer, train_stage
 from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
@@ -88,8 +88,10 @@ class Chase(Method[Chased]):
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
         return {
-            "student": learner(student, Adam.of(self.stage)),
-            "critic": copy_of(teacher, Adam.of(self.stage, betas=(0.0, 0.9), learning_rate=1e-2)),
+            "student": learner(student, OptimiserSettings.of(self.stage)),
+            "critic": copy_of(
+                teacher, OptimiserSettings.of(self.stage, betas=(0.0, 0.9), learning_rate=1e-2)
+            ),
             "target": moving_average_of(
                 "student", student, name="target", decay=self.settings.decay
             ),

@@ -6,12 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from twostep.distill.roles import Adam, adapter_on, copy_of, learner, moving_average_of, weights_of
+from twostep.distill.roles import (
+    OptimiserSettings,
+    adapter_on,
+    copy_of,
+    learner,
+    moving_average_of,
+    weights_of,
+)
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora, has_lora
 from twostep.networks.denoiser import Denoiser
 
-ADAM = Adam(learning_rate=1e-4)
+OPTIMISER = OptimiserSettings(learning_rate=1e-4)
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def test_what_a_stage_trains_is_its_lora_or_the_whole_network(
     teacher: Bundle, with_lora: Denoiser
 ) -> None:
     assert weights_of(teacher.denoiser) is teacher.denoiser.network
-    assert learner(with_lora, ADAM).weights.state_dict().keys() == (
+    assert learner(with_lora, OPTIMISER).weights.state_dict().keys() == (
         Lora(with_lora.network, "8-step").state_dict().keys()
     )
 
@@ -43,7 +50,7 @@ def test_what_a_stage_trains_is_its_lora_or_the_whole_network(
 def test_a_copy_answers_as_its_model_and_is_trained_alone(
     teacher: Bundle, with_lora: Denoiser
 ) -> None:
-    role = copy_of(with_lora, ADAM)
+    role = copy_of(with_lora, OPTIMISER)
     assert role.model.lora is None
     torch.testing.assert_close(
         eps(role.model, teacher), eps(with_lora, teacher), atol=1e-4, rtol=1e-4
@@ -56,7 +63,7 @@ def test_an_adapter_starts_as_its_model_and_goes_again(
     teacher: Bundle, with_lora: Denoiser
 ) -> None:
     running = add_lora(with_lora.network, "student", rank=4)
-    role = adapter_on(with_lora, "fake score", rank=4, adam=ADAM)
+    role = adapter_on(with_lora, "fake score", rank=4, optimiser=OPTIMISER)
     torch.testing.assert_close(eps(role.model, teacher), eps(with_lora, teacher))
     assert all(parameter.requires_grad for parameter in running.parameters())
     assert all(parameter.requires_grad for parameter in role.weights.parameters())
@@ -75,7 +82,7 @@ def test_a_moving_average_stays_behind(of_lora: bool, teacher: Bundle, with_lora
     weights_of(denoiser).requires_grad_(True)
     role = moving_average_of("student", denoiser, name="target", decay=0.75)
     assert all(parameter.requires_grad for parameter in weights_of(denoiser).parameters())
-    assert role.adam is None
+    assert role.optimiser is None
     assert role.follow is not None
     assert (role.follow.role, role.follow.decay) == ("student", 0.75)
     assert not any(parameter.requires_grad for parameter in role.weights.parameters())

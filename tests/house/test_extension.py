@@ -30,7 +30,7 @@ from twostep.distill.methods.registry import register_method
 from twostep.distill.pairs import Batches, Pair, draw_teacher_step, student_landing
 from twostep.distill.plan import plan
 from twostep.distill.recipe import Stage
-from twostep.distill.roles import Adam, Role, learner
+from twostep.distill.roles import OptimiserSettings, Role, learner
 from twostep.engines import engine, register_engine
 from twostep.files import write_atomically
 from twostep.formats import resolve
@@ -181,7 +181,7 @@ class Absolute:
         self.stage = stage
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
-        return {"student": learner(student, Adam.of(self.stage))}
+        return {"student": learner(student, OptimiserSettings.of(self.stage))}
 
     def draw(
         self, iteration: int, batches: Batches, models: Mapping[str, Any], random: Randomness

@@ -15,8 +15,9 @@ from twostep.pipeline.request import RequestError
 from twostep.pipeline.studio import Studio
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
-from twostep.serve.engine import Engine
+from twostep.serve.engine import Draws, Engine
 from twostep.serve.gate import Rules
+from twostep.serve.metrics import Metrics
 from twostep.serve.serving import Serving
 
 APPLE = "a 3d red apple on a blue background"
@@ -99,9 +100,12 @@ def client(studio: GatedStudio) -> Iterator[TestClient]:
 
 
 @contextmanager
-def listening(studio: Studio, *, with_mcp: bool = False) -> Iterator[str]:
+def listening(studio: Draws, *, with_mcp: bool = False, max_waiting: int = 64) -> Iterator[str]:
     """Serve nano on a free port, and yield the address."""
-    serving = Serving(Engine([studio]), Catalogue(["nano"]))
+    metrics = Metrics()
+    engine = Engine([studio], max_waiting=max_waiting, observers=[metrics])
+    metrics.watch(engine)
+    serving = Serving(engine, Catalogue(["nano"]), metrics=metrics)
     application = create_app(serving, Rules(), with_mcp=with_mcp)
     config = uvicorn.Config(application, port=0, log_level="warning")
     server = uvicorn.Server(config)

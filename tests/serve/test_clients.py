@@ -8,8 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ import httpx2
 import pytest
 from PIL import Image, ImageChops
 
-from tests.serve.conftest import APPLE, GatedStudio, listening
+from tests.serve.conftest import APPLE, FakeStudio, GatedStudio, listening
 
 # These take seconds to import, which those need not wait for who leave slow tests out.
 if TYPE_CHECKING:
@@ -102,6 +104,77 @@ def test_openai_streams(openai: OpenAI) -> None:
     assert all(picture(event.b64_json).size for event in events)
 
 
+def test_openai_streams_three_pictures_and_edits(openai: OpenAI) -> None:
+    three = openai.images.generate(
+        prompt=APPLE, n=3, stream=True, partial_images=1, extra_body={"steps": 4, "seed": 7}
+    )
+    kinds = [event.type.rpartition(".")[2] for event in three]
+    assert kinds == ["partial_image"] * 3 + ["completed"] * 3
+    image = ("a.png", png(Image.new("RGB", (64, 64), "white")), "image/png")
+    edits = list(
+        openai.images.edit(
+            image=image, prompt=APPLE, n=3, stream=True, partial_images=0, extra_body={"steps": 1}
+        )
+    )
+    assert [event.type for event in edits] == ["image_edit.completed"] * 3
+    assert edits[0].usage.input_tokens_details.image_tokens == 1
+
+
+def test_openai_is_told_of_changed_steps_and_guidance(openai: OpenAI) -> None:
+    wish = {"num_inference_steps": 50, "guidance_scale": 7, "seed": 1}
+    answer = openai.images.generate(prompt=APPLE, quality="xhigh", size="auto", extra_body=wish)
+    assert answer.model_extra is not None
+    drawn = answer.model_extra["twostep"]
+    assert (drawn["steps"], drawn["guidance"]) == (8, 1.0)
+    assert ["50" in change or "guidance 7" in change for change in drawn["changes"]] == [True] * 2
+
+
+def test_openai_is_told_when_the_queue_is_full() -> None:
+    from openai import OpenAI, RateLimitError
+
+    fake = FakeStudio()
+    with listening(fake, max_waiting=1) as address:
+        for prompt in ("drawn", "waits"):
+            answer = httpx2.post(f"{address}/api/v1/jobs", json={"prompt": prompt})
+            assert answer.status_code == 202
+            if prompt == "drawn":
+                assert fake.busy.acquire(timeout=10)
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(RateLimitError) as caught:
+            client.images.generate(prompt="one more")
+        assert int(caught.value.response.headers["Retry-After"]) >= 1
+        assert isinstance(caught.value.body, dict)
+        assert caught.value.body["type"] == "rate_limit_error"
+        assert caught.value.code == "queue_full"
+        fake.steps.release(10)
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_client_that_hangs_up_frees_the_device(address: str, path: str) -> None:
+    # Two minutes of drawing on a laptop, of which one step is waited for.
+    body = {"prompt": APPLE, "steps": 32, "n": 10, "batch_size": 10, "guidance_scale": 5}
+    name = {"X-Twostep-Client": path}
+
+    def state() -> tuple[int, int]:
+        now = httpx2.get(f"{address}/readyz", timeout=60).json()
+        return now["waiting"], now["drawing"]
+
+    with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        while state() != (0, 1):
+            time.sleep(0.01)
+    start = time.monotonic()
+    while state() != (0, 0):
+        time.sleep(0.01)
+    freed = time.monotonic() - start
+    start = time.monotonic()
+    answer = httpx2.post(f"{address}{path}", json=body | {"steps": 1}, headers=name, timeout=60)
+    assert answer.status_code == 200
+    assert freed < 10 * (time.monotonic() - start)  # of 64 calls it was one or two
+
+
 def test_openai_lists_models(openai: OpenAI) -> None:
     names = [model.id for model in openai.models.list()]
     assert names[0] == "nano"
@@ -125,6 +198,15 @@ def test_webuiapi_draws(webui: WebUIApi) -> None:
     info = webui.png_info(result.image)
     assert info.info == result.info["infotexts"][0]
     assert info.parameters["Seed"] == "7"
+
+
+def test_webuiapi_is_told_what_is_not_here(webui: WebUIApi) -> None:
+    with pytest.raises(RuntimeError, match="404"):
+        webui.interrogate(Image.new("RGB", (64, 64)))
+    with pytest.raises(RuntimeError, match="404"):
+        webui.extra_single_image(Image.new("RGB", (64, 64)))
+    with pytest.raises(RuntimeError, match="prompt"):
+        webui.txt2img(prompt=" ")
 
 
 def test_webuiapi_changes_pictures(webui: WebUIApi) -> None:

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.serve.conftest import FakeStudio
+import twostep
+from tests.serve.conftest import APPLE, FakeStudio
+from tests.serve.malformed import attack, damaged
+from tests.serve.processes import running
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
 from twostep.serve.engine import Engine
@@ -125,16 +129,6 @@ def client() -> Iterator[TestClient]:
         yield client
 
 
-def damaged(data: bytes, random: random.Random) -> bytes:
-    """Return a file that is cut, with some of its bytes replaced."""
-    data = data[: random.randrange(len(data) + 1)] if random.random() < 0.5 else data
-    changed = bytearray(data)
-    for _ in range(random.randrange(8)):
-        if changed:
-            changed[random.randrange(len(changed))] = random.randrange(256)
-    return bytes(changed)
-
-
 def test_bodies_with_odd_values_bring_no_fault(client: TestClient) -> None:
     dice = random.Random(0)
     headers = {"Content-Type": "application/json"}
@@ -174,3 +168,22 @@ def test_a_bomb_is_refused_before_it_is_unpacked(client: TestClient) -> None:
     answer = client.post("/sdapi/v1/img2img", json={"prompt": "x", "init_images": [text]})
     assert answer.status_code == 400, answer.text
     assert client.post("/sdapi/v1/png-info", json={"image": text}).status_code < 500
+
+
+def test_two_thousand_malformed_requests_leave_nothing_behind() -> None:
+    request = twostep.Request(APPLE, seed=7, steps=1)
+    with running() as (server, address), twostep.Client(address) as client:
+        process = psutil.Process(server.pid)
+        expected = client.draw(request).files
+        # What any server takes once: caches, threads, and the pictures of jobs that it keeps.
+        attack(address, 400, seed=0)
+        before = process.memory_info().rss
+        answered = attack(address, 2_000, seed=1)
+        assert client.draw(request).files == expected
+        assert server.poll() is None
+        now = process.memory_info().rss
+        assert now < 1.05 * before, (now / 2**20, before / 2**20)
+        assert len(process.net_connections(kind="tcp")) < 20
+    assert answered.total() == 2_000
+    assert answered["400"] > 1_000
+    assert answered["closed"] < 100, answered

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.serve.conftest import APPLE, FakeStudio, GatedStudio
 from twostep.cli import app as cli
 from twostep.contract import ContractError
-from twostep.pipeline.request import MAX_BATCH, Request, RequestError
+from twostep.pipeline.request import MAX_BATCH, Picture, Request, RequestError
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue, Wish
 from twostep.serve.engine import (
@@ -51,6 +51,20 @@ def test_clients_take_turns_and_what_is_alike_is_drawn_together(
             job.wait(10.0)
     # b's turn comes second and takes a4 along; c has a batch of its own before a8's turn.
     assert fake.drawn == [["first"], ["a2"], ["b", "a4"], ["c"], ["a8"]]
+
+
+def test_room_that_is_left_in_a_batch_goes_to_all_clients(
+    engine: Engine, fake: FakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twostep.serve.engine.MAX_BATCH", 5)
+    first_job(engine, fake)
+    for client, count in (("a", 3), ("b", 3), ("c", 2)):
+        for i in range(count):
+            engine.submit(Request(f"{client}{i}"), client=client)
+    fake.steps.release(100)
+    engine.close(10.0)
+    # The two places that are left are b's and c's, not both b's.
+    assert fake.drawn == [["first"], ["a0", "b0", "c0", "b1", "c1"], ["b2", "a1", "a2"]]
 
 
 def test_a_full_queue_says_when_to_come_again(engine: Engine, fake: FakeStudio) -> None:
@@ -99,6 +113,20 @@ def test_a_fault_ends_the_job_that_has_it_alone(engine: Engine, fake: FakeStudio
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         bad.wait(10.0)
     assert engine.is_alive
+
+
+def test_pictures_that_went_in_are_forgotten_with_their_jobs(
+    engine: Engine, fake: FakeStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twostep.serve.engine.MAX_KEPT_PIXELS", 3 * 64 * 64)
+    fake.steps.release(100)
+    picture = Picture.of(Image.new("RGB", (64, 64)))
+    jobs = [engine.submit(Request(str(i), image=picture, seed=i)) for i in range(5)]
+    jobs.append(engine.submit(Request("with a mask", image=picture, mask=picture)))
+    for job in jobs:
+        with pytest.raises(RequestError, match="drawn"):
+            job.wait(10.0)
+    assert [engine.find(job.id) is None for job in jobs] == [True, True, True, True, False, False]
 
 
 @pytest.mark.parametrize("has_time", [True, False])

@@ -1,23 +1,14 @@
 """Jobs in a file: they outlive the server, and each ends once."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-import twostep
 from tests.serve.conftest import APPLE, FakeStudio
+from tests.serve.killing import under_fire
 from twostep.pipeline.request import RequestError
 from twostep.serve.catalogue import Catalogue
-from twostep.serve.client import ServerError
 from twostep.serve.engine import Engine
 from twostep.serve.serving import Serving
 from twostep.serve.shapes import JobAnswer, JobBody
@@ -113,35 +104,7 @@ def test_what_a_shutdown_ends_stays_unfinished(path: Path) -> None:
     store.close()
 
 
-@contextmanager
-def served(path: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    command = [sys.executable, "-m", "twostep", "serve", "--port", "0", "--jobs", str(path)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout is not None
-        for line in server.stdout:
-            if found := re.search(r"http://\S+:\d+", line):
-                break
-        assert found is not None
-        try:
-            yield server, found[0]
-        finally:
-            server.kill()
-
-
 @pytest.mark.slow
 def test_accepted_jobs_survive_kills(path: Path) -> None:
-    ids: list[str] = []
-    for _ in range(3):
-        with served(path) as (server, address), twostep.Client(address) as client:
-            request = twostep.Request(APPLE, steps=32, guidance=5.0)
-            ids += [client.submit(request).id for _ in range(3)]
-            time.sleep(0.5)
-            server.send_signal(signal.SIGKILL)
-            server.wait()
-    with served(path) as (server, address), twostep.Client(address) as client:
-        drawn = [client.job(job_id).wait() for job_id in ids]
-        assert [len(each.files) for each in drawn] == [1] * 9
-        assert {tuple(each.files) for each in drawn} == {tuple(drawn[0].files)}
-        with pytest.raises(ServerError, match="no such job"):
-            client.job("unknown")
+    accepted = under_fire(path, kills=3, seed=0)
+    assert len(accepted) >= 9

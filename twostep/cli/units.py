@@ -4,13 +4,15 @@ import re
 
 import typer
 
+from twostep.training.recipe import bytes_of
+
 
 def size_in_bytes(text: str) -> float:
     """Return the bytes of a size like 24GB or 22.5GiB."""
-    match = re.fullmatch(r"([\d.]+)G(i?)B", text)
-    if match is None:
-        raise typer.BadParameter(f"{text} is no size; write 24GB, or 22.5GiB.")
-    return float(match[1]) * (2**30 if match[2] else 1e9)
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.") from error
 
 
 def duration_in_seconds(text: str) -> float:

@@ -38,7 +38,7 @@ class Weights(Trainable, Protocol):
 
 
 @dataclass(frozen=True)
-class Adam:
+class OptimiserSettings:
     """The settings of a role's optimiser.
 
     Args:
@@ -65,7 +65,7 @@ class Adam:
         *,
         betas: tuple[float, float] | None = None,
         learning_rate: float | None = None,
-    ) -> Adam:
+    ) -> OptimiserSettings:
         """Return what a stage says, and what the method says where the stage does not.
 
         Args:
@@ -111,7 +111,7 @@ class Role:
     Args:
         model: what the method's functions get under the role's name.
         weights: what checkpoints keep, and what the optimiser changes.
-        adam: how it learns by its own loss; None if it never does.
+        optimiser: how it learns by its own loss; None if it never does.
         follow: the role whose weights it averages; None if it follows nobody.
         sharded_methods: methods of the model, beside its call, that need the gathered weights where
             these are spread over processes.
@@ -122,7 +122,7 @@ class Role:
 
     model: Any
     weights: Weights
-    adam: Adam | None = None
+    optimiser: OptimiserSettings | None = None
     follow: Follow | None = None
     sharded_methods: tuple[str, ...] = ()
     remove: Callable[[], None] = _nothing
@@ -144,31 +144,31 @@ def file_weights(denoiser: Denoiser) -> Mapping[str, Tensor]:
     return Lora(denoiser.network, denoiser.lora).scaled_state_dict()
 
 
-def learner(denoiser: Denoiser, adam: Adam) -> Role:
+def learner(denoiser: Denoiser, optimiser: OptimiserSettings) -> Role:
     """Return the role of a denoiser that is trained as it stands."""
-    return Role(denoiser, weights_of(denoiser), adam)
+    return Role(denoiser, weights_of(denoiser), optimiser)
 
 
-def copy_of(denoiser: Denoiser, adam: Adam) -> Role:
+def copy_of(denoiser: Denoiser, optimiser: OptimiserSettings) -> Role:
     """Return the role of a float32 copy of a denoiser, with its LoRA merged in, trained whole."""
     copied = denoiser.standalone()
     copied.network.requires_grad_(True)
-    return learner(copied, adam)
+    return learner(copied, optimiser)
 
 
-def adapter_on(denoiser: Denoiser, name: str, *, rank: int, adam: Adam) -> Role:
+def adapter_on(denoiser: Denoiser, name: str, *, rank: int, optimiser: OptimiserSettings) -> Role:
     """Return the role of a new LoRA on a denoiser's network, at first with the same answers.
 
     Args:
         denoiser: the new LoRA starts as its LoRA, or at zero if it has none.
         name: of the new LoRA; an old one of that name is replaced.
         rank: of the new LoRA; that of the denoiser's own, if it has one.
-        adam: how it learns.
+        optimiser: how it learns.
     """
     network = denoiser.network
     lora = place_lora(denoiser, name, rank=rank)
     model = replace(denoiser, lora=name)
-    return Role(model, lora, adam, remove=lambda: remove_lora(network, name))
+    return Role(model, lora, optimiser, remove=lambda: remove_lora(network, name))
 
 
 def place_lora(denoiser: Denoiser, name: str, *, rank: int, encoder_only: bool = False) -> Lora:

@@ -113,15 +113,15 @@ class StageTrainer:
     def _make_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         optimisers = {}
         for name, role in self.roles.items():
-            if role.adam is not None:
+            if role.optimiser is not None:
                 optimisers[name] = make_optimiser(
                     role.weights,
-                    role.adam.learning_rate,
-                    betas=role.adam.betas,
-                    weight_decay=role.adam.weight_decay,
-                    eps=role.adam.eps,
-                    name=role.adam.name,
-                    group_rates=role.adam.group_rates,
+                    role.optimiser.learning_rate,
+                    betas=role.optimiser.betas,
+                    weight_decay=role.optimiser.weight_decay,
+                    eps=role.optimiser.eps,
+                    name=role.optimiser.name,
+                    group_rates=role.optimiser.group_rates,
                 )
         return optimisers
 
@@ -134,10 +134,10 @@ class StageTrainer:
         return state
 
     def _make_stepping(self, name: str, optimiser: torch.optim.Optimizer) -> OptimiserState:
-        adam = self.roles[name].adam
-        assert adam is not None
+        settings = self.roles[name].optimiser
+        assert settings is not None
         if self.stage.offload and has_own_memory(self.batches.device):
-            return OffloadedState(optimiser, adam.name)
+            return OffloadedState(optimiser, settings.name)
         return OptimiserState(optimiser)
 
     def iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
@@ -189,7 +189,7 @@ class StageTrainer:
         bystanders = [
             other.weights
             for other_name, other in self.roles.items()
-            if other.adam is not None and other_name not in (name, STUDENT)
+            if other.optimiser is not None and other_name not in (name, STUDENT)
         ]
         # Until the backward pass is over, in which checkpointed blocks are computed again.
         sums: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from threading import Lock, local
 from typing import Any
@@ -310,14 +311,13 @@ def _capabilities() -> list[str]:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return all but the weights that a compiled model depends on."""
-    import diffusers
     import openvino
 
     return {
         "twostep": __version__,
         "openvino": openvino.__version__,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
         "processor": str(_core().get_property("CPU", "FULL_DEVICE_NAME")),
     }
 

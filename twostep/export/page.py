@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 HERE = Path(__file__).parent
 
 
 def page_of(api: dict[str, Any]) -> dict[str, Any]:
     """Return a workflow for ComfyUI's server as its page has it; it has the nodes of nodes.json."""
-    known = json.loads((HERE / "nodes.json").read_text(encoding="utf-8"))
+    known = _known_nodes()
     values = {"api": api, "known": known, "links": _links(api, known)}
     page: dict[str, Any] = json.loads(rendered("page.json", values))
     return page
@@ -20,9 +21,21 @@ def page_of(api: dict[str, Any]) -> dict[str, Any]:
 
 def rendered(template: str, values: Mapping[str, object]) -> str:
     """Return a template of this folder, filled."""
+    return _compiled(template).render(values)
+
+
+@cache
+def _known_nodes() -> dict[str, Any]:
+    """Return what nodes.json says; it is changed by nobody."""
+    nodes: dict[str, Any] = json.loads((HERE / "nodes.json").read_text(encoding="utf-8"))
+    return nodes
+
+
+@cache
+def _compiled(template: str) -> Template:
+    """Return a template of this folder. Compiling takes longer than drawing a small picture."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = (HERE / template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(values)
+    return environment.from_string((HERE / template).read_text(encoding="utf-8"))
 
 
 def _links(api: dict[str, Any], known: dict[str, Any]) -> list[tuple[object, ...]]:

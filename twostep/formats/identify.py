@@ -9,6 +9,7 @@ import math
 import re
 import tomllib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from twostep.formats.header import Header
@@ -63,8 +64,13 @@ class Kind:
         return readers.get(f"{key}, {self.names}", readers.get(key, "not twostep"))
 
 
+@lru_cache(maxsize=64)
 def kind_of(header: Header) -> Kind:
-    """Identify a file by the names and shapes of its tensors."""
+    """Identify a file by the names and shapes of its tensors.
+
+    Headers are remembered by `header.read_header`, and what they are is remembered here: every
+    picture that is saved asks for it, and the patterns take milliseconds.
+    """
     names = "".join(f"{name}\n" for name in header.shapes)
     unknown = "no model that is known here" if names else "a file without any weights"
     what = _first("what", names) or unknown

@@ -36,6 +36,7 @@ from twostep.serve.a1111_wishes import (
     samplers,
 )
 from twostep.serve.catalogue import Fitted
+from twostep.serve.document import DRAWING, A1111Refusal, json_body, refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
     PictureFormat,
@@ -84,6 +85,14 @@ class PngInfoBody(BaseModel):
     """A picture in base64."""
 
     image: str
+
+
+class DrawAnswer(BaseModel):
+    """What was drawn. `info` is JSON in a string, as A1111 has it."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
 
 
 @dataclass(eq=False)
@@ -139,16 +148,22 @@ class _Desks:
 
 def a1111_routes(serving: Serving) -> APIRouter:
     """Return the addresses below /sdapi/v1."""
-    router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
+    router = APIRouter(
+        prefix="/sdapi/v1", tags=["A1111"], responses=refusals(422, shape=A1111Refusal)
+    )
+    drawn: dict[str, Any] = {
+        "response_model": None,
+        "responses": {200: {"model": DrawAnswer}, **refusals(*DRAWING, shape=A1111Refusal)},
+    }
     catalogue = serving.catalogue
     desks = _Desks(catalogue.default.name)
 
-    @router.post("/txt2img", response_model=None)
+    @router.post("/txt2img", openapi_extra=json_body(TextBody), **drawn)
     async def draw_text(http: HttpRequest) -> Response:
         """Draw pictures of a prompt."""
         return await _draw(serving, desks.of(http), http, TextBody)
 
-    @router.post("/img2img", response_model=None)
+    @router.post("/img2img", openapi_extra=json_body(ImageBody), **drawn)
     async def draw_image(http: HttpRequest) -> Response:
         """Change a picture, all of it or where the mask is white."""
         return await _draw(serving, desks.of(http), http, ImageBody)

@@ -26,9 +26,9 @@ from twostep.pipeline.request import (
     RequestError,
 )
 from twostep.pipeline.studio import FAVOURITE_STEPS
+from twostep.serve.config import Bounds
 
-MAX_PROMPT_LETTERS = 32_000
-"""The longest prompt, as the OpenAI API has it."""
+_USUAL_BOUNDS = Bounds()
 
 
 class UnknownModelError(TwostepError):
@@ -82,58 +82,132 @@ class Fitted:
     changes: list[str] = field(default_factory=list)
 
 
-class Catalogue:
-    """The models and LoRAs that are served.
+@dataclass(frozen=True)
+class Stock:
+    """What is served at one moment: models by name, the default first, and the places of LoRAs."""
+
+    served: dict[str, Served]
+    loras: dict[str, str]
+
+    @property
+    def default(self) -> Served:
+        """The first model; raises UnknownModelError where there is none at the moment."""
+        for served in self.served.values():
+            return served
+        raise UnknownModelError("no model is served at the moment; ask again when one is there.")
+
+
+def take_stock(
+    models: Sequence[str],
+    loras: Sequence[str] = (),
+    *,
+    more_models: Sequence[str] = (),
+    more_loras: Sequence[str] = (),
+) -> tuple[Stock, list[str]]:
+    """Read the contracts of models, and return what can be served, and notes on what cannot.
 
     Args:
         models: names, folders or files, the default first. A client names a model by the last part
             of its path without the suffix, or one of its checkpoints by the name in its contract,
             such as nano-4step.
         loras: files, named in the same way.
+        more_models: models that were found; one whose name is taken is left out, with a note.
+        more_loras: LoRAs that were found, likewise.
 
-    Raises ModelError for what is no model, and RequestError where two have one name.
+    Raises ModelError for what is no model, and RequestError where two of `models` or of `loras`
+    have one name.
+    """
+    served: dict[str, Served] = {}
+    known: dict[str, str] = {}
+    notes: list[str] = []
+    for place in (*models, *more_models):
+        new = Served(short_name(place), place, tuple(read_contracts(place)))
+        if new.name not in served:
+            served[new.name] = new
+        elif place in models:
+            raise RequestError(f"two models are called {new.name}; rename one.")
+        else:
+            notes.append(f"{place} is left out: {served[new.name].model} has its name. Rename one.")
+    for each in list(served.values()):
+        for contract in each.students:
+            student = Served(contract.name, each.model, each.contracts, contract.steps)
+            holder = served.setdefault(contract.name, student).model
+            if holder != each.model:
+                notes.append(f"{contract.name} is that of {holder}, not of {each.model}.")
+    for place in (*loras, *more_loras):
+        name = short_name(place)
+        if name not in known:
+            known[name] = place
+        elif place in loras:
+            raise RequestError(f"two LoRAs are called {name}; rename one.")
+        else:
+            notes.append(f"{place} is left out: {known[name]} has its name. Rename one.")
+    return Stock(served, known), notes
+
+
+class Catalogue:
+    """The models, LoRAs and ControlNets that are served.
+
+    Args:
+        models: as for `take_stock`, and so are `loras`.
+        controlnets: names, folders, files or hub ids, named in the same way.
+        bounds: the most that a wish may ask for.
+
+    Raises what `take_stock` raises, and RequestError where two ControlNets have one name.
     """
 
-    def __init__(self, models: Sequence[str], loras: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        loras: Sequence[str] = (),
+        controlnets: Sequence[str] = (),
+        *,
+        bounds: Bounds = _USUAL_BOUNDS,
+    ) -> None:
         if not models:
             raise RequestError("no model to serve; name at least one.")
-        self._served: dict[str, Served] = {}
-        for model in models:
-            contracts = tuple(read_contracts(model))
-            self._add(Served(short_name(model), model, contracts))
-        for served in list(self._served.values()):
-            for contract in served.students:
-                if contract.name not in self._served:
-                    self._add(Served(contract.name, served.model, served.contracts, contract.steps))
-        self._default = short_name(models[0])
-        self._loras: dict[str, str] = {}
-        for lora in loras:
-            if short_name(lora) in self._loras:
-                raise RequestError(f"two LoRAs are called {short_name(lora)}; rename one.")
-            self._loras[short_name(lora)] = lora
+        self.bounds = bounds
+        self._stock, _ = take_stock(models, loras)
+        self._controlnets: dict[str, str] = {}
+        for place in controlnets:
+            if short_name(place) in self._controlnets:
+                raise RequestError(f"two ControlNets are called {short_name(place)}; rename one.")
+            self._controlnets[short_name(place)] = place
+
+    def restock(self, stock: Stock) -> None:
+        """Serve something else from now on; what was fitted before stays as it is."""
+        self._stock = stock
 
     @property
     def default(self) -> Served:
-        """What is drawn with where nothing is named."""
-        return self._served[self._default]
+        """What is drawn with where nothing is named; raises UnknownModelError without a model."""
+        return self._stock.default
 
     @property
     def served(self) -> list[Served]:
         """Everything that may be named, the default first."""
-        return list(self._served.values())
+        return list(self._stock.served.values())
 
     @property
     def loras(self) -> list[str]:
         """The names of the LoRAs."""
-        return list(self._loras)
+        return list(self._stock.loras)
+
+    @property
+    def controlnets(self) -> list[str]:
+        """The names of the ControlNets."""
+        return list(self._controlnets)
+
+    def find_controlnet(self, name: str) -> str:
+        """Return where a ControlNet lies; raises RequestError for a name that is not served."""
+        if name not in self._controlnets:
+            known = ", ".join(self._controlnets) or "none"
+            raise RequestError(f"there is no ControlNet {name[:80]!r}; there are {known}.")
+        return self._controlnets[name]
 
     def find(self, name: str) -> Served:
         """Return what a name stands for; raises UnknownModelError."""
-        if name not in self._served:
-            raise UnknownModelError(
-                f"there is no model {name[:80]!r}; there are {', '.join(self._served)}."
-            )
-        return self._served[name]
+        return _find(self._stock, name)
 
     def fit(self, wish: Wish, *, strict: bool) -> Fitted:
         """Make a request of a wish.
@@ -146,10 +220,11 @@ class Catalogue:
             ContractError: strict, and the model cannot do what is wished.
             RequestError: the wish is impossible, too large, or names an unknown LoRA.
         """
-        _check_bounds(wish)
+        stock = self._stock
+        _check_bounds(wish, self.bounds)
         changes: list[str] = []
-        served = self._find(wish.model, changes, strict=strict)
-        steps, contract = _fit_steps(served, wish.steps, changes)
+        served = _nearest(stock, wish.model, changes, strict=strict)
+        steps, contract = _fit_steps(served, wish.steps, self.bounds.steps, changes)
         is_student = contract.role == "student"
         guidance = wish.guidance
         if is_student and guidance is not None and guidance > 1:
@@ -182,32 +257,11 @@ class Catalogue:
             model=served.model,
             loras=wish.loras,
         )
-        return Fitted(self._with_known_loras(request), served, changes)
-
-    def _add(self, served: Served) -> None:
-        if served.name in self._served:
-            raise RequestError(f"two models are called {served.name}; rename one.")
-        self._served[served.name] = served
-
-    def _find(self, name: str | None, changes: list[str], *, strict: bool) -> Served:
-        if not name or name in self._served or strict:
-            return self.find(name) if name else self.default
-        changes.append(f"there is no model {name[:80]!r}: {self.default.name} was taken")
-        return self.default
-
-    def _with_known_loras(self, request: Request) -> Request:
-        """Put where the LoRAs lie for their names; those of the prompt's tags are among them."""
-        places = []
-        for lora in request.loras:
-            choice = LoraChoice.parse(lora) if isinstance(lora, str) else lora
-            if choice.name not in self._loras:
-                known = ", ".join(self._loras) or "none"
-                raise RequestError(f"there is no LoRA {choice.name[:80]!r}; there are {known}.")
-            places.append(LoraChoice(self._loras[choice.name], choice.weight))
-        return replace(request, loras=tuple(places))
+        return Fitted(_with_known_loras(stock, request), served, changes)
 
     def describe(self) -> dict[str, Any]:
         """Return what can be asked for, as plain values for JSON: the contracts in short."""
+        stock = self._stock
         models = [
             {
                 "name": served.name,
@@ -223,14 +277,14 @@ class Catalogue:
                     for contract in served.contracts
                 ],
             }
-            for served in self.served
+            for served in stock.served.values()
             if served.steps is None
         ]
         return {
-            "default_model": self.default.name,
+            "default_model": stock.default.name,
             "models": models,
-            "loras": self.loras,
-            "limits": {"num_images": MAX_BATCH, "prompt_letters": MAX_PROMPT_LETTERS},
+            "loras": list(stock.loras),
+            "limits": self.bounds.model_dump(include={"num_images", "prompt_letters", "steps"}),
         }
 
 
@@ -252,22 +306,55 @@ def nearest_student(students: Sequence[Contract], steps: int) -> Contract:
     )
 
 
-def _check_bounds(wish: Wish) -> None:
+def _find(stock: Stock, name: str) -> Served:
+    if name not in stock.served:
+        known = ", ".join(stock.served) or "none"
+        raise UnknownModelError(f"there is no model {name[:80]!r}; there are {known}.")
+    return stock.served[name]
+
+
+def _nearest(stock: Stock, name: str | None, changes: list[str], *, strict: bool) -> Served:
+    if not name:
+        return stock.default
+    if strict or name in stock.served:
+        return _find(stock, name)
+    changes.append(f"there is no model {name[:80]!r}: {stock.default.name} was taken")
+    return stock.default
+
+
+def _with_known_loras(stock: Stock, request: Request) -> Request:
+    """Put where the LoRAs lie for their names; those of the prompt's tags are among them."""
+    places = []
+    for lora in request.loras:
+        choice = LoraChoice.parse(lora) if isinstance(lora, str) else lora
+        if choice.name not in stock.loras:
+            known = ", ".join(stock.loras) or "none"
+            raise RequestError(f"there is no LoRA {choice.name[:80]!r}; there are {known}.")
+        places.append(LoraChoice(stock.loras[choice.name], choice.weight))
+    return replace(request, loras=tuple(places))
+
+
+def _check_bounds(wish: Wish, bounds: Bounds) -> None:
     if not wish.prompt.strip():
         raise RequestError("the prompt is empty; say what to draw.")
     letters = max(len(wish.prompt), len(wish.negative_prompt))
-    if letters > MAX_PROMPT_LETTERS:
-        raise RequestError(f"a prompt has {letters} letters; at most {MAX_PROMPT_LETTERS} may be.")
-    if not 1 <= wish.num_images <= MAX_BATCH:
-        raise RequestError(f"asked for {wish.num_images} images; 1 to {MAX_BATCH} may be at once.")
+    most = bounds.prompt_letters
+    if letters > most:
+        raise RequestError(f"a prompt has {letters} letters; at most {most} may be.")
+    most = bounds.num_images
+    if not 1 <= wish.num_images <= most:
+        raise RequestError(f"asked for {wish.num_images} images; 1 to {most} may be at once.")
     if wish.steps is not None and wish.steps < 1:
         raise RequestError(f"steps is {wish.steps}; expected a whole number from 1 up.")
 
 
 def _fit_steps(
-    served: Served, wished: int | None, changes: list[str]
+    served: Served, wished: int | None, most: int, changes: list[str]
 ) -> tuple[int | None, Contract]:
-    """Return the steps to ask a studio for, None for its own choice, and what will draw."""
+    """Return the steps to ask a studio for, None for its own choice, and what will draw.
+
+    A teacher without students takes any number up to `most`.
+    """
     students = served.students
     by_steps = {contract.steps: contract for contract in served.contracts}
     if served.steps is not None:
@@ -278,6 +365,9 @@ def _fit_steps(
     if wished in by_steps:
         return wished, by_steps[wished]
     if not students:
+        if wished is not None and wished > most:
+            changes.append(f"at most {most} steps are drawn here, not {wished}")
+            wished = most
         return wished, served.contracts[0]
     if wished is None:
         favourite = nearest_student(students, FAVOURITE_STEPS)

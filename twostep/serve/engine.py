@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -26,7 +26,9 @@ from twostep.serve.shapes import JobState
 
 MAX_KEPT_JOBS = 1000
 MAX_KEPT_PIXELS = 2**26
-"""How many ended jobs, and pixels of their pictures, can still be asked for."""
+"""How many ended jobs, and pixels of their pictures, can still be asked for. What went in counts
+like what came out: a large picture is kept as long as its job.
+"""
 
 _TURN = 0.2
 """Weight of the newest batch in the mean time that a job takes."""
@@ -126,6 +128,7 @@ class Job:
         client: whose turn it takes.
         wants_previews: whether its steps bring previews.
         deadline: on the clock of `time.monotonic`, in seconds; None for none.
+        likeness: equal for jobs that may share a batch.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Job:
         self.client = client
         self.wants_previews = wants_previews
         self.deadline = deadline
+        self.likeness = _likeness(request)
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._events: list[Event] = []
@@ -402,20 +406,20 @@ class Engine:
             self._remove(jobs[0])
             if client in self._waiting:
                 self._waiting.move_to_end(client)
-            likeness = _likeness(jobs[0].request)
             room = MAX_BATCH - jobs[0].request.num_images
-            while job := next(self._alike(likeness, room, {job.client for job in jobs}), None):
+            while job := next(self._alike(jobs, room), None):
                 self._remove(job)
                 jobs.append(job)
                 room -= job.request.num_images
             self._num_drawing += len(jobs)
             return jobs
 
-    def _alike(self, likeness: object, room: int, served: set[str]) -> Iterator[Job]:
-        """Yield waiting jobs that fit into a batch, those of clients that have none in it first."""
-        for client in sorted(self._waiting, key=served.__contains__):
+    def _alike(self, jobs: Sequence[Job], room: int) -> Iterator[Job]:
+        """Yield waiting jobs that fit into a batch, first those of clients with fewest in it."""
+        taken = Counter(job.client for job in jobs)
+        for client in sorted(self._waiting, key=taken.__getitem__):
             for job in self._waiting[client]:
-                if job.request.num_images <= room and _likeness(job.request) == likeness:
+                if job.request.num_images <= room and job.likeness == jobs[0].likeness:
                     yield job
 
     def _remove(self, job: Job) -> None:
@@ -465,7 +469,7 @@ class Engine:
             self._remove(job)
             del self._jobs[job.id]
             self._ended[job.id] = job
-            self._num_ended_pixels += _num_pixels(job.result)
+            self._num_ended_pixels += _num_pixels(job)
             self._forget()
         for observer in self._observers:
             observer.ended(job)
@@ -489,7 +493,7 @@ class Engine:
             len(self._ended) > MAX_KEPT_JOBS or self._num_ended_pixels > MAX_KEPT_PIXELS
         ):
             _, oldest = self._ended.popitem(last=False)
-            self._num_ended_pixels -= _num_pixels(oldest.result)
+            self._num_ended_pixels -= _num_pixels(oldest)
 
 
 def _report(job: Job, progress: Progress) -> None:
@@ -525,7 +529,10 @@ def _likeness(request: Request) -> object:
     )
 
 
-def _num_pixels(result: Result | None) -> int:
-    if result is None:
-        return 0
-    return sum(image.width * image.height for image in result.images)
+def _num_pixels(job: Job) -> int:
+    """Return the pixels of all pictures that a job keeps in memory."""
+    request = job.request
+    pictures = [request.image, request.mask, *(control.picture for control in request.controls)]
+    went_in = [picture.image for picture in pictures if picture is not None]
+    came_out = [] if job.result is None else job.result.images
+    return sum(image.width * image.height for image in (*went_in, *came_out))

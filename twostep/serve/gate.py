@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from twostep.serve.config import MAX_BODY
 from twostep.serve.page_routes import PAGE_FILES
 from twostep.serve.refusals import A1111_PREFIX, refusal
 
@@ -25,9 +26,6 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", *PAGE_FILES})
 """Addresses that are answered without a key."""
-
-MAX_BODY = 64 * 2**20
-"""The most bytes of a request."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from twostep.serve.document import refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import answer_of, encode, follow, preview_in_base64, server_sent
 from twostep.serve.serving import Serving
@@ -30,7 +31,7 @@ _GONE = "there is no such job, or it ended long ago."
 
 def native_routes(serving: Serving) -> APIRouter:
     """Return the addresses below /api/v1."""
-    router = APIRouter(tags=["twostep"])
+    router = APIRouter(tags=["twostep"], responses=refusals(422))
     engine = serving.engine
     store = serving.store
 
@@ -49,7 +50,11 @@ def native_routes(serving: Serving) -> APIRouter:
         return Capabilities.model_validate(serving.catalogue.describe())
 
     @router.post(
-        JOBS_PATH, status_code=202, response_model=JobAnswer, response_model_exclude_none=True
+        JOBS_PATH,
+        status_code=202,
+        response_model=JobAnswer,
+        response_model_exclude_none=True,
+        responses=refusals(429, 503),
     )
     async def post_job(body: JobBody, http: HttpRequest) -> JSONResponse:
         """Queue a job."""
@@ -70,7 +75,11 @@ def native_routes(serving: Serving) -> APIRouter:
             engine.cancel(job)
         return stand(job_id)
 
-    @router.get(JOBS_PATH + "/{job_id}/images/{index}", response_class=Response)
+    @router.get(
+        JOBS_PATH + "/{job_id}/images/{index}",
+        response_class=Response,
+        responses={200: {"content": {"image/png": {}}}},
+    )
     async def get_image(job_id: str, index: int) -> Response:
         """Return a picture of a job that is done, as a PNG that says how it was made."""
         job = engine.find(job_id)
@@ -83,7 +92,11 @@ def native_routes(serving: Serving) -> APIRouter:
             raise HTTPException(404, "there is no such picture, or not yet.")
         return Response(data, media_type="image/png")
 
-    @router.get(JOBS_PATH + "/{job_id}/events", response_class=StreamingResponse)
+    @router.get(
+        JOBS_PATH + "/{job_id}/events",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
     async def get_events(job_id: str, http: HttpRequest) -> StreamingResponse:
         """Send what has happened to a job and what happens until it ends."""
         job = engine.find(job_id)

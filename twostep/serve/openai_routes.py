@@ -23,6 +23,7 @@ from starlette.responses import Response
 from twostep.contract import ContractError
 from twostep.pipeline.request import Picture, RequestError, Result
 from twostep.serve.catalogue import Fitted, Wish, random_seed
+from twostep.serve.document import DRAWING, form_body, json_body, refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
     PictureFormat,
@@ -56,7 +57,7 @@ class ImagesBody(BaseModel):
 
     prompt: str
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=MAX_IMAGES)
+    n: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
     size: str | None = None
     quality: str | None = None
     response_format: Literal["b64_json", "url"] | None = None
@@ -95,7 +96,7 @@ class ImagesBody(BaseModel):
         return Wish(
             self.prompt,
             model=self.model,
-            num_images=self.n,
+            num_images=1 if self.n is None else self.n,
             seed=seed,
             steps=steps,
             guidance=self.guidance,
@@ -109,9 +110,67 @@ class ImagesBody(BaseModel):
         )
 
 
+class DrawnImage(BaseModel):
+    """A picture of an answer: the file in base64, and the seed that draws it again."""
+
+    b64_json: str
+    seed: int
+
+
+class TokenKinds(BaseModel):
+    """What came in: words and pictures."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Words and pictures in, steps of the network out."""
+
+    input_tokens: int
+    input_tokens_details: TokenKinds
+    output_tokens: int
+    total_tokens: int
+
+
+class ImagesAnswer(BaseModel):
+    """What is answered where nothing is streamed. `created` is in seconds since 1970.
+
+    `twostep` says what really was drawn, and what was changed.
+    """
+
+    created: int
+    data: list[DrawnImage]
+    background: str
+    output_format: PictureFormat
+    quality: str
+    size: str
+    usage: Usage
+    twostep: dict[str, Any]
+
+
+_FILES = {
+    "image": {"type": "string", "format": "binary"},
+    "image[]": {"type": "array", "items": {"type": "string", "format": "binary"}},
+    "mask": {"type": "string", "format": "binary"},
+}
+"""The files of an edit. Either of the first two will do."""
+
+
 def openai_routes(serving: Serving) -> APIRouter:
     """Return the addresses of the API, below /v1."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI images"])
+    router = APIRouter(prefix="/v1", tags=["OpenAI images"], responses=refusals())
+    drawn: dict[str, Any] = {
+        "response_model": None,
+        "responses": {
+            200: {
+                "model": ImagesAnswer,
+                "description": "The pictures; events where `stream` is set.",
+                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            },
+            **refusals(*DRAWING),
+        },
+    }
 
     @router.get("/models")
     def list_models() -> dict[str, Any]:
@@ -123,13 +182,13 @@ def openai_routes(serving: Serving) -> APIRouter:
         """Describe one model."""
         return _model(serving.catalogue.find(name).name)
 
-    @router.post("/images/generations", response_model=None)
+    @router.post("/images/generations", openapi_extra=json_body(ImagesBody), **drawn)
     async def generations(http: HttpRequest) -> Response:
         """Draw pictures of a prompt."""
         body = validated(ImagesBody, await json_of(http))
         return await _answer(serving, http, "image_generation", body, body.wish, body.notes())
 
-    @router.post("/images/edits", response_model=None)
+    @router.post("/images/edits", openapi_extra=form_body(ImagesBody, _FILES), **drawn)
     async def edits(http: HttpRequest) -> Response:
         """Change a picture, all of it or where the mask is transparent."""
         async with http.form(max_files=32, max_fields=200) as form:

@@ -9,20 +9,23 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from twostep.serve.document import Responses, refusals
 from twostep.serve.serving import Serving
 
 
 def operation_routes(serving: Serving) -> APIRouter:
     """Return the addresses; /metrics is there if the server has metrics."""
-    router = APIRouter(tags=["operation"])
+    router = APIRouter(tags=["operation"], responses=refusals())
     engine = serving.engine
 
-    @router.get("/healthz")
+    unwell: Responses = {503: {"description": "It is not so."}}
+
+    @router.get("/healthz", responses=unwell)
     def health() -> JSONResponse:
         """Say whether every device still has its thread; 503 means that a restart is due."""
         return _answer(engine.has_all_threads, {"status": "ok"})
 
-    @router.get("/readyz")
+    @router.get("/readyz", responses=unwell)
     def readiness() -> JSONResponse:
         """Say whether jobs are taken; a picture was drawn before the server began to listen."""
         state = {"waiting": engine.num_waiting, "drawing": engine.num_drawing}
@@ -31,7 +34,11 @@ def operation_routes(serving: Serving) -> APIRouter:
     metrics = serving.metrics
     if metrics is not None:
 
-        @router.get("/metrics", response_class=Response)
+        @router.get(
+            "/metrics",
+            response_class=Response,
+            responses={200: {"content": {"text/plain": {}}}},
+        )
         def figures() -> Response:
             """Return the figures for Prometheus."""
             return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -102,6 +102,7 @@ class Limits(BaseModel):
 
     num_images: int
     prompt_letters: int
+    steps: int
 
 
 class Capabilities(BaseModel):

@@ -11,6 +11,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ class StoredJob:
 class JobStore:
     """The jobs in a file; an observer of the engine that draws them.
 
+    Pictures are written down by a thread of its own, so that devices go on drawing while they are
+    encoded and the disk is waited for. A server that is killed before draws the same ones again.
+    Other ends are written down at once: what was cancelled is not drawn after a kill.
+
     Args:
         path: the file, which is made where it is missing.
 
@@ -83,6 +88,7 @@ class JobStore:
         except sqlite3.Error as error:
             self._file_lock.release()
             raise StoreError(f"{path} cannot hold jobs: {error}. Give another file.") from error
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writes-jobs")
 
     def add(self, job: StoredJob) -> None:
         """Write a job down before it is accepted; once this returns it survives a kill.
@@ -103,6 +109,7 @@ class JobStore:
 
     def unfinished(self) -> list[StoredJob]:
         """Return the jobs that have not ended, in the order in which they came."""
+        self._writer.submit(lambda: None).result()  # what has ended by now is written down
         query = "SELECT id, client, body FROM jobs WHERE answer IS NULL ORDER BY number"
         with self._thread_lock:
             rows = self._rows.execute(query).fetchall()
@@ -139,7 +146,8 @@ class JobStore:
         return None if row is None else bytes(row[0])
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Write down what has ended, and let go of the file."""
+        self._writer.shutdown()
         with self._thread_lock:
             self._rows.close()
         self._file_lock.release()
@@ -151,18 +159,24 @@ class JobStore:
         """Take no note of what was not accepted."""
 
     def ended(self, job: Job) -> None:
-        """Write down how a job ended; one that ended by shutdown stays unfinished."""
+        """Have it written down how a job ended; one that ended by shutdown stays unfinished."""
         if isinstance(job.error, ClosingError):
             return
-        if self._row("SELECT 1 FROM jobs WHERE id = ?", job.id) is None:
-            return
-        result = job.result
-        files = []
-        if result is not None:
-            files = [encode(result, i, "png", 100) for i in range(len(result.images))]
+        if job.result is None:
+            self._write_end(job)
+        else:
+            self._writer.submit(self._write_end, job)
+
+    def _write_end(self, job: Job) -> None:
         try:
+            if self._row("SELECT 1 FROM jobs WHERE id = ?", job.id) is None:
+                return
+            result = job.result
+            files = []
+            if result is not None:
+                files = [encode(result, i, "png", 100) for i in range(len(result.images))]
             self.finish(answer_of(job), files)
-        except sqlite3.Error:
+        except Exception:
             # It stays unfinished, and is drawn again by the next server. Clients of this one have
             # it from the engine.
             _log.exception("the end of job %s could not be written down", job.id)

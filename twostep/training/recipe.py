@@ -5,6 +5,7 @@ Errors name the path of the key, what was wrong with its value, and the nearest 
 
 import codecs
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,18 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
+def bytes_of(text: str) -> float:
+    """Return the bytes of a size as people write it: 24GB, 22.5GiB, 64MB or 64MiB.
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([GM])(i?)B", text)
+    if match is None:
+        raise ValueError(f"{text} is no size; write 24GB, 22.5GiB or 64MB")
+    thousand = 1024 if match[3] else 1000
+    return float(match[1]) * thousand * thousand * (thousand if match[2] == "G" else 1)
+
+
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe given by name or path; RecipeError lists the known names."""
     for path in (Path(name), RECIPES / f"{name}.toml"):
@@ -85,9 +98,15 @@ def load_recipe(
     Raises:
         RecipeError: the recipe is not there, is not TOML, or has a key or value that does not fit.
     """
-    path = find_recipe(name)
+    return load_settings(find_recipe(name), model, overrides)
+
+
+def load_settings(path: Path, model: type[SettingsT], overrides: Iterable[str] = ()) -> SettingsT:
+    """Read a file of settings as `load_recipe` reads a recipe."""
     try:
         values = tomllib.loads(recipe_text(path))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}. Check the name.") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
@@ -153,7 +172,7 @@ def _explain(problem: Any, model: type[BaseModel], path: Path) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         return f"{path}: {place}: {message}." if place else f"{path}: {message}."
     if problem["type"] != "extra_forbidden":
-        return f"{path}: {place or 'recipe'}: {problem['msg']} (given: {problem['input']!r})"
+        return f"{path}: {place or 'its keys'}: {problem['msg']} (given: {problem['input']!r})"
     schema = model.model_json_schema()
     known = [
         key

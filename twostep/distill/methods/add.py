@@ -43,7 +43,7 @@ from twostep.distill.methods.heads import (
 )
 from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
 from twostep.distill.pairs import Batches
-from twostep.distill.roles import Adam, Role, learner
+from twostep.distill.roles import OptimiserSettings, Role, learner
 from twostep.distill.times import draw_uniform_times, draw_weighted_times
 from twostep.evaluate.judge import load_judge
 from twostep.media.codec import Codec
@@ -118,7 +118,7 @@ class Add(Method[Answer]):
             condition_width=teacher.backbone.spec.pooled_width,
             device=teacher.device,
         )
-        return {"student": learner(student, Adam.of(self.stage)), "heads": heads}
+        return {"student": learner(student, OptimiserSettings.of(self.stage)), "heads": heads}
 
     def draw(self, iteration: int, batches: Batches, models: Models, random: Randomness) -> Answer:
         """Let the student answer at one of its times, and draw where the teacher is asked."""

@@ -51,7 +51,7 @@ from twostep.distill.pairs import (
     draw_start,
     noise_landed,
 )
-from twostep.distill.roles import Adam, Role, adapter_on, copy_of, learner
+from twostep.distill.roles import OptimiserSettings, Role, adapter_on, copy_of, learner
 from twostep.distill.times import draw_uniform_times
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -285,32 +285,34 @@ class Adversarial(Method[JudgedPair]):
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
         """Student and discriminator learn, and the fake score where distributions are matched."""
         roles = {
-            "student": learner(student, Adam.of(self.stage, betas=BETAS)),
+            "student": learner(student, OptimiserSettings.of(self.stage, betas=BETAS)),
             DISCRIMINATOR: self._discriminator_role(teacher),
         }
         if self.settings.matching_weight > 0:
-            adam = Adam.of(self.stage, learning_rate=self.settings.fake_score_learning_rate)
+            optimiser = OptimiserSettings.of(
+                self.stage, learning_rate=self.settings.fake_score_learning_rate
+            )
             if self.settings.discriminator_lora:
                 assert self.stage.lora_rank is not None
                 roles[FAKE_SCORE] = adapter_on(
-                    teacher, FAKE_SCORE, rank=self.stage.lora_rank, adam=adam
+                    teacher, FAKE_SCORE, rank=self.stage.lora_rank, optimiser=optimiser
                 )
             else:
-                roles[FAKE_SCORE] = copy_of(teacher, adam)
+                roles[FAKE_SCORE] = copy_of(teacher, optimiser)
         return roles
 
     def _discriminator_role(self, teacher: Denoiser) -> Role:
         judge = self.make_discriminator(teacher)
-        adam = Adam.of(
+        optimiser = OptimiserSettings.of(
             self.stage, betas=BETAS, learning_rate=self.settings.discriminator_learning_rate
         )
         heads_rate = self.settings.head_learning_rate
         if heads_rate is not None:
-            adam = replace(adam, group_rates=(adam.learning_rate, heads_rate))
+            optimiser = replace(optimiser, group_rates=(optimiser.learning_rate, heads_rate))
         if isinstance(judge, LoraDiscriminator):
-            return Role(judge, judge, adam, remove=judge.remove, handed_on=judge.kept)
+            return Role(judge, judge, optimiser, remove=judge.remove, handed_on=judge.kept)
         handed_on = judge.kept if isinstance(judge, Discriminator) else None
-        return Role(judge, judge, adam, sharded_methods=FORWARD_METHODS, handed_on=handed_on)
+        return Role(judge, judge, optimiser, sharded_methods=FORWARD_METHODS, handed_on=handed_on)
 
     def draw(
         self, iteration: int, batches: Batches, models: Models, random: Randomness

@@ -49,7 +49,7 @@ from twostep.distill.methods.matching import (
 )
 from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
 from twostep.distill.pairs import Batches
-from twostep.distill.roles import Adam, Role, learner, place_lora
+from twostep.distill.roles import OptimiserSettings, Role, learner, place_lora
 from twostep.distill.times import draw_uniform_times
 from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
@@ -264,18 +264,18 @@ class Dmd2(Method[Drawn]):
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
         """Student and fake score learn."""
-        adam = Adam.of(self.stage, learning_rate=self.settings.fake_learning_rate)
+        optimiser = OptimiserSettings.of(self.stage, learning_rate=self.settings.fake_learning_rate)
         width = self.settings.head_width if self.settings.gan_weight > 0 else None
         if self.stage.lora_rank is not None:
             # The shared base recomputes its blocks already, if the student does.
             adapter = LoraFakeScore(teacher, rank=self.stage.lora_rank, head_width=width)
-            fake = Role(FakeScore(adapter), adapter, adam, remove=adapter.remove)
+            fake = Role(FakeScore(adapter), adapter, optimiser, remove=adapter.remove)
         else:
             own = OwnFakeScore(teacher, head_width=width)
             if self.stage.gradient_checkpointing:
                 own.checkpoint_gradients()
-            fake = Role(FakeScore(own), own, adam, sharded_methods=OwnFakeScore.METHODS)
-        return {"student": learner(student, Adam.of(self.stage)), "fake": fake}
+            fake = Role(FakeScore(own), own, optimiser, sharded_methods=OwnFakeScore.METHODS)
+        return {"student": learner(student, OptimiserSettings.of(self.stage)), "fake": fake}
 
     def draw(self, iteration: int, batches: Batches, models: Models, random: Randomness) -> Drawn:
         """Let the student draw up to one of its steps, and draw all noise of the iteration."""

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from twostep.diffusion.shapes import Time, Times
 from twostep.distill.method import MethodSettings
-from twostep.distill.roles import Adam, Role
+from twostep.distill.roles import OptimiserSettings, Role
 from twostep.evaluate.judge import Judge
 from twostep.media.codec import Codec, DecodesWithGradient
 from twostep.networks.conditioning import Conditioning
@@ -144,7 +144,9 @@ def heads_role(
         device: where they are.
     """
     heads = Heads(widths, hidden=settings.head_width, condition_width=condition_width).to(device)
-    return Role(heads, heads, Adam.of(stage, learning_rate=settings.heads_learning_rate))
+    return Role(
+        heads, heads, OptimiserSettings.of(stage, learning_rate=settings.heads_learning_rate)
+    )
 
 
 class TeacherFeatures:

@@ -43,7 +43,7 @@ from twostep.distill.methods.heads import (
 )
 from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
 from twostep.distill.pairs import Batches
-from twostep.distill.roles import Adam, Role, learner
+from twostep.distill.roles import OptimiserSettings, Role, learner
 from twostep.distill.times import draw_logit_normal_times, draw_weighted_times
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -116,7 +116,7 @@ class Ladd(Method[JudgedLatents]):
             condition_width=teacher.backbone.spec.pooled_width + NUM_TIME_FEATURES,
             device=teacher.device,
         )
-        return {"student": learner(student, Adam.of(self.stage)), "heads": heads}
+        return {"student": learner(student, OptimiserSettings.of(self.stage)), "heads": heads}
 
     def draw(
         self, iteration: int, batches: Batches, models: Models, random: Randomness

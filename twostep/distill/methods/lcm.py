@@ -46,7 +46,7 @@ from twostep.diffusion.shapes import Batch, Time, Times, as_column
 from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings, Models
 from twostep.distill.methods.renoising import refuse_teacher_steps, renoising_contract
 from twostep.distill.pairs import Batches, Transition
-from twostep.distill.roles import Adam, Role, learner, moving_average_of
+from twostep.distill.roles import OptimiserSettings, Role, learner, moving_average_of
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
@@ -118,7 +118,7 @@ class Lcm(Method[Transition]):
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
         """The student learns, and the target follows it."""
-        roles = {"student": learner(student, Adam.of(self.stage))}
+        roles = {"student": learner(student, OptimiserSettings.of(self.stage))}
         if self.target_decay > 0:
             roles["target"] = moving_average_of(
                 "student", student, name="target", decay=self.target_decay

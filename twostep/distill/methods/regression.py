@@ -22,7 +22,7 @@ from twostep.distill.method import (
     few_step_prediction,
 )
 from twostep.distill.pairs import Batches, Pair, student_landing
-from twostep.distill.roles import Adam, Role, learner
+from twostep.distill.roles import OptimiserSettings, Role, learner
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
 
@@ -59,7 +59,7 @@ class Regression(Method[Pair]):
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
         """Only the student learns."""
-        return {"student": learner(student, Adam.of(self.stage))}
+        return {"student": learner(student, OptimiserSettings.of(self.stage))}
 
     def draw(self, iteration: int, batches: Batches, models: Models, random: Randomness) -> Pair:
         """Draw the teacher's step, or take a kept one again, and take the student's."""

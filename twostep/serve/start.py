@@ -1,0 +1,124 @@
+"""A server from its settings: what is loaded, opened and begun before it answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from twostep.pipeline.request import Request
+from twostep.pipeline.studio import Studio
+from twostep.serve.app import create_app
+from twostep.serve.catalogue import Catalogue
+from twostep.serve.config import ServeError, ServeSettings
+from twostep.serve.engine import Engine, Observer
+from twostep.serve.gate import LOOPBACK, Rules
+from twostep.serve.metrics import Metrics
+from twostep.serve.serving import Serving
+from twostep.serve.store import JobStore
+
+KEY_VARIABLE = "TWOSTEP_KEY"
+"""Where the key is read from if there is no file of it."""
+
+
+def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        settings: what is served, and how.
+        say: called with sentences for the person who started it.
+
+    Raises ServeError where it cannot be started so, and what `Catalogue` and drawing raise.
+    """
+    key = _key(settings)
+    if settings.host not in LOOPBACK and key is None:
+        raise ServeError(
+            f"{settings.host} can be reached by others, so clients need a key. "
+            f"Write one to a file and give --key-file, or set {KEY_VARIABLE}."
+        )
+    models = ["nano"] if settings.names_no_model else settings.models
+    catalogue = Catalogue(models, settings.loras, settings.controlnets, bounds=settings.limits)
+    store = None if settings.jobs is None else JobStore(settings.jobs)
+    studios = [_studio(device, settings) for device in settings.devices]
+    # Whatever keeps the default model from drawing is said now, and the first client need not wait.
+    for studio in studios:
+        studio.draw(Request("a picture", model=catalogue.default.model))
+    listener = _listen(settings.host, settings.port)
+    metrics = Metrics()
+    observers: list[Observer] = [metrics]
+    if store is not None:
+        observers.append(store)
+    engine = Engine(studios, max_waiting=settings.queue, observers=observers)
+    metrics.watch(engine)
+    serving = Serving(engine, catalogue, strict=settings.strict, metrics=metrics, store=store)
+    if num_resumed := serving.resume():
+        say(f"{num_resumed} jobs of before are drawn now.")
+    rules = Rules(key, max_body=int(settings.limits.body))
+    try:
+        app = create_app(
+            serving, rules, drain_seconds=settings.drain_seconds, with_mcp=settings.mcp
+        )
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"{error.name} is not installed. Run: pip install 'twostep[serve,mcp]'."
+        ) from error
+    say(_greeting(settings.host, listener.getsockname()[1], needs_key=key is not None))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _studio(device: str, settings: ServeSettings) -> Studio:
+    """Return a studio that keeps a few models, or as many as fit into so many bytes."""
+    if settings.memory is None:
+        return Studio(device, max_models=settings.max_models)
+    return Studio(device, max_models=sys.maxsize, max_bytes=int(settings.memory))
+
+
+def _key(settings: ServeSettings) -> str | None:
+    """Return the key in a file or in the environment, None where there is none."""
+    path = settings.key_file
+    if path is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServeError(f"{path} cannot be read: {error}.") from error
+    if not key:
+        raise ServeError(f"{path} is empty; write a long random key into it.")
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error}. Give another --port, or 0 for a free one."
+        ) from error
+
+
+def _greeting(host: str, port: int, *, needs_key: bool) -> str:
+    """Return the address, and a line for a shell that draws a picture."""
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else ""
+    body = '{"prompt": "a 3d red apple on a blue background"}'
+    decode = "import base64, json, sys; "
+    decode += (
+        "sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))"
+    )
+    return (
+        f"twostep serves at {address}: open it in a browser to draw while you type.\n"
+        f"For clients of OpenAI's API: {address}/v1; of A1111's: {address}. Ctrl-C ends it. Try:\n"
+        f"curl -s {address}/v1/images/generations{key} -H 'Content-Type: application/json' "
+        f"-d '{body}' | python3 -c \"{decode}\" > apple.png"
+    )
