@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
-LONG = ("pretrain", "distill", "cache", "report", "compare", "reproduce", "serve")
+LONG = ("pretrain", "distill", "cache", "report", "bench", "compare", "reproduce", "serve")
 PLANNED = set[str]()
 """Plans that were made: they change nothing, so once is enough."""
 

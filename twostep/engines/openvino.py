@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -206,8 +208,39 @@ class _OpenVinoGraph:
         for i, array in enumerate(arrays):
             request.set_input_tensor(i, OpenVinoTensor(array, shared_memory=True))
         request.infer()
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.append(self._bare_call(arrays))
         # The request writes to the same memory the next time.
         return [torch.from_numpy(each.data.copy()) for each in request.output_tensors]
+
+    def _bare_call(self, arrays: Sequence[Any]) -> Callable[[], object]:
+        """Return OpenVINO's own call on such inputs, on a request of its own."""
+        from openvino import Tensor as OpenVinoTensor
+
+        request = self.compiled.create_infer_request()
+        for i, array in enumerate(arrays):
+            request.set_input_tensor(i, OpenVinoTensor(array.copy(), shared_memory=False))
+        infer: Callable[[], object] = request.infer
+        return infer
+
+
+_recorded: ContextVar[list[Callable[[], object]] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def bare_calls() -> Iterator[list[Callable[[], object]]]:
+    """Collect OpenVINO's calls during a block, for timing them with nothing around them.
+
+    Gives a list, to which each call of a compiled network adds a function that makes it again.
+    """
+    token = _recorded.set([])
+    try:
+        calls = _recorded.get()
+        assert calls is not None, "it was set above"
+        yield calls
+    finally:
+        _recorded.reset(token)
 
 
 def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _OpenVinoGraph:
