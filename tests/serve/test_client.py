@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 import twostep
 from tests.serve.conftest import APPLE, FakeStudio
 from twostep.pipeline.request import Control, Picture, Request, RequestError
+from twostep.pipeline.studio import Studio
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
 from twostep.serve.client import ServerError
@@ -70,14 +72,29 @@ def test_the_client_sends_pictures_and_masks(address: str) -> None:
     assert [half.getcolors(4096) == white for half in halves] == [True, False]
 
 
+def test_the_client_sends_controlnets(address: str) -> None:
+    shape = Image.new("RGB", (64, 64))
+    shape.paste("white", (8, 24, 36, 56))
+    control = Control(Picture.of(shape), scale=0.7, start=0.0, end=0.5)
+    request = Request(APPLE, steps=4, seed=7, controls=(control,))
+    with twostep.Client(address) as client:
+        capabilities = client.capabilities()
+        assert (capabilities.controlnets, capabilities.limits.controls) == (["silhouette"], 4)
+        (picture,) = client.draw(request).images
+        with pytest.raises(ServerError, match="no ControlNet 'depth'; there are silhouette"):
+            client.draw(replace(request, controls=(replace(control, model="depth"),)))
+    (expected,) = Studio("cpu").draw(request).images
+    (without,) = Studio("cpu").draw(replace(request, controls=())).images
+    assert picture.convert("RGB").tobytes() == expected.tobytes() != without.tobytes()
+
+
 def test_the_client_says_what_is_wrong(address: str) -> None:
     with twostep.Client(address) as client:
         with pytest.raises(ServerError, match="not in 50") as caught:
             client.draw(Request(APPLE, steps=50))
         assert caught.value.status == 400
-        picture = Picture.of(Image.new("RGB", (64, 64)))
-        with pytest.raises(RequestError, match="controls"):
-            client.draw(Request(APPLE, controls=(Control(picture),)))
+        with pytest.raises(RequestError, match="init_noise"):
+            client.draw(Request(APPLE, init_noise="diffusers"))
     with (
         twostep.Client("http://127.0.0.1:9") as nobody,
         pytest.raises(ServerError, match="does not answer"),

@@ -21,6 +21,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from tests.serve.conftest import APPLE, FakeStudio, GatedStudio, listening
+from twostep.pipeline.request import Control, Picture, Request
+from twostep.pipeline.studio import Studio
 
 # These take seconds to import, which those need not wait for who leave slow tests out.
 if TYPE_CHECKING:
@@ -219,6 +221,27 @@ def test_webuiapi_changes_pictures(webui: WebUIApi) -> None:
     assert changed.crop((32, 0, 64, 64)).getcolors() != [(2048, (255, 255, 255))]
 
 
+def test_webuiapi_uses_controlnets(webui: WebUIApi) -> None:
+    from webuiapi import ControlNetUnit
+
+    assert webui.controlnet_version() == 3
+    assert webui.controlnet_model_list() == ["silhouette"]
+    assert webui.controlnet_module_list() == ["none", "invert"]
+    shape = Image.new("RGB", (64, 64))
+    shape.paste("white", (8, 24, 36, 56))
+    unit = ControlNetUnit(image=shape, model="silhouette", weight=0.8, guidance_end=0.5)
+    result = webui.txt2img(prompt=APPLE, steps=4, seed=7, controlnet_units=[unit])
+    control = Control(Picture.of(shape), scale=0.8, end=0.5)
+    (expected,) = Studio("cpu").draw(Request(APPLE, steps=4, seed=7, controls=(control,))).images
+    assert result.image.convert("RGB").tobytes() == expected.tobytes()
+    (turned,) = webui.controlnet_detect([shape], module="invert").images
+    assert turned.getpixel((0, 0)) == (255, 255, 255)
+    # Of a picture that is changed, the unit looks at that where it has none of its own.
+    unit = ControlNetUnit(model="silhouette")
+    result = webui.img2img(images=[shape], prompt=APPLE, steps=4, controlnet_units=[unit])
+    assert result.image.size == (64, 64)
+
+
 def test_webuiapi_tours_the_rest(webui: WebUIApi) -> None:
     assert "Euler" in webui.util_get_sampler_names()
     assert webui.util_get_scheduler_names() == ["automatic", "simple"]
@@ -267,6 +290,16 @@ def test_an_mcp_client_calls_the_tools(studio: GatedStudio) -> None:
             assert [picture(each.data).size for each in pictures] == [(64, 64)] * 2
             told = json.loads(text.text)
             assert (told["steps"], told["seeds"], len(told["changes"])) == (8, [7, 8], 1)
+            shape = Image.new("RGB", (64, 64), "white")
+            control = {"name": "silhouette", "picture": base64.b64encode(png(shape)).decode()}
+            wish = {"prompt": APPLE, "steps": 4, "controls": [control]}
+            drawn = await client.call_tool("generate_image", wish)
+            assert picture(drawn.content[0].data).size == (64, 64)
+            wish["controls"] = [control | {"name": "depth"}]
+            wrong = await client.call_tool("generate_image", wish)
+            assert "there are silhouette" in wrong.content[0].text
+            told = json.loads((await client.call_tool("describe_models", {})).content[0].text)
+            assert told["controlnets"] == ["silhouette"]
             wrong = await client.call_tool("generate_image", {"prompt": " "})
             assert wrong.is_error
             assert "prompt is empty" in wrong.content[0].text
@@ -308,8 +341,8 @@ def test_the_python_of_the_page_runs(
         port = address.rpartition(":")[2]
         exec(block.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("8000", port), scope)
         answers.append(scope["answer"])
-    openai_answer, webui_answer, own_answer = answers
+    openai_answer, webui_answer, own_answer, controlled = answers
     assert openai_answer.data[0].seed == 7
     assert webui_answer.info["seed"] == 7
-    assert own_answer.seeds == [7]
+    assert own_answer.seeds == controlled.seeds == [7]
     assert len(list(tmp_path.glob("out/*.png"))) == 1

@@ -109,7 +109,7 @@ def test_limits_bound_what_a_job_may_ask_for() -> None:
     with pytest.raises(RequestError, match="1 to 2"):
         catalogue.fit(Wish("apple", num_images=3), strict=False)
     limits = catalogue.describe()["limits"]
-    assert limits == {"num_images": 2, "prompt_letters": 5, "steps": 150}
+    assert limits == {"num_images": 2, "prompt_letters": 5, "steps": 150, "controls": 4}
 
 
 def test_steps_of_a_teacher_alone_are_bounded(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """The live page in a real browser: it draws while one types, and everything is reached by keys."""
 
+import json
+import shlex
 import shutil
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fastapi.testclient import TestClient
 from PIL import Image
+from typer.testing import CliRunner
 
-from tests.serve.conftest import APPLE
+from tests.serve.conftest import APPLE, GatedStudio, listening
+from twostep.cli import app as cli
+from twostep.pipeline.png import save_images
+from twostep.pipeline.request import Control, Picture, Request
+from twostep.pipeline.studio import Studio
+from twostep.serve.gate import Rules
 from twostep.serve.page_routes import PAGE_FILES
 
 _PIXELS = """
@@ -35,18 +45,21 @@ def test_the_page_is_served_and_fetches_from_nowhere_else(client: TestClient) ->
             assert elsewhere not in answer.text
 
 
-@pytest.fixture
-def page(address: str) -> Iterator[Any]:
+WIDE = {"width": 1440, "height": 900}
+PHONE = {"width": 390, "height": 844}
+
+
+@contextmanager
+def browsing(address: str, **options: Any) -> Iterator[Any]:
+    """Open the page at an address in a browser, and let nothing go wrong there."""
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("there is no chromium here")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        context = browser.new_context(
-            viewport={"width": 1440, "height": 900},
-            permissions=["clipboard-read", "clipboard-write"],
-        )
+        permissions = ["clipboard-read", "clipboard-write"]
+        context = browser.new_context(permissions=permissions, **{"viewport": WIDE} | options)
         page = context.new_page()
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
@@ -60,21 +73,68 @@ def page(address: str) -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture
+def page(address: str) -> Iterator[Any]:
+    with browsing(address) as page:
+        ready(page)
+        yield page
+
+
+def ready(page: Any) -> None:
+    """Wait until the page knows what the server can do."""
+    until(page, "document.querySelector('#steps input') !== null")
+
+
 def until(page: Any, condition: str) -> None:
     """Wait until something is so; the page's policy forbids what Playwright has for that."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not page.evaluate(condition):
         assert time.monotonic() < end, condition
         page.wait_for_timeout(20)
 
 
 def drawn(page: Any) -> None:
-    """Wait until what is wished is shown."""
+    """Wait until what is wished last is shown."""
     until(
         page,
-        "document.getElementById('picture').alt === document.getElementById('prompt').value"
+        "document.getElementById('main').ariaBusy === 'false'"
+        " && document.getElementById('picture').alt === document.getElementById('prompt').value"
         " && document.getElementById('status').textContent.startsWith('Drawn')",
     )
+
+
+def changed_after(page: Any, act: Callable[[], object]) -> None:
+    """Do something, and wait until another picture is shown."""
+    before = page.locator("#picture").get_attribute("src")
+    act()
+    until(page, f"document.getElementById('picture').src !== {json.dumps(before)}")
+    drawn(page)
+
+
+def pixels(page: Any) -> bytes:
+    """Return the picture that is shown, as RGBA."""
+    return bytes(page.evaluate(_PIXELS))
+
+
+def stroke(page: Any, *points: tuple[float, float]) -> None:
+    """Paint through points of the canvas, which are shares of its width and height."""
+    page.locator("#canvas").scroll_into_view_if_needed()
+    box = page.locator("#canvas").bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=4)
+    page.mouse.up()
+
+
+def written(page: Any, kind: str) -> str:
+    """Copy what was drawn in some form, and return it."""
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.locator(f"[data-copy={kind}]").click()
+    until(page, "document.getElementById('status').textContent.startsWith('Copied')")
+    text: str = page.evaluate("navigator.clipboard.readText()")
+    return text
 
 
 def assert_accessible(page: Any) -> None:
@@ -84,39 +144,42 @@ def assert_accessible(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_typing_draws_and_the_newest_wins(page: Any, tmp_path: Path) -> None:
-    page.locator("#prompt").press_sequentially(APPLE, delay=30)
+def test_typing_draws_and_little_is_drawn_for_nothing(page: Any) -> None:
+    posted: list[str] = []
+    fetched: list[str] = []
+    page.on("request", lambda each: each.method == "POST" and posted.append(each.url))
+    page.on("request", lambda each: "/images/0" in each.url and fetched.append(each.url))
+    page.locator("#prompt").press_sequentially((APPLE + " " * 40)[:40], delay=60)
     drawn(page)
-    assert page.locator("#picture").get_attribute("alt") == APPLE
+    # What was begun and never shown was drawn for nothing.
+    assert len(posted) - len(fetched) <= 2
+    page.wait_for_timeout(1000)
+    assert page.locator("#history li").count() == 1
     assert page.locator("#caption").inner_text().startswith("nano-2step, 64 × 64")
     assert page.evaluate("document.getElementById('picture').naturalWidth") == 64
-    # Wasted runs are those that came to an end for a prompt that was typed over.
-    assert page.locator("#history li").count() <= 1 + len(APPLE) // 2
-    page.screenshot(path=tmp_path / "wide.png")
 
-    # A student has no guidance, and the page says why; the teacher has.
+
+@pytest.mark.slow
+def test_what_a_student_cannot_is_locked_and_the_teacher_draws_beside(page: Any) -> None:
+    page.locator("#prompt").fill(APPLE)
+    drawn(page)
     assert page.locator("#guidance").is_disabled()
     assert "student" in page.locator("#why").inner_text()
-    page.get_by_role("radio", name="2", exact=False).first.focus()
-    page.get_by_role("radio", name="32").press("Space")
-    drawn(page)
+    page.locator("#steps [value='32']").press("Space")
     until(page, "document.getElementById('caption').textContent.startsWith('nano,')")
     assert page.locator("#guidance").is_enabled()
     assert page.locator("#compare").is_hidden()
 
     # Back at a student, the teacher draws from the same noise.
-    page.get_by_role("radio", name="1", exact=False).first.focus()
     page.locator("#steps [value='1']").press("Space")
     until(page, "document.getElementById('caption').textContent.startsWith('nano-1step')")
     page.get_by_role("button", name="Compare with the teacher").click()
     until(page, "!document.getElementById('beside').hidden")
     assert "32 steps" in page.locator("#reference-caption").inner_text()
-    page.screenshot(path=tmp_path / "compared.png")
-    assert_accessible(page)
-
-    page.get_by_role("button", name="Python").click()
-    text = page.evaluate("navigator.clipboard.readText()")
-    assert f'twostep.Request("{APPLE}", model="nano", steps=1, seed=1)' in text
+    text = written(page, "python")
+    assert (
+        f'twostep.Request(\n    "{APPLE}",\n    model="nano",\n    steps=1,\n    seed=1,\n)' in text
+    )
 
 
 @pytest.mark.slow
@@ -135,18 +198,106 @@ def test_a_picture_restores_everything_and_others_are_begun_with(
     assert page.locator("#seed").input_value() == "11"
     assert page.locator("#steps :checked").get_attribute("value") == "4"
     # The same wish gives the same picture.
-    data = page.evaluate(_PIXELS)
-    assert bytes(data) == Image.open(BytesIO(made)).convert("RGBA").tobytes()
+    assert pixels(page) == Image.open(BytesIO(made)).convert("RGBA").tobytes()
 
     Image.new("RGB", (64, 64), "green").save(tmp_path / "plain.png")
-    page.locator("#file").set_input_files(tmp_path / "plain.png")
-    until(page, "document.getElementById('history').children.length > 1")
+    changed_after(page, lambda: page.locator("#file").set_input_files(tmp_path / "plain.png"))
     assert page.locator("#begun").is_visible()
-    page.set_viewport_size({"width": 390, "height": 844})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.emulate_media(color_scheme="dark")
-    page.screenshot(path=tmp_path / "phone.png", full_page=True)
-    assert_accessible(page)
+    # The strengths are those that the student was trained at.
+    assert page.locator("#strength").get_attribute("max") == "3"
+    page.locator("#strength").fill("1")
+    assert page.locator("#strength").get_attribute("aria-valuetext") == "50 %, 2 steps"
+
+
+@pytest.mark.slow
+def test_canvas_mask_and_controlnet_are_drawn_from_saved_and_restored(
+    page: Any, tmp_path: Path
+) -> None:
+    page.locator("#prompt").fill(APPLE)
+    drawn(page)
+    page.get_by_role("button", name="Sketch one").click()
+    page.locator("#width").fill("20")
+    changed_after(page, lambda: stroke(page, (0.3, 0.3), (0.6, 0.6)))
+    page.get_by_role("radio", name="Where it changes").press("Space")
+    changed_after(page, lambda: stroke(page, (0.2, 0.75), (0.8, 0.75)))
+    page.get_by_role("button", name="Add a ControlNet").click()
+    changed_after(page, lambda: stroke(page, (0.5, 0.6), (0.5, 0.8)))
+    # Above the mask the sketch itself is left: white paper in the corner.
+    assert pixels(page)[:4] == b"\xff\xff\xff\xff"
+    first = pixels(page)
+
+    # The same by keys: the brush goes down in the middle and 3 steps to the right.
+    canvas = page.locator("#canvas")
+    canvas.focus()
+    for key in ("Space", "Shift+ArrowRight"):
+        canvas.press(key)
+    changed_after(page, lambda: canvas.press("Space"))
+    assert pixels(page) != first
+    changed_after(page, lambda: canvas.press("Control+z"))
+    assert pixels(page) == first
+    page.get_by_role("button", name="Redo").click()
+    drawn(page)
+    changed_after(page, lambda: page.get_by_role("button", name="Undo").click())
+
+    with page.expect_download() as saved:
+        page.locator("#download").click()
+    path = tmp_path / "saved.png"
+    saved.value.save_as(path)
+    again = Image.open(path)
+    assert {"twostep", "twostep-inputs"} <= set(again.info)
+    assert again.convert("RGBA").tobytes() == first
+
+    # The commands that are copied draw the same.
+    names = ["image.png", "mask.png", "control-1.png"]
+    command = written(page, "cli")
+    assert page.locator("#inputs li").all_inner_texts() == names
+    for name in names:
+        with page.expect_download() as saved:
+            page.get_by_role("link", name=name).click()
+        saved.value.save_as(tmp_path / name)
+    words = shlex.split(command)
+    assert words[:4] == ["twostep", "edit", APPLE, "image.png"]
+    with chdir(tmp_path):
+        done = CliRunner().invoke(cli, [*words[1:], "--out", "out"])
+        assert done.exit_code == 0, done.output
+        (drawn_again,) = (tmp_path / "out").glob("*.png")
+    assert Image.open(drawn_again).convert("RGBA").tobytes() == first
+    script = written(page, "python")
+    with chdir(tmp_path):
+        exec(compile(script.replace('"out"', '"out2"'), "copied", "exec"), {})
+    (drawn_again,) = (tmp_path / "out2").glob("*.png")
+    assert Image.open(drawn_again).convert("RGBA").tobytes() == first
+    script = written(page, "curl")
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "picture.png").convert("RGBA").tobytes() == first
+    graph = json.loads(written(page, "workflow"))
+    assert {"ControlNetLoader", "LoadImage"} <= {node["type"] for node in graph["nodes"]}
+    assert page.locator("#inputs li").count() == 3
+
+    # A fresh page restores it from the file, with all that went in.
+    page.reload()
+    ready(page)
+    page.locator("#file").set_input_files(path)
+    drawn(page)
+    assert page.locator("#controls li").count() == 1
+    assert pixels(page) == first
+
+
+@pytest.mark.slow
+def test_pictures_that_went_in_are_known_by_their_hash(
+    page: Any, address: str, tmp_path: Path
+) -> None:
+    shape = Image.new("RGB", (64, 64))
+    shape.paste("white", (8, 24, 36, 56))
+    shape.save(tmp_path / "shape.png")
+    control = Control(Picture.of(tmp_path / "shape.png"), scale=0.8)
+    result = Studio("cpu").draw(Request(APPLE, steps=2, seed=3, controls=(control,)))
+    (path,) = save_images(result, tmp_path / "out")
+    page.locator("#file").set_input_files(path)
+    until(page, "document.getElementById('status').textContent.includes('shape.png')")
+    page.locator("#file").set_input_files(tmp_path / "shape.png")
+    drawn(page)
+    assert pixels(page) == result.images[0].convert("RGBA").tobytes()
 
 
 @pytest.mark.slow
@@ -156,5 +307,79 @@ def test_escape_stops(page: Any) -> None:
     until(page, "document.getElementById('progress').value > 0")
     page.locator("#prompt").press("Escape")
     assert page.locator("#status").inner_text() == "Stopped."
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(1000)
     assert page.locator("#history li").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_every_state_is_accessible_and_fits(
+    address: str, tmp_path: Path, viewport: dict[str, int], scheme: str
+) -> None:
+    with browsing(address, viewport=viewport, color_scheme=scheme, reduced_motion="reduce") as page:
+        ready(page)
+        count = 0
+
+        def look(name: str) -> None:
+            nonlocal count
+            count += 1
+            page.screenshot(path=tmp_path / f"{count}_{name}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+            assert page.evaluate("document.getAnimations().length") == 0
+            assert_accessible(page)
+
+        look("empty")
+        page.locator("#prompt").fill(APPLE)
+        drawn(page)
+        page.wait_for_timeout(800)
+        look("drawn")
+        page.get_by_role("button", name="Compare with the teacher").click()
+        until(page, "!document.getElementById('beside').hidden")
+        look("compared")
+        page.locator("#steps [value='32']").press("Space")
+        until(page, "document.getElementById('caption').textContent.startsWith('nano,')")
+        look("teacher")
+        page.locator("#steps [value='4']").press("Space")
+        page.get_by_role("button", name="Sketch one").click()
+        page.locator("#width").fill("30")
+        changed_after(page, lambda: stroke(page, (0.3, 0.5), (0.7, 0.5)))
+        look("sketch")
+        page.get_by_role("button", name="Choose where it changes").click()
+        changed_after(page, lambda: stroke(page, (0.2, 0.7), (0.8, 0.7)))
+        look("mask")
+        page.get_by_role("button", name="Add a ControlNet").click()
+        changed_after(page, lambda: stroke(page, (0.5, 0.6), (0.5, 0.8)))
+        look("control")
+        written(page, "python")
+        look("copied")
+        page.get_by_role("button", name="Close canvas").click()
+        page.evaluate("document.body.classList.add('dropping')")
+        look("dropping")
+        page.evaluate("document.body.classList.remove('dropping')")
+        page.locator("#prompt").fill("apple " * 6000)  # more than may be
+        until(page, "document.getElementById('status').textContent.startsWith('Not drawn')")
+        look("fault")
+        # The browser itself says that it was refused.
+        assert len(page.problems) == 1
+        page.problems.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_the_page_asks_for_the_key(
+    studio: GatedStudio, tmp_path: Path, viewport: dict[str, int]
+) -> None:
+    rules = Rules("secret")
+    with listening(studio, rules=rules) as address, browsing(address, viewport=viewport) as page:
+        until(page, "document.getElementById('lock').open")
+        page.screenshot(path=tmp_path / "key.png")
+        assert_accessible(page)
+        page.locator("#key").fill("secret")
+        page.locator("#key").press("Enter")
+        page.locator("#prompt").fill(APPLE)
+        drawn(page)
+        assert "$TWOSTEP_KEY" in written(page, "curl")
+        # The browser says that the first answer was 401.
+        assert len(page.problems) == 1
+        page.problems.clear()

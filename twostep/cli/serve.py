@@ -40,6 +40,10 @@ def serve(
         list[str] | None,
         typer.Option("--lora", help="A LoRA that clients may name, without .safetensors; several."),
     ] = None,
+    controlnet: Annotated[
+        list[str] | None,
+        typer.Option("--controlnet", help="A ControlNet that clients may name; several."),
+    ] = None,
     strict: Annotated[
         bool | None,
         typer.Option(
@@ -80,6 +84,7 @@ def serve(
         "port": port,
         "key_file": key_file,
         "loras": tuple(lora) if lora else None,
+        "controlnets": tuple(controlnet) if controlnet else None,
         "strict": strict,
         "queue": queue,
         "devices": tuple(device) if device else None,

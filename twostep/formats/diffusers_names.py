@@ -82,6 +82,19 @@ def noise_of_scheduler(
     """
     name = str(config.get("_class_name", "EulerDiscreteScheduler"))
     name = name.replace("Flax", "")
+    try:
+        return _noise_of(name, config, where)
+    except (TypeError, ValueError) as error:
+        # A number that is none, say; the laws themselves refuse those out of range.
+        raise ModelError(
+            f"{where} has a damaged config of its scheduler ({error}). Fetch that model again."
+        ) from error
+
+
+def _noise_of(
+    name: str, config: dict[str, Any], where: str | Path
+) -> tuple[PredictionType, ScheduleSpec]:
+    """Return what a network predicts, and its schedule, by its scheduler's name and config."""
     if name not in (*_EDM, *_FLOW, *_VARIANCE_PRESERVING):
         raise ModelError(
             f"{where} has the scheduler {name}, whose law of noise is not known here. Known are "

@@ -44,7 +44,7 @@ def add_mask(graph: Graph, picture: Picture, size: tuple[int, int]) -> Link:
     """Add what makes a mask of pixels at a size (width, height): 1 is drawn anew."""
     if picture.is_white_on_nothing:
         # Strokes on an empty layer: what is opaque is drawn anew.
-        loaded = graph.add("LoadImage", image=_file_name(picture))
+        loaded = graph.add("LoadImage", image=file_name(picture))
         mask = graph.add("InvertMask", mask=output(loaded, 1))
     else:
         mask = graph.add("ImageToMask", image=_on_white(graph, picture), channel="red")
@@ -86,7 +86,7 @@ def add_pasted(graph: Graph, image: Link, drawn: Link, mask: Link) -> Link:
 
 def _on_white(graph: Graph, picture: Picture) -> Link:
     """Add what loads a picture, with white where it is transparent."""
-    loaded = graph.add("LoadImage", image=_file_name(picture))
+    loaded = graph.add("LoadImage", image=file_name(picture))
     if picture.alpha is None:
         return loaded
     width, height = picture.image.size
@@ -131,6 +131,9 @@ def _touched(graph: Graph, image: Link) -> Link:
     return graph.add("ThresholdMask", mask=mask, value=0.0)
 
 
-def _file_name(picture: Picture) -> str:
-    """Return the name under which a picture is looked for in ComfyUI's folder of inputs."""
-    return picture.name or "image.png"
+def file_name(picture: Picture) -> str:
+    """Return the name under which a picture is looked for in ComfyUI's folder of inputs.
+
+    One that came without a file is called by its hash, so that several keep apart.
+    """
+    return picture.name or f"{picture.sha256[:12]}.png"

@@ -15,6 +15,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from twostep.errors import TwostepError
 from twostep.export.page import page_of
 from twostep.files import write_new
 from twostep.media.codec import Encoded
+from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.request import (
     MAX_BATCH,
     SAMPLERS,
@@ -71,6 +73,21 @@ class Provenance:
     batch: Request
     has_merged_loras: bool
     lora_hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A graph that draws a picture in ComfyUI.
+
+    - `prompt`: as its server takes it.
+    - `page`: as its page opens it.
+    - `inputs`: under which names its nodes load pictures, by what these are: "image", "mask",
+      "control 1".
+    """
+
+    prompt: dict[str, Any]
+    page: dict[str, Any]
+    inputs: dict[str, str]
 
 
 def save_images(result: Result, folder: str | Path) -> list[Path]:
@@ -127,7 +144,8 @@ def comfyui_chunks(contract: Contract, request: Request, traits: ModelTraits) ->
 def a1111_text(contract: Contract, request: Request) -> str:
     """Describe one picture the way A1111 does.
 
-    That is the prompt, the negative prompt if there is any, and one line of settings.
+    That is the prompt, in which A1111 also says its LoRAs, by the names of their files without
+    ending; the negative prompt if there is any; and one line of settings.
     """
     settings = {
         "Steps": f"{request.steps}",
@@ -140,11 +158,35 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "RNG": "CPU",
         "Version": f"twostep {contract.version}",
     }
-    lines = [request.prompt]
+    choices = [LoraChoice.parse(str(lora)) for lora in request.loras]
+    loras = [f"<lora:{Path(lora.name).stem}:{lora.weight:g}>" for lora in choices]
+    lines = [" ".join([request.prompt, *loras])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def read_workflow(data: bytes) -> Workflow | None:
+    """Read ComfyUI's graph from the bytes of a PNG; None where it has none."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            chunks = dict(image.info)
+        described = json.loads(chunks[TWOSTEP_CHUNK])
+        return Workflow(
+            prompt=json.loads(chunks["prompt"]),
+            page=json.loads(chunks["workflow"]),
+            inputs=_inputs(_read_chunks(described, "").request),
+        )
+    except KeyError:
+        return None
+
+
+def _inputs(request: Request) -> dict[str, str]:
+    """Return the names under which a graph loads pictures, by what they are in a request."""
+    pictures = {"image": request.image, "mask": request.mask}
+    pictures |= {f"control {i}": each.picture for i, each in enumerate(request.controls, 1)}
+    return {what: file_name(each) for what, each in pictures.items() if each is not None}
 
 
 def read_provenance(path: str | Path) -> Provenance:
@@ -152,7 +194,7 @@ def read_provenance(path: str | Path) -> Provenance:
     try:
         with Image.open(path) as image:
             chunks = dict(image.info)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ProvenanceError(
             f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
         ) from error
@@ -163,7 +205,7 @@ def read_provenance(path: str | Path) -> Provenance:
         )
     try:
         return _read_chunks(json.loads(chunks[TWOSTEP_CHUNK]), str(chunks.get(A1111_CHUNK, "")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ProvenanceError(
             f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}."
         ) from error

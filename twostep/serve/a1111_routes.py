@@ -28,6 +28,7 @@ from starlette.responses import Response
 from twostep.contract import ContractError
 from twostep.pipeline.png import A1111_CHUNK, a1111_text
 from twostep.pipeline.request import SAMPLERS, RequestError, Result
+from twostep.serve.a1111_controls import SCRIPT
 from twostep.serve.a1111_wishes import (
     CHECKPOINT,
     SCHEDULERS,
@@ -265,8 +266,9 @@ def a1111_routes(serving: Serving) -> APIRouter:
 
     @router.get("/scripts")
     async def list_scripts() -> dict[str, list[str]]:
-        """List no scripts."""
-        return {"txt2img": [], "img2img": []}
+        """List the one script that there is, if there are ControlNets."""
+        names = [SCRIPT] if catalogue.controlnets else []
+        return {"txt2img": names, "img2img": names}
 
     @router.get("/cmd-flags")
     async def flags() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from twostep.pipeline.request import SAMPLERS, Picture
+from twostep.serve.a1111_controls import SCRIPT, units_in
 from twostep.serve.catalogue import Wish, random_seed
 from twostep.serve.serving import picture_in
 
@@ -77,9 +78,15 @@ class TextBody(BaseModel):
         """Return sentences about what is asked for and not done."""
         undone = [name for name in _UNDONE if getattr(self, name)]
         notes = [f"{name}: there is no {_UNDONE[name]} here" for name in undone]
-        scripts = [name for name, given in (self.alwayson_scripts or {}).items() if _is_on(given)]
+        scripts = [
+            name
+            for name, given in (self.alwayson_scripts or {}).items()
+            if name.casefold() != SCRIPT and _is_on(given)
+        ]
         if scripts:
             notes.append(f"alwayson_scripts: there is no {', '.join(map(str, scripts))[:80]} here")
+        for unit in units_in(self.alwayson_scripts):
+            notes += unit.notes()
         ignored = [name for name in self.override_settings or {} if name != CHECKPOINT]
         if ignored:
             notes.append(f"override_settings: {', '.join(ignored)[:80]} is not read here")
@@ -102,12 +109,21 @@ class TextBody(BaseModel):
         return self.sampler_name or (index if isinstance(index, str) else "")
 
     def wish(self, model: str) -> Wish:
-        """Return what is to be drawn, with the model that is chosen where the body names none."""
+        """Return what is to be drawn, with the model that is chosen where the body names none.
+
+        Raises RequestError for ControlNets whose pictures or shares are none.
+        """
+        return self._wish(model, None)
+
+    def _wish(self, model: str, image: Picture | None) -> Wish:
+        """Return what is to be drawn, of a picture or of none."""
         named = (self.override_settings or {}).get(CHECKPOINT)
         seed = self.seed
         if seed is None or seed < 0:
             seed = random_seed()
         has_size = self.width is not None and self.height is not None
+        size = (self.width, self.height) if self.width and self.height else None
+        units = units_in(self.alwayson_scripts)
         return Wish(
             self.prompt or "",
             model=str(named) if named else model,
@@ -118,6 +134,8 @@ class TextBody(BaseModel):
             negative_prompt=self.negative_prompt or "",
             width=self.width if has_size else None,
             height=self.height if has_size else None,
+            image=image,
+            controls=tuple(unit.control(size, image) for unit in units),
             sampler=self.sampler,
         )
 
@@ -148,16 +166,15 @@ class ImageBody(TextBody):
 
     def wish(self, model: str) -> Wish:
         """Open the pictures, and return what is to be drawn."""
-        text = super().wish(model)
         image = picture_in("init_images", self.init_images[0])
         assert image is not None
-        if (self.resize_mode or 0) == 0 and text.width and text.height:
-            image = _stretched(image, text.width, text.height)
+        if (self.resize_mode or 0) == 0 and self.width and self.height:
+            image = _stretched(image, self.width, self.height)
         mask = picture_in("mask", self.mask or None)
         if mask is not None:
             mask = _fitted_mask(mask, image, is_inverted=bool(self.inpainting_mask_invert))
         strength = 0.75 if self.denoising_strength is None else self.denoising_strength
-        return replace(text, image=image, mask=mask, strength=strength)
+        return replace(self._wish(model, image), mask=mask, strength=strength)
 
 
 def samplers(own: Sequence[str]) -> list[dict[str, Any]]:

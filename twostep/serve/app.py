@@ -13,6 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from twostep import __version__
 from twostep.errors import TwostepError
+from twostep.serve.a1111_controls import control_routes
 from twostep.serve.a1111_routes import a1111_routes
 from twostep.serve.catalogue import UnknownModelError
 from twostep.serve.engine import (
@@ -83,6 +84,7 @@ def create_app(
     app.include_router(page_routes())
     app.include_router(openai_routes(serving))
     app.include_router(a1111_routes(serving))
+    app.include_router(control_routes(serving))
     app.include_router(native_routes(serving))
     app.include_router(operation_routes(serving))
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from twostep.contract import Contract, ContractError
+from twostep.diffusion import make_schedule, trailing_times
 from twostep.errors import TwostepError
 from twostep.formats import read_contracts
+from twostep.networks.control import BUILT_IN as BUILT_IN_CONTROLNETS
 from twostep.pipeline.request import (
     MAX_BATCH,
     NUM_DISTINCT_SEEDS,
+    Control,
     LoraChoice,
     Picture,
     Request,
@@ -27,6 +30,10 @@ from twostep.pipeline.request import (
 )
 from twostep.pipeline.studio import FAVOURITE_STEPS
 from twostep.serve.config import Bounds
+from twostep.serve.shapes import MAX_CONTROLS
+
+_BUILT_IN_BASE = "nano"
+"""What the ControlNets of the package were made for."""
 
 _USUAL_BOUNDS = Bounds()
 
@@ -54,7 +61,8 @@ class Served:
 class Wish:
     """What a client asks for, before it is known whether the model can do it.
 
-    The fields are those of `Request`; `model` is the name that the client gave, None for any.
+    The fields are those of `Request`; `model` is the name that the client gave, None for any, and
+    so are those of the LoRAs and ControlNets.
     """
 
     prompt: str
@@ -69,6 +77,7 @@ class Wish:
     image: Picture | None = None
     strength: float | None = None
     mask: Picture | None = None
+    controls: tuple[Control, ...] = ()
     sampler: str | None = None
     loras: tuple[str, ...] = ()
 
@@ -150,7 +159,8 @@ class Catalogue:
 
     Args:
         models: as for `take_stock`, and so are `loras`.
-        controlnets: names, folders, files or hub ids, named in the same way.
+        controlnets: names, folders, files or hub ids, named in the same way; those of the package
+            are there too where a model is served that they were made for.
         bounds: the most that a wish may ask for.
 
     Raises what `take_stock` raises, and RequestError where two ControlNets have one name.
@@ -173,6 +183,10 @@ class Catalogue:
             if short_name(place) in self._controlnets:
                 raise RequestError(f"two ControlNets are called {short_name(place)}; rename one.")
             self._controlnets[short_name(place)] = place
+        bases = {contract.base for each in self.served for contract in each.contracts}
+        if _BUILT_IN_BASE in bases:
+            for name in BUILT_IN_CONTROLNETS:
+                self._controlnets.setdefault(name, name)
 
     def restock(self, stock: Stock) -> None:
         """Serve something else from now on; what was fitted before stays as it is."""
@@ -218,7 +232,7 @@ class Catalogue:
         Raises:
             UnknownModelError: strict, and the model is not served.
             ContractError: strict, and the model cannot do what is wished.
-            RequestError: the wish is impossible, too large, or names an unknown LoRA.
+            RequestError: the wish is impossible, too large, or names an unknown LoRA or ControlNet.
         """
         stock = self._stock
         _check_bounds(wish, self.bounds)
@@ -253,6 +267,10 @@ class Catalogue:
             image=wish.image,
             strength=wish.strength,
             mask=wish.mask,
+            controls=tuple(
+                replace(control, model=self.find_controlnet(control.model))
+                for control in wish.controls
+            ),
             sampler=sampler,
             model=served.model,
             loras=wish.loras,
@@ -273,6 +291,7 @@ class Catalogue:
                         "guidance": contract.guidance,
                         "sizes": [list(size) for size in contract.sizes],
                         "prediction_type": contract.prediction_type,
+                        "strengths": strengths(contract),
                     }
                     for contract in served.contracts
                 ],
@@ -284,7 +303,11 @@ class Catalogue:
             "default_model": stock.default.name,
             "models": models,
             "loras": list(stock.loras),
-            "limits": self.bounds.model_dump(include={"num_images", "prompt_letters", "steps"}),
+            "controlnets": self.controlnets,
+            "limits": {
+                **self.bounds.model_dump(include={"num_images", "prompt_letters", "steps"}),
+                "controls": MAX_CONTROLS,
+            },
         }
 
 
@@ -293,8 +316,21 @@ def random_seed() -> int:
     return secrets.randbelow(NUM_DISTINCT_SEEDS - MAX_BATCH)
 
 
+def strengths(contract: Contract) -> list[float]:
+    """Return how much of a picture a model can change, rising, as shares of all of it.
+
+    A student begins at the times that it was trained at, a teacher anywhere on its own grid. None
+    where it knows no picture in its noise.
+    """
+    schedule = make_schedule(**asdict(contract.schedule))
+    if contract.sampling_times and contract.sampling_times[0] != schedule.top:
+        return []
+    times = contract.trained_times or trailing_times(contract.steps, schedule)
+    return sorted(time / schedule.top for time in times)
+
+
 def short_name(place: str) -> str:
-    """Return what a model or LoRA is called: the last part of its path, without the suffix."""
+    """Return what a model, LoRA or ControlNet is called: the end of its path without the suffix."""
     name = Path(place).name or place
     return name.removesuffix(".safetensors") or place
 
@@ -346,6 +382,10 @@ def _check_bounds(wish: Wish, bounds: Bounds) -> None:
         raise RequestError(f"asked for {wish.num_images} images; 1 to {most} may be at once.")
     if wish.steps is not None and wish.steps < 1:
         raise RequestError(f"steps is {wish.steps}; expected a whole number from 1 up.")
+    if len(wish.controls) > MAX_CONTROLS:
+        raise RequestError(
+            f"asked for {len(wish.controls)} ControlNets; at most {MAX_CONTROLS} may be."
+        )
 
 
 def _fit_steps(

@@ -43,7 +43,7 @@ _SENT = (
 )
 """The fields of a request that are sent as they are."""
 
-_ENCODED = ("image", "mask", "loras")
+_ENCODED = ("image", "mask", "controls", "loras")
 """Those that are sent in another form. All others a server does not take."""
 
 
@@ -157,8 +157,8 @@ class Client:
     def draw(self, request: Request | str, *, seconds: float | None = None) -> Drawn:
         """Draw a request, or one picture of a prompt with the server's own model, and wait for it.
 
-        Of a request `model` and `loras` are names on the server. Where the waiting is interrupted
-        the job is cancelled.
+        Of a request `model`, `loras` and the models of `controls` are names on the server. Where
+        the waiting is interrupted the job is cancelled.
 
         Args:
             request: what to draw.
@@ -321,6 +321,16 @@ def _body_of(request: Request | str) -> dict[str, Any]:
         body["image"] = _encoded(request.image.image)
     if request.mask is not None:
         body["mask"] = _encoded(_with_alpha(request.mask))
+    body["controls"] = [
+        {
+            "name": control.model,
+            "picture": _encoded(control.picture.image),
+            "scale": control.scale,
+            "start": control.start,
+            "end": control.end,
+        }
+        for control in request.controls
+    ]
     return body
 
 

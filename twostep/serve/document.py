@@ -68,8 +68,7 @@ def refusals(*statuses: int, shape: type[BaseModel] = Refusal) -> Responses:
 
 def json_body(kind: type[BaseModel]) -> dict[str, Any]:
     """Return what the document says of a route that reads JSON by hand; it may also have more."""
-    schema = kind.model_json_schema()
-    return _body("application/json", schema)
+    return _body("application/json", _whole_schema(kind))
 
 
 def form_body(kind: type[BaseModel], files: dict[str, Any]) -> dict[str, Any]:
@@ -77,10 +76,31 @@ def form_body(kind: type[BaseModel], files: dict[str, Any]) -> dict[str, Any]:
 
     The first of the files is required.
     """
-    schema = kind.model_json_schema()
+    schema = _whole_schema(kind)
     schema["properties"] |= files
     schema["required"] = [*schema.get("required", ()), next(iter(files))]
     return _body("multipart/form-data", schema)
+
+
+def _whole_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a body with those of its parts in their places.
+
+    A reference would be looked up in the document, where they are not.
+    """
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return whole(parts[value["$ref"].rpartition("/")[2]])
+        return {key: whole(each) for key, each in value.items()}
+
+    answer: dict[str, Any] = whole(schema)
+    return answer
 
 
 def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:

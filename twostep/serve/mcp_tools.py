@@ -19,7 +19,8 @@ from twostep import __version__
 from twostep.errors import TwostepError
 from twostep.serve.catalogue import Wish, random_seed
 from twostep.serve.following import drawing_of, encode, events_of
-from twostep.serve.serving import Serving
+from twostep.serve.serving import Serving, controls_of
+from twostep.serve.shapes import ControlBody
 
 PATH = "/mcp"
 
@@ -39,24 +40,28 @@ def mcp_server(serving: Serving) -> MCPServer:
         negative_prompt: str = "",
         width: int | None = None,
         height: int | None = None,
+        controls: list[ControlBody] | None = None,
     ) -> list[Image | str]:
         """Draw pictures of a prompt.
 
         Fewer steps are faster, more are finer. Leave out what does not matter: the model's own is
         then taken, and a seed is picked. `describe_models` says what there is. Image i is drawn
-        from seed + i. The text after the pictures says how they were made and what was changed.
+        from seed + i. `controls` are ControlNets by name, each with a picture in base64 that shows
+        where things are to be. The text after the pictures says how they were made and what was
+        changed.
         """
-        wish = Wish(
-            prompt,
-            model=model,
-            num_images=num_images,
-            seed=random_seed() if seed is None else seed,
-            steps=steps,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-        )
         try:
+            wish = Wish(
+                prompt,
+                model=model,
+                num_images=num_images,
+                seed=random_seed() if seed is None else seed,
+                steps=steps,
+                negative_prompt=negative_prompt,
+                width=width,
+                height=height,
+                controls=await run_in_threadpool(controls_of, controls or ()),
+            )
             fitted = serving.catalogue.fit(wish, strict=serving.strict)
             job = engine.submit(fitted.request, client="mcp")
         except TwostepError as error:

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from twostep.pipeline.png import read_workflow
 from twostep.serve.document import refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import answer_of, encode, follow, preview_in_base64, server_sent
@@ -24,6 +25,7 @@ from twostep.serve.shapes import (
     Capabilities,
     JobAnswer,
     JobBody,
+    WorkflowAnswer,
 )
 
 _GONE = "there is no such job, or it ended long ago."
@@ -43,6 +45,17 @@ def native_routes(serving: Serving) -> APIRouter:
         if stored is None:
             raise HTTPException(404, _GONE)
         return stored
+
+    async def picture(job_id: str, index: int) -> bytes:
+        job = engine.find(job_id)
+        data = None
+        if job is None:
+            data = None if store is None else await run_in_threadpool(store.image, job_id, index)
+        elif job.result is not None and 0 <= index < len(job.result.images):
+            data = await run_in_threadpool(encode, job.result, index, "png", 100)
+        if data is None:
+            raise HTTPException(404, "there is no such picture, or not yet.")
+        return data
 
     @router.get(CAPABILITIES_PATH)
     def capabilities() -> Capabilities:
@@ -82,15 +95,15 @@ def native_routes(serving: Serving) -> APIRouter:
     )
     async def get_image(job_id: str, index: int) -> Response:
         """Return a picture of a job that is done, as a PNG that says how it was made."""
-        job = engine.find(job_id)
-        data = None
-        if job is None:
-            data = None if store is None else await run_in_threadpool(store.image, job_id, index)
-        elif job.result is not None and 0 <= index < len(job.result.images):
-            data = await run_in_threadpool(encode, job.result, index, "png", 100)
-        if data is None:
-            raise HTTPException(404, "there is no such picture, or not yet.")
-        return Response(data, media_type="image/png")
+        return Response(await picture(job_id, index), media_type="image/png")
+
+    @router.get(JOBS_PATH + "/{job_id}/images/{index}/workflow")
+    async def get_workflow(job_id: str, index: int) -> WorkflowAnswer:
+        """Return the graph with which ComfyUI draws a picture of a job that is done."""
+        found = await run_in_threadpool(read_workflow, await picture(job_id, index))
+        if found is None:
+            raise HTTPException(404, "ComfyUI's own nodes cannot draw this picture.")
+        return WorkflowAnswer(prompt=found.prompt, workflow=found.page, inputs=found.inputs)
 
     @router.get(
         JOBS_PATH + "/{job_id}/events",

@@ -2,11 +2,12 @@
 
 Clients name models that are not served, and steps, qualities and sizes of other models. What comes
 nearest is drawn, and the header X-Twostep-Changes says what was changed. Beyond the API's own
-fields, `steps` (or `num_inference_steps`), `seed`, `negative_prompt`, `guidance_scale`, `strength`
-and `loras` are read, which its SDK sends as `extra_body`.
+fields, `steps` (or `num_inference_steps`), `seed`, `negative_prompt`, `guidance_scale`, `strength`,
+`loras` and `controls` are read, which its SDK sends as `extra_body`.
 """
 
 import contextlib
+import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -36,7 +37,8 @@ from twostep.serve.following import (
     preview_in_base64,
     server_sent,
 )
-from twostep.serve.serving import Serving, json_of, picture_of, validated
+from twostep.serve.serving import Serving, controls_of, json_of, picture_of, validated
+from twostep.serve.shapes import MAX_CONTROLS, ControlBody
 
 MAX_IMAGES = 10
 """The most pictures of one request, as the API has it."""
@@ -76,6 +78,7 @@ class ImagesBody(BaseModel):
     negative_prompt: str | None = None
     strength: float | None = None
     loras: tuple[str, ...] = ()
+    controls: tuple[ControlBody, ...] = Field(default=(), max_length=MAX_CONTROLS)
 
     def notes(self) -> list[str]:
         """Return sentences about what this server does otherwise than the request has it."""
@@ -106,6 +109,7 @@ class ImagesBody(BaseModel):
             image=image,
             strength=self.strength,
             mask=mask,
+            controls=controls_of(self.controls),
             loras=self.loras,
         )
 
@@ -166,7 +170,7 @@ def openai_routes(serving: Serving) -> APIRouter:
             200: {
                 "model": ImagesAnswer,
                 "description": "The pictures; events where `stream` is set.",
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"text/event-stream": {}},
             },
             **refusals(*DRAWING),
         },
@@ -351,7 +355,17 @@ def _fields_of(form: FormData) -> dict[str, Any]:
     }
     loras = [value for name in ("loras", "loras[]") for value in form.getlist(name)]
     fields["loras"] = [value for value in loras if isinstance(value, str)]
+    if "controls" in fields:
+        fields["controls"] = _json_in("controls", fields["controls"])
     return fields
+
+
+def _json_in(name: str, text: str) -> Any:
+    """Read a field of a form that holds JSON; raises RequestError where it does not."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is no JSON: {error}.") from error
 
 
 async def _files_of(form: FormData, name: re.Pattern[str]) -> list[bytes]:

@@ -8,12 +8,12 @@ from importlib.resources import files
 from fastapi import APIRouter
 from starlette.responses import Response
 
+_SCRIPTS = ("canvas", "controls", "copies", "page", "png", "server", "turns")
+
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/png.js": ("png.js", "text/javascript"),
-    "/server.js": ("server.js", "text/javascript"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript") for name in _SCRIPTS},
 }
 """The files of the page and their types, by address. They hold nothing that a key protects."""
 

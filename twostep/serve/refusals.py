@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-A1111_PREFIX = "/sdapi/"
-"""How the addresses of A1111's API begin; all others have the OpenAI API's shape of errors."""
+A1111_PREFIX = ("/sdapi/", "/controlnet/")
+"""How the addresses of A1111's API begin, and those of its extension for ControlNets; all others
+have the OpenAI API's shape of errors.
+"""
 
 
 def refusal(

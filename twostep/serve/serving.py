@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,11 +13,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 
 from twostep.errors import TwostepError
-from twostep.pipeline.request import Picture, RequestError
+from twostep.pipeline.request import Control, Picture, RequestError
 from twostep.serve.catalogue import Catalogue, Fitted, Wish, random_seed
 from twostep.serve.engine import Engine, EngineError, Job, new_job_id
 from twostep.serve.metrics import Metrics
-from twostep.serve.shapes import JOBS_PATH, JobAnswer, JobBody
+from twostep.serve.shapes import JOBS_PATH, ControlBody, JobAnswer, JobBody
 from twostep.serve.store import JobStore, StoredJob
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -131,8 +131,23 @@ def wish_of(body: JobBody) -> Wish:
         image=picture_in("image", body.image),
         strength=body.strength,
         mask=picture_in("mask", body.mask),
+        controls=controls_of(body.controls),
         sampler=body.sampler,
         loras=body.loras,
+    )
+
+
+def controls_of(bodies: Sequence[ControlBody]) -> tuple[Control, ...]:
+    """Open the pictures of ControlNets; raises RequestError for them, and for impossible shares."""
+    return tuple(
+        Control(
+            Picture.of(bytes_in(f"controls.{place}.picture", body.picture)),
+            body.name,
+            scale=body.scale,
+            start=body.start,
+            end=body.end,
+        )
+        for place, body in enumerate(bodies)
     )
 
 

@@ -14,18 +14,51 @@ from twostep.pipeline.request import MAX_BATCH
 JOBS_PATH = "/api/v1/jobs"
 CAPABILITIES_PATH = "/api/v1/capabilities"
 
+MAX_CONTROLS = 4
+"""The most ControlNets of one job."""
+
 JobState = Literal["queued", "drawing", "done", "failed", "cancelled"]
 """Where a job stands. The last three are ends."""
 
 
-class JobBody(BaseModel):
+class _Body(BaseModel):
+    """What is posted: nothing that is not known, and nothing that is no text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Refuse half letters, which can neither be written down nor sent back."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"it is no text: {error.reason}") from error
+        return value
+
+
+class ControlBody(_Body):
+    """A ControlNet of a job, by its name on the server, and the picture that it looks at.
+
+    `picture` is a file in base64. `scale` is how strongly it acts, 1 as it was trained; it acts in
+    the steps that lie between `start` and `end`, shares of all of them.
+    """
+
+    name: str
+    picture: str
+    scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    start: float = Field(default=0.0, ge=0, le=1)
+    end: float = Field(default=1.0, ge=0, le=1)
+
+
+class JobBody(_Body):
     """A job as it is posted. What is left out is the model's own; a seed is then picked.
 
     `image` and `mask` are files in base64; the mask is white where the image is changed. `previews`
     brings a small picture with every step. After `seconds` the job fails if it is not done.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: str
     model: str | None = None
@@ -39,22 +72,11 @@ class JobBody(BaseModel):
     image: str | None = None
     strength: float | None = Field(default=None, gt=0, le=1)
     mask: str | None = None
+    controls: tuple[ControlBody, ...] = Field(default=(), max_length=MAX_CONTROLS)
     sampler: str | None = None
     loras: tuple[str, ...] = ()
     previews: bool = False
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        """Refuse half letters, which can neither be written down nor sent back."""
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str):
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    raise ValueError(f"it is no text: {error.reason}") from error
-        return value
 
 
 class JobAnswer(BaseModel):
@@ -79,8 +101,24 @@ class JobAnswer(BaseModel):
     warnings: list[str] | None = None
 
 
+class WorkflowAnswer(BaseModel):
+    """A graph that draws a picture in ComfyUI: `prompt` for its server, `workflow` for its page.
+
+    `inputs` says under which names it loads pictures, by what they are: "image", "mask",
+    "control 1".
+    """
+
+    prompt: dict[str, Any]
+    workflow: dict[str, Any]
+    inputs: dict[str, str]
+
+
 class CheckpointAnswer(BaseModel):
-    """A teacher or a student of a model, as its contract has it. Sizes are [width, height]."""
+    """A teacher or a student of a model, as its contract has it. Sizes are [width, height].
+
+    `strengths` are the shares of a picture that it can change, rising; others are taken for the
+    nearest of them. There are none where it cannot begin with a picture.
+    """
 
     name: str
     role: str
@@ -88,6 +126,7 @@ class CheckpointAnswer(BaseModel):
     guidance: float
     sizes: list[tuple[int, int]]
     prediction_type: str
+    strengths: list[float] = []
 
 
 class ModelAnswer(BaseModel):
@@ -103,6 +142,7 @@ class Limits(BaseModel):
     num_images: int
     prompt_letters: int
     steps: int
+    controls: int
 
 
 class Capabilities(BaseModel):
@@ -111,4 +151,5 @@ class Capabilities(BaseModel):
     default_model: str
     models: list[ModelAnswer]
     loras: list[str]
+    controlnets: list[str] = []
     limits: Limits

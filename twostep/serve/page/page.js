@@ -1,76 +1,97 @@
 // The page: what is wished, when it is drawn, and what is shown of it.
 
-import { provenance } from "./png.js";
-import { capabilities, Drawing } from "./server.js";
+import { Easel, Layer } from "./canvas.js";
+import { Controls } from "./controls.js";
+import { command, curl, inputsOf, python } from "./copies.js";
+import { provenance, withInputs } from "./png.js";
+import { capabilities, Drawing, hasKey, keysComeFrom, workflow } from "./server.js";
+import { Turns } from "./turns.js";
 
-const LONGEST_WAIT = 250; // ms after the last key, where a drawing takes long
-const INSTANT = 150; // ms within which a drawing may begin at every key
 const MAX_HISTORY = 24;
 const MAX_SEED = 2 ** 32 - 17;
+const SETTLED = 700; // ms after which a picture that nothing replaced is remembered
+const USUAL_STRENGTH = 0.75;
 
 const at = (id) => document.getElementById(id);
-const [form, prompt, model, seed] = ["wish", "prompt", "model", "seed"].map(at);
+const [form, prompt, model, seed, size] = ["wish", "prompt", "model", "seed", "size"].map(at);
 const [guidance, negative, strength, picture] = ["guidance", "negative", "strength", "picture"].map(at);
 
 const state = {
   models: [],
   drawing: null, // what is under way
   comparing: null,
-  timer: 0,
-  wait: 0, // ms after a key
   milliseconds: {}, // by model and steps
-  source: null, // a picture to begin with, as a data: address
-  last: null, // {body, answer, address} of what is shown
+  image: null, // the layer that is begun with
+  mask: null, // the layer that says where it changes
+  missing: [], // pictures that a restored wish had and the page has not: {sha256, name, put}
+  last: null, // {body, answer, blob, address} of what is shown
+  settling: 0,
+  key: "", // model and steps of the last wish
 };
+
+const turns = new Turns(draw, () => state.drawing?.stop(), () => busy(false));
+const easel = new Easel(at("canvas"), painted);
+let controls = null;
 
 const chosenModel = () => state.models.find((each) => each.name === model.value);
 const chosenSteps = () => Number(form.elements.steps?.value);
 const checkpoint = () => chosenModel().checkpoints.find((each) => each.steps === chosenSteps());
 const teacher = () => chosenModel().checkpoints.find((each) => each.role === "teacher");
+const chosenStrength = () => checkpoint().strengths[strength.value];
 
 function body() {
   const wish = { prompt: prompt.value, model: model.value, steps: chosenSteps(), seed: Number(seed.value) };
   wish.previews = true;
+  if (size.value) [wish.width, wish.height] = size.value.split("x").map(Number);
   if (checkpoint().role === "teacher") {
     wish.guidance = Number(guidance.value);
     wish.negative_prompt = negative.value;
   }
   const loras = [...document.querySelectorAll("#loras input")].filter((each) => Number(each.value));
   if (loras.length) wish.loras = loras.map((each) => `${each.name}:${each.value}`);
-  if (state.source) Object.assign(wish, { image: state.source, strength: Number(strength.value) });
+  const image = checkpoint().strengths.length ? state.image?.address() : null;
+  if (image) Object.assign(wish, { image, strength: chosenStrength() });
+  const mask = image && state.mask?.address();
+  if (mask) wish.mask = mask;
+  const wished = controls.wishes();
+  if (wished.length) wish.controls = wished;
   return wish;
 }
 
-// The newest wish wins: whatever is drawn for an older one is given up at once.
-function changed({ now = false } = {}) {
-  clearTimeout(state.timer);
+function changed(how) {
   if (!prompt.value.trim() || !seed.checkValidity()) return stop();
-  state.timer = setTimeout(draw, now ? 0 : state.wait);
+  const key = `${model.value} ${chosenSteps()}`;
+  const felt = state.milliseconds[key]?.felt;
+  if (felt || key !== state.key) turns.milliseconds = felt ?? null;
+  state.key = key;
+  busy(true);
+  turns.change(how);
+}
+
+// Whether a picture of what is wished is still to come.
+function busy(isBusy) {
+  at("main").setAttribute("aria-busy", isBusy);
 }
 
 function stop() {
-  clearTimeout(state.timer);
-  state.drawing?.stop();
+  turns.halt();
   state.comparing?.stop();
-  state.drawing = state.comparing = null;
+  state.comparing = null;
   at("progress").value = 0;
 }
 
 async function draw() {
-  stop();
+  state.comparing?.stop();
   at("beside").hidden = true;
-  const wish = body();
   const drawing = (state.drawing = new Drawing());
   const start = performance.now();
-  say("Drawing …");
   try {
+    const wish = body();
+    say("Drawing …");
     const drawn = await drawing.run(wish, showStep);
-    if (!drawn) return;
-    const took = performance.now() - start;
-    state.wait = took < INSTANT ? 0 : Math.min(LONGEST_WAIT, took / 2);
-    show(wish, drawn, took);
+    if (drawn) await show(wish, drawn, performance.now() - start);
   } catch (error) {
-    if (state.drawing === drawing) say(`Not drawn: ${error.message}`);
+    if (!drawing.stopped) say(`Not drawn: ${error.message}`, { isFault: true });
   }
   if (state.drawing === drawing) state.drawing = null;
 }
@@ -81,28 +102,55 @@ function showStep(values) {
   picture.src = `data:image/png;base64,${values.previews[0]}`;
   picture.classList.add("coarse");
   picture.hidden = false;
+  at("empty").hidden = true;
 }
 
-function show(wish, { answer, blob }, took) {
-  const address = URL.createObjectURL(blob);
+async function show(wish, { answer, blob }, took) {
+  const { image, mask, controls: acting } = wish;
+  const whole = image || acting ? await withInputs(blob, { image, mask, controls: acting }) : blob;
+  const sum = total(answer.milliseconds);
+  const key = `${wish.model} ${answer.steps}`;
+  const felt = state.milliseconds[key]?.felt ?? took;
+  state.milliseconds[key] = { sum, felt: (felt + took) / 2 };
+  const time = document.querySelector(`#steps [value="${wish.steps}"] ~ small`);
+  if (time) time.textContent = ` ${sum} ms`;
+  letGo();
+  display({ body: wish, answer, blob, address: URL.createObjectURL(whole) });
+  const warnings = answer.warnings.map((text) => ` ${text[0].toUpperCase()}${text.slice(1)}`);
+  say(`Drawn in ${Math.round(took)} ms.${warnings.join("")}`);
+  const entry = state.last;
+  state.settling = setTimeout(() => remember(entry), SETTLED);
+}
+
+const total = (milliseconds) => Object.values(milliseconds).reduce((a, b) => a + b, 0);
+
+// Forgets the picture that is shown, if it was not there long enough to be remembered.
+function letGo() {
+  clearTimeout(state.settling);
+  if (state.last && !state.last.item) URL.revokeObjectURL(state.last.address);
+}
+
+function display(entry) {
+  const { body: wish, answer, address } = entry;
+  state.last = entry;
   picture.src = address;
   picture.classList.remove("coarse");
   picture.alt = wish.prompt;
   picture.hidden = false;
+  picture.parentElement.style.aspectRatio = `${answer.width} / ${answer.height}`;
+  at("empty").hidden = true;
   at("progress").value = 1;
   at("caption").textContent = `${answer.checkpoint}, ${answer.width} × ${answer.height}, seed ${answer.seed}`;
-  const sum = Object.values(answer.milliseconds).reduce((a, b) => a + b, 0);
-  state.milliseconds[`${wish.model} ${answer.steps}`] = sum;
-  const time = document.querySelector(`#steps [value="${wish.steps}"] ~ small`);
-  if (time) time.textContent = ` ${sum} ms`;
-  const warnings = answer.warnings.map((text) => ` ${text[0].toUpperCase()}${text.slice(1)}`);
-  say(`Drawn in ${Math.round(took)} ms.${warnings.join("")}`);
-  const download = at("download");
-  download.href = address;
-  download.download = `${answer.checkpoint}_${answer.seed}.png`;
-  download.hidden = false;
-  state.last = { body: wish, answer, address };
-  remember(state.last);
+  at("download").href = address;
+  at("download").download = `${answer.checkpoint}_${answer.seed}.png`;
+  at("actions").hidden = false;
+  at("inputs").hidden = true;
+  markCurrent();
+}
+
+function markCurrent() {
+  for (const button of document.querySelectorAll("#history button")) button.removeAttribute("aria-current");
+  state.last.item?.firstElementChild.setAttribute("aria-current", "true");
 }
 
 function remember(entry) {
@@ -113,21 +161,35 @@ function remember(entry) {
   image.src = entry.address;
   image.alt = `${entry.body.prompt}, ${entry.answer.checkpoint}, seed ${entry.answer.seed}`;
   button.append(image);
-  button.addEventListener("click", () => restore(entry.body));
+  button.addEventListener("click", () => goBack(entry));
   item.append(button);
+  entry.item = item;
   const list = at("history");
   list.prepend(item);
+  at("past").hidden = false;
   for (const old of [...list.children].slice(MAX_HISTORY)) {
     URL.revokeObjectURL(old.querySelector("img").src);
     old.remove();
   }
+  markCurrent();
 }
 
-// Sets everything as it was for a picture, and draws it again.
-function restore(wish) {
+async function goBack(entry) {
+  stop();
+  letGo();
+  at("beside").hidden = true;
+  await restore(entry.body);
+  display(entry);
+  say("As it was for this picture.");
+}
+
+// Sets everything as it was for a picture. `wish` is as it was sent, with pictures as addresses.
+async function restore(wish) {
+  state.missing = [];
   prompt.value = wish.prompt;
   if (state.models.some((each) => each.name === wish.model)) model.value = wish.model;
   listSteps(wish.steps);
+  listSizes(wish.width ? `${wish.width}x${wish.height}` : "");
   seed.value = wish.seed;
   if (wish.guidance > 1) guidance.value = wish.guidance;
   negative.value = wish.negative_prompt ?? "";
@@ -135,11 +197,45 @@ function restore(wish) {
     const found = (wish.loras ?? []).find((each) => each.replace(/:[^:]*$/, "") === slider.name);
     slider.value = found ? Number(found.split(":").pop()) || 1 : 0;
   }
-  begin(wish.image?.startsWith?.("data:") ? wish.image : null);
-  if (wish.strength) strength.value = wish.strength;
-  outputs();
-  changed({ now: true });
+  await begin(wish.image ?? null);
+  if (wish.mask) state.mask = await Layer.from("mask", wish.mask);
+  if (wish.strength) setStrength(wish.strength);
+  controls.clear();
+  for (const each of wish.controls ?? []) controls.add(await Layer.from("control", each.picture), each);
+  refresh();
 }
+
+// Restores what a PNG of twostep's says. Pictures that went in are in those that this page saved; of
+// others it has the hashes alone, by which they are known when they are dropped too.
+async function restoreFrom(made) {
+  const { inputs } = made;
+  const wish = { ...made, model: short(made.model), loras: made.loras.map(short) };
+  const size = `${made.width}x${made.height}`;
+  if (![...at("size").options].some((each) => each.value === size)) wish.width = wish.height = null;
+  Object.assign(wish, { image: inputs.image ?? null, mask: inputs.mask ?? null, controls: inputs.controls ?? [] });
+  await restore(wish);
+  const missing = [];
+  const beginAnew = async (address) => {
+    const mask = state.mask;
+    await begin(address);
+    state.mask = mask;
+  };
+  if (made.image && !inputs.image) missing.push({ ...made.image, put: beginAnew });
+  if (made.mask && !inputs.mask) {
+    missing.push({ ...made.mask, put: async (address) => (state.mask = await Layer.from("mask", address)) });
+  }
+  if (!inputs.controls) {
+    for (const { picture: file, model: place, ...rest } of made.controls) {
+      const row = controls.add(blank("control"), { ...rest, name: short(place) });
+      missing.push({ ...file, put: (address) => controls.open(row, address) });
+    }
+  }
+  if (made.strength) setStrength(made.strength);
+  state.missing = missing;
+}
+
+// The last part of a path without its ending; a weight behind it stays.
+const short = (place) => place.split("/").pop().replace(/\.safetensors(?=$|:)/, "");
 
 async function compare() {
   if (!state.last) return;
@@ -151,14 +247,16 @@ async function compare() {
   try {
     const drawn = await comparing.run(wish, (values) => (at("progress").value = values.num_done / values.num_steps));
     if (!drawn) return;
-    const sum = Object.values(drawn.answer.milliseconds).reduce((a, b) => a + b, 0);
+    URL.revokeObjectURL(at("reference").src);
     at("reference").src = URL.createObjectURL(drawn.blob);
     at("reference").alt = `${wish.prompt}, drawn by the teacher`;
-    at("reference-caption").textContent = `${name}, ${steps} steps with guidance ${scale}: ${sum} ms`;
+    at("reference").parentElement.style.aspectRatio = picture.parentElement.style.aspectRatio;
+    at("reference-caption").textContent = `${name}, ${steps} steps with guidance ${scale}: ${total(drawn.answer.milliseconds)} ms`;
     at("beside").hidden = false;
+    at("progress").value = 1;
     say("The teacher's picture is beside.");
   } catch (error) {
-    say(`The teacher drew nothing: ${error.message}`);
+    if (!comparing.stopped) say(`The teacher drew nothing: ${error.message}`, { isFault: true });
   }
 }
 
@@ -177,7 +275,7 @@ function listSteps(wished) {
       input.value = each.steps;
       input.checked = each.steps === chosen;
       const known = state.milliseconds[`${model.value} ${each.steps}`];
-      time.textContent = known ? ` ${known} ms` : "";
+      time.textContent = known ? ` ${known.sum} ms` : "";
       label.append(input, `${each.steps}${each.role === "teacher" ? " (teacher)" : ""}`, time);
       return label;
     }),
@@ -185,9 +283,17 @@ function listSteps(wished) {
   lock();
 }
 
-// Students have no guidance, and so nothing to do with a negative prompt.
+function listSizes(wished = size.value) {
+  const { sizes } = checkpoint();
+  const options = sizes.map(([width, height]) => new Option(`${width} × ${height}`, `${width}x${height}`));
+  size.replaceChildren(new Option("automatic", ""), ...options);
+  size.value = options.length > 1 && options.some((each) => each.value === wished) ? wished : "";
+  at("sizes").hidden = sizes.length < 2;
+}
+
+// What a student cannot do is locked, with the reason.
 function lock() {
-  const { role, name, guidance: usual } = checkpoint();
+  const { role, name, guidance: usual, strengths } = checkpoint();
   const isTeacher = role === "teacher";
   guidance.disabled = negative.disabled = !isTeacher;
   if (isTeacher && !guidance.dataset.chosen) guidance.value = usual;
@@ -195,70 +301,263 @@ function lock() {
     ? `${name} was made for ${usual}.`
     : `${name} is a student: guidance was distilled into it, so it takes none, and no negative prompt.`;
   at("compare").hidden = isTeacher || !teacher();
+  at("with-picture").hidden = !strengths.length;
+  at("no-picture").hidden = strengths.length > 0;
+  at("no-picture").textContent = `${name} draws from pure noise alone; it cannot begin with a picture.`;
+  setStrength(Number(strength.dataset.wished ?? USUAL_STRENGTH));
+  listSizes();
   outputs();
 }
 
-function begin(address) {
-  state.source = address;
-  at("begun").hidden = !address;
-  if (address) at("source").src = address;
+// Puts the slider on the stop that is nearest to a strength: a student begins nowhere between.
+function setStrength(wished) {
+  const { strengths } = checkpoint();
+  if (!strengths.length) return;
+  const far = (each) => Math.abs(each - wished);
+  const nearest = strengths.reduce((a, b) => (far(b) <= far(a) ? b : a));
+  strength.max = strengths.length - 1;
+  strength.value = strengths.indexOf(nearest);
+  strength.dataset.wished = wished;
+  const stops = strengths.length <= 16 ? strengths : [];
+  at("stops").replaceChildren(...stops.map((each, i) => new Option(each, i)));
 }
-
-async function take(file) {
-  if (!file) return;
-  const made = await provenance(file);
-  if (made && !made.image) return restore({ ...made, model: short(made.model) });
-  const reader = new FileReader();
-  reader.addEventListener("load", () => {
-    begin(reader.result);
-    changed({ now: true });
-  });
-  reader.readAsDataURL(file);
-}
-
-const short = (place) => place.split("/").pop().replace(/\.safetensors$/, "");
 
 function outputs() {
-  for (const input of [guidance, strength, ...document.querySelectorAll("#loras input")]) {
-    const output = input.parentElement.querySelector("output");
+  for (const input of [guidance, ...document.querySelectorAll("#loras input")]) {
+    const output = input.closest("p").querySelector("output");
     output.textContent = input.disabled ? "" : input.value;
+  }
+  at("width").nextElementSibling.textContent = `${at("width").value} %`;
+  if (!checkpoint().strengths.length) return;
+  const share = chosenStrength();
+  const count = Math.ceil(share * chosenSteps() - 1e-6);
+  const text = `${Math.round(100 * share)} %, ${count} ${count === 1 ? "step" : "steps"}`;
+  strength.nextElementSibling.textContent = text;
+  strength.setAttribute("aria-valuetext", text);
+}
+
+// Returns an empty layer in the shape that is drawn.
+function blank(kind) {
+  const [width, height] = size.value ? size.value.split("x").map(Number) : checkpoint().sizes[0];
+  return Layer.blank(kind, width, height);
+}
+
+// Begins with the picture at an address; with none where that is null.
+async function begin(address) {
+  state.image = address ? await Layer.from("picture", address) : null;
+  state.mask = null;
+  if (!state.image && ["picture", "mask"].includes(easel.layer?.kind)) closeCanvas();
+  refresh();
+}
+
+// Shows what is begun with, and the canvas as it stands.
+function refresh() {
+  const address = state.image?.address();
+  at("begun").hidden = !state.image;
+  at("source").hidden = !address;
+  if (address) at("source").src = address;
+  controls.refresh();
+  at("add").disabled = controls.isFull;
+  if (!at("easel").hidden) listLayers();
+  outputs();
+}
+
+function openCanvas(layer) {
+  at("easel").hidden = false;
+  edit(layer);
+  at("canvas").focus({ preventScroll: true });
+  at("easel").scrollIntoView({ block: "nearest", behavior: "auto" });
+}
+
+function closeCanvas() {
+  at("easel").hidden = true;
+  easel.layer = null;
+}
+
+// What may be painted on: its name and its layer.
+function layers() {
+  const found = [];
+  if (state.image) found.push(["Picture", state.image]);
+  if (state.image) found.push(["Where it changes", (state.mask ??= maskOf(state.image))]);
+  for (const row of controls.rows) found.push([controls.titleOf(row), row.layer]);
+  return found;
+}
+
+const maskOf = ({ width, height }) => new Layer("mask", width, height);
+
+function listLayers() {
+  const found = layers();
+  if (!found.some(([, layer]) => layer === easel.layer)) {
+    if (!found.length) return closeCanvas();
+    return edit(found[0][1]);
+  }
+  // Chips that stay are kept, for one of them may have the focus.
+  const names = found.map(([name]) => name);
+  const chips = [...at("layers").children];
+  if (names.join() !== chips.map((each) => each.textContent).join()) {
+    at("layers").replaceChildren(...names.map(chipOf));
+  }
+  const chosen = found.findIndex(([, layer]) => layer === easel.layer);
+  at("layers").children[chosen].firstElementChild.checked = true;
+  at("canvas").setAttribute("aria-label", `Canvas: ${names[chosen]}`);
+  at("undo").disabled = !easel.layer.canUndo;
+  at("redo").disabled = !easel.layer.canRedo;
+  at("clear").disabled = !easel.layer.canUndo;
+  at("colours").hidden = easel.layer.kind === "mask";
+}
+
+function chipOf(name, place) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  Object.assign(input, { type: "radio", name: "layer" });
+  input.addEventListener("change", () => edit(layers()[place][1]));
+  label.append(input, name);
+  return label;
+}
+
+function edit(layer) {
+  if (layer.kind !== easel.layer?.kind) at("colour").value = layer.kind === "control" ? "#ffffff" : "#d03a2b";
+  easel.colour = at("colour").value;
+  easel.show(layer, layer.kind === "mask" ? state.image : null);
+  listLayers();
+}
+
+// Called by the easel while a stroke grows and when it ends.
+function painted(isDone) {
+  if (isDone) refresh();
+  changed({ now: isDone, patient: !isDone });
+}
+
+function rework(how) {
+  easel.layer[how]();
+  easel.refresh();
+  refresh();
+  changed({ now: true });
+}
+
+function brush(share) {
+  at("width").value = share;
+  easel.share = at("width").value / 100;
+  easel.refresh();
+  outputs();
+}
+
+const KEYS = {
+  ArrowLeft: (far) => easel.step(-1, 0, far),
+  ArrowRight: (far) => easel.step(1, 0, far),
+  ArrowUp: (far) => easel.step(0, -1, far),
+  ArrowDown: (far) => easel.step(0, 1, far),
+  " ": () => say(easel.toggle() ? "The brush is down." : "The brush is lifted."),
+  "[": () => brush(Number(at("width").value) - 1),
+  "]": () => brush(Number(at("width").value) + 1),
+};
+
+function pressed(event) {
+  const isCommand = event.ctrlKey || event.metaKey;
+  if (isCommand && event.key.toLowerCase() === "z") {
+    event.preventDefault();
+    rework(event.shiftKey ? "redo" : "undo");
+  } else if (!isCommand && KEYS[event.key]) {
+    event.preventDefault();
+    if (event.repeat && event.key === " ") return;
+    KEYS[event.key](event.shiftKey ? 5 : 1);
   }
 }
 
-const COPIES = {
-  cli: (wish) => {
-    const words = ["twostep", "generate", quoted(wish.prompt), "--model", quoted(wish.model), "--steps", wish.steps];
-    words.push("--seed", wish.seed);
-    if (wish.guidance) words.push("--guidance", wish.guidance);
-    if (wish.negative_prompt) words.push("--negative", quoted(wish.negative_prompt));
-    for (const lora of wish.loras ?? []) words.push("--lora", quoted(lora));
-    return words.join(" ");
-  },
-  curl: (wish) =>
-    `curl -s ${location.origin}/v1/images/generations -H 'Content-Type: application/json' -d ${quoted(JSON.stringify({ ...wish, previews: undefined, guidance: undefined, guidance_scale: wish.guidance }))}`,
-  python: (wish) => {
-    const names = ["model", "steps", "seed", "guidance", "negative_prompt", "loras"];
-    const given = names.filter((name) => wish[name] !== undefined && wish[name] !== "");
-    const values = given.map((name) => `, ${name}=${JSON.stringify(wish[name])}`);
-    const request = `twostep.Request(${JSON.stringify(wish.prompt)}${values.join("")})`;
-    return `import twostep\n\nwith twostep.Client("${location.origin}") as client:\n    client.draw(${request}).save("out")\n`;
-  },
-};
+// Takes a file: one that a restored wish lacks, one of twostep's to restore, or one to begin with.
+async function take(file) {
+  if (!file) return;
+  try {
+    const digest = state.missing.length ? await sha256(file) : null;
+    const wanted = state.missing.filter((each) => each.sha256 === digest);
+    if (wanted.length) {
+      for (const each of wanted) await each.put(await addressOf(file));
+      state.missing = state.missing.filter((each) => !wanted.includes(each));
+    } else {
+      const made = await provenance(file);
+      if (made) await restoreFrom(made);
+      else await begin(await addressOf(file));
+    }
+    refresh();
+    if (state.missing.length) {
+      const names = state.missing.map((each) => each.name || "a picture without a name").join(", ");
+      return say(`It was made of ${names}, which it does not hold: drop that on the page too.`);
+    }
+    changed({ now: true });
+  } catch (error) {
+    say(`Not taken: ${error.message}`, { isFault: true });
+  }
+}
 
-const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
+async function sha256(file) {
+  // Without TLS browsers give it on the machine itself alone.
+  if (!crypto.subtle) return null;
+  const digest = await crypto.subtle.digest("SHA-256", await file.arrayBuffer());
+  return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+function addressOf(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(new Error("that file cannot be read")));
+    reader.readAsDataURL(file);
+  });
+}
+
+// Begins with the picture that is shown.
+async function goOn() {
+  await begin(await addressOf(state.last.blob));
+  openCanvas(state.image);
+  changed({ now: true });
+}
 
 async function copy(kind) {
-  if (!state.last) return say("Nothing is drawn yet.");
-  const { image, ...wish } = state.last.body;
-  await navigator.clipboard.writeText(COPIES[kind](wish));
-  say(image ? "Copied, without the picture that was begun with." : "Copied.");
+  if (!state.last) return;
+  const { body: wish, answer } = state.last;
+  let inputs = inputsOf(wish);
+  let text = "";
+  try {
+    if (kind === "cli") text = command(wish);
+    if (kind === "curl") text = curl(wish, location.origin, hasKey());
+    if (kind === "python") text = python(wish, location.origin, hasKey());
+    if (kind === "workflow") {
+      const found = await workflow(answer.images[0]);
+      text = JSON.stringify(found.workflow);
+      inputs = inputs.map((each) => ({ ...each, name: found.inputs[each.what] }));
+    }
+    await navigator.clipboard.writeText(text);
+  } catch (error) {
+    return say(`Not copied: ${error.message}`, { isFault: true });
+  }
+  const links = inputs.map(({ name, address }) => {
+    const item = document.createElement("li");
+    const link = document.createElement("a");
+    Object.assign(link, { href: address, download: name, textContent: name });
+    item.append(link);
+    return item;
+  });
+  at("inputs").replaceChildren(...links);
+  at("inputs").hidden = !links.length;
+  const paste = kind === "workflow" ? " Paste it on ComfyUI's page." : "";
+  say(links.length ? `Copied.${paste} It reads the files below.` : `Copied.${paste}`);
 }
 
-function say(text) {
+function say(text, { isFault = false } = {}) {
   at("status").textContent = text;
+  at("status").classList.toggle("fault", isFault);
 }
 
-function listen() {
+function askForKey() {
+  const dialog = at("lock");
+  at("key").value = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok" ? at("key").value : null), { once: true });
+  });
+}
+
+function listenToWishes() {
   form.addEventListener("submit", (event) => event.preventDefault());
   prompt.addEventListener("input", () => changed());
   prompt.addEventListener("keydown", (event) => {
@@ -266,14 +565,11 @@ function listen() {
     event.preventDefault();
     changed({ now: true });
   });
-  document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || !(state.drawing || state.comparing)) return;
-    stop();
-    say("Stopped.");
-  });
   model.addEventListener("change", () => (listSteps(), changed({ now: true })));
+  size.addEventListener("change", () => changed({ now: true }));
   at("steps").addEventListener("change", () => (lock(), changed({ now: true })));
   guidance.addEventListener("input", () => (guidance.dataset.chosen = "yes"));
+  strength.addEventListener("input", () => (strength.dataset.wished = chosenStrength()));
   for (const input of [seed, guidance, negative, strength]) {
     input.addEventListener("input", () => (outputs(), changed()));
   }
@@ -282,21 +578,59 @@ function listen() {
     seed.value = Math.floor(Math.random() * MAX_SEED);
     changed({ now: true });
   });
-  at("compare").addEventListener("click", compare);
-  at("file").addEventListener("change", (event) => take(event.target.files[0]));
-  at("leave").addEventListener("click", () => {
-    begin(null);
-    at("file").value = "";
+}
+
+function listenToPictures() {
+  at("file").addEventListener("change", (event) => {
+    take(event.target.files[0]);
+    event.target.value = ""; // so that the same file may be opened again
+  });
+  at("sketch").addEventListener("click", () => {
+    state.image = blank("picture");
+    state.mask = null;
+    refresh();
+    openCanvas(state.image);
+  });
+  at("paint").addEventListener("click", () => openCanvas(state.image));
+  at("mask").addEventListener("click", () => openCanvas((state.mask ??= maskOf(state.image))));
+  at("leave").addEventListener("click", async () => {
+    await begin(null);
     changed({ now: true });
   });
+  at("add").addEventListener("click", () => {
+    const row = controls.add(blank("control"));
+    refresh();
+    openCanvas(row.layer);
+  });
+  at("canvas").addEventListener("keydown", pressed);
+  for (const how of ["undo", "redo", "clear"]) at(how).addEventListener("click", () => rework(how));
+  at("close").addEventListener("click", closeCanvas);
+  at("colour").addEventListener("input", (event) => (easel.colour = event.target.value));
+  at("width").addEventListener("input", (event) => brush(event.target.value));
+  for (const input of document.querySelectorAll("[name=tool]")) {
+    input.addEventListener("change", () => (easel.tool = input.value));
+  }
+  at("compare").addEventListener("click", compare);
+  at("go-on").addEventListener("click", goOn);
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", () => copy(button.dataset.copy));
   }
+}
+
+function listenToThePage() {
+  document.addEventListener("keydown", (event) => {
+    const isBusy = at("main").getAttribute("aria-busy") === "true";
+    if (event.key !== "Escape" || !(isBusy || state.comparing)) return;
+    stop();
+    say("Stopped.");
+  });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
     document.body.classList.add("dropping");
   });
-  document.addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dropping");
+  });
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     document.body.classList.remove("dropping");
@@ -305,26 +639,56 @@ function listen() {
   addEventListener("pagehide", stop);
 }
 
-async function open() {
-  const { models, default_model: usual, loras } = await capabilities();
-  state.models = models;
-  model.replaceChildren(...models.map(({ name }) => new Option(name, name, false, name === usual)));
-  at("models").hidden = models.length < 2;
-  at("loras").hidden = !loras.length;
-  for (const name of loras) {
+function listLoras(names) {
+  at("loras").hidden = !names.length;
+  for (const name of names) {
     const row = document.createElement("p");
     const label = document.createElement("label");
     const input = document.createElement("input");
-    row.className = "row";
+    row.className = "slider";
     label.textContent = name;
     label.htmlFor = input.id = `lora-${name}`;
     Object.assign(input, { type: "range", name, min: -1, max: 2, step: 0.05, value: 0 });
     row.append(label, input, document.createElement("output"));
     at("loras").append(row);
   }
+}
+
+async function open() {
+  keysComeFrom(askForKey);
+  const { models, default_model: usual, loras, controlnets, limits } = await capabilities();
+  state.models = models;
+  model.replaceChildren(...models.map(({ name }) => new Option(name, name, false, name === usual)));
+  at("models").hidden = models.length < 2;
+  at("control").hidden = !controlnets.length;
+  controls = new Controls(at("controls"), at("control-row"), {
+    names: controlnets,
+    most: limits.controls,
+    on: {
+      change: () => changed(),
+      edit: (row) => openCanvas(row.layer),
+      open: async (row, file) => {
+        try {
+          if (file) await controls.open(row, await addressOf(file));
+          refresh();
+          changed({ now: true });
+        } catch (error) {
+          say(`Not taken: ${error.message}`, { isFault: true });
+        }
+      },
+      remove: () => {
+        refresh();
+        changed({ now: true });
+      },
+    },
+  });
+  listLoras(loras);
   listSteps();
-  listen();
+  brush(at("width").value);
+  listenToWishes();
+  listenToPictures();
+  listenToThePage();
   if (prompt.value.trim()) changed({ now: true });
 }
 
-open().catch((error) => say(`The page cannot work: ${error.message}`));
+open().catch((error) => say(`The page cannot work: ${error.message}`, { isFault: true }));

@@ -1,26 +1,62 @@
-// Reads what twostep wrote into a PNG of how it was made.
+// What PNGs say of how they were made: read as twostep wrote it, with the pictures that went in added.
 
-// Returns the request that draws the picture again, with the name of its checkpoint; null for others.
+const TWOSTEP = "twostep";
+const INPUTS = "twostep-inputs";
+const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
+
+// Returns the request that draws a picture again, with the name of its checkpoint, and `inputs`, the
+// pictures that went in where the file has them; null for files that do not say.
 export async function provenance(blob) {
+  const texts = {};
+  for (const { kind, data } of chunks(new Uint8Array(await blob.arrayBuffer()))) {
+    const text = kind === "tEXt" ? plain(data) : kind === "iTXt" ? international(data) : null;
+    if (text) texts[text.name] = text.value;
+  }
+  try {
+    const { request, contract } = JSON.parse(texts[TWOSTEP]);
+    return { ...request, checkpoint: contract.name, inputs: JSON.parse(texts[INPUTS] ?? "{}") };
+  } catch {
+    return null;
+  }
+}
+
+// Returns a PNG with pictures in it that went in: {image, mask, controls}, addresses of data.
+export async function withInputs(blob, inputs) {
   const bytes = new Uint8Array(await blob.arrayBuffer());
-  const view = new DataView(bytes.buffer);
-  if (bytes.length < 8 || view.getUint32(0) !== 0x89504e47) return null;
-  for (let at = 8; at + 12 <= bytes.length; ) {
+  const end = bytes.length - 12; // where IEND begins
+  const text = new TextEncoder().encode(`${INPUTS}\0\0\0\0\0${JSON.stringify(inputs)}`);
+  return new Blob([bytes.subarray(0, end), chunk("iTXt", text), bytes.subarray(end)], { type: "image/png" });
+}
+
+function* chunks(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset);
+  if (SIGNATURE.some((value, i) => bytes[i] !== value)) return;
+  for (let at = SIGNATURE.length; at + 12 <= bytes.length; ) {
     const length = view.getUint32(at);
     const kind = String.fromCharCode(...bytes.subarray(at + 4, at + 8));
-    const data = bytes.subarray(at + 8, at + 8 + length);
-    const text = kind === "tEXt" ? plain(data) : kind === "iTXt" ? international(data) : null;
-    if (text?.name === "twostep") {
-      try {
-        const { request, contract } = JSON.parse(text.value);
-        return { ...request, checkpoint: contract.name };
-      } catch {
-        return null;
-      }
-    }
+    yield { kind, data: bytes.subarray(at + 8, at + 8 + length) };
     at += 12 + length;
   }
-  return null;
+}
+
+function chunk(kind, data) {
+  const bytes = new Uint8Array(12 + data.length);
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, data.length);
+  bytes.set(new TextEncoder().encode(kind), 4);
+  bytes.set(data, 8);
+  view.setUint32(8 + data.length, checksum(bytes.subarray(4, 8 + data.length)));
+  return bytes;
+}
+
+// CRC-32, as PNG has it.
+function checksum(bytes) {
+  let sum = 0xffffffff;
+  for (const byte of bytes) {
+    sum ^= byte;
+    for (let i = 0; i < 8; i++) sum = (sum >>> 1) ^ (sum & 1 ? 0xedb88320 : 0);
+  }
+  return ~sum >>> 0;
 }
 
 function plain(data) {

@@ -2,13 +2,27 @@
 
 const CLIENT = crypto.getRandomValues(new Uint32Array(2)).join("-");
 let key = sessionStorage.getItem("key");
+let askForKey = async () => null;
+
+// Says who asks a person for the key: a function that promises it, or null.
+export function keysComeFrom(ask) {
+  askForKey = ask;
+}
+
+export const hasKey = () => Boolean(key);
 
 async function ask(path, options = {}) {
   const headers = { "X-Twostep-Client": CLIENT, ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
-  const answer = await fetch(path, { ...options, headers });
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("the server does not answer; is it still running?");
+  }
   if (answer.status === 401) {
-    key = prompt("This server asks for its key.");
+    key = await askForKey();
     if (!key) throw new Error("the server needs its key");
     sessionStorage.setItem("key", key);
     return ask(path, options);
@@ -22,6 +36,11 @@ async function ask(path, options = {}) {
 
 export async function capabilities() {
   return (await ask("/api/v1/capabilities")).json();
+}
+
+// Returns {prompt, workflow, inputs}: how ComfyUI draws the picture at an address.
+export async function workflow(picture) {
+  return (await ask(`${picture}/workflow`)).json();
 }
 
 // One drawing. `stop()` gives it up wherever it is, and nothing of it is reported any more.
