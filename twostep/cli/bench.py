@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from twostep.reports.speed import Row
 
 
@@ -42,6 +42,8 @@ def bench(
     ] = None,
 ) -> None:
     """Time engines, beside diffusers and bare OpenVINO calls, in turns on this machine."""
+    from rich.console import Console
+
     from twostep.cli.draw import _parse_size
     from twostep.files import write_atomically
     from twostep.formats import read_contracts
@@ -79,7 +81,9 @@ def bench(
 
 
 def _table(rows: list[Row]) -> Table:
-    """Lay rows out: milliseconds of a picture, and the ratio to the slowest of the same case."""
+    """Lay rows out: milliseconds of a drawing, and the ratio to the slowest of the same case."""
+    from rich.table import Table
+
     table = Table("case", "", "text", "denoise", "decode", "total, ms (quartiles)", "x")
     for row in rows:
         slowest = max(
