@@ -206,6 +206,12 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     assert learning_rate_factor(100, loop) == pytest.approx(0.02)
 
 
+def test_past_the_last_iteration_the_learning_rate_stays() -> None:
+    assert learning_rate_factor(6, settings(iterations=4, warmup_iterations=1)) == 1.0
+    decayed = settings(iterations=4, warmup_iterations=1, decay_share=0.5, final_rate=0.1)
+    assert learning_rate_factor(6, decayed) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
