@@ -63,6 +63,7 @@ def test_a_network_is_compiled_once_for_every_size_and_kept(
     assert take_notes() == []
 
 
+@pytest.mark.slow
 def test_a_blob_that_cannot_be_used_is_made_anew_with_a_word(cache: Path) -> None:
     network = Small()
     x = torch.randn(1, 3, 8, 8)
@@ -77,6 +78,7 @@ def test_a_blob_that_cannot_be_used_is_made_anew_with_a_word(cache: Path) -> Non
     assert len(path.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Small()
     traced = openvino._traced
@@ -191,7 +193,9 @@ def test_few_steps(as_student: Callable[[int], Bundle], steps: int) -> None:
 
 @pytest.mark.slow
 def test_guidance(teacher: Bundle) -> None:
-    assert_same_pictures(teacher, Request("a red apple", steps=4, guidance=4, negative_prompt="b"))
+    assert_same_pictures(
+        teacher, Request("a red apple", steps=4, guidance=4.0, negative_prompt="b")
+    )
 
 
 @pytest.mark.slow
