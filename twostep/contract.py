@@ -500,7 +500,7 @@ def _check_version(text: str) -> None:
     """
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(values, dict) or "contract_version" not in values:
         return

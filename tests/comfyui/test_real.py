@@ -8,6 +8,7 @@ definitions of the nodes.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 
 from comfyui.graph import definitions, problems
 from twostep.contract import Contract, VariancePreservingSpec
+from twostep.export import verification
+from twostep.export.writing import export
 from twostep.formats.lora_files import write_lora
 from twostep.pipeline.request import Control, Picture, Request
 from twostep.pipeline.studio import Studio
@@ -255,6 +258,44 @@ def test_comfyui_draws_the_same(world: World, name: str) -> None:
     assert relative < BOUNDS.get(name, 2e-5)
     # A level that lies between two is rounded either way.
     assert largest <= 1 and mean < 0.05
+
+
+VERIFIED: dict[str, tuple[str, int | None, tuple[str, ...]]] = {
+    **{f"teacher, {steps} steps": ("teacher", steps, ()) for steps in (3, 7, 32)},
+    "teacher with a LoRA": ("teacher", 6, ("ink.safetensors:0.8", "wool.safetensors:-0.5")),
+    "student": ("student-4", None, ()),
+    "student that predicts x0": ("x0-1", None, ()),
+    "student that predicts v": ("v", None, ()),
+    "student with zero SNR": ("zero-snr", None, ()),
+}
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verify_compares_every_step(
+    world: World, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models as they are exported: a LoRA is merged into a base there."""
+    monkeypatch.setattr(verification, "SDXL_CHANNELS", real.SMALL.unet_channels)
+    model, steps, loras = VERIFIED[name]
+    path = tmp_path / "exported.safetensors"
+    paths = [str(world.root / "loras" / lora) for lora in loras]
+    export(world.models[model], "comfyui", path, loras=paths)
+    shutil.copytree(Path(world.models[model]).with_suffix(""), path.with_suffix(""))
+    differences = verification.verify(
+        path, prompt="a red fox", steps=steps, comfyui=Path(FOLDER or "")
+    )
+    print(f"{name:32} {max(relative for _, relative in differences):.1e}")
+    assert len(differences) == (steps or CONTRACTS[model].steps)
+    assert all(relative < 1e-4 for _, relative in differences)
+    if name == "teacher, 7 steps":
+        levels = verification.noise_levels
+        monkeypatch.setattr(
+            verification, "noise_levels", lambda contract: [1.001 * x for x in levels(contract)]
+        )
+        wrong = verification.verify(
+            path, prompt="a red fox", steps=steps, comfyui=Path(FOLDER or "")
+        )
+        assert any(relative > 1e-4 for _, relative in wrong)
 
 
 def test_what_would_be_wrong_is_seen(world: World) -> None:

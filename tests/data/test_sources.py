@@ -247,6 +247,84 @@ def test_captions_lie_beside_pictures_in_several_ways(tmp_path: Path) -> None:
     assert "in no encoding that is known" in str(last.problem)
 
 
+def test_endings_of_captions_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("A.JPG", "b.png"):
+        (tmp_path / name).write_bytes(PNG.getvalue())
+    (tmp_path / "A.TXT").write_text("a fox")
+    (tmp_path / "A.Caption").write_text("a red fox")
+    (tmp_path / "b.TXT").write_text("in capitals")
+    (tmp_path / "b.txt").write_text("a bird")
+    assert found(tmp_path) == {"A.JPG": ("a fox", "a red fox"), "b.png": ("a bird",)}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("A.JPG", "A.TXT"):
+            tar.add(tmp_path / name, name)
+    assert found(tmp_path / "x.tar") == {"x.tar/A": ("a fox",)}
+
+
+def test_hidden_members_of_a_shard_are_left_out(tmp_path: Path) -> None:
+    """As macOS packs them: `._x` beside each x, with what its file system knows of it."""
+    (tmp_path / "a.png").write_bytes(PNG.getvalue())
+    (tmp_path / "a.txt").write_text("a fox")
+    (tmp_path / "._a").write_bytes(b"\0\5\x16\7")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.png", "a.txt"):
+            tar.add(tmp_path / "._a", f"./set/._{name}")
+            tar.add(tmp_path / name, f"./set/{name}")
+    assert found(tmp_path / "x.tar") == {"x.tar/set/a": ("a fox",)}
+
+
+def test_tables_lie_in_subfolders_too(tmp_path: Path) -> None:
+    """As Hugging Face's folders of pictures have them, one for each split."""
+    for name in ("train/a.png", "train/deep/b.png", "train/c.png", "test/d.png", "e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PNG.getvalue())
+    (tmp_path / "train" / "metadata.csv").write_text(
+        "file_name,text\na.png,a\ndeep/b.png,b\n,lost\n"
+    )
+    (tmp_path / "train" / "deep" / "metadata.jsonl").write_text("not read")
+    (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "./d.png", "text": "d"}')
+    (tmp_path / "e.txt").write_text("e")
+    findings = Findings()
+    assert found(tmp_path, findings=findings) == {
+        "test/d.png": ("d",),
+        "train/a.png": ("a",),
+        "train/deep/b.png": ("b",),
+        "train/metadata.csv line 4": (),
+        "e.png": ("e",),
+    }
+    assert findings.unlisted == {"train/metadata.csv": 1}
+    entries = {entry.name: entry for entry in find_entries(str(tmp_path))}
+    assert all(entries[name].read() == PNG.getvalue() for name in ("test/d.png", "e.png"))
+
+
+def test_a_row_whose_caption_is_no_text_is_skipped_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG.getvalue())
+    (tmp_path / "m.jsonl").write_text(
+        '{"image": "a.png", "text": 7}\n{"image": "a.png", "text": NaN}\n'
+        '{"image": "a.png", "text": "a fox"}\n{"image": "a.png", "text": NaN, "prompt": "b"}'
+    )
+    entries = list(find_entries(str(tmp_path / "m.jsonl")))
+    assert [entry.captions for entry in entries] == [(), (), ("a fox",), ("b",)]
+    assert [entry.problem for entry in entries] == [
+        "of its caption, it is 7, which is no text",
+        None,
+        None,
+        None,
+    ]
+    with pytest.raises(UnusablePictureError, match="no caption"):
+        read_picture(entries[1], Demands())
+
+
+def test_json_in_a_shard_that_is_nested_too_deep_breaks_one_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG.getvalue())
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.png", "a.json"):
+            tar.add(tmp_path / name, name)
+    (entry,) = find_entries(str(tmp_path / "x.tar"))
+    assert "it is no JSON" in str(entry.problem)
+
+
 def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_bytes(PNG.getvalue())

@@ -1,5 +1,6 @@
 """Text in the encodings that people save it in, and tables with broken rows."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,21 @@ def test_captions_are_one_or_several() -> None:
     assert captions_of(" a fox ") == ("a fox",)
     assert captions_of(["a", "", None, " b"]) == ("a", "b")
     assert captions_of(None) == captions_of("  ") == ()
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), "", [], [None, " ", float("nan")]])
+def test_a_missing_caption_is_none(missing: object) -> None:
+    assert captions_of(missing) == ()
+
+
+@pytest.mark.parametrize("label", [7, 0.5, True, {"en": "a fox"}, [["a fox"]], ["a fox", 3]])
+def test_a_caption_that_is_no_text_is_no_caption(label: object) -> None:
+    with pytest.raises(UnreadableTextError, match="which is no text"):
+        captions_of(label)
+
+
+def test_pictograms_that_are_newer_than_python_s_tables_are_text() -> None:
+    assert unicodedata.category("\U0001faea") == "Cn"
+    assert decode("a fox \U0001faea".encode()) == "a fox \U0001faea"
+    with pytest.raises(UnreadableTextError, match=r"U\+0378"):
+        decode("a fox \u0378".encode())

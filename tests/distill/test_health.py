@@ -3,6 +3,8 @@ and try again.
 """
 
 import json
+import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from twostep.distill.trainer import train_stage
 from twostep.models.bundle import Bundle
 from twostep.training.loop import TrainingError
 from twostep.training.run_folder import RunFolder
+from twostep.training.stopping import StoppedError
 
 from .test_trainer import REGRESSION, UNCONDITIONAL, make_stage, make_student
 
@@ -196,3 +199,50 @@ def test_a_loss_that_is_no_number_rolls_back_too(
     )
     assert all(torch.isfinite(value).all() for value in student.network.state_dict().values())
     assert [line["rate"] for line in log_of(run_folder) if "rolled_back" in line] == [0.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_a_stop_changes_nothing_of_what_is_said_about_health(
+    iteration: int, teacher: Bundle, source: object, tmp_path: Path
+) -> None:
+    """Asked to stop after an iteration, it does one more: stopped where a look is due, after two of
+    them, or between two looks.
+    """
+    stage = make_stage(method={**UNCONDITIONAL, "largest_gap": 1e-9})
+    looked: list[int] = []
+
+    def train(folder: Path, stop_at: int | None = None) -> list[dict[str, object]]:
+        run_folder = RunFolder(folder, stage)
+
+        def stop(num_done: int, figures: dict[str, float]) -> None:
+            if num_done == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+
+        def look(num_done: int) -> dict[str, float]:
+            looked.append(num_done)
+            return WELL
+
+        train_stage(
+            stage,
+            source,
+            teacher.denoiser,
+            make_student(teacher),
+            run_folder,
+            on_iteration=stop,
+            on_checkpoint=look,
+        )
+        return log_of(run_folder)
+
+    with pytest.warns(UserWarning, match="gap is"):
+        whole = train(tmp_path / "whole")
+    with pytest.raises(StoppedError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(tmp_path / "stopped", iteration)
+    with pytest.warns(UserWarning, match="gap is"):
+        gone_on = train(tmp_path / "stopped")
+    assert looked == [2, 4, 2, 4]
+    clocks = {"time", "seconds_per_iteration"}
+    assert [{key: line[key] for key in line.keys() - clocks} for line in gone_on] == [
+        {key: line[key] for key in line.keys() - clocks} for line in whole
+    ]

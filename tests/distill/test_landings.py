@@ -115,6 +115,14 @@ def test_a_bank_whose_beginner_was_killed_at_once_is_empty(tmp_path: Path) -> No
     assert bank.num_done == CHUNK
 
 
+@pytest.mark.parametrize("record", [b"", b'{"teacher": "1f', b"[1]", b"\xff\xfe"])
+def test_a_bank_whose_record_is_damaged_is_refused(record: bytes, tmp_path: Path) -> None:
+    Bank(tmp_path, {"teacher": "1f"}, (4, 2, 2))
+    (tmp_path / "bank.json").write_bytes(record)
+    with pytest.raises(RecipeError, match=r"bank\.json is damaged .*Delete that folder"):
+        Bank(tmp_path, {"teacher": "1f"}, (4, 2, 2))
+
+
 def test_a_process_that_dies_between_both_writes_leaves_nothing_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
-from twostep.pipeline.png import OutputError, ProvenanceError, read_provenance, save_images
-from twostep.pipeline.request import Request, Result
+from twostep.pipeline.output import OutputError
+from twostep.pipeline.png import ProvenanceError, a1111_text, read_provenance, save_images
+from twostep.pipeline.request import LoraChoice, Request, Result
 
 PROMPT = 'a "red" apple, 3d: größer'
 
@@ -83,6 +84,17 @@ def test_a1111_values_with_commas_are_quoted_and_negative_prompts_shown(
     assert text.splitlines()[1] == "Negative prompt: blur"
     assert a1111_settings(text)["Model"] == "a, b: c"
     assert a1111_settings(text)["CFG scale"] == "4.5"
+
+
+def test_a1111_is_told_the_loras_in_its_own_words(result: Result) -> None:
+    request = replace(
+        result.request,
+        loras=(LoraChoice("styles/ink.safetensors", 0.8), LoraChoice("owner/wool", -1.0)),
+    )
+    first, *_ = a1111_text(result.contract, request).splitlines()
+    assert first == f"{PROMPT} <lora:ink:0.8> <lora:wool:-1>"
+    again = Request(first)
+    assert (again.prompt, [str(lora) for lora in again.loras]) == (PROMPT, ["ink:0.8", "wool:-1"])
 
 
 def test_nothing_is_overwritten(result: Result, tmp_path: Path) -> None:

@@ -198,6 +198,33 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert "0 / 1" in page.texts
 
 
+def test_damaged_lines_that_are_json_all_the_same_are_counted(tmp_path: Path) -> None:
+    RunFolder(tmp_path, LORAS)
+    good = {"part": "4-regression", "iteration": 2, "student_loss": 0.5}
+    damaged: list[object] = [
+        None,
+        [good],
+        {"iteration": 2},
+        {**good, "part": ["4-regression"]},
+        {**good, "iteration": "2"},
+        {**good, "iteration": None},
+        {**good, "seconds_per_iteration": "1"},
+    ]
+    lines = [json.dumps(line) for line in [good, *damaged, {**good, "iteration": 3}]]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    page = Outline(write_report(tmp_path).read_text())
+    said = f"{len(damaged)} of the lines of its log cannot be read, and are left out."
+    assert said in page.texts
+    assert [curve["x"] for curve in curves_of(page)] == [[2, 3]]
+
+
+@pytest.mark.parametrize("recipe", ["stages = [", "stages = 3", "stages = [1]"])
+def test_a_damaged_recipe_of_a_run_is_told(recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(recipe)
+    with pytest.raises(RunError, match="the recipe of this run cannot be read"):
+        write_report(tmp_path)
+
+
 def test_a_run_of_before_stages_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[[phases]]\nobjective = 'mse'\n")
     (tmp_path / "log.jsonl").write_text(json.dumps({"part": "8-mse", "iteration": 3, "loss": 0.5}))

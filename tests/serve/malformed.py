@@ -7,6 +7,7 @@ import gzip
 import http.client
 import json
 import random
+import socket
 import struct
 import zlib
 from collections import Counter
@@ -91,6 +92,19 @@ def attack(address: str, count: int, seed: int) -> Counter[str]:
     return answered
 
 
+def hang_up(address: str, count: int, seed: int) -> None:
+    """Connect so often, and leave at a random moment: before, within or after a request."""
+    dice = random.Random(seed)
+    host, port = address.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "x", "steps": 1, "stream": True, "partial_images": 3}).encode()
+    for _ in range(count):
+        path = dice.choice(["/v1/images/generations", "/sdapi/v1/txt2img"])
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(request[: dice.choice([0, 10, 100, len(request)])])
+
+
 def _odd_json(dice: random.Random) -> Malformed:
     bodies: dict[str, Callable[[], bytes]] = {
         "nothing": lambda: b"",
@@ -119,6 +133,9 @@ def _odd_json(dice: random.Random) -> Malformed:
             {"prompt": dice.choice([1, [], {}, True, None, 1.5]), "steps": "x", "seed": []}
         ).encode(),
         "a list of many": lambda: b'{"prompt": "x", "init_images": [' + b'"",' * 50_000 + b'""]}',
+        "control characters that are told back": lambda: json.dumps(
+            {"prompt": "x", "steps": 1, "model": "\x11\x00\x7f", "scheduler": "\x01\x9b"}
+        ).encode(),
         "weights without an end": lambda: json.dumps({"prompt": "(" * 2_000, "steps": 99}).encode(),
     }
     kind = dice.choice(list(bodies))

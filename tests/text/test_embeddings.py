@@ -60,6 +60,22 @@ def test_an_embedding_of_two_words_is_these_words(
     assert_same(ours, "a dog", bundle, "a dog")
 
 
+def test_names_may_be_parts_of_each_other_and_of_the_tokens(bundle: Bundle, tmp_path: Path) -> None:
+    """`emb0v0` is what the token of the first one, `<emb0v0>`, is called inside."""
+    for name, words in {"emb0v0": "red", "ink": "apple", "red ink": "dog", "v0": "fox"}.items():
+        save_file(vectors_of(bundle, words), tmp_path / f"{name}.safetensors")
+    ours = bundle.with_embeddings(find_embeddings([tmp_path]))
+    assert_same(ours, "a emb0v0 ink beside a red ink", bundle, "a red apple beside a dog")
+    assert_same(ours, "a embedding:emb0v0 embedding:v0", bundle, "a red fox")
+
+
+def test_a_single_vector_may_be_stored_without_a_row(bundle: Bundle, tmp_path: Path) -> None:
+    vectors = vectors_of(bundle, "red")
+    save_file({key: value[0].clone() for key, value in vectors.items()}, tmp_path / "x.safetensors")
+    ours = bundle.with_embeddings(find_embeddings([tmp_path]))
+    assert_same(ours, "a x apple", bundle, "a red apple")
+
+
 def test_it_can_be_weighed_and_cut(bundle: Bundle, tmp_path: Path) -> None:
     save_file(vectors_of(bundle, "red"), tmp_path / "ink.safetensors")
     ours = bundle.with_embeddings(find_embeddings([tmp_path / "ink.safetensors"]))

@@ -24,6 +24,7 @@ from twostep.training import device, loop
 from twostep.training.device import computes_bfloat16
 from twostep.training.loop import (
     LoopSettings,
+    Means,
     MovingAverage,
     Randomness,
     TrainingError,
@@ -192,6 +193,7 @@ def test_the_start_is_saved_where_it_is_asked_for(tmp_path: Path) -> None:
     assert checkpoint == {
         "iteration": 0,
         "sum": {"values": []},
+        "examined": True,
         "means": {"sums": {}, "counts": {}},
     }
 
@@ -202,6 +204,12 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     assert learning_rate_factor(10, loop) == learning_rate_factor(79, loop) == 1.0
     assert learning_rate_factor(90, loop) == pytest.approx(0.51)
     assert learning_rate_factor(100, loop) == pytest.approx(0.02)
+
+
+def test_past_the_last_iteration_the_learning_rate_stays() -> None:
+    assert learning_rate_factor(6, settings(iterations=4, warmup_iterations=1)) == 1.0
+    decayed = settings(iterations=4, warmup_iterations=1, decay_share=0.5, final_rate=0.1)
+    assert learning_rate_factor(6, decayed) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +343,11 @@ def test_a_signal_stops_after_the_iteration_with_a_checkpoint(
 
 
 def test_whoever_asks_to_stop_does_not_wait_for_pictures(tmp_path: Path) -> None:
-    """Iteration 8 is due for a checkpoint with all that belongs to it; the last one always is."""
+    """Iteration 8 is due for a checkpoint with all that belongs to it, which it gets when the run
+    goes on; the last one always gets it.
+    """
     state, folder, examined = Sum(), RunFolder(tmp_path, settings()), []
-    for iteration in (7, 9):
+    for iteration, by_then in ((7, [4]), (9, [4, 8, 10])):
         with pytest.raises(StoppedError):
             run_loop(
                 stopping_at(state, iteration, signal.SIGTERM),
@@ -350,7 +360,42 @@ def test_whoever_asks_to_stop_does_not_wait_for_pictures(tmp_path: Path) -> None
         checkpoint = folder.load("x")
         assert checkpoint is not None
         assert checkpoint["iteration"] == iteration + 1
-    assert examined == [4, 10]
+        assert examined == by_then
+
+
+@pytest.mark.parametrize("iteration", [1, 3, 4, 6])
+def test_figures_that_the_caller_takes_are_kept_over_a_stop(iteration: int, tmp_path: Path) -> None:
+    """Checkpoints are due after 4, 8 and 10 iterations, and each iteration's figure is its number,
+    so their means are known; stopped where one is due, or between.
+    """
+    found: list[tuple[int, float]] = []
+
+    def run(iterate: Callable[..., Any], state: Sum) -> None:
+        means = Means()
+        run_loop(
+            iterate,
+            settings(),
+            RunFolder(tmp_path, settings()),
+            "x",
+            {"sum": state},
+            means={"taken": means},
+            on_iteration=lambda num_done, figures: means.add(figures),
+            on_checkpoint=lambda num_done: found.append((num_done, means.taken()["loss"])),
+        )
+
+    with pytest.raises(StoppedError):
+        first = Sum()
+        run(stopping_at(first, iteration, signal.SIGTERM), first)
+    again = Sum()
+    run(again.iterate, again)
+    assert found == [(4, 1.5), (8, 5.5), (10, 8.5)]
+
+
+def test_a_checkpoint_of_an_older_version_lacks_figures(tmp_path: Path) -> None:
+    folder, state, means = RunFolder(tmp_path, settings()), Sum(), Means()
+    folder.save("x", {"iteration": 9, "sum": state.state_dict()})
+    run_loop(state.iterate, settings(), folder, "x", {"sum": state}, means={"taken": means})
+    assert len(state.values) == 2
 
 
 def test_the_second_signal_interrupts_at_once(tmp_path: Path) -> None:

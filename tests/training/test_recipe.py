@@ -123,6 +123,8 @@ def test_a_wrong_default_is_named(override: str, said: str, tmp_path: Path) -> N
         ("stages.0.learning_rte=1", "Did you mean 'learning_rate'"),
         ("stages.99.learning_rate=1", "no position"),
         ("stages", "no override"),
+        ("model.0=other", "'nano' is a value, which has no '0'"),
+        ("model.a.b=1", "is a value, which has no 'a'"),
         ("stages.0.iterations=0", "stages.0.iterations"),
         ("stages.0.method.name=magic", "there is no method 'magic'"),
         ("stages.0.method.name=regresion", "Did you mean 'regression'"),

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import tomli_w
 
+from twostep.distill.methods.registry import find_method, method_names
 from twostep.distill.recipe import DistillRecipe
 from twostep.training.loop import LoopSettings
+from twostep.training.recipe import WHILE_RUNNING
 from twostep.training.run_folder import RunError, RunFolder
 
 STAGES: list[dict[str, Any]] = [
@@ -114,6 +116,27 @@ def test_what_may_not_is_named_key_by_key(
     assert all(words in str(error.value) for words in refusals)
     assert "log_every" not in str(error.value)
     assert (run / "run.toml").read_text() == before
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_rate_of_a_method_may_change_while_it_runs(name: str) -> None:
+    fields = find_method(name).Settings.model_fields
+    rates = {key: field.json_schema_extra for key, field in fields.items() if "_rate" in key}
+    assert list(rates.values()) == [WHILE_RUNNING] * len(rates)
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("dmd2", "fake_learning_rate"), ("ladd", "heads_learning_rate")],
+)
+def test_rates_of_other_methods_may_change_too(method: str, rate: str, tmp_path: Path) -> None:
+    stage: dict[str, Any] = {"teacher_steps": None, "method": {"name": method}}
+    folder = RunFolder(tmp_path / "run", recipe({0: stage}))
+    folder.save(f"4-{method}", {"iteration": 3})
+    del folder
+    stage["method"] = {"name": method, rate: 1e-7}
+    changes = RunFolder(tmp_path / "run", recipe({0: stage})).changes
+    assert [str(change) for change in changes] == [f"stages.0.method.{rate}: nothing -> 1e-07"]
 
 
 def test_stages_may_come_and_go_after_those_that_have_begun(run: Path) -> None:

@@ -1,8 +1,8 @@
 """The command line: thin verbs over the library.
 
-Each verb reads its flags, calls one function of a room below, and prints. torch and everything that
-needs it are imported inside the verbs, so that help and recipes answer at once. Every
-`TwostepError` becomes one red line.
+Each verb reads its flags, calls one function of a room below, and prints. torch and everything else
+that takes long to import is imported inside the verbs, so that help, recipes, and what is read off
+headers answer at once. Every `TwostepError` becomes one red line.
 """
 
 import os
@@ -10,12 +10,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep import __version__
-from twostep.cli import cache, compare, draw, evaluate, files, pretrain, serve, train
+from twostep.cli import bench, cache, compare, draw, evaluate, files, pretrain, serve, train
 from twostep.errors import TwostepError
 from twostep.files import UNHARMED, advice_on
 from twostep.training.stopping import StoppedError
@@ -53,6 +51,9 @@ class _Verbs(TyperGroup):
 
 
 def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
     Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
 
 
@@ -95,7 +96,7 @@ _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
 _BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
-_MEASURING = (compare.compare, compare.reproduce)
+_MEASURING = (compare.compare, compare.reproduce, bench.bench)
 _SERVING = (serve.serve,)
 for verb in (*_DRAWING, *_SERVING, *_TRAINING, *_BUILT_IN, *_MEASURING, *_FILES):
     app.command()(verb)

@@ -168,7 +168,7 @@ def _read_prompts(sources: Sequence[str]) -> list[str] | None:
     from twostep.data.texts import UnreadableTextError, read_lines
 
     path = Path(sources[0])
-    if len(sources) > 1 or path.suffix != ".txt" or not path.is_file():
+    if len(sources) > 1 or path.suffix.lower() != ".txt" or not path.is_file():
         return None
     try:
         lines = read_lines(path)
@@ -228,6 +228,8 @@ def _print_findings(findings: Findings, num_cut: int) -> None:
     if findings.other_files:
         counts = (f"{ending} {count}" for ending, count in findings.other_files.most_common())
         typer.echo(f"left alone, by their endings: {', '.join(counts)}")
+    for table, count in findings.unlisted.items():
+        typer.echo(f"{table} does not list {count} of the pictures beside it; they were left alone")
     for folder, repeats in findings.repeats.items():
         typer.echo(f"{folder}: drawn {repeats} times as often, as its name says")
     if num_cut:

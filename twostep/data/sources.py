@@ -22,7 +22,13 @@ from typing import Any
 
 from PIL import Image
 
-from twostep.data.texts import UnreadableTextError, captions_of, decode, read_rows
+from twostep.data.texts import (
+    UnreadableTextError,
+    captions_of,
+    decode,
+    is_missing,
+    read_rows,
+)
 from twostep.errors import TwostepError
 from twostep.media.pictures import UnusablePictureError, open_picture, sharpness
 
@@ -103,10 +109,12 @@ class Findings:
 
     Attributes:
         other_files: endings of files that were left alone, and how many had each.
+        unlisted: tables, and how many pictures lie beside each that it does not list.
         repeats: folders in kohya's layout, and how often each counts.
     """
 
     other_files: Counter[str] = field(default_factory=Counter)
+    unlisted: Counter[str] = field(default_factory=Counter)
     repeats: dict[str, int] = field(default_factory=dict)
 
 
@@ -217,30 +225,69 @@ def _weight(name: str, weights: Mapping[str, float]) -> float:
 
 
 def _from_folder(folder: Path, columns: Columns, findings: Findings) -> Iterator[Entry]:
-    """Read `x.txt` beside `x.png`, in subfolders too, or what a table in it lists."""
+    """Read `x.txt` beside `x.png`, in subfolders too, or what tables in them list."""
     if not folder.is_dir():
         raise DataError(
             f"{folder} is no folder, .jsonl or .csv file, .tar shard or {HUB}name of a dataset."
         )
-    for name in TABLES:
-        if (folder / name).is_file():
-            yield from _from_table(folder / name, columns)
-            return
     files = sorted(_files(folder))
-    pictures = [path for path in files if path.suffix.lower() in ENDINGS]
-    shards = [str(path) for path in files if path.name.endswith(SHARD_ENDINGS)]
-    if shards and not pictures:
-        yield from _from_shards(shards, str(folder), columns)
-        return
+    tables = _tables(files)
     for path in files:
         if path.suffix.lower() not in (*ENDINGS, *_LEFT_ALONE):
             findings.other_files[path.suffix.lower()] += 1
+    pictures = [path for path in files if path.suffix.lower() in ENDINGS]
+    for table in tables:
+        covered = [path for path in pictures if table.parent in path.parents]
+        listed: set[str] = set()
+        yield from _from_table(table, columns, folder, listed)
+        unlisted = sum(os.path.normpath(path) not in listed for path in covered)
+        if unlisted:
+            findings.unlisted[_printable(str(table.relative_to(folder)))] = unlisted
+    pictures = [
+        path for path in pictures if not any(table.parent in path.parents for table in tables)
+    ]
+    shards = [str(path) for path in files if path.name.endswith(SHARD_ENDINGS)]
+    if shards and not pictures and not tables:
+        yield from _from_shards(shards, str(folder), columns)
+        return
+    texts = _texts(files)
     repeats = _repeats(folder, pictures)
     findings.repeats.update(repeats)
     for path in pictures:
         relative = path.relative_to(folder)
         weight = float(repeats.get(relative.parts[0], 1)) if len(relative.parts) > 1 else 1.0
-        yield _from_file(path, _printable(str(relative)), weight)
+        beside = texts.get(path.with_suffix(""), {})
+        yield _from_file(path, _printable(str(relative)), weight, beside)
+
+
+def _tables(files: Sequence[Path]) -> list[Path]:
+    """Return the tables among files that list the pictures of a folder and of all below it.
+
+    Of two in one folder the first in `TABLES` counts, and none counts below another.
+    """
+    found: dict[Path, Path] = {}
+    for name in TABLES:
+        for path in files:
+            if path.name == name:
+                found.setdefault(path.parent, path)
+    return [
+        table
+        for place, table in sorted(found.items())
+        if not any(above in found for above in place.parents)
+    ]
+
+
+def _texts(files: Sequence[Path]) -> dict[Path, dict[str, Path]]:
+    """Return the files of captions by the picture's path without its ending, and their own ending.
+
+    Windows' programs write endings in either case; of two, the one in small letters counts.
+    """
+    texts: dict[Path, dict[str, Path]] = {}
+    for path in files:
+        # Capitals come first.
+        if path.suffix.lower() in CAPTION_ENDINGS:
+            texts.setdefault(path.with_suffix(""), {})[path.suffix.lower()] = path
+    return texts
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -267,11 +314,11 @@ def _repeats(folder: Path, pictures: Sequence[Path]) -> dict[str, int]:
     return {match[0]: int(match[1]) for match in matches if match is not None}
 
 
-def _from_file(path: Path, name: str, weight: float) -> Entry:
-    """Return a picture file with the captions beside it."""
-    texts = [path.with_suffix(ending) for ending in CAPTION_ENDINGS]
+def _from_file(path: Path, name: str, weight: float, beside: Mapping[str, Path]) -> Entry:
+    """Return a picture file with the captions beside it, which are given by their endings."""
+    texts = [beside[ending] for ending in CAPTION_ENDINGS if ending in beside]
     try:
-        captions = captions_of([decode(text.read_bytes()) for text in texts if text.is_file()])
+        captions = captions_of([decode(text.read_bytes()) for text in texts])
     except UnreadableTextError as error:
         return Entry(name, None, path.read_bytes, problem=f"of its caption, {error}")
     except OSError as error:
@@ -279,16 +326,26 @@ def _from_file(path: Path, name: str, weight: float) -> Entry:
     return _entry(name, captions, path.read_bytes, weight=weight)
 
 
-def _from_table(file: Path, columns: Columns) -> Iterator[Entry]:
-    """Read a row for every picture: its path relative to the file, and its captions."""
+def _from_table(
+    file: Path, columns: Columns, folder: Path | None = None, listed: set[str] | None = None
+) -> Iterator[Entry]:
+    """Read a row for every picture: its path relative to the file, and its captions.
+
+    Args:
+        file: the table.
+        columns: which of its values are what.
+        folder: that names begin in, if not the table's own.
+        listed: takes the paths of the pictures.
+    """
     if not file.is_file():
         raise DataError(f"{file} does not exist.")
     try:
         rows = list(read_rows(file))
     except UnreadableTextError as error:
         raise DataError(f"{file}: {error}.") from error
+    start = Path() if folder is None else file.parent.relative_to(folder)
     for number, values in rows:
-        place = f"{file.name} line {number}"
+        place = _printable(f"{start / file.name} line {number}")
         if isinstance(values, str):
             yield _broken(place, values)
             continue
@@ -296,8 +353,11 @@ def _from_table(file: Path, columns: Columns) -> Iterator[Entry]:
         if image is None:
             yield _broken(place, _no_column(values, columns.image, "picture", "--image-column"))
             continue
-        read = (file.parent / str(image)).read_bytes
-        yield _of_row(_printable(str(image)), values, columns, read)
+        path = file.parent / str(image)
+        if listed is not None:
+            listed.add(os.path.normpath(path))
+        name = os.path.normpath(start / str(image)) if start.parts else str(image)
+        yield _of_row(_printable(name), values, columns, path.read_bytes)
 
 
 def _matches(pattern: str) -> list[str]:
@@ -332,10 +392,20 @@ def _from_shards(paths: list[str], source: str, columns: Columns) -> Iterator[En
 
 
 def _from_shard(tar: tarfile.TarFile, shard: str, columns: Columns) -> Iterator[Entry]:
-    """Group a webdataset shard's members by their names without ending: x.jpg with x.txt."""
+    """Group a webdataset shard's members by their names without ending: x.jpg with x.txt.
+
+    Hidden ones are left out, as in folders: macOS puts `._x.jpg` beside `x.jpg`.
+    """
     members = {
-        posixpath.normpath(member.name): member for member in tar.getmembers() if member.isfile()
+        posixpath.normpath(member.name): member
+        for member in tar.getmembers()
+        if member.isfile() and not posixpath.basename(member.name).startswith(".")
     }
+    texts = {}
+    for name, member in members.items():
+        stem, ending = posixpath.splitext(name)
+        if ending.lower() in (*CAPTION_ENDINGS, ".json"):
+            texts[stem + ending.lower()] = member
     for name, member in members.items():
         stem, ending = posixpath.splitext(name)
         if ending.lower() not in ENDINGS:
@@ -343,7 +413,7 @@ def _from_shard(tar: tarfile.TarFile, shard: str, columns: Columns) -> Iterator[
         whole = f"{shard}/{_printable(stem)}"
         content = _content(tar, member)
         try:
-            captions = _shard_captions(tar, members, stem, columns)
+            captions = _shard_captions(tar, texts, stem, columns)
         except (UnreadableTextError, ValueError) as error:
             yield Entry(whole, None, _returning(content), problem=f"of its caption, {error}")
             continue
@@ -351,7 +421,7 @@ def _from_shard(tar: tarfile.TarFile, shard: str, columns: Columns) -> Iterator[
 
 
 def _shard_captions(
-    tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], stem: str, columns: Columns
+    tar: tarfile.TarFile, texts: Mapping[str, tarfile.TarInfo], stem: str, columns: Columns
 ) -> tuple[str, ...]:
     """Return the captions of a picture in a shard.
 
@@ -360,10 +430,10 @@ def _shard_captions(
     folder, base = posixpath.split(stem)
     for start in dict.fromkeys((stem, posixpath.join(folder, base.partition(".")[0]))):
         for ending in CAPTION_ENDINGS:
-            if start + ending in members:
-                return captions_of(decode(_content(tar, members[start + ending])))
-        if f"{start}.json" in members:
-            text = decode(_content(tar, members[f"{start}.json"]))
+            if start + ending in texts:
+                return captions_of(decode(_content(tar, texts[start + ending])))
+        if f"{start}.json" in texts:
+            text = decode(_content(tar, texts[f"{start}.json"]))
             return _json_captions(text, columns)
     return ()
 
@@ -384,7 +454,7 @@ def _json(text: str) -> Any:
 
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableTextError(f"it is no JSON ({error})") from error
 
 
@@ -441,7 +511,10 @@ def _of_row(
     read: Callable[[], bytes | Image.Image],
 ) -> Entry:
     """Return the entry of a row of a table or dataset."""
-    captions = captions_of(_value(values, columns.caption))
+    try:
+        captions = captions_of(_value(values, columns.caption))
+    except UnreadableTextError as error:
+        return Entry(name, None, read, problem=f"of its caption, {error}")
     if not captions and not any(key in values for key in columns.caption):
         problem = _no_column(values, columns.caption, "caption", "--caption-column")
         return Entry(name, None, read, problem=problem)
@@ -477,7 +550,7 @@ def _no_column(values: Mapping[str, Any], keys: Sequence[str], what: str, flag: 
 
 def _value(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """Return the first value under one of the keys that is not empty; None if there is none."""
-    return next((values[key] for key in keys if values.get(key) not in (None, "", [])), None)
+    return next((values[key] for key in keys if not is_missing(values.get(key))), None)
 
 
 def _printable(name: str) -> str:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ _UTF_8_LETTER = re.compile(rb"[\xc3-\xcf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}")
 
 _LAYOUT = "\t\n\v\f\r\x85"
 """The control characters that are part of text."""
+
+_YEARLY = frozenset(map(chr, range(0x1F000, 0x1FB00)))
+"""The pictograms, of which there are more every year than Python's tables know."""
 
 
 class UnreadableTextError(TwostepError):
@@ -88,7 +92,9 @@ def _is_utf_8(data: bytes) -> bool:
 
 def _is_strange(sign: str) -> bool:
     """Tell whether a character is a control character that lays no text out, or none at all."""
-    return sign not in _LAYOUT and unicodedata.category(sign) in ("Cc", "Cn")
+    if sign in _LAYOUT or sign in _YEARLY:
+        return False
+    return unicodedata.category(sign) in ("Cc", "Cn")
 
 
 def _decoded(data: bytes, encoding: str) -> str:
@@ -153,7 +159,22 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """Return the captions in a value of a table: a text, or several, without empty ones."""
+    """Return the captions in a value of a table: a text, or several, without empty ones.
+
+    Raises:
+        UnreadableTextError: something there is no text, but a number or an object: a column of
+            labels, say, whose numbers would be learned as words.
+    """
     several: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
-    texts = (str(text).strip() for text in several if text is not None)
+    present = [each for each in several if not is_missing(each)]
+    for each in present:
+        if not isinstance(each, str):
+            shown = repr(each) if len(repr(each)) <= 40 else f"{repr(each)[:37]}..."
+            raise UnreadableTextError(f"it is {shown}, which is no text")
+    texts = (text.strip() for text in present)
     return tuple(text for text in texts if text)
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a value stands for none: null, the NaN that pandas writes for it, emptiness."""
+    return value in (None, "", []) or (isinstance(value, float) and math.isnan(value))

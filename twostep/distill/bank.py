@@ -56,7 +56,7 @@ class Bank:
         described = json.loads(json.dumps({**made_of, "latents": list(latent_shape)}))
         record = path / "bank.json"
         if record.exists():
-            _check_same(path, json.loads(record.read_text()), described)
+            _check_same(path, _read_record(record), described)
         else:
             with write_atomically(record) as file:
                 file.write(json.dumps(described, indent=2).encode() + b"\n")
@@ -130,6 +130,20 @@ def _is_at_work(name: str, lora: str | None) -> bool:
     if ".lora_" not in name:
         return True
     return lora is not None and f".{lora}." in name
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """Read what a bank was made of; RecipeError if that is damaged."""
+    try:
+        made_of = json.loads(record.read_bytes())
+        if not isinstance(made_of, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"{record} is damaged ({error}), so nobody knows what these landings were made of. "
+            "Delete that folder; they are computed anew."
+        ) from error
+    return made_of
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

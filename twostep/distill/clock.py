@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twostep.distill.recipe import Stage
-from twostep.training.loop import SECONDS
+from twostep.training.run_log import SECONDS
 
 _PASSES_OF_A_TURN = 3
 """A forward and a backward pass cost about three forward passes."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from twostep.training.loop import Means
 from twostep.training.recipe import Settings
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class Monitor:
         limits: of the method's figures, by name.
         rate: the factor of the learning rate that rollbacks have left.
         num_rollbacks: how many there were.
+        figures: those that have limits, since the last look. They belong into the checkpoints of
+            the stage, while `state_dict` outlives going back to one.
     """
 
     def __init__(self, settings: Health, limits: Mapping[str, Limit]) -> None:
@@ -94,13 +97,11 @@ class Monitor:
         self.limits = limits
         self.rate = 1.0
         self.num_rollbacks = 0
-        self._values: dict[str, list[float]] = {name: [] for name in limits}
+        self.figures = Means()
 
     def add(self, figures: Mapping[str, float]) -> None:
         """Take in the figures of one iteration."""
-        for name, values in self._values.items():
-            if name in figures:
-                values.append(figures[name])
+        self.figures.add({name: figures[name] for name in self.limits.keys() & figures.keys()})
 
     def symptoms(self, looks: Mapping[str, float]) -> list[str]:
         """Return what has been wrong since the last call, each with its value and a likely cause.
@@ -114,12 +115,10 @@ class Monitor:
                 symptoms.append(_drift(name, looks[name], "too high a learning_rate"))
         if looks.get("diversity", 1.0) < self.settings.least_diversity:
             symptoms.append(_drift("diversity", looks["diversity"], "a collapse"))
-        for name, values in self._values.items():
-            mean = sum(values) / max(1, len(values))
-            values.clear()
-            limit = self.limits[name]
-            if abs(mean) > limit.largest:
-                symptoms.append(f"{name} is {mean:.1f} (likely {limit.likely_cause})")
+        means = self.figures.taken()
+        for name, limit in self.limits.items():
+            if abs(means.get(name, 0.0)) > limit.largest:
+                symptoms.append(f"{name} is {means[name]:.1f} (likely {limit.likely_cause})")
         return symptoms
 
     def roll_back(self) -> bool:

@@ -406,6 +406,7 @@ class _MonitoredRun:
             self.folder,
             name=self.name,
             state=self.trainer.state,
+            means={"health_figures": self.monitor.figures},
             checkpoint_start=self.monitor.settings.action == "rollback",
             only_examined=self.has_rolled_back,
             periodic=self.periodic,

@@ -108,7 +108,7 @@ def bundled_embeddings(header: Header) -> list[Embedding]:
                 raise EmbeddingError(
                     f"{header.path} has {key}; expected {BUNDLED}NAME.clip_l and .clip_g."
                 )
-            vectors.setdefault(name, {})[ENCODERS[encoder]] = file.get_tensor(key)
+            vectors.setdefault(name, {})[ENCODERS[encoder]] = _in_rows(file.get_tensor(key))
     return [Embedding(name, parts, header.path) for name, parts in vectors.items()]
 
 
@@ -138,7 +138,7 @@ def _both(header: Header) -> Embedding:
     if unknown:
         raise EmbeddingError(f"{header.path} has {unknown[0]} beside clip_l and clip_g.")
     with safe_open(header.path, "pt") as file:
-        vectors = {ENCODERS[key]: file.get_tensor(key) for key in header.shapes}
+        vectors = {ENCODERS[key]: _in_rows(file.get_tensor(key)) for key in header.shapes}
     return Embedding(header.path.stem, vectors, header.path)
 
 
@@ -157,6 +157,10 @@ def _of_two_files(header: Header) -> Embedding:
         with safe_open(path, "pt") as file:
             if list(file.keys()) != [word]:
                 raise EmbeddingError(f"{path} has {list(file.keys())}; expected {word} alone.")
-            tensor = file.get_tensor(word)
-            vectors[part] = tensor[None] if tensor.dim() == 1 else tensor
+            vectors[part] = _in_rows(file.get_tensor(word))
     return Embedding(word, vectors, header.path)
+
+
+def _in_rows(vectors: Tensor) -> Tensor:
+    """Return vectors as [number, width]; a single one may be stored as [width]."""
+    return vectors[None] if vectors.dim() == 1 else vectors

@@ -146,13 +146,15 @@ def weights_variant(folder: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a config; raises ModelError if it is missing or damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelError(
             f"{path} does not exist: that part of the model is missing. Fetch or train it."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}). Fetch that model again.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is damaged (no JSON object). Fetch that model again.")
     return values
 
 

@@ -157,8 +157,6 @@ def read_peft_configs(header: Header) -> dict[str, PeftConfig]:
     if not has_peft_names or not path.is_file():
         return {}
     values = read_json(path)
-    if not isinstance(values, dict):
-        raise LoraError(f"{path} is damaged (no JSON object). Fetch or export it again.")
     kind = values.get("peft_type", "LORA")
     if kind not in ("LORA", *_RELATIVES):
         raise LoraError(
@@ -177,7 +175,7 @@ def _in_metadata(header: Header) -> dict[str, PeftConfig]:
     source = f"{header.path}: its {METADATA_KEY}"
     try:
         metadata = json.loads(header.metadata[METADATA_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraError(f"{source} is damaged ({error}). Fetch or export it again.") from error
     if not isinstance(metadata, dict):
         raise LoraError(f"{source} is damaged (no JSON object). Fetch or export it again.")

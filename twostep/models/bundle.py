@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from twostep.contract import Contract
 from twostep.formats.embeddings import Embedding
 from twostep.formats.locate import ModelError
 from twostep.media.codec import Codec
+from twostep.models.runtime import Runtime
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 
@@ -48,12 +49,21 @@ class TakesEmbeddings(Protocol):
         """Return the same with words for textual inversions."""
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A prompt encoder that can keep what it encoded for the next time."""
+
+    def remembering(self) -> PromptEncoder:
+        """Return the same with a memory; its weights must not change any more."""
+
+
 @dataclass(frozen=True, eq=False)
 class Bundle:
     """Everything that sampling needs.
 
     `students` are the step counts of the students that lie in the same folder. `origin` is the
-    model, followed by its LoRAs, as they were named when it was loaded.
+    model, followed by its LoRAs, as they were named when it was loaded. `runtime` is what runs its
+    networks.
     """
 
     denoiser: Denoiser
@@ -62,6 +72,7 @@ class Bundle:
     contract: Contract
     students: tuple[int, ...] = ()
     origin: tuple[str, ...] = ()
+    runtime: Runtime = field(default_factory=Runtime)
 
     def conditioning(
         self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False
@@ -113,6 +124,15 @@ class Bundle:
                 "inversions."
             )
         return replace(self, text=self.text.with_embeddings(embeddings))
+
+    def remembering(self) -> Bundle:
+        """Return the bundle with a memory of prompts, if its prompt encoder can have one.
+
+        For bundles whose text encoders do not change any more.
+        """
+        if not isinstance(self.text, Remembers):
+            return self
+        return replace(self, text=self.text.remembering())
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Bundle:
         """Move every network to a device, in place, and to a precision if one is given.

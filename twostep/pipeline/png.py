@@ -11,12 +11,9 @@ This module does not know how a picture was drawn; it is handed a `Result`.
 
 import json
 import re
-import tempfile
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,8 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.export.page import page_of
-from twostep.files import write_new
-from twostep.media.codec import Encoded
 from twostep.pipeline.graph_pictures import file_name
+from twostep.pipeline.output import prepare_folder, stem_of, write_item
 from twostep.pipeline.request import (
     MAX_BATCH,
     SAMPLERS,
@@ -40,12 +36,6 @@ from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
-_MAX_SLUG_LETTERS = 60
-_MAX_SLUG_BYTES = 100
-
-
-class OutputError(TwostepError):
-    """A picture could not be written."""
 
 
 class ProvenanceError(TwostepError):
@@ -101,8 +91,8 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
     paths = []
     for index, image in enumerate(result.images):
         encoded = result.to_file(image, text_chunks(result, index))
-        stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
-        paths.append(write_new(_free_paths(folder, stem, encoded), encoded.data))
+        stem = stem_of(result.request.prompt, result.contract.name, result.seeds[index])
+        paths.append(write_item(folder, stem, encoded.data, encoded.suffix))
     return paths
 
 
@@ -144,7 +134,8 @@ def comfyui_chunks(contract: Contract, request: Request, traits: ModelTraits) ->
 def a1111_text(contract: Contract, request: Request) -> str:
     """Describe one picture the way A1111 does.
 
-    That is the prompt, the negative prompt if there is any, and one line of settings.
+    That is the prompt, in which A1111 also says its LoRAs, by the names of their files without
+    ending; the negative prompt if there is any; and one line of settings.
     """
     settings = {
         "Steps": f"{request.steps}",
@@ -157,7 +148,9 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "RNG": "CPU",
         "Version": f"twostep {contract.version}",
     }
-    lines = [request.prompt]
+    choices = [LoraChoice.parse(str(lora)) for lora in request.loras]
+    loras = [f"<lora:{Path(lora.name).stem}:{lora.weight:g}>" for lora in choices]
+    lines = [" ".join([request.prompt, *loras])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items()))
@@ -191,7 +184,7 @@ def read_provenance(path: str | Path) -> Provenance:
     try:
         with Image.open(path) as image:
             chunks = dict(image.info)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ProvenanceError(
             f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
         ) from error
@@ -202,7 +195,7 @@ def read_provenance(path: str | Path) -> Provenance:
         )
     try:
         return _read_chunks(json.loads(chunks[TWOSTEP_CHUNK]), str(chunks.get(A1111_CHUNK, "")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ProvenanceError(
             f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}."
         ) from error
@@ -234,42 +227,6 @@ def _hashes(described: object) -> dict[str, str]:
     if not isinstance(described, dict):
         raise TypeError("lora_hashes is no object")
     return {str(name): str(value) for name, value in described.items()}
-
-
-def prepare_folder(folder: str | Path) -> Path:
-    """Create a folder and prove that it can be written to, before work is spent.
-
-    Raises `OutputError` where it cannot.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(
-            f"cannot write to {folder}: {reason}. Choose a folder that you may write to."
-        ) from error
-    return folder
-
-
-def _free_paths(folder: Path, stem: str, encoded: Encoded) -> Iterator[Path]:
-    """Yield the names that an item may get: the stem, then with numbers."""
-    yield folder / f"{stem}{encoded.suffix}"
-    for number in count(2):
-        yield folder / f"{stem}_{number}{encoded.suffix}"
-
-
-def _slug(text: str) -> str:
-    """Return a text as a file name: lower-case letters and digits, hyphens between.
-
-    Letters of every script stay. File systems count bytes, and allow 255 in the whole name.
-    """
-    normal = unicodedata.normalize("NFKC", text).lower()
-    words = re.sub(r"[\W_]+", "-", normal).strip("-")[:_MAX_SLUG_LETTERS]
-    cut = words.encode()[:_MAX_SLUG_BYTES].decode(errors="ignore")
-    return cut.rstrip("-") or "untitled"
 
 
 def _quote(value: str) -> str:

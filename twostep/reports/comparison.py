@@ -41,6 +41,7 @@ from twostep.reports.benchmark import (
 )
 from twostep.training.device import find_device
 from twostep.training.recipe import RecipeError, recipe_text
+from twostep.training.run_log import SECONDS, read_log
 
 NUM_SHOWN = 24
 """Pictures of each set of prompts that pages show, and that may be voted on."""
@@ -432,13 +433,8 @@ def _total_seconds(stages: Sequence[Stage], pace: dict[str, float]) -> float | N
 
 def _seconds_by_stage(log: Path) -> dict[str, float]:
     """Return the last pace of each stage in a run's log, in seconds per iteration."""
-    pace = {}
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    for line in lines:
-        values = json.loads(line)
-        if "seconds_per_iteration" in values:
-            pace[values["part"]] = float(values["seconds_per_iteration"])
-    return pace
+    lines, _ = read_log(log)
+    return {line["part"]: float(line[SECONDS]) for line in lines if SECONDS in line}
 
 
 def _counted(steps: int) -> str:

@@ -21,16 +21,14 @@ from twostep.contract import Contract
 from twostep.distill.recipe import Stage
 from twostep.files import write_atomically
 from twostep.formats import resolve
-from twostep.training.loop import SECONDS
 from twostep.training.recipe import recipe_text
 from twostep.training.run_folder import RunError
+from twostep.training.run_log import SECONDS, Line, read_log
 
 NOT_CURVES = {"time", "part", "iteration", "trouble", "picture", SECONDS}
 """What lines of the log hold beside figures."""
 
 _HERE = Path(__file__).parent
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _read_run(folder: Path) -> Run:
             f"{folder} holds no run: it has no run.toml. Give the --out of a `twostep distill`."
         )
     recipe = recipe_text(record)
-    lines, num_unreadable = _read_log(folder / "log.jsonl")
+    lines, num_unreadable = read_log(folder / "log.jsonl")
     parts = _read_parts(lines, folder)
     environments = [
         {key: value for key, value in line.items() if key not in NOT_CURVES}
@@ -193,34 +191,14 @@ def _renamed(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _read_log(path: Path) -> tuple[list[Line], int]:
-    """Return the lines of a log, and how many were none, as the last one of a killed run."""
-    if not path.is_file():
-        return [], 0
-    lines = []
-    num_unreadable = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        if isinstance(values, dict) and "part" in values:
-            lines.append(values)
-        else:
-            num_unreadable += 1
-    return lines, num_unreadable
-
-
 def _iterations_by_stage(recipe: str, parts: dict[str, Part]) -> dict[str, int]:
     """Return how many iterations each stage has; of a recipe before stages, what the log has."""
-    values = tomllib.loads(recipe)
-    if "stages" not in values:
-        return {name: part.iteration for name, part in parts.items()}
     try:
+        values = tomllib.loads(recipe)
+        if "stages" not in values:
+            return {name: part.iteration for name, part in parts.items()}
         stages = [Stage.model_validate(stage) for stage in values["stages"]]
-    except ValidationError as error:
+    except (tomllib.TOMLDecodeError, TypeError, ValidationError) as error:
         raise RunError(f"the recipe of this run cannot be read: {error}") from error
     return {stage.name: stage.iterations for stage in stages}
 

@@ -66,7 +66,9 @@ def place_embeddings(prompt: str, names: Mapping[str, int]) -> str:
     for index, (name, count) in enumerate(names.items()):
         tokens[name] = " ".join(f"<emb{index}v{vector}>" for vector in range(count))
 
-    def named(match: re.Match[str]) -> str:
+    def placed(match: re.Match[str]) -> str:
+        if match["bare"] is not None:
+            return f" {tokens[match['bare']]} "
         name = match["name"]
         for ending in _ENDINGS:
             name = name.removesuffix(ending)
@@ -80,10 +82,10 @@ def place_embeddings(prompt: str, names: Mapping[str, int]) -> str:
             "with --lora."
         )
 
-    prompt = _NAMED.sub(named, prompt)
-    for name in sorted(tokens, key=len, reverse=True):
-        prompt = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", f" {tokens[name]} ", prompt)
-    return prompt
+    # All at once: a name may be part of another one, or of the tokens.
+    bare = "|".join(re.escape(name) for name in sorted(tokens, key=len, reverse=True)) or "(?!)"
+    pattern = rf"{_NAMED.pattern}|(?<!\w)(?P<bare>{bare})(?!\w)"
+    return re.sub(pattern, placed, prompt)
 
 
 def with_tokens(

@@ -28,19 +28,20 @@ from twostep.training import device as devices
 from twostep.training.processes import average, averaged, world
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
+from twostep.training.run_log import SECONDS
 from twostep.training.stopping import OUT_OF_TIME, StoppedError, StopRequest, stop_requests
 
 OnIteration = Callable[[int, dict[str, float]], None]
 """Called after every iteration with the number of iterations done and the figures of the last."""
-
-SECONDS = "seconds_per_iteration"
-"""The figure beside those of an iteration that says how long one took on average."""
 
 _EXIT_CODE = "exit_code"
 """Beside the figures that processes exchange after every iteration: why one of them is to stop."""
 
 _MEANS = "means"
 """Where a checkpoint keeps the figures that are not yet logged."""
+
+_EXAMINED = "examined"
+"""Where a checkpoint says whether `on_checkpoint` has let it pass."""
 
 Schedule = Literal["constant", "cosine", "linear"]
 """How a learning rate moves after its warm-up."""
@@ -274,7 +275,7 @@ def _decay_progress(iteration: int, settings: LoopSettings) -> float:
         # It begins at the peak, which is the end of the warm-up or later.
         after_warmup = max(0, settings.iterations - settings.warmup_iterations)
         num_decaying = min(num_decaying or after_warmup, after_warmup)
-    num_left = settings.iterations - iteration
+    num_left = max(0, settings.iterations - iteration)
     if num_decaying <= num_left:
         return 0.0
     if settings.restarts and num_left > 0:
@@ -314,6 +315,7 @@ def run_loop(
     name: str,
     state: Mapping[str, Stateful],
     *,
+    means: Mapping[str, Means] | None = None,
     checkpoint_start: bool = False,
     only_examined: bool = False,
     periodic: Sequence[Periodic] = (),
@@ -331,6 +333,8 @@ def run_loop(
         folder: the run folder that takes checkpoints and the log.
         name: of the checkpoint, and of these figures in the log.
         state: everything that a checkpoint keeps, by name.
+        means: of figures that the caller takes, by name; a checkpoint keeps them too, and one of an
+            older version may lack them.
         checkpoint_start: whether to save the state before the first iteration too.
         only_examined: whether to go on from the last checkpoint that `on_checkpoint` let pass,
             rather than from a later one that was written because training was asked to stop.
@@ -341,31 +345,35 @@ def run_loop(
 
     Raises:
         StoppedError: Ctrl-C, SIGTERM or the folder's deadline asked to stop after an iteration,
-            whose checkpoint was written, without `on_checkpoint`.
+            whose checkpoint was written, without `on_checkpoint`: if that was due there, it is
+            called when the run goes on.
     """
 
     def save_checkpoint(num_done: int, *, examined: bool = True) -> None:
-        states = {key: holder.state_dict() for key, holder in state.items()}
+        states = {key: holder.state_dict() for key, holder in {**state, **all_means}.items()}
         folder.save(
             name,
-            {"iteration": num_done, _MEANS: means.state_dict(), **states},
+            {"iteration": num_done, _EXAMINED: examined, **states},
             keep=settings.keep_checkpoints,
             examined=examined,
             later=True,
         )
 
-    means = _Means()
-    start = _resume(folder, name, state, means, only_examined=only_examined)
-    if start is None:
-        start = 0
-        if checkpoint_start:
-            save_checkpoint(0)
+    logged = Means()
+    all_means = {_MEANS: logged, **(means or {})}
+    found = _resume(folder, name, state, all_means, only_examined=only_examined)
+    start = 0 if found is None else found.num_done
+    if found is None and checkpoint_start:
+        save_checkpoint(0)
     started_at = time.monotonic()
     try:
         with stop_requests(folder.deadline) as stop:
             for each in periodic:
                 if each.is_due(start) and not each.is_done(start):
                     each.act(start)
+            if found and not found.is_examined and start % settings.checkpoint_every == 0:
+                on_checkpoint(start)
+                save_checkpoint(start)
             for iteration in range(start, settings.iterations):
                 begun_at = time.monotonic()
                 figures = iterate(iteration, Randomness.at(settings.seed, iteration, name))
@@ -373,14 +381,14 @@ def run_loop(
                 # One process that is asked to stop stops all.
                 exit_code, figures = _agreed(stop, figures)
                 num_done = iteration + 1
-                means.add(figures)
+                logged.add(figures)
                 on_iteration(num_done, figures)
                 if num_done % settings.log_every == 0:
                     seconds = round((time.monotonic() - started_at) / (num_done - start), 4)
                     folder.log(
                         part=name,
                         iteration=num_done,
-                        **means.taken(),
+                        **logged.taken(),
                         **{SECONDS: seconds},
                     )
                 is_last = num_done == settings.iterations
@@ -414,34 +422,39 @@ def _act(periodic: Sequence[Periodic], num_done: int, stop: StopRequest) -> None
             stop.took(each.name, time.monotonic() - begun_at)
 
 
-class _Means:
+class Means:
     """The means of figures since they were last taken, each over the iterations that have it.
 
     Not every role takes a step in every iteration. A checkpoint keeps them, for it may come between
-    two lines of the log.
+    two of the moments at which they are taken.
     """
 
     def __init__(self) -> None:
+        """Start without any figure."""
         self._sums: dict[str, float] = {}
         self._counts: Counter[str] = Counter()
 
     def add(self, figures: Mapping[str, float]) -> None:
+        """Take in the figures of one iteration."""
         for key, value in figures.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._counts.update(figures.keys())
 
     def taken(self) -> dict[str, float]:
+        """Return the mean of every figure, and begin anew."""
         means = {key: value / self._counts[key] for key, value in self._sums.items()}
         self._sums.clear()
         self._counts.clear()
         return means
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        self._sums = dict(state["sums"])
-        self._counts = Counter({key: int(count) for key, count in state["counts"].items()})
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Restore what `state_dict` returned."""
+        self._sums = dict(state_dict["sums"])
+        self._counts = Counter({key: int(count) for key, count in state_dict["counts"].items()})
 
 
 def _agreed(stop: StopRequest, figures: dict[str, float]) -> tuple[int, dict[str, float]]:
@@ -475,24 +488,33 @@ def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings
     )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a training goes on from: after how many iterations, and whether that was examined."""
+
+    num_done: int
+    is_examined: bool
+
+
 def _resume(
     folder: RunFolder,
     name: str,
     state: Mapping[str, Stateful],
-    means: _Means,
+    means: Mapping[str, Means],
     *,
     only_examined: bool,
-) -> int | None:
-    """Restore `state` from a checkpoint and return its iteration, or None if there is none.
+) -> _Found | None:
+    """Restore `state` from a checkpoint, and return its iteration and whether it was examined.
 
-    A function of its own, so that the loop does not hold the loaded tensors while it runs.
+    None if there is none. A function of its own, so that the loop does not hold the loaded tensors
+    while it runs.
     """
     checkpoint = folder.load(name, only_examined=only_examined)
     if checkpoint is None:
         return None
     for key, holder in state.items():
         holder.load_state_dict(checkpoint[key])
-    # Older versions did not keep them.
-    if _MEANS in checkpoint:
-        means.load_state_dict(checkpoint[_MEANS])
-    return int(checkpoint["iteration"])
+    # Older versions did not keep all of the means.
+    for key in means.keys() & checkpoint.keys():
+        means[key].load_state_dict(checkpoint[key])
+    return _Found(int(checkpoint["iteration"]), bool(checkpoint.get(_EXAMINED, True)))

@@ -155,7 +155,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target[_position(target, last, key)] = value
 
 
-def _position(target: list[Any], part: str, key: str) -> int:
+def _position(target: Any, part: str, key: str) -> int:
+    if not isinstance(target, list):
+        raise RecipeError(f"'{key}': {target!r} is a value, which has no '{part}'; drop that part.")
     if not part.isdigit() or int(part) >= len(target):
         raise RecipeError(
             f"'{key}': '{part}' is no position in a list of {len(target)}; "

@@ -40,6 +40,7 @@ from twostep.training.checkpoints import (
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError, Settings, recipe_text
 from twostep.training.resuming import Change, Progress, changes, settled, stated_keys
+from twostep.training.run_log import read_log
 from twostep.training.shards import exchange_shards, has_shards
 
 FINISHED = "-finished"
@@ -179,18 +180,8 @@ class RunFolder:
 
     def has_logged(self, **values: Any) -> bool:
         """Tell whether a line of log.jsonl has these values, among others."""
-        path = self.path / "log.jsonl"
-        if not path.exists():
-            return False
-        for line in path.read_bytes().splitlines():
-            try:
-                logged = json.loads(line)
-            except ValueError:
-                # Half a line, of a run that was killed.
-                continue
-            if values.items() <= logged.items():
-                return True
-        return False
+        lines, _ = read_log(self.path / "log.jsonl")
+        return any(values.items() <= line.items() for line in lines)
 
     def save(
         self,

@@ -55,6 +55,7 @@ from twostep.networks.adapters import remove_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
+from twostep.training.recipe import WHILE_RUNNING
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -77,7 +78,10 @@ class Dmd2Settings(MethodSettings):
         1e-2, ge=0, description="weight of the head's own loss beside the fake score's"
     )
     fake_learning_rate: float | None = Field(
-        None, gt=0, description="of fake score and head; as learning_rate where not given"
+        None,
+        gt=0,
+        description="of fake score and head; as learning_rate where not given",
+        json_schema_extra=WHILE_RUNNING,
     )
     regression_iterations: int = Field(
         0, ge=0, description="first iterations, of one step: regression on the teacher's landings"

@@ -26,6 +26,7 @@ from twostep.evaluate.judge import Judge
 from twostep.media.codec import Codec, DecodesWithGradient
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.training.recipe import WHILE_RUNNING
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -51,7 +52,10 @@ class HeadSettings(MethodSettings):
         1e-5, ge=0, description="weight of the R1 penalty on the heads' inputs; 1e-5 in ADD's paper"
     )
     heads_learning_rate: float | None = Field(
-        None, gt=0, description="as learning_rate where not given"
+        None,
+        gt=0,
+        description="as learning_rate where not given",
+        json_schema_extra=WHILE_RUNNING,
     )
     head_width: int = Field(64, gt=0, multiple_of=8, description="channels inside every head")
 
