@@ -245,6 +245,7 @@ def test_canvas_mask_and_controlnet_are_drawn_from_saved_and_restored(
     path = tmp_path / "saved.png"
     saved.value.save_as(path)
     again = Image.open(path)
+    again.load()  # texts may stand behind the pixels
     assert {"twostep", "twostep-inputs"} <= set(again.info)
     assert again.convert("RGBA").tobytes() == first
 
