@@ -208,6 +208,16 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
+    [({}, 1.0), ({"decay_share": 0.2}, 0.02), ({"schedule": "linear", "final_rate": 0.0}, 0.0)],
+)
+def test_after_the_end_the_rate_stays(changes: dict[str, Any], expected: float) -> None:
+    loop = settings(iterations=100, warmup_iterations=10, **changes)
+    rates = [learning_rate_factor(iteration, loop) for iteration in (100, 101, 500)]
+    assert rates == pytest.approx([expected] * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
     [
         ({}, {0: 0.1, 9: 1.0, 10: 1.0, 109: 1.0}),
         ({"schedule": "constant"}, {0: 0.1, 10: 1.0, 109: 1.0}),
