@@ -46,21 +46,28 @@ def file_of(answer: object) -> bytes:
     return answer.to_file(answer.images[0], text_chunks(answer, 0)).data
 
 
-def offline(studio: Studio, model: str, steps: int, seconds: float) -> dict[int, float]:
-    """Return pictures a second by the size of the batch, each measured so many seconds."""
-    rates = {}
+def offline(
+    studio: Studio, model: str, steps: int, seconds: float
+) -> dict[int, tuple[float, float]]:
+    """Measure each size of a batch for so many seconds.
+
+    Returns pictures a second, and the milliseconds of processor time that each of them takes.
+    """
+    measured = {}
     for size in BATCHES:
         requests = [wish(number).request(model, steps) for number in range(size)]
         studio.submit(requests)
         start = time.perf_counter()
+        used = time.process_time()
         count = 0
         while (now := time.perf_counter()) < start + seconds or not count:
             for answer in studio.submit(requests):
                 file_of(answer)
             count += size
             now = time.perf_counter()
-        rates[size] = count / (now - start)
-    return rates
+        used = time.process_time() - used
+        measured[size] = (count / (now - start), 1e3 * used / count)
+    return measured
 
 
 def one_prompt(studio: Studio, model: str, steps: int, seconds: float) -> float:
@@ -206,16 +213,19 @@ def main(
         alone = lone(served, studio, model, steps, rounds)
         freed = cancels(served, model, cancelled)
     after = offline(studio, model, steps, offline_seconds)
-    rates = {size: statistics.mean((before[size], after[size])) for size in BATCHES}
+    rates = {size: statistics.mean((before[size][0], after[size][0])) for size in BATCHES}
+    costs = {size: statistics.mean((before[size][1], after[size][1])) for size in BATCHES}
     best = max(rates.values())
     found: dict[str, Any] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{psutil.cpu_count()} cores",
         "offline_pictures_per_second": rates,
+        "offline_processor_ms": costs,
         "offline_one_prompt_pictures_per_second": whole,
         "served": figures(answers, seconds),
         "mean_batch": (later[0] - jobs) / max(1.0, later[1] - batches),
         "server_processor_share": used / seconds,
+        "server_processor_ms": 1e3 * used / sum(len(each.seconds) for each in answers),
         "files_compared": num_checked,
         "lone": alone,
         "cancel": freed,
@@ -262,6 +272,10 @@ def main(
         f"answers take {served_figures['p50_ms']:.0f} ms (median), "
         f"{served_figures['p95_ms']:.0f} ms (95 %); {found['mean_batch']:.1f} jobs a batch; the "
         f"server uses {found['server_processor_share']:.2f} cores; {num_checked} files compared"
+    )
+    typer.echo(
+        f"processor time of a picture: {found['server_processor_ms']:.1f} ms in the server, "
+        f"{min(costs.values()):.1f} ms offline at best"
     )
     typer.echo("| what | measured | wanted | |\n|---|---|---|---|")
     for what, measured, wanted, is_kept in checks:

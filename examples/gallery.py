@@ -16,7 +16,7 @@ from rich.text import Text
 
 import twostep
 from twostep.formats import read_contracts
-from twostep.pipeline.png import prepare_folder
+from twostep.pipeline.output import prepare_folder
 
 PROMPTS = (
     "a 3d red apple on a blue background",

@@ -5,6 +5,7 @@ rooms' tests draw and judge is made once.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TWOSTEP_SERVER"] = "off"  # nothing is handed to a server that happens to run
 
 from pathlib import Path
 from typing import TYPE_CHECKING

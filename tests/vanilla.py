@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE
 from twostep.formats.locate import find_model
 from twostep.formats.single_file import NAMES
+from twostep.formats.single_header import CLIP_G, CLIP_L, UNET, VAE
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, BinaryIO
 
 from twostep.errors import TwostepError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 if sys.platform != "win32":
     import fcntl
@@ -310,12 +311,14 @@ def remove_leftovers(folder: str | Path, *, within: tuple[str, ...] = ()) -> Non
                 path.unlink(missing_ok=True)
 
 
-def acquire_folder(folder: str | Path, lock: FileLock) -> None:
+def acquire_folder(folder: str | Path, lock: "FileLock") -> None:
     """Acquire the lock of a folder at once, until it is released or this process ends.
 
     Raises:
         WriteError: another process holds it, and so is at work in the folder.
     """
+    from filelock import Timeout
+
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
@@ -333,6 +336,9 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     Raises:
         WriteError: another process is at work in it, or it cannot be written.
     """
+    # Imported here, for every command imports this module and few lock anything.
+    from filelock import FileLock
+
     folder = Path(folder)
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

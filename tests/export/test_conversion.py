@@ -19,10 +19,11 @@ from transformers import CLIPTextConfig
 
 from twostep.export.conversion import REST, convert
 from twostep.formats import read_contracts
-from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, split
+from twostep.formats.ldm_names import split
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import DIALECTS, LoraError, LowRank, merge_lora, write_lora
 from twostep.formats.single_file import NAMES, PARTS, account, whole_weights
+from twostep.formats.single_header import CLIP_G, CLIP_L, UNET, VAE
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl_networks import hollow_networks

@@ -17,9 +17,10 @@ from twostep.contract import Contract
 from twostep.export.card import Card
 from twostep.export.writing import export
 from twostep.formats.header import read_header
-from twostep.formats.ldm_names import CLIP_L, UNET, unet_names
+from twostep.formats.ldm_names import unet_names
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import read_lora, write_lora
+from twostep.formats.single_header import CLIP_L, UNET
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from twostep.formats.header import read_header
 from twostep.formats.identify import kind_of, summary
-from twostep.formats.ldm_names import UNET, unet_names
+from twostep.formats.ldm_names import unet_names
 from twostep.formats.locate import ModelError, find_model
+from twostep.formats.single_header import UNET
 
 SDXL = json.loads((Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json").read_text())
 ATTENTION = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twostep.contract import ContractError
+from twostep.diffusion import trained_times
 from twostep.export.conversion import convert
 from twostep.export.verification import verify
 from twostep.export.writing import export
 from twostep.formats import read_contracts, resolve
 from twostep.formats.ldm_names import unet_names
-from twostep.formats.lightning import LIGHTNING
+from twostep.formats.lightning import LIGHTNING, TRAINED_TIMES
 from twostep.formats.locate import ModelError, find_model
 from twostep.formats.lora_files import LowRank, merge_lora, write_lora
 from twostep.models.bundle import Bundle
@@ -30,6 +31,10 @@ HUB_ID, ALIAS = LIGHTNING
 
 NAMES = [f"sdxl_lightning_{n}step{kind}" for n in (2, 4, 8) for kind in ("", "_unet", "_lora")]
 NAMES += ["sdxl_lightning_1step_x0", "sdxl_lightning_1step_unet_x0"]
+
+
+def test_times_without_torch_are_those_of_the_grid() -> None:
+    assert {steps: trained_times(steps) for steps in (8, 4, 2, 1)} == TRAINED_TIMES
 
 
 def small(seed: int) -> Bundle:
@@ -87,7 +92,7 @@ def hub(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # SDXL's configs are in the package; these files are of nano's size.
     base = filled / "models--stabilityai--stable-diffusion-xl-base-1.0" / "snapshots" / "0123"
-    for module in ("locate", "single_file"):
+    for module in ("locate", "single_file", "single_header"):
         monkeypatch.setattr(f"twostep.formats.{module}.SDXL_CONFIGS", base)
     return filled
 

@@ -2,6 +2,7 @@
 name; never in silence as another.
 """
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,7 +23,14 @@ from twostep.contract import (
 )
 from twostep.diffusion import make_schedule, prediction_from_output, solve, trailing_times
 from twostep.formats.contracts import SDXL
-from twostep.formats.diffusers_names import noise_of_scheduler, scheduler_settings
+from twostep.formats.diffusers_names import (
+    _EDM,
+    _FLOW,
+    _VARIANCE_PRESERVING,
+    library_defaults,
+    noise_of_scheduler,
+    scheduler_settings,
+)
 from twostep.formats.locate import ModelError
 from twostep.formats.single_file import SingleFile, noise_marks
 from twostep.media.image import ImageCodec
@@ -58,6 +66,20 @@ def ours(config: dict[str, object]) -> Tensor:
     times = torch.tensor([*trailing_times(STEPS, schedule), 0], dtype=torch.float64)
     columns = times[:, None].expand(-1, len(NOISE))
     return solve(denoise, NOISE, columns, schedule) * getattr(schedule, "sigma_data", 1.0)
+
+
+def test_defaults_that_are_written_down_are_those_of_diffusers() -> None:
+    names = [*_EDM, *_FLOW, *_VARIANCE_PRESERVING]
+    names += ["UNet2DConditionModel", "AutoencoderTiny", "AutoencoderKL"]
+    num_compared = 0
+    for name in names:
+        parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+        for key, value in library_defaults(name).items():
+            # Of a class whose own requirements are not installed nothing is known.
+            if key in parameters:
+                assert parameters[key].default == value, f"{name}: {key}"
+                num_compared += 1
+    assert num_compared > 100
 
 
 def theirs(config: dict[str, object]) -> Tensor:

@@ -14,15 +14,17 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from twostep.contract import VariancePreservingSpec
 from twostep.formats import read_contracts
 from twostep.formats.contracts import SDXL as CONTRACT_OF_SDXL
 from twostep.formats.header import read_header
-from twostep.formats.ldm_names import CLIP_G, CLIP_L, UNET, VAE, unet_names
+from twostep.formats.ldm_names import unet_names
 from twostep.formats.locate import SDXL_BASE, SDXL_CONFIGS, ModelError, find_model, hub_id
-from twostep.formats.single_file import find_single_file
+from twostep.formats.single_file import find_single_file, read_tensors
+from twostep.formats.single_header import CLIP_G, CLIP_L, UNET, VAE
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl_networks import hollow_networks
@@ -258,3 +260,30 @@ def test_a_path_that_is_not_there_is_never_asked_of_the_hub(
     assert hub_id("hf:runs/a") == "runs/a"
     with pytest.raises(AssertionError, match="the hub was asked"):
         find_model("hf:runs/a")
+
+
+def test_what_is_converted_is_read_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    halves = {f"w{i}": torch.randn(8, 4, generator=generator).half() for i in range(5)}
+    tensors = {**halves, "single": torch.ones(3), "ids": torch.arange(4)}
+    path = tmp_path / "weights.safetensors"
+    save_file(tensors, path)
+    opened: list[Path] = []
+
+    def counted(file: Path, framework: str) -> object:
+        opened.append(file)
+        return safe_open(file, framework)
+
+    monkeypatch.setattr("twostep.formats.single_file.safe_open", counted)
+    monkeypatch.setattr("twostep.formats.single_file._BYTES_AT_ONCE", 2 * 8 * 4 * 2)
+    as_they_are = read_tensors(path, tensors)
+    assert len(opened) == 1
+    converted = read_tensors(path, tensors, torch.float32)
+    assert len(opened) == 1 + 3  # two halves at a time, and the rest
+    assert list(converted) == list(as_they_are) == list(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(as_they_are[name], tensor) and as_they_are[name].dtype == tensor.dtype
+        assert torch.equal(converted[name], tensor.float() if name in halves else tensor)
+    assert converted["w0"].dtype == torch.float32 and converted["ids"].dtype == torch.int64

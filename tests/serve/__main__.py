@@ -14,14 +14,14 @@ from tests.serve.processes import running
 
 def cases(count: int, seed: int) -> str:
     """Send cases of the OpenAPI document."""
-    with running() as (_, address):
-        return f"answered {dict(sorted(try_document(address, count, seed).items()))}"
+    with running() as server:
+        return f"answered {dict(sorted(try_document(server.address, count, seed).items()))}"
 
 
 def malformed(count: int, seed: int) -> str:
     """Send malformed requests."""
-    with running() as (_, address):
-        return f"answered {dict(sorted(attack(address, count, seed).items()))}"
+    with running() as server:
+        return f"answered {dict(sorted(attack(server.address, count, seed).items()))}"
 
 
 def kills(count: int, seed: int) -> str:

@@ -101,14 +101,21 @@ def client(studio: GatedStudio) -> Iterator[TestClient]:
 
 @contextmanager
 def listening(
-    studio: Draws, *, with_mcp: bool = False, max_waiting: int = 64, rules: Rules | None = None
+    studio: Draws,
+    *,
+    with_mcp: bool = False,
+    max_waiting: int = 64,
+    handover_token: str | None = None,
+    rules: Rules | None = None,
 ) -> Iterator[str]:
     """Serve nano on a free port, and yield the address."""
     metrics = Metrics()
     engine = Engine([studio], max_waiting=max_waiting, observers=[metrics])
     metrics.watch(engine)
     serving = Serving(engine, Catalogue(["nano"]), metrics=metrics)
-    application = create_app(serving, rules or Rules(), with_mcp=with_mcp)
+    application = create_app(
+        serving, rules or Rules(), with_mcp=with_mcp, handover_token=handover_token
+    )
     config = uvicorn.Config(application, port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

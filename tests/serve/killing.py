@@ -6,13 +6,12 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import twostep
 from tests.serve.conftest import APPLE
-from tests.serve.processes import running
+from tests.serve.processes import Running, running
 from twostep.serve.client import ServerError
 
 NUM_CLIENTS = 4
@@ -39,10 +38,9 @@ def under_fire(path: Path, kills: int, seed: int) -> list[Accepted]:
     dice = random.Random(seed)
     accepted: list[Accepted] = []
     for _ in range(kills):
-        with running("--jobs", str(path)) as (server, address):
-            _ask_until_killed(server.kill, address, accepted, dice)
-            server.wait()
-    with running("--jobs", str(path)) as (_, address), twostep.Client(address) as client:
+        with running("--jobs", str(path)) as server:
+            _ask_until_killed(server, accepted, dice)
+    with running("--jobs", str(path)) as server, twostep.Client(server.address) as client:
         drawn: dict[twostep.Request, list[bytes]] = {}
         for job in accepted:
             files = client.job(job.id).wait().files
@@ -54,9 +52,7 @@ def under_fire(path: Path, kills: int, seed: int) -> list[Accepted]:
     return accepted
 
 
-def _ask_until_killed(
-    kill: Callable[[], None], address: str, accepted: list[Accepted], dice: random.Random
-) -> None:
+def _ask_until_killed(server: Running, accepted: list[Accepted], dice: random.Random) -> None:
     """Let clients post jobs, and kill the server at a random moment after the first are taken."""
     least = len(accepted) + LEAST_OF_A_ROUND
     delay = dice.uniform(0.0, 1.5)
@@ -64,7 +60,7 @@ def _ask_until_killed(
 
     def ask(number: int) -> None:
         own = random.Random(seeds[number])
-        with twostep.Client(address, name=f"client {number}", patience=0.0) as client:
+        with twostep.Client(server.address, name=f"client {number}", patience=0.0) as client:
             while True:
                 steps, guidance = own.choice([(1, None), (2, None), (32, 5.0)])
                 request = twostep.Request(
@@ -85,7 +81,7 @@ def _ask_until_killed(
         assert time.monotonic() < end, "the server takes no jobs"
         time.sleep(0.01)
     time.sleep(delay)
-    kill()
+    server.kill()
     for thread in threads:
         thread.join()
 

@@ -7,6 +7,7 @@ import gzip
 import http.client
 import json
 import random
+import socket
 import struct
 import zlib
 from collections import Counter
@@ -89,6 +90,19 @@ def attack(address: str, count: int, seed: int) -> Counter[str]:
         answered[str(response.status)] += 1
     connection.close()
     return answered
+
+
+def hang_up(address: str, count: int, seed: int) -> None:
+    """Connect so often, and leave at a random moment: before, within or after a request."""
+    dice = random.Random(seed)
+    host, port = address.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "x", "steps": 1, "stream": True, "partial_images": 3}).encode()
+    for _ in range(count):
+        path = dice.choice(["/v1/images/generations", "/sdapi/v1/txt2img"])
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(request[: dice.choice([0, 10, 100, len(request)])])
 
 
 def _odd_json(dice: random.Random) -> Malformed:

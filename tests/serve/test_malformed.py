@@ -3,10 +3,12 @@
 import base64
 import json
 import random
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 from fastapi.testclient import TestClient
@@ -14,7 +16,7 @@ from PIL import Image
 
 import twostep
 from tests.serve.conftest import APPLE, FakeStudio
-from tests.serve.malformed import attack, damaged
+from tests.serve.malformed import attack, damaged, hang_up
 from tests.serve.processes import running
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
@@ -30,6 +32,9 @@ def png(size: tuple[int, int] = (64, 64)) -> bytes:
     Image.new("RGB", size, "white").save(buffer, "PNG")
     return buffer.getvalue()
 
+
+IDLE = ("waiting", "drawing")
+"""What is zero where a server has nothing to do."""
 
 TEXT = base64.b64encode(png()).decode()
 BODIES: dict[str, dict[str, Any]] = {
@@ -170,17 +175,20 @@ def test_a_bomb_is_refused_before_it_is_unpacked(client: TestClient) -> None:
     assert client.post("/sdapi/v1/png-info", json={"image": text}).status_code < 500
 
 
-def test_two_thousand_malformed_requests_leave_nothing_behind() -> None:
+def test_two_thousand_malformed_requests_and_a_thousand_hung_up_leave_nothing_behind() -> None:
     request = twostep.Request(APPLE, seed=7, steps=1)
-    with running() as (server, address), twostep.Client(address) as client:
+    with running() as server, twostep.Client(server.address) as client:
         process = psutil.Process(server.pid)
         expected = client.draw(request).files
         # What any server takes once: caches, threads, and the pictures of jobs that it keeps.
-        attack(address, 400, seed=0)
+        attack(server.address, 400, seed=0)
         before = process.memory_info().rss
-        answered = attack(address, 2_000, seed=1)
+        answered = attack(server.address, 2_000, seed=1)
+        hang_up(server.address, 1_000, seed=2)
         assert client.draw(request).files == expected
-        assert server.poll() is None
+        assert server.is_alive
+        while any(httpx2.get(f"{server.address}/readyz", timeout=60).json()[it] for it in IDLE):
+            time.sleep(0.1)
         now = process.memory_info().rss
         assert now < 1.05 * before, (now / 2**20, before / 2**20)
         assert len(process.net_connections(kind="tcp")) < 20

@@ -1,8 +1,8 @@
 """The command line: thin verbs over the library.
 
-Each verb reads its flags, calls one function of a room below, and prints. torch and everything that
-needs it are imported inside the verbs, so that help and recipes answer at once. Every
-`TwostepError` becomes one red line.
+Each verb reads its flags, calls one function of a room below, and prints. torch and everything else
+that takes long to import is imported inside the verbs, so that help, recipes, and what is read off
+headers answer at once. Every `TwostepError` becomes one red line.
 """
 
 import os
@@ -10,8 +10,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from twostep import __version__
@@ -53,6 +51,9 @@ class _Verbs(TyperGroup):
 
 
 def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
     Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
 
 

@@ -6,38 +6,23 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
-
-from twostep.contract import Contract
-from twostep.pipeline.png import (
-    Provenance,
-    ProvenanceError,
-    prepare_folder,
-    read_provenance,
-    save_images,
-)
-from twostep.pipeline.request import (
-    NUM_DISTINCT_SEEDS,
-    Control,
-    Picture,
-    Request,
-    RequestError,
-    Result,
-)
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from twostep.contract import Contract
     from twostep.models.bundle import Bundle
     from twostep.pipeline.generation import OnStep
+    from twostep.pipeline.order import Order
+    from twostep.pipeline.png import Provenance
+    from twostep.pipeline.request import Request, Result
 
 _Model = Annotated[
     str, typer.Option(help="A built-in name, a model folder or a .safetensors file.")
@@ -83,11 +68,6 @@ _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
 ]
 
-_CONTROL = re.compile(
-    r"(?P<picture>.+)@(?P<model>[^@]+?)"
-    r"(:(?P<scale>\d*\.?\d+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?"
-)
-
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
@@ -107,11 +87,13 @@ def generate(
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
+    from twostep.pipeline.order import Order
+
     width, height = _parse_size(size)
     _check_steps(model, steps)
-    loras, embeddings = _parse_loras(lora)
-    request = Request(
+    order = Order(
         prompt,
+        model,
         num_images=num_images,
         seed=_parse_seed(seed, num_images),
         steps=steps,
@@ -119,14 +101,12 @@ def generate(
         negative_prompt=negative,
         width=width,
         height=height,
-        controls=_parse_controls(control),
-        model=model,
-        loras=loras,
-        embeddings=embeddings,
+        controls=tuple(control or ()),
+        loras=tuple(lora or ()),
         sampler=scheduler,
         treated_as=treated_as,
     )
-    _draw_and_save(request, out)
+    _hand_over_or_draw(order, out)
 
 
 def edit(
@@ -150,25 +130,25 @@ def edit(
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
+    from twostep.pipeline.order import Order
+
     _check_steps(model, steps)
-    loras, embeddings = _parse_loras(lora)
-    request = Request(
+    order = Order(
         prompt,
+        model,
         num_images=num_images,
         seed=_parse_seed(seed, num_images),
         steps=steps,
         guidance=guidance,
-        image=Picture.of(image),
+        image=str(image),
         strength=strength,
-        mask=None if mask is None else Picture.of(mask),
-        controls=_parse_controls(control),
-        model=model,
-        loras=loras,
-        embeddings=embeddings,
+        mask=None if mask is None else str(mask),
+        controls=tuple(control or ()),
+        loras=tuple(lora or ()),
         sampler=scheduler,
         treated_as=treated_as,
     )
-    _draw_and_save(request, out)
+    _hand_over_or_draw(order, out)
 
 
 def replay(
@@ -187,6 +167,8 @@ def replay(
 ) -> None:
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
     from PIL import Image, ImageChops
+
+    from twostep.pipeline.png import ProvenanceError, read_provenance
 
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
@@ -221,6 +203,8 @@ def info(
     ] = False,
 ) -> None:
     """Print what a model says of itself: how each of its checkpoints must be sampled."""
+    from rich.console import Console
+
     from twostep.formats import read_contracts
 
     contracts = read_contracts(model)
@@ -232,6 +216,9 @@ def info(
 
 def contract_table(contracts: list[Contract]) -> Table:
     """Lay contracts out side by side, one column each and a row for every field."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
     columns = [Column(contract.name, overflow="fold") for contract in contracts]
     table = Table("contract", *columns)
     for field in list(asdict(contracts[0]))[1:]:
@@ -242,6 +229,33 @@ def contract_table(contracts: list[Contract]) -> Table:
     return table
 
 
+def _hand_over_or_draw(order: Order, out: Path) -> None:
+    """Let a server of this user draw an order, or draw it here; write the PNGs and say so."""
+    from twostep.pipeline.output import prepare_folder
+    from twostep.serve.handover import hand_over
+
+    prepare_folder(out)
+    handed = hand_over(order, lambda line: typer.echo(line, err=True))
+    if handed is None:
+        _draw_and_save(order.request(), out)
+        return
+    for path in handed.save(out):
+        typer.echo(path)
+    _print_warnings(handed.warnings)
+    times = _times(handed.seconds, len(handed.files))
+    typer.echo(f"{times}; drawn by {handed.address}", err=True)
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    if not warnings:
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    for warning in warnings:
+        Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
 def _draw_and_save(
     request: Request, out: Path, provenance: Provenance | None = None
 ) -> tuple[Result, list[Path]]:
@@ -249,6 +263,11 @@ def _draw_and_save(
 
     With a provenance, the request is drawn with the checkpoint that is named there.
     """
+    from rich.console import Console
+
+    from twostep.pipeline.output import prepare_folder
+    from twostep.pipeline.png import save_images
+
     prepare_folder(out)
     start = time.perf_counter()
     with Console(stderr=True).status(f"loading {request.model}"):
@@ -261,9 +280,9 @@ def _draw_and_save(
     paths = save_images(result, out)
     for path in paths:
         typer.echo(path)
-    for warning in result.warnings:
-        Console(stderr=True).print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    typer.echo(_times(result, loading_seconds), err=True)
+    _print_warnings(result.warnings)
+    times = _times(result.seconds, len(result.images))
+    typer.echo(f"{times}; loading {loading_seconds:.2f} s", err=True)
     return result, paths
 
 
@@ -289,6 +308,15 @@ def _load(request: Request, provenance: Provenance | None) -> Bundle:
 @contextmanager
 def _progress_bar(name: str) -> Iterator[OnStep]:
     """Show a progress bar on a terminal; gives what is to be called after every step."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     from twostep.pipeline.generation import Progress as Step
 
     console = Console(stderr=True)
@@ -310,13 +338,11 @@ def _progress_bar(name: str) -> Iterator[OnStep]:
         yield on_step
 
 
-def _times(result: Result, loading_seconds: float) -> str:
-    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())
-    plural = "s" if len(result.images) > 1 else ""
-    return (
-        f"{len(result.images)} image{plural}, {result.seconds_per_image:.2f} s each: {stages}; "
-        f"loading {loading_seconds:.2f} s"
-    )
+def _times(seconds: Mapping[str, float], num_images: int) -> str:
+    stages = ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())
+    plural = "s" if num_images > 1 else ""
+    per_image = sum(seconds.values()) / num_images
+    return f"{num_images} image{plural}, {per_image:.2f} s each: {stages}"
 
 
 def _in_words(value: object) -> str:
@@ -334,6 +360,7 @@ def _check_steps(model: str, steps: int | None) -> None:
     if steps is None or steps >= 1:
         return
     from twostep.formats import read_contracts
+    from twostep.pipeline.request import RequestError
 
     offered = ", ".join(str(contract.steps) for contract in read_contracts(model))
     raise RequestError(
@@ -341,18 +368,10 @@ def _check_steps(model: str, steps: int | None) -> None:
     )
 
 
-def _parse_loras(given: list[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return LoRAs, and the textual inversions among them."""
-    if not given:
-        return (), ()
-    from twostep.formats.embeddings import is_embedding
-
-    embeddings = tuple(each for each in given if is_embedding(each))
-    return tuple(each for each in given if each not in embeddings), embeddings
-
-
 def _parse_seed(seed: str, num_images: int) -> int:
     """Read a seed, or pick one and say which on standard error."""
+    from twostep.pipeline.request import NUM_DISTINCT_SEEDS, RequestError
+
     if seed.strip().lower() != "random":
         if re.fullmatch(r"-?\d+", seed.strip()) is None:
             raise RequestError(f"seed is {seed!r}; expected a whole number from 0 up, or random.")
@@ -362,31 +381,12 @@ def _parse_seed(seed: str, num_images: int) -> int:
     return picked
 
 
-def _parse_controls(controls: list[str] | None) -> tuple[Control, ...]:
-    """Read "PICTURE@CONTROLNET:SCALE:FROM-TO", of which all after the ControlNet may be missing."""
-    parsed = []
-    for text in controls or ():
-        match = _CONTROL.fullmatch(text)
-        if match is None:
-            raise RequestError(
-                f"control is {text!r}; expected PICTURE@CONTROLNET:SCALE, "
-                "as shape.png@silhouette:0.8."
-            )
-        control = Control(
-            Picture.of(match["picture"]),
-            match["model"],
-            scale=float(match["scale"] or 1),
-            start=float(match["start"] or 0),
-            end=float(match["end"] or 1),
-        )
-        parsed.append(control)
-    return tuple(parsed)
-
-
 def _parse_size(size: str | None) -> tuple[int, int] | tuple[None, None]:
     """Read WIDTHxHEIGHT."""
     if size is None:
         return None, None
+    from twostep.pipeline.request import RequestError
+
     match = re.fullmatch(r"(\d+)[xX](\d+)", size.strip())
     if match is None:
         raise RequestError(f"size is {size!r}; expected WIDTHxHEIGHT in pixels, such as 64x64.")

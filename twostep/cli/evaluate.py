@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from twostep.evaluate.bootstrap import Estimate
     from twostep.evaluate.metrics import Report, Score
 
@@ -42,6 +41,8 @@ def evaluate(
     """Score pictures against their prompts: concept, style, background, distances, diversity."""
     import json
 
+    from rich.console import Console
+
     from twostep.files import write_atomically
     from twostep.reports.evaluation import evaluate_folder
 
@@ -58,6 +59,9 @@ def evaluate(
 def _warn_of_unknown(paths: tuple[Path, ...]) -> None:
     if not paths:
         return
+    from rich.console import Console
+    from rich.text import Text
+
     names = ", ".join(path.name for path in paths[:_NUM_NAMED])
     if len(paths) > _NUM_NAMED:
         names += ", ..."
@@ -70,6 +74,8 @@ def _warn_of_unknown(paths: tuple[Path, ...]) -> None:
 
 
 def _table(report: Report, reference: Path | None) -> Table:
+    from rich.table import Table
+
     table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
-from twostep.cli.draw import contract_table
 
 
 def export(
@@ -100,6 +97,10 @@ def inspect(
         as_object = json.loads(contract.to_json()) if contract else None
         typer.echo(json.dumps({**properties, "contract": as_object}, indent=2))
         return
+    from rich.console import Console
+
+    from twostep.cli.draw import contract_table
+
     for name, value in {"file": str(path), **properties}.items():
         typer.echo(f"{name:>10}  {value}")
     Console().print(contract_table([contract]) if contract else "It carries no contract.")

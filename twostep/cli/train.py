@@ -11,17 +11,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
 from twostep.cli.units import duration_in_seconds, size_in_bytes
 
@@ -53,6 +42,10 @@ def _figures_text(figures: dict[str, float]) -> str:
 
 def recipes() -> None:
     """List the recipes that come with the package."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from twostep.training.recipe import find_recipe, recipe_names
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -203,7 +196,7 @@ def distill(
         for change in folder.changes:
             typer.echo(f"changed since the last call: {change}", err=True)
         clock = ChainClock(settings.stages)
-        if world.is_first and not Console(stderr=True).is_terminal:
+        if world.is_first and not _has_terminal():
             folder.listeners.append(lambda logged: _print_line(progress_line(clock, logged)))
 
         def on_iteration(stage: Stage, num_done: int, figures: dict[str, float]) -> None:
@@ -336,6 +329,13 @@ def _print_line(line: str | None) -> None:
         typer.echo(line, err=True)
 
 
+def _has_terminal() -> bool:
+    """Whether what is written to standard error is shown on a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).is_terminal
+
+
 @contextmanager
 def progress_bar(title: str, shown: bool = True, *, lines: bool = True) -> Iterator[OnProgress]:
     """Show a bar with counts and the time that remains; yields the function that moves it.
@@ -345,10 +345,19 @@ def progress_bar(title: str, shown: bool = True, *, lines: bool = True) -> Itera
         shown: whether to show anything.
         lines: whether to print a line now and then where there is no terminal for a bar.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not _has_terminal():
         yield _line_printer(title) if shown and lines else lambda done, total, text: None
         return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -356,7 +365,7 @@ def progress_bar(title: str, shown: bool = True, *, lines: bool = True) -> Itera
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(title, total=None)
 
         def advance(done: int, total: int | None, text: str) -> None:

@@ -23,6 +23,7 @@ from twostep.formats.identify import LORAS, Kind, kind_of
 from twostep.formats.lightning import LIGHTNING, UNETS
 from twostep.formats.locate import ModelError, NoModelFolderError, find_model
 from twostep.formats.lora_locate import find_lora_file, may_be_one_file
+from twostep.formats.single_header import is_whole
 
 FOLDER = Kind("a folder")
 
@@ -55,9 +56,6 @@ class Checkpoint:
     @property
     def is_whole(self) -> bool:
         """Whether the model is one file with everything in it, the autoencoder too."""
-        # Imported here, for it loads torch, which locating a file does not need.
-        from twostep.formats.single_file import is_whole
-
         return self.header is not None and is_whole(self.header)
 
     @property

@@ -21,8 +21,9 @@ from twostep.formats import few_step
 from twostep.formats.diffusers_names import library_defaults, noise_of_scheduler
 from twostep.formats.header import Header
 from twostep.formats.identify import DOWN, LORA, UNET_ALONE, WHOLE, kind_of
-from twostep.formats.lightning import NAMED, UNETS
+from twostep.formats.lightning import NAMED, TRAINED_TIMES, UNETS
 from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, read_json
+from twostep.formats.single_header import config_folder, config_of, noise_of
 
 SDXL = Contract.from_json(Path(__file__).with_name("sdxl.json").read_text(encoding="utf-8"))
 """The contract of SDXL itself; steps and guidance are those of arXiv 2402.13929, section 3.6."""
@@ -76,15 +77,12 @@ def official_contract(name: str, header: Header | None = None) -> Contract | Non
         _check_kind(header, what)
         rank = next(iter(header.shape(DOWN)), None)
         alpha = rank if header.alpha is None else header.alpha
-    # Imported here, for it loads torch, which locating a file does not need.
-    from twostep.diffusion import trained_times
-
     return replace(
         SDXL,
         name=name.removesuffix(".safetensors"),
         role="student",
         steps=steps,
-        trained_times=trained_times(steps),
+        trained_times=TRAINED_TIMES[steps],
         prediction_type="x0" if predicts_x0 else "eps",
         guidance=1.0,
         lora_rank=rank,
@@ -111,12 +109,9 @@ def single_file_contract(header: Header) -> Contract:
 
     Raises ModelError for any other kind of file.
     """
-    # Imported here, for it loads torch, which locating a file does not need.
-    from twostep.formats.single_file import find_single_file
-
-    single = find_single_file(header)
-    derived = derived_contract(single.folder, single.config)
-    noise = single.noise
+    folder = config_folder(header)
+    derived = derived_contract(folder, lambda name: config_of(header, folder, name))
+    noise = noise_of(header)
     try:
         contract = replace(
             derived,
@@ -126,7 +121,7 @@ def single_file_contract(header: Header) -> Contract:
             schedule=noise.schedule or derived.schedule,
         )
     except ContractError as error:
-        raise ModelError(f"{header.path} and {single.folder} disagree: {error}") from error
+        raise ModelError(f"{header.path} and {folder} disagree: {error}") from error
     found = few_step.detect(header.path.stem, header.metadata)
     return contract if found is None else few_step.drawn_as(contract, *found)
 

@@ -2,7 +2,6 @@
 holds.
 """
 
-import inspect
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,45 @@ _VARIANCE_PRESERVING = (
 )
 """The schedulers of diffusers by the law of noise that they follow; how they step is our affair."""
 
+_USUAL_DEFAULTS: dict[str, Any] = {
+    "prediction_type": "epsilon",
+    "num_train_timesteps": TOP_TIME,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+}
+"""What most schedulers of diffusers take where a config says nothing."""
+
+_EDM_DEFAULTS: dict[str, Any] = {
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+}
+_BETA_DEFAULTS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "EDMEulerScheduler": _EDM_DEFAULTS,
+    "EDMDPMSolverMultistepScheduler": _EDM_DEFAULTS,
+    "DPMSolverSDEScheduler": _BETA_DEFAULTS,
+    "HeunDiscreteScheduler": _BETA_DEFAULTS,
+    "KDPM2AncestralDiscreteScheduler": _BETA_DEFAULTS,
+    "KDPM2DiscreteScheduler": _BETA_DEFAULTS,
+    "LCMScheduler": {**_BETA_DEFAULTS, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**_BETA_DEFAULTS, "beta_schedule": "scaled_linear"},
+    "UNet2DConditionModel": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_size": None,
+        "addition_embed_type": None,
+    },
+    "AutoencoderTiny": {"encoder_block_out_channels": (64, 64, 64, 64)},
+    "AutoencoderKL": {"block_out_channels": (64,)},
+}
+"""What some classes of diffusers take instead, or beside."""
+
 
 def noise_of_scheduler(
     config: dict[str, Any], where: str | Path
@@ -124,14 +162,11 @@ def _noise_of(
 
 
 def library_defaults(name: str) -> dict[str, Any]:
-    """Return what a class of diffusers takes for arguments that a config leaves out.
+    """Return what a class of diffusers takes for those arguments that are read here.
 
-    `name` is one of this package's own choice, for diffusers imports what it names.
+    They are written down, for asking diffusers itself takes seconds; a test compares them.
     """
-    import diffusers
-
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-    return {each.name: each.default for each in parameters if each.default is not each.empty}
+    return _USUAL_DEFAULTS | _DEFAULTS.get(name, {})
 
 
 def _flow(values: dict[str, Any], where: str | Path) -> RectifiedFlowSpec:

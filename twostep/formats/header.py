@@ -10,7 +10,8 @@ import math
 import re
 import struct
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,14 +43,20 @@ _BITS = {
 _NUMBERS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 """How `struct` reads one number of each precision that alphas come in; see also BF16 below."""
 
+_MAX_NUMBER_BYTES = 8
+
+_LEVELS = "edm_vpred."
+"""How the names of noise levels begin."""
+
 
 @dataclass(frozen=True, eq=False)
 class Header:
     """What the header of a .safetensors file says; the file has been found complete.
 
     `shapes` and `precisions` (as "F16") are by the sorted names of the tensors. `alpha` is the
-    first number whose name ends with `.alpha`, which LoRAs have; it is read together with the
-    header, so that the file is not opened again for it.
+    first number whose name ends with `.alpha`, which LoRAs have, and `levels` are the numbers whose
+    names begin with `edm_vpred.`, by which a model says its noise levels; they are read together
+    with the header, so that the file is not opened again for them.
     """
 
     path: Path
@@ -57,6 +64,7 @@ class Header:
     precisions: dict[str, str]
     metadata: dict[str, str]
     alpha: float | None = None
+    levels: Mapping[str, float] = field(default_factory=dict)
 
     def shape(self, pattern: str) -> tuple[int, ...]:
         """Return the shape of the first tensor whose name ends with a pattern, () without one."""
@@ -98,6 +106,7 @@ def _read_header(path: Path, size: int, version: tuple[int, int]) -> Header:
             _check_tensors(tensors)
             _check_size(tensors, start=8 + length, size=size)
             alpha = _first_alpha(file, tensors, start=8 + length)
+            levels = _levels(file, tensors, start=8 + length)
         names = sorted(tensors)
         shapes = {name: tuple(tensors[name]["shape"]) for name in names}
         precisions = {name: tensors[name]["dtype"] for name in names}
@@ -111,7 +120,14 @@ def _read_header(path: Path, size: int, version: tuple[int, int]) -> Header:
         RecursionError,
     ) as error:
         raise ModelError(f"{path} {_explanation(path, start, error)}") from error
-    return Header(path=path, shapes=shapes, precisions=precisions, metadata=metadata, alpha=alpha)
+    return Header(
+        path=path,
+        shapes=shapes,
+        precisions=precisions,
+        metadata=metadata,
+        alpha=alpha,
+        levels=levels,
+    )
 
 
 def _header_length(start: bytes, size: int) -> int:
@@ -171,10 +187,28 @@ def _first_alpha(file: BinaryIO, tensors: dict[str, Any], *, start: int) -> floa
     name = min((name for name in tensors if name.endswith(".alpha")), default=None)
     if name is None:
         return None
-    begin, end = tensors[name]["data_offsets"]
+    return _number(file, tensors[name], start=start)
+
+
+def _levels(file: BinaryIO, tensors: dict[str, Any], *, start: int) -> dict[str, float]:
+    """Read the numbers by which a model says its noise levels."""
+    levels = {}
+    for name in sorted(tensors):
+        if name.startswith(_LEVELS):
+            number = _number(file, tensors[name], start=start)
+            if number is not None:
+                levels[name] = number
+    return levels
+
+
+def _number(file: BinaryIO, tensor: dict[str, Any], *, start: int) -> float | None:
+    """Read a tensor of one number, None for any other."""
+    begin, end = tensor["data_offsets"]
+    if end - begin > _MAX_NUMBER_BYTES:
+        return None
     file.seek(start + begin)
     data = file.read(end - begin)
-    precision = tensors[name]["dtype"]
+    precision = tensor["dtype"]
     if precision == "BF16":  # the upper half of a float32
         data = b"\x00\x00" + data
         precision = "F32"

@@ -13,12 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-UNET = "model.diffusion_model."
-VAE = "first_stage_model."
-CLIP_L = "conditioner.embedders.0.transformer."
-CLIP_G = "conditioner.embedders.1.model."
-"""What a single file puts before the names of each of its parts."""
-
 _WORDS: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 )

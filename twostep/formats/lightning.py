@@ -8,7 +8,7 @@ with `_x0`, because they predict x0; there is no 1-step LoRA.
 import re
 from pathlib import Path
 
-from twostep.contract import ContractError
+from twostep.contract import TOP_TIME, ContractError
 
 LIGHTNING = ("ByteDance/SDXL-Lightning", "sdxl-lightning")
 """ByteDance's repository on the hub, and its short name here."""
@@ -20,6 +20,12 @@ UNETS = {
     1: "sdxl_lightning_1step_unet_x0.safetensors",
 }
 """The file that holds the UNet of each number of steps."""
+
+TRAINED_TIMES = {
+    steps: tuple(TOP_TIME - place * TOP_TIME // max(steps, 4) for place in range(max(steps, 4)))
+    for steps in UNETS
+}
+"""The times that each was trained at, falling, as `diffusion.trained_times` has them."""
 
 DEFAULT_STEPS = 2
 """The UNet that the bare name of the repository stands for."""

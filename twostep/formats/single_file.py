@@ -1,8 +1,7 @@
 """SDXL in one .safetensors file, as ComfyUI, A1111 and Civitai keep it, and in a folder.
 
-A single file has no configs. They, and the tokenizers, come from a model folder of the same name
-beside it, or else they are SDXL's own, which lie in this package. What a file says of the noise
-that it was trained on, it says by a few odd tensors and by its metadata.
+A single file has no configs; `single_header` says where they lie, and what noise a file was trained
+on. Here are the weights.
 """
 
 import re
@@ -13,27 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from twostep.contract import (
-    Contract,
-    ContractError,
-    EdmSpec,
-    PredictionType,
-    RectifiedFlowSpec,
-    ScheduleSpec,
-    VariancePreservingSpec,
-)
+from twostep.contract import Contract, EdmSpec, PredictionType, VariancePreservingSpec
 from twostep.formats.header import Header, read_header
-from twostep.formats.identify import kind_of
 from twostep.formats.ldm_names import (
-    CLIP_G,
-    CLIP_L,
-    UNET,
-    VAE,
     clip_g_names,
     clip_l_names,
     join,
@@ -42,11 +26,26 @@ from twostep.formats.ldm_names import (
     vae_names,
 )
 from twostep.formats.locate import (
-    INDEX_FILE,
     SDXL_CONFIGS,
     ModelError,
     read_json,
     weights_variant,
+)
+from twostep.formats.single_header import (
+    CLIP_G,
+    CLIP_L,
+    EDM_MEAN,
+    EDM_STD,
+    EDM_V_MAX,
+    EDM_V_MIN,
+    UNET,
+    VAE,
+    ZERO_SNR,
+    Noise,
+    V,
+    config_folder,
+    config_of,
+    noise_of,
 )
 
 Naming = Callable[[Iterable[str]], dict[str, str]]
@@ -66,49 +65,17 @@ PARTS = {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLI
 GUIDANCE = "time_embedding.cond_proj.weight"
 """Zeros in the UNet of a student's folder, which say that guidance is distilled in."""
 
+TINY = "AutoencoderTiny"
+"""The class of diffusers that no single file has names for."""
+
 LEFT_OUT = ("position_ids", "logit_scale")
 """Ends of keys that some files have and no network needs."""
 
-
-EDM_MEAN = "edm_mean"
-EDM_STD = "edm_std"
-EDM_V_MAX = "edm_vpred.sigma_max"
-EDM_V_MIN = "edm_vpred.sigma_min"
-V = "v_pred"
-ZERO_SNR = "ztsnr"
-"""Tensors beside the networks' by which a file says what noise it was trained on: Playground 2.5
-has mean and deviation of its latents, CosXL the ends of its noise levels; the last two are marks.
-"""
+_BYTES_AT_ONCE = 2**28
+"""How much of a file stands in memory beside what it is converted to."""
 
 _EDM_SCALE = 0.5
-"""What latents of such files are scaled by, beside their mean and deviation."""
-
-_PREDICTS = ("modelspec.prediction_type", "modelspec.predict_key")
-"""Metadata that say what a network predicts."""
-
-_WORDS: dict[str, PredictionType] = {
-    "eps": "eps",
-    "epsilon": "eps",
-    "v": "v",
-    "v_prediction": "v",
-    "v-prediction": "v",
-    "vpred": "v",
-    "v_pred": "v",
-    "sample": "x0",
-    "x0": "x0",
-    "flow": "flow",
-    "flow_prediction": "flow",
-    "rectified_flow": "flow",
-}
-"""What such metadata say, and what it means."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What a file says of what its network predicts, and of its schedule; None is: nothing."""
-
-    prediction_type: PredictionType | None = None
-    schedule: ScheduleSpec | None = None
+"""What latents of files with a mean and a deviation are scaled by beside."""
 
 
 class SingleFile:
@@ -134,84 +101,31 @@ class SingleFile:
 
     @cached_property
     def noise(self) -> Noise:
-        """What the file says of the noise that it was trained on; most say nothing.
-
-        Raises ModelError for what is contradictory or not known.
-        """
-        path = self.header.path
-        marks = self.header.shapes.keys()
-        if EDM_MEAN in marks or EDM_STD in marks:
-            if not {EDM_MEAN, EDM_STD} <= marks:
-                raise ModelError(f"{path} has only one of {EDM_MEAN} and {EDM_STD}. Fetch it anew.")
-            return Noise("edm", EdmSpec())
-        if EDM_V_MAX in marks or EDM_V_MIN in marks:
-            return Noise("v", self._edm_of_v())
-        predicts = self._named_prediction()
-        if V in marks:
-            predicts = "v"
-        says_zero_snr = str(self.header.metadata.get("ss_zero_terminal_snr", "")).lower() == "true"
-        if ZERO_SNR in marks or says_zero_snr:
-            if predicts not in ("v", "x0"):
-                raise ModelError(
-                    f"{path} was trained to begin without any signal (zero SNR), and predicts "
-                    f"{predicts or 'noise'}, which says nothing of the picture there: it lacks the "
-                    f"mark {V}. Fetch it anew, or convert it with the program that trained it."
-                )
-            return Noise(predicts, VariancePreservingSpec(zero_snr=True))
-        return Noise(predicts, RectifiedFlowSpec() if predicts == "flow" else None)
-
-    def _named_prediction(self) -> PredictionType | None:
-        """Return what the metadata say that is predicted; ModelError for an unknown word."""
-        if str(self.header.metadata.get("ss_v_parameterization", "")).lower() == "true":
-            return "v"
-        for key in _PREDICTS:
-            word = str(self.header.metadata.get(key, "")).strip().lower()
-            if word and word not in _WORDS:
-                raise ModelError(
-                    f"{self.header.path} says that it predicts {word!r} ({key}), which is not "
-                    f"known here; known are {', '.join(_WORDS)}."
-                )
-            if word:
-                return _WORDS[word]
-        return None
-
-    def _edm_of_v(self) -> EdmSpec:
-        """Return the noise levels of a file that predicts v after EDM."""
-        if EDM_V_MAX not in self.header.shapes:
-            raise ModelError(f"{self.header.path} has {EDM_V_MIN} without {EDM_V_MAX}.")
-        highest = float(self.tensor(EDM_V_MAX))
-        lowest = EdmSpec.sigma_min
-        if EDM_V_MIN in self.header.shapes:
-            lowest = float(self.tensor(EDM_V_MIN))
-        try:
-            # Data of deviation 1 and an even ramp, as the programs that read the mark have it.
-            return EdmSpec(lowest, highest, sigma_data=1.0, ramp="exponential")
-        except ContractError as error:
-            raise ModelError(f"{self.header.path} ({EDM_V_MAX}): {error}") from error
+        """What the file says of the noise that it was trained on; raises as `noise_of`."""
+        return noise_of(self.header)
 
     def config(self, name: str) -> dict[str, Any]:
         """Return the config of a network, `name` as in `PARTS`, with what the file says itself."""
-        config = read_json(self.folder / name / "config.json")
-        if name == "unet" and self.folder == SDXL_CONFIGS:
-            first = self.header.shape(r"diffusion_model\.(input_blocks\.0\.0|conv_in)\.weight")
-            if len(first) == 4:
-                config["in_channels"] = first[1]
+        config = config_of(self.header, self.folder, name)
         if name == "vae" and EDM_MEAN in self.header.shapes:
             config["latents_mean"] = self.tensor(EDM_MEAN).float().flatten().tolist()
             config["latents_std"] = self.tensor(EDM_STD).float().flatten().tolist()
             config["scaling_factor"] = _EDM_SCALE
         return config
 
-    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
-        """Return a network's weights in the file's precision; `part` is its prefix in the file.
+    def weights(
+        self, network: nn.Module, part: str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return a network's weights; `part` is its prefix in the file.
 
-        Raises ModelError unless every key is accounted for.
+        They are in the file's precision unless another one is given. Raises ModelError unless every
+        key is accounted for.
         """
-        keys = [key for key in self.header.shapes if key.startswith(part)]
-        weights = {}
-        for key in keys or self.header.shapes:  # a UNet alone may have no prefix
-            if not key.endswith(LEFT_OUT):
-                weights[key.removeprefix(part)] = self.tensor(key)
+        # A UNet alone may have no prefix.
+        keys = [key for key in self.header.shapes if key.startswith(part)] or self.header.shapes
+        wanted = [key for key in keys if not key.endswith(LEFT_OUT)]
+        read = read_tensors(self.header.path, wanted, dtype)
+        weights = {key.removeprefix(part): value for key, value in read.items()}
         if part == CLIP_G:
             weights = split(weights)
         expected = network.state_dict()
@@ -250,14 +164,17 @@ class FolderFiles:
         """Return the config of a network, `name` as in `PARTS`."""
         return read_json(self.folder / name / "config.json")
 
-    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
-        """Return a network's weights in the files' precision; `part` is as in `PARTS`.
+    def weights(
+        self, network: nn.Module, part: str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return a network's weights; `part` is as in `PARTS`.
 
-        Raises ModelError unless every key is accounted for.
+        They are in the files' precision unless another one is given. Raises ModelError unless every
+        key is accounted for.
         """
         name = next(name for name, prefix in PARTS.items() if prefix == part)
         folder = self.folder / name
-        weights = _read_parts(folder)
+        weights = _read_parts(folder, dtype)
         if part == UNET:
             _drop_guidance(weights, folder)
         # Newer transformers dropped the first word of the keys that files have.
@@ -270,14 +187,41 @@ class FolderFiles:
         return account(weights, expected, naming(expected), str(folder))
 
 
-def _read_parts(folder: Path) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, keys: Iterable[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Read tensors of a file, which is mapped into memory and not copied.
+
+    What is converted is copied, and the file is then mapped anew after every 256 MB of it, so that
+    what was read does not stand in memory beside what became of it.
+
+    Arguments:
+        path: the file.
+        keys: the names of the tensors.
+        dtype: the precision that floating-point tensors get; None leaves all as they are.
+    """
+    tensors: dict[str, Tensor] = {}
+    left = list(keys)[::-1]
+    while left:
+        num_bytes = 0
+        with safe_open(path, "pt") as file:
+            while left and num_bytes < _BYTES_AT_ONCE:
+                tensor = file.get_tensor(left[-1])
+                is_kept = dtype in (None, tensor.dtype) or not tensor.is_floating_point()
+                tensors[left.pop()] = tensor if is_kept else tensor.to(dtype)
+                num_bytes += 0 if is_kept else tensor.numel() * tensor.itemsize
+                del tensor  # the last that holds the file in memory
+    return tensors
+
+
+def _read_parts(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Read all weights in the folder of one network, of the variant there is."""
     is_half = weights_variant(folder) is not None
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if (".fp16." in path.name) == is_half:
-            read_header(path)  # says what is wrong with a file that is damaged
-            weights |= load_file(path)
+            header = read_header(path)  # says what is wrong with a file that is damaged
+            weights |= read_tensors(path, header.shapes, dtype)
     return weights
 
 
@@ -330,7 +274,9 @@ class Outline:
         """Return the config of a network, `name` as in `PARTS`."""
         return self.source.config(name)
 
-    def weights(self, network: nn.Module, part: str) -> dict[str, Tensor]:
+    def weights(
+        self, network: nn.Module, part: str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         """Return a network's weights as it was made with them."""
         return network.state_dict()
 
@@ -339,25 +285,12 @@ Weights = SingleFile | FolderFiles | Outline
 """Where the weights of networks come from."""
 
 
-def is_whole(header: Header) -> bool:
-    """Tell whether a file holds an autoencoder, and so all that a model is."""
-    return header.has(VAE)
-
-
 def find_single_file(header: Header) -> SingleFile:
     """Return a whole checkpoint with the folder of its configs.
 
     Raises ModelError for any other file, with what it is.
     """
-    lacking = [part for part in NAMES if not header.has(part)]
-    if lacking:
-        first_key = next(iter(header.shapes), "nothing")
-        raise ModelError(
-            f"{header.path} is {kind_of(header)}: it has no {lacking[0]}*, and begins with "
-            f"{first_key}. Expected a whole SDXL checkpoint, or a UNet that carries its contract."
-        )
-    beside = header.path.with_suffix("")
-    return SingleFile(header, beside if (beside / INDEX_FILE).is_file() else SDXL_CONFIGS)
+    return SingleFile(header, config_folder(header))
 
 
 def noise_marks(contract: Contract, vae: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -397,7 +330,7 @@ def noise_marks(contract: Contract, vae: Mapping[str, Any]) -> dict[str, Tensor]
 
 def has_names_for(autoencoder: Mapping[str, Any]) -> bool:
     """Tell by an autoencoder's config whether single files have names for its weights."""
-    return bool(autoencoder.get("_class_name") != AutoencoderTiny.__name__)
+    return bool(autoencoder.get("_class_name") != TINY)
 
 
 def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -405,7 +338,7 @@ def whole_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
     Raises ModelError for an autoencoder that no single file has names for.
     """
-    if isinstance(networks["vae"], AutoencoderTiny):
+    if type(networks["vae"]).__name__ == TINY:
         raise ModelError(
             "Its autoencoder is an AutoencoderTiny, which no single file has names for: such a "
             "model exports to diffusers, unet and LoRA alone."

@@ -48,6 +48,14 @@ class TakesEmbeddings(Protocol):
         """Return the same with words for textual inversions."""
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A prompt encoder that can keep what it encoded for the next time."""
+
+    def remembering(self) -> PromptEncoder:
+        """Return the same with a memory; its weights must not change any more."""
+
+
 @dataclass(frozen=True, eq=False)
 class Bundle:
     """Everything that sampling needs.
@@ -113,6 +121,15 @@ class Bundle:
                 "inversions."
             )
         return replace(self, text=self.text.with_embeddings(embeddings))
+
+    def remembering(self) -> Bundle:
+        """Return the bundle with a memory of prompts, if its prompt encoder can have one.
+
+        For bundles whose text encoders do not change any more.
+        """
+        if not isinstance(self.text, Remembers):
+            return self
+        return replace(self, text=self.text.remembering())
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Bundle:
         """Move every network to a device, in place, and to a precision if one is given.

@@ -58,8 +58,7 @@ def load_network(folder: Path, name: str, weights: Weights | None = None) -> Any
     config = source.config(name)
     with torch.device(source.made_on):
         network = build_network(config, name)
-    loaded = source.weights(network, PARTS[name])
-    network.load_state_dict({key: value.float() for key, value in loaded.items()}, assign=True)
+    network.load_state_dict(source.weights(network, PARTS[name], torch.float32), assign=True)
     for module in network.modules():
         # Text encoders count their positions in a buffer that no file has.
         if getattr(module, "position_ids", None) is not None:

@@ -11,12 +11,9 @@ This module does not know how a picture was drawn; it is handed a `Result`.
 
 import json
 import re
-import tempfile
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,8 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.export.page import page_of
-from twostep.files import write_new
-from twostep.media.codec import Encoded
 from twostep.pipeline.graph_pictures import file_name
+from twostep.pipeline.output import prepare_folder, stem_of, write_item
 from twostep.pipeline.request import (
     MAX_BATCH,
     SAMPLERS,
@@ -40,12 +36,6 @@ from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
-_MAX_SLUG_LETTERS = 60
-_MAX_SLUG_BYTES = 100
-
-
-class OutputError(TwostepError):
-    """A picture could not be written."""
 
 
 class ProvenanceError(TwostepError):
@@ -101,8 +91,8 @@ def save_images(result: Result, folder: str | Path) -> list[Path]:
     paths = []
     for index, image in enumerate(result.images):
         encoded = result.to_file(image, text_chunks(result, index))
-        stem = f"{_slug(result.request.prompt)}_{_slug(result.contract.name)}_{result.seeds[index]}"
-        paths.append(write_new(_free_paths(folder, stem, encoded), encoded.data))
+        stem = stem_of(result.request.prompt, result.contract.name, result.seeds[index])
+        paths.append(write_item(folder, stem, encoded.data, encoded.suffix))
     return paths
 
 
@@ -237,42 +227,6 @@ def _hashes(described: object) -> dict[str, str]:
     if not isinstance(described, dict):
         raise TypeError("lora_hashes is no object")
     return {str(name): str(value) for name, value in described.items()}
-
-
-def prepare_folder(folder: str | Path) -> Path:
-    """Create a folder and prove that it can be written to, before work is spent.
-
-    Raises `OutputError` where it cannot.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(
-            f"cannot write to {folder}: {reason}. Choose a folder that you may write to."
-        ) from error
-    return folder
-
-
-def _free_paths(folder: Path, stem: str, encoded: Encoded) -> Iterator[Path]:
-    """Yield the names that an item may get: the stem, then with numbers."""
-    yield folder / f"{stem}{encoded.suffix}"
-    for number in count(2):
-        yield folder / f"{stem}_{number}{encoded.suffix}"
-
-
-def _slug(text: str) -> str:
-    """Return a text as a file name: lower-case letters and digits, hyphens between.
-
-    Letters of every script stay. File systems count bytes, and allow 255 in the whole name.
-    """
-    normal = unicodedata.normalize("NFKC", text).lower()
-    words = re.sub(r"[\W_]+", "-", normal).strip("-")[:_MAX_SLUG_LETTERS]
-    cut = words.encode()[:_MAX_SLUG_BYTES].decode(errors="ignore")
-    return cut.rstrip("-") or "untitled"
 
 
 def _quote(value: str) -> str:

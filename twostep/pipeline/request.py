@@ -19,7 +19,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 from PIL.Image import Image
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -126,6 +125,9 @@ class Picture:
         """Whether there are white strokes on a transparent layer, and nothing else."""
         if self.alpha is None:
             return False
+        # Most requests have no mask, and what hands them over does without numpy.
+        import numpy as np
+
         is_opaque = np.asarray(self.alpha) >= WHITE
         is_white = np.asarray(self.image.convert("L")) >= WHITE
         return bool(is_opaque.any()) and not is_opaque.all() and bool(is_white[is_opaque].all())

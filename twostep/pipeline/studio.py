@@ -177,7 +177,7 @@ class Studio:
                 except BaseException:
                     self._forget(key, slot)
                     raise
-                slot.cache = LoraCache(bundle, num_kept=self._num_kept_loras)
+                slot.cache = LoraCache(bundle.remembering(), num_kept=self._num_kept_loras)
             return slot.cache
 
     def _make_room(self, key: tuple[str, int | None], slot: _Slot, num_bytes: int) -> None:

@@ -24,6 +24,7 @@ from twostep.serve.engine import (
     QueueFullError,
 )
 from twostep.serve.gate import Gate, Rules
+from twostep.serve.handover_routes import handover_routes
 from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
 from twostep.serve.operation_routes import operation_routes
@@ -49,7 +50,12 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(
-    serving: Serving, rules: Rules, *, drain_seconds: float = 30.0, with_mcp: bool = False
+    serving: Serving,
+    rules: Rules,
+    *,
+    drain_seconds: float = 30.0,
+    with_mcp: bool = False,
+    handover_token: str | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -58,6 +64,8 @@ def create_app(
         rules: what is let in.
         drain_seconds: how long jobs may still be drawn at the end.
         with_mcp: whether language models get tools, which needs the extra `mcp`.
+        handover_token: what commands of the same user send with what they hand over; without it
+            nothing can be handed over.
     """
     tools = None
     if with_mcp:
@@ -87,6 +95,8 @@ def create_app(
     app.include_router(control_routes(serving))
     app.include_router(native_routes(serving))
     app.include_router(operation_routes(serving))
+    if handover_token is not None:
+        app.include_router(handover_routes(serving, handover_token))
 
     if tools is not None:
         app.router.routes.extend(mcp_routes(tools))

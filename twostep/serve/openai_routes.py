@@ -170,7 +170,7 @@ def openai_routes(serving: Serving) -> APIRouter:
             200: {
                 "model": ImagesAnswer,
                 "description": "The pictures; events where `stream` is set.",
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"text/event-stream": {}},
             },
             **refusals(*DRAWING),
         },

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import uvicorn
 
 from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
+from twostep.serve.announcement import Announcement, announced, is_switched_off, this_program
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
 from twostep.serve.config import ServeError, ServeSettings
@@ -22,6 +25,9 @@ from twostep.serve.store import JobStore
 
 KEY_VARIABLE = "TWOSTEP_KEY"
 """Where the key is read from if there is no file of it."""
+
+_USUAL_DEVICES = ("auto",)
+"""Where commands draw."""
 
 
 def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
@@ -56,10 +62,15 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     serving = Serving(engine, catalogue, strict=settings.strict, metrics=metrics, store=store)
     if num_resumed := serving.resume():
         say(f"{num_resumed} jobs of before are drawn now.")
+    token = secrets.token_urlsafe()
     rules = Rules(key, max_body=int(settings.limits.body))
     try:
         app = create_app(
-            serving, rules, drain_seconds=settings.drain_seconds, with_mcp=settings.mcp
+            serving,
+            rules,
+            drain_seconds=settings.drain_seconds,
+            with_mcp=settings.mcp,
+            handover_token=token,
         )
     except ModuleNotFoundError as error:
         raise ServeError(
@@ -72,7 +83,27 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=int(settings.drain_seconds),
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    announcement = _announcement(settings, listener.getsockname()[1], key=key, token=token)
+    with nullcontext() if announcement is None else announced(announcement):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _announcement(
+    settings: ServeSettings, port: int, *, key: str | None, token: str
+) -> Announcement | None:
+    """Return what commands of this user are told; None for a server that is not to be told of.
+
+    That is one which this machine's own address does not reach, or whose pictures may be others:
+    it draws where a command would not, or keeps some back.
+    """
+    if is_switched_off() or tuple(settings.devices) != _USUAL_DEVICES:
+        return None
+    if settings.filter is not None or settings.cluster is not None:
+        return None
+    if settings.host not in (*LOOPBACK, "0.0.0.0", "::"):
+        return None
+    host = "[::1]" if ":" in settings.host else "127.0.0.1"
+    return Announcement(f"http://{host}:{port}", key, token, this_program())
 
 
 def _studio(device: str, settings: ServeSettings) -> Studio:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from twostep.formats.embeddings import Embedding
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.text.embeddings import TOKEN, place_embeddings, with_tokens
+from twostep.text.memory import PromptMemory
 from twostep.text.prompt_weights import (
     PromptError,
     has_weights,
@@ -47,17 +48,21 @@ class TextEncoders:
         zeros_for_empty: Whether the empty prompt is all zeros, as SDXL was trained, instead of
             what the encoders make of it.
         embeddings: The textual inversions that prompts may name, and how many tokens each takes.
+        memory: Keeps what was encoded without gradients, where the weights do not change.
     """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zeros_for_empty: bool = False
     embeddings: Mapping[str, int] = field(default_factory=dict)
+    memory: PromptMemory | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: the encoders without what transformers hooked into them."""
+        """Return what is pickled: the encoders without what transformers hooked into them, and
+        nothing that was encoded.
+        """
         encoders = tuple(_without_hooks(encoder) for encoder in self.encoders)
-        return {**vars(self), "encoders": encoders}
+        return {**vars(self), "encoders": encoders, "memory": None}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -67,7 +72,20 @@ class TextEncoders:
 
     def with_networks(self, networks: Mapping[str, Any]) -> "TextEncoders":
         """Return these text encoders with other networks in the place of their own."""
-        return replace(self, encoders=(networks["text_encoder"], networks["text_encoder_2"]))
+        encoders = (networks["text_encoder"], networks["text_encoder_2"])
+        memory = self.memory
+        if memory is not None and any(
+            a is not b for a, b in zip(encoders, self.encoders, strict=True)
+        ):
+            memory = PromptMemory()
+        return replace(self, encoders=encoders, memory=memory)
+
+    def remembering(self) -> "TextEncoders":
+        """Return these text encoders with a memory of what they encode without gradients.
+
+        Their weights must not change any more.
+        """
+        return replace(self, memory=PromptMemory())
 
     def with_embeddings(self, embeddings: Sequence[Embedding]) -> "TextEncoders":
         """Return text encoders that know textual inversions too, all at once.
@@ -88,6 +106,7 @@ class TextEncoders:
             tokenizers=(first, second),
             encoders=(first_encoder, second_encoder),
             embeddings={embedding.name: embedding.count for embedding in embeddings},
+            memory=None if self.memory is None else PromptMemory(),
         )
 
     def tokenizers_to_save(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -127,7 +146,14 @@ class TextEncoders:
 
         With `whole`, weights count and long prompts are not cut off, as `encode_whole` does it.
         """
-        text, pooled = self.encode_whole(prompts) if whole else self.encode(prompts)
+        encode = self.encode_whole if whole else self.encode
+        if self.memory is None or torch.is_grad_enabled():
+            text, pooled = encode(prompts)
+        else:
+            # All prompts together, for they are filled up to the longest, and the last bits of a
+            # product depend on how many there are.
+            key = (tuple(prompts), whole, torch.is_inference_mode_enabled())
+            text, pooled = self.memory.recall(key, lambda: encode(prompts))
         sizes = image_sizes(len(text), width, height).to(text.device, text.dtype)
         return Conditioning(text, pooled, sizes)
 
