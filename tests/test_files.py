@@ -46,11 +46,13 @@ def test_a_full_disk_is_told_by_whatever_meets_it(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
-    with pytest.raises(
-        WriteError, match=r"out cannot be written \(No space left on device\): the d"
+    with (
+        pytest.raises(
+            WriteError, match=r"out cannot be written \(No space left on device\): the d"
+        ),
+        reporting_write_errors("out"),
     ):
-        with reporting_write_errors("out"):
-            Tokenizer(BPE()).save("/dev/full")
+        Tokenizer(BPE()).save("/dev/full")
     with pytest.raises(RuntimeError, match="no error of a system"), reporting_write_errors("out"):
         raise RuntimeError("(os error 28) is no error of a system")
     told = WriteError("told already (os error 28)")
