@@ -32,9 +32,6 @@ UNHARMED = "What was saved before is whole."
 _LEFTOVER = re.compile(rf".*\.[0-9a-f]+{re.escape(PARTIAL_SUFFIX)}")
 """The names of what a killed process left half written."""
 
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)$")
-"""How an error of the system ends in the words of Rust's library."""
-
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "your share of the disk is used up; free some space",
@@ -253,30 +250,13 @@ def _remove(partial: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(path: str | Path) -> Iterator[None]:
-    """Turn every OSError of the block into a WriteError that names `path` and says what to do.
-
-    Libraries written in Rust, as tokenizers, raise what the system refused in words alone.
-    """
+    """Turn every OSError of the block into a WriteError that names `path` and says what to do."""
     try:
         yield
-    except TwostepError:
-        raise
-    except Exception as error:
-        refused = _refused_by_the_system(error)
-        if refused is None:
-            raise
-        reason = refused.strerror or refused
+    except OSError as error:
         raise WriteError(
-            f"{path} cannot be written ({reason}): {advice_on(refused)}. {UNHARMED}"
+            f"{path} cannot be written ({error.strerror or error}): {advice_on(error)}. {UNHARMED}"
         ) from error
-
-
-def _refused_by_the_system(error: Exception) -> OSError | None:
-    """Return what the system refused, if that is what an error is about."""
-    if isinstance(error, OSError):
-        return error
-    match = _RUST_ERROR.search(str(error))
-    return None if match is None else OSError(int(match[1]), os.strerror(int(match[1])))
 
 
 def advice_on(error: OSError) -> str:

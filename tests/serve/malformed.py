@@ -133,6 +133,9 @@ def _odd_json(dice: random.Random) -> Malformed:
             {"prompt": dice.choice([1, [], {}, True, None, 1.5]), "steps": "x", "seed": []}
         ).encode(),
         "a list of many": lambda: b'{"prompt": "x", "init_images": [' + b'"",' * 50_000 + b'""]}',
+        "control characters that are told back": lambda: json.dumps(
+            {"prompt": "x", "steps": 1, "model": "\x11\x00\x7f", "scheduler": "\x01\x9b"}
+        ).encode(),
         "weights without an end": lambda: json.dumps({"prompt": "(" * 2_000, "steps": 99}).encode(),
     }
     kind = dice.choice(list(bodies))

@@ -146,7 +146,7 @@ def test_options_go_round_and_are_those_of_one_client(client: TestClient) -> Non
     for wrong in ({"sd_model_checkpoint": "/etc/passwd"}, {"samples_format": "gif"}):
         answer = client.post(f"{PATH}/options", json=wrong, headers=me)
         assert answer.status_code in (400, 404)
-        assert set(answer.json()) == {"error", "detail", "body", "errors"}
+        assert set(answer.json()) == {"error", "detail", "body", "errors", "request_id"}
 
 
 def test_progress_and_interruption_are_those_of_one_client() -> None:
@@ -211,4 +211,4 @@ def test_bad_requests_get_the_shape_of_error(client: TestClient, path: str, body
     headers = {"Content-Type": "application/json"}
     answer = client.post(f"{PATH}/{path}", content=body, headers=headers)
     assert answer.status_code == 400, answer.text
-    assert set(answer.json()) == {"error", "detail", "body", "errors"}
+    assert set(answer.json()) == {"error", "detail", "body", "errors", "request_id"}

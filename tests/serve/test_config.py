@@ -1,5 +1,6 @@
 """The settings of a server: read from a file, refused by name, and under the flags."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from twostep.contract import ContractError
 from twostep.pipeline.request import RequestError
 from twostep.serve import start
 from twostep.serve.catalogue import Catalogue, Wish
-from twostep.serve.config import Bounds, ServeSettings, read_settings
+from twostep.serve.config import Bounds, FilterSettings, ServeSettings, read_settings
 from twostep.training.recipe import RecipeError
 
 FULL = """
@@ -31,9 +32,6 @@ body = "8MiB"
 [filter]
 model = "guard"
 verdicts = {nsfw = "refuse", drawing = "keep"}
-
-[cluster]
-max_replicas = 3
 """
 
 
@@ -53,8 +51,6 @@ def test_a_file_is_read_and_flags_win(tmp_path: Path) -> None:
     assert (settings.limits.steps, settings.limits.body) == (40, 8 * 1024 * 1024)
     assert settings.filter is not None
     assert settings.filter.verdicts["nsfw"] == "refuse"
-    assert settings.cluster is not None
-    assert (settings.cluster.min_replicas, settings.cluster.max_replicas) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +66,6 @@ def test_a_file_is_read_and_flags_win(tmp_path: Path) -> None:
         ("[filter]", "filter: give either the model of a classifier or a function"),
         ("[filter]\nmodel = 'x'", "filter: a model needs verdicts"),
         ("[filter]\nfunction = '/etc/passwd'", "filter.function: String should match pattern"),
-        ("[cluster]\nmin_replicas = 3", "cluster: min_replicas is 3, above max_replicas, 2"),
         ("= 1", "is not valid TOML"),
     ],
 )
@@ -78,6 +73,16 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, text: str, said: s
     with pytest.raises(RecipeError) as caught:
         read_settings(written(tmp_path, text), {})
     assert said in str(caught.value)
+
+
+def test_the_settings_of_the_docs_are_read_and_every_key_is_told_there(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.S)
+    settings = read_settings(written(tmp_path, text), {})
+    assert settings.queue == 64
+    for model in (ServeSettings, Bounds, FilterSettings):
+        for key in model.model_fields:
+            assert re.search(rf"\b{key}\b", page), key
 
 
 def test_the_verb_hands_over_file_and_flags(

@@ -28,6 +28,7 @@ from twostep.serve.engine import (
     LateError,
     QueueFullError,
 )
+from twostep.serve.following import in_header
 from twostep.serve.gate import Rules
 from twostep.serve.serving import Serving
 
@@ -164,6 +165,11 @@ def test_wishes_become_what_the_model_can_do_or_are_refused() -> None:
     for tag in ("<lora:/etc/passwd:1>", "<lora:../secret>"):
         with pytest.raises(RequestError, match="no LoRA"):
             catalogue.fit(Wish(f"x {tag}"), strict=False)
+
+
+def test_what_clients_wrote_is_printable_in_headers() -> None:
+    sentences = ["no model 'a\x11\x00\x7fb'", "é\n\t c \ud800 😀"]
+    assert in_header(sentences) == r"no model 'a\x11\x00\x7fb'; \xe9 c \ud800 \U0001f600"
 
 
 def drawn(answer: Any) -> list[bytes]:

@@ -8,7 +8,7 @@ beside their layers instead of merging them, so that requests with different LoR
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
@@ -53,6 +53,9 @@ class Studio:
         max_bytes: how many bytes the weights of the kept models may take; None for any number. What
             leaves does so before the next model is moved to the device.
         num_kept_loras: how many combinations of LoRAs are kept for each model.
+        check: called with a model before its files are read and after; what it raises keeps the
+            model from being used. With it, loaded models have nothing of their files in memory, so
+            that these may be written over.
 
     A studio may be used by several threads at once.
     """
@@ -65,6 +68,7 @@ class Studio:
         max_models: int = 2,
         max_bytes: int | None = None,
         num_kept_loras: int = 8,
+        check: Callable[[str], None] | None = None,
     ) -> None:
         if max_models < 1:
             raise RequestError(f"max_models is {max_models}; expected at least 1.")
@@ -75,6 +79,7 @@ class Studio:
         self._max_models = max_models
         self._max_bytes = max_bytes
         self._num_kept_loras = num_kept_loras
+        self._check = check
         self._loras = LoraFinder()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
@@ -84,6 +89,15 @@ class Studio:
         """The models that are kept, each with the steps that it was loaded for, the latest last."""
         with self._lock:
             return [key for key, slot in self._slots.items() if slot.cache is not None]
+
+    def forget(self, model: str) -> None:
+        """Let go of a model, whatever its steps, so that it is read again when it is next used.
+
+        What is being drawn with it ends on it.
+        """
+        with self._lock:
+            for key in [key for key in self._slots if key[0] == model]:
+                del self._slots[key]
 
     def draw(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Draw one request; raises the TwostepError that ended it.
@@ -171,7 +185,7 @@ class Studio:
         with slot.lock:
             if slot.cache is None:
                 try:
-                    bundle = load_bundle(checkpoint or model, steps=steps)
+                    bundle = self._read(model, steps, checkpoint)
                     self._make_room(key, slot, _num_bytes(bundle, self.dtype))
                     bundle = bundle.to(self.device, self.dtype)
                 except BaseException:
@@ -179,6 +193,18 @@ class Studio:
                     raise
                 slot.cache = LoraCache(bundle.remembering(), num_kept=self._num_kept_loras)
             return slot.cache
+
+    def _read(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> Bundle:
+        """Read a model's files, which must be those that the studio may use all the while."""
+        if self._check is None:
+            return load_bundle(checkpoint or model, steps=steps)
+        self._check(model)
+        bundle = load_bundle(checkpoint or model, steps=steps)
+        for network in _networks_of(bundle):
+            for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network)):
+                tensor.data = tensor.data.clone()
+        self._check(model)
+        return bundle
 
     def _make_room(self, key: tuple[str, int | None], slot: _Slot, num_bytes: int) -> None:
         """Drop models that were used long ago until one of so many bytes fits in.
@@ -207,16 +233,19 @@ class Studio:
 
 def _num_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
     """Return the bytes that the weights of a model take in a precision."""
-    networks = (*bundle.parts.values(), *modules_of(bundle.codec))
     tensors = [
         tensor
-        for network in networks
+        for network in _networks_of(bundle)
         for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network))
     ]
     return sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
         for tensor in tensors
     )
+
+
+def _networks_of(bundle: Bundle) -> list[nn.Module]:
+    return [*bundle.parts.values(), *modules_of(bundle.codec)]
 
 
 def _favourite_steps(model: Checkpoint, loras: Sequence[LoraFile]) -> int | None:

@@ -1,7 +1,6 @@
 """The web application: addresses, errors and the end."""
 
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
@@ -9,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 
 from twostep import __version__
@@ -29,8 +29,10 @@ from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
 from twostep.serve.operation_routes import operation_routes
 from twostep.serve.page_routes import page_routes
-from twostep.serve.refusals import refusal
+from twostep.serve.picture_filter import RefusedPictureError
+from twostep.serve.refusals import code_of, refusal
 from twostep.serve.serving import Serving
+from twostep.serve.tracing import HEADER, Traced
 
 _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
     (UnknownModelError, 404),
@@ -38,6 +40,7 @@ _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
     (ClosingError, 503),
     (LateError, 504),
     (CancelledError, 409),
+    (RefusedPictureError, 400),
     (EngineError, 500),
     (TwostepError, 400),
 )
@@ -46,8 +49,6 @@ _STATUS: tuple[tuple[type[TwostepError], int], ...] = (
 _CODES = {404: "model_not_found", 429: "queue_full"}
 """Words for programs, by status."""
 
-_log = logging.getLogger(__name__)
-
 
 def create_app(
     serving: Serving,
@@ -55,6 +56,8 @@ def create_app(
     *,
     drain_seconds: float = 30.0,
     with_mcp: bool = False,
+    log_prompts: bool = False,
+    at_end: Sequence[Callable[[], None]] = (),
     handover_token: str | None = None,
 ) -> FastAPI:
     """Return the application.
@@ -64,6 +67,8 @@ def create_app(
         rules: what is let in.
         drain_seconds: how long jobs may still be drawn at the end.
         with_mcp: whether language models get tools, which needs the extra `mcp`.
+        log_prompts: whether the log may have what exceptions say, which may quote a prompt.
+        at_end: what else is closed once the last job has ended.
         handover_token: what commands of the same user send with what they hand over; without it
             nothing can be handed over.
     """
@@ -83,12 +88,24 @@ def create_app(
         await run_in_threadpool(serving.engine.close, drain_seconds)
         if serving.store is not None:
             serving.store.close()
+        for close in at_end:
+            await run_in_threadpool(close)
 
     # The interactive pages of FastAPI load scripts from other hosts.
     app = FastAPI(
         title="twostep", version=__version__, lifespan=life, docs_url=None, redoc_url=None
     )
+    # The last is the outermost.
     app.add_middleware(Gate, rules=rules)
+    if rules.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(rules.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Twostep-Client", HEADER],
+            expose_headers=["X-Twostep-Job", "X-Twostep-Changes", "Retry-After", HEADER],
+        )
+    app.add_middleware(Traced, with_prompts=log_prompts)
     app.include_router(page_routes())
     app.include_router(openai_routes(serving))
     app.include_router(a1111_routes(serving))
@@ -107,7 +124,8 @@ def create_app(
         headers = {}
         if isinstance(error, QueueFullError):
             headers["Retry-After"] = str(error.retry_after)
-        body = refusal(http.url.path, status, str(error), code=_CODES.get(status))
+        code = code_of(error) or _CODES.get(status)
+        body = refusal(http.url.path, status, str(error), code=code)
         return JSONResponse(body, status, headers=headers)
 
     @app.exception_handler(HTTPException)
@@ -121,12 +139,5 @@ def create_app(
         place = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
         body = refusal(http.url.path, 422, f"{place}: {first['msg']}.", param=place)
         return JSONResponse(body, 422)
-
-    @app.exception_handler(Exception)
-    async def fail(http: HttpRequest, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", http.method, http.url.path, exc_info=error)
-        return JSONResponse(
-            refusal(http.url.path, 500, "the server failed; its log says more."), 500
-        )
 
     return app

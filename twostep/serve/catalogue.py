@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def take_stock(
     *,
     more_models: Sequence[str] = (),
     more_loras: Sequence[str] = (),
+    read: Callable[[str], Sequence[Contract]] = read_contracts,
 ) -> tuple[Stock, list[str]]:
     """Read the contracts of models, and return what can be served, and notes on what cannot.
 
@@ -122,6 +123,7 @@ def take_stock(
         loras: files, named in the same way.
         more_models: models that were found; one whose name is taken is left out, with a note.
         more_loras: LoRAs that were found, likewise.
+        read: returns the contracts of a model, the teacher's first.
 
     Raises ModelError for what is no model, and RequestError where two of `models` or of `loras`
     have one name.
@@ -130,7 +132,7 @@ def take_stock(
     known: dict[str, str] = {}
     notes: list[str] = []
     for place in (*models, *more_models):
-        new = Served(short_name(place), place, tuple(read_contracts(place)))
+        new = Served(short_name(place), place, tuple(read(place)))
         if new.name not in served:
             served[new.name] = new
         elif place in models:
@@ -158,7 +160,7 @@ class Catalogue:
     """The models, LoRAs and ControlNets that are served.
 
     Args:
-        models: as for `take_stock`, and so are `loras`.
+        models: as for `take_stock`, and so are `loras`; or a stock with both.
         controlnets: names, folders, files or hub ids, named in the same way; those of the package
             are there too where a model is served that they were made for.
         bounds: the most that a wish may ask for.
@@ -168,7 +170,7 @@ class Catalogue:
 
     def __init__(
         self,
-        models: Sequence[str],
+        models: Sequence[str] | Stock,
         loras: Sequence[str] = (),
         controlnets: Sequence[str] = (),
         *,
@@ -177,7 +179,7 @@ class Catalogue:
         if not models:
             raise RequestError("no model to serve; name at least one.")
         self.bounds = bounds
-        self._stock, _ = take_stock(models, loras)
+        self._stock = models if isinstance(models, Stock) else take_stock(models, loras)[0]
         self._controlnets: dict[str, str] = {}
         for place in controlnets:
             if short_name(place) in self._controlnets:

@@ -14,6 +14,7 @@ _REASONS = {
     401: "The key is missing or wrong.",
     403: "A host or a page that is not let in.",
     404: "There is no such thing.",
+    408: "The rest of the body did not come.",
     409: "The job was cancelled.",
     413: "The body is too large.",
     422: "A field is missing or out of its range.",
@@ -23,7 +24,7 @@ _REASONS = {
     504: "The job was not done by its deadline.",
 }
 
-_ALWAYS = (400, 401, 403, 404, 413, 500)
+_ALWAYS = (400, 401, 403, 404, 408, 413, 500)
 """What any address may answer, the gate's refusals among them."""
 
 DRAWING = (409, 429, 503, 504)
@@ -43,6 +44,7 @@ class Refusal(BaseModel):
     """The body of every refusal but those of A1111's API."""
 
     error: RefusalReason
+    request_id: str | None = None
 
 
 class A1111Refusal(BaseModel):
@@ -52,6 +54,7 @@ class A1111Refusal(BaseModel):
     detail: str
     body: str
     errors: str
+    request_id: str | None = None
 
 
 Responses = dict[int | str, dict[str, Any]]

@@ -19,6 +19,7 @@ from twostep.pipeline.png import text_chunks
 from twostep.pipeline.request import Result
 from twostep.serve.catalogue import Fitted
 from twostep.serve.engine import Engine, Event, Job
+from twostep.serve.refusals import code_of
 from twostep.serve.shapes import JOBS_PATH, JobAnswer
 
 PictureFormat = Literal["png", "jpeg", "webp"]
@@ -116,9 +117,15 @@ def server_sent(kind: str, values: Mapping[str, Any]) -> str:
 
 
 def in_header(sentences: list[str]) -> str:
-    """Return sentences as the value of a header: one line of ASCII."""
-    text = "; ".join(sentences).encode("ascii", "backslashreplace").decode()
-    return " ".join(text.split())
+    """Return sentences as the value of a header: one line of printable ASCII, others as escapes.
+
+    Sentences quote clients, and a server sends no answer at all with another value.
+    """
+    line = " ".join("; ".join(sentences).split())
+    return "".join(
+        letter if " " <= letter <= "~" else letter.encode("unicode_escape").decode()
+        for letter in line
+    )
 
 
 def milliseconds(result: Result) -> dict[str, int]:
@@ -145,6 +152,7 @@ def answer_of(job: Job) -> JobAnswer:
     answer = JobAnswer(id=job.id, state=job.state, seed=job.request.seed, events=f"{path}/events")
     if job.error is not None:
         answer.error = str(job.error)
+        answer.code = code_of(job.error)
     result = job.result
     if result is None:
         return answer

@@ -6,6 +6,7 @@ could ask too, also under a name that it made to point here; so names and origin
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -34,12 +35,16 @@ class Rules:
 
     - `key`: what clients must send as `Authorization: Bearer KEY`, or as the password of HTTP
       Basic; None if they need none, and then the names in `hosts` alone are answered.
+    - `origins`: those of web pages that may ask, beside the server's own.
     - `max_body`: bytes of a request.
+    - `body_seconds`: how long a client may leave the server waiting for more of a request.
     """
 
     key: str | None = field(default=None, repr=False)
     hosts: frozenset[str] = LOOPBACK
+    origins: frozenset[str] = frozenset()
     max_body: int = MAX_BODY
+    body_seconds: float = 30.0
 
 
 class Gate:
@@ -50,7 +55,7 @@ class Gate:
         self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 401, 403 or 413."""
+        """Pass a request on, or answer 401, 403, 408 or 413."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -60,10 +65,17 @@ class Gate:
             await _refuse(send, scope["path"], *refused)
             return
         num_read = 0
+        is_whole = False
 
         async def counted() -> Message:
-            nonlocal num_read
-            message = await receive()
+            nonlocal num_read, is_whole
+            try:
+                # Once it is whole, what comes is that the client leaves, and that may take long.
+                async with asyncio.timeout(None if is_whole else self._rules.body_seconds):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, "the rest of the request did not come.") from error
+            is_whole = not message.get("more_body", False)
             num_read += len(message.get("body", b""))
             if num_read > self._rules.max_body:
                 raise HTTPException(413, self._too_large())
@@ -76,19 +88,26 @@ class Gate:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._rules.max_body:
             return 413, self._too_large()
-        if self._rules.key is not None:
-            if path not in OPEN_PATHS and not _holds(
-                headers.get("authorization", ""), self._rules.key
-            ):
+        authorization = headers.get("authorization", "")
+        if self._rules.key is None:
+            if _name_of(f"//{headers.get('host', '')}") not in self._rules.hosts:
+                return 403, "this server answers to the names of its own machine alone."
+            may_be_forged = True
+        else:
+            if path not in OPEN_PATHS and not _holds(authorization, self._rules.key):
                 return 401, "this server needs its key: Authorization: Bearer KEY."
-            return None
-        host = headers.get("host", "")
-        if _name_of(f"//{host}") not in self._rules.hosts:
-            return 403, "this server answers to the names of its own machine alone."
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+            # A browser that was once told a password sends it along for pages of others too.
+            may_be_forged = authorization[:5].lower() == "basic"
+        if may_be_forged and not self._is_own(headers):
             return 403, "this server draws for no pages of other origins."
         return None
+
+    def _is_own(self, headers: Headers) -> bool:
+        """Whether a request comes from no page of another origin than those that may ask."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._rules.origins:
+            return True
+        return urlsplit(origin).netloc == headers.get("host", "")
 
     def _too_large(self) -> str:
         return f"the request is too large; at most {self._rules.max_body} bytes are read."

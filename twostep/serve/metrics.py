@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from twostep.serve.config import Verdict
 from twostep.serve.engine import Engine, Job
 
 _BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -44,6 +45,17 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+
+        self._verdicts = Counter(
+            "twostep_filtered",
+            "Pictures that the filter has judged, by verdict.",
+            ["verdict"],
+            registry=registry,
+        )
+
+    def judged(self, verdict: Verdict) -> None:
+        """Count what the filter did with a picture."""
+        self._verdicts.labels(verdict).inc()
 
     def watch(self, engine: Engine) -> None:
         """Show how many jobs of an engine wait and are drawn at the moment."""

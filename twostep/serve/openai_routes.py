@@ -37,6 +37,7 @@ from twostep.serve.following import (
     preview_in_base64,
     server_sent,
 )
+from twostep.serve.refusals import code_of
 from twostep.serve.serving import Serving, controls_of, json_of, picture_of, validated
 from twostep.serve.shapes import MAX_CONTROLS, ControlBody
 
@@ -280,7 +281,9 @@ async def _stream(
                 continue
             if job.result is None:
                 error = {"message": str(job.error), "type": "server_error", "param": None}
-                yield server_sent("error", {"error": error | {"code": event.kind}})
+                yield server_sent(
+                    "error", {"error": error | {"code": code_of(job.error) or event.kind}}
+                )
                 return
             result = job.result
             for item in await run_in_threadpool(_data, result, body):

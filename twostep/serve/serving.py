@@ -16,6 +16,7 @@ from twostep.errors import TwostepError
 from twostep.pipeline.request import Control, Picture, RequestError
 from twostep.serve.catalogue import Catalogue, Fitted, Wish, random_seed
 from twostep.serve.engine import Engine, EngineError, Job, new_job_id
+from twostep.serve.logs import JobLog
 from twostep.serve.metrics import Metrics
 from twostep.serve.shapes import JOBS_PATH, ControlBody, JobAnswer, JobBody
 from twostep.serve.store import JobStore, StoredJob
@@ -30,7 +31,7 @@ _Body = TypeVar("_Body", bound=BaseModel)
 class Serving:
     """A server's engine and catalogue, and whether it refuses what it would have to change.
 
-    `metrics` and `store`, where there are such, are observers of the engine.
+    `metrics`, `store` and `log`, where there are such, are observers of the engine.
     """
 
     engine: Engine
@@ -38,6 +39,7 @@ class Serving:
     strict: bool = False
     metrics: Metrics | None = None
     store: JobStore | None = None
+    log: JobLog | None = None
 
     async def accept(
         self,
@@ -52,10 +54,23 @@ class Serving:
         """
         wish = await run_in_threadpool(make)
         fitted = self.catalogue.fit(wish, strict=self.strict)
-        job = self.engine.submit(
-            fitted.request, client=client_of(http), wants_previews=wants_previews
-        )
-        return job, fitted
+        return self.submit(fitted, client=client_of(http), wants_previews=wants_previews), fitted
+
+    def submit(self, fitted: Fitted, *, client: str, id: str | None = None, **wishes: Any) -> Job:
+        """Queue a request, so that the log knows which of HTTP it came with.
+
+        `wishes` are those of `Engine.submit`, and so is what is raised.
+        """
+        job_id = id or new_job_id()
+        if self.log is not None:
+            # Before the engine has it, for the job may end at once.
+            self.log.expect(job_id)
+        try:
+            return self.engine.submit(fitted.request, client=client, id=job_id, **wishes)
+        except EngineError:
+            if self.log is not None:
+                self.log.forget(job_id)
+            raise
 
     async def accept_body(self, http: HttpRequest, body: JobBody) -> Job:
         """Queue a job of the server's own API, which is written down first where there is a store.
@@ -104,8 +119,8 @@ class Serving:
     def _submit(
         self, job_id: str, client: str, body: JobBody, fitted: Fitted, *, even_if_full: bool = False
     ) -> Job:
-        return self.engine.submit(
-            fitted.request,
+        return self.submit(
+            fitted,
             client=client,
             id=job_id,
             wants_previews=body.previews,

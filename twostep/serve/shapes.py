@@ -80,7 +80,8 @@ class JobBody(_Body):
 
 
 class JobAnswer(BaseModel):
-    """How a job stands. All from `images` on is there once it is done, `error` if it failed.
+    """How a job stands. All from `images` on is there once it is done, `error` if it failed,
+    and `code`, a word for programs, where there is one for that: "content_policy_violation".
 
     `events` and `images` are addresses on the server. `milliseconds` are those of each stage.
     """
@@ -90,6 +91,7 @@ class JobAnswer(BaseModel):
     seed: int
     events: str
     error: str | None = None
+    code: str | None = None
     images: list[str] | None = None
     seeds: list[int] | None = None
     checkpoint: str | None = None

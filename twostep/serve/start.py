@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -16,10 +17,13 @@ from twostep.pipeline.studio import Studio
 from twostep.serve.announcement import Announcement, announced, is_switched_off, this_program
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
-from twostep.serve.config import ServeError, ServeSettings
-from twostep.serve.engine import Engine, Observer
+from twostep.serve.config import ServeError, ServeSettings, Verdict
+from twostep.serve.engine import Draws, Engine, Observer
 from twostep.serve.gate import LOOPBACK, Rules
+from twostep.serve.logs import JobLog, set_up_logs
 from twostep.serve.metrics import Metrics
+from twostep.serve.picture_filter import FilteredStudio, load_filter
+from twostep.serve.reloading import Reloader, Watch
 from twostep.serve.serving import Serving
 from twostep.serve.store import JobStore
 
@@ -45,31 +49,44 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
             f"{settings.host} can be reached by others, so clients need a key. "
             f"Write one to a file and give --key-file, or set {KEY_VARIABLE}."
         )
-    models = ["nano"] if settings.names_no_model else settings.models
-    catalogue = Catalogue(models, settings.loras, settings.controlnets, bounds=settings.limits)
+    log = JobLog(with_prompts=settings.log_prompts)
+    set_up_logs(settings.log_format, settings.log_level, log, with_prompts=settings.log_prompts)
+    watch = make_watch(settings)
+    catalogue = Catalogue(watch.stock(), controlnets=settings.controlnets, bounds=settings.limits)
     store = None if settings.jobs is None else JobStore(settings.jobs)
-    studios = [_studio(device, settings) for device in settings.devices]
-    # Whatever keeps the default model from drawing is said now, and the first client need not wait.
-    for studio in studios:
-        studio.draw(Request("a picture", model=catalogue.default.model))
-    listener = _listen(settings.host, settings.port)
     metrics = Metrics()
-    observers: list[Observer] = [metrics]
+    observers: list[Observer] = [metrics, log]
     if store is not None:
         observers.append(store)
-    engine = Engine(studios, max_waiting=settings.queue, observers=observers)
+    studios: list[Studio] = []
+    draws: list[Draws] = []
+    for device in settings.devices:
+        studio, drawing = make_studio(device, settings, watch, metrics.judged)
+        # Whatever keeps the default model from drawing is said now, and the first client need
+        # not wait.
+        studio.draw(Request("a picture", model=catalogue.default.model))
+        studios.append(studio)
+        draws.append(drawing)
+    # Who can connect can be answered.
+    listener = _listen(settings.host, settings.port)
+    engine = Engine(draws, max_waiting=settings.queue, observers=observers)
     metrics.watch(engine)
-    serving = Serving(engine, catalogue, strict=settings.strict, metrics=metrics, store=store)
+    reloader = Reloader(watch, catalogue, studios, settings.reload_seconds)
+    serving = Serving(
+        engine, catalogue, strict=settings.strict, metrics=metrics, store=store, log=log
+    )
     if num_resumed := serving.resume():
         say(f"{num_resumed} jobs of before are drawn now.")
     token = secrets.token_urlsafe()
-    rules = Rules(key, max_body=int(settings.limits.body))
+    rules = Rules(key, origins=frozenset(settings.origins), max_body=int(settings.limits.body))
     try:
         app = create_app(
             serving,
             rules,
             drain_seconds=settings.drain_seconds,
             with_mcp=settings.mcp,
+            log_prompts=settings.log_prompts,
+            at_end=[reloader.close],
             handover_token=token,
         )
     except ModuleNotFoundError as error:
@@ -79,10 +96,15 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     say(_greeting(settings.host, listener.getsockname()[1], needs_key=key is not None))
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        # Its own form of the log would stand beside ours. Of its two parsers, h11 bounds headers.
+        log_config=None,
+        access_log=False,
+        http="h11",
         timeout_graceful_shutdown=int(settings.drain_seconds),
         server_header=False,
     )
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: reloader.wake())
     announcement = _announcement(settings, listener.getsockname()[1], key=key, token=token)
     with nullcontext() if announcement is None else announced(announcement):
         uvicorn.Server(config).run(sockets=[listener])
@@ -98,7 +120,7 @@ def _announcement(
     """
     if is_switched_off() or tuple(settings.devices) != _USUAL_DEVICES:
         return None
-    if settings.filter is not None or settings.cluster is not None:
+    if settings.filter is not None:
         return None
     if settings.host not in (*LOOPBACK, "0.0.0.0", "::"):
         return None
@@ -106,11 +128,39 @@ def _announcement(
     return Announcement(f"http://{host}:{port}", key, token, this_program())
 
 
-def _studio(device: str, settings: ServeSettings) -> Studio:
-    """Return a studio that keeps a few models, or as many as fit into so many bytes."""
+def make_watch(settings: ServeSettings) -> Watch:
+    """Return what looks after the models and LoRAs that settings name; nano where they name none.
+
+    Raises as `Watch`.
+    """
+    return Watch(
+        ["nano"] if settings.names_no_model else settings.models,
+        settings.loras,
+        settings.model_folders,
+        settings.lora_folders,
+    )
+
+
+def make_studio(
+    device: str,
+    settings: ServeSettings,
+    watch: Watch,
+    count: Callable[[Verdict], None] | None = None,
+) -> tuple[Studio, Draws]:
+    """Return a studio, and what an engine draws with: the same, behind the filter if there is one.
+
+    The studio keeps a few models, or as many as fit into the memory that may be used. `count` is
+    told of the filter's verdicts.
+    """
     if settings.memory is None:
-        return Studio(device, max_models=settings.max_models)
-    return Studio(device, max_models=sys.maxsize, max_bytes=int(settings.memory))
+        studio = Studio(device, max_models=settings.max_models, check=watch.check)
+    else:
+        most = int(settings.memory)
+        studio = Studio(device, max_models=sys.maxsize, max_bytes=most, check=watch.check)
+    if settings.filter is None:
+        return studio, studio
+    judge = load_filter(settings.filter, str(studio.device))
+    return studio, FilteredStudio(studio, judge, count)
 
 
 def _key(settings: ServeSettings) -> str | None:

@@ -275,7 +275,6 @@ def _decay_progress(iteration: int, settings: LoopSettings) -> float:
         # It begins at the peak, which is the end of the warm-up or later.
         after_warmup = max(0, settings.iterations - settings.warmup_iterations)
         num_decaying = min(num_decaying or after_warmup, after_warmup)
-    # Whoever goes on after the end stays there.
     num_left = max(0, settings.iterations - iteration)
     if num_decaying <= num_left:
         return 0.0
