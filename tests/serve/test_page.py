@@ -61,6 +61,7 @@ def browsing(address: str, **options: Any) -> Iterator[Any]:
         permissions = ["clipboard-read", "clipboard-write"]
         context = browser.new_context(permissions=permissions, **{"viewport": WIDE} | options)
         page = context.new_page()
+        page.set_default_timeout(120_000)  # a machine may have much else to do
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on(
