@@ -47,7 +47,7 @@ def main() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            found = re.search(r"http://[\d.:]+", server.stdout.readline())
+            found = re.search(r"http://\S+:\d+", server.stdout.readline())
             assert found is not None, "the server did not say where it is"
             figures = measure(found[0], arguments.steps, arguments.delays, arguments.repeats)
         finally:

@@ -56,6 +56,22 @@ _MAX_ATTEMPTS = 5
 """To make a partial file that no other process takes for abandoned before it is locked."""
 
 
+_CACHE_VARIABLE = "TWOSTEP_CACHE"
+"""Names another place for `cache_folder`."""
+
+
+def cache_folder() -> Path:
+    """Return where lies what can be made anew: `$TWOSTEP_CACHE`, or `twostep` in the user's cache.
+
+    It need not exist yet.
+    """
+    place = os.environ.get(_CACHE_VARIABLE)
+    if place:
+        return Path(place).expanduser()
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(user).expanduser() / "twostep"
+
+
 class WriteError(TwostepError):
     """A file or folder cannot be written."""
 

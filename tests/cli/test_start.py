@@ -108,6 +108,7 @@ BROUGHT_BY = {
     "scipy": "diffusers and transformers, where it is installed",
     "sympy": "torch's compiler",
     "networkx": "torch's compiler",
+    "requests": "diffusers",
     "twostep": "this package",
 }
 """The packages of which `generate` loads many modules, and what loads them."""

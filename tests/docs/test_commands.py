@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
-LONG = ("pretrain", "distill", "cache", "report", "compare", "reproduce", "serve")
+LONG = ("pretrain", "distill", "cache", "report", "bench", "compare", "reproduce", "serve")
 PLANNED = set[str]()
 """Plans that were made: they change nothing, so once is enough."""
 
@@ -34,12 +34,17 @@ def blocks() -> list[list[str]]:
     ]
 
 
+def _takes_long(line: str) -> bool:
+    """Whether a command plans, or compiles."""
+    return line.startswith("twostep plan ") or "--engine openvino" in line
+
+
 def block_cases() -> list[object]:
-    """Return the blocks as cases of a test; a plan takes long."""
+    """Return the blocks as cases of a test."""
     return [
         pytest.param(
             block,
-            marks=[pytest.mark.slow] * any(line.startswith("twostep plan ") for line in block),
+            marks=[pytest.mark.slow] * any(map(_takes_long, block)),
         )
         for block in blocks()
     ]

@@ -52,7 +52,9 @@ def test_an_engine_is_named_as_an_attribute(monkeypatch: pytest.MonkeyPatch) -> 
         find_engine("mine:other")
     with pytest.raises(EngineError, match=r"'nowhere:toy' cannot be loaded: No module"):
         find_engine("nowhere:toy")
-    with pytest.raises(EngineError, match=r"no engine 'steam'\. Known are eager"):
+    with pytest.raises(EngineError, match=r"no engine 'steam'\. Known are auto, compiled, eager"):
         find_engine("steam")
-    with pytest.raises(EngineError, match=r"no engine 'mine:toy'\. Known are eager"):
+    with pytest.raises(
+        EngineError, match=r"no engine 'mine:toy'\. Known are auto, compiled, eager"
+    ):
         registered_engine("mine:toy")  # which a request may name, and which imports nothing

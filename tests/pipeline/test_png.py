@@ -94,7 +94,10 @@ def test_a1111_is_told_the_loras_in_its_own_words(result: Result) -> None:
     first, *_ = a1111_text(result.contract, request).splitlines()
     assert first == f"{PROMPT} <lora:ink:0.8> <lora:wool:-1>"
     again = Request(first)
-    assert (again.prompt, [str(lora) for lora in again.loras]) == (PROMPT, ["ink:0.8", "wool:-1"])
+    assert (again.prompt, [str(lora) for lora in again.loras]) == (
+        PROMPT,
+        ["ink:0.8", "wool:-1.0"],
+    )
 
 
 def test_nothing_is_overwritten(result: Result, tmp_path: Path) -> None:

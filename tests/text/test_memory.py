@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from twostep.formats.locate import WEIGHTS
+from twostep.models.loading import load_bundle
+from twostep.models.lora_stack import LoraCache
 from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
 from twostep.text.clip import TextEncoders
@@ -54,12 +56,15 @@ def test_what_changes_the_text_encoders_has_a_memory_of_its_own(studio: Studio) 
         {**text.networks, "text_encoder": deepcopy(text.encoders[0])}
     ).memory
     assert changed is not None and changed is not text.memory
+
+
+def test_loras_that_leave_the_text_encoders_alone_share_its_memory() -> None:
     lora = str(WEIGHTS / "nano" / "students" / "nano_2step_lora.safetensors")
-    styled = studio.load(replace(APPLE, steps=None, loras=(lora,))).text
-    teacher = studio.load(replace(APPLE, steps=32)).text
-    # It changes the UNet alone.
-    assert isinstance(styled, TextEncoders) and isinstance(teacher, TextEncoders)
-    assert styled.encoders[0] is teacher.encoders[0]
+    model = LoraCache(load_bundle("nano").remembering())
+    plain = model.apply([]).text
+    styled = model.apply([lora]).text
+    assert isinstance(plain, TextEncoders) and isinstance(styled, TextEncoders)
+    assert plain.memory is not None and styled.memory is plain.memory
 
 
 def test_nothing_is_kept_where_gradients_are(studio: Studio) -> None:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from twostep import __version__
-from twostep.cli import cache, compare, draw, evaluate, files, pretrain, serve, train
+from twostep.cli import bench, cache, compare, draw, evaluate, files, pretrain, serve, train
 from twostep.errors import TwostepError
 from twostep.files import UNHARMED, advice_on
 from twostep.training.stopping import StoppedError
@@ -96,7 +96,7 @@ _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill, train.report)
 _FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
 _BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
-_MEASURING = (compare.compare, compare.reproduce)
+_MEASURING = (compare.compare, compare.reproduce, bench.bench)
 _SERVING = (serve.serve,)
 for verb in (*_DRAWING, *_SERVING, *_TRAINING, *_BUILT_IN, *_MEASURING, *_FILES):
     app.command()(verb)

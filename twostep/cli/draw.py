@@ -64,6 +64,12 @@ _As = Annotated[
         "--as", help="What the model is, of others: lightning, turbo, lcm, hyper, dmd2, base."
     ),
 ]
+_Engine = Annotated[
+    str,
+    typer.Option(
+        help="What runs the networks: eager, auto, compiled, openvino, openvino-int8 or -bf16."
+    ),
+]
 _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
 ]
@@ -84,6 +90,7 @@ def generate(
     control: _Controls = None,
     scheduler: _Scheduler = None,
     treated_as: _As = None,
+    engine: _Engine = "eager",
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
@@ -105,6 +112,7 @@ def generate(
         loras=tuple(lora or ()),
         sampler=scheduler,
         treated_as=treated_as,
+        engine=engine,
     )
     _hand_over_or_draw(order, out)
 
@@ -127,6 +135,7 @@ def edit(
     guidance: _Guidance = None,
     scheduler: _Scheduler = None,
     treated_as: _As = None,
+    engine: _Engine = "eager",
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
@@ -147,6 +156,7 @@ def edit(
         loras=tuple(lora or ()),
         sampler=scheduler,
         treated_as=treated_as,
+        engine=engine,
     )
     _hand_over_or_draw(order, out)
 

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol, runtime_checkable
 
+from twostep.engines.auto import Auto
+from twostep.engines.compiled import Compiled
 from twostep.engines.eager import Eager
-from twostep.errors import TwostepError
+from twostep.engines.errors import EngineError
+from twostep.engines.openvino import EXACT, PRECISIONS, OpenVino
 from twostep.models.bundle import Bundle
-
-
-class EngineError(TwostepError):
-    """An engine that is not known, or that cannot be loaded."""
 
 
 @runtime_checkable
@@ -34,7 +33,15 @@ class Engine(Protocol):
         """
 
 
-_ENGINES: dict[str, Engine] = {"eager": Eager()}
+_BUILT_IN: tuple[Engine, ...] = (
+    Eager(),
+    Auto(),
+    Compiled(),
+    EXACT,
+    *map(OpenVino, PRECISIONS[1:]),
+)
+
+_ENGINES: dict[str, Engine] = {engine.name: engine for engine in _BUILT_IN}
 """Engines by name: those that are built in, and those that were registered."""
 
 

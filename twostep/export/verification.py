@@ -28,7 +28,13 @@ from twostep.formats.single_file import SingleFile, find_single_file
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.sampling import draw_noise, encode_prompts, sample_latents
-from twostep.models.sdxl import SDXL_CHANNELS, base_folder
+from twostep.models.sdxl import (
+    SDXL_CHANNELS,
+    autoencoder,
+    base_folder,
+    diffusers_scheduler,
+    text_encoders,
+)
 from twostep.text.vocabulary import clip_tokenizer
 
 _COMFYUI_NAMES = {"x0": "x0", "v": "v_prediction"}
@@ -161,6 +167,24 @@ def _sampled_by_diffusers(
         latents=start / scheduler.init_noise_sigma,
     )
     return predictions
+
+
+def vanilla_pipeline(bundle: Bundle) -> Any:
+    """Return diffusers' own pipeline around the networks of a bundle, which it shares."""
+    text = text_encoders(bundle)
+    pipeline = StableDiffusionXLPipeline(
+        vae=autoencoder(bundle),
+        text_encoder=text.encoders[0],
+        text_encoder_2=text.encoders[1],
+        tokenizer=text.tokenizers[0],
+        tokenizer_2=text.tokenizers[1],
+        unet=bundle.denoiser.network,
+        scheduler=diffusers_scheduler(bundle.contract),
+        force_zeros_for_empty_prompt=text.zeros_for_empty,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _follow(scheduler: Any, levels: Tensor) -> None:

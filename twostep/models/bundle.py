@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from twostep.contract import Contract
 from twostep.formats.embeddings import Embedding
 from twostep.formats.locate import ModelError
 from twostep.media.codec import Codec
+from twostep.models.runtime import Runtime
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 
@@ -61,7 +62,8 @@ class Bundle:
     """Everything that sampling needs.
 
     `students` are the step counts of the students that lie in the same folder. `origin` is the
-    model, followed by its LoRAs, as they were named when it was loaded.
+    model, followed by its LoRAs, as they were named when it was loaded. `runtime` is what runs its
+    networks.
     """
 
     denoiser: Denoiser
@@ -70,6 +72,7 @@ class Bundle:
     contract: Contract
     students: tuple[int, ...] = ()
     origin: tuple[str, ...] = ()
+    runtime: Runtime = field(default_factory=Runtime)
 
     def conditioning(
         self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False

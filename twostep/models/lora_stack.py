@@ -268,6 +268,34 @@ def _put_beside(stack: _Stack, parts: Mapping[str, nn.Module]) -> None:
 
 
 @torch.no_grad()
+def fused(network: nn.Module) -> nn.Module:
+    """Return a network that computes the same without LoRAs beside its layers.
+
+    They are merged into copies of these layers' weights; all other weights are shared. A network
+    without any is returned as it is.
+    """
+    hooks = {
+        (name, key): hook
+        for name, layer in network.named_modules()
+        for key, hook in layer._forward_hooks.items()
+        if isinstance(hook, partial) and hook.func is _beside
+    }
+    if not hooks:
+        return network
+    weights = chain(network.parameters(), network.buffers(), hooks.values())
+    shared: dict[int, Any] = {id(each): each for each in weights}
+    copied = copy.deepcopy(network, shared)
+    for (name, key), hook in hooks.items():
+        layer: Any = copied.get_submodule(name)
+        del layer._forward_hooks[key]
+        low_rank, scale = hook.args
+        strength = scale * low_rank.rank / low_rank.alpha
+        changed = low_rank.applied(layer.weight, strength).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(changed, requires_grad=layer.weight.requires_grad)
+    return copied
+
+
+@torch.no_grad()
 def _change_copy(
     name: str, listed: Sequence[tuple[float, WeightChange]], parts: Mapping[str, nn.Module]
 ) -> None:

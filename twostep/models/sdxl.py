@@ -100,7 +100,7 @@ class SdxlFamily:
                 **{name: _in_half_precision(network) for name, network in networks.items()},
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
-                scheduler=_diffusers_scheduler(bundle.contract),
+                scheduler=diffusers_scheduler(bundle.contract),
                 force_zeros_for_empty_prompt=text.zeros_for_empty,
                 add_watermarker=False,
             )
@@ -128,7 +128,7 @@ class SdxlFamily:
         return path
 
 
-def _diffusers_scheduler(contract: Contract) -> Any:
+def diffusers_scheduler(contract: Contract) -> Any:
     """Return the scheduler with which diffusers samples as a contract says."""
     import diffusers
 

@@ -16,7 +16,7 @@ def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    # numpy knows no bfloat16; as bytes it does not matter what they mean.
+def _bytes(tensor: Tensor) -> memoryview:
+    # numpy knows no bfloat16; as bytes it does not matter what they mean. They are not copied.
     flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

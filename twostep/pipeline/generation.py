@@ -24,6 +24,7 @@ from twostep.media.codec import Codec, Encoded
 from twostep.media.image import ImageCodec, to_images
 from twostep.media.png import png_file
 from twostep.models.bundle import Bundle
+from twostep.models.runtime import take_notes
 from twostep.models.sampling import Guided, decode, sample_latents
 from twostep.pipeline.batching import ExactBatch
 from twostep.pipeline.prepare import Prepared, prepare, timed
@@ -131,7 +132,7 @@ class _Drawing:
             images=[self.images[seed] for seed in request.seeds],
             seeds=request.seeds,
             seconds=self.prepared.seconds,
-            warnings=self.prepared.warnings,
+            warnings=[*self.prepared.warnings, *take_notes()],
             contract=bundle.contract,
             request=request,
             origin=bundle.origin,

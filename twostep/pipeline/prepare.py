@@ -210,8 +210,8 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...]]:
     """Return a checked request with nothing left open, and the times that it walks.
 
-    A student's guidance is distilled into it, so it gets none, which is 1. The model and the LoRAs
-    are those of the bundle, if it says which.
+    A student's guidance is distilled into it, so it gets none, which is 1. The engine is that of
+    the bundle, and so are the model and the LoRAs, if it says which.
     """
     contract = bundle.contract
     if contract.role == "student":
@@ -235,6 +235,7 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         height=height,
         strength=strength,
         sampler=request.sampler or contract.sampler,
+        engine=bundle.runtime.engine,
     )
     if bundle.origin:
         model, *loras = bundle.origin
@@ -334,6 +335,7 @@ def _hint(bundle: Bundle, control: Control, size: tuple[int, int], times: tuple[
     pixels_per_latent = size[0] // bundle.latent_shape(*size)[-1]
     network = load_control(control.model, bundle.denoiser.network, pixels_per_latent)
     picture = (_pixels(bundle, control.picture, size) + 1) / 2
+    network = bundle.runtime.convert(network)
     return Hint(network, picture, control.scale, frozenset(acting))
 
 

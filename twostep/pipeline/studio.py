@@ -167,9 +167,14 @@ class Studio:
             raise ModelError(
                 f"{contract.name} draws in {contract.steps} steps, not in {request.steps}."
             )
+        sizes: Sequence[tuple[int, int]] = contract.sizes
         if request.width is not None and request.height is not None:
-            return engine.prepare(bundle, [(request.width, request.height)])
-        return engine.prepare(bundle, contract.sizes)
+            sizes = [(request.width, request.height)]
+        prepared = engine.prepare(bundle, sizes)
+        if prepared is bundle or prepared.runtime is not bundle.runtime:
+            return prepared
+        # An engine of others, which need not know that bundles name theirs.
+        return replace(prepared, runtime=replace(prepared.runtime, engine=engine.name))
 
     def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
         """Return a loaded model, which is then the one that was used last.

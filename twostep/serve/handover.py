@@ -30,6 +30,9 @@ TOKEN_HEADER = "X-Twostep-Token"
 
 _SECONDS_TO_CONNECT = 2.0
 
+_IMPOSSIBLE = 400
+"""The status of what cannot be drawn anywhere."""
+
 
 class HandedOverError(TwostepError):
     """What the server could not draw, in the words that this process would have had."""
@@ -96,7 +99,7 @@ def hand_over(order: Order, say: Callable[[str], None]) -> HandedOver | None:
         if status == 200:
             return _read(server.address, answer)
         message = str(answer.get("error", {}).get("message", f"status {status}"))
-        if status == 422:
+        if status == _IMPOSSIBLE:
             raise HandedOverError(message)
         say(f"{server.address} does not draw it ({message.rstrip('.')}): drawn here.")
     return None

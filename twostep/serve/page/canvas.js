@@ -82,6 +82,11 @@ export class Layer {
     this.#trace(stroke, from);
   }
 
+  // Ends a stroke: all is drawn anew, for pieces put together have other edges than a whole.
+  end() {
+    this.#redraw();
+  }
+
   undo() {
     if (this.canUndo) this.#undone.push(this.#strokes.pop());
     this.#redraw();
@@ -195,6 +200,12 @@ export class Easel {
     this.refresh();
   }
 
+  // Shows nothing any more.
+  close() {
+    this.#lift();
+    this.layer = null;
+  }
+
   // Draws all anew before the next frame.
   refresh() {
     cancelAnimationFrame(this.#frame);
@@ -261,6 +272,8 @@ export class Easel {
   #lift(pen = this.#pen) {
     if (!this.#pen || this.#pen !== pen) return;
     this.#pen = null;
+    this.layer.end();
+    this.refresh();
     this.#onPaint(true);
   }
 

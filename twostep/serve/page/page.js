@@ -370,8 +370,8 @@ function openCanvas(layer) {
 }
 
 function closeCanvas() {
+  easel.close();
   at("easel").hidden = true;
-  easel.layer = null;
 }
 
 // What may be painted on: its name and its layer.

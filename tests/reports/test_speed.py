@@ -1,0 +1,72 @@
+"""Timings are paired and right, the plot shows them to scale, and everything takes its turn."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from twostep.cli import app
+from twostep.reports.speed import Case, Row, SpeedError, Timing, _timed, compare_speed, plot
+
+CASE = Case(2, (64, 64), 2)
+
+
+def row(name: str, *seconds: float) -> Row:
+    return Row(name, CASE, {"total": Timing(seconds)})
+
+
+def test_ratios_are_of_the_same_rounds() -> None:
+    slow = row("slow", 4.0, 2.0, 6.0, 8.0, 10.0)
+    fast = row("fast", 1.0, 1.0, 2.0, 2.0, 2.0)
+    assert slow.total.median == 6.0
+    assert slow.total.quartiles == (4.0, 8.0)
+    assert fast.times_as_fast_as(slow).seconds == (4.0, 2.0, 3.0, 4.0, 5.0)
+    assert fast.times_as_fast_as(slow).median == 4.0
+    assert Timing((3.0,)).as_json() == {"median": 3.0, "low": 3.0, "high": 3.0}
+
+
+def test_everything_takes_its_turn_and_the_first_rounds_do_not_count() -> None:
+    turns: list[str] = []
+
+    def draw_of(name: str):
+        def draw(seed: int) -> dict[str, float]:
+            turns.append(f"{name}{seed}")
+            return {"decode": float(seed)} if name == "a" else {}
+
+        return draw
+
+    first, second = _timed({"a": draw_of("a"), "b": draw_of("b")}, CASE, 3)
+    assert turns == ["a0", "b0", "b1", "a1", "a2", "b2", "b3", "a3", "a4", "b4"]
+    assert list(first.stages) == ["decode", "total"]
+    assert first.stages["decode"].seconds == (2.0, 3.0, 4.0)
+    assert list(second.stages) == ["total"]
+    assert len(second.total.seconds) == 3
+
+
+def test_a_plot_is_to_scale() -> None:
+    drawn = plot([row("slow", 0.4, 0.4), row("fast", 0.1, 0.1)])
+    wide = [float(each) for each in re.findall(r'<rect x="190" y="\d+" width="([\d.]+)"', drawn)]
+    assert wide[0] == pytest.approx(4 * wide[1], rel=1e-2)
+    # Milliseconds of a picture, of which there are two in a batch.
+    assert re.findall(r">([\d.]+ ms)<", drawn) == ["200.0 ms", "50.0 ms"]
+    assert "2 steps, 64x64, batch 2" in drawn
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(SpeedError, match="at least one engine"):
+        compare_speed("nano", engines=[], cases=[CASE], rounds=1)
+
+
+@pytest.mark.slow
+def test_bench_compares_eager_with_diffusers(tmp_path: Path) -> None:
+    words = ["bench", "--engine", "eager", "--steps", "2", "--rounds", "2", "-o", str(tmp_path)]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, answer.output
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [each["name"] for each in found["rows"]] == ["eager", "diffusers"]
+    stages = found["rows"][0]["seconds"]
+    parts = sum(stages[stage]["median"] for stage in ("text", "encode", "denoise", "decode"))
+    assert 0.3 * stages["total"]["median"] < parts <= 1.3 * stages["total"]["median"]
+    assert (tmp_path / "speed.svg").read_text().startswith("<svg")
