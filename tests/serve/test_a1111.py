@@ -198,6 +198,9 @@ def test_a_strict_server_refuses_instead(fake: FakeStudio, engine: Engine) -> No
     [
         ("txt2img", b"{"),
         ("txt2img", b"[1]"),
+        ("txt2img", b'{"prompt": "x", "unknown": 1e400}'),
+        ("txt2img", b'{"prompt": "x", "unknown": NaN}'),
+        ("txt2img", b'{"prompt": "x", "unknown": ' + b"[" * 101 + b"]" * 101 + b"}"),
         ("txt2img", b'{"prompt": "x", "steps": "many"}'),
         ("txt2img", b'{"prompt": "x", "batch_size": 17}'),
         ("txt2img", b'{"prompt": "x <lora:/etc/passwd:1>"}'),

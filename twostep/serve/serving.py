@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from twostep.serve.logs import JobLog
 from twostep.serve.metrics import Metrics
 from twostep.serve.shapes import JOBS_PATH, ControlBody, JobAnswer, JobBody
 from twostep.serve.store import JobStore, StoredJob
+
+MAX_DEPTH = 100
+"""How deep a body may be nested."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a letter, as JSON writes it; one half alone is no text."""
@@ -175,15 +179,42 @@ def client_of(http: HttpRequest) -> str:
 
 
 async def json_of(http: HttpRequest) -> Any:
-    """Return the body of a request; raises RequestError where it is no JSON, or no UTF-8 inside."""
+    """Return the body of a request, which can be sent back as it came.
+
+    Raises RequestError where it is no JSON, is no UTF-8 inside, has numbers that are not finite, or
+    is nested too deep.
+    """
     body = await http.body()
     try:
-        values = json.loads(body)
+        values = json.loads(body, parse_float=_finite, parse_constant=_finite)
+        if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _is_deep(values):
+            raise ValueError(f"it is nested more than {MAX_DEPTH} times")
         if _SURROGATE.search(body):
             json.dumps(values, ensure_ascii=False).encode()
         return values
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {error}.") from error
+
+
+def _finite(text: str) -> float:
+    """Return a number of JSON; raises ValueError for NaN and infinity."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+def _is_deep(values: object) -> bool:
+    """Whether lists and objects stand in each other more than MAX_DEPTH times."""
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        level = inner
+    return any(isinstance(each, list | dict) for each in level)
 
 
 def validated(kind: type[_Body], values: object) -> _Body:
