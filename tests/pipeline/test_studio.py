@@ -264,3 +264,20 @@ def test_threads_share_a_studio() -> None:
 
 def test_it_is_public() -> None:
     assert twostep.Studio is Studio
+
+
+def test_answers_are_told_one_by_one_as_they_come(studio: Studio) -> None:
+    told: list[tuple[int, object]] = []
+    requests = [Request(APPLE, steps=1), Request(DOG, steps=77), Request(DOG, steps=1)]
+    answers = studio.submit(requests, on_answer=lambda place, answer: told.append((place, answer)))
+    assert sorted(place for place, _ in told) == [0, 1, 2]
+    assert all(answers[place] is answer for place, answer in told)
+
+    def enough(place: int, answer: object) -> None:
+        told.append((place, answer))
+        raise InterruptedError
+
+    told.clear()
+    with pytest.raises(InterruptedError):
+        studio.submit([requests[0], requests[2]], on_answer=enough)
+    assert [place for place, _ in told] == [0]  # the second of the batch was not decoded any more

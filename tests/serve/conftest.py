@@ -33,7 +33,7 @@ class FakeStudio:
         self.busy = threading.Semaphore(0)
         self.num_calls = 0
 
-    def submit(self, requests: Any, *, on_step: Any = None) -> list[Any]:
+    def submit(self, requests: Any, *, on_step: Any = None, on_answer: Any = None) -> list[Any]:
         self.drawn.append([request.prompt for request in requests])
         self.busy.release()
         for i in range(self.num_steps):
@@ -43,7 +43,11 @@ class FakeStudio:
                 raise ZeroDivisionError("a fault")
             for place in range(len(requests)):
                 on_step(place, FakeProgress(i + 1, self.num_steps))
-        return [RequestError(f"drawn {request.prompt}") for request in requests]
+        answers = [RequestError(f"drawn {request.prompt}") for request in requests]
+        if on_answer is not None:
+            for place, answer in enumerate(answers):
+                on_answer(place, answer)
+        return answers
 
 
 class FakeProgress(Progress):
@@ -80,11 +84,11 @@ class GatedStudio(Studio):
         self.arrived = threading.Semaphore(0)
         self.sizes: list[int] = []
 
-    def submit(self, requests: Any, *, on_step: Any = None) -> list[Any]:
+    def submit(self, requests: Any, *, on_step: Any = None, on_answer: Any = None) -> list[Any]:
         self.sizes.append(len(requests))
         self.arrived.release()
         assert self.gate.wait(30)
-        return super().submit(requests, on_step=on_step)
+        return super().submit(requests, on_step=on_step, on_answer=on_answer)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,9 @@ class Painter:
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
 
-    def submit(self, requests: Sequence[Request], *, on_step: Any = None) -> list[Any]:
+    def submit(
+        self, requests: Sequence[Request], *, on_step: Any = None, on_answer: Any = None
+    ) -> list[Any]:
         answers = []
         for place, request in enumerate(requests):
             words = request.prompt.split()
@@ -106,6 +108,8 @@ class Painter:
                     request=replace(request, steps=8, guidance=1.0, width=64, height=64),
                 )
             )
+            if on_answer is not None:
+                on_answer(place, answers[-1])
         return answers
 
 

@@ -8,7 +8,7 @@ servers or progress bars.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,9 @@ OnStep = Callable[[Progress], None]
 OnStepOf = Callable[[int, Progress], None]
 """The same for several requests; the number is the place of the request."""
 
+OnAnswerOf = Callable[[int, "Result | TwostepError"], None]
+"""Called with the place of a request and what came of it, as soon as that is there."""
+
 
 def generate(bundle: Bundle, request: Request | str, *, on_step: OnStep | None = None) -> Result:
     """Draw the images of a request, or one image of a prompt, with a model.
@@ -84,27 +87,38 @@ def generate(bundle: Bundle, request: Request | str, *, on_step: OnStep | None =
 
 
 def generate_together(
-    bundle: Bundle, requests: Sequence[Request], *, on_step: OnStepOf | None = None
+    bundle: Bundle,
+    requests: Sequence[Request],
+    *,
+    on_step: OnStepOf | None = None,
+    on_answer: OnAnswerOf | None = None,
 ) -> list[Result | TwostepError]:
     """Draw several requests with one model, in shared batches where they are alike enough.
 
     Every request gets the same pixels as from `generate`, and its result, or the error that
     `generate` would raise, stands at its place. `on_step` gets the place of a request and its
-    progress; what it raises ends the drawing of all.
+    progress, and `on_answer` each result or error once it is there, which of a batch is one after
+    the other, for pictures are decoded so. What either raises ends the drawing of all.
     """
-    drawings: list[_Drawing | TwostepError] = []
+    answers: dict[int, Result | TwostepError] = {}
+
+    def answer(place: int, made: Result | TwostepError) -> None:
+        answers[place] = made
+        if on_answer is not None:
+            on_answer(place, made)
+
+    ready: list[_Drawing] = []
     with torch.inference_mode():
         for place, request in enumerate(requests):
             try:
-                drawings.append(_Drawing(place, prepare(bundle, request)))
+                ready.append(_Drawing(place, prepare(bundle, request)))
             except TwostepError as error:
-                drawings.append(error)
-        ready = [drawing for drawing in drawings if isinstance(drawing, _Drawing)]
+                answer(place, error)
         for batch in _batches(ready):
-            _draw(bundle, batch, on_step)
-    return [
-        drawing.answer(bundle) if isinstance(drawing, _Drawing) else drawing for drawing in drawings
-    ]
+            for drawing in _draw(bundle, batch, on_step):
+                if drawing.is_finished:
+                    answer(drawing.place, drawing.answer(bundle))
+    return [answers[place] for place in range(len(requests))]
 
 
 @dataclass(eq=False)
@@ -122,6 +136,11 @@ class _Drawing:
         """Steps of all batches of the request together."""
         num_batches = -(-self.prepared.request.num_images // MAX_BATCH)
         return num_batches * (len(self.prepared.times) - 1)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every image is there, or the error that ended the drawing."""
+        return self.error is not None or len(self.images) == len(self.prepared.request.seeds)
 
     def answer(self, bundle: Bundle) -> Result | TwostepError:
         """Return the result, or the error that ended the drawing."""
@@ -172,8 +191,8 @@ def _batches(drawings: list[_Drawing]) -> list[list[_Part]]:
     return batches
 
 
-def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> None:
-    """Draw the images of one batch and give them to their requests.
+def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Iterator[_Drawing]:
+    """Draw the images of one batch, give them to their requests, and yield these one by one.
 
     A part with NaN or infinity in it ends its own request alone.
     """
@@ -193,6 +212,7 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> None:
         part.drawing.prepared.seconds["denoise"] += seconds * len(part.seeds) / sum(sizes)
         if damage is None:
             _decode(bundle, part, values)
+        yield part.drawing
 
 
 def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:

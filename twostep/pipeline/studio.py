@@ -25,7 +25,14 @@ from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
-from twostep.pipeline.generation import OnStep, OnStepOf, Progress, generate, generate_together
+from twostep.pipeline.generation import (
+    OnAnswerOf,
+    OnStep,
+    OnStepOf,
+    Progress,
+    generate,
+    generate_together,
+)
 from twostep.pipeline.request import Request, RequestError, Result
 from twostep.training.device import find_device
 
@@ -107,7 +114,11 @@ class Studio:
         return generate(self.load(request), request, on_step=on_step)
 
     def submit(
-        self, requests: Sequence[Request], *, on_step: OnStepOf | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        on_step: OnStepOf | None = None,
+        on_answer: OnAnswerOf | None = None,
     ) -> list[Result | TwostepError]:
         """Draw several requests, those that are alike enough in shared batches.
 
@@ -115,22 +126,36 @@ class Studio:
         length of text, and ControlNets with their scales and shares. Each gets the pixels that
         `draw` would give it. Results stand in the order of the requests; where one failed, the
         TwostepError that `draw` would raise stands in its place, and the others are drawn all the
-        same. `on_step` gets the place of a request and its progress; what it raises ends the
-        drawing of all.
+        same. `on_step` gets the place of a request and its progress, and `on_answer` what came of
+        it once that is there; what either raises ends the drawing of all.
         """
         answers: dict[int, Result | TwostepError] = {}
         for places in _by_model(requests):
             try:
                 bundle = self.load(requests[places[0]])
             except TwostepError as error:
-                answers.update(dict.fromkeys(places, error))
+                for place in places:
+                    answers[place] = error
+                    if on_answer is not None:
+                        on_answer(place, error)
                 continue
 
             def report(index: int, progress: Progress, places: list[int] = places) -> None:
                 if on_step is not None:
                     on_step(places[index], progress)
 
-            drawn = generate_together(bundle, [requests[place] for place in places], on_step=report)
+            def answered(
+                index: int, answer: Result | TwostepError, places: list[int] = places
+            ) -> None:
+                if on_answer is not None:
+                    on_answer(places[index], answer)
+
+            drawn = generate_together(
+                bundle,
+                [requests[place] for place in places],
+                on_step=report,
+                on_answer=answered,
+            )
             answers.update(zip(places, drawn, strict=True))
         return [answers[place] for place in range(len(requests))]
 

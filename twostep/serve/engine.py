@@ -20,7 +20,7 @@ from typing import Literal, Protocol, runtime_checkable
 from PIL import Image
 
 from twostep.errors import TwostepError
-from twostep.pipeline.generation import OnStepOf, Progress
+from twostep.pipeline.generation import OnAnswerOf, OnStepOf, Progress
 from twostep.pipeline.request import MAX_BATCH, Request, Result
 from twostep.serve.shapes import JobState
 
@@ -67,9 +67,16 @@ class Draws(Protocol):
     """What draws several requests, as `pipeline.studio.Studio` does."""
 
     def submit(
-        self, requests: Sequence[Request], *, on_step: OnStepOf | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        on_step: OnStepOf | None = None,
+        on_answer: OnAnswerOf | None = None,
     ) -> list[Result | TwostepError]:
-        """Return one result or error for each request; what `on_step` raises ends all."""
+        """Return one result or error for each request, and tell `on_answer` of it when it is there.
+
+        What either function raises ends all.
+        """
 
 
 @runtime_checkable
@@ -443,8 +450,16 @@ class Engine:
             if all(job.has_ended for job in jobs):
                 raise _NobodyWaits
 
+        def on_answer(place: int, answer: Result | TwostepError) -> None:
+            # Its client has it while the others are decoded, and may ask again before the next
+            # batch begins.
+            self._end(jobs[place], answer)
+            if all(job.has_ended for job in jobs):
+                raise _NobodyWaits
+
         try:
-            answers = studio.submit([job.request for job in jobs], on_step=on_step)
+            requests = [job.request for job in jobs]
+            answers = studio.submit(requests, on_step=on_step, on_answer=on_answer)
         except _NobodyWaits:
             return
         except Exception as error:

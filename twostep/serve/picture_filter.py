@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from twostep.errors import TwostepError
-from twostep.pipeline.generation import OnStepOf, Progress
+from twostep.pipeline.generation import OnAnswerOf, OnStepOf, Progress
 from twostep.pipeline.request import Request, Result
 from twostep.serve.config import FilterSettings, ServeError, Verdict
 from twostep.serve.engine import Draws, EngineError
@@ -104,18 +104,26 @@ class FilteredStudio:
         self._count = count
 
     def submit(
-        self, requests: Sequence[Request], *, on_step: OnStepOf | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        on_step: OnStepOf | None = None,
+        on_answer: OnAnswerOf | None = None,
     ) -> list[Result | TwostepError]:
         """Draw requests as the studio does, and judge what comes of them."""
+        judged: dict[int, Result | TwostepError] = {}
 
         def report(place: int, progress: Progress) -> None:
             if on_step is not None:
                 on_step(place, _FilteredProgress.of(progress, self._shown))
 
-        answers = self._studio.submit(requests, on_step=report)
-        return [
-            self._judged(answer) if isinstance(answer, Result) else answer for answer in answers
-        ]
+        def judge(place: int, answer: Result | TwostepError) -> None:
+            judged[place] = self._judged(answer) if isinstance(answer, Result) else answer
+            if on_answer is not None:
+                on_answer(place, judged[place])
+
+        self._studio.submit(requests, on_step=report, on_answer=judge)
+        return [judged[place] for place in range(len(requests))]
 
     def _judged(self, result: Result) -> Result | TwostepError:
         """Return a result with what is to be blurred blurred, or why it is refused as a whole."""
