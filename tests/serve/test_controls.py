@@ -121,7 +121,7 @@ def test_a1111_says_what_of_a_unit_is_not_done(client: TestClient) -> None:
         body["alwayson_scripts"] = {"controlnet": {"args": [unit | wrong]}}
         answer = client.post("/sdapi/v1/txt2img", json=body)
         assert answer.status_code == 400, wrong
-        assert set(answer.json()) == {"error", "detail", "body", "errors"}
+        assert set(answer.json()) == {"error", "detail", "body", "errors", "request_id"}
 
 
 def test_a1111_lists_controlnets(client: TestClient) -> None:
@@ -138,7 +138,7 @@ def test_a1111_lists_controlnets(client: TestClient) -> None:
     refused = client.post("/controlnet/detect", json=body | {"controlnet_module": "canny"})
     assert (refused.status_code, set(refused.json())) == (
         400,
-        {"error", "detail", "body", "errors"},
+        {"error", "detail", "body", "errors", "request_id"},
     )
 
 

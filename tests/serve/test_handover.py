@@ -205,7 +205,6 @@ def test_servers_that_draw_otherwise_or_elsewhere_are_not_told_of(
     others = [
         {"devices": ("cpu",)},
         {"host": "192.0.2.1"},
-        {"cluster": {}},
         {"filter": {"function": "mine:judge"}},
     ]
     for values in others:
