@@ -97,7 +97,7 @@ def test_faults_are_logged_without_the_prompts_they_quote(
     monkeypatch: pytest.MonkeyPatch,
     with_prompts: bool,
 ) -> None:
-    def fail(requests: list[Request], on_step: Any = None) -> Any:
+    def fail(requests: list[Request], on_step: Any = None, **others: Any) -> Any:
         raise ZeroDivisionError(f"cannot draw {requests[0].prompt}: out of ink")
 
     monkeypatch.setattr(fake, "submit", fail)
