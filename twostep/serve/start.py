@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import uvicorn
@@ -58,15 +59,13 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     observers: list[Observer] = [metrics, log]
     if store is not None:
         observers.append(store)
-    studios: list[Studio] = []
-    draws: list[Draws] = []
-    for device in settings.devices:
-        studio, drawing = make_studio(device, settings, watch, metrics.judged)
-        # Whatever keeps the default model from drawing is said now, and the first client need
-        # not wait.
-        studio.draw(Request("a picture", model=catalogue.default.model))
-        studios.append(studio)
-        draws.append(drawing)
+    # In a thread that ends: OpenMP keeps workers for every thread that has computed, and where
+    # there are more of them than cores they sleep between operations. Had this thread drawn, those
+    # that draw later took twice as long on a CPU (docs/log.md).
+    with ThreadPoolExecutor(1) as first:
+        made = first.submit(_make_studios, settings, catalogue, watch, metrics.judged).result()
+    studios = [studio for studio, _ in made]
+    draws = [drawing for _, drawing in made]
     # Who can connect can be answered.
     listener = _listen(settings.host, settings.port)
     engine = Engine(draws, max_waiting=settings.queue, observers=observers)
@@ -139,6 +138,24 @@ def make_watch(settings: ServeSettings) -> Watch:
         settings.model_folders,
         settings.lora_folders,
     )
+
+
+def _make_studios(
+    settings: ServeSettings,
+    catalogue: Catalogue,
+    watch: Watch,
+    count: Callable[[Verdict], None],
+) -> list[tuple[Studio, Draws]]:
+    """Return what `make_studio` does for every device, once each has drawn.
+
+    So whatever keeps the default model from drawing is said, and the first client need not wait.
+    """
+    made = []
+    for device in settings.devices:
+        studio, drawing = make_studio(device, settings, watch, count)
+        studio.draw(Request("a picture", model=catalogue.default.model))
+        made.append((studio, drawing))
+    return made
 
 
 def make_studio(
