@@ -131,7 +131,7 @@ def stroke(page: Any, *points: tuple[float, float]) -> None:
 
 def written(page: Any, kind: str) -> str:
     """Copy what was drawn in some form, and return it."""
-    page.evaluate("navigator.clipboard.writeText('')")
+    page.evaluate("document.getElementById('status').textContent = ''")
     page.locator(f"[data-copy={kind}]").click()
     until(page, "document.getElementById('status').textContent.startsWith('Copied')")
     text: str = page.evaluate("navigator.clipboard.readText()")

@@ -63,19 +63,22 @@ curl -s ${jobs}/$job/images/0${key} -o picture.png
 }
 
 const literal = (value) => JSON.stringify(value);
+// Python tells 1 from 1.0.
+const real = (value) => (Number.isInteger(value) ? value.toFixed(1) : String(value));
 
 export function python(wish, origin, needsKey) {
   const usesPictures = inputsOf(wish).length > 0;
   const open = (what) => `Picture.of(${literal(nameOf(wish, what))})`;
   const given = ["model", "steps", "seed", "guidance", "negative_prompt", "width", "height"]
     .filter((name) => wish[name] !== undefined && wish[name] !== "")
-    .map((name) => `${name}=${literal(wish[name])}`);
-  if (wish.image) given.push(`image=${open("image")}`, `strength=${wish.strength}`);
+    .map((name) => `${name}=${name === "guidance" ? real(wish[name]) : literal(wish[name])}`);
+  if (wish.image) given.push(`image=${open("image")}`, `strength=${real(wish.strength)}`);
   if (wish.mask) given.push(`mask=${open("mask")}`);
   if (wish.controls) {
     const controls = wish.controls.map(({ name, scale, start, end }, i) => {
       const picture = open(`control ${i + 1}`);
-      return `Control(${picture}, ${literal(name)}, scale=${scale}, start=${start}, end=${end})`;
+      const share = `start=${real(start)}, end=${real(end)}`;
+      return `Control(${picture}, ${literal(name)}, scale=${real(scale)}, ${share})`;
     });
     given.push(`controls=(${controls.join(", ")},)`);
   }
