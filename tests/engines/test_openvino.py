@@ -1,7 +1,7 @@
 """OpenVINO draws what PyTorch does, in every task; graphs are kept; faults get a word."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("openvino")
 
-from twostep.contract import Contract
+from tests import students
 from twostep.engines import EngineError, openvino, registered_engine
 from twostep.engines.openvino import OpenVino
 from twostep.models.bundle import Bundle
@@ -130,21 +130,7 @@ def teacher() -> Bundle:
 def as_student(teacher: Bundle) -> Callable[[int], Bundle]:
     """The teacher's weights under a student's contract; one step predicts x0."""
 
-    def student(steps: int) -> Bundle:
-        prediction = "x0" if steps == 1 else "eps"
-        contract: Contract = replace(
-            teacher.contract,
-            name=f"random-{steps}step",
-            role="student",
-            steps=steps,
-            trained_times=(250, 500, 750, 1000),
-            guidance=1.0,
-            prediction_type=prediction,
-        )
-        denoiser = replace(teacher.denoiser, prediction_type=prediction)
-        return replace(teacher, contract=contract, denoiser=denoiser)
-
-    return student
+    return partial(students.as_student, teacher)
 
 
 @pytest.fixture(scope="module")
