@@ -167,7 +167,8 @@ def caption_table(
     tokens = torch.cat(
         [tokens_of(captions[at : at + _BATCH], tokenizer) for at in range(0, len(captions), _BATCH)]
     )
-    return tokens.unflatten(0, (len(table), captions_per_scene))
+    by_scene: Tensor = tokens.unflatten(0, (len(table), captions_per_scene))
+    return by_scene
 
 
 def tokens_of(
