@@ -27,6 +27,12 @@ Time = int | float
 """One time, or a share of the way from clean data to pure noise, as a number."""
 
 
+_QUEUEING = ("cuda",)
+"""Types of devices that have copied what lies in ordinary memory before `to` returns, also where
+it does not wait; of others that is not known.
+"""
+
+
 def as_column(values: Tensor, like: Tensor) -> Tensor:
     """Return one value per item, shaped [batch, 1, ...], on the device of the items `like`."""
     return sent(values, like.device).view(-1, *[1] * (like.ndim - 1))
@@ -34,5 +40,5 @@ def as_column(values: Tensor, like: Tensor) -> Tensor:
 
 def sent(values: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*shape"]:
     """Return values on a device, without waiting for what a GPU still has to compute before it."""
-    # CUDA has copied what lies in ordinary memory before it returns; of others that is not known.
-    return values.to(device, non_blocking=device.type == "cuda" and values.device.type == "cpu")
+    without_waiting = values.device.type == "cpu" and device.type in _QUEUEING
+    return values.to(device, non_blocking=without_waiting)
