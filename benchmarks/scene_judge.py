@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Concept, SceneAttributes
-from twostep.evaluate.scene_judge import SCENE_PIXELS, SceneJudge, Sight
+from twostep.evaluate.scene_judge import ALIKE, SCENE_PIXELS, SceneJudge, Sight
 from twostep.evaluate.scene_scores import ROWS, SceneReport, judge_scene, summarise_scenes
 from twostep.files import write_atomically
 from twostep.pretrain.degradation import Degradation, blur, degrade
@@ -52,6 +52,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=NUM_SCENES, help="scenes")
+    parser.add_argument("--damage", choices=list(_DAMAGES), action="append", help="by default all")
     parser.add_argument("--out", type=Path, default=Path("runs/scene-judge.json"))
     arguments = parser.parse_args()
     drawings = load_rendered(load_vectors(), SCENE_PIXELS)
@@ -59,8 +60,8 @@ def main() -> None:
     tasks = scene_tasks(drawings.concepts, arguments.count)
     asked = {"real": [task.attributes for task in tasks], **_wrong_prompts(tasks, judge)}
     figures: dict[str, object] = {}
-    for name, damage in _DAMAGES.items():
-        sights, seconds = _look(tasks, drawings, judge, damage)
+    for name in arguments.damage or _DAMAGES:
+        sights, seconds = _look(tasks, drawings, judge, _DAMAGES[name])
         figures[name] = {
             "seconds_per_picture": seconds,
             **{kind: _report(prompts, sights, judge).to_dict() for kind, prompts in asked.items()},
@@ -70,8 +71,11 @@ def main() -> None:
         with write_atomically(arguments.out) as file:
             file.write(json.dumps(figures, indent=1).encode())
     nothing = _unreadable(judge)
+    alike = _look_alikes(drawings)
     figures["things_seen_where_there_are_none"] = nothing
+    figures["drawings_with_a_look_alike"] = alike
     print(f"things seen on pictures that show none: {nothing}")
+    print(f"drawings that look like another one, on gray: {alike}")
     with write_atomically(arguments.out) as file:
         file.write(json.dumps(figures, indent=1).encode())
 
@@ -197,6 +201,23 @@ def _unreadable(judge: SceneJudge) -> int:
     grounds = bare.expand(-1, -1, SCENE_PIXELS, SCENE_PIXELS)
     grain = 0.02 * torch.randn(grounds.shape, generator=generator)
     return things + sum(len(sight.things) for sight in judge.look((grounds + grain).clamp(-1, 1)))
+
+
+def _look_alikes(drawings: DrawingSet) -> int:
+    """Return how many drawings cannot be told from another one in the same box, on gray."""
+    parts = []
+    for part in drawings.drawings.flatten(0, 1).split(_BATCH):
+        levels = functional.avg_pool2d(part.float() / 255, SCENE_PIXELS // 32)
+        # Averages of colours that are not premultiplied are a little off at edges.
+        parts.append(((2 * levels[:, :3] - 1) * levels[:, 3:]).flatten(1))
+    changes = torch.cat(parts)
+    energy = changes.square().sum(dim=1)
+    count = 0
+    for rows in torch.arange(len(changes)).split(256):
+        apart = energy[rows, None] + energy - 2 * changes[rows] @ changes.T
+        apart[torch.arange(len(rows)), rows] = torch.inf
+        count += int((apart.min(dim=1).values < ALIKE * energy[rows]).sum())
+    return count
 
 
 def _print(name: str, reports: dict[str, SceneReport]) -> None:
