@@ -108,7 +108,7 @@ class Sight:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A part of the picture that one thing is looked for in: limits of its box, and its mask."""
+    """A part of the picture in which one thing is looked for: its limits, and sides of boxes."""
 
     left: tuple[float, float]
     top: tuple[float, float]
