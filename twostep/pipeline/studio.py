@@ -23,7 +23,7 @@ from twostep.formats.contracts import SDXL
 from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle, modules_of
-from twostep.models.loading import load_bundle
+from twostep.models.loading import load_to_draw
 from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
 from twostep.pipeline.generation import (
     OnAnswerOf,
@@ -227,9 +227,9 @@ class Studio:
     def _read(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> Bundle:
         """Read a model's files, which must be those that the studio may use all the while."""
         if self._check is None:
-            return load_bundle(checkpoint or model, steps=steps)
+            return load_to_draw(checkpoint or model, steps=steps)
         self._check(model)
-        bundle = load_bundle(checkpoint or model, steps=steps)
+        bundle = load_to_draw(checkpoint or model, steps=steps)
         for network in _networks_of(bundle):
             for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network)):
                 tensor.data = tensor.data.clone()
