@@ -20,6 +20,7 @@ from threading import Lock, local
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -198,31 +199,63 @@ class _OpenVinoGraph:
         self._of_thread = local()
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors of the answer."""
-        from openvino import Tensor as OpenVinoTensor
-
+        """Return the tensors of the answer, which nobody writes to afterwards."""
         if not hasattr(self._of_thread, "request"):
-            self._of_thread.request = self.compiled.create_infer_request()
-        request = self._of_thread.request
-        arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
-        for i, array in enumerate(arrays):
-            request.set_input_tensor(i, OpenVinoTensor(array, shared_memory=True))
-        request.infer()
+            self._of_thread.request = _Request(self.compiled)
         recorded = _recorded.get()
         if recorded is not None:
-            recorded.append(self._bare_call(arrays))
-        # The request writes to the same memory the next time.
-        return [torch.from_numpy(each.data.copy()) for each in request.output_tensors]
+            request = _Request(self.compiled)
+            request.run([tensor.clone() for tensor in tensors])
+            recorded.append(request.infer)
+        answers: list[Tensor] = self._of_thread.request.run(tensors)
+        return answers
 
-    def _bare_call(self, arrays: Sequence[Any]) -> Callable[[], object]:
-        """Return OpenVINO's own call on such inputs, on a request of its own."""
+
+class _Request:
+    """One thread's request to a compiled model, which reads and writes torch's own memory.
+
+    Args:
+        compiled: What OpenVINO compiled.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._shapes = [tuple(port.shape) for port in compiled.outputs]
+        self._dtypes = [_torch_dtype(port) for port in compiled.outputs]
+        # OpenVINO keeps the places of tensors, and nothing else keeps the tensors there.
+        self._inputs: dict[int, Tensor] = {}
+        self._answers: list[Tensor] = []
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the answer, each time in other memory."""
         from openvino import Tensor as OpenVinoTensor
 
-        request = self.compiled.create_infer_request()
-        for i, array in enumerate(arrays):
-            request.set_input_tensor(i, OpenVinoTensor(array.copy(), shared_memory=False))
-        infer: Callable[[], object] = request.infer
-        return infer
+        for i, tensor in enumerate(tensors):
+            given = tensor.detach().contiguous()
+            known = self._inputs.get(i)
+            # Text, for example, is the same in every step.
+            if known is None or known.data_ptr() != given.data_ptr():
+                shared = OpenVinoTensor(given.numpy(), shared_memory=True)
+                self._request.set_input_tensor(i, shared)
+                self._inputs[i] = given
+        answers = []
+        for i, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes, strict=True)):
+            answer = torch.empty(shape, dtype=dtype)
+            shared = OpenVinoTensor(answer.numpy(), shared_memory=True)
+            self._request.set_output_tensor(i, shared)
+            answers.append(answer)
+        self._answers = answers
+        self.infer()
+        return answers
+
+    def infer(self) -> None:
+        """Compute once more, from what was last given, to where it was last wanted."""
+        self._request.infer(share_outputs=True)
+
+
+def _torch_dtype(port: Any) -> torch.dtype:
+    """Return the precision of an input or an output as torch has it."""
+    return torch.from_numpy(np.empty(0, port.element_type.to_dtype())).dtype
 
 
 _recorded: ContextVar[list[Callable[[], object]] | None] = ContextVar("recorded", default=None)

@@ -227,6 +227,10 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         start = _first_time(contract, request, steps, schedule)
         strength = start / schedule.top
     width, height = _size(contract, request)
+    model, loras = request.model, request.loras
+    if bundle.origin:
+        model, *names = bundle.origin
+        loras = tuple(map(LoraChoice.parse, names))
     settled = replace(
         request,
         steps=steps,
@@ -236,11 +240,9 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         strength=strength,
         sampler=request.sampler or contract.sampler,
         engine=bundle.runtime.engine,
+        model=model,
+        loras=loras,
     )
-    if bundle.origin:
-        model, *loras = bundle.origin
-        choices = tuple(LoraChoice.parse(lora) for lora in loras)
-        settled = replace(settled, model=model, loras=choices)
     return settled, sampling_times(contract, schedule, steps=steps, start=start)
 
 

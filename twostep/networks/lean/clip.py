@@ -140,7 +140,8 @@ class ClipStack(nn.Module):
 
 def _table(count: int, width: int) -> nn.Embedding:
     """Return a table without values: random ones for no memory would import torch's compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    return table
 
 
 class ClipLayer(nn.Module):
