@@ -93,6 +93,11 @@ class Prepared:
             None if known is None and self.request.engine == "eager" else id(self),
         )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of what is drawn."""
+        return self.request.width or 0, self.request.height or 0
+
     def noise(self, seeds: list[int]) -> Batch:
         """Return the noise of each seed."""
         return draw_noise(seeds, self.x0.shape[1:], self.x0.device)
