@@ -65,7 +65,7 @@ class TinyAutoencoder(LeanNetwork):
             len(set(config.get(f"{name}_block_out_channels", ()))) == 1
             for name in ("encoder", "decoder")
         )
-        return has_entries(config, expected) and has_even_widths and "scaling_factor" in config
+        return has_entries(config, expected) and has_even_widths
 
     def encode(self, x: Latents) -> Encoded:
         """Return the latents of pictures in -1..1."""
@@ -172,7 +172,6 @@ class KlAutoencoder(LeanNetwork):
             has_entries(config, expected)
             and blocks == {"DownEncoderBlock2D", "UpDecoderBlock2D"}
             and all(isinstance(config.get(number), int) for number in numbers)
-            and "scaling_factor" in config
         )
 
     def encode(self, x: Latents) -> Encoded:
