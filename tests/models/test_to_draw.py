@@ -67,16 +67,16 @@ def test_loras_and_embeddings(bundles: list[Bundle], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["eager", "openvino"])
-def test_a_drawing_imports_neither_diffusers_nor_transformers(engine: str) -> None:
+def test_openvino_draws_without_diffusers_and_transformers() -> None:
+    pytest.importorskip("openvino")
     code = f"""
 import sys
 from twostep import Request, Studio
-Studio("cpu").draw(Request({PROMPT!r}, engine={engine!r}))
+Studio("cpu").draw(Request({PROMPT!r}, engine="openvino"))
 heavy = ("diffusers", "transformers", "peft", "scipy", "sympy", "torch._dynamo")
 print([name for name in heavy if name in sys.modules])
 """
-    for _ in range(2):  # the second time with what engines kept
+    for _ in range(2):  # the second time with what the engine kept
         command = [sys.executable, "-c", code]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.stdout.strip() == "[]", answer.stderr
