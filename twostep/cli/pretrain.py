@@ -15,24 +15,23 @@ def pretrain(
         str,
         typer.Argument(
             help="nano-vae, nano-text, nano-teacher, nano-openmoji, nano-silhouette, nano-noto, "
-            "nano-judge, or the path of a TOML file."
+            "nano-judge, mini-vae, mini-teacher, mini-silhouette, or the path of a TOML file."
         ),
     ],
     out: Out,
     override: Override = None,
     drawings: Annotated[
         Path | None,
-        typer.Option(help="A folder that `twostep drawings` wrote; the built-in one by default."),
+        typer.Option(help="A folder that `twostep drawings` wrote; that of the size by default."),
     ] = None,
 ) -> None:
     """Train one part of a built-in model by its recipe; the same command again resumes."""
-    from twostep.pretrain.drawings import BUILT_IN, load_drawings
     from twostep.pretrain.parts import load_part
     from twostep.training.processes import joined
 
     part = load_part(recipe, override or [])
     with joined(part.device) as world, progress_bar(part.name, shown=world.is_first) as advance:
-        written = part.train(load_drawings(drawings or BUILT_IN), out, advance)
+        written = part.train(part.find_drawings(drawings), out, advance)
     if world.is_first:
         typer.echo(f"written: {written}")
 

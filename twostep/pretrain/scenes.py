@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 
+from twostep.diffusion.shapes import sent
 from twostep.errors import TwostepError
 from twostep.evaluate.attributes import BACKGROUNDS, Box, Relation
 from twostep.evaluate.resampling import triangle_weights
@@ -218,7 +219,7 @@ def compose(
 
 def _grounds(colours: Int16[Tensor, "scenes 2"], size: int) -> Float[Tensor, "scenes 3 size size"]:
     """Return grounds in 0..1 that go from the upper colour in the first row to the lower one."""
-    palette = torch.tensor(list(BACKGROUNDS.values()), device=colours.device) / 255
+    palette = sent(torch.tensor(list(BACKGROUNDS.values())) / 255, colours.device)
     top, bottom = palette[colours.long()].unbind(dim=1)
     down = torch.linspace(0, 1, size, device=colours.device)[:, None]
     ground = torch.lerp(top[:, :, None, None], bottom[:, :, None, None], down)
