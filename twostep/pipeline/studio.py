@@ -90,6 +90,8 @@ class Studio:
         self._loras = LoraFinder()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
+        # Of models that are loaded, the steps that draw where nobody says how many.
+        self._favourites: dict[str, int | None] = {}
 
     @property
     def loaded(self) -> list[tuple[str, int | None]]:
@@ -103,6 +105,7 @@ class Studio:
         What is being drawn with it ends on it.
         """
         with self._lock:
+            self._favourites.pop(model, None)
             for key in [key for key in self._slots if key[0] == model]:
                 del self._slots[key]
 
@@ -175,9 +178,13 @@ class Studio:
         checkpoint = None
         if any(lora.makes_students for lora in loras):
             steps = None
+        elif steps is None and not loras and self._knows_favourite(request.model):
+            steps = self._favourites[request.model]
         elif steps is None:
             checkpoint = resolve(request.model)
             steps = _favourite_steps(checkpoint, loras)
+            if not loras:
+                self._favourites[request.model] = steps
         elif steps is not None and (request.model, steps) not in self._slots:
             checkpoint = resolve(request.model, steps=steps)
             if checkpoint.takes_any_steps:
@@ -200,6 +207,11 @@ class Studio:
             return prepared
         # An engine of others, which need not know that bundles name theirs.
         return replace(prepared, runtime=replace(prepared.runtime, engine=engine.name))
+
+    def _knows_favourite(self, model: str) -> bool:
+        """Whether the student that draws where nobody says which is known, and loaded."""
+        favourite = self._favourites.get(model, 0)
+        return favourite != 0 and (model, favourite) in self._slots
 
     def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
         """Return a loaded model, which is then the one that was used last.
