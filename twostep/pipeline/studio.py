@@ -91,7 +91,7 @@ class Studio:
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
         # Of models that are loaded, the steps that draw where nobody says how many.
-        self._favourites: dict[str, int | None] = {}
+        self._favourites: dict[str, int] = {}
 
     @property
     def loaded(self) -> list[tuple[str, int | None]]:
@@ -178,12 +178,12 @@ class Studio:
         checkpoint = None
         if any(lora.makes_students for lora in loras):
             steps = None
-        elif steps is None and not loras and self._knows_favourite(request.model):
-            steps = self._favourites[request.model]
+        elif steps is None and not loras and (known := self._known_favourite(request.model)):
+            steps = known
         elif steps is None:
             checkpoint = resolve(request.model)
             steps = _favourite_steps(checkpoint, loras)
-            if not loras:
+            if not loras and steps is not None:
                 self._favourites[request.model] = steps
         elif steps is not None and (request.model, steps) not in self._slots:
             checkpoint = resolve(request.model, steps=steps)
@@ -208,10 +208,10 @@ class Studio:
         # An engine of others, which need not know that bundles name theirs.
         return replace(prepared, runtime=replace(prepared.runtime, engine=engine.name))
 
-    def _knows_favourite(self, model: str) -> bool:
-        """Whether the student that draws where nobody says which is known, and loaded."""
-        favourite = self._favourites.get(model, 0)
-        return favourite != 0 and (model, favourite) in self._slots
+    def _known_favourite(self, model: str) -> int | None:
+        """Return the steps of the student that draws where nobody says which, if it is loaded."""
+        favourite = self._favourites.get(model)
+        return favourite if (model, favourite) in self._slots else None
 
     def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
         """Return a loaded model, which is then the one that was used last.
