@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -26,12 +25,13 @@ class ImageCodec:
     for each channel.
 
     Args:
-        vae: The autoencoder; it computes in the precision of its own weights.
+        vae: The autoencoder, of diffusers or, where it only draws, one of `networks.lean`; it
+            computes in the precision of its own weights.
         deviation: What scaled latents are divided by: their standard deviation in EDM's models, 1
             in all others.
     """
 
-    vae: AutoencoderKL | AutoencoderTiny
+    vae: Any
     deviation: float = 1.0
 
     @property
@@ -52,7 +52,7 @@ class ImageCodec:
     @torch.no_grad()
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
-        latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
+        latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(_dtype(vae)))))
         mean, scale = self._scaling(media)
         return ((latents.to(media.dtype) - mean) * scale).contiguous()
 
@@ -68,7 +68,7 @@ class ImageCodec:
         """
         mean, scale = self._scaling(latents)
         scaled = latents / scale + mean
-        pictures = self._without_overflow(lambda vae: vae.decode(scaled.to(vae.dtype)).sample)
+        pictures = self._without_overflow(lambda vae: vae.decode(scaled.to(_dtype(vae))).sample)
         return pictures.to(latents.dtype)
 
     @torch.no_grad()
@@ -118,9 +118,15 @@ class ImageCodec:
         SDXL's own autoencoder does.
         """
         result = compute(self.vae)
-        if self.vae.dtype == torch.float16 and not bool(result.isfinite().all()):
+        if _dtype(self.vae) == torch.float16 and not bool(result.isfinite().all()):
             result = compute(copy.deepcopy(self.vae).float())
         return result
+
+
+def _dtype(vae: Any) -> torch.dtype:
+    """Return the precision of an autoencoder; diffusers' own property walks through all of it."""
+    dtype: torch.dtype = next(vae.parameters()).dtype
+    return dtype
 
 
 def _latents(encoded: Any) -> Any:
