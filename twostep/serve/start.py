@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -26,6 +27,9 @@ from twostep.serve.picture_filter import FilteredStudio, load_filter
 from twostep.serve.reloading import Reloader, Watch
 from twostep.serve.serving import Serving
 from twostep.serve.store import JobStore
+
+if TYPE_CHECKING:
+    from twostep.serve.cluster import Cluster
 
 KEY_VARIABLE = "TWOSTEP_KEY"
 """Where the key is read from if there is no file of it."""
@@ -60,18 +64,27 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         observers.append(store)
     studios: list[Studio] = []
     draws: list[Draws] = []
-    for device in settings.devices:
-        studio, drawing = make_studio(device, settings, watch, metrics.judged)
-        # Whatever keeps the default model from drawing is said now, and the first client need
-        # not wait.
-        studio.draw(Request("a picture", model=catalogue.default.model))
-        studios.append(studio)
-        draws.append(drawing)
+    at_end: list[Callable[[], None]] = []
+    if settings.cluster is not None:
+        cluster = _cluster(settings)
+        draws = [cluster.studio] * cluster.num_calls
+        # Before all others: it must know the jobs that are given to it next.
+        observers.insert(0, cluster.studio)
+        at_end.append(cluster.close)
+    else:
+        for device in settings.devices:
+            studio, drawing = make_studio(device, settings, watch, metrics.judged)
+            # Whatever keeps the default model from drawing is said now, and the first client need
+            # not wait.
+            studio.draw(Request("a picture", model=catalogue.default.model))
+            studios.append(studio)
+            draws.append(drawing)
     # Who can connect can be answered.
     listener = _listen(settings.host, settings.port)
     engine = Engine(draws, max_waiting=settings.queue, observers=observers)
     metrics.watch(engine)
     reloader = Reloader(watch, catalogue, studios, settings.reload_seconds)
+    at_end.insert(0, reloader.close)
     serving = Serving(
         engine, catalogue, strict=settings.strict, metrics=metrics, store=store, log=log
     )
@@ -86,7 +99,7 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
             drain_seconds=settings.drain_seconds,
             with_mcp=settings.mcp,
             log_prompts=settings.log_prompts,
-            at_end=[reloader.close],
+            at_end=at_end,
             handover_token=token,
         )
     except ModuleNotFoundError as error:
@@ -120,7 +133,7 @@ def _announcement(
     """
     if is_switched_off() or tuple(settings.devices) != _USUAL_DEVICES:
         return None
-    if settings.filter is not None:
+    if settings.filter is not None or settings.cluster is not None:
         return None
     if settings.host not in (*LOOPBACK, "0.0.0.0", "::"):
         return None
@@ -161,6 +174,20 @@ def make_studio(
         return studio, studio
     judge = load_filter(settings.filter, str(studio.device))
     return studio, FilteredStudio(studio, judge, count)
+
+
+def _cluster(settings: ServeSettings) -> Cluster:
+    """Start the replicas; raises ServeError where Ray is not installed or not to be had."""
+    try:
+        from twostep.serve.cluster import Cluster
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"{error.name} is not installed. Run: pip install 'twostep[serve,cluster]'."
+        ) from error
+    try:
+        return Cluster(settings)
+    except (ConnectionError, RuntimeError) as error:
+        raise ServeError(f"the cluster cannot be started: {error}.") from error
 
 
 def _key(settings: ServeSettings) -> str | None:
