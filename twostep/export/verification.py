@@ -277,7 +277,7 @@ def _sampled_by_comfyui(
     positive, negative = (
         clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")
     )
-    if bundle.text.zeros_for_empty:
+    if text_encoders(bundle).zeros_for_empty:
         negative = _zeroed_out(negative)
     states: list[Tensor] = []
     sampling.sample(
