@@ -179,7 +179,8 @@ def _codec(codec: Any) -> Any:
     vae._modules = dict(vae._modules)
     for name in ("encoder", "decoder"):
         vae._modules[name] = EXACT.convert(vae._modules[name])
-    return replace(codec, vae=vae)
+    tiny = None if codec.tiny is None else codec.tiny.converted(EXACT.convert)
+    return replace(codec, vae=vae, tiny=tiny)
 
 
 class _OpenVinoGraph:
