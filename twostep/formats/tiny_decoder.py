@@ -1,9 +1,10 @@
-"""Files of tiny decoders: TAESD's own, diffusers' AutoencoderTiny, and those that are distilled here.
+"""Files of tiny decoders: TAESD's own, diffusers' AutoencoderTiny, and those distilled here.
 
 All are one architecture: a convolution, blocks of three convolutions at every resolution, each of
 which doubles the side of the one before, and a last convolution to colours. TAESD numbers its
-layers from 1, for a clamp comes first (`Decoder` in https://github.com/madebyollin/taesd, taesd.py);
-diffusers counts from 0 and puts `decoder.layers.` before them (`DecoderTiny`). Needs no torch.
+layers from 1, for a clamp comes first (`Decoder` in taesd.py, https://github.com/madebyollin/taesd,
+MIT licence); diffusers counts from 0 and puts `decoder.layers.` before them (`DecoderTiny`). Needs
+no torch.
 """
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ class DecoderNote:
             ) from error
 
     @classmethod
-    def of_contract(cls, contract: Contract, *, recipe: str, version: str, psnr: float) -> DecoderNote:
+    def of_contract(
+        cls, contract: Contract, *, recipe: str, version: str, psnr: float
+    ) -> DecoderNote:
         """Return the note of what was distilled from the autoencoder of a contract's model."""
         return cls(contract.family, contract.base, recipe, version, psnr)
 
@@ -323,8 +326,10 @@ def _layout(header: Header, names: Mapping[str, str]) -> TinyLayout:
     """Read the size off the layers; those that do not fit it are found by their shapes."""
     first = header.shapes[names["layers.0.weight"]]
     if len(first) != 4:
-        raise ModelError(f"{header.path} is no decoder of TAESD's architecture: it begins with "
-                         f"{names['layers.0.weight']} of {_words(first)}.")
+        raise ModelError(
+            f"{header.path} is no decoder of TAESD's architecture: it begins with "
+            f"{names['layers.0.weight']} of {_words(first)}."
+        )
     blocks = [0]
     numbers = sorted({int(name.split(".")[1]) for name in names} - {0})
     for number in numbers:

@@ -17,7 +17,6 @@ from twostep.diffusion.shapes import Latents
 from twostep.media.codec import FULL, Encoded, TinyDecoder
 from twostep.media.png import png_file
 
-
 _LARGEST_PREVIEW = 512
 """Pixels of the longer side of a preview; larger ones are halved until they fit."""
 

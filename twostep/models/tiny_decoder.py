@@ -9,6 +9,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import DecoderTiny
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -140,8 +141,8 @@ def with_decoder(codec: ImageCodec, decoder: str, contract: Contract) -> ImageCo
     if shown < _LEAST_AGREEMENT:
         raise ModelError(
             f"{found.header.path} decodes other latents than those of {contract.base}: it shows "
-            f"{max(0.0, shown):.0%} of what the model's own decoder shows{_made_for(found)}. Give a "
-            "decoder that was made for this model's autoencoder."
+            f"{max(0.0, shown):.0%} of what the model's own decoder shows{_made_for(found)}. Give "
+            "one that was made for this model's autoencoder."
         )
     return changed
 
@@ -159,13 +160,25 @@ def write_decoder(network: nn.Module, metadata: Mapping[str, str], path: Path) -
 
 
 def write_for_diffusers(
-    network: nn.Module, layout: TinyLayout, metadata: Mapping[str, str], folder: Path
+    network: nn.Module,
+    layout: TinyLayout,
+    vae: nn.Module,
+    metadata: Mapping[str, str],
+    folder: Path,
 ) -> None:
-    """Write a decoder in 16 bits as a folder of diffusers' AutoencoderTiny, without an encoder."""
+    """Write a decoder in 16 bits as a folder of diffusers' AutoencoderTiny.
+
+    Its encoder is that of `vae`, the autoencoder that the decoder learned from, if it is of that
+    class. Of any other there is none that fits: diffusers then says that it is not trained.
+    """
+    config = diffusers_config(layout)
+    weights = {f"decoder.{name}": value for name, value in _halves(network).items()}
+    if isinstance(vae, AutoencoderTiny):
+        config |= {key: value for key, value in vae.config.items() if "encoder" in key}
+        weights |= {f"encoder.{name}": value for name, value in _halves(vae.encoder).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / "config.json") as file:
-        file.write(json.dumps(diffusers_config(layout), indent=2).encode())
-    weights = {f"decoder.{name}": value for name, value in _halves(network).items()}
+        file.write(json.dumps(config, indent=2).encode())
     _write(weights, {"format": "pt", **metadata}, folder / DIFFUSERS_FILE)
 
 
@@ -187,7 +200,7 @@ def _check_layout(found: DecoderFile, codec: ImageCodec, contract: Contract) -> 
     if layout.latent_channels != channels:
         raise ModelError(
             f"{path} decodes latents of {layout.latent_channels} channels, and those of "
-            f"{contract.base} have {channels}{_made_for(found)}. Give a decoder for its autoencoder."
+            f"{contract.base} have {channels}{_made_for(found)}. Give one for its autoencoder."
         )
     if layout.pixels_per_latent != codec.pixels_per_latent:
         raise ModelError(

@@ -372,7 +372,7 @@ class Request:
 
     @classmethod
     def from_json(cls, text: str) -> Request:
-        """Read what `to_json` wrote, also before there were `model`, `loras`, `engine` and `decoder`.
+        """Read what `to_json` wrote, also before there were `model`, `loras` and `engine`.
 
         Raises `RequestError` for anything else.
         """

@@ -125,8 +125,8 @@ class Studio:
         """Draw several requests, those that are alike enough in shared batches.
 
         Alike are requests with the same model, LoRAs, engine, decoder, steps, strength, guidance,
-        size, length of text, and ControlNets with their scales and shares. Each gets the pixels that
-        `draw` would give it. Results stand in the order of the requests; where one failed, the
+        size, length of text, and ControlNets with their scales and shares. Each gets the pixels
+        that `draw` would give it. Results stand in the order of the requests; where one failed, the
         TwostepError that `draw` would raise stands in its place, and the others are drawn all the
         same. `on_step` gets the place of a request and its progress, and `on_answer` what came of
         it once that is there; what either raises ends the drawing of all.

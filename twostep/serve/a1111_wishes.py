@@ -91,7 +91,9 @@ class TextBody(BaseModel):
             notes.append(f"alwayson_scripts: there is no {', '.join(map(str, scripts))[:80]} here")
         for unit in units_in(self.alwayson_scripts):
             notes += unit.notes()
-        ignored = [name for name in self.override_settings or {} if name not in (CHECKPOINT, DECODER)]
+        ignored = [
+            name for name in self.override_settings or {} if name not in (CHECKPOINT, DECODER)
+        ]
         if ignored:
             notes.append(f"override_settings: {', '.join(ignored)[:80]} is not read here")
         if self.scheduler and self.scheduler.casefold() not in SCHEDULERS:
