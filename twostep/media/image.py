@@ -92,7 +92,7 @@ class ImageCodec:
         return self._unscaled(latents) * float(self.vae.config.scaling_factor)
 
     @torch.no_grad()
-    def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:
+    def preview(self, latents: Latents) -> Float[Tensor, "batch 3 rows columns"]:
         """Return what latents roughly show, in -1..1.
 
         With a tiny decoder its pictures, of at most 512 pixels. Without, one pixel for each latent

@@ -269,7 +269,7 @@ class Catalogue:
             sampler = None
         width, height = _fit_size(contract, wish, changes)
         decoder = wish.decoder
-        if decoder not in served.decoders:
+        if decoder != FULL and decoder not in served.decoders:
             changes.append(f"the decoder {decoder[:80]} was left out: {served.name} has none")
             decoder = FULL
         if strict and changes:
