@@ -115,6 +115,22 @@ def test_words_outside_the_vocabulary_are_named(student: Bundle) -> None:
     assert "zyzzyva, qwghlm" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "warns"),
+    [
+        ("a red apple AND a dog", True),
+        ("A RED APPLE AND A DOG", False),
+        ("a red apple and a dog", False),
+        ("a red apple AND", False),
+    ],
+)
+def test_a_sum_of_prompts_as_a1111_writes_it_is_warned_of(
+    student: Bundle, prompt: str, warns: bool
+) -> None:
+    warnings = generate(student, Request(prompt)).warnings
+    assert any("AND is read as the word" in warning for warning in warnings) == warns
+
+
 @pytest.mark.parametrize("prompt", ["", "   "])
 def test_empty_prompt_draws_anything_and_says_so(student: Bundle, prompt: str) -> None:
     result = generate(student, Request(prompt))

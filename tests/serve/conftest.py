@@ -17,6 +17,7 @@ from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
 from twostep.serve.engine import Draws, Engine
 from twostep.serve.gate import Rules
+from twostep.serve.logs import JobLog
 from twostep.serve.metrics import Metrics
 from twostep.serve.serving import Serving
 
@@ -111,12 +112,14 @@ def listening(
     max_waiting: int = 64,
     handover_token: str | None = None,
     rules: Rules | None = None,
+    log: JobLog | None = None,
 ) -> Iterator[str]:
     """Serve nano on a free port, and yield the address."""
     metrics = Metrics()
-    engine = Engine([studio], max_waiting=max_waiting, observers=[metrics])
+    observers = [metrics] if log is None else [metrics, log]
+    engine = Engine([studio], max_waiting=max_waiting, observers=observers)
     metrics.watch(engine)
-    serving = Serving(engine, Catalogue(["nano"]), metrics=metrics)
+    serving = Serving(engine, Catalogue(["nano"]), metrics=metrics, log=log)
     application = create_app(
         serving, rules or Rules(), with_mcp=with_mcp, handover_token=handover_token
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from PIL import Image, ImageChops
 from tests.serve.conftest import APPLE, FakeStudio, GatedStudio, listening
 from twostep.pipeline.request import Control, Picture, Request
 from twostep.pipeline.studio import Studio
+from twostep.serve.logs import JobLog
 
 # These take seconds to import, which those need not wait for who leave slow tests out.
 if TYPE_CHECKING:
@@ -271,7 +273,9 @@ def test_webuiapi_tours_the_rest(webui: WebUIApi) -> None:
     assert webui.get_embeddings()["loaded"] == {}
 
 
-def test_an_mcp_client_calls_the_tools(studio: GatedStudio) -> None:
+def test_an_mcp_client_calls_the_tools(
+    studio: GatedStudio, caplog: pytest.LogCaptureFixture
+) -> None:
     from mcp.client.client import Client as McpClient
 
     async def tour(address: str) -> None:
@@ -305,8 +309,12 @@ def test_an_mcp_client_calls_the_tools(studio: GatedStudio) -> None:
             assert "prompt is empty" in wrong.content[0].text
         assert steps[-1] == 8
 
-    with listening(studio, with_mcp=True) as found:
+    caplog.set_level(logging.INFO, "twostep.serve")
+    with listening(studio, with_mcp=True, log=JobLog()) as found:
         asyncio.run(tour(found))
+    asked = {vars(each).get("request_id") for each in caplog.records if each.msg == "job ended"}
+    assert len(asked) == 2
+    assert all(asked)
 
 
 def test_a_server_that_is_terminated_finishes_what_it_accepted() -> None:

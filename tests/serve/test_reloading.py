@@ -223,6 +223,20 @@ def test_a_signal_wakes_the_watch_that_never_looks_by_itself(folder: Path) -> No
     reloader.close()
 
 
+def test_catching_up_waits_for_what_settles_and_not_for_what_does_not(folder: Path) -> None:
+    watch = Watch(["nano"], (), [folder], settled_seconds=0.2)
+    catalogue = Catalogue(watch.stock())
+    reloader = Reloader(watch, catalogue, [], 0.0)
+    put(STUDENTS[0], folder / "mine.safetensors")
+    assert reloader.catch_up(30.0)
+    assert names(catalogue) == ["nano", "mine"]
+    put(STUDENTS[0], folder / "other.safetensors")
+    start = time.monotonic()
+    assert not reloader.catch_up(0.1)
+    assert time.monotonic() - start < 5
+    reloader.close()
+
+
 @pytest.mark.slow
 def test_a_job_ends_on_the_model_it_began_with(folder: Path) -> None:
     place = put(STUDENTS[0], folder / "mine.safetensors")

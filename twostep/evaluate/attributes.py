@@ -5,6 +5,7 @@ in them.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from twostep.errors import TwostepError
 
@@ -26,6 +27,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 """Name of each background -> its colour, RGB in 0..255."""
+
+
+Relation = Literal["left of", "above"]
+"""How the first of two things in a scene lies to the second."""
 
 
 class AttributeNameError(TwostepError):
@@ -59,6 +64,43 @@ class Attributes:
     def __post_init__(self) -> None:
         _check_name("style", self.style, STYLES)
         _check_name("background", self.background, tuple(BACKGROUNDS))
+
+
+@dataclass(frozen=True)
+class ThingAttributes:
+    """What a caption says of one thing in a scene.
+
+    `names` are the words of a concept, the usual one first, or those of its subgroup; `style` is
+    None where it is not said.
+    """
+
+    names: tuple[str, ...]
+    style: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse unknown styles; AttributeNameError."""
+        _check_name("style", self.style, STYLES)
+
+
+@dataclass(frozen=True)
+class SceneAttributes:
+    """What a caption says of a scene.
+
+    Attributes:
+        things: none, one or two. If their relation is said, the left or the upper one is the first.
+        relation: how the first lies to the second; None if it is not said ("and").
+        background: the colours of BACKGROUNDS at the top and at the bottom, equal on a plain
+            ground; None if it is not said.
+    """
+
+    things: tuple[ThingAttributes, ...] = ()
+    relation: Relation | None = None
+    background: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse unknown colours; AttributeNameError."""
+        for colour in self.background or ():
+            _check_name("background", colour, tuple(BACKGROUNDS))
 
 
 def _check_name(kind: str, value: str | None, known: tuple[str, ...]) -> None:

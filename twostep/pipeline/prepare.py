@@ -39,6 +39,7 @@ from twostep.pipeline.request import (
     Request,
     RequestError,
 )
+from twostep.text.prompt_weights import is_composable
 
 DEFAULT_STRENGTH = 0.75
 """How much of an image is changed where a request does not say it and has no mask."""
@@ -381,6 +382,11 @@ def _warnings(
         warnings.append(
             f"not in the vocabulary of {contract.name}: {words}. "
             "It has never seen these words, so expect nothing of them."
+        )
+    if any(is_composable(text) for text in texts):
+        warnings.append(
+            "AND is read as the word: prompts are not guided each by itself, as A1111 does. "
+            '("one", "other").blend(1, 1) mixes two prompts, BREAK encodes them apart.'
         )
     few_steps = few_step.note(contract)
     if few_steps is not None:

@@ -30,7 +30,9 @@ BUILT_IN = Path(__file__).with_name("art") / "nano"
 DRAWING_PIXELS = 128
 """Side of a drawing as it is rendered."""
 
-_LISTING = "drawings.json"
+LISTING = "drawings.json"
+"""The file that names the concepts and styles of a set."""
+
 _SHEET_COLUMNS = 12
 
 
@@ -54,14 +56,14 @@ class DrawingSet:
 
 def load_drawings(folder: Path = BUILT_IN) -> DrawingSet:
     """Read a set of drawings; DrawingsError if it is missing or damaged."""
-    if not (folder / _LISTING).is_file():
+    if not (folder / LISTING).is_file():
         raise DrawingsError(
-            f"There are no drawings in {folder}: it has no {_LISTING}. "
+            f"There are no drawings in {folder}: it has no {LISTING}. "
             f"Render them with: twostep drawings --out {folder}"
         )
     try:
-        listing = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
-        concepts = _read_concepts(listing)
+        listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
+        concepts = read_concepts(listing)
         styles = tuple(listing["styles"])
         sheets = [
             _read_sheet(folder / f"{style}.webp", len(concepts), int(listing["pixels"]))
@@ -83,25 +85,31 @@ def save_drawings(drawings: DrawingSet, folder: Path) -> None:
             _sheet(drawings.drawings[:, column]).save(
                 file, "WEBP", lossless=True, exact=True, quality=100, method=6
             )
-    listing = {
-        "pixels": drawings.drawings.shape[-1],
-        "styles": drawings.styles,
-        "concepts": {
-            concept.icon: {"subgroup": concept.subgroup, "names": concept.names}
-            for concept in drawings.concepts
-        },
-    }
+    pixels = drawings.drawings.shape[-1]
     # Last, for a folder without it is no set of drawings.
-    with write_atomically(folder / _LISTING) as file:
+    write_listing(folder, drawings.concepts, drawings.styles, pixels=pixels)
+
+
+def write_listing(
+    folder: Path, concepts: Sequence[Concept], styles: Sequence[str], *, pixels: int | None = None
+) -> None:
+    """Write the listing of a set of drawings; vector drawings have no size in pixels."""
+    listing: dict[str, Any] = {} if pixels is None else {"pixels": pixels}
+    listing["styles"] = styles
+    listing["concepts"] = {
+        concept.icon: {"subgroup": concept.subgroup, "names": concept.names} for concept in concepts
+    }
+    with write_atomically(folder / LISTING) as file:
         file.write(json.dumps(listing, indent=1, ensure_ascii=False).encode())
 
 
 def built_in_concepts() -> tuple[Concept, ...]:
     """Return the concepts that the built-in models know, without loading their drawings."""
-    return _read_concepts(json.loads((BUILT_IN / _LISTING).read_text(encoding="utf-8")))
+    return read_concepts(json.loads((BUILT_IN / LISTING).read_text(encoding="utf-8")))
 
 
-def _read_concepts(listing: dict[str, Any]) -> tuple[Concept, ...]:
+def read_concepts(listing: dict[str, Any]) -> tuple[Concept, ...]:
+    """Return the concepts of a listing, in order."""
     return tuple(
         Concept(icon, entry["subgroup"], tuple(entry["names"]))
         for icon, entry in listing["concepts"].items()

@@ -1,7 +1,7 @@
 """Drawings rendered from icon sets, which are fetched from npm once.
 
 Sources (by name): fluent-emoji-flat and fluent-emoji (MIT), noto (Apache-2.0), twemoji (CC-BY-4.0);
-see NOTICE. Only who makes the drawings anew needs this, with npm and resvg-py.
+see NOTICE. Only who fetches them anew needs npm; resvg, from twostep's extra `art`, renders them.
 """
 
 import json
@@ -52,6 +52,20 @@ def render_built_in(
     return DrawingSet(stacked, tuple(concepts), tuple(ICON_SETS))
 
 
+def collect_vectors(cache: Path, concepts: Sequence[Concept]) -> dict[str, tuple[str, ...]]:
+    """Return the vector drawings of every concept, by style.
+
+    Args:
+        cache: folder of the fetched icon sets; npm is needed where one is missing.
+        concepts: what is drawn.
+    """
+    documents = {}
+    for style, package in ICON_SETS.items():
+        icons = _load_icons(cache, package)
+        documents[style] = tuple(_svg(icons, concept.icon) for concept in concepts)
+    return documents
+
+
 def fetch_icons(cache: Path, package: str) -> Path:
     """Return the archive of an icon set, fetched into `cache` if it is not there yet."""
     archive = cache / f"{package}.tgz"
@@ -60,18 +74,23 @@ def fetch_icons(cache: Path, package: str) -> Path:
     return archive
 
 
-def render(svg: str) -> UInt8[Tensor, "4 height width"]:
+def render(svg: str, pixels: int = DRAWING_PIXELS) -> UInt8[Tensor, "4 height width"]:
     """Draw a vector drawing in the middle of a square, RGBA with a transparent background."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
-        raise DrawingsError("Drawings are rendered by resvg: pip install resvg-py") from error
+        raise DrawingsError("Drawings are rendered by resvg: pip install 'twostep[art]'") from error
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=DRAWING_PIXELS, height=DRAWING_PIXELS)
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=pixels,
+        height=pixels,
+        skip_system_fonts=True,  # the drawings have no text, and looking for fonts takes longest
+    )
     drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
-    square = Image.new("RGBA", (DRAWING_PIXELS, DRAWING_PIXELS))
-    left = (DRAWING_PIXELS - drawing.width) // 2
-    top = (DRAWING_PIXELS - drawing.height) // 2
+    square = Image.new("RGBA", (pixels, pixels))
+    left = (pixels - drawing.width) // 2
+    top = (pixels - drawing.height) // 2
     square.paste(drawing, (left, top))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 

@@ -1,6 +1,6 @@
 """Tokenizers of the built-in models: every word of their captions is one token."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -42,11 +42,26 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     same corpus gives another vocabulary each time.
     """
     pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    # How often every pair comes up, and in which words, are kept up to date: counted anew for each
+    # merge, five thousand words would take ten minutes.
+    counts: Counter[tuple[str, str]] = Counter()
+    places: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for number, word in enumerate(pieces):
+        for pair in pairwise(word):
+            counts[pair] += 1
+            places[pair].add(number)
     merges: list[tuple[str, str]] = []
-    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+    while counts:
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
-        pieces = [_merge(word, best) for word in pieces]
+        for number in places.pop(best):
+            old = pieces[number]
+            counts.subtract(pairwise(old))
+            pieces[number] = _merge(old, best)
+            for pair in pairwise(pieces[number]):
+                counts[pair] += 1
+                places[pair].add(number)
+        counts = +counts  # without those that are gone
     return merges
 
 

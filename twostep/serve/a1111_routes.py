@@ -50,6 +50,9 @@ from twostep.serve.following import (
 )
 from twostep.serve.serving import Serving, bytes_in, client_of, json_of, validated
 
+_REFRESH_SECONDS = 10.0
+"""How long a refresh waits for files that are being written."""
+
 MAX_CLIENTS = 1000
 """How many clients' options are remembered; those that were seen longest ago are forgotten."""
 
@@ -253,7 +256,9 @@ def a1111_routes(serving: Serving) -> APIRouter:
     @router.post("/refresh-checkpoints")
     @router.post("/refresh-loras")
     async def refresh() -> dict[str, Any]:
-        """Change nothing: what is served was said when the server was started."""
+        """Look at the disk at once for models and LoRAs that came, changed or went."""
+        if serving.reloader is not None:
+            await run_in_threadpool(serving.reloader.catch_up, _REFRESH_SECONDS)
         return {}
 
     for name in _EMPTY_LISTS:

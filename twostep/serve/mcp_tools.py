@@ -63,7 +63,7 @@ def mcp_server(serving: Serving) -> MCPServer:
                 controls=await run_in_threadpool(controls_of, controls or ()),
             )
             fitted = serving.catalogue.fit(wish, strict=serving.strict)
-            job = engine.submit(fitted.request, client="mcp")
+            job = serving.submit(fitted, client="mcp")
         except TwostepError as error:
             raise ToolError(str(error)) from error
         try:

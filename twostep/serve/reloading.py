@@ -244,6 +244,9 @@ class Reloader:
         self._seconds = seconds
         self._wanted = threading.Event()
         self._is_closing = False
+        self._looked = threading.Condition()
+        self._num_begun = 0
+        self._num_ended = 0
         self._thread = threading.Thread(target=self._work, name="reloads", daemon=True)
         self._thread.start()
 
@@ -251,9 +254,25 @@ class Reloader:
         """Look at once, as on SIGHUP; returns before that is done."""
         self._wanted.set()
 
+    def catch_up(self, seconds: float) -> bool:
+        """Look at once, and wait until nothing is being written any more, but not for longer.
+
+        Returns whether all that lies on the disk now is served. Raises nothing.
+        """
+        with self._looked:
+            # A look that is under way may already have passed what has changed.
+            number = self._num_begun + 1
+            self.wake()
+            return self._looked.wait_for(
+                lambda: self._is_closing or (self._num_ended >= number and self._watch.is_settled),
+                seconds,
+            )
+
     def close(self) -> None:
         """Look no more."""
-        self._is_closing = True
+        with self._looked:
+            self._is_closing = True
+            self._looked.notify_all()
         self._wanted.set()
         self._thread.join()
 
@@ -280,11 +299,16 @@ class Reloader:
             self._wanted.clear()
             if self._is_closing:
                 return
+            with self._looked:
+                self._num_begun += 1
             try:
                 self.look()
             except Exception:
                 # A disk that does not answer must not end the watch over it.
                 _log.exception("a look at the models failed")
+            with self._looked:
+                self._num_ended = self._num_begun
+                self._looked.notify_all()
 
 
 def stamp_of(place: Path) -> Stamp:

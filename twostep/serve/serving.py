@@ -19,6 +19,7 @@ from twostep.serve.catalogue import Catalogue, Fitted, Wish, random_seed
 from twostep.serve.engine import Engine, EngineError, Job, new_job_id
 from twostep.serve.logs import JobLog
 from twostep.serve.metrics import Metrics
+from twostep.serve.reloading import Reloader
 from twostep.serve.shapes import JOBS_PATH, ControlBody, JobAnswer, JobBody
 from twostep.serve.store import JobStore, StoredJob
 
@@ -35,7 +36,8 @@ _Body = TypeVar("_Body", bound=BaseModel)
 class Serving:
     """A server's engine and catalogue, and whether it refuses what it would have to change.
 
-    `metrics`, `store` and `log`, where there are such, are observers of the engine.
+    `metrics`, `store` and `log`, where there are such, are observers of the engine; `reloader`
+    looks for models that have changed.
     """
 
     engine: Engine
@@ -44,6 +46,7 @@ class Serving:
     metrics: Metrics | None = None
     store: JobStore | None = None
     log: JobLog | None = None
+    reloader: Reloader | None = None
 
     async def accept(
         self,

@@ -72,7 +72,13 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     metrics.watch(engine)
     reloader = Reloader(watch, catalogue, studios, settings.reload_seconds)
     serving = Serving(
-        engine, catalogue, strict=settings.strict, metrics=metrics, store=store, log=log
+        engine,
+        catalogue,
+        strict=settings.strict,
+        metrics=metrics,
+        store=store,
+        log=log,
+        reloader=reloader,
     )
     if num_resumed := serving.resume():
         say(f"{num_resumed} jobs of before are drawn now.")

@@ -26,6 +26,9 @@ MOST = 1000.0
 _CONJUNCTION = re.compile(r"\)\.(and|blend)\([^)]*\)")
 """What makes a prompt of several in compel's syntax."""
 
+_COMPOSABLE = re.compile(r"\S\s+AND\s+\S")
+"""A1111's sum of several prompts, each guided by itself."""
+
 _COLON_WEIGHT = re.compile(r"\(([^()]+):(\d*\.?\d+)\)")
 
 _TOKEN = re.compile(
@@ -68,6 +71,11 @@ class _Group:
 def is_conjunction(prompt: str) -> bool:
     """Whether a prompt mixes several, in compel's syntax."""
     return _CONJUNCTION.search(prompt) is not None
+
+
+def is_composable(prompt: str) -> bool:
+    """Whether a prompt is a sum of prompts as A1111 writes it; one all in capitals is none."""
+    return _COMPOSABLE.search(prompt) is not None and prompt != prompt.upper()
 
 
 def in_compel_syntax(prompt: str) -> str:
