@@ -1,8 +1,9 @@
 """What a tiny decoder saves and what it costs: time, likeness, and the judge's verdict.
 
 On pictures of nano's student of two steps, of the prompts that models are measured on: both
-decoders make pictures of the same latents. Times are taken in turns, so that what else the machine
-does falls on both. With `--sdxl` also SDXL's decoder beside one of TAESD's size, random weights.
+decoders make pictures of the same latents. Times are the processor's, in turns, so that what else
+the machine does hardly matters; take one thread (OMP_NUM_THREADS=1). With `--sdxl` also SDXL's
+decoder beside one of TAESD's size, with random weights.
 
     python benchmarks/tiny_decoder.py [DECODER] [--count 480] [--sdxl 512]
 """
@@ -139,13 +140,13 @@ def judged(pictures: dict[str, Tensor], tasks: list[Task], judge) -> dict[str, o
 def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, object]:
     """Time calls in turns, and return medians with quartiles, and of the ratio of each round."""
     for call in calls.values():
-        call()
+        call()  # the first one may compile
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     ratios = [full / tiny for full, tiny in zip(*seconds.values(), strict=True)]
     rows = {name: [1000 * each for each in values] for name, values in seconds.items()}
     rows["full over tiny"] = ratios

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
 
+from tests.decoders import taesd_weights
 from twostep.contract import EdmSpec
 from twostep.formats.locate import ModelError
 from twostep.formats.tiny_decoder import DECODER_FILE, DecoderNote, TinyLayout, find_decoder
@@ -51,19 +52,10 @@ def small_kl(**config: object) -> AutoencoderKL:
     ).eval().requires_grad_(False)  # fmt: skip
 
 
-def as_taesd_has_it(vae: AutoencoderTiny) -> dict[str, torch.Tensor]:
-    """The decoder by the names of `taesdxl_decoder.safetensors`: one number further each."""
-    renamed = {}
-    for name, value in vae.decoder.state_dict().items():
-        _, number, rest = name.split(".", 2)
-        renamed[f"{int(number) + 1}.{rest}"] = value
-    return renamed
-
-
 def test_taesds_own_file_and_that_of_diffusers_decode_as_diffusers_class(
     taesd: AutoencoderTiny, tmp_path: Path
 ) -> None:
-    save_file(as_taesd_has_it(taesd), tmp_path / "taesdxl_decoder.safetensors")
+    save_file(taesd_weights(taesd), tmp_path / "taesdxl_decoder.safetensors")
     taesd.save_pretrained(tmp_path / "diffusers")
     latents = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
     expected = taesd.decode(latents).sample
@@ -134,8 +126,7 @@ def test_previews_are_of_at_most_512_pixels() -> None:
 
 def with_own_vae(nano: Bundle, tmp_path: Path, change=lambda weights: None) -> Path:
     """nano's own decoder as a file, which decodes its latents as well as can be."""
-    weights = as_taesd_has_it(nano.codec.vae)
-    weights = {name: value.clone().contiguous() for name, value in weights.items()}
+    weights = taesd_weights(nano.codec.vae)
     change(weights)
     path = tmp_path / "own.safetensors"
     save_file(weights, path)

@@ -1,13 +1,10 @@
 """A job may ask for the tiny decoder that comes with a model, in each API's own words."""
 
-import os
-import shutil
 
 import pytest
 
+from tests.decoders import nano_with_decoder, plain_nano
 from twostep.contract import ContractError
-from twostep.formats.locate import WEIGHTS
-from twostep.formats.tiny_decoder import DECODER_FILE
 from twostep.media.codec import FULL, TINY
 from twostep.serve.a1111_wishes import TextBody
 from twostep.serve.catalogue import Catalogue, Wish
@@ -17,16 +14,15 @@ from twostep.serve.shapes import JobBody
 
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    """nano, and a model that has no tiny decoder."""
-    plain = tmp_path_factory.mktemp("models") / "plain"
-    ignored = shutil.ignore_patterns(DECODER_FILE, "students")
-    shutil.copytree(WEIGHTS / "nano", plain, ignore=ignored, copy_function=os.symlink)
-    return Catalogue(["nano", str(plain)])
+    """A model with a tiny decoder, and one without."""
+    folder = tmp_path_factory.mktemp("models")
+    models = nano_with_decoder(folder / "mine"), plain_nano(folder / "plain")
+    return Catalogue([str(each) for each in models])
 
 
 def test_models_say_which_decoders_they_have(catalogue: Catalogue) -> None:
     models = {model["name"]: model["decoders"] for model in catalogue.describe()["models"]}
-    assert models == {"nano": [FULL, TINY], "plain": [FULL]}
+    assert models == {"mine": [FULL, TINY], "plain": [FULL]}
     # A student's decoder is that of its teacher.
     assert catalogue.find("nano-2step").decoders == [FULL, TINY]
 
