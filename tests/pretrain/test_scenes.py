@@ -5,11 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from twostep.evaluate.attributes import BACKGROUNDS
+from twostep.evaluate.attributes import BACKGROUNDS, Box
 from twostep.pretrain.scenes import (
     NO_THING,
     UNITS,
-    Box,
     PlacedThing,
     Scene,
     SceneError,

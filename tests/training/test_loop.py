@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     LRScheduler,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twostep.training import device, loop
 from twostep.training.device import computes_bfloat16
@@ -26,9 +28,11 @@ from twostep.training.loop import (
     LoopSettings,
     Means,
     MovingAverage,
+    Pace,
     Randomness,
     TrainingError,
     check_finite,
+    check_number,
     learning_rate_factor,
     run_loop,
 )
@@ -500,3 +504,152 @@ def test_without_being_asked_nothing_is_done_at_the_start(tmp_path: Path) -> Non
     state = Sum()
     run_loop(state.iterate, settings(), folder, "x", {"sum": state}, periodic=[every])
     assert done == [5, 10]
+
+
+class StacksCounted(TorchDispatchMode):
+    """Counts how often several scalars become one tensor, and refuses to read any by itself."""
+
+    num_stacks = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a figure was waited for"
+        self.num_stacks += func is torch.ops.aten.stack.default
+        return func(*args, **(kwargs or {}))
+
+
+def logged_losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_figures_on_a_device_are_read_together_and_are_the_same(tmp_path: Path) -> None:
+    chosen = settings(iterations=20, log_every=5, checkpoint_every=10)
+    losses = torch.rand(20)
+
+    def run(name: str, **options: int) -> list[tuple[int, float]]:
+        folder = RunFolder(tmp_path / name, chosen)
+        run_loop(lambda i, _: {"loss": losses[i], "rate": 0.5}, chosen, folder, "x", {}, **options)
+        return logged_losses(tmp_path / name)
+
+    with StacksCounted() as counted:
+        together = run("together", read_every=100)
+    assert counted.num_stacks == 4
+    assert together == run("one by one")
+    means = losses.double().view(4, 5).mean(dim=1).tolist()
+    assert together == [(5 * i + 5, pytest.approx(mean, rel=1e-12)) for i, mean in enumerate(means)]
+
+
+def test_a_figure_that_is_read_late_is_checked_before_it_is_kept(tmp_path: Path) -> None:
+    chosen = settings(iterations=20, log_every=20, checkpoint_every=4)
+    folder = RunFolder(tmp_path, chosen)
+    losses = torch.ones(20)
+    losses[5] = torch.nan
+    with pytest.raises(TrainingError, match="x loss is nan at iteration 5"):
+        run_loop(
+            lambda i, _: {"loss": losses[i]},
+            chosen,
+            folder,
+            "x",
+            {"sum": Sum()},
+            read_every=20,
+            check=lambda i, figures: check_number(figures["loss"], "x", i, chosen),
+        )
+    checkpoint = folder.load("x")
+    assert checkpoint is not None
+    assert checkpoint["iteration"] == 4
+
+
+class Clock:
+    """A time that only passes where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+
+    def iterate(self, seconds: float) -> Callable[[int, Randomness], dict[str, float]]:
+        def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+            self.seconds += seconds
+            return {"loss": 1.0}
+
+        return iterate
+
+
+def test_there_are_checkpoints_by_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, seen = Clock(monkeypatch), []
+    chosen = settings(checkpoint_every=8, checkpoint_seconds=25)
+    folder = RunFolder(tmp_path, chosen)
+    run_loop(clock.iterate(10.0), chosen, folder, "x", {}, on_checkpoint=seen.append)
+    assert seen == [3, 6, 8, 10]
+
+
+def test_as_many_iterations_are_done_as_fit_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, seen = Clock(monkeypatch), []
+    chosen = settings(
+        iterations=1000,
+        limit_seconds=100,
+        decay_share=0.5,
+        warmup_iterations=2,
+        checkpoint_every=1000,
+    )
+    folder = RunFolder(tmp_path, chosen)
+    pace = Pace(chosen)
+    rates = []
+
+    def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+        rates.append(learning_rate_factor(iteration, chosen, pace.iterations))
+        # What is compiled at first makes the first one slow.
+        return clock.iterate(20.0 if iteration == 0 else 0.5)(iteration, randomness)
+
+    run_loop(iterate, chosen, folder, "x", {}, pace=pace, on_checkpoint=seen.append)
+    # (95 - 19.5) / 0.5 iterations of which the first took 19.5 s longer.
+    assert seen == [151]
+    assert clock.seconds == pytest.approx(95, abs=0.5)
+    assert rates[70] == 1.0
+    assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+    checkpoint = folder.load("x")
+    assert checkpoint is not None
+    assert checkpoint["pace"] == {"iterations": 151, "spent": pytest.approx(94.5, abs=0.01)}
+
+
+def test_the_pace_goes_on_where_a_call_ended() -> None:
+    chosen = settings(iterations=1000, limit_seconds=100, decay_share=0.5, warmup_iterations=0)
+    before = Pace(chosen)
+    before.begin()
+    before.look(10, 5.0)
+    before.look(20, 10.0)
+    assert before.iterations == 190
+    after = Pace(chosen)
+    after.load_state_dict(before.state_dict())
+    after.begin()
+    assert after.iterations == 190
+    # Twice as fast from here: 85 seconds are left for a quarter of a second each.
+    after.look(30, 2.5)
+    after.look(40, 5.0)
+    assert after.iterations == 40 + int(80 / 0.25)
+    # The rate falls already: the number stands, however slow it becomes.
+    after.look(190, 500.0)
+    assert after.iterations == 360
+
+
+def test_without_a_limit_the_pace_is_that_of_the_settings() -> None:
+    pace = Pace(settings())
+    pace.begin()
+    pace.look(1, 1e6)
+    pace.look(2, 2e6)
+    assert pace.iterations == 10
+
+
+def test_randomness_on_a_device_is_its_own_and_comes_again() -> None:
+    def drawn(seed: int, iteration: int) -> torch.Tensor:
+        generator = Randomness.at(seed, iteration, "x").on(torch.device("cpu"))
+        return torch.rand(4, generator=generator)
+
+    assert torch.equal(drawn(0, 3), drawn(0, 3))
+    others = [drawn(0, 4), drawn(1, 3), torch.rand(4, generator=Randomness.at(0, 3, "x").tensors)]
+    assert all((drawn(0, 3) != other).all() for other in others)

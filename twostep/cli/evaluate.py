@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from twostep.cli.train import progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from twostep.evaluate.bootstrap import Estimate
     from twostep.evaluate.metrics import Report, Score
+    from twostep.evaluate.scene_scores import SceneReport
 
 _NUM_NAMED = 5
 """Pictures that are named in a warning; more are counted."""
@@ -38,22 +41,40 @@ def evaluate(
         Path | None, typer.Option("--json", help="Also write the figures to this file.")
     ] = None,
 ) -> None:
-    """Score pictures against their prompts: concept, style, background, distances, diversity."""
-    import json
+    """Score pictures against their prompts: what is right, distances, diversity.
 
+    nano's pictures are judged by a classifier, and mini's, which are larger, by comparing them with
+    the drawings that mini learnt from.
+    """
     from rich.console import Console
 
-    from twostep.files import write_atomically
     from twostep.reports.evaluation import evaluate_folder
+    from twostep.reports.scene_evaluation import evaluate_scene_folder, holds_scenes
 
+    if judge is None and holds_scenes(folder):
+        with progress_bar("evaluate") as advance:
+            scenes = evaluate_scene_folder(folder, reference=reference, advance=advance)
+        _write(scenes.report.to_dict(), json_path)
+        _warn_of_unknown(scenes.unknown)
+        Console().print(_scene_table(scenes.report, reference))
+        return
     answer = evaluate_folder(
         folder, reference=reference, judge=judge, with_second_judge=second_judge
     )
-    if json_path is not None:
-        with write_atomically(json_path) as file:
-            file.write(json.dumps(answer.report.to_dict(), indent=2).encode())
+    _write(answer.report.to_dict(), json_path)
     _warn_of_unknown(answer.unknown)
     Console().print(_table(answer.report, reference))
+
+
+def _write(figures: dict[str, Any], path: Path | None) -> None:
+    """Write figures as JSON, if there is a path for them."""
+    import json
+
+    from twostep.files import write_atomically
+
+    if path is not None:
+        with write_atomically(path) as file:
+            file.write(json.dumps(figures, indent=2).encode())
 
 
 def _warn_of_unknown(paths: tuple[Path, ...]) -> None:
@@ -97,6 +118,26 @@ def _table(report: Report, reference: Path | None) -> Table:
     table.add_row("diversity between seeds, features", _number(report.feature_diversity))
     table.add_row("diversity between seeds, pixels", _number(report.pixel_diversity))
     table.add_row("blur, pixels", _number(report.mean_blur_pixels))
+    return table
+
+
+def _scene_table(report: SceneReport, reference: Path | None) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("pictures", str(report.num_images))
+    table.add_row("single thing right", _share(report.single))
+    table.add_row("two things, both right", _share(report.two))
+    table.add_row("styles right", _share(report.style))
+    table.add_row("position right", _share(report.position))
+    table.add_row("background right", _share(report.background))
+    table.add_row("everything right", _share(report.overall))
+    if reference is not None:
+        table.add_row(
+            f"kernel distance to {reference}, second judge", _number(report.kernel_to_reference)
+        )
     return table
 
 

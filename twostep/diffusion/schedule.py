@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from twostep.diffusion.shapes import Batch, Time, Times
+from twostep.diffusion.shapes import Batch, Time, Times, sent
 from twostep.errors import TwostepError
 
 _ALMOST_ZERO = 2.0**-12
@@ -175,7 +175,7 @@ class VariancePreserving:
         picture at T would be seen by a network in training but not in sampling.
         """
         alpha, sigma = self.coefficients(t, x0)
-        is_top = (t == self.top).to(x0.device).view(alpha.shape)
+        is_top = sent(t == self.top, x0.device).view(alpha.shape)
         return torch.where(is_top, eps, alpha * x0 + sigma * eps)
 
     def time_at(self, share: Fraction | float) -> int:
@@ -342,7 +342,7 @@ class Edm:
     def add_noise(self, x0: Batch, eps: Batch, t: Times) -> Batch:
         """Return x_t = alpha_t x0 + sigma_t eps, but exactly eps at the top."""
         alpha, sigma = self.coefficients(t, x0)
-        is_top = (t == self.top).to(x0.device).view(alpha.shape)
+        is_top = sent(t == self.top, x0.device).view(alpha.shape)
         return torch.where(is_top, eps, alpha * x0 + sigma * eps)
 
     def time_at(self, share: Fraction | float) -> float:
@@ -407,4 +407,4 @@ def _like(values: Tensor, like: Tensor) -> Tensor:
     """Return one value per item, shaped [batch, 1, ...], with the dtype and device of `like`."""
     shaped = values.view((-1,) + (1,) * (like.ndim - 1))
     # dtype before device: some accelerators have no float64.
-    return shaped.to(like.dtype).to(like.device)
+    return sent(shaped.to(like.dtype), like.device)

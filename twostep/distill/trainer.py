@@ -22,6 +22,7 @@ from twostep.training.device import has_own_memory
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
+    Pace,
     Periodic,
     Randomness,
     TrainingError,
@@ -61,6 +62,7 @@ class StageTrainer:
         optimisers: of the roles that learn by gradient, by role.
         average: of the student's weights.
         rate: a factor of every learning rate, beside warm-up and decay.
+        pace: how many iterations there are.
         state: what a checkpoint keeps, by name.
     """
 
@@ -104,6 +106,7 @@ class StageTrainer:
         }
         self.average = MovingAverage(self.roles[STUDENT].weights, stage.ema_decay)
         self.rate = 1.0
+        self.pace = Pace(stage)
         self.state = self._make_state()
 
     def _shard(self) -> None:
@@ -156,7 +159,7 @@ class StageTrainer:
             TrainingError: a loss is not a finite number.
         """
         pairs = _Pairs(self, iteration, random)
-        factor = self.rate * learning_rate_factor(iteration, self.stage)
+        factor = self.rate * learning_rate_factor(iteration, self.stage, self.pace.iterations)
         figures: dict[str, float | Tensor] = {}
         with self._dropout(iteration):
             for name in self.method.turns(iteration):
@@ -412,6 +415,7 @@ class _MonitoredRun:
             checkpoint_start=self.monitor.settings.action == "rollback",
             only_examined=self.has_rolled_back,
             periodic=self.periodic,
+            pace=self.trainer.pace,
             on_iteration=self._add,
             on_checkpoint=self._examine,
         )

@@ -67,6 +67,15 @@ class Attributes:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A square on the canvas, in shares of its side: left and top edge, and the square's side."""
+
+    left: float
+    top: float
+    side: float
+
+
+@dataclass(frozen=True)
 class ThingAttributes:
     """What a caption says of one thing in a scene.
 

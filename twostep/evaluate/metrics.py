@@ -195,10 +195,10 @@ def _scores(measured: Measurements, resamples: Resamples) -> dict[str, Any]:
     style_hits = _hits(measured.style, styles, classes.styles)
     background_hits = _hits(measured.background, backgrounds, classes.backgrounds)
     return {
-        "concept": _score(hits, [kind == "concept" for kind in kinds], resamples),
-        "subgroup": _score(hits, [kind == "subgroup" for kind in kinds], resamples),
-        "style": _score(style_hits, [style is not None for style in styles], resamples),
-        "background": _score(
+        "concept": score(hits, [kind == "concept" for kind in kinds], resamples),
+        "subgroup": score(hits, [kind == "subgroup" for kind in kinds], resamples),
+        "style": score(style_hits, [style is not None for style in styles], resamples),
+        "background": score(
             background_hits, [background is not None for background in backgrounds], resamples
         ),
     }
@@ -210,8 +210,8 @@ def _hits(judged: Tensor, asked: Sequence[str | None], names: Sequence[str]) -> 
     return [answer == name for answer, name in zip(answers, asked, strict=True)]
 
 
-def _score(hits: Sequence[bool], asked: Sequence[bool], resamples: Resamples) -> Score:
-    """Count the hits among the pictures whose prompt asks."""
+def score(hits: Sequence[bool], asked: Sequence[bool], resamples: Resamples) -> Score:
+    """Count the hits among the pictures whose prompt asks, with the interval of their share."""
     chosen = torch.tensor(asked)
     if not bool(chosen.any()):
         return Score(0, 0)
@@ -228,7 +228,7 @@ def _open_figures(
     no_style = _leaving_open(measured, "style")
     distance = measured.palette_distance
     figures: dict[str, Any] = {
-        "off_palette": _score((distance > OFF_PALETTE).tolist(), no_background.tolist(), resamples),
+        "off_palette": score((distance > OFF_PALETTE).tolist(), no_background.tolist(), resamples),
         "palette_distance": None,
     }
     if bool(no_background.any()):

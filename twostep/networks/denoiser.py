@@ -20,7 +20,7 @@ from twostep.diffusion import (
     guide,
     prediction_from_output,
 )
-from twostep.diffusion.shapes import Batch, Times
+from twostep.diffusion.shapes import Batch, Times, sent
 from twostep.networks import backbone as backbones
 from twostep.networks.adapters import activated
 from twostep.networks.backbone import Backbone
@@ -136,4 +136,4 @@ class Denoiser:
 
     def _network_time(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the times as the network reads them, on its device."""
-        return self.schedule.network_time(t).to(x_t.device)
+        return sent(self.schedule.network_time(t), x_t.device)

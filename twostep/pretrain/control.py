@@ -1,13 +1,14 @@
 """A ControlNet (arXiv 2302.05543) for a built-in teacher, steered by silhouettes.
 
-A silhouette is white where the drawing is, else black. The encoder is the teacher's without
-attention to text, which the UNet has itself: half the size. It learns the error of v, not of eps,
-since few-step students ask it at high noise, where errors of eps count for next to nothing.
+A silhouette is white where the drawing is, else black. Of a scene it has both things. The encoder
+is the teacher's without attention to text, which the UNet has itself: half the size. It learns the
+error of v, not of eps, since few-step students ask it at high noise, where errors of eps count for
+next to nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,8 +17,13 @@ from diffusers import ControlNetModel
 from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
+from twostep.diffusion.shapes import Latents, sent
+from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.models.bundle import Bundle
+from twostep.models.sdxl import text_encoders
+from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.networks.control import Hint
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.drawings import (
@@ -28,8 +34,12 @@ from twostep.pretrain.drawings import (
     place_drawings,
     random_backgrounds,
 )
+from twostep.pretrain.encoded_scenes import EncodedScenes, make_encoded_scenes
 from twostep.pretrain.latents import LatentCache
-from twostep.pretrain.loop import PartSettings, silent, train_network
+from twostep.pretrain.loop import BLOCKS, PartSettings, silent, train_network
+from twostep.pretrain.scenes import SceneTable, compose
+from twostep.pretrain.sizes import find_size
+from twostep.training.compiling import compile_blocks
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
@@ -52,14 +62,24 @@ _TAKEN_OVER = (
 """What a ControlNet's configuration has in common with that of its UNet."""
 
 
+_HINT_CHANNELS = (16, 32, 64, 128)
+"""Widths through which a ControlNet's picture goes first; each but the first halves it."""
+
+
 class ControlSettings(PartSettings):
     """The recipe of a ControlNet."""
 
     part: Literal["control"] = "control"
     model: str = Field("nano", description="the teacher that it is made for")
     variants: int = Field(64, gt=0, description="pictures of every drawing, with their silhouettes")
+    scenes: int = Field(
+        50_000, gt=0, description="the same where the size learns from scenes: how many of these"
+    )
     gradient_checkpointing: bool = Field(
         False, description="less memory for activations, about a third slower"
+    )
+    compile: bool = Field(
+        False, description="compile the blocks: half a minute at first, less for every iteration"
     )
 
 
@@ -71,16 +91,21 @@ class Silhouettes:
     masks: UInt8[Tensor, "count height width"]
 
 
-def build_control(denoiser: Denoiser) -> ControlNetModel:
+def build_control(denoiser: Denoiser, *, pixels_per_latent: int = 4) -> ControlNetModel:
     """Return a ControlNet that changes nothing yet.
 
     Its layers start as the teacher's, where that has them.
+
+    Args:
+        denoiser: the teacher's.
+        pixels_per_latent: along a side; a power of 2, to which its pictures are scaled down.
     """
+    num_halvings = pixels_per_latent.bit_length() - 1
     config: Any = denoiser.network.config
     control = ControlNetModel(
         down_block_types=("DownBlock2D",) * len(config.block_out_channels),
         mid_block_type="UNetMidBlock2D",
-        conditioning_embedding_out_channels=(16, 32, 64),
+        conditioning_embedding_out_channels=_HINT_CHANNELS[: num_halvings + 1],
         **{name: config[name] for name in _TAKEN_OVER},
     )
     names = control.state_dict().keys()
@@ -113,11 +138,115 @@ def draw_silhouettes(drawings: DrawingSet, bundle: Bundle, variants: int, seed: 
     return Silhouettes(drawn, torch.cat(masks))
 
 
+def scene_silhouettes(
+    table: SceneTable, drawings: UInt8[Tensor, "concepts styles 4 side side"], pixels: int
+) -> UInt8[Tensor, "scenes pixels pixels"]:
+    """Return the silhouettes of scenes: 1 where a thing hides more than half of the ground.
+
+    How much it hides is what two grounds, one light and one dark, still differ by behind it.
+    """
+    colours = list(BACKGROUNDS)
+    light, dark = (
+        compose(replace(table, colours=torch.full_like(table.colours, number)), drawings, pixels)
+        for number in (colours.index("white"), colours.index("black"))
+    )
+    whole = sum(BACKGROUNDS["white"]) - sum(BACKGROUNDS["black"])
+    seen = (light - dark).sum(dim=1) * 255 / 2 / whole
+    return (seen < 0.5).to(torch.uint8)
+
+
 def hints_of(
     masks: UInt8[Tensor, "batch height width"],
 ) -> Float[Tensor, "batch 3 height width"]:
     """Return silhouettes as the pictures that the ControlNet sees, in 0..1."""
     return masks[:, None].float().expand(-1, 3, -1, -1)
+
+
+@runtime_checkable
+class ControlExamples(Protocol):
+    """Where a ControlNet's examples come from."""
+
+    def draw(
+        self, count: int, share: slice, randomness: Randomness
+    ) -> tuple[Latents, Conditioning, UInt8[Tensor, "items height width"]]:
+        """Return a share of `count` random latents, their conditioning, and their silhouettes."""
+
+    def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
+        """Return normal noise of an iteration; asked for once in each, after examples and times."""
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnExamples:
+    """Composed drawings of nano; all that is random is drawn on the CPU."""
+
+    silhouettes: Silhouettes
+    bundle: Bundle
+
+    def draw(
+        self, count: int, share: slice, randomness: Randomness
+    ) -> tuple[Latents, Conditioning, UInt8[Tensor, "items height width"]]:
+        """Return random drawings, with captions that are written now."""
+        drawn = self.silhouettes.drawn
+        device = self.bundle.denoiser.device
+        rows = torch.randint(len(drawn.latents), (count,), generator=randomness.tensors)
+        captions = [drawn.caption(row, randomness.words) for row in rows.tolist()]
+        with torch.no_grad():
+            conditioning = self.bundle.conditioning(captions[share], *self.bundle.contract.sizes[0])
+        masks = self.silhouettes.masks[rows[share]]
+        return drawn.latents[rows[share]].float().to(device), conditioning, masks.to(device)
+
+    def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
+        """Return noise that is the same on every device."""
+        return torch.randn(tuple(shape), generator=randomness.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class SceneExamples:
+    """Encoded scenes, whose silhouettes are composed when they are drawn, all on one device."""
+
+    scenes: EncodedScenes
+    drawings: UInt8[Tensor, "concepts styles 4 side side"]
+    bundle: Bundle
+
+    def draw(
+        self, count: int, share: slice, randomness: Randomness
+    ) -> tuple[Latents, Conditioning, UInt8[Tensor, "items height width"]]:
+        """Return random scenes, with one of their captions."""
+        width, height = self.bundle.contract.sizes[0]
+        rows, tokens = self.scenes.choose(count, randomness.tensors)
+        rows = rows[share]
+        tokens = tokens[share]
+        with torch.no_grad():
+            text, pooled = text_encoders(self.bundle).encode_tokens(tokens, tokens)
+        sizes = sent(image_sizes(1, width, height), rows.device).expand(len(rows), -1)
+        masks = scene_silhouettes(self.scenes.table.rows(rows), self.drawings, width)
+        return self.scenes.latents[rows].float(), Conditioning(text, pooled, sizes), masks
+
+    def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
+        """Return noise that is drawn on the device."""
+        device = self.scenes.device
+        return torch.randn(tuple(shape), generator=randomness.on(device), device=device)
+
+
+def find_examples(
+    drawings: DrawingSet, bundle: Bundle, settings: ControlSettings
+) -> ControlExamples:
+    """Return what a ControlNet of the recipe's size learns from, made of these drawings."""
+    if find_size(settings.size).learns_from == "drawings":
+        silhouettes = draw_silhouettes(drawings, bundle, settings.variants, settings.loop.seed)
+        return DrawnExamples(silhouettes, bundle)
+    device = bundle.denoiser.device
+    scenes = make_encoded_scenes(
+        drawings,
+        bundle.codec,
+        text_encoders(bundle).tokenizers[0],
+        pixels=bundle.contract.sizes[0][0],
+        count=settings.scenes,
+        captions=1,
+        seed=settings.loop.seed,
+        device=device,
+    )
+    return SceneExamples(scenes, drawings.drawings.to(device), bundle)
 
 
 def train_control(
@@ -137,28 +266,24 @@ def train_control(
     device = denoiser.device
     batch_size = settings.loop.batch_size
     top = int(denoiser.schedule.top)  # SDXL's times are integers
-    width, height = bundle.contract.sizes[0]
     torch.manual_seed(settings.loop.seed)
-    control = build_control(denoiser).to(device).train()
+    width = bundle.contract.sizes[0][0]
+    pixels_per_latent = width // bundle.latent_shape(width, width)[-1]
+    control = build_control(denoiser, pixels_per_latent=pixels_per_latent).to(device).train()
     if settings.gradient_checkpointing:
         control.enable_gradient_checkpointing()
-    silhouettes = draw_silhouettes(drawings, bundle, settings.variants, settings.loop.seed)
-    drawn = silhouettes.drawn
+    if settings.compile:
+        compile_blocks(control, BLOCKS)
+    examples = find_examples(drawings, bundle, settings)
     all_times = frozenset(range(1, top + 1))
 
     def loss(iteration: int, randomness: Randomness) -> Tensor:
-        generator = randomness.tensors
         share = world().share(batch_size)
-        rows = torch.randint(len(drawn.latents), (batch_size,), generator=generator)
-        captions = [drawn.caption(row, randomness.words) for row in rows.tolist()]
-        t = torch.randint(1, top + 1, (batch_size,), generator=generator)[share]
-        eps = torch.randn((batch_size, *drawn.latents.shape[1:]), generator=generator)[share]
-        eps = eps.to(device)
-        x0 = drawn.latents[rows[share]].float().to(device)
-        hints = hints_of(silhouettes.masks[rows[share]]).to(device)
-        with torch.no_grad():
-            conditioning = bundle.text.conditioning(captions[share], width, height)
-        conditioning = replace(conditioning, hints=(Hint(control, hints, 1.0, all_times),))
+        x0, conditioning, masks = examples.draw(batch_size, share, randomness)
+        t = torch.randint(1, top + 1, (batch_size,), generator=randomness.tensors)[share]
+        eps = examples.noise((batch_size, *x0.shape[1:]), randomness)[share].to(device)
+        hint = Hint(control, hints_of(masks), 1.0, all_times)
+        conditioning = replace(conditioning, hints=(hint,))
         alpha, sigma = denoiser.schedule.coefficients(t, x0)
         predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
         error: Tensor = predicted.v(alpha, sigma) - (alpha * eps - sigma * x0)

@@ -103,9 +103,9 @@ def write_listing(
         file.write(json.dumps(listing, indent=1, ensure_ascii=False).encode())
 
 
-def built_in_concepts() -> tuple[Concept, ...]:
-    """Return the concepts that the built-in models know, without loading their drawings."""
-    return read_concepts(json.loads((BUILT_IN / LISTING).read_text(encoding="utf-8")))
+def built_in_concepts(folder: Path = BUILT_IN) -> tuple[Concept, ...]:
+    """Return the concepts that a built-in model knows, without loading their drawings."""
+    return read_concepts(json.loads((folder / LISTING).read_text(encoding="utf-8")))
 
 
 def read_concepts(listing: dict[str, Any]) -> tuple[Concept, ...]:

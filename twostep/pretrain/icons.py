@@ -41,29 +41,15 @@ def render_built_in(
         concepts: what to draw.
         on_drawing: called with the number of drawings that are done, and of all.
     """
-    icon_sets = [_load_icons(cache, package) for package in ICON_SETS.values()]
+    icon_sets = [load_icons(cache, package) for package in ICON_SETS.values()]
     num_drawings = len(concepts) * len(icon_sets)
     drawings = []
     for concept in concepts:
         for icons in icon_sets:
-            drawings.append(render(_svg(icons, concept.icon)))
+            drawings.append(render(svg_of(icons, concept.icon)))
             on_drawing(len(drawings), num_drawings)
     stacked = torch.stack(drawings).unflatten(0, (len(concepts), len(icon_sets)))
     return DrawingSet(stacked, tuple(concepts), tuple(ICON_SETS))
-
-
-def collect_vectors(cache: Path, concepts: Sequence[Concept]) -> dict[str, tuple[str, ...]]:
-    """Return the vector drawings of every concept, by style.
-
-    Args:
-        cache: folder of the fetched icon sets; npm is needed where one is missing.
-        concepts: what is drawn.
-    """
-    documents = {}
-    for style, package in ICON_SETS.items():
-        icons = _load_icons(cache, package)
-        documents[style] = tuple(_svg(icons, concept.icon) for concept in concepts)
-    return documents
 
 
 def fetch_icons(cache: Path, package: str) -> Path:
@@ -104,7 +90,8 @@ def read_member(archive: Path, name: str) -> Any:
         return json.load(member)
 
 
-def _load_icons(cache: Path, package: str) -> dict[str, Any]:
+def load_icons(cache: Path, package: str) -> dict[str, Any]:
+    """Return the icons of a set as Iconify lists them, fetched into `cache` if need be."""
     icons: dict[str, Any] = read_member(fetch_icons(cache, package), "icons.json")
     return icons
 
@@ -124,7 +111,7 @@ def _fetch(package: str, archive: Path) -> None:
     (archive.parent / packed.stdout.strip().splitlines()[-1]).rename(archive)
 
 
-def _svg(icons: dict[str, Any], icon: str) -> str:
+def svg_of(icons: dict[str, Any], icon: str) -> str:
     """Return the vector drawing of an icon."""
     entry = icons["icons"].get(icon)
     if entry is None:

@@ -12,11 +12,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
+from twostep.engines.compiled import REPEATED
+from twostep.training.figures import Figures
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
+    Pace,
     Randomness,
-    check_finite,
+    check_number,
     learning_rate_factor,
     run_loop,
 )
@@ -31,6 +34,9 @@ from twostep.training.optimiser import (
 from twostep.training.processes import world
 from twostep.training.recipe import WHILE_RUNNING, RecipeError, Settings
 from twostep.training.run_folder import RunFolder
+
+BLOCKS = (*REPEATED, "CLIPEncoderLayer")
+"""The blocks of which the networks here consist, by the names of their classes."""
 
 Loss = Callable[[int, Randomness], Tensor]
 """Called with the iteration and its randomness; returns a scalar with its graph.
@@ -113,14 +119,18 @@ def train_network(
     )
     average = MovingAverage(network, settings.ema_decay)
     device_type = next(iter(network.parameters())).device.type
+    pace = Pace(settings)
 
-    def iterate(iteration: int, randomness: Randomness) -> dict[str, float]:
+    def iterate(iteration: int, randomness: Randomness) -> Figures:
         with settings.autocast(device_type):
-            value = check_finite(loss(iteration, randomness), name, iteration, settings)
-        factor = learning_rate_factor(iteration, settings)
+            value = loss(iteration, randomness)
+        factor = learning_rate_factor(iteration, settings, pace.iterations)
         optimiser_step(value, optimiser, network, clip=settings.gradient_clip, factor=factor)
         average.update()
-        return {"loss": value.item(), "rate": effective_rate(optimiser)}
+        return {"loss": value, "rate": effective_rate(optimiser)}
+
+    def check(iteration: int, figures: dict[str, float]) -> None:
+        check_number(figures["loss"], name, iteration, settings)
 
     def show_averaged(iteration: int) -> None:
         with average.applied():
@@ -137,6 +147,10 @@ def train_network(
         folder,
         name=name,
         state=state,
+        pace=pace,
+        # A CPU has computed what it returns; others would have to be waited for.
+        read_every=1 if device_type == "cpu" else settings.log_every,
+        check=check,
         on_iteration=on_iteration,
         on_checkpoint=show_averaged,
     )

@@ -14,25 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import AutoencoderTiny, ControlNetModel
 from safetensors.torch import save
+from torch import Tensor
 
 from twostep import __version__
 from twostep.files import write_atomically
 from twostep.formats.folders import weights_folder
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
+from twostep.models.sdxl import text_encoders
 from twostep.models.sdxl_networks import load_codec, load_text
 from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
+from twostep.pretrain.art_of_sizes import find_drawings
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.control import ControlSettings, train_control
 from twostep.pretrain.drawings import DrawingSet
+from twostep.pretrain.encoded_scenes import make_encoded_scenes
+from twostep.pretrain.joint import JointSettings, train_joint
 from twostep.pretrain.judge import JudgeSettings, train_judge
 from twostep.pretrain.latents import LatentCache, find_latents
 from twostep.pretrain.loop import PartSettings
-from twostep.pretrain.model import teacher_contract
+from twostep.pretrain.model import build_text_encoders, teacher_contract
+from twostep.pretrain.scene_captions import scene_corpus
+from twostep.pretrain.scenes import compose, random_scenes
+from twostep.pretrain.sheets import draw_samples, write_sheet
 from twostep.pretrain.sizes import find_size
 from twostep.pretrain.style import StyleSettings, style_latents, style_prompts, train_style
 from twostep.pretrain.teacher import TeacherSettings, TuneSettings, new_denoiser, train_teacher
@@ -94,6 +103,10 @@ class Part:
         """The device that the recipe names."""
         return find_device(self.settings.device)
 
+    def find_drawings(self, folder: Path | None = None) -> DrawingSet:
+        """Load the drawings of a folder, or those of the recipe's size that are in the package."""
+        return find_drawings(find_size(self.settings.size), folder)
+
     def train(
         self,
         drawings: DrawingSet,
@@ -148,14 +161,56 @@ def find_part_recipe(name: str | Path) -> Path:
     )
 
 
+_NUM_LOOKED_AT = 8
+"""Pictures that an autoencoder's sheets show, each above what it made of it."""
+
+
 def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
     settings = folder.settled(settings)
-    codec = train_vae(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
-    if world().is_first:
-        with weights_folder(run.out / "model" / "vae") as folder_of_vae:
-            codec.vae.save_pretrained(folder_of_vae)
+    size = find_size(settings.size)
+    if size.learns_from == "drawings":
+        codec = train_vae(run.drawings, settings, folder, on_iteration=run.show(settings.loop))
+        _save_vae(codec.vae, run)
+        return run.out / "model"
+    # Never seen in training, whose scenes begin at number 0.
+    scenes = random_scenes(
+        len(run.drawings.concepts),
+        len(run.drawings.styles),
+        count=_NUM_LOOKED_AT,
+        seed=settings.loop.seed,
+        first=settings.num_pictures,
+    )
+    pictures = compose(scenes, run.drawings.drawings, size.pixels)
+
+    def show(iteration: int, vae: AutoencoderTiny) -> None:
+        if not world().is_first:
+            return
+        codec = ImageCodec(vae)
+        made = codec.decode(codec.encode(pictures.to(vae.device))).cpu()
+        _write_sheet(torch.stack([pictures, made]), f"vae-{iteration:06d}.png", run, folder)
+        square = (made - pictures).square().mean(dim=(1, 2, 3))
+        # A signal of 2, from -1 to 1.
+        folder.log(part="vae", iteration=iteration, psnr=float((4 / square).log10().mean() * 10))
+        _save_vae(vae, run)
+
+    train_vae(
+        run.drawings, settings, folder, on_iteration=run.show(settings.loop), on_checkpoint=show
+    )
     return run.out / "model"
+
+
+def _save_vae(vae: AutoencoderTiny, run: PartRun) -> None:
+    if world().is_first:
+        with weights_folder(run.out / "model" / "vae") as folder:
+            vae.save_pretrained(folder)
+
+
+def _write_sheet(rows: Tensor, name: str, run: PartRun, folder: RunFolder) -> None:
+    """Write a sheet of pictures among the run's samples, and say so in its log."""
+    part, _, number = name.removesuffix(".png").rpartition("-")
+    write_sheet(rows, run.out / "samples" / name)
+    folder.log(part=part, iteration=int(number), picture=f"samples/{name}")
 
 
 def _train_text(settings: TextSettings, run: PartRun) -> Path:
@@ -186,6 +241,53 @@ def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
         guidance=settings.guidance,
     )
     return _fit_teacher(run, Bundle(denoiser, codec, text, contract), settings, folder)
+
+
+def _train_joint(settings: JointSettings, run: PartRun) -> Path:
+    folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
+    size = find_size(settings.size)
+    device = find_device(settings.device)
+    codec = load_codec(settings.autoencoder)
+    denoiser = new_denoiser(size, settings.loop.seed)
+    text = build_text_encoders(size, scene_corpus(run.drawings.concepts))
+    contract = teacher_contract(
+        size,
+        name=size.name,
+        recipe=run.name,
+        version=__version__,
+        guidance=settings.guidance,
+    )
+    teacher = Bundle(denoiser, codec, text, contract).to(device)
+    scenes = make_encoded_scenes(
+        run.drawings,
+        teacher.codec,
+        text_encoders(teacher).tokenizers[0],
+        pixels=size.pixels,
+        count=settings.scenes,
+        captions=settings.captions,
+        seed=settings.loop.seed,
+        device=device,
+        on_scene=lambda done, total: run.advance(done, total, "scenes"),
+    )
+
+    def write(iteration: int) -> None:
+        if not world().is_first:
+            return
+        save_bundle(teacher, run.out / "model")
+        with settings.loop.autocast(device.type):
+            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
+        _write_sheet(drawn, f"joint-{iteration:06d}.png", run, folder)
+
+    train_joint(
+        teacher,
+        scenes,
+        settings,
+        folder,
+        on_iteration=run.show(settings.loop),
+        on_checkpoint=write,
+    )
+    return run.out / "model"
 
 
 def _tune_teacher(settings: TuneSettings, run: PartRun) -> Path:
@@ -240,12 +342,14 @@ def _fit_teacher(
 def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
     settings = folder.settled(settings)
-    # The codec stays on the CPU, where the drawings are.
+    # The codec stays on the CPU, where drawings are composed; scenes are on the device.
     bundle = load_bundle(settings.model)
     device = find_device(settings.device)
     bundle.denoiser.network.to(device)
     for encoder in bundle.text.networks.values():
         encoder.to(device)
+    if find_size(settings.size).learns_from == "scenes":
+        bundle = bundle.to(device)
 
     def write(iteration: int, control: ControlNetModel) -> None:
         if world().is_first:
@@ -292,6 +396,7 @@ _PARTS: dict[str, tuple[type[PartSettings], Callable[[Any, PartRun], Path]]] = {
     "vae": (VaeSettings, _train_vae),
     "text": (TextSettings, _train_text),
     "teacher": (TeacherSettings, _train_teacher),
+    "joint": (JointSettings, _train_joint),
     "tune": (TuneSettings, _tune_teacher),
     "control": (ControlSettings, _train_control),
     "style": (StyleSettings, _train_style),

@@ -62,7 +62,7 @@ def complete_tasks(concepts: Sequence[Concept], count: int = NUM_COMPLETE) -> li
     backgrounds = list(BACKGROUNDS)
     # Neighbours in the list are alike (all animals first): an order of long strides spreads a last,
     # incomplete turn over all.
-    order = _spread(len(concepts))
+    order = spread(len(concepts))
     tasks = []
     for index in range(count):
         turn, place = divmod(index, len(concepts))
@@ -92,7 +92,7 @@ def open_tasks(concepts: Sequence[Concept], count: int) -> list[Task]:
             "be had of at least one."
         )
     backgrounds = list(BACKGROUNDS)
-    order = _spread(len(concepts))
+    order = spread(len(concepts))
     tasks = []
     for index in range(count):
         number_of_prompt = index // NUM_SEEDS_PER_OPEN_PROMPT
@@ -153,7 +153,7 @@ def real_pictures(
     return compose(drawn, background, Placement(), generator, pixels=NANO.pixels)
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """Order numbers so that neighbours lie far apart: by the multiples of the golden ratio."""
     return sorted(range(count), key=lambda number: (number * 0.6180339887498949) % 1)
 
@@ -170,7 +170,7 @@ def _incomplete(concepts: Sequence[Concept], round_number: int) -> Iterator[Attr
     """Yield attributes for each way of leaving something out, other ones in every round."""
     subgroups = list(dict.fromkeys(concept.subgroup for concept in concepts))
     backgrounds = list(BACKGROUNDS)
-    order = _spread(len(concepts))
+    order = spread(len(concepts))
     style = STYLES[round_number % len(STYLES)]
     for place, (with_style, with_background) in enumerate(
         ((False, False), (True, False), (False, True), (True, True))

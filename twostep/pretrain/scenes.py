@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 
+from twostep.diffusion.shapes import sent
 from twostep.errors import TwostepError
-from twostep.evaluate.attributes import BACKGROUNDS, Relation
+from twostep.evaluate.attributes import BACKGROUNDS, Box, Relation
+from twostep.evaluate.resampling import triangle_weights
 
 UNITS = 1024
 """What the side of the canvas measures in a table: boxes are whole numbers of these."""
@@ -65,15 +67,6 @@ class SceneLaw:
     pair_side: tuple[float, float] = (0.40, 0.49)
     roaming: float = 0.9
     stagger: float = 0.19
-
-
-@dataclass(frozen=True)
-class Box:
-    """A square on the canvas, in shares of its side: left and top edge, and the square's side."""
-
-    left: float
-    top: float
-    side: float
 
 
 @dataclass(frozen=True)
@@ -226,7 +219,7 @@ def compose(
 
 def _grounds(colours: Int16[Tensor, "scenes 2"], size: int) -> Float[Tensor, "scenes 3 size size"]:
     """Return grounds in 0..1 that go from the upper colour in the first row to the lower one."""
-    palette = torch.tensor(list(BACKGROUNDS.values()), device=colours.device) / 255
+    palette = sent(torch.tensor(list(BACKGROUNDS.values())) / 255, colours.device)
     top, bottom = palette[colours.long()].unbind(dim=1)
     down = torch.linspace(0, 1, size, device=colours.device)[:, None]
     ground = torch.lerp(top[:, :, None, None], bottom[:, :, None, None], down)
@@ -249,16 +242,11 @@ def _weights(
     start: Float[Tensor, " scenes"], side: Float[Tensor, " scenes"], size: int, drawing_side: int
 ) -> Float[Tensor, "scenes size side"]:
     """Return how much each row of a drawing adds to each row of the canvas."""
-    device = start.device
-    # Around the drawing lie transparent rows, which take part in the mean.
-    margin = int(drawing_side / size / _SMALLEST_SIDE) + 1
-    centres = (torch.arange(size, device=device) + 0.5) / size
+    centres = (torch.arange(size, device=start.device) + 0.5) / size
     at = (centres - start[:, None]) / side[:, None] * drawing_side
-    sources = torch.arange(-margin, drawing_side + margin, device=device) + 0.5
-    width = (drawing_side / size / side).clamp(min=1)[:, None, None]
-    triangles = (1 - (sources - at[:, :, None]).abs() / width).clamp(min=0)
-    total = triangles.sum(dim=2, keepdim=True).clamp(min=1)
-    return (triangles / total)[:, :, margin : margin + drawing_side]
+    width = (drawing_side / size / side).clamp(min=1)
+    margin = int(drawing_side / size / _SMALLEST_SIDE) + 1
+    return triangle_weights(at, width, drawing_side, margin=margin)
 
 
 def _scenes_from(

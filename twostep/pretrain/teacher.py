@@ -33,7 +33,6 @@ from twostep.training.run_folder import RunFolder
 class DenoiserSettings(PartSettings):
     """What the recipes of a teacher and of a tuned one have in common."""
 
-    variants: int = Field(96, gt=0, description="pictures of every drawing in the latent cache")
     snr_limit: float = Field(
         5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
     )
@@ -46,6 +45,7 @@ class TeacherSettings(DenoiserSettings):
     """The recipe of a teacher."""
 
     part: Literal["teacher"] = "teacher"
+    variants: int = Field(96, gt=0, description="pictures of every drawing in the latent cache")
     autoencoder: Path = Field(Path("runs/nano-vae/model"), description="folder that holds `vae`")
     text_encoders: Path = Field(
         Path("runs/nano-text/model"), description="folder that holds the text encoders"
@@ -57,6 +57,7 @@ class TuneSettings(DenoiserSettings):
     """The recipe of a teacher that is tuned to other drawings."""
 
     part: Literal["tune"] = "tune"
+    variants: int = Field(96, gt=0, description="pictures of every drawing in the latent cache")
     model: str = Field("nano", description="the teacher to start from")
     name: str = Field(description="what the tuned teacher is called")
 

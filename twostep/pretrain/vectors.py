@@ -9,7 +9,7 @@ import hashlib
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from twostep.pretrain.drawings import (
     read_concepts,
     write_listing,
 )
-from twostep.pretrain.icons import render
+from twostep.pretrain.icons import ICON_SETS, load_icons, render, svg_of
 
 MINI = Path(__file__).with_name("art") / "mini"
 """The folder of the vector drawings that mini learns from: 991 things in 4 styles."""
@@ -68,10 +68,27 @@ class VectorSet:
         return whole.hexdigest()
 
 
+def collect_vectors(cache: Path, concepts: Sequence[Concept]) -> VectorSet:
+    """Return the vector drawings of concepts from the icon sets of the four styles.
+
+    Args:
+        cache: folder of the fetched icon sets; npm is needed where one is missing.
+        concepts: what is drawn.
+    """
+    documents = {}
+    for style, package in ICON_SETS.items():
+        icons = load_icons(cache, package)
+        documents[style] = tuple(svg_of(icons, concept.icon) for concept in concepts)
+    return VectorSet(documents, tuple(concepts))
+
+
 def load_vectors(folder: Path = MINI) -> VectorSet:
     """Read a set of vector drawings; DrawingsError if it is missing or damaged."""
     if not (folder / LISTING).is_file():
-        raise DrawingsError(f"There are no vector drawings in {folder}: it has no {LISTING}.")
+        raise DrawingsError(
+            f"There are no vector drawings in {folder}: it has no {LISTING}. "
+            f"Fetch mini's with: twostep drawings --art mini --out {folder}"
+        )
     try:
         listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
         concepts = read_concepts(listing)
@@ -81,7 +98,8 @@ def load_vectors(folder: Path = MINI) -> VectorSet:
             documents[style] = tuple(by_icon[concept.icon] for concept in concepts)
     except (OSError, KeyError, ValueError, TypeError, lzma.LZMAError) as error:
         raise DrawingsError(
-            f"The vector drawings in {folder} are damaged ({error}). Install twostep anew."
+            f"The vector drawings in {folder} are damaged ({error}). "
+            f"Fetch them anew: twostep drawings --art mini --out {folder}"
         ) from error
     return VectorSet(documents, concepts)
 
@@ -149,7 +167,7 @@ def render_vectors(
     """
     documents = [document for style in vectors.documents.values() for document in style]
     if workers is None:
-        workers = 1 if len(documents) < _FEW else os.cpu_count() or 1
+        workers = 1 if len(documents) < _FEW else _num_cores()
     shape = (len(vectors.concepts), len(vectors.styles), 4, pixels, pixels)
     drawings = torch.empty(shape, dtype=torch.uint8)
     with ExitStack() as stack:
@@ -166,6 +184,13 @@ def render_vectors(
             drawings[concept, style] = bitmap.view(4, pixels, pixels)
             on_drawing(number + 1, len(documents))
     return DrawingSet(drawings, vectors.concepts, vectors.styles)
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _render_bytes(document: str, pixels: int) -> bytearray:

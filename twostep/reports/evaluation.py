@@ -59,14 +59,14 @@ def evaluate_folder(
         SecondJudgeError: the second judge is asked for and not installed.
     """
     referee = load_judge(judge or BUILT_IN)
-    paths = _pictures_in(folder)
+    paths = pictures_in(folder)
     attributes = _attributes_of(paths, referee)
     second = EfficientNet() if with_second_judge else None
     compared = None
     if reference is not None:
         compared = _measure_folder(reference, referee, second)
     report = evaluate(
-        _load_pictures(paths, referee.pixels),
+        load_pictures(paths, referee.pixels),
         attributes,
         referee,
         reference=compared,
@@ -79,7 +79,7 @@ def evaluate_folder(
 
 def _attributes_of(paths: Sequence[Path], referee: Judge) -> list[Attributes | None]:
     """Return what each picture's prompt says; None without one, or one that is not understood."""
-    prompts = [_prompt_of(path) for path in paths]
+    prompts = [prompt_of(path) for path in paths]
     concepts = referee.classes.concepts
     return [
         None if prompt is None else attributes_from_prompt(prompt, concepts) for prompt in prompts
@@ -88,12 +88,13 @@ def _attributes_of(paths: Sequence[Path], referee: Judge) -> list[Attributes | N
 
 def _measure_folder(folder: Path, referee: Judge, second: SecondJudge | None) -> Measurements:
     """Measure the pictures of a folder."""
-    paths = _pictures_in(folder)
-    pictures = _load_pictures(paths, referee.pixels)
+    paths = pictures_in(folder)
+    pictures = load_pictures(paths, referee.pixels)
     return measure(pictures, _attributes_of(paths, referee), referee, second=second)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the PNGs of a folder, by name; FolderError if there are none."""
     if not folder.is_dir():
         raise FolderError(f"{folder} is no folder; give one that holds the PNGs to score.")
     paths = sorted(folder.glob("*.png"))
@@ -104,8 +105,8 @@ def _pictures_in(folder: Path) -> list[Path]:
     return paths
 
 
-def _load_pictures(paths: Sequence[Path], pixels: int) -> Float[Tensor, "pictures 3 height width"]:
-    """Read PNGs of this size as pictures in -1..1."""
+def load_pictures(paths: Sequence[Path], pixels: int) -> Float[Tensor, "pictures 3 height width"]:
+    """Read PNGs as pictures in -1..1; FolderError if one is damaged or of another size."""
     pictures = [_load_picture(path, pixels) for path in paths]
     return torch.stack(pictures).float() / 127.5 - 1
 
@@ -122,7 +123,8 @@ def _load_picture(path: Path, pixels: int) -> UInt8[Tensor, "3 height width"]:
     return torch.from_numpy(levels).permute(2, 0, 1)
 
 
-def _prompt_of(path: Path) -> str | None:
+def prompt_of(path: Path) -> str | None:
+    """Return the prompt that is written in a picture; None if there is none."""
     try:
         return read_provenance(path).request.prompt
     except ProvenanceError:

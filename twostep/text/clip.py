@@ -10,7 +10,7 @@ from threading import RLock
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging
@@ -123,21 +123,29 @@ class TextEncoders:
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
-        layers = []
+        tokens = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             with _TOKENIZING:
-                tokens = tokenizer(
+                numbers = tokenizer(
                     list(prompts), padding="max_length", truncation=True, return_tensors="pt"
                 ).input_ids
-            output = encoder(tokens.to(encoder.device), output_hidden_states=True)
-            layers.append(output.hidden_states[-2])
-        text = torch.cat(layers, dim=-1)
-        pooled = output[0]
+            tokens.append(numbers.to(encoder.device))
+        text, pooled = self.encode_tokens(tokens[0], tokens[1])
         if self.zeros_for_empty:
             is_text = torch.tensor([prompt != "" for prompt in prompts], device=text.device)
             text = text * is_text[:, None, None]
             pooled = pooled * is_text[:, None]
         return text, pooled
+
+    def encode_tokens(
+        self, first: Int[Tensor, "batch tokens"], second: Int[Tensor, "batch tokens"]
+    ) -> Embeddings:
+        """Encode the numbers of both tokenizers' tokens, each on its encoder's device."""
+        layers = []
+        for tokens, encoder in zip((first, second), self.encoders, strict=True):
+            output = encoder(tokens, output_hidden_states=True)
+            layers.append(output.hidden_states[-2])
+        return torch.cat(layers, dim=-1), output[0]
 
     def conditioning(
         self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False

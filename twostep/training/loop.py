@@ -19,12 +19,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twostep.errors import TwostepError
 from twostep.training import device as devices
+from twostep.training.figures import Figures, UnreadFigures
 from twostep.training.processes import average, averaged, world
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
@@ -37,14 +39,23 @@ OnIteration = Callable[[int, dict[str, float]], None]
 _EXIT_CODE = "exit_code"
 """Beside the figures that processes exchange after every iteration: why one of them is to stop."""
 
+_SAVES = "saves"
+"""The same: whether it is time for a checkpoint by the clock of one of them."""
+
 _MEANS = "means"
 """Where a checkpoint keeps the figures that are not yet logged."""
+
+_PACE = "pace"
+"""Where a checkpoint keeps how many iterations there will be."""
 
 _EXAMINED = "examined"
 """Where a checkpoint says whether `on_checkpoint` has let it pass."""
 
 Schedule = Literal["constant", "cosine", "linear"]
 """How a learning rate moves after its warm-up."""
+
+_SHARE_OF_LIMIT = 0.95
+"""Of `limit_seconds`, what iterations are planned for; the rest is for what cannot be foreseen."""
 
 
 class TrainingError(TwostepError):
@@ -106,8 +117,21 @@ class LoopSettings(Settings):
         description="autocast precision of forward passes; fp32 on a CPU without bfloat16",
         json_schema_extra=WHILE_RUNNING,
     )
+    limit_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="what the training may take: where its iterations would take longer, fewer are "
+        "done, and the decay of the rate comes sooner",
+        json_schema_extra=WHILE_RUNNING,
+    )
     checkpoint_every: int = Field(
         500, gt=0, description="iterations between checkpoints", json_schema_extra=ANY_TIME
+    )
+    checkpoint_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which there is a checkpoint beside those, with its pictures",
+        json_schema_extra=ANY_TIME,
     )
     keep_checkpoints: int = Field(
         2,
@@ -185,6 +209,15 @@ class Randomness:
         number = hashed_seed(seed, part, iteration)
         return cls(torch.Generator().manual_seed(number), random.Random(number))
 
+    def on(self, device: torch.device) -> torch.Generator:
+        """Return a generator on a device, seeded as this iteration is.
+
+        For noise that would take longer to draw on the CPU than to train on. Every type of device
+        draws other numbers, but the same ones after every resume.
+        """
+        seed = hashed_seed(self.tensors.initial_seed(), "device")
+        return torch.Generator(device).manual_seed(seed)
+
     def copy(self) -> Randomness:
         """Return randomness that will draw the same."""
         tensors = torch.Generator()
@@ -217,18 +250,35 @@ class MovingAverage:
         self.decay = decay
         self.num_updates = 0
         self.weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
+        self._found: dict[str, Tensor] | None = None
 
     def update(self) -> None:
         """Take the present weights into the average."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + 10))
-        current = self.trained.state_dict()
+        current = self._current()
         floats = [key for key, value in self.weights.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.weights[key] for key in floats],
-            [current[key] for key in floats],
-            1 - decay,
-        )
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                [self.weights[key] for key in floats],
+                [current[key] for key in floats],
+                1 - decay,
+            )
+
+    def _current(self) -> dict[str, Tensor]:
+        """Return the present weights; those of a whole network are looked for once.
+
+        A walk through all modules takes as long as a tenth of an iteration on a fast GPU.
+        """
+        if self._found is not None:
+            return self._found
+        if not isinstance(self.trained, nn.Module):
+            return self.trained.state_dict()
+        found: dict[str, Tensor] = self.trained.state_dict(keep_vars=True)
+        if any(isinstance(value, DTensor) for value in found.values()):
+            return found
+        self._found = found
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the number of updates."""
@@ -251,16 +301,23 @@ class MovingAverage:
             self.trained.load_state_dict(trained_weights)
 
 
-def learning_rate_factor(iteration: int, settings: LoopSettings) -> float:
+def learning_rate_factor(
+    iteration: int, settings: LoopSettings, iterations: int | None = None
+) -> float:
     """Return the factor of the peak learning rate at an iteration, in [0, 1].
 
     The rate rises linearly over the warm-up, stays constant, and falls to `final_rate` along a
     cosine (arXiv 1608.03983) or a line, over the last `decay_share` of the iterations. Restarts
     divide these into arcs of equal length, each of which begins at the peak.
+
+    Args:
+        iteration: counts from 0.
+        settings: say how the rate moves.
+        iterations: how many there are, if not as many as in the settings (`Pace`).
     """
     if iteration < settings.warmup_iterations:
         return (iteration + 1) / settings.warmup_iterations
-    progress = _decay_progress(iteration, settings)
+    progress = _decay_progress(iteration, settings, iterations or settings.iterations)
     if progress == 0:
         return 1.0
     is_linear = settings.schedule == "linear"
@@ -268,14 +325,14 @@ def learning_rate_factor(iteration: int, settings: LoopSettings) -> float:
     return settings.final_rate + (1 - settings.final_rate) * height
 
 
-def _decay_progress(iteration: int, settings: LoopSettings) -> float:
+def _decay_progress(iteration: int, settings: LoopSettings, iterations: int) -> float:
     """Return how much of the decay, or of its present arc, is over at an iteration, in [0, 1]."""
-    num_decaying = settings.decay_share * settings.iterations
+    num_decaying = settings.decay_share * iterations
     if settings.schedule in ("cosine", "linear"):
         # It begins at the peak, which is the end of the warm-up or later.
-        after_warmup = max(0, settings.iterations - settings.warmup_iterations)
+        after_warmup = max(0, iterations - settings.warmup_iterations)
         num_decaying = min(num_decaying or after_warmup, after_warmup)
-    num_left = max(0, settings.iterations - iteration)
+    num_left = max(0, iterations - iteration)
     if num_decaying <= num_left:
         return 0.0
     if settings.restarts and num_left > 0:
@@ -308,8 +365,75 @@ class Periodic:
         return num_done % self.every == 0
 
 
+class Pace:
+    """How many iterations a training has: those of its settings, or what fits `limit_seconds`.
+
+    How long they take is looked at whenever figures are logged, until the rate begins to decay: up
+    to there a training of fewer iterations is the same one. Afterwards the number stands.
+    """
+
+    def __init__(self, settings: LoopSettings) -> None:
+        """Expect to have time for all iterations."""
+        self.settings = settings
+        self.iterations = settings.iterations
+        self._spent = 0.0
+        self._before = 0.0
+        self._first: tuple[int, float] | None = None
+
+    def begin(self) -> None:
+        """Begin a call, whose seconds come on top of those spent before."""
+        self._before = self._spent
+        self._first = None
+
+    def look(self, num_done: int, seconds: float) -> None:
+        """Take in how long the iterations of this call have taken.
+
+        Args:
+            num_done: iterations that are done, those of earlier calls included.
+            seconds: since this call began, with all that was done between iterations.
+        """
+        limit = self.settings.limit_seconds
+        self._spent = self._before + seconds
+        if limit is None:
+            return
+        if self._first is None:
+            # What comes first is slow: kernels are chosen and blocks compiled.
+            self._first = (num_done, seconds)
+            return
+        if learning_rate_factor(num_done, self.settings, self.iterations) < 1:
+            return
+        num_before, seconds_before = self._first
+        each = (seconds - seconds_before) / (num_done - num_before)
+        num_left = int((_SHARE_OF_LIMIT * limit - self._spent) / each)
+        self.iterations = min(self.settings.iterations, num_done + max(1, num_left))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know."""
+        return {"iterations": self.iterations, "spent": self._spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Restore what `state_dict` returned; more iterations or time in the settings count."""
+        self._spent = float(state_dict["spent"])
+        if self.settings.limit_seconds is not None:
+            self.iterations = min(self.settings.iterations, int(state_dict["iterations"]))
+
+
+class _Clock:
+    """When it is time for a checkpoint that no number of iterations asks for."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._last >= self._seconds
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+
 def run_loop(
-    iterate: Callable[[int, Randomness], dict[str, float]],
+    iterate: Callable[[int, Randomness], Figures],
     settings: LoopSettings,
     folder: RunFolder,
     name: str,
@@ -319,6 +443,9 @@ def run_loop(
     checkpoint_start: bool = False,
     only_examined: bool = False,
     periodic: Sequence[Periodic] = (),
+    pace: Pace | None = None,
+    read_every: int = 1,
+    check: Callable[[int, dict[str, float]], None] = lambda iteration, figures: None,
     on_iteration: OnIteration = lambda iteration, figures: None,
     on_checkpoint: Callable[[int], None] = lambda iteration: None,
 ) -> None:
@@ -340,7 +467,13 @@ def run_loop(
             rather than from a later one that was written because training was asked to stop.
         periodic: what else is done every so many iterations, before the checkpoint of the same
             iteration. What a stop came before is done when the run goes on.
-        on_iteration: called after every iteration with figures averaged over all processes.
+        pace: how many iterations there are, for a caller that has to know it; of its own if none.
+        read_every: iterations between two moments at which figures that are tensors become numbers,
+            beside those of the log and of checkpoints: reading one waits for its device.
+        check: called with every iteration, from 0, and its figures once they are numbers, before
+            they are logged and before a checkpoint; what it raises ends the training.
+        on_iteration: called after every iteration with figures averaged over all processes, the
+            last ones that were read.
         on_checkpoint: called before every checkpoint; if it raises, the checkpoint is not saved.
 
     Raises:
@@ -348,9 +481,17 @@ def run_loop(
             whose checkpoint was written, without `on_checkpoint`: if that was due there, it is
             called when the run goes on.
     """
+    pace = pace or Pace(settings)
+    if world().size > 1:
+        # All have to know of every iteration whether one of them is to stop.
+        read_every = 1
+    unread = UnreadFigures()
+    latest: dict[str, float] = {}
 
     def save_checkpoint(num_done: int, *, examined: bool = True) -> None:
         states = {key: holder.state_dict() for key, holder in {**state, **all_means}.items()}
+        if settings.limit_seconds is not None:
+            states[_PACE] = pace.state_dict()
         folder.save(
             name,
             {"iteration": num_done, _EXAMINED: examined, **states},
@@ -358,11 +499,31 @@ def run_loop(
             examined=examined,
             later=True,
         )
+        clock.restart()
 
+    def is_read(num_done: int) -> bool:
+        every = (read_every, settings.log_every, settings.checkpoint_every)
+        is_regular = any(num_done % each == 0 for each in every)
+        return is_regular or num_done >= pace.iterations or stop.is_due() or clock.is_due()
+
+    def read() -> tuple[int, bool]:
+        """Take in what is unread; return the exit code if any process is to stop, and whether it
+        is time for a checkpoint.
+        """
+        nonlocal latest
+        exit_code, saves = stop.exit_code, clock.is_due()
+        for iteration, figures in unread.taken():
+            exit_code, saves, latest = _agreed(stop, clock, figures)
+            check(iteration, latest)
+            logged.add(latest)
+        return exit_code, saves
+
+    clock = _Clock(settings.checkpoint_seconds)
     logged = Means()
     all_means = {_MEANS: logged, **(means or {})}
-    found = _resume(folder, name, state, all_means, only_examined=only_examined)
+    found = _resume(folder, name, state, all_means, pace, only_examined=only_examined)
     start = 0 if found is None else found.num_done
+    pace.begin()
     if found is None and checkpoint_start:
         save_checkpoint(0)
     started_at = time.monotonic()
@@ -374,38 +535,42 @@ def run_loop(
             if found and not found.is_examined and start % settings.checkpoint_every == 0:
                 on_checkpoint(start)
                 save_checkpoint(start)
-            for iteration in range(start, settings.iterations):
+            num_done = start
+            while num_done < pace.iterations:
                 begun_at = time.monotonic()
-                figures = iterate(iteration, Randomness.at(settings.seed, iteration, name))
+                randomness = Randomness.at(settings.seed, num_done, name)
+                unread.add(num_done, iterate(num_done, randomness))
                 stop.took("iteration", time.monotonic() - begun_at)
-                # One process that is asked to stop stops all.
-                exit_code, figures = _agreed(stop, figures)
-                num_done = iteration + 1
-                logged.add(figures)
-                on_iteration(num_done, figures)
+                num_done += 1
+                begun_at = time.monotonic()
+                exit_code, saves = read() if is_read(num_done) else (0, False)
+                stop.took("reading", time.monotonic() - begun_at)
+                on_iteration(num_done, latest)
                 if num_done % settings.log_every == 0:
-                    seconds = round((time.monotonic() - started_at) / (num_done - start), 4)
+                    elapsed = time.monotonic() - started_at
+                    pace.look(num_done, elapsed)
                     folder.log(
                         part=name,
                         iteration=num_done,
                         **logged.taken(),
-                        **{SECONDS: seconds},
+                        **{SECONDS: round(elapsed / (num_done - start), 4)},
                     )
-                is_last = num_done == settings.iterations
+                is_last = num_done >= pace.iterations
                 if is_last or not exit_code:
                     _act(periodic, num_done, stop)
                 begun_at = time.monotonic()
                 if exit_code:
                     # Whoever asked to stop may not wait for what `on_checkpoint` does.
                     save_checkpoint(num_done, examined=False)
-                if is_last or (num_done % settings.checkpoint_every == 0 and not exit_code):
+                is_regular = saves or num_done % settings.checkpoint_every == 0
+                if is_last or (is_regular and not exit_code):
                     on_checkpoint(num_done)
                     save_checkpoint(num_done)
                     stop.took("checkpoint", time.monotonic() - begun_at)
                 if exit_code:
                     folder.finish_writing()
                     raise StoppedError(
-                        f"{name} stopped after iteration {num_done} of {settings.iterations}. "
+                        f"{name} stopped after iteration {num_done} of {pace.iterations}. "
                         "Its checkpoint is written, and the same command goes on.",
                         exit_code,
                     )
@@ -457,15 +622,22 @@ class Means:
         self._counts = Counter({key: int(count) for key, count in state_dict["counts"].items()})
 
 
-def _agreed(stop: StopRequest, figures: dict[str, float]) -> tuple[int, dict[str, float]]:
-    """Return the exit code if any process is to stop, else 0, and figures averaged over all."""
+def _agreed(
+    stop: StopRequest, clock: _Clock, figures: dict[str, float]
+) -> tuple[int, bool, dict[str, float]]:
+    """Return what all processes agree on after an iteration.
+
+    These are the exit code if any of them is to stop, else 0; whether it is time for a checkpoint
+    by any clock; and the figures averaged over all.
+    """
     stop.is_due()
     if world().size == 1:
-        return stop.exit_code, figures
-    means = averaged({**figures, _EXIT_CODE: float(stop.exit_code)})
+        return stop.exit_code, clock.is_due(), figures
+    own = {_EXIT_CODE: float(stop.exit_code), _SAVES: float(clock.is_due())}
+    means = averaged({**figures, **own})
     if means.pop(_EXIT_CODE) > 0 and stop.exit_code == 0:
         stop.exit_code = OUT_OF_TIME
-    return stop.exit_code, means
+    return stop.exit_code, means.pop(_SAVES) > 0, means
 
 
 def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings) -> Tensor:
@@ -479,10 +651,23 @@ def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings
     """
     mean = loss.detach().clone()
     average([mean])
-    if torch.isfinite(mean).all():
-        return loss
+    check_number(mean.item(), name, iteration, settings)
+    return loss
+
+
+def check_number(loss: float, name: str, iteration: int, settings: LoopSettings) -> None:
+    """Raise TrainingError if a loss, averaged over all processes, is NaN or infinite.
+
+    Args:
+        loss: of an iteration, which may be over for a while.
+        name: of the loss, for the message.
+        iteration: for the message.
+        settings: for the message, which says what could be changed.
+    """
+    if math.isfinite(loss):
+        return
     raise TrainingError(
-        f"The {name} loss is {mean.item()} at iteration {iteration}. The last checkpoint is whole: "
+        f"The {name} loss is {loss} at iteration {iteration}. The last checkpoint is whole: "
         f"lower learning_rate (now {settings.learning_rate:g}) or set precision to fp32, and run "
         "the command again; it goes on from there."
     )
@@ -501,6 +686,7 @@ def _resume(
     name: str,
     state: Mapping[str, Stateful],
     means: Mapping[str, Means],
+    pace: Pace,
     *,
     only_examined: bool,
 ) -> _Found | None:
@@ -517,4 +703,6 @@ def _resume(
     # Older versions did not keep all of the means.
     for key in means.keys() & checkpoint.keys():
         means[key].load_state_dict(checkpoint[key])
+    if _PACE in checkpoint:
+        pace.load_state_dict(checkpoint[_PACE])
     return _Found(int(checkpoint["iteration"]), bool(checkpoint.get(_EXAMINED, True)))

@@ -278,7 +278,7 @@ def optimiser_step(
     trainable: Trainable,
     clip: float,
     factor: float,
-) -> float:
+) -> Tensor:
     """Go back from a loss and take one optimiser step; return the gradient norm before clipping.
 
     Of several processes every one must call it: gradients are averaged over them before they are
@@ -301,10 +301,11 @@ def go_back(loss: Tensor) -> None:
         loss.backward()
 
 
-def step_down(stepping: OptimiserState, trainable: Trainable, clip: float, factor: float) -> float:
+def step_down(stepping: OptimiserState, trainable: Trainable, clip: float, factor: float) -> Tensor:
     """Take one optimiser step down the gradients that are there, and clear them.
 
-    Of several processes every one must call it. Returns the gradient norm before clipping.
+    Of several processes every one must call it. Returns the gradient norm before clipping, a scalar
+    that is still on its device: reading it would wait for that.
 
     Args:
         stepping: an optimiser of the same `trainable`, made by `make_optimiser`.
@@ -322,4 +323,4 @@ def step_down(stepping: OptimiserState, trainable: Trainable, clip: float, facto
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     stepping.step()
     optimiser.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm

@@ -1,0 +1,32 @@
+"""Compiling the blocks of which networks consist, while they train.
+
+A network of a few hundred layers takes minutes to compile as one graph. Its blocks are alike: each
+kind is compiled once for every shape that it meets, in seconds, and what lies between them is
+little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+_SHAPES = 128
+"""Shapes of one kind of block that are compiled; torch gives up after eight."""
+
+
+def compile_blocks(network: nn.Module, kinds: Collection[str]) -> int:
+    """Let the blocks of a network be compiled when they are first called; return how many.
+
+    They keep their weights and their names.
+
+    Args:
+        network: changed in place.
+        kinds: names of the blocks' classes.
+    """
+    torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    blocks = [module for module in network.modules() if type(module).__name__ in kinds]
+    for block in blocks:
+        block.compile(dynamic=False)
+    return len(blocks)
