@@ -1,6 +1,5 @@
 """A job may ask for the tiny decoder that comes with a model, in each API's own words."""
 
-
 import pytest
 
 from tests.decoders import nano_with_decoder, plain_nano
