@@ -24,8 +24,18 @@ from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
 from twostep.models.runtime import Runtime, say
 
-REPEATED = ("BasicTransformerBlock", "ResnetBlock2D", "AutoencoderTinyBlock")
-"""The blocks of which UNets, ControlNets and autoencoders consist, by the names of their class."""
+REPEATED = (
+    "TransformerBlock",
+    "Resnet",
+    "TinyBlock",
+    "BasicTransformerBlock",
+    "ResnetBlock2D",
+    "AutoencoderTinyBlock",
+)
+"""The blocks of which UNets, ControlNets and autoencoders consist, by the names of their class.
+
+Those of the lean networks come first, then those of diffusers.
+"""
 
 _KINDS = 128
 """Shapes of one kind of block that are compiled; torch gives up after eight."""

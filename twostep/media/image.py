@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -29,14 +28,15 @@ class ImageCodec:
     for each channel.
 
     Args:
-        vae: The autoencoder; it computes in the precision of its own weights.
+        vae: The autoencoder, of diffusers or, where it only draws, one of `networks.lean`; it
+            computes in the precision of its own weights.
         deviation: What scaled latents are divided by: their standard deviation in EDM's models, 1
             in all others.
         tiny: A smaller decoder of the same latents, which then makes the previews.
         decoder: What makes the pictures: `FULL`, or else the name of the tiny decoder.
     """
 
-    vae: AutoencoderKL | AutoencoderTiny
+    vae: Any
     deviation: float = 1.0
     tiny: TinyDecoder | None = None
     decoder: str = FULL
@@ -59,7 +59,7 @@ class ImageCodec:
     @torch.no_grad()
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
-        latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(vae.dtype))))
+        latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(_dtype(vae)))))
         mean, scale = self._scaling(media)
         return ((latents.to(media.dtype) - mean) * scale).contiguous()
 
@@ -76,7 +76,7 @@ class ImageCodec:
         if self.decoder != FULL:
             return self.decode_tiny(latents)
         z = self._unscaled(latents)
-        pictures = self._without_overflow(lambda vae: vae.decode(z.to(vae.dtype)).sample)
+        pictures = self._without_overflow(lambda vae: vae.decode(z.to(_dtype(vae))).sample)
         return pictures.to(latents.dtype)
 
     def decode_tiny(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
@@ -153,9 +153,15 @@ class ImageCodec:
         SDXL's own autoencoder does.
         """
         result = compute(self.vae)
-        if self.vae.dtype == torch.float16 and not bool(result.isfinite().all()):
+        if _dtype(self.vae) == torch.float16 and not bool(result.isfinite().all()):
             result = compute(copy.deepcopy(self.vae).float())
         return result
+
+
+def _dtype(vae: Any) -> torch.dtype:
+    """Return the precision of an autoencoder; diffusers' own property walks through all of it."""
+    dtype: torch.dtype = next(vae.parameters()).dtype
+    return dtype
 
 
 def _latents(encoded: Any) -> Any:

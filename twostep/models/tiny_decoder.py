@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import AutoencoderTiny
-from diffusers.models.autoencoders.vae import DecoderTiny
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -33,9 +32,13 @@ from twostep.formats.tiny_decoder import (
 from twostep.media.codec import FULL, TINY, TinyDecoder
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+from twostep.networks.lean.autoencoders import TinyDecoder as Network
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 """The weights in a folder of diffusers."""
+
+_ENCODER_WIDTHS = "encoder_block_out_channels"
+"""What configs of tiny autoencoders have, and no others."""
 
 _LEAST_AGREEMENT = 0.5
 """Share of what the model's own decoder shows that a decoder must show too. One of other latents
@@ -43,17 +46,10 @@ shows little of it; a picture that is grey all over, nothing.
 """
 
 
-def build_decoder(layout: TinyLayout) -> DecoderTiny:
+def build_decoder(layout: TinyLayout) -> Network:
     """Return a decoder of a size with random weights."""
-    return DecoderTiny(
-        in_channels=layout.latent_channels,
-        out_channels=3,
-        num_blocks=layout.blocks,
-        block_out_channels=(layout.width,) * len(layout.blocks),
-        upsampling_scaling_factor=2,
-        act_fn="relu",
-        upsample_fn="nearest",
-    )
+    widths = (layout.width,) * len(layout.blocks)
+    return Network(layout.latent_channels, widths, layout.blocks, 3)
 
 
 def load_decoder(found: DecoderFile) -> TinyDecoder:
@@ -162,7 +158,7 @@ def write_decoder(network: nn.Module, metadata: Mapping[str, str], path: Path) -
 def write_for_diffusers(
     network: nn.Module,
     layout: TinyLayout,
-    vae: nn.Module,
+    vae: Any,
     metadata: Mapping[str, str],
     folder: Path,
 ) -> None:
@@ -173,8 +169,8 @@ def write_for_diffusers(
     """
     config = diffusers_config(layout)
     weights = {f"decoder.{name}": value for name, value in _halves(network).items()}
-    if isinstance(vae, AutoencoderTiny):
-        config |= {key: value for key, value in vae.config.items() if "encoder" in key}
+    if _ENCODER_WIDTHS in vae.config:
+        config |= {key: vae.config[key] for key in (_ENCODER_WIDTHS, "num_encoder_blocks")}
         weights |= {f"encoder.{name}": value for name, value in _halves(vae.encoder).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / "config.json") as file:

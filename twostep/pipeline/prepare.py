@@ -95,6 +95,11 @@ class Prepared:
             None if known is None and self.request.engine == "eager" else id(self),
         )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of what is drawn."""
+        return self.request.width or 0, self.request.height or 0
+
     def noise(self, seeds: list[int]) -> Batch:
         """Return the noise of each seed."""
         return draw_noise(seeds, self.x0.shape[1:], self.x0.device)
@@ -229,6 +234,10 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         start = _first_time(contract, request, steps, schedule)
         strength = start / schedule.top
     width, height = _size(contract, request)
+    model, loras = request.model, request.loras
+    if bundle.origin:
+        model, *names = bundle.origin
+        loras = tuple(map(LoraChoice.parse, names))
     settled = replace(
         request,
         steps=steps,
@@ -239,11 +248,9 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         sampler=request.sampler or contract.sampler,
         engine=bundle.runtime.engine,
         decoder=bundle.codec.decoder if isinstance(bundle.codec, ImageCodec) else FULL,
+        model=model,
+        loras=loras,
     )
-    if bundle.origin:
-        model, *loras = bundle.origin
-        choices = tuple(LoraChoice.parse(lora) for lora in loras)
-        settled = replace(settled, model=model, loras=choices)
     return settled, sampling_times(contract, schedule, steps=steps, start=start)
 
 

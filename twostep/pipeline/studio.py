@@ -23,7 +23,7 @@ from twostep.formats.contracts import SDXL
 from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
-from twostep.models.loading import load_bundle
+from twostep.models.loading import load_to_draw
 from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
 from twostep.models.tiny_decoder import DecoderChoices
 from twostep.pipeline.generation import (
@@ -92,6 +92,8 @@ class Studio:
         self._decoders = DecoderChoices()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
+        # Of models that are loaded, the steps that draw where nobody says how many.
+        self._favourites: dict[str, int] = {}
 
     @property
     def loaded(self) -> list[tuple[str, int | None]]:
@@ -105,6 +107,7 @@ class Studio:
         What is being drawn with it ends on it.
         """
         with self._lock:
+            self._favourites.pop(model, None)
             for key in [key for key in self._slots if key[0] == model]:
                 del self._slots[key]
 
@@ -177,9 +180,13 @@ class Studio:
         checkpoint = None
         if any(lora.makes_students for lora in loras):
             steps = None
+        elif steps is None and not loras and (known := self._known_favourite(request.model)):
+            steps = known
         elif steps is None:
             checkpoint = resolve(request.model)
             steps = _favourite_steps(checkpoint, loras)
+            if not loras and steps is not None:
+                self._favourites[request.model] = steps
         elif steps is not None and (request.model, steps) not in self._slots:
             checkpoint = resolve(request.model, steps=steps)
             if checkpoint.takes_any_steps:
@@ -203,6 +210,11 @@ class Studio:
             return prepared
         # An engine of others, which need not know that bundles name theirs.
         return replace(prepared, runtime=replace(prepared.runtime, engine=engine.name))
+
+    def _known_favourite(self, model: str) -> int | None:
+        """Return the steps of the student that draws where nobody says which, if it is loaded."""
+        favourite = self._favourites.get(model)
+        return favourite if (model, favourite) in self._slots else None
 
     def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
         """Return a loaded model, which is then the one that was used last.
@@ -230,9 +242,9 @@ class Studio:
     def _read(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> Bundle:
         """Read a model's files, which must be those that the studio may use all the while."""
         if self._check is None:
-            return load_bundle(checkpoint or model, steps=steps)
+            return load_to_draw(checkpoint or model, steps=steps)
         self._check(model)
-        bundle = load_bundle(checkpoint or model, steps=steps)
+        bundle = load_to_draw(checkpoint or model, steps=steps)
         for network in bundle.networks:
             for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network)):
                 tensor.data = tensor.data.clone()

@@ -177,6 +177,7 @@ class Catalogue:
         controlnets: names, folders, files or hub ids, named in the same way; those of the package
             are there too where a model is served that they were made for.
         bounds: the most that a wish may ask for.
+        engine: what runs the networks.
 
     Raises what `take_stock` raises, and RequestError where two ControlNets have one name.
     """
@@ -188,10 +189,12 @@ class Catalogue:
         controlnets: Sequence[str] = (),
         *,
         bounds: Bounds = _USUAL_BOUNDS,
+        engine: str = "eager",
     ) -> None:
         if not models:
             raise RequestError("no model to serve; name at least one.")
         self.bounds = bounds
+        self.engine = engine
         self._stock = models if isinstance(models, Stock) else take_stock(models, loras)[0]
         self._controlnets: dict[str, str] = {}
         for place in controlnets:
@@ -294,6 +297,7 @@ class Catalogue:
             model=served.model,
             loras=wish.loras,
             decoder=decoder,
+            engine=self.engine,
         )
         return Fitted(_with_known_loras(stock, request), served, changes)
 
