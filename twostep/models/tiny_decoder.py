@@ -61,7 +61,7 @@ def load_decoder(found: DecoderFile) -> TinyDecoder:
         if not bool(torch.isfinite(value).all()):
             raise ModelError(f"{path} holds values that are no numbers, in {found.names[name]}.")
     with torch.device("meta"):
-        network = build_decoder(found.layout)
+        network: Any = build_decoder(found.layout)  # torch's stubs know no memory format
     network.load_state_dict(weights, assign=True)
     network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return TinyDecoder(network, found.scaling_factor, found.header.metadata)
