@@ -8,6 +8,7 @@ little.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,3 +31,12 @@ def compile_blocks(network: nn.Module, kinds: Collection[str]) -> int:
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)
+
+
+def uncompiled() -> Any:
+    """Let everything that is compiled run as it is for the block, as a context manager.
+
+    Pictures are drawn in batches of other sizes than those of training, and each would be compiled
+    anew.
+    """
+    return torch.compiler.set_stance("force_eager")
