@@ -7,8 +7,9 @@ little.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -33,10 +34,14 @@ def compile_blocks(network: nn.Module, kinds: Collection[str]) -> int:
     return len(blocks)
 
 
-def uncompiled() -> Any:
+def uncompiled() -> AbstractContextManager[None]:
     """Let everything that is compiled run as it is for the block, as a context manager.
 
     Pictures are drawn in batches of other sizes than those of training, and each would be compiled
     anew.
     """
-    return torch.compiler.set_stance("force_eager")
+    if "torch._dynamo" not in sys.modules:
+        # Nothing was compiled, and to load what compiles takes seconds.
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
