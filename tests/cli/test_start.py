@@ -99,35 +99,27 @@ assert answer.exit_code == 0, answer.output
 print(json.dumps(Counter(name.partition(".")[0] for name in sys.modules)))
 """
 
-BROUGHT_BY = {
-    "torch": "what draws; its compiler, by diffusers",
-    "diffusers": "the UNet and the autoencoder",
-    "transformers": "the text encoders, and diffusers",
-    "peft": "LoRAs, and diffusers",
-    "numpy": "torch",
-    "scipy": "diffusers and transformers, where it is installed",
-    "sympy": "torch's compiler",
-    "networkx": "torch's compiler",
-    "requests": "diffusers",
-    "twostep": "this package",
-}
-"""The packages of which `generate` loads many modules, and what loads them."""
-
-MANY = 60
+MANY = {"torch", "numpy", "twostep"}
+"""The packages of which `generate` loads 60 modules or more."""
 
 LEFT_OUT = {
+    "bitsandbytes",
     "compel",
     "datasets",
+    "diffusers",
     "fastapi",
-    "jinja2",
     "matplotlib",
     "openvino",
     "pandas",
+    "peft",
+    "scipy",
     "starlette",
+    "sympy",
     "tensorboard",
+    "transformers",
     "uvicorn",
 }
-"""Packages that other commands need and a plain drawing does not."""
+"""Packages that other commands need and a plain drawing does not; sympy is torch's compiler's."""
 
 
 @pytest.mark.slow
@@ -136,5 +128,5 @@ def test_what_a_drawing_loads_is_known(tmp_path: Path) -> None:
     process = subprocess.run(code, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     loaded = json.loads(process.stdout.splitlines()[-1])
-    assert {name for name, count in loaded.items() if count >= MANY} <= BROUGHT_BY.keys()
+    assert {name for name, count in loaded.items() if count >= 60} <= MANY
     assert loaded.keys() & LEFT_OUT == set()

@@ -1,27 +1,18 @@
-"""OpenVINO draws what PyTorch does, in every task; graphs are kept; faults get a word."""
+"""OpenVINO's graphs are kept, and faults get a word."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 pytest.importorskip("openvino")
 
-from tests import students
 from twostep.engines import EngineError, openvino, registered_engine
-from twostep.engines.openvino import OpenVino
-from twostep.models.bundle import Bundle
-from twostep.models.lora_stack import LoraCache
+from twostep.engines.blobs import read_blob, write_blob
+from twostep.engines.openvino import OpenVino, bare_calls
 from twostep.models.runtime import take_notes
-from twostep.pipeline.generation import generate
-from twostep.pipeline.request import Control, Picture, Request
 from twostep.pretrain.model import random_bundle
 
 
@@ -81,6 +72,47 @@ def test_a_blob_that_cannot_be_used_is_made_anew_with_a_word(cache: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_blob_of_something_else_is_made_anew_with_a_word(cache: Path) -> None:
+    network = Small()
+    x = torch.randn(1, 3, 8, 8)
+    OpenVino().convert(network)(x, 1.0)
+    (path,) = cache.iterdir()
+    blob = read_blob(path.stem)
+    assert blob is not None
+    for description, body in (
+        ({"answer": "no structure"}, blob.body.tobytes()),
+        (blob.description, b"what another version made"),
+    ):
+        assert write_blob(path.stem, description, body)
+        torch.testing.assert_close(OpenVino().convert(network)(x, 1.0), network(x, 1.0))
+        (note,) = take_notes()
+        assert "was not usable and is made anew" in note
+
+
+def test_answers_are_not_written_over_and_what_changes_in_place_is_seen(cache: Path) -> None:
+    network = Small()
+    converted = OpenVino().convert(network)
+    x = torch.zeros(1, 3, 8, 8)
+    converted(x, 1.0)  # which compares the graph with PyTorch
+    with torch.inference_mode(), bare_calls() as calls:
+        first = converted(x, 1.0)
+        kept = first["y"].clone()
+        x += 1
+        second = converted(x, 1.0)
+        torch.testing.assert_close(second["y"], network(x, 1.0)["y"])
+        assert torch.equal(first["y"], kept)
+        # A tensor in the place of one that is gone is taken for what it is.
+        for number in range(5):
+            x = torch.full((1, 3, 8, 8), float(number))
+            torch.testing.assert_close(converted(x, 1.0)["y"], network(x, 1.0)["y"])
+        recorded = list(calls)
+        for call in recorded:
+            call()
+        torch.testing.assert_close(second["y"], network(torch.ones_like(x), 1.0)["y"])
+    assert len(recorded) == 7
+
+
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Small()
     traced = openvino._traced
@@ -116,105 +148,3 @@ def test_what_openvino_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"not installed. Run `pip install 'twostep\[openvino\]'"):
         registered_engine("openvino").prepare(bundle, [])
-
-
-# From here on all of nano, with random weights, of which every graph takes seconds to compile.
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Bundle:
-    return random_bundle()
-
-
-@pytest.fixture(scope="module")
-def as_student(teacher: Bundle) -> Callable[[int], Bundle]:
-    """The teacher's weights under a student's contract; one step predicts x0."""
-
-    return partial(students.as_student, teacher)
-
-
-@pytest.fixture(scope="module")
-def picture() -> Picture:
-    image = Image.new("RGB", (64, 64), (30, 90, 160))
-    ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=(230, 60, 40))
-    return Picture.of(image)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory, teacher: Bundle) -> Path:
-    """A style of rank 2 on two layers, strong enough to be seen."""
-    names = [
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
-        "mid_block.resnets.0.conv1",
-    ]
-    torch.manual_seed(1)
-    weights = {}
-    for name in names:
-        shape = teacher.denoiser.network.get_submodule(name).weight.shape
-        weights[f"unet.{name}.lora_A.weight"] = torch.randn(2, *shape[1:])
-        up = torch.randn(shape[0], 2, *[1] * (len(shape) - 2))
-        weights[f"unet.{name}.lora_B.weight"] = up
-    path = tmp_path_factory.mktemp("lora") / "style.safetensors"
-    save_file(weights, path)
-    return path
-
-
-def assert_same_pictures(eager: Bundle, request: Request) -> None:
-    """Draw with both and compare, to one level of 255."""
-    engine = registered_engine("openvino")
-    take_notes()
-    first = generate(eager, request)
-    second = generate(engine.prepare(eager, []), request)
-    assert second.request.engine == "openvino"
-    assert second.warnings == first.warnings
-    for one, other in zip(first.images, second.images, strict=True):
-        difference = np.abs(np.asarray(one, int) - np.asarray(other, int))
-        assert difference.max() <= 1
-        assert np.asarray(one).std() > 1  # of a picture, not of nothing
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_few_steps(as_student: Callable[[int], Bundle], steps: int) -> None:
-    assert_same_pictures(as_student(steps), Request("a red apple", num_images=3, seed=5))
-
-
-@pytest.mark.slow
-def test_guidance(teacher: Bundle) -> None:
-    assert_same_pictures(
-        teacher, Request("a red apple", steps=4, guidance=4.0, negative_prompt="b")
-    )
-
-
-@pytest.mark.slow
-def test_from_an_image(as_student: Callable[[int], Bundle], picture: Picture) -> None:
-    assert_same_pictures(as_student(4), Request("a red apple", image=picture, strength=0.5))
-
-
-@pytest.mark.slow
-def test_inpainting(as_student: Callable[[int], Bundle], picture: Picture) -> None:
-    mask = Image.new("L", (64, 64))
-    ImageDraw.Draw(mask).rectangle((20, 20, 60, 44), fill=255)
-    request = Request("a red apple", image=picture, mask=Picture.of(mask))
-    assert_same_pictures(as_student(4), request)
-
-
-@pytest.mark.slow
-def test_controls(as_student: Callable[[int], Bundle], picture: Picture) -> None:
-    controls = (Control(picture, scale=0.8, end=0.5), Control(picture, scale=0.3))
-    assert_same_pictures(as_student(2), Request("a red apple", controls=controls))
-
-
-@pytest.mark.slow
-def test_loras(as_student: Callable[[int], Bundle], lora: Path) -> None:
-    plain = as_student(2)
-    styled = LoraCache(plain).apply([f"{lora}:0.7"])
-    request = Request("a red apple", loras=(f"{lora}:0.7",))
-    assert_same_pictures(styled, request)
-    without = generate(plain, Request("a red apple")).images[0]
-    assert without.tobytes() != generate(styled, request).images[0].tobytes()
-
-
-@pytest.mark.slow
-def test_weighted_and_long_prompts(as_student: Callable[[int], Bundle]) -> None:
-    assert_same_pictures(as_student(1), Request("a (red:1.3) apple " + "on a blue table " * 9))

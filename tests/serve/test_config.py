@@ -20,6 +20,7 @@ models = ["nano", "tiny"]
 model_folders = ["models"]
 controlnets = ["silhouette"]
 memory = "1.5GB"
+engine = "openvino"
 queue = 3
 strict = true
 origins = ["https://draw.example"]
@@ -48,6 +49,7 @@ def test_a_file_is_read_and_flags_win(tmp_path: Path) -> None:
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.model_folders == (Path("models"),)
     assert settings.memory == 1_500_000_000
+    assert (settings.engine, ServeSettings().engine) == ("openvino", "eager")
     assert (settings.limits.steps, settings.limits.body) == (40, 8 * 1024 * 1024)
     assert settings.filter is not None
     assert settings.filter.verdicts["nsfw"] == "refuse"
@@ -105,6 +107,12 @@ def test_the_verb_hands_over_file_and_flags(
     answer = CliRunner().invoke(cli, ["serve", "--config", str(tmp_path / "none.toml")])
     assert answer.exit_code == 1
     assert "none.toml cannot be read: No such file or directory" in answer.output.replace("\n", "")
+
+
+def test_jobs_are_drawn_with_the_engine_of_the_server() -> None:
+    for engine in ("eager", "openvino"):
+        catalogue = Catalogue(["nano"], engine=engine)
+        assert catalogue.fit(Wish("apple"), strict=False).request.engine == engine
 
 
 def test_limits_bound_what_a_job_may_ask_for() -> None:

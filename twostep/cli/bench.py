@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from twostep.reports.speed import Row
+    from twostep.reports.starts import Start
 
 
 def bench(
@@ -37,8 +38,12 @@ def bench(
         bool,
         typer.Option(help="Also time diffusers' own pipeline, and OpenVINO's calls alone."),
     ] = True,
+    starts: Annotated[
+        int,
+        typer.Option(min=0, help="Also draw so often from cold, each in a process of its own."),
+    ] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for speed.json and speed.svg.")
+        Path | None, typer.Option("--out", "-o", help="Folder for speed.json and its plots.")
     ] = None,
 ) -> None:
     """Time engines, beside diffusers and bare OpenVINO calls, in turns on this machine."""
@@ -48,6 +53,8 @@ def bench(
     from twostep.files import write_atomically
     from twostep.formats import read_contracts
     from twostep.reports import speed
+    from twostep.reports.curves import plot_curves
+    from twostep.reports.starts import time_starts
 
     sizes = [_parse_size(each) for each in size or ()]
     cases = speed.every_case(
@@ -57,27 +64,48 @@ def bench(
         batch or [1],
     )
     machine = speed.machine()
+    engines = engine or ["eager", "openvino"]
+    begun: list[Start] = []
     with Console(stderr=True).status("") as status:
         rows = speed.compare_speed(
             model,
-            engines=engine or ["eager", "openvino"],
+            engines=engines,
             cases=cases,
             rounds=rounds,
             peers=peers,
             on_case=lambda case: status.update(f"{model}, {case}"),
         )
+        if starts:
+            begun = time_starts(
+                model,
+                engines=engines,
+                cases=cases,
+                rounds=starts,
+                on_case=lambda case: status.update(f"{model}, {case}, from cold"),
+            )
     for name, value in machine.items():
         typer.echo(f"{name:>10}  {value}")
     Console().print(_table(rows))
-    if out is not None:
-        found = {"machine": machine, "model": model, "rows": speed.as_json(rows)}
-        for path, text in (
-            (out / "speed.json", json.dumps(found, indent=2)),
-            (out / "speed.svg", speed.plot(rows)),
-        ):
-            with write_atomically(path) as file:
+    if begun:
+        Console().print(_table_of_starts(begun))
+    if out is None:
+        return
+    found = {
+        "machine": machine,
+        "model": model,
+        "rows": speed.as_json(rows),
+        "starts": [each.as_json() for each in begun],
+    }
+    texts = {
+        "speed.json": json.dumps(found, indent=2),
+        "speed.svg": speed.plot(rows),
+        "curves.svg": plot_curves(rows, begun),
+    }
+    for name, text in texts.items():
+        if text is not None:
+            with write_atomically(out / name) as file:
                 file.write(text.encode())
-            typer.echo(path)
+            typer.echo(out / name)
 
 
 def _table(rows: list[Row]) -> Table:
@@ -101,5 +129,25 @@ def _table(rows: list[Row]) -> Table:
             *stages,
             f"{1e3 * row.total.median:.1f} ({low:.1f} to {high:.1f})",
             f"{row.times_as_fast_as(slowest).median:.2f}",
+        )
+    return table
+
+
+def _table_of_starts(starts: list[Start]) -> Table:
+    """Lay processes out: seconds, the ratio to `import torch` in the same rounds, and memory."""
+    from rich.table import Table
+
+    from twostep.reports.starts import TORCH
+
+    table = Table("case", "from cold", "seconds (quartiles)", f"x {TORCH}", "most MiB")
+    for start in starts:
+        torch = next(each for each in starts if (each.name, each.case) == (TORCH, start.case))
+        low, high = start.seconds.quartiles
+        table.add_row(
+            str(start.case),
+            start.name,
+            f"{start.seconds.median:.2f} ({low:.2f} to {high:.2f})",
+            f"{start.times_as_long_as(torch).median:.2f}",
+            f"{start.peak_bytes / 2**20:.0f}",
         )
     return table

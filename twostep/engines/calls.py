@@ -36,6 +36,10 @@ class Signature:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
 
+    def __hash__(self) -> int:
+        """Return a hash of all but the spec, whose own hash takes as long as a small layer."""
+        return hash((self.constants, self.shapes))
+
     def __str__(self) -> str:
         """Return a text that is the same for the same signature, in every process."""
         return repr((pytree.treespec_dumps(self.spec), self.constants, self.shapes, self.dtypes))
@@ -81,7 +85,7 @@ class Call:
     @property
     def batch(self) -> int | None:
         """How many items all tensors but single numbers have; None where they differ."""
-        counts = {len(tensor) for tensor in self.tensors if tensor.ndim > 0}
+        counts = {tensor.shape[0] for tensor in self.tensors if tensor.ndim > 0}
         return counts.pop() if len(counts) == 1 else None
 
     def rows(self, part: slice) -> Call:

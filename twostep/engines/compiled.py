@@ -24,8 +24,18 @@ from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
 from twostep.models.runtime import Runtime, say
 
-REPEATED = ("BasicTransformerBlock", "ResnetBlock2D", "AutoencoderTinyBlock")
-"""The blocks of which UNets, ControlNets and autoencoders consist, by the names of their class."""
+REPEATED = (
+    "TransformerBlock",
+    "Resnet",
+    "TinyBlock",
+    "BasicTransformerBlock",
+    "ResnetBlock2D",
+    "AutoencoderTinyBlock",
+)
+"""The blocks of which UNets, ControlNets and autoencoders consist, by the names of their class.
+
+Those of the lean networks come first, then those of diffusers.
+"""
 
 _KINDS = 128
 """Shapes of one kind of block that are compiled; torch gives up after eight."""
@@ -69,7 +79,8 @@ class Compiled:
         if isinstance(codec, ImageCodec):
             vae: Any = copy.copy(codec.vae)
             vae._modules = {**vae._modules, "decoder": self.convert(vae._modules["decoder"])}
-            codec = replace(codec, vae=vae)
+            tiny = None if codec.tiny is None else codec.tiny.converted(self.convert)
+            codec = replace(codec, vae=vae, tiny=tiny)
         denoiser = bundle.denoiser
         return replace(
             bundle,

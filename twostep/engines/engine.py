@@ -12,6 +12,7 @@ from twostep.engines.auto import Auto
 from twostep.engines.compiled import Compiled
 from twostep.engines.eager import Eager
 from twostep.engines.errors import EngineError
+from twostep.engines.onnx import Onnx
 from twostep.engines.openvino import EXACT, PRECISIONS, OpenVino
 from twostep.models.bundle import Bundle
 
@@ -39,6 +40,7 @@ _BUILT_IN: tuple[Engine, ...] = (
     Compiled(),
     EXACT,
     *map(OpenVino, PRECISIONS[1:]),
+    Onnx(),
 )
 
 _ENGINES: dict[str, Engine] = {engine.name: engine for engine in _BUILT_IN}

@@ -7,19 +7,18 @@ was compiled is kept on the disk. Everything between, noise, steps and guidance,
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
-from threading import Lock, local
+from threading import local
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -34,15 +33,14 @@ from twostep.engines.blobs import (
     read_blob,
     write_blob,
 )
-from twostep.engines.calls import Call, Flat, with_forward
+from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
-from twostep.engines.graphs import GraphedForward, check_graph
+from twostep.engines.graphed import GraphEngine, check_on_the_cpu, digest_of
+from twostep.engines.graphs import Graph, check_graph
 from twostep.engines.measured import measured_once
-from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
-from twostep.models.runtime import Runtime, say
-from twostep.networks.digest import digest_of_tensors
+from twostep.models.runtime import say
 from twostep.text.clip import quiet_transformers
 
 PRECISIONS = ("f32", "bf16", "int8")
@@ -52,7 +50,7 @@ TOLERANCE = 1e-3
 """How far an exact graph may be from PyTorch, in units of the largest value."""
 
 
-class OpenVino:
+class OpenVino(GraphEngine):
     """Runs every network with OpenVINO.
 
     Args:
@@ -62,11 +60,8 @@ class OpenVino:
     """
 
     def __init__(self, precision: str = "f32") -> None:
+        super().__init__()
         self.precision = precision
-        self._lock = Lock()
-        # Networks go when their bundle goes; a stack of LoRAs has its own.
-        self._converted: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-        self._prepared: WeakKeyDictionary[Bundle, Bundle] = WeakKeyDictionary()
         self._changes: WeakKeyDictionary[Bundle, dict[tuple[int, int], float]]
         self._changes = WeakKeyDictionary()
 
@@ -75,85 +70,30 @@ class OpenVino:
         """The name by which the engine is chosen."""
         return "openvino" if self.precision == "f32" else f"openvino-{self.precision}"
 
+    @property
+    def exact(self) -> GraphEngine:
+        """OpenVINO in float32."""
+        return EXACT
+
     def prepare(self, bundle: Bundle, sizes: Sequence[tuple[int, int]]) -> Bundle:
         """Return a bundle whose networks are compiled when they are first called.
 
         Raises EngineError where OpenVINO, or what the precision needs, is not there, for a model
         that lies on an accelerator, and for one whose pictures a precision spoils.
         """
-        prepared = self._prepared.get(bundle)
-        if prepared is None:
-            self._check(bundle)
-            prepared = self._prepared.setdefault(bundle, self._prepare(bundle))
+        prepared = super().prepare(bundle, sizes)
         if self.precision != "f32":
             self._check_pictures(bundle, prepared, sizes[0])
         return prepared
 
-    def _prepare(self, bundle: Bundle) -> Bundle:
-        parts = {
-            name: self.convert(part) if name == "unet" else EXACT.convert(part)
-            for name, part in bundle.parts.items()
-        }
-        return replace(
-            bundle.with_parts(parts),
-            codec=_codec(bundle.codec),
-            runtime=Runtime(self.name, convert=EXACT.convert),
-        )
-
-    def _check_pictures(self, exact: Bundle, prepared: Bundle, size: tuple[int, int]) -> None:
-        """Draw two pictures with both, once for these weights, and judge how far they differ.
-
-        Raises EngineError where that is too far.
-        """
-        changes = self._changes.setdefault(exact, {})
-        if size not in changes:
-            facts = {
-                "what": "mean change of a pixel, in levels of 255",
-                "weights": _digest(fused(exact.denoiser.network)),
-                "contract": exact.contract.to_json(),
-                "engine": self.name,
-                "size": size,
-                "versions": versions(),
-            }
-            figures = measured_once(
-                facts, lambda: {"levels": picture_change(exact, prepared, size)}
-            )
-            changes[size] = figures["levels"]
-        judge_change(changes[size], self.name, exact.contract.name)
-
-    def convert(self, network: nn.Module) -> nn.Module:
-        """Return a network on the same weights that OpenVINO runs; the same one if asked again."""
-        with self._lock:
-            converted = self._converted.get(network)
-            if converted is None:
-                converted = with_forward(fused(network), self._forward)
-                self._converted[network] = converted
-            return converted
-
-    def _forward(self, network: nn.Module) -> GraphedForward:
-        digests: list[str] = []
-
-        def build(network: nn.Module, call: Call) -> _OpenVinoGraph:
-            if not digests:
-                digests.append(_digest(network))
-            return _graph(network, call, self.precision, digests[0])
-
-        return GraphedForward(network, self.name, build)
-
-    def _check(self, bundle: Bundle) -> None:
+    def check(self, bundle: Bundle) -> None:
         """Raise EngineError where a bundle cannot be run."""
         if find_spec("openvino") is None:
             raise EngineError(
                 f"the engine {self.name} is not installed. Run `pip install 'twostep[openvino]'`, "
                 "or leave --engine out."
             )
-        denoiser = bundle.denoiser
-        if denoiser.device.type != "cpu" or denoiser.dtype != torch.float32:
-            raise EngineError(
-                f"the engine {self.name} runs models in float32 on the CPU; this one is in "
-                f"{str(denoiser.dtype).removeprefix('torch.')} on {denoiser.device}. Draw with "
-                "`--engine eager`, or with Studio(device='cpu')."
-            )
+        check_on_the_cpu(bundle, self.name)
         if self.precision == "bf16" and "BF16" not in _capabilities():
             raise EngineError(
                 "the engine openvino-bf16 needs a processor with bf16 instructions, and this one "
@@ -165,21 +105,34 @@ class OpenVino:
                 "`pip install 'twostep[openvino]'`, or use openvino."
             )
 
+    def build(self, network: nn.Module, call: Call, digest: str) -> Graph:
+        """Return the graph of a call, from the disk if it was made before."""
+        return _graph(network, call, self.precision, digest)
+
+    def _check_pictures(self, exact: Bundle, prepared: Bundle, size: tuple[int, int]) -> None:
+        """Draw two pictures with both, once for these weights, and judge how far they differ.
+
+        Raises EngineError where that is too far.
+        """
+        changes = self._changes.setdefault(exact, {})
+        if size not in changes:
+            facts = {
+                "what": "mean change of a pixel, in levels of 255",
+                "weights": digest_of(fused(exact.denoiser.network)),
+                "contract": exact.contract.to_json(),
+                "engine": self.name,
+                "size": size,
+                "versions": versions(),
+            }
+            figures = measured_once(
+                facts, lambda: {"levels": picture_change(exact, prepared, size)}
+            )
+            changes[size] = figures["levels"]
+        judge_change(changes[size], self.name, exact.contract.name)
+
 
 EXACT = OpenVino()
 """The engine in float32, which the others use for what must stay exact."""
-
-
-def _codec(codec: Any) -> Any:
-    """Return a codec of pictures with a compiled encoder and decoder; any other as it is."""
-    if not isinstance(codec, ImageCodec):
-        return codec
-    vae: Any = copy.copy(codec.vae)
-    # The copy shares the table of its parts until it has one of its own.
-    vae._modules = dict(vae._modules)
-    for name in ("encoder", "decoder"):
-        vae._modules[name] = EXACT.convert(vae._modules[name])
-    return replace(codec, vae=vae)
 
 
 class _OpenVinoGraph:
@@ -198,31 +151,63 @@ class _OpenVinoGraph:
         self._of_thread = local()
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors of the answer."""
-        from openvino import Tensor as OpenVinoTensor
-
+        """Return the tensors of the answer, which nobody writes to afterwards."""
         if not hasattr(self._of_thread, "request"):
-            self._of_thread.request = self.compiled.create_infer_request()
-        request = self._of_thread.request
-        arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
-        for i, array in enumerate(arrays):
-            request.set_input_tensor(i, OpenVinoTensor(array, shared_memory=True))
-        request.infer()
+            self._of_thread.request = _Request(self.compiled)
         recorded = _recorded.get()
         if recorded is not None:
-            recorded.append(self._bare_call(arrays))
-        # The request writes to the same memory the next time.
-        return [torch.from_numpy(each.data.copy()) for each in request.output_tensors]
+            request = _Request(self.compiled)
+            request.run([tensor.clone() for tensor in tensors])
+            recorded.append(request.infer)
+        answers: list[Tensor] = self._of_thread.request.run(tensors)
+        return answers
 
-    def _bare_call(self, arrays: Sequence[Any]) -> Callable[[], object]:
-        """Return OpenVINO's own call on such inputs, on a request of its own."""
+
+class _Request:
+    """One thread's request to a compiled model, which reads and writes torch's own memory.
+
+    Args:
+        compiled: What OpenVINO compiled.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._shapes = [tuple(port.shape) for port in compiled.outputs]
+        self._dtypes = [_torch_dtype(port) for port in compiled.outputs]
+        # OpenVINO keeps the places of tensors, and nothing else keeps the tensors there.
+        self._inputs: dict[int, Tensor] = {}
+        self._answers: list[Tensor] = []
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the answer, each time in other memory."""
         from openvino import Tensor as OpenVinoTensor
 
-        request = self.compiled.create_infer_request()
-        for i, array in enumerate(arrays):
-            request.set_input_tensor(i, OpenVinoTensor(array.copy(), shared_memory=False))
-        infer: Callable[[], object] = request.infer
-        return infer
+        for i, tensor in enumerate(tensors):
+            given = tensor.detach().contiguous()
+            known = self._inputs.get(i)
+            # Text, for example, is the same in every step.
+            if known is None or known.data_ptr() != given.data_ptr():
+                shared = OpenVinoTensor(given.numpy(), shared_memory=True)
+                self._request.set_input_tensor(i, shared)
+                self._inputs[i] = given
+        answers = []
+        for i, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes, strict=True)):
+            answer = torch.empty(shape, dtype=dtype)
+            shared = OpenVinoTensor(answer.numpy(), shared_memory=True)
+            self._request.set_output_tensor(i, shared)
+            answers.append(answer)
+        self._answers = answers
+        self.infer()
+        return answers
+
+    def infer(self) -> None:
+        """Compute once more, from what was last given, to where it was last wanted."""
+        self._request.infer(share_outputs=True)
+
+
+def _torch_dtype(port: Any) -> torch.dtype:
+    """Return the precision of an input or an output as torch has it."""
+    return torch.from_numpy(np.empty(0, port.element_type.to_dtype())).dtype
 
 
 _recorded: ContextVar[list[Callable[[], object]] | None] = ContextVar("recorded", default=None)
@@ -353,18 +338,3 @@ def versions() -> dict[str, str]:
         "diffusers": version("diffusers"),
         "processor": str(_core().get_property("CPU", "FULL_DEVICE_NAME")),
     }
-
-
-def _digest(network: nn.Module) -> str:
-    """Return a digest of a network's weights and of how it is built."""
-    config: Any = getattr(network, "config", None)
-    built = config.to_json_string() if hasattr(config, "to_json_string") else str(config)
-    weights = digest_of_tensors(sorted(network.state_dict().items()))
-    return fingerprint(
-        {
-            "class": type(network).__name__,
-            "layers": str(network),
-            "config": built,
-            "weights": weights,
-        }
-    )

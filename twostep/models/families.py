@@ -55,6 +55,14 @@ class Family(Protocol):
         """
 
 
+@runtime_checkable
+class LoadsToDraw(Protocol):
+    """A family that has networks which can do no more than draw, and are there sooner."""
+
+    def load_to_draw(self, checkpoint: Checkpoint, *, steps: int | None = None) -> Bundle:
+        """Load a model as `load` does, with such networks."""
+
+
 _FAMILIES: dict[str, Family] = {"sdxl": SdxlFamily()}
 
 

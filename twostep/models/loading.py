@@ -8,7 +8,7 @@ from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.locate import CONFIGS, ModelError
 from twostep.formats.lora_files import merge_lora
 from twostep.models.bundle import Bundle
-from twostep.models.families import family_of
+from twostep.models.families import LoadsToDraw, family_of
 from twostep.models.lora_stack import LoraFile, all_embeddings, find_lora, spelled
 
 
@@ -28,6 +28,18 @@ def load_bundle(
     checkpoint = resolve(model, steps=steps, only=CONFIGS if outline else None)
     family = family_of(checkpoint.contract_for(steps))
     return family.load(checkpoint, steps=steps, outline=outline)
+
+
+def load_to_draw(model: str | Path | Checkpoint = "nano", *, steps: int | None = None) -> Bundle:
+    """Load a model as `load_bundle` does, with networks that need do no more than draw.
+
+    They are there sooner, and cannot be trained or written.
+    """
+    checkpoint = resolve(model, steps=steps)
+    family = family_of(checkpoint.contract_for(steps))
+    if isinstance(family, LoadsToDraw):
+        return family.load_to_draw(checkpoint, steps=steps)
+    return family.load(checkpoint, steps=steps)
 
 
 def load_with_loras(

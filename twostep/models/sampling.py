@@ -7,8 +7,9 @@ sheets of a run, caches, verification and benchmarks. They know no requests, fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,10 +27,17 @@ from twostep.diffusion.flow import Keep, OnStep
 from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.samplers import Sampler
 from twostep.diffusion.shapes import Batch, Time
+from twostep.media.codec import Codec
+from twostep.media.tiles import decode_in_tiles
 from twostep.models.bundle import Bundle
+from twostep.models.runtime import say
+from twostep.models.shortage import MemoryShortageError, is_shortage
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.control import Hint
 from twostep.networks.denoiser import Denoiser
+
+_LEAST_TILE = 8
+"""Latents along the side of the smallest tile that pictures are decoded in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +244,49 @@ def sample_prompts(
 
 
 def decode(bundle: Bundle, latents: Batch, *, at_once: int | None = None) -> Tensor:
-    """Decode latents to media, all together or so many at once, which takes less memory."""
+    """Decode latents to media, all together or so many at once, which takes less memory.
+
+    Where memory runs out, items are decoded one by one, and pictures in tiles, with a word. Raises
+    MemoryShortageError where that is too much as well.
+    """
     parts = latents.split(at_once or len(latents))
-    return torch.cat([bundle.codec.decode(part) for part in parts])
+    return torch.cat([_decoded(bundle.codec, part) for part in parts])
+
+
+def _decoded(codec: Codec, latents: Batch) -> Tensor:
+    """Decode latents in the largest pieces for which there is memory."""
+    decoded = _if_it_fits(codec.decode, latents)
+    if decoded is None and len(latents) > 1:
+        decoded = _if_it_fits(partial(_one_by_one, codec.decode), latents)
+    if decoded is not None:
+        return decoded
+    longest = max(latents.shape[2:], default=0)
+    is_picture = codec.media == "image" and latents.ndim == 4
+    for side in (longest // 2, longest // 4, longest // 8):
+        if not is_picture or side < _LEAST_TILE:
+            break
+        in_tiles = partial(decode_in_tiles, codec.decode, side=side)
+        decoded = _if_it_fits(partial(_one_by_one, in_tiles), latents)
+        if decoded is not None:
+            say(
+                "there was not enough memory to decode a whole picture, so it was done in tiles "
+                f"of {side * decoded.shape[-1] // latents.shape[-1]} pixels: colours may differ "
+                "a little from tile to tile."
+            )
+            return decoded
+    raise MemoryShortageError("there is not enough memory to decode the picture, nor tiles of it.")
+
+
+def _if_it_fits(compute: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor | None:
+    """Return what is computed; None where memory runs out."""
+    try:
+        return compute(latents)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+    # Here the error is gone, and with it the memory of what raised it.
+    return None
+
+
+def _one_by_one(compute: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    return torch.cat([compute(item) for item in latents.split(1)])

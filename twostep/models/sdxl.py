@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from twostep.formats.single_file import (
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.sdxl_networks import load_codec, load_network, load_schedule, load_text
+from twostep.models.tiny_decoder import save_own_decoder, with_own_decoder
 from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
@@ -61,6 +61,18 @@ class SdxlFamily:
 
         Raises ModelError if weights are missing or damaged, or there is no such student.
         """
+        return self._load(checkpoint, steps, outline=outline, lean=False)
+
+    def load_to_draw(self, checkpoint: Checkpoint, *, steps: int | None = None) -> Bundle:
+        """Load a model as `load` does, with networks that can do no more than draw.
+
+        They need neither diffusers nor transformers, which take longer to import than a drawing.
+        """
+        return self._load(checkpoint, steps, outline=False, lean=True)
+
+    def _load(
+        self, checkpoint: Checkpoint, steps: int | None, *, outline: bool, lean: bool
+    ) -> Bundle:
         contract = checkpoint.contract_for(steps)
         single = None
         if not checkpoint.is_folder and (contract.role == "teacher" or checkpoint.is_whole):
@@ -72,14 +84,17 @@ class SdxlFamily:
         if contract.role == "student" and isinstance(weights, FolderFiles):
             # A folder may also be a student's own, with its weights in the folder itself.
             student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
+        codec = load_codec(folder.path, weights, contract=contract, lean=lean)
+        if not outline:
+            codec = with_own_decoder(codec, checkpoint, contract)
         return Bundle(
             denoiser=Denoiser(
-                SdxlUnet(_load_unet(folder.path, weights, student, contract)),
+                SdxlUnet(_load_unet(folder.path, weights, student, contract, lean=lean)),
                 load_schedule(folder.path, contract),
                 contract.prediction_type,
             ),
-            codec=load_codec(folder.path, weights, contract=contract),
-            text=load_text(folder.path, weights),
+            codec=codec,
+            text=load_text(folder.path, weights, lean=lean),
             contract=contract,
             students=tuple(sorted(folder.students, reverse=True)),
             origin=(checkpoint.name,),
@@ -93,9 +108,9 @@ class SdxlFamily:
         text = text_encoders(bundle)
         tokenizer, tokenizer_2 = text.tokenizers_to_save()
         networks = {**bundle.parts, "vae": autoencoder(bundle)}
-        with quiet_transformers():
-            from diffusers import StableDiffusionXLPipeline
+        from diffusers import StableDiffusionXLPipeline
 
+        with quiet_transformers():
             pipeline = StableDiffusionXLPipeline(
                 **{name: _in_half_precision(network) for name, network in networks.items()},
                 tokenizer=tokenizer,
@@ -107,6 +122,7 @@ class SdxlFamily:
             pipeline.save_pretrained(folder)
         clean_configs(folder)
         (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
+        save_own_decoder(bundle, folder)
 
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
         """Write a student's UNet or LoRA in fp16 into the folder of its teacher.
@@ -158,7 +174,8 @@ def autoencoder(bundle: Bundle) -> nn.Module:
     """Return SDXL's autoencoder of a bundle; raises ModelError if it has another codec."""
     if not isinstance(bundle.codec, ImageCodec):
         raise ModelError(_foreign(bundle, bundle.codec))
-    return bundle.codec.vae
+    vae: nn.Module = bundle.codec.vae
+    return vae
 
 
 def _foreign(bundle: Bundle, part: object) -> str:
@@ -177,14 +194,19 @@ def _folder_of(checkpoint: Checkpoint, contract: Contract, single: SingleFile | 
 
 
 def _load_unet(
-    folder: Path, weights: Weights, student: Checkpoint | None, contract: Contract
-) -> UNet2DConditionModel:
+    folder: Path,
+    weights: Weights,
+    student: Checkpoint | None,
+    contract: Contract,
+    *,
+    lean: bool,
+) -> Any:
     """Load the UNet of a model, or of its student."""
     if student is None:
-        return load_network(folder, "unet", weights)
+        return load_network(folder, "unet", weights, lean=lean)
     if contract.lora_rank is None:
-        return load_network(folder, "unet", SingleFile(student.file, folder))
-    network = load_network(folder, "unet", weights)
+        return load_network(folder, "unet", SingleFile(student.file, folder), lean=lean)
+    network = load_network(folder, "unet", weights, lean=lean)
     parts = {"unet": network}
     merge_lora(read_lora(student, parts, alpha=contract.lora_alpha), parts)
     return network
@@ -221,7 +243,7 @@ def base_folder(path: Path, contract: Contract) -> Path:
     )
 
 
-def embed_no_guidance(network: UNet2DConditionModel) -> None:
+def embed_no_guidance(network: Any) -> None:
     """Mark a UNet as one whose guidance is distilled in, so that diffusers' pipelines never guide.
 
     They see it by an embedding of the guidance scale, which here consists of zeros.

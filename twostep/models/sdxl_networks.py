@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from twostep.contract import Contract, EdmSpec
 from twostep.diffusion import Schedule, make_schedule
@@ -22,42 +20,62 @@ from twostep.formats.single_file import (
     find_single_file,
 )
 from twostep.media.image import ImageCodec
+from twostep.networks.lean import lean_network
 from twostep.text.clip import TextEncoders
-from twostep.text.vocabulary import END, clip_tokenizer
+from twostep.text.vocabulary import END, clip_tokenizer, clip_words
+from twostep.text.words import ClipWords
 
 
-def build_network(config: dict[str, Any], name: str) -> Any:
+def build_network(config: dict[str, Any], name: str, *, lean: bool = False) -> Any:
     """Make a network by its config, with random weights on the default device.
 
-    `name` is one of `PARTS`.
+    Arguments:
+        config: as diffusers and transformers write it.
+        name: one of `PARTS`.
+        lean: whether it need do no more than draw, and may be one of `networks.lean`.
     """
     config = dict(config)
     if name == "unet":
         config["time_cond_proj_dim"] = None  # see `sdxl.embed_no_guidance`
+    if lean and (network := lean_network(config, name)) is not None:
+        return network
+    if name.startswith("text"):
+        return _text_encoder(config, name)
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
+    if name == "unet":
         return UNet2DConditionModel.from_config(config)
-    if name == "text_encoder":
-        return CLIPTextModel(CLIPTextConfig.from_dict(config))
-    if name == "text_encoder_2":
-        return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
     if config.get("_class_name") == "AutoencoderTiny":
         return AutoencoderTiny.from_config(config)
     return AutoencoderKL.from_config(config)
 
 
-def load_network(folder: Path, name: str, weights: Weights | None = None) -> Any:
+def _text_encoder(config: dict[str, Any], name: str) -> Any:
+    """Make a text encoder of transformers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if name == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
+
+
+def load_network(
+    folder: Path, name: str, weights: Weights | None = None, *, lean: bool = False
+) -> Any:
     """Load a network of a model folder, frozen and in float32.
 
     Arguments:
         folder: the model folder, for the config.
         name: one of `PARTS`.
         weights: where the weights come from; the folder itself by default.
+        lean: as in `build_network`.
 
     Raises ModelError if weights are missing, damaged, or do not fit the config.
     """
     source = weights or FolderFiles(folder)
     config = source.config(name)
     with torch.device(source.made_on):
-        network = build_network(config, name)
+        network = build_network(config, name, lean=lean)
     network.load_state_dict(source.weights(network, PARTS[name], torch.float32), assign=True)
     for module in network.modules():
         # Text encoders count their positions in a buffer that no file has.
@@ -67,20 +85,24 @@ def load_network(folder: Path, name: str, weights: Weights | None = None) -> Any
 
 
 def load_codec(
-    folder: Path, weights: Weights | None = None, *, contract: Contract | None = None
+    folder: Path,
+    weights: Weights | None = None,
+    *,
+    contract: Contract | None = None,
+    lean: bool = False,
 ) -> ImageCodec:
     """Load the autoencoder of a model folder, frozen and in float32; see `load_network`.
 
     EDM counts noise in other units than the deviation of its data: the contract says which.
     """
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
-    vae = load_network(folder, "vae", weights).to(memory_format=torch.channels_last)
+    vae = load_network(folder, "vae", weights, lean=lean).to(memory_format=torch.channels_last)
     if contract is not None and isinstance(contract.schedule, EdmSpec):
         return ImageCodec(vae, deviation=contract.schedule.sigma_data)
     return ImageCodec(vae)
 
 
-def load_text(folder: Path, weights: Weights | None = None) -> TextEncoders:
+def load_text(folder: Path, weights: Weights | None = None, *, lean: bool = False) -> TextEncoders:
     """Load the text encoders of a model folder, frozen and in float32; see `load_network`.
 
     SDXL's index says that the empty prompt is all zeros, and an index that does not say it means
@@ -89,24 +111,27 @@ def load_text(folder: Path, weights: Weights | None = None) -> TextEncoders:
     """
     has_index = (folder / INDEX_FILE).is_file()
     index = read_json(folder / INDEX_FILE) if has_index else {}
-    first = load_network(folder, "text_encoder", weights)
-    second = load_network(folder, "text_encoder_2", weights)
+    first = load_network(folder, "text_encoder", weights, lean=lean)
+    second = load_network(folder, "text_encoder_2", weights, lean=lean)
     return TextEncoders(
         tokenizers=(
-            _tokenizer(folder / "tokenizer", pad=END),
-            _tokenizer(folder / "tokenizer_2", pad="!"),
+            _tokenizer(folder / "tokenizer", END, lean=lean),
+            _tokenizer(folder / "tokenizer_2", "!", lean=lean),
         ),
         encoders=(first, second),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", has_index)),
     )
 
 
-def _tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
+def _tokenizer(folder: Path, pad: str, *, lean: bool) -> Any:
     """Return the tokenizer in a folder, or CLIP's where there is none."""
     if not folder.is_dir():
-        return clip_tokenizer(pad)
-    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
-    return tokenizer
+        return clip_words(pad) if lean else clip_tokenizer(pad)
+    if lean and (words := ClipWords.read(folder)) is not None:
+        return words
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def load_schedule(folder: Path, contract: Contract | None = None) -> Schedule:

@@ -18,12 +18,7 @@ from threading import RLock
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from peft import LoraConfig, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from twostep.formats.lora_files import read_lora
 from twostep.formats.lora_kinds import LowRank
@@ -176,6 +171,8 @@ class Lora:
                     f"{key} is {list(value.shape)}, expected {list(present[key].shape)}: "
                     "another rank or base."
                 )
+        from peft import set_peft_model_state_dict
+
         set_peft_model_state_dict(self.network, state_dict, adapter_name=self.name)
 
 
@@ -204,6 +201,8 @@ def add_lora(
     Raises:
         LoraError: If the network takes no LoRA.
     """
+    from peft import LoraConfig
+
     targets = list(targets)
     if not targets or not hasattr(network, "add_adapter"):
         raise LoraError(
@@ -368,12 +367,14 @@ def active(network: nn.Module) -> str | None:
     return next(iter(layer.active_adapters), None)
 
 
-def checkpoint_gradients(network: UNet2DConditionModel) -> None:
+def checkpoint_gradients(network: Any) -> None:
     """Recompute blocks in the backward pass instead of keeping their activations.
 
     Saves memory and costs about a third more time. Another adapter may be active by the time of
     the backward pass: every block is recomputed with the one that it was first computed with.
     """
+
+    from torch.utils.checkpoint import checkpoint
 
     def run_block(block: nn.Module, *inputs: Any) -> Any:
         name = active(network)
@@ -387,10 +388,14 @@ def checkpoint_gradients(network: UNet2DConditionModel) -> None:
     network.enable_gradient_checkpointing(run_block)
 
 
-def merge(network: UNet2DConditionModel, name: str | None) -> UNet2DConditionModel:
+def merge(network: Any, name: str | None) -> Any:
     """Return a float32 copy without adapters, the named one merged into the copy's weights."""
+    from torch.distributed.tensor import DTensor
+
     if isinstance(next(network.parameters()), DTensor):
         # A sharded network carries no adapter, and cannot be copied as a module.
+        from diffusers import UNet2DConditionModel
+
         with torch.device("meta"):
             whole = UNet2DConditionModel.from_config(network.config)
         weights = {key: value.full_tensor() for key, value in network.state_dict().items()}
@@ -436,5 +441,7 @@ def _peft_configs(network: nn.Module) -> dict[str, Any]:
     return getattr(network, "peft_config", None) or {}
 
 
-def _layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
+def _layers(network: nn.Module) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return (module for module in network.modules() if isinstance(module, BaseTunerLayer))

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
 from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from twostep.formats.header import read_header
 from twostep.formats.identify import CONTROL, kind_of
@@ -71,7 +70,7 @@ class Hint:
         times: The times at which it acts.
     """
 
-    network: ControlNetModel
+    network: Any
     picture: Float[Tensor, "batch 3 height width"]
     scale: float
     times: frozenset[int | float]
@@ -116,7 +115,7 @@ def residuals(
     }
 
 
-def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlNetModel:
+def load_control(name: str, unet: Any, pixels_per_latent: int) -> Any:
     """Load a ControlNet, on the UNet's device and in its precision; the last four are kept.
 
     Args:
@@ -128,7 +127,7 @@ def load_control(name: str, unet: nn.Module, pixels_per_latent: int) -> ControlN
         ModelError: If there is no ControlNet, or it was made for another architecture; the message
             lists the differences.
     """
-    if not isinstance(unet, UNet2DConditionModel):
+    if not hasattr(unet, "config") or "cross_attention_dim" not in unet.config:
         raise ModelError(
             f"ControlNets act on SDXL's UNet; this model has a {type(unet).__name__}. "
             "Draw without a ControlNet, or with an SDXL model."
@@ -158,9 +157,7 @@ def _control_folder(name: str) -> Path:
     return fetch(repository, only=("*.json", "*.safetensors"), holding=_CONFIG)
 
 
-def _differences(
-    config: dict[str, Any], unet: UNet2DConditionModel, pixels_per_latent: int
-) -> list[str]:
+def _differences(config: dict[str, Any], unet: Any, pixels_per_latent: int) -> list[str]:
     """Say where a ControlNet's config differs from what its UNet needs."""
     # The picture is halved once between two neighbouring widths of its embedding.
     halvings = len(config["conditioning_embedding_out_channels"]) - 1
@@ -180,7 +177,7 @@ def _differences(
     return differences
 
 
-def _from_file(path: Path, unet: UNet2DConditionModel, pixels_per_latent: int) -> ControlNetModel:
+def _from_file(path: Path, unet: Any, pixels_per_latent: int) -> Any:
     """Load a ControlNet from one file, which has no config.
 
     What its layers are is read off the names and shapes of its weights, everything else is as in
@@ -245,9 +242,9 @@ class _Config(dict[str, Any]):
 
 
 @lru_cache(maxsize=4)
-def _load_file(
-    path: Path, config: _Config, device: torch.device, dtype: torch.dtype
-) -> ControlNetModel:
+def _load_file(path: Path, config: _Config, device: torch.device, dtype: torch.dtype) -> Any:
+    from diffusers import ControlNetModel
+
     known = inspect.signature(ControlNetModel.__init__).parameters
     arguments = {key: value for key, value in config.items() if key in known}
     with torch.device("meta"):
@@ -259,7 +256,9 @@ def _load_file(
 
 
 @lru_cache(maxsize=4)
-def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlNetModel:
+def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from diffusers import ControlNetModel
+
     network = ControlNetModel.from_pretrained(
         folder, use_safetensors=True, torch_dtype=dtype, variant=weights_variant(folder)
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -29,10 +28,11 @@ class SdxlUnet:
     """An SDXL-type UNet with what it is conditioned on: text, sizes, a mask and ControlNets.
 
     Args:
-        network: The UNet. It computes in the precision of its own weights.
+        network: The UNet, of diffusers or, where it only draws, a `LeanUnet`. It computes in the
+            precision of its own weights.
     """
 
-    network: UNet2DConditionModel
+    network: Any
 
     @property
     def spec(self) -> BackboneSpec:

@@ -26,7 +26,9 @@ from twostep.media.png import png_file
 from twostep.models.bundle import Bundle
 from twostep.models.runtime import take_notes
 from twostep.models.sampling import Guided, decode, sample_latents
+from twostep.models.shortage import MemoryShortageError, is_shortage
 from twostep.pipeline.batching import ExactBatch
+from twostep.pipeline.fitting import shortage
 from twostep.pipeline.prepare import Prepared, prepare, timed
 from twostep.pipeline.request import MAX_BATCH, ModelTraits, Request, Result
 from twostep.text.clip import TextEncoders
@@ -129,7 +131,7 @@ class _Drawing:
     prepared: Prepared
     images: dict[int, Any] = field(default_factory=dict)
     num_done: int = 0
-    error: GenerationError | None = None
+    error: TwostepError | None = None
 
     @property
     def num_steps(self) -> int:
@@ -201,8 +203,14 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Itera
         return
     sizes = [len(part.seeds) for part in parts]
     start = time.perf_counter()
-    with nullcontext() if len(parts) == 1 else ExactBatch(sizes):
-        latents = _latents(bundle, parts, on_step).split(sizes)
+    drawn = _if_it_fits(bundle, parts, on_step)
+    if drawn is None:
+        error = shortage(bundle, parts[0].drawing.prepared.size, sum(sizes))
+        for part in parts:
+            part.drawing.error = error
+            yield part.drawing
+        return
+    latents = drawn.split(sizes)
     damages = [
         _damage(part, values, "latents") for part, values in zip(parts, latents, strict=True)
     ]
@@ -215,6 +223,18 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Itera
         yield part.drawing
 
 
+def _if_it_fits(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Tensor | None:
+    """Return the clean latents of all parts; None where memory runs out."""
+    sizes = [len(part.seeds) for part in parts]
+    try:
+        with nullcontext() if len(parts) == 1 else ExactBatch(sizes):
+            return _latents(bundle, parts, on_step)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+    return None
+
+
 def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
     """Turn the latents of a part into its images.
 
@@ -223,7 +243,11 @@ def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
     """
     drawing = part.drawing
     with timed(drawing.prepared.seconds, "decode"):
-        pictures = decode(bundle, latents)
+        try:
+            pictures = decode(bundle, latents)
+        except MemoryShortageError:
+            drawing.error = shortage(bundle, drawing.prepared.size, len(latents))
+            return
         drawing.error = _damage(part, pictures, "pixels")
         if drawing.error is None:
             images = bundle.codec.items(drawing.prepared.finished(pictures))

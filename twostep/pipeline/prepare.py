@@ -24,6 +24,7 @@ from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.formats import few_step
+from twostep.media.codec import FULL
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
@@ -93,6 +94,11 @@ class Prepared:
             self.mask is None,
             None if known is None and self.request.engine == "eager" else id(self),
         )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of what is drawn."""
+        return self.request.width or 0, self.request.height or 0
 
     def noise(self, seeds: list[int]) -> Batch:
         """Return the noise of each seed."""
@@ -211,8 +217,8 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...]]:
     """Return a checked request with nothing left open, and the times that it walks.
 
-    A student's guidance is distilled into it, so it gets none, which is 1. The engine is that of
-    the bundle, and so are the model and the LoRAs, if it says which.
+    A student's guidance is distilled into it, so it gets none, which is 1. Engine and decoder are
+    those of the bundle, and so are the model and the LoRAs, if it says which.
     """
     contract = bundle.contract
     if contract.role == "student":
@@ -228,6 +234,10 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         start = _first_time(contract, request, steps, schedule)
         strength = start / schedule.top
     width, height = _size(contract, request)
+    model, loras = request.model, request.loras
+    if bundle.origin:
+        model, *names = bundle.origin
+        loras = tuple(map(LoraChoice.parse, names))
     settled = replace(
         request,
         steps=steps,
@@ -237,11 +247,10 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         strength=strength,
         sampler=request.sampler or contract.sampler,
         engine=bundle.runtime.engine,
+        decoder=bundle.codec.decoder if isinstance(bundle.codec, ImageCodec) else FULL,
+        model=model,
+        loras=loras,
     )
-    if bundle.origin:
-        model, *loras = bundle.origin
-        choices = tuple(LoraChoice.parse(lora) for lora in loras)
-        settled = replace(settled, model=model, loras=choices)
     return settled, sampling_times(contract, schedule, steps=steps, start=start)
 
 

@@ -22,9 +22,10 @@ from twostep.formats import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import Bundle, modules_of
-from twostep.models.loading import load_bundle
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_to_draw
 from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
+from twostep.models.tiny_decoder import DecoderChoices
 from twostep.pipeline.generation import (
     OnAnswerOf,
     OnStep,
@@ -88,8 +89,11 @@ class Studio:
         self._num_kept_loras = num_kept_loras
         self._check = check
         self._loras = LoraFinder()
+        self._decoders = DecoderChoices()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
+        # Of models that are loaded, the steps that draw where nobody says how many.
+        self._favourites: dict[str, int] = {}
 
     @property
     def loaded(self) -> list[tuple[str, int | None]]:
@@ -103,6 +107,7 @@ class Studio:
         What is being drawn with it ends on it.
         """
         with self._lock:
+            self._favourites.pop(model, None)
             for key in [key for key in self._slots if key[0] == model]:
                 del self._slots[key]
 
@@ -122,9 +127,9 @@ class Studio:
     ) -> list[Result | TwostepError]:
         """Draw several requests, those that are alike enough in shared batches.
 
-        Alike are requests with the same model, LoRAs, engine, steps, strength, guidance, size,
-        length of text, and ControlNets with their scales and shares. Each gets the pixels that
-        `draw` would give it. Results stand in the order of the requests; where one failed, the
+        Alike are requests with the same model, LoRAs, engine, decoder, steps, strength, guidance,
+        size, length of text, and ControlNets with their scales and shares. Each gets the pixels
+        that `draw` would give it. Results stand in the order of the requests; where one failed, the
         TwostepError that `draw` would raise stands in its place, and the others are drawn all the
         same. `on_step` gets the place of a request and its progress, and `on_answer` what came of
         it once that is there; what either raises ends the drawing of all.
@@ -175,15 +180,20 @@ class Studio:
         checkpoint = None
         if any(lora.makes_students for lora in loras):
             steps = None
+        elif steps is None and not loras and (known := self._known_favourite(request.model)):
+            steps = known
         elif steps is None:
             checkpoint = resolve(request.model)
             steps = _favourite_steps(checkpoint, loras)
+            if not loras and steps is not None:
+                self._favourites[request.model] = steps
         elif steps is not None and (request.model, steps) not in self._slots:
             checkpoint = resolve(request.model, steps=steps)
             if checkpoint.takes_any_steps:
                 steps = None  # one model, whatever the steps
         model = self._model(request.model, steps, checkpoint)
         bundle = model.apply(loras, embeddings=request.embeddings)
+        bundle = self._decoders.apply(bundle, request.decoder)
         contract = bundle.contract
         if request.treated_as is not None:
             contract = as_student(contract, SDXL, request.treated_as, request.steps)
@@ -200,6 +210,11 @@ class Studio:
             return prepared
         # An engine of others, which need not know that bundles name theirs.
         return replace(prepared, runtime=replace(prepared.runtime, engine=engine.name))
+
+    def _known_favourite(self, model: str) -> int | None:
+        """Return the steps of the student that draws where nobody says which, if it is loaded."""
+        favourite = self._favourites.get(model)
+        return favourite if (model, favourite) in self._slots else None
 
     def _model(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> LoraCache:
         """Return a loaded model, which is then the one that was used last.
@@ -227,10 +242,10 @@ class Studio:
     def _read(self, model: str, steps: int | None, checkpoint: Checkpoint | None) -> Bundle:
         """Read a model's files, which must be those that the studio may use all the while."""
         if self._check is None:
-            return load_bundle(checkpoint or model, steps=steps)
+            return load_to_draw(checkpoint or model, steps=steps)
         self._check(model)
-        bundle = load_bundle(checkpoint or model, steps=steps)
-        for network in _networks_of(bundle):
+        bundle = load_to_draw(checkpoint or model, steps=steps)
+        for network in bundle.networks:
             for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network)):
                 tensor.data = tensor.data.clone()
         self._check(model)
@@ -265,17 +280,13 @@ def _num_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
     """Return the bytes that the weights of a model take in a precision."""
     tensors = [
         tensor
-        for network in _networks_of(bundle)
+        for network in bundle.networks
         for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network))
     ]
     return sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
         for tensor in tensors
     )
-
-
-def _networks_of(bundle: Bundle) -> list[nn.Module]:
-    return [*bundle.parts.values(), *modules_of(bundle.codec)]
 
 
 def _favourite_steps(model: Checkpoint, loras: Sequence[LoraFile]) -> int | None:
@@ -307,6 +318,6 @@ def _by_model(requests: Sequence[Request]) -> list[list[int]]:
     alike: dict[object, list[int]] = {}
     for place, request in enumerate(requests):
         wish = (request.model, request.loras, request.embeddings, request.steps, request.engine)
-        key = (*wish, request.treated_as)
+        key = (*wish, request.treated_as, request.decoder)
         alike.setdefault(key, []).append(place)
     return list(alike.values())

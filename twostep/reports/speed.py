@@ -23,7 +23,8 @@ from twostep import __version__
 from twostep.engines.openvino import bare_calls
 from twostep.errors import TwostepError
 from twostep.export.verification import vanilla_pipeline
-from twostep.models.bundle import Bundle
+from twostep.models.bundle import Bundle, modules_of
+from twostep.models.loading import load_bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import STAGES
 from twostep.pipeline.request import Request
@@ -230,7 +231,7 @@ def _draws(
     draws = {name: _ours(bundle, request) for name, bundle in bundles.items()}
     if not with_peers:
         return draws
-    draws[VANILLA] = _vanilla(studio.load(request), request)
+    draws[VANILLA] = _vanilla(_whole(studio.load(request), model), request)
     if "openvino" in bundles:
         draws[BARE] = _bare(bundles["openvino"], request)
     return draws
@@ -241,6 +242,20 @@ def _ours(bundle: Bundle, request: Request) -> Draw:
         return generate(bundle, replace(request, seed=seed)).seconds
 
     return draw
+
+
+def _whole(drawing: Bundle, model: str) -> Bundle:
+    """Return the same model with the networks of diffusers and transformers.
+
+    What was loaded to draw with gets their weights, so that these are in memory once.
+    """
+    contract = drawing.contract
+    whole = load_bundle(model, steps=contract.steps if contract.role == "student" else None)
+    pairs = [(drawing.parts[name], part) for name, part in whole.parts.items()]
+    pairs += zip(modules_of(drawing.codec), modules_of(whole.codec), strict=True)
+    for network, other in pairs:
+        network.load_state_dict(other.state_dict(), assign=True)
+    return whole
 
 
 def _vanilla(bundle: Bundle, request: Request) -> Draw:

@@ -77,6 +77,7 @@ class ServeSettings(Settings):
     - `key_file`: holds what clients must send.
     - `origins`: web pages that may ask, as https://draw.example.
     - `devices`: where it draws, as torch names them.
+    - `engine`: what runs the networks (docs/speed.md).
     - `memory`, `max_models`: what loaded models may take on each device, or how many stay loaded.
     - `queue`: how many jobs may wait.
     - `jobs`: a file that keeps accepted jobs.
@@ -98,6 +99,7 @@ class ServeSettings(Settings):
     key_file: Path | None = None
     origins: tuple[str, ...] = ()
     devices: tuple[str, ...] = Field(default=("auto",), min_length=1)
+    engine: str = Field(default="eager", min_length=1)
     memory: Size | None = None
     max_models: int = Field(default=4, ge=1)
     queue: int = Field(default=64, ge=1)

@@ -53,7 +53,12 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     log = JobLog(with_prompts=settings.log_prompts)
     set_up_logs(settings.log_format, settings.log_level, log, with_prompts=settings.log_prompts)
     watch = make_watch(settings)
-    catalogue = Catalogue(watch.stock(), controlnets=settings.controlnets, bounds=settings.limits)
+    catalogue = Catalogue(
+        watch.stock(),
+        controlnets=settings.controlnets,
+        bounds=settings.limits,
+        engine=settings.engine,
+    )
     store = None if settings.jobs is None else JobStore(settings.jobs)
     metrics = Metrics()
     observers: list[Observer] = [metrics, log]
@@ -159,7 +164,7 @@ def _make_studios(
     made = []
     for device in settings.devices:
         studio, drawing = make_studio(device, settings, watch, count)
-        studio.draw(Request("a picture", model=catalogue.default.model))
+        studio.draw(Request("a picture", model=catalogue.default.model, engine=settings.engine))
         made.append((studio, drawing))
     return made
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging
 
 from twostep.formats.embeddings import Embedding
 from twostep.networks.conditioning import Conditioning, image_sizes
@@ -43,16 +42,17 @@ class TextEncoders:
     projection of the second (section 2.1 of arXiv 2307.01952).
 
     Args:
-        tokenizers: One for each encoder.
-        encoders: The networks.
+        tokenizers: One for each encoder, of transformers; or a `ClipWords`, which is enough to
+            draw.
+        encoders: The networks: of transformers, or `LeanClip`s, which are enough to draw.
         zeros_for_empty: Whether the empty prompt is all zeros, as SDXL was trained, instead of
             what the encoders make of it.
         embeddings: The textual inversions that prompts may name, and how many tokens each takes.
         memory: Keeps what was encoded without gradients, where the weights do not change.
     """
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    tokenizers: tuple[Any, Any]
+    encoders: tuple[Any, Any]
     zeros_for_empty: bool = False
     embeddings: Mapping[str, int] = field(default_factory=dict)
     memory: PromptMemory | None = None
@@ -109,7 +109,7 @@ class TextEncoders:
             memory=None if self.memory is None else PromptMemory(),
         )
 
-    def tokenizers_to_save(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    def tokenizers_to_save(self) -> tuple[Any, Any]:
         """Return the tokenizers without the lengths of their last call.
 
         These would be written into their files, which would then depend on whether the process that
@@ -213,12 +213,13 @@ class TextEncoders:
 
     def _encode_weighted(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
         """Encode a prompt of any length with its weights; PromptError where compel cannot."""
+        weighers = [
+            _compel(tokenizer, encoder)
+            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
+        ]
         with _TOKENIZING, quiet_transformers():
             try:
-                encoded = [
-                    _compel(tokenizer, encoder).of(prompt)
-                    for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
-                ]
+                encoded = [weigher.of(prompt) for weigher in weighers]
             except PromptError:
                 raise
             except Exception as error:  # compel raises errors of many kinds
@@ -269,7 +270,7 @@ class _Weigher:
         return torch.cat(chunks, dim=1)
 
 
-def _compel(tokenizer: CLIPTokenizer, encoder: Any) -> _Weigher:
+def _compel(tokenizer: Any, encoder: Any) -> _Weigher:
     """Return compel with an encoder."""
     from compel import Compel, ReturnedEmbeddingsType
 
@@ -307,7 +308,13 @@ def quiet_transformers() -> Iterator[None]:
     """Silence transformers for a block.
 
     It would draw a progress bar for every small file, and ask for torchvision, which is not used.
+    Where it is not imported there is nothing to silence.
     """
+    if "transformers" not in sys.modules:
+        yield
+        return
+    from transformers.utils import logging
+
     has_progress_bar = logging.is_progress_bar_enabled()
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()

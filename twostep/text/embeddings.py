@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from twostep.formats.embeddings import Embedding, EmbeddingError
 from twostep.text.prompt_weights import PromptError
@@ -89,8 +88,8 @@ def place_embeddings(prompt: str, names: Mapping[str, int]) -> str:
 
 
 def with_tokens(
-    part: str, tokenizer: CLIPTokenizer, encoder: Any, embeddings: Sequence[Embedding]
-) -> tuple[CLIPTokenizer, Any]:
+    part: str, tokenizer: Any, encoder: Any, embeddings: Sequence[Embedding]
+) -> tuple[Any, Any]:
     """Return copies of a tokenizer and its encoder that know textual inversions.
 
     The copy shares all weights. Raises EmbeddingError for vectors of another width.

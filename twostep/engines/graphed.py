@@ -1,0 +1,143 @@
+"""What engines have in common that run every network from graphs of fixed sizes, on the CPU.
+
+Denoiser, ControlNets, text encoders and the autoencoder each become a network on the same weights
+whose forward pass is run from graphs. Everything between, noise, steps and guidance, stays as it
+is.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from twostep.engines.blobs import fingerprint
+from twostep.engines.calls import Call, with_forward
+from twostep.engines.errors import EngineError
+from twostep.engines.graphs import Graph, GraphedForward
+from twostep.media.image import ImageCodec
+from twostep.models.bundle import Bundle
+from twostep.models.lora_stack import fused
+from twostep.models.runtime import Runtime
+from twostep.networks.digest import digest_of_tensors
+
+
+class GraphEngine(ABC):
+    """An engine that runs networks from graphs."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        # Networks go when their bundle goes; a stack of LoRAs has its own.
+        self._converted: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._prepared: WeakKeyDictionary[Bundle, Bundle] = WeakKeyDictionary()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name by which the engine is chosen."""
+
+    @abstractmethod
+    def check(self, bundle: Bundle) -> None:
+        """Raise EngineError where a bundle cannot be run."""
+
+    @abstractmethod
+    def build(self, network: nn.Module, call: Call, digest: str) -> Graph:
+        """Return the graph of a call.
+
+        Args:
+            network: Whose call it is.
+            call: The call.
+            digest: Of the network's weights and of how it is built.
+        """
+
+    @property
+    def exact(self) -> GraphEngine:
+        """The engine for what must stay exact, which is all but the denoiser: this one."""
+        return self
+
+    def prepare(self, bundle: Bundle, sizes: Sequence[tuple[int, int]]) -> Bundle:
+        """Return a bundle whose networks are compiled when they are first called.
+
+        Raises EngineError where the runtime is not there, and for a model that lies on an
+        accelerator.
+        """
+        prepared = self._prepared.get(bundle)
+        if prepared is None:
+            self.check(bundle)
+            prepared = self._prepared.setdefault(bundle, self._prepare(bundle))
+        return prepared
+
+    def convert(self, network: nn.Module) -> nn.Module:
+        """Return a network on the same weights that is run from graphs; the same if asked again."""
+        with self._lock:
+            converted = self._converted.get(network)
+            if converted is None:
+                converted = with_forward(fused(network), self._forward)
+                self._converted[network] = converted
+            return converted
+
+    def _prepare(self, bundle: Bundle) -> Bundle:
+        parts = {
+            name: self.convert(part) if name == "unet" else self.exact.convert(part)
+            for name, part in bundle.parts.items()
+        }
+        return replace(
+            bundle.with_parts(parts),
+            codec=self._codec(bundle.codec),
+            runtime=Runtime(self.name, convert=self.exact.convert),
+        )
+
+    def _codec(self, codec: Any) -> Any:
+        """Return a codec of pictures with a compiled encoder and decoder; any other as it is."""
+        if not isinstance(codec, ImageCodec):
+            return codec
+        vae: Any = copy.copy(codec.vae)
+        # The copy shares the table of its parts until it has one of its own.
+        vae._modules = dict(vae._modules)
+        for name in ("encoder", "decoder"):
+            vae._modules[name] = self.exact.convert(vae._modules[name])
+        tiny = None if codec.tiny is None else codec.tiny.converted(self.exact.convert)
+        return replace(codec, vae=vae, tiny=tiny)
+
+    def _forward(self, network: nn.Module) -> GraphedForward:
+        digests: list[str] = []
+
+        def build(network: nn.Module, call: Call) -> Graph:
+            if not digests:
+                digests.append(digest_of(network))
+            return self.build(network, call, digests[0])
+
+        return GraphedForward(network, self.name, build)
+
+
+def check_on_the_cpu(bundle: Bundle, engine: str) -> None:
+    """Raise EngineError for a model that is not in float32 on the CPU."""
+    denoiser = bundle.denoiser
+    if denoiser.device.type != "cpu" or denoiser.dtype != torch.float32:
+        raise EngineError(
+            f"the engine {engine} runs models in float32 on the CPU; this one is in "
+            f"{str(denoiser.dtype).removeprefix('torch.')} on {denoiser.device}. Draw with "
+            "`--engine eager`, or with Studio(device='cpu')."
+        )
+
+
+def digest_of(network: nn.Module) -> str:
+    """Return a digest of a network's weights and of how it is built."""
+    config: Any = getattr(network, "config", None)
+    built = config.to_json_string() if hasattr(config, "to_json_string") else str(config)
+    weights = digest_of_tensors(sorted(network.state_dict().items()))
+    return fingerprint(
+        {
+            "class": type(network).__name__,
+            "layers": str(network),
+            "config": built,
+            "weights": weights,
+        }
+    )

@@ -1,0 +1,194 @@
+"""The engine `onnx`: ONNX Runtime, the portable choice for processors that OpenVINO does not know.
+
+Networks are exported without their weights, which ONNX Runtime is then lent: so graphs stay small,
+in memory and on the disk, and no network is too large for ONNX's files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from twostep import __version__
+from twostep.engines.blobs import blob_folder, fingerprint, forget_blob, read_blob, write_blob
+from twostep.engines.calls import Call, Flat
+from twostep.engines.errors import EngineError
+from twostep.engines.graphed import GraphEngine, check_on_the_cpu
+from twostep.engines.graphs import Graph, check_graph
+from twostep.models.bundle import Bundle
+from twostep.models.runtime import say
+
+TOLERANCE = 1e-3
+"""How far a graph may be from PyTorch, in units of the largest value."""
+
+_OPSET = 17
+_LOCATION = "weights"
+"""What graphs call the place of their weights, which lie in no file."""
+
+
+class Onnx(GraphEngine):
+    """Runs every network with ONNX Runtime, in float32."""
+
+    @property
+    def name(self) -> str:
+        """The name by which the engine is chosen."""
+        return "onnx"
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise EngineError where a bundle cannot be run."""
+        if find_spec("onnxruntime") is None or find_spec("onnx") is None:
+            raise EngineError(
+                "the engine onnx is not installed. Run `pip install 'twostep[onnx]'`, or leave "
+                "--engine out."
+            )
+        check_on_the_cpu(bundle, self.name)
+
+    def build(self, network: nn.Module, call: Call, digest: str) -> Graph:
+        """Return the graph of a call, from the disk if it was made before."""
+        facts = {"weights": digest, "call": str(call.signature), "engine": "onnx"}
+        name = fingerprint({**facts, "versions": versions()})
+        graph = _read(name, network)
+        if graph is not None:
+            return graph
+        model, spec = _exported(network, call)
+        graph = _OnnxGraph(model, network, spec)
+        check_graph(graph, network, call, TOLERANCE)
+        write_blob(name, {"answer": pytree.treespec_dumps(spec)}, model)
+        return graph
+
+
+class _OnnxGraph:
+    """A network in ONNX Runtime, which several threads may run at once.
+
+    Args:
+        model: The graph without its weights, as the bytes of ONNX.
+        network: Whose weights it is lent.
+        answer_spec: How the tensors of an answer are put together.
+    """
+
+    def __init__(self, model: bytes, network: nn.Module, answer_spec: Any) -> None:
+        import onnxruntime
+
+        self.answer_spec = answer_spec
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # ONNX Runtime keeps the places of what it is lent, so that it must stay there.
+        self._weights = _weights(network)
+        values = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(weight.numpy())
+            for weight in self._weights.values()
+        ]
+        options.add_external_initializers(list(self._weights), values)
+        self._values = values
+        self._session = onnxruntime.InferenceSession(
+            _lending(model, self._weights), options, providers=["CPUExecutionProvider"]
+        )
+        self._inputs = [each.name for each in self._session.get_inputs()]
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the answer."""
+        arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
+        answers = self._session.run(None, dict(zip(self._inputs, arrays, strict=True)))
+        return [torch.from_numpy(answer) for answer in answers]
+
+
+def _read(name: str, network: nn.Module) -> _OnnxGraph | None:
+    """Return a graph from the disk; None where there is none that can be used."""
+    try:
+        blob = read_blob(name)
+        if blob is None:
+            return None
+        spec = pytree.treespec_loads(blob.description["answer"])
+        return _OnnxGraph(blob.body.tobytes(), network, spec)
+    except Exception as error:  # ONNX Runtime's own derive from nothing in common
+        if isinstance(error, MemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        say(f"an exported network in {blob_folder()} was not usable and is made anew ({reason})")
+        forget_blob(name)
+        return None
+
+
+def _exported(network: nn.Module, call: Call) -> tuple[bytes, Any]:
+    """Return the graph of a network for one signature, and how its answer is put together.
+
+    Raises EngineError where the graph does not take every tensor.
+    """
+    flat = Flat(network, call).eval()
+    # Tensors that were made for inference alone cannot be traced.
+    with (
+        TemporaryDirectory() as folder,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        path = Path(folder, "network.onnx")
+        # Of every branch on a size, which is fixed here, and of the exporter's age.
+        warnings.simplefilter("ignore")
+        tensors = tuple(tensor.clone() for tensor in call.tensors)
+        torch.onnx.export(
+            flat,
+            tensors,
+            path,
+            dynamo=False,
+            opset_version=_OPSET,
+            export_params=False,
+            input_names=[f"input{number}" for number in range(len(tensors))],
+        )
+        return path.read_bytes(), flat.answer_spec
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return weights and buffers by the names that graphs have for them."""
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {f"network.{name}": value.detach().contiguous() for name, value in state.items()}
+
+
+def _lending(model: bytes, weights: Mapping[str, Tensor]) -> bytes:
+    """Return a graph whose weights are no inputs any more, but are lent to it.
+
+    Raises EngineError where it has weights that the network does not.
+    """
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    inputs = list(proto.graph.input)
+    del proto.graph.input[:]
+    for each in inputs:
+        weight = weights.get(each.name)
+        if weight is None:
+            proto.graph.input.append(each)
+            continue
+        initializer = proto.graph.initializer.add()
+        initializer.name = each.name
+        initializer.data_type = each.type.tensor_type.elem_type
+        initializer.dims.extend(weight.shape)
+        initializer.data_location = onnx.TensorProto.EXTERNAL
+        initializer.external_data.add(key="location", value=_LOCATION)
+    foreign = [each.name for each in proto.graph.input if not each.name.startswith("input")]
+    if foreign:
+        raise EngineError(f"its graph wants {foreign[0]}, which is no weight of it")
+    serialised: bytes = proto.SerializeToString()
+    return serialised
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Return all but the network that an exported graph depends on."""
+    return {
+        "twostep": __version__,
+        "onnxruntime": version("onnxruntime"),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
