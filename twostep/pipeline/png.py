@@ -22,6 +22,7 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.export.page import page_of
+from twostep.media.codec import FULL
 from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.output import prepare_folder, stem_of, write_item
 from twostep.pipeline.request import (
@@ -146,6 +147,7 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model": contract.name,
         "RNG": "CPU",
+        **({} if request.decoder == FULL else {"VAE Decoder": "TAESD"}),
         "Version": f"twostep {contract.version}",
     }
     choices = [LoraChoice.parse(str(lora)) for lora in request.loras]
