@@ -187,8 +187,9 @@ def read_provenance(path: str | Path) -> Provenance:
         with Image.open(path) as image:
             chunks = dict(image.info)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ProvenanceError(
-            f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
+            f"{path} cannot be read as a picture: {reason}. Give a PNG written by twostep."
         ) from error
     if TWOSTEP_CHUNK not in chunks:
         raise ProvenanceError(

@@ -98,8 +98,11 @@ class Picture:
             opened = examine_picture(lambda: data, for_input=True)
         except (OSError, ValueError, UnusablePictureError) as error:
             named = "a picture" if isinstance(source, bytes) else source
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            if str(source).startswith(("http:/", "https:/")):
+                reason = "addresses are not fetched; save the picture first"
             raise RequestError(
-                f"{named} cannot be taken: {error}. Give another PNG, JPEG or WebP."
+                f"{named} cannot be taken: {reason}. Give another PNG, JPEG or WebP."
             ) from error
         name = Path(source).name if isinstance(source, str | Path) else ""
         digest = sha256(data.tobytes() if isinstance(data, Image) else data)
