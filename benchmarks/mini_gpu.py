@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from twostep.cli import app
-from twostep.files import write_atomically
+from twostep.files import PARTIAL_SUFFIX, write_atomically
 from twostep.pretrain.parts import find_part_recipe
 from twostep.training.recipe import find_recipe
 from twostep.training.run_log import read_log
@@ -169,10 +169,14 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         """Look every few seconds, until it is told that the run has ended."""
         while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
-            files = self._files()
-            newest = max((path.stat().st_mtime for path in files), default=0.0)
-            if newest > self._packed_at and time.time() - newest > _SECONDS_AT_REST:
-                self.keep()
+            try:
+                files = self._files()
+                newest = max((path.stat().st_mtime for path in files), default=0.0)
+                if newest > self._packed_at and time.time() - newest > _SECONDS_AT_REST:
+                    self.keep()
+            except FileNotFoundError:
+                # A file was just replaced; the next look finds all of them.
+                continue
 
     def end(self) -> None:
         """Stop looking, and keep the run as it is."""
@@ -208,7 +212,11 @@ class Keeper(threading.Thread):
         model = self.folder / "model"
         found: list[Path] = []
         for pattern in self.job.kept:
-            files = [path for path in model.glob(pattern) if path.is_file()]
+            files = [
+                path
+                for path in model.glob(pattern)
+                if path.is_file() and PARTIAL_SUFFIX not in path.as_posix()
+            ]
             # What was written last is wanted most.
             files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
             found += files

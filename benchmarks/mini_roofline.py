@@ -1,7 +1,7 @@
 """Which share of a device's arithmetic mini's teacher uses while it trains.
 
     python benchmarks/mini_roofline.py                          # on a GPU, 2 to 3 minutes
-    python benchmarks/mini_roofline.py --device cpu --batch 4 --iterations 4 --variants eager
+    python benchmarks/mini_roofline.py --device cpu --batch 4 --iterations 4 --variants contiguous
 
 The very loop of `twostep pretrain mini-teacher` runs on random latents and captions, so neither
 data nor weights are needed. Work is what torch counts in matrix products, convolutions and
@@ -116,7 +116,7 @@ def train(options: argparse.Namespace, variant: str, folder: Path) -> dict[str, 
     device = find_device(options.device)
     torch.manual_seed(0)
     teacher = random_bundle(corpus=(TEST_CORPUS,), size=MINI).to(device)
-    if variant != "contiguous":
+    if variant == "channels-last":
         teacher.denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vocabulary = len(teacher.text.tokenizers[0])  # type: ignore[attr-defined]
     scenes = random_encoded_scenes(MINI, vocabulary, device)
@@ -164,8 +164,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=80)
     parser.add_argument(
         "--variants",
-        default="contiguous,eager,compiled",
-        help="contiguous and eager (channels last) without compiling, and compiled blocks",
+        default="contiguous,channels-last,compiled",
+        help="how the UNet's weights lie without compiling, and compiled blocks",
     )
     parser.add_argument("--peak", type=float, help="dense bfloat16 operations a second")
     parser.add_argument("--profile", action="store_true", help="where the time of the last goes")

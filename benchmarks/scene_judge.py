@@ -3,9 +3,9 @@
     python benchmarks/scene_judge.py --count 1024 --out runs/scene-judge.json
 
 Real scenes of the prompts that mini is evaluated with, composed from the drawings at places, sizes
-and on grounds that the prompts' seed draws: as they are, blurred, noisy, with other brightness and
-contrast, and as a small autoencoder would leave them (halved, rounded and enlarged again, with
-soft noise). Each is judged against its own prompt, for the share that is rightly called right, and
+and on grounds that the prompts' seed draws. Half of them are mildly damaged (blur, noise,
+brightness, contrast), and half are as a small autoencoder leaves them (a little softer, with soft
+noise). Each is judged against its own prompt, for the share that is rightly called right, and
 against prompts that are wrong in one respect, for the share that is wrongly called right: another
 thing, another style, things that changed places, another ground. Noise and bare grounds should show
 nothing at all.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Concept, SceneAttributes
-from twostep.evaluate.scene_judge import SCENE_PIXELS, SceneJudge, Sight
+from twostep.evaluate.scene_judge import ALIKE, SCENE_PIXELS, SceneJudge, Sight
 from twostep.evaluate.scene_scores import ROWS, SceneReport, judge_scene, summarise_scenes
 from twostep.files import write_atomically
 from twostep.pretrain.degradation import Degradation, blur, degrade
@@ -57,27 +57,54 @@ def main() -> None:
     drawings = load_rendered(load_vectors(), SCENE_PIXELS)
     judge = load_scene_judge()
     tasks = scene_tasks(drawings.concepts, arguments.count)
-    asked = {"real": [task.attributes for task in tasks], **_wrong_prompts(tasks, judge)}
-    figures: dict[str, object] = {}
-    for name, damage in _DAMAGES.items():
-        sights, seconds = _look(tasks, drawings, judge, damage)
-        figures[name] = {
-            "seconds_per_picture": seconds,
-            **{kind: _report(prompts, sights, judge).to_dict() for kind, prompts in asked.items()},
-            "missed": _missed(tasks, sights, judge),
-        }
-        _print(name, {kind: _report(prompts, sights, judge) for kind, prompts in asked.items()})
-        with write_atomically(arguments.out) as file:
-            file.write(json.dumps(figures, indent=1).encode())
-    nothing = _unreadable(judge)
-    figures["things_seen_where_there_are_none"] = nothing
-    print(f"things seen on pictures that show none: {nothing}")
+    sights, seconds = look(tasks, drawings, judge)
+    figures = {
+        **report(tasks, sights, judge),
+        "seconds_per_picture": seconds / len(tasks),
+        "things_seen_where_there_are_none": count_unreadable(judge),
+        "drawings_with_a_look_alike": count_look_alikes(drawings),
+    }
     with write_atomically(arguments.out) as file:
         file.write(json.dumps(figures, indent=1).encode())
+    for name in ("seconds_per_picture", "things_seen_where_there_are_none"):
+        print(f"{name}: {figures[name]}")
+    print(f"drawings with a look-alike, on gray: {figures['drawings_with_a_look_alike']}")
 
 
-def _as_it_is(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    return pictures
+def look(
+    tasks: Sequence[SceneTask], drawings: DrawingSet, judge: SceneJudge
+) -> tuple[list[Sight], float]:
+    """Look at the damaged real pictures of tasks; return the seconds of the processor too."""
+    sights = []
+    seconds = 0.0
+    for start in range(0, len(tasks), _BATCH):
+        part = tasks[start : start + _BATCH]
+        generator = torch.Generator().manual_seed(part[0].seed)
+        pictures = real_scenes(part, drawings, pixels=SCENE_PIXELS)
+        for number, damage in enumerate(_DAMAGES.values()):
+            chosen = slice(number, None, len(_DAMAGES))
+            pictures[chosen] = damage(pictures[chosen], generator)
+        began = time.process_time()
+        sights += judge.look(pictures)
+        seconds += time.process_time() - began
+    return sights, seconds
+
+
+def report(
+    tasks: Sequence[SceneTask], sights: Sequence[Sight], judge: SceneJudge
+) -> dict[str, object]:
+    """Return the figures of all pictures and of each kind of damage, and print them."""
+    asked = {"real": [task.attributes for task in tasks], **_wrong_prompts(tasks, judge)}
+    parts = {"all": slice(None)}
+    parts |= {name: slice(number, None, len(_DAMAGES)) for number, name in enumerate(_DAMAGES)}
+    figures: dict[str, object] = {"missed": _missed(tasks, sights, judge)}
+    for name, part in parts.items():
+        reports = {
+            kind: _report(prompts[part], sights[part], judge) for kind, prompts in asked.items()
+        }
+        figures[name] = {kind: each.to_dict() for kind, each in reports.items()}
+        _print(name, reports)
+    return figures
 
 
 def _mild(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -85,7 +112,7 @@ def _mild(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _as_decoded(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur by a pixel, and add soft noise of two pixels' width, about 32 dB below the signal."""
+    """Blur by 0.8 of a pixel, and add soft noise whose grains are two pixels wide."""
     softened = blur(pictures, torch.full((len(pictures),), 0.8))
     noise = torch.randn(len(pictures), 3, 128, 128, generator=generator)
     noise = functional.interpolate(noise, size=pictures.shape[-2:], mode="bilinear")
@@ -93,26 +120,9 @@ def _as_decoded(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 _DAMAGES: dict[str, Damage] = {
-    "as composed": _as_it_is,
     "mild damage": _mild,
     "as decoded": _as_decoded,
 }
-
-
-def _look(
-    tasks: Sequence[SceneTask], drawings: DrawingSet, judge: SceneJudge, damage: Damage
-) -> tuple[list[Sight], float]:
-    """Look at the damaged real pictures of all tasks; return the time per picture too."""
-    generator = torch.Generator().manual_seed(0)
-    sights = []
-    seconds = 0.0
-    for start in range(0, len(tasks), _BATCH):
-        pictures = real_scenes(tasks[start : start + _BATCH], drawings, pixels=SCENE_PIXELS)
-        pictures = damage(pictures, generator)
-        began = time.process_time()
-        sights += judge.look(pictures)
-        seconds += time.process_time() - began
-    return sights, seconds / len(tasks)
 
 
 def _wrong_prompts(
@@ -185,7 +195,7 @@ def _missed(
     return missed
 
 
-def _unreadable(judge: SceneJudge) -> int:
+def count_unreadable(judge: SceneJudge) -> int:
     """Return how many things are seen on noise, fine and coarse, and on bare grounds."""
     generator = torch.Generator().manual_seed(0)
     things = 0
@@ -197,6 +207,23 @@ def _unreadable(judge: SceneJudge) -> int:
     grounds = bare.expand(-1, -1, SCENE_PIXELS, SCENE_PIXELS)
     grain = 0.02 * torch.randn(grounds.shape, generator=generator)
     return things + sum(len(sight.things) for sight in judge.look((grounds + grain).clamp(-1, 1)))
+
+
+def count_look_alikes(drawings: DrawingSet) -> int:
+    """Return how many drawings cannot be told from another one in the same box, on gray."""
+    parts = []
+    for part in drawings.drawings.flatten(0, 1).split(_BATCH):
+        levels = functional.avg_pool2d(part.float() / 255, SCENE_PIXELS // 32)
+        # Averages of colours that are not premultiplied are a little off at edges.
+        parts.append(((2 * levels[:, :3] - 1) * levels[:, 3:]).flatten(1))
+    changes = torch.cat(parts)
+    energy = changes.square().sum(dim=1)
+    count = 0
+    for rows in torch.arange(len(changes)).split(256):
+        apart = energy[rows, None] + energy - 2 * changes[rows] @ changes.T
+        apart[torch.arange(len(rows)), rows] = torch.inf
+        count += int((apart.min(dim=1).values < ALIKE * energy[rows]).sum())
+    return count
 
 
 def _print(name: str, reports: dict[str, SceneReport]) -> None:

@@ -8,7 +8,7 @@ import typer
 from twostep.cli import app
 
 MAX_FLAGS = 12
-MORE_FLAGS = {"cache": 20, "generate": 13, "edit": 13}
+MORE_FLAGS = {"cache": 20, "generate": 14, "edit": 14}
 """People's data differ in columns, sizes, weights and words, and have no recipe to say so in."""
 
 

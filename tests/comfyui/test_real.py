@@ -278,7 +278,7 @@ def test_verify_compares_every_step(
     monkeypatch.setattr(verification, "SDXL_CHANNELS", real.SMALL.unet_channels)
     model, steps, loras = VERIFIED[name]
     path = tmp_path / "exported.safetensors"
-    paths = [str(world.root / "loras" / lora) for lora in loras]
+    paths = tuple(str(world.root / "loras" / lora) for lora in loras)
     export(world.models[model], "comfyui", path, loras=paths)
     shutil.copytree(Path(world.models[model]).with_suffix(""), path.with_suffix(""))
     differences = verification.verify(

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl  # n
 import numpy as np
 import tomli_w
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -482,23 +484,43 @@ def figures_of(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def begin_in_words(kind: str, out: Path, said: Path) -> ForkServerProcess:
+def begin_in_words(
+    kind: str, out: Path, said: Path, *, door: Barrier | None = None
+) -> ForkServerProcess:
     """Start a process that works in a folder, and prints what it refuses as the last line.
 
-    It ends with 1 then, and with 2 after anything that is not told in words.
+    It ends with 1 then, and with 2 after anything that is not told in words. Processes that share a
+    door come to their first lock together, and leave it together.
     """
     said.unlink(missing_ok=True)
     process: ForkServerProcess = FORKS.Process(
-        target=_work_in_words, args=(kind, out, said), daemon=True
+        target=_work_in_words, args=(kind, out, said, door), daemon=True
     )
     process.start()
     return process
 
 
-def _work_in_words(kind: str, out: Path, said: Path) -> None:
+def _meet_at(door: Barrier) -> None:
+    """Let this process wait for the others before its first lock, and after it."""
+    acquire = FileLock.acquire
+
+    def acquire_together(lock: FileLock, *arguments: Any, **options: Any) -> Any:
+        FileLock.acquire = acquire
+        door.wait()
+        try:
+            return lock.acquire(*arguments, **options)
+        finally:
+            door.wait()
+
+    FileLock.acquire = acquire_together
+
+
+def _work_in_words(kind: str, out: Path, said: Path, door: Barrier | None) -> None:
     with said.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if door is not None:
+        _meet_at(door)
     try:
         work(kind, out)
     except TwostepError as error:

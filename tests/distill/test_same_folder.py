@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from .killing import begin_in_words, contents, figures_of, prepare
+from .launching import FORKS
 
 REFUSED = (
     "regression",
@@ -28,10 +29,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_together(kinds: str, outs: list[Path]) -> list[str]:
-    """Work in folders at the same time; return what each said last, empty where all went well."""
+def run_together(kinds: str, outs: list[Path], *, at_a_lock: bool = False) -> list[str]:
+    """Work in folders at the same time; return what each said last, empty where all went well.
+
+    With `at_a_lock` all come to their first lock at the same moment.
+    """
     said = [out.with_name(f"{out.name}-{number}.txt") for number, out in enumerate(outs)]
-    processes = [begin_in_words(kinds, out, path) for out, path in zip(outs, said, strict=True)]
+    door = FORKS.Barrier(len(outs), timeout=300) if at_a_lock else None
+    processes = [
+        begin_in_words(kinds, out, path, door=door) for out, path in zip(outs, said, strict=True)
+    ]
     for process in processes:
         process.join()
     texts = [path.read_text() for path in said]
@@ -42,20 +49,23 @@ def run_together(kinds: str, outs: list[Path]) -> list[str]:
     ]
 
 
-def alone_and_together(kind: str, folder: Path) -> tuple[Path, Path, list[str]]:
+def alone_and_together(
+    kind: str, folder: Path, *, at_a_lock: bool = False
+) -> tuple[Path, Path, list[str]]:
     """Work alone in one folder and twice at a time in another; return both, and who was refused."""
     whole = folder / f"{kind}-whole"
     assert run_together(kind, [whole]) == [""]
     together = folder / kind
     together.mkdir()
-    refused = [words for words in run_together(kind, [together, together]) if words]
+    said = run_together(kind, [together, together], at_a_lock=at_a_lock)
+    refused = [words for words in said if words]
     return whole, together, refused
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_second_is_refused_and_the_first_undisturbed(kind: str, folder: Path) -> None:
-    whole, together, refused = alone_and_together(kind, folder)
+    whole, together, refused = alone_and_together(kind, folder, at_a_lock=True)
     assert len(refused) == 1
     assert "Another process is at work in" in refused[0]
     assert contents(together) == contents(whole)

@@ -147,6 +147,12 @@ def test_weights_in_half_precision_alone_are_found(vanilla: Path) -> None:
             "leaves no signal at the top",
         ),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "over 500 times"),
+        ("unet/config.json", {"sample_size": "8"}, "sample_size = '8'; expected the side"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor = 0; expected a number above 0"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor = 'x'; expected a number"),
+        ("vae/config.json", {"latents_std": [1, 1]}, r"\[1, 1\]; expected 4 numbers above 0"),
+        ("vae/config.json", {"latents_std": [1, 1, 1, 0]}, "expected 4 numbers above 0"),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, None]}, "None]; expected 4 numbers"),
     ],
 )
 def test_what_is_no_teacher_is_told_by_what_it_is(

@@ -477,10 +477,10 @@ def test_previews_show_what_is_foreseen(image: Picture) -> None:
     result = generate(
         student, Request(PROMPT, seed=7), on_step=lambda step: seen.extend(step.previews())
     )
-    assert [preview.size for preview in seen] == [(16, 16)] * 2
-    small = np.asarray(result.images[0].resize((16, 16), Image.Resampling.BOX), float)
-    apart = np.abs(np.asarray(seen[-1], float) - small).mean()
-    assert apart < 40 < np.abs(small - small.mean(axis=(0, 1))).mean()
+    assert [preview.size for preview in seen] == [(64, 64)] * 2
+    whole = np.asarray(result.images[0], float)
+    apart = np.abs(np.asarray(seen[-1], float) - whole).mean()
+    assert apart < 20 < np.abs(whole - whole.mean(axis=(0, 1))).mean()
 
 
 def test_a_student_that_visits_other_times_begins_an_image_at_one_that_it_knows(

@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twostep.diffusion import shapes
 from twostep.evaluate.attributes import BACKGROUNDS
+from twostep.formats.folders import weights_folder
 from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
 from twostep.models.sdxl import text_encoders
-from twostep.pretrain import encoded_scenes
+from twostep.pretrain import encoded_scenes, joint
 from twostep.pretrain.control import SceneExamples, scene_silhouettes
 from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.encoded_scenes import (
@@ -31,7 +33,7 @@ from twostep.pretrain.encoded_scenes import (
     scenes,
 )
 from twostep.pretrain.joint import JointSettings, Loss, train_joint
-from twostep.pretrain.model import build_unet, random_bundle
+from twostep.pretrain.model import build_unet, build_vae, random_bundle
 from twostep.pretrain.parts import load_part
 from twostep.pretrain.scene_captions import scene_corpus
 from twostep.pretrain.scenes import Box, PlacedThing, Scene, compose, random_scenes, table_of
@@ -188,6 +190,34 @@ def test_a_joint_training_that_is_resumed_equals_an_uninterrupted_one(
     ).state_dict()
     trained = {key.split(".")[0] for key, value in whole.items() if (value != before[key]).any()}
     assert trained == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_a_network_whose_weights_lie_channels_last_is_saved(
+    small: None, emoji: DrawingSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`compile = true` lays them out so; here nothing is compiled, which takes long on a CPU."""
+    monkeypatch.setattr(joint, "compile_blocks", lambda network, kinds: 0)
+    with weights_folder(tmp_path / "autoencoder" / "vae") as folder:
+        build_vae(SMALL).save_pretrained(folder)
+    quick = ["loop.iterations=1", "loop.batch_size=2", "scenes=4", "captions=1"]
+    part = load_part(
+        "mini-teacher",
+        [
+            "device=cpu",
+            *quick,
+            f'autoencoder="{tmp_path / "autoencoder"}"',
+            'sample_prompts=["a fox"]',
+            "sample_seeds=[0]",
+            "loop.ema_decay=0.0",
+        ],
+    )
+    loaded = load_bundle(part.train(emoji, tmp_path / "run"))
+    assert loaded.contract.recipe == "mini-teacher"
+    state = RunFolder(tmp_path / "run", part.settings).load("joint")
+    assert state is not None
+    weight = loaded.denoiser.network.state_dict()["down_blocks.0.resnets.0.conv1.weight"]
+    trained = state["average"]["weights"]["unet.down_blocks.0.resnets.0.conv1.weight"]
+    torch.testing.assert_close(weight, trained.half().float(), rtol=0, atol=0)
 
 
 @pytest.mark.slow

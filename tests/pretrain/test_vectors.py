@@ -1,5 +1,8 @@
 """Vector drawings: those that travel with the package, and what is rendered from them."""
 
+import json
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -7,9 +10,11 @@ import torch
 
 from twostep.evaluate.attributes import STYLES, Concept
 from twostep.pretrain.drawings import DrawingsError
+from twostep.pretrain.icons import ICON_SETS
 from twostep.pretrain.vectors import (
     MINI,
     VectorSet,
+    collect_vectors,
     load_rendered,
     load_vectors,
     render_vectors,
@@ -40,6 +45,27 @@ def test_mini_is_small() -> None:
 def test_a_set_comes_back_as_it_was(tmp_path: Path) -> None:
     save_vectors(SMALL, tmp_path)
     assert load_vectors(tmp_path) == SMALL
+
+
+def test_vectors_are_collected_from_the_icon_sets(tmp_path: Path) -> None:
+    """Archives as npm brings them; one icon is wider than its set's."""
+    for number, package in enumerate(ICON_SETS.values()):
+        icons = {
+            "corner": {"body": f"<g>{number}</g>"},
+            "whole": {"body": "<g/>", "width": 9},
+            "another": {"body": "<g/>"},
+        }
+        content = json.dumps({"prefix": package, "width": 8, "height": 8, "icons": icons}).encode()
+        with tarfile.open(tmp_path / f"{package}.tgz", "w:gz") as archive:
+            member = tarfile.TarInfo("package/icons.json")
+            member.size = len(content)
+            archive.addfile(member, BytesIO(content))
+    vectors = collect_vectors(tmp_path, CONCEPTS)
+    assert vectors.styles == STYLES
+    assert vectors.documents["noto"][0] == f"<svg {FRAME}><g>2</g></svg>"
+    assert 'viewBox="0 0 9 8"' in vectors.documents["3d"][1]
+    with pytest.raises(DrawingsError, match="no 'fox'"):
+        collect_vectors(tmp_path, (Concept("fox", "", ("fox",)),))
 
 
 def test_drawings_are_rendered_in_the_order_of_concepts_and_styles() -> None:

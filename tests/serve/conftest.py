@@ -143,3 +143,15 @@ def address(studio: GatedStudio) -> Iterator[str]:
     """The address of a server that draws with nano."""
     with listening(studio) as found:
         yield found
+
+
+def posting(path: str) -> dict[str, Any]:
+    """An ASGI scope: JSON is posted to an address."""
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1")],
+    }

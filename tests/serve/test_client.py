@@ -50,7 +50,7 @@ def test_the_client_draws_follows_and_cancels(address: str, tmp_path: Path) -> N
         events = list(job.events())
         assert [event.kind for event in events] == ["queued", *["step"] * 4, "done"]
         assert [event.num_done for event in events] == [0, 1, 2, 3, 4, 0]
-        assert events[1].previews[0].size == (16, 16)
+        assert events[1].previews[0].size == (64, 64)
 
         job = client.submit(Request(APPLE, steps=32, num_images=16))
         job.cancel()

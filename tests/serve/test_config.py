@@ -33,6 +33,9 @@ body = "8MiB"
 [filter]
 model = "guard"
 verdicts = {nsfw = "refuse", drawing = "keep"}
+
+[cluster]
+max_replicas = 3
 """
 
 
@@ -53,6 +56,8 @@ def test_a_file_is_read_and_flags_win(tmp_path: Path) -> None:
     assert (settings.limits.steps, settings.limits.body) == (40, 8 * 1024 * 1024)
     assert settings.filter is not None
     assert settings.filter.verdicts["nsfw"] == "refuse"
+    assert settings.cluster is not None
+    assert (settings.cluster.min_replicas, settings.cluster.max_replicas) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,7 @@ def test_a_file_is_read_and_flags_win(tmp_path: Path) -> None:
         ("[filter]", "filter: give either the model of a classifier or a function"),
         ("[filter]\nmodel = 'x'", "filter: a model needs verdicts"),
         ("[filter]\nfunction = '/etc/passwd'", "filter.function: String should match pattern"),
+        ("[cluster]\nmin_replicas = 3", "cluster: min_replicas is 3, above max_replicas, 2"),
         ("= 1", "is not valid TOML"),
     ],
 )
@@ -81,7 +87,8 @@ def test_the_settings_of_the_docs_are_read_and_every_key_is_told_there(tmp_path:
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
     (text,) = re.findall(r"```toml\n(.*?)```", page, re.S)
     settings = read_settings(written(tmp_path, text), {})
-    assert settings.queue == 64
+    assert settings.cluster is not None
+    assert settings.cluster.max_replicas == 4
     for model in (ServeSettings, Bounds, FilterSettings):
         for key in model.model_fields:
             assert re.search(rf"\b{key}\b", page), key

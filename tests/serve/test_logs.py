@@ -1,5 +1,6 @@
 """The log and request ids: one line each, and no prompt unless it was asked for."""
 
+import asyncio
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.serve.conftest import FakeStudio
+from tests.serve.conftest import FakeStudio, posting
 from twostep.pipeline.request import Request
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
@@ -124,6 +125,25 @@ def test_a_fault_of_a_route_is_answered_with_the_id_and_logged_without_words(
     assert failed["error"] == "ZeroDivisionError"
     assert "in fail" in failed["traceback"]
     assert SECRET not in logged.getvalue()
+
+
+def test_a_client_that_leaves_while_it_asks_is_no_fault(engine: Engine, logged: Logged) -> None:
+    set_up_logs("json", "info", JobLog())
+    application = create_app(Serving(engine, Catalogue(["nano"])), Rules())
+    coming: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b'{"prompt": ', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return coming.pop(0)
+
+    async def send(_: Any) -> None:
+        raise AssertionError("nobody is there")
+
+    asyncio.run(application(posting("/v1/images/generations"), receive, send))
+    (line,) = lines(logged)
+    assert (line["event"], line["level"], line["status"]) == ("request", "info", 499)
 
 
 @pytest.mark.parametrize(

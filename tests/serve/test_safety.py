@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.serve.conftest import posting
 from twostep.pipeline.request import RequestError
 from twostep.serve import gate
 from twostep.serve.app import create_app
@@ -165,14 +166,7 @@ def test_the_rest_of_a_request_is_not_awaited_for_ever(engine: Engine) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/images/generations",
-        "raw_path": b"/v1/images/generations",
-        "query_string": b"",
-        "headers": [(b"host", b"127.0.0.1")],
-    }
+    scope = posting("/v1/images/generations")
     start = time.monotonic()
     asyncio.run(application(scope, receive, send))
     assert time.monotonic() - start < 10

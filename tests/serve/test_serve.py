@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.serve.conftest import APPLE, FakeStudio, GatedStudio
+from tests.serve.conftest import APPLE, FakeStudio, GatedStudio, posting
 from twostep.cli import app as cli
 from twostep.contract import ContractError
 from twostep.pipeline.request import MAX_BATCH, Picture, Request, RequestError
@@ -316,14 +316,7 @@ def test_a_client_that_leaves_cancels_its_job(fake: FakeStudio, engine: Engine) 
     async def send(_: Any) -> None:
         pass
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/images/generations",
-        "raw_path": b"/v1/images/generations",
-        "query_string": b"",
-        "headers": [(b"host", b"127.0.0.1:8000")],
-    }
+    scope = posting("/v1/images/generations")
     asyncio.run(application(scope, receive, send))
     (job,) = engine._ended.values()
     assert job.state == "cancelled"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from twostep.distill.decoder import DecoderRecipe
 from twostep.distill.recipe import DistillRecipe
 from twostep.training.recipe import RecipeError, find_recipe, load_recipe, recipe_names
 
@@ -21,12 +22,15 @@ NAMES = {
     *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
     *(f"sdxl-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
 }
+DECODERS = {"nano-decoder", "sdxl-decoder"}
 
 
 def test_every_built_in_recipe_is_valid() -> None:
-    assert set(recipe_names()) == NAMES
+    assert set(recipe_names()) == NAMES | DECODERS
     for name in NAMES:
         load_recipe(name, DistillRecipe)
+    for name in DECODERS:
+        load_recipe(name, DecoderRecipe)
 
 
 def test_an_override_reaches_into_lists() -> None:

@@ -70,6 +70,10 @@ _Engine = Annotated[
         help="What runs the networks: eager, auto, compiled, openvino, openvino-int8 or -bf16."
     ),
 ]
+_Decoder = Annotated[
+    str,
+    typer.Option(help="full; tiny, the model's own smaller one; or a file, as TAESDXL's."),
+]
 _Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
 ]
@@ -91,6 +95,7 @@ def generate(
     scheduler: _Scheduler = None,
     treated_as: _As = None,
     engine: _Engine = "eager",
+    decoder: _Decoder = "full",
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs that say how they were made."""
@@ -113,6 +118,7 @@ def generate(
         sampler=scheduler,
         treated_as=treated_as,
         engine=engine,
+        decoder=decoder,
     )
     _hand_over_or_draw(order, out)
 
@@ -136,6 +142,7 @@ def edit(
     scheduler: _Scheduler = None,
     treated_as: _As = None,
     engine: _Engine = "eager",
+    decoder: _Decoder = "full",
     out: _Folder = Path("out"),
 ) -> None:
     """Change a picture by a prompt, all of it or where a mask is white."""
@@ -157,6 +164,7 @@ def edit(
         sampler=scheduler,
         treated_as=treated_as,
         engine=engine,
+        decoder=decoder,
     )
     _hand_over_or_draw(order, out)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,10 +17,12 @@ from twostep.cli.units import duration_in_seconds, size_in_bytes
 
 if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
+    from twostep.distill.decoder import DecoderRecipe
     from twostep.distill.pairs import Source
     from twostep.distill.plan import StagePlan
-    from twostep.distill.recipe import Stage
+    from twostep.distill.recipe import RunRecipe, TrainedStage
     from twostep.models.bundle import Bundle
+    from twostep.training.run_folder import RunFolder
 
 Recipe = Annotated[str, typer.Argument(help="Name of a built-in recipe, or path of a TOML file.")]
 Override = Annotated[
@@ -104,12 +107,14 @@ def plan(
 
     No weights are loaded.
     """
+    from twostep.distill.decoder import DecoderRecipe
+    from twostep.distill.decoder.plan import plan_decoder
     from twostep.distill.plan import plan as make_plan
 
     settings = _load_recipe(recipe, override)
     if device is not None:
         settings = settings.model_copy(update={"device": device})
-    planned = make_plan(settings)
+    planned = plan_decoder(settings) if isinstance(settings, DecoderRecipe) else make_plan(settings)
     other = "" if device or planned.device != "cpu" else "; for a GPU: --device cuda"
     typer.echo(f"planned for: {planned.device}{other}")
     for stage in planned.stages:
@@ -143,23 +148,35 @@ def _print_stage(planned: StagePlan) -> None:
     typer.echo(f"  {_gib(planned.checkpoint)} a checkpoint")
 
 
-def _print_advice(settings: DistillRecipe, planned: Sequence[StagePlan], memory: float) -> None:
+def _print_advice(
+    settings: DistillRecipe | DecoderRecipe, planned: Sequence[StagePlan], memory: float
+) -> None:
     """Print which stages are too large, and what would make the largest one smaller."""
+    from twostep.distill.decoder import DecoderRecipe
+    from twostep.distill.decoder.plan import advise_decoder
     from twostep.distill.plan import advise
 
     worst = max(range(len(planned)), key=lambda i: planned[i].highest)
     large = ", ".join(entry.stage.name for entry in planned if entry.highest > memory)
     name = planned[worst].stage.name
     typer.echo(f"{_gib(memory)} are too little for {large}. {name} would take:")
-    for change, peak in advise(settings, worst):
+    advice = (
+        advise_decoder(settings) if isinstance(settings, DecoderRecipe) else advise(settings, worst)
+    )
+    for change, peak in advice:
         changes = ", ".join(f"{key} = {value}" for key, value in change.items())
         fits = " (fits)" if peak <= memory else ""
         typer.echo(f"  {_gib(peak)} with {changes}{fits}")
 
 
 def distill(
-    recipe: Recipe,
     out: Out,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a built-in recipe, or path of a TOML file; --decoder needs none."
+        ),
+    ] = None,
     override: Override = None,
     until: Annotated[
         float | None,
@@ -171,21 +188,24 @@ def distill(
         bool,
         typer.Option(help="Go on though teacher or data were replaced since the run began."),
     ] = False,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="Distil a tiny decoder for this model's autoencoder instead."),
+    ] = None,
 ) -> None:
     """Distil a teacher into students of few steps, by the stages of the recipe.
 
-    Ctrl-C and SIGTERM stop it after the iteration that it is at, whose checkpoint is written.
+    Or an autoencoder into a tiny decoder, by a recipe of one or with --decoder MODEL. Ctrl-C and
+    SIGTERM stop it after the iteration that it is at, whose checkpoint is written.
     """
     started_at = time.monotonic()
-    from twostep import __version__
-    from twostep.distill import distil
     from twostep.distill.clock import ChainClock, duration, progress_line
-    from twostep.models.loading import load_bundle, load_with_loras
+    from twostep.distill.decoder import DecoderRecipe
     from twostep.training.device import find_device
     from twostep.training.processes import joined
     from twostep.training.run_folder import RunFolder
 
-    settings = _load_recipe(recipe, override)
+    recipe_name, settings = _recipe_of(recipe, decoder, override)
     with (
         joined(find_device(settings.device)) as world,
         progress_bar("distil", shown=world.is_first, lines=False) as advance,
@@ -195,35 +215,75 @@ def distill(
         settings = folder.settled(settings)
         for change in folder.changes:
             typer.echo(f"changed since the last call: {change}", err=True)
-        clock = ChainClock(settings.stages)
+        clock = ChainClock(settings.trained_stages)
         if world.is_first and not _has_terminal():
             folder.listeners.append(lambda logged: _print_line(progress_line(clock, logged)))
 
-        def on_iteration(stage: Stage, num_done: int, figures: dict[str, float]) -> None:
+        def on_iteration(stage: TrainedStage, num_done: int, figures: dict[str, float]) -> None:
             clock.tick(stage, num_done)
             left = clock.seconds_left(stage, num_done)
             chain = "" if left is None else f" (chain {duration(left)})"
             advance(num_done, stage.iterations, f"{stage.name}{chain} {_figures_text(figures)}")
 
-        styles = [] if settings.style_lora is None else [str(settings.style_lora)]
-        teacher = load_with_loras(settings.model, styles, steps=settings.model_steps)
-        start = None
-        if settings.starts_apart:
-            start = load_bundle(settings.model, steps=settings.start_steps).denoiser
-        written = distil(
-            settings,
-            teacher,
-            _source(settings, teacher, out, advance),
-            folder,
-            version=__version__,
-            recipe_name=Path(recipe).stem,
-            start=start,
-            accept_replaced=accept_replaced,
-            on_iteration=on_iteration,
-        )
+        more: dict[str, Any] = {
+            "accept_replaced": accept_replaced,
+            "on_iteration": on_iteration,
+        }
+        if isinstance(settings, DecoderRecipe):
+            written = _distil_decoder(settings, folder, recipe_name, advance, **more)
+        else:
+            written = _distil_chain(settings, folder, recipe_name, advance, **more)
     if world.is_first:
-        for path in written.values():
+        for path in written:
             typer.echo(f"written: {path}")
+
+
+def _distil_chain(
+    settings: DistillRecipe, folder: RunFolder, recipe_name: str, advance: OnProgress, **more: Any
+) -> list[Path]:
+    """Run the stages of a recipe; `more` goes to `distil`. Returns the files of the students."""
+    from twostep import __version__
+    from twostep.distill import distil
+    from twostep.models.loading import load_bundle, load_with_loras
+
+    styles = [] if settings.style_lora is None else [str(settings.style_lora)]
+    teacher = load_with_loras(settings.model, styles, steps=settings.model_steps)
+    start = None
+    if settings.starts_apart:
+        start = load_bundle(settings.model, steps=settings.start_steps).denoiser
+    source = _source(settings, teacher, folder.path, advance)
+    written = distil(
+        settings,
+        teacher,
+        source,
+        folder,
+        version=__version__,
+        recipe_name=recipe_name,
+        start=start,
+        **more,
+    )
+    return list(written.values())
+
+
+def _distil_decoder(
+    settings: DecoderRecipe, folder: RunFolder, recipe_name: str, advance: OnProgress, **more: Any
+) -> list[Path]:
+    """Train a tiny decoder; `more` goes to `distil_decoder`. Returns what was written."""
+    from twostep import __version__
+    from twostep.distill.decoder import distil_decoder
+    from twostep.models.loading import load_bundle
+
+    teacher = load_bundle(settings.model)
+    source = _source(settings, teacher, folder.path, advance)
+    return distil_decoder(
+        settings,
+        teacher,
+        source,
+        folder,
+        version=__version__,
+        recipe_name=recipe_name,
+        **more,
+    )
 
 
 def report(
@@ -282,20 +342,55 @@ def _find_modules_here() -> None:
         sys.path.insert(0, here)
 
 
-def _load_recipe(name: str, overrides: list[str] | None) -> DistillRecipe:
+def _load_recipe(name: str, overrides: list[str] | None) -> DistillRecipe | DecoderRecipe:
     """Read a recipe of distillation, whose method or data may be a module in this folder."""
     from twostep.distill import DistillRecipe
-    from twostep.training.recipe import load_recipe
+    from twostep.distill.decoder import DecoderRecipe
+    from twostep.distill.decoder.recipe import is_decoder_recipe
+    from twostep.training.recipe import find_recipe, load_recipe
 
     _find_modules_here()
-    return load_recipe(name, DistillRecipe, overrides or [])
+    path = find_recipe(name)
+    if is_decoder_recipe(path):
+        return load_recipe(path, DecoderRecipe, overrides or [])
+    return load_recipe(path, DistillRecipe, overrides or [])
+
+
+def _recipe_of(
+    name: str | None, model: str | None, overrides: list[str] | None
+) -> tuple[str, DistillRecipe | DecoderRecipe]:
+    """Return what is distilled, and the name of its recipe.
+
+    Args:
+        name: of the recipe, or its path. Of a decoder it may be missing: then it is the model's
+            own recipe, or else that of SDXL.
+        model: whose decoder is distilled; None for what the recipe says.
+        overrides: of the recipe.
+    """
+    from twostep.distill.decoder import DecoderRecipe
+    from twostep.training.recipe import RecipeError, recipe_names
+
+    if model is None:
+        if name is None:
+            raise typer.BadParameter("give a recipe, or --decoder MODEL.")
+        return Path(name).stem, _load_recipe(name, overrides)
+    if name is None:
+        own = f"{model}-decoder"
+        name = own if own in recipe_names() else "sdxl-decoder"
+    settings = _load_recipe(name, [f"model={json.dumps(model)}", *(overrides or [])])
+    if not isinstance(settings, DecoderRecipe):
+        raise RecipeError(
+            f"{name} is no recipe of a decoder: it has no table [decoder]. Leave --decoder out, or "
+            "give another, such as sdxl-decoder."
+        )
+    return Path(name).stem, settings
 
 
 _BUILTIN_DATA = "twostep.pretrain.latents:builtin"
 """Makes the source of the built-in drawings, which travel with the package."""
 
 
-def _source(settings: DistillRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
+def _source(settings: RunRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
     """Return what the recipe learns from: a cache, or what its function makes of the teacher."""
     from twostep.data.cache import load_cache
     from twostep.distill.recipe import BUILTIN

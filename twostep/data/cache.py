@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -284,7 +285,11 @@ class Shard(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         """Read one item; DataError if its values are not finite."""
-        item = {key: self._file.get_slice(key)[row] for key in KEYS}
+        return self.read(row, KEYS)
+
+    def read(self, row: int, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Read some tensors of one item; DataError if their values are not finite."""
+        item = {key: self._file.get_slice(key)[row] for key in keys}
         if not _is_finite(item):
             raise DataError(
                 f"{self.path} holds values that are no numbers for {self.items[row].name}. "
@@ -337,13 +342,7 @@ class CachedSource:
             tensors: draws the size and the items.
             words: draws whose caption is left out.
         """
-        groups = list(self.shards.values())
-        totals = [total for _, total in self._weights]
-        chosen = int(
-            torch.multinomial(torch.tensor(totals, dtype=torch.float64), 1, generator=tensors)
-        )
-        rows = self._rows(chosen, count, tensors)
-        items = [groups[chosen][row] for row in rows]
+        items = self._items(count, tensors, KEYS)
 
         def column(key: str) -> Tensor:
             return torch.stack([item[key].float() for item in items])
@@ -355,6 +354,29 @@ class CachedSource:
                     text[i] = self.empty_text[0]
                     pooled[i] = self.empty_pooled[0]
         return latents, Conditioning(text, pooled, sizes)
+
+    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
+        """Return random latents of one random size; raises DataError as `draw`."""
+        items = self._items(count, tensors, KEYS[:1])
+        return torch.stack([item[KEYS[0]].float() for item in items])
+
+    def _items(
+        self, count: int, tensors: torch.Generator, keys: Sequence[str]
+    ) -> list[dict[str, Tensor]]:
+        """Draw a size, and read some tensors of items of that size."""
+        groups = list(self.shards.values())
+        totals = [total for _, total in self._weights]
+        chosen = int(
+            torch.multinomial(torch.tensor(totals, dtype=torch.float64), 1, generator=tensors)
+        )
+        group = groups[chosen]
+        shards = _shards_of(group)
+        items = []
+        for row in self._rows(chosen, count, tensors):
+            place = bisect_right(group.cumulative_sizes, row)
+            first = group.cumulative_sizes[place - 1] if place else 0
+            items.append(shards[place].read(row - first, keys))
+        return items
 
     def _rows(self, chosen: int, count: int, tensors: torch.Generator) -> list[int]:
         """Draw items of a size."""

@@ -5,28 +5,25 @@ Every checkpoint is shown beside the first teacher, in `samples/` of the run fol
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
 from twostep.contract import Contract, student_name
 from twostep.data.cache import fingerprint_of
+from twostep.distill.beginning import begin_run
 from twostep.distill.methods.registry import find_method
 from twostep.distill.pairs import Fingerprinted, Source
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.distill.roles import file_weights, frozen_lora_copy, weights_of
-from twostep.distill.samples import Examples, SampleSheets
+from twostep.distill.samples import Examples, SampleSheets, sheets_in
 from twostep.distill.snapshots import has_snapshot, save_snapshot
 from twostep.distill.trainer import train_stage
-from twostep.files import write_atomically
 from twostep.formats.checkpoint import resolve, student_path
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.saving import save_bundle, save_student
@@ -41,18 +38,14 @@ from twostep.networks.adapters import (
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.probe import check_prediction_type
 from twostep.training.checkpoints import digest_files
-from twostep.training.device import find_device, has_own_memory
 from twostep.training.loop import Periodic, Randomness
 from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import FINISHED, RunFolder
 from twostep.training.shards import gathered, shard
-from twostep.training.trackers import track
 
 _RUNNING = "student"
 """The name of the LoRA in training; those of finished students that teach are called "8-step"."""
-
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 OnStage = Callable[[Stage, int, dict[str, float]], None]
 """Called after every iteration with its stage, the number of iterations done, and its figures."""
@@ -328,15 +321,7 @@ def _prepare(
     is_student = teacher.contract.role == "student"
     if is_student:
         _check_teaching_student(recipe, teacher.contract)
-    device = find_device(recipe.device)
-    track(folder, recipe.trackers)
-    _check_processes(recipe, device)
-    if any(stage.offload for stage in recipe.stages) and not has_own_memory(device):
-        warnings.warn(
-            f"offload does nothing on {device.type}, which has no memory beside the main memory",
-            stacklevel=2,
-        )
-    _log_environment(folder, device, version)
+    device = begin_run(recipe, folder, version=version, shard=recipe.shard)
     if recipe.prediction_type is not None:
         teacher = replace(
             teacher,
@@ -381,42 +366,6 @@ def _check_teaching_student(recipe: DistillRecipe, contract: Contract) -> None:
                 "student: guidance was distilled into it already; leave it out."
             )
         known.add(stage.student_steps)
-
-
-def _check_processes(recipe: DistillRecipe, device: torch.device) -> None:
-    """Refuse what several processes cannot share alike: RecipeError."""
-    count = world().size
-    if count > 1 and device.index is not None:
-        raise RecipeError(
-            f'device "{device}" is one for {count} processes; "{device.type}" gives each its own.'
-        )
-    if recipe.shard and count == 1:
-        raise RecipeError(
-            "shard spreads networks over processes, and this is one: start several, or "
-            "-o shard=false."
-        )
-    for stage in recipe.stages:
-        if stage.batch_size % count:
-            raise RecipeError(
-                f"stage {stage.name} has batch_size {stage.batch_size}, which {count} processes "
-                "cannot share alike. batch_size counts the examples of all of them: give a "
-                f"multiple of {count}, or start fewer processes."
-            )
-
-
-def _log_environment(folder: RunFolder, device: torch.device, version: str) -> None:
-    """Log on what the run runs, to be read beside its times and figures."""
-    on_gpu = device.type == "cuda"
-    versions = {name: metadata.version(name) for name in _LIBRARIES}
-    folder.log(
-        part="environment",
-        machine=torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-        device=device.type,
-        processes=world().size,
-        **versions,
-        python=platform.python_version(),
-        twostep=version,
-    )
 
 
 def _check_prediction(
@@ -488,38 +437,13 @@ def _train_or_load(
 
 def _samples_of(
     stage: Stage, student: Denoiser, examples: Sequence[Examples], folder: RunFolder
-) -> tuple[SampleSheets, Periodic]:
+) -> tuple[SampleSheets[Examples], Periodic]:
     """Return the sheets of a stage's student, and when they are drawn beside its checkpoints."""
     changes = stage.make_method().describe(student)
     times = changes.times_from_noise(stage.student_steps, student.schedule)
-
-    def sheet_path(iteration: int) -> Path:
-        return folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
-
-    def write_sheet(iteration: int, sheet: Image.Image) -> None:
-        if world().is_first:
-            path = sheet_path(iteration)
-            with write_atomically(path) as file:
-                sheet.save(file, format="PNG")
-            folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
-
-    def has_sheet(iteration: int) -> bool:
-        path = sheet_path(iteration)
-        return path.exists() and folder.has_logged(part=stage.name, picture=f"samples/{path.name}")
-
-    sheets = SampleSheets(
-        examples,
-        draw=lambda each: each.show(student, times, changes.sampler),
-        write=write_sheet,
+    return sheets_in(
+        folder, stage, examples, draw=lambda each: each.show(student, times, changes.sampler)
     )
-    samples = Periodic(
-        "samples",
-        stage.sample_every,
-        act=sheets.show,
-        is_done=has_sheet,
-        at_start=True,
-    )
-    return sheets, samples
 
 
 def _release(student: Denoiser, contract: Contract, folder: RunFolder) -> Path:

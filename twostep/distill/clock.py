@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twostep.distill.recipe import Stage
+from twostep.distill.recipe import TrainedStage
 from twostep.training.run_log import SECONDS
 
 _PASSES_OF_A_TURN = 3
@@ -30,7 +30,7 @@ class ChainClock:
         stages: of the chain, in order.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[TrainedStage]) -> None:
         """Know of no pace yet."""
         self.stages = stages
         self._work = {stage.name: _work(stage) for stage in stages}
@@ -38,7 +38,7 @@ class ChainClock:
         self._last: tuple[str, int] | None = None
         self._seconds_per_work: float | None = None
 
-    def tick(self, stage: Stage, num_done: int) -> None:
+    def tick(self, stage: TrainedStage, num_done: int) -> None:
         """Take in that an iteration of a stage is done, with whatever came before it."""
         now = time.monotonic()
         if self._last_at is not None and self._last == (stage.name, num_done - 1):
@@ -50,7 +50,7 @@ class ChainClock:
         self._last_at = now
         self._last = (stage.name, num_done)
 
-    def seconds_left(self, stage: Stage, num_done: int) -> float | None:
+    def seconds_left(self, stage: TrainedStage, num_done: int) -> float | None:
         """Return how long this stage and those after it will take; None while there is no pace."""
         if self._seconds_per_work is None:
             return None
@@ -96,7 +96,7 @@ def progress_line(clock: ChainClock, logged: Mapping[str, Any]) -> str | None:
     return f"{stage.name} {num_done}/{stage.iterations}, {pace}{chain}: {figures}"
 
 
-def _work(stage: Stage) -> float:
+def _work(stage: TrainedStage) -> float:
     """Return what an iteration computes, in forward passes of one example."""
     method = stage.make_method()
     num_turns = sum(len(method.turns(i)) for i in range(_ITERATIONS_LOOKED_AT))

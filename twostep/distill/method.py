@@ -105,31 +105,14 @@ class Cost:
 
 
 @runtime_checkable
-class Method(Protocol[PairT]):
-    """How a student is distilled in one stage.
+class Procedure(Protocol[PairT]):
+    """What the trainer asks for in every iteration, whatever is trained.
 
-    A method is made once for every stage. It may keep what it likes between iterations as long as
-    a resumed run would get the same again.
-
-    Attributes:
-        name: of the method in recipes, in names of stages and in error messages.
-        Settings: the type of its table `[stages.method]`.
-        learns_from_itself: whether the student as it was before the stage is the teacher, frozen.
-            Otherwise the recipe's `teacher_steps` says who teaches.
+    It is made once for every stage. It may keep what it likes between iterations as long as a
+    resumed run would get the same again.
     """
 
-    name: ClassVar[str]
-    Settings: ClassVar[type[MethodSettings]]
-    learns_from_itself: ClassVar[bool] = False
-
-    def __init__(self, stage: Stage) -> None:
-        """Take the settings of a stage, of which `stage.method` are the method's own.
-
-        Raises:
-            ValueError: settings do not fit together; the recipe is refused with this message.
-        """
-
-    def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
+    def roles(self, teacher: Any, student: Any) -> Mapping[str, Role]:
         """Return every network that changes during the stage: "student", and whatever else.
 
         Args:
@@ -158,19 +141,45 @@ class Method(Protocol[PairT]):
         other roles but the student are frozen until the step is done.
         """
 
+    def limits(self) -> Mapping[str, Limit]:
+        """Return bounds on figures of its own, by the figure's name."""
+        return {}
+
+    def cost(self) -> Cost:
+        """Return what a plan cannot see."""
+
+
+@runtime_checkable
+class Method(Procedure[PairT], Protocol[PairT]):
+    """How a student is distilled in one stage.
+
+    Attributes:
+        name: of the method in recipes, in names of stages and in error messages.
+        Settings: the type of its table `[stages.method]`.
+        learns_from_itself: whether the student as it was before the stage is the teacher, frozen.
+            Otherwise the recipe's `teacher_steps` says who teaches.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[MethodSettings]]
+    learns_from_itself: ClassVar[bool] = False
+
+    def __init__(self, stage: Stage) -> None:
+        """Take the settings of a stage, of which `stage.method` are the method's own.
+
+        Raises:
+            ValueError: settings do not fit together; the recipe is refused with this message.
+        """
+
+    def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
+        """Return every network that changes during the stage, as `Procedure.roles`."""
+
     def describe(self, last_student: Denoiser) -> ContractChanges:
         """Return what the student declares.
 
         Args:
             last_student: the student as it was before the stage.
         """
-
-    def limits(self) -> Mapping[str, Limit]:
-        """Return bounds on this method's own figures, by the figure's name."""
-        return {}
-
-    def cost(self) -> Cost:
-        """Return what a plan cannot see."""
 
 
 def few_step_prediction(student_steps: int, before: PredictionType) -> PredictionType:

@@ -45,6 +45,14 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class DrawsLatents(Protocol):
+    """A source that can leave out what latents are conditioned on, which saves its encoding."""
+
+    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
+        """Return `count` latents of one size."""
+
+
+@runtime_checkable
 class Fingerprinted(Protocol):
     """A source that can tell whether it is still the same, which is asked when a run goes on."""
 
@@ -86,6 +94,13 @@ class Batches:
         """Draw clean latents x0 and their conditioning."""
         x0, conditioning = self.source.draw(self.batch_size, random.tensors, random.words)
         return x0[self.slice].to(self.device), conditioning[self.slice].to(self.device)
+
+    def latents(self, random: Randomness) -> Batch:
+        """Draw clean latents x0 alone, for the whole batch and on the CPU."""
+        if isinstance(self.source, DrawsLatents):
+            return self.source.draw_latents(self.batch_size, random.tensors)
+        x0, _ = self.source.draw(self.batch_size, random.tensors, random.words)
+        return x0
 
     def empty(self, conditioning: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for the same items."""

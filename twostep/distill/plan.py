@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from twostep.data.cache import read_shard
 from twostep.distill.chain import PreparedStage, prepared_stages, sample_examples
 from twostep.distill.landings import without_bank
 from twostep.distill.pairs import Source
-from twostep.distill.recipe import DistillRecipe, Stage
+from twostep.distill.recipe import DistillRecipe, RunRecipe, Stage, TrainedStage
 from twostep.distill.roles import Weights
 from twostep.distill.samples import Examples
 from twostep.distill.trainer import STUDENT, StageTrainer
@@ -73,7 +73,7 @@ class StagePlan:
         pictures: the most bytes at once while a checkpoint's pictures are drawn.
     """
 
-    stage: Stage
+    stage: TrainedStage
     evaluations: int | float
     trained: dict[str, int]
     moments: dict[str, int]
@@ -95,10 +95,7 @@ class StagePlan:
     @property
     def snapshots(self) -> int:
         """Bytes of the stage's snapshots, which are in fp16 and stay."""
-        if self.stage.snapshot_every is None:
-            return 0
-        count = self.stage.iterations // self.stage.snapshot_every
-        return count * _BYTES_IN_SNAPSHOT * self.trained[STUDENT]
+        return self.stage.num_snapshots * _BYTES_IN_SNAPSHOT * self.trained[STUDENT]
 
     @property
     def finished(self) -> int:
@@ -135,11 +132,13 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """What was measured of a kind of stage.
 
-    `shapes` are those of every role's parameters, `added` is what an iteration after the first adds
-    at its peak, `batch` what it leaves behind.
+    Args:
+        shapes: of every role's parameters.
+        added: bytes that an iteration after the first adds at its peak.
+        batch: bytes that it leaves behind.
     """
 
     shapes: dict[str, list[torch.Size]]
@@ -170,23 +169,15 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
     Raises:
         ModelError: not even the model's configs can be found.
     """
-    sizes, num_items = _read_cache(recipe)
-    device = find_device("auto").type if recipe.device == "auto" else recipe.device.split(":")[0]
+    sizes, num_items = read_cache(recipe)
+    device = device_type(recipe)
     on_cpu = device == "cpu"
     planned: list[StagePlan] = []
-    measured: dict[str, _Measured] = {}
-    with (
-        warnings.catch_warnings(),
-        Meter() as meter,
-        nullcontext() if on_cpu else computing_off_cpu(),
-    ):
-        # Copying a network asks where its weights are, which is nowhere here.
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        # A CPU without it is counted as it computes, and says so when it trains.
-        warnings.filterwarnings("ignore", message="this CPU has no bfloat16 instructions")
+    measured: dict[str, Measured] = {}
+    with metering(on_cpu=on_cpu) as meter:
         teacher, start = _outline(recipe)
         recipe = _without_files(recipe)
-        source = _blank_source(teacher, sizes)
+        source = blank_source(teacher, sizes)
         drawing = max(_measure_drawing(each, meter) for each in sample_examples(recipe, teacher))
         if recipe.cache is not None and not on_cpu:
             _drop_text_encoders(teacher)
@@ -199,10 +190,30 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
             if kind not in measured:
                 measured[kind] = _measure(prepared, source, meter, teacher.codec)
             planned.append(
-                _plan_stage(prepared.stage, standing, measured[kind], drawing, on_cpu=on_cpu)
+                plan_stage(prepared.stage, standing, measured[kind], drawing, on_cpu=on_cpu)
             )
-    item_bytes = _item_bytes(source, with_texts=recipe.cache is not None)
+    item_bytes = item_size(source, with_texts=recipe.cache is not None)
     return Plan(tuple(planned), item_bytes, num_items, device)
+
+
+def device_type(recipe: RunRecipe) -> str:
+    """Return the type of device that a recipe is planned for."""
+    return find_device("auto").type if recipe.device == "auto" else recipe.device.split(":")[0]
+
+
+@contextmanager
+def metering(*, on_cpu: bool) -> Iterator[Meter]:
+    """Give tensors no memory in the block, and meter what they would take."""
+    with (
+        warnings.catch_warnings(),
+        Meter() as meter,
+        nullcontext() if on_cpu else computing_off_cpu(),
+    ):
+        # Copying a network asks where its weights are, which is nowhere here.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        # A CPU without it is counted as it computes, and says so when it trains.
+        warnings.filterwarnings("ignore", message="this CPU has no bfloat16 instructions")
+        yield meter
 
 
 def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
@@ -274,8 +285,8 @@ def _changed(stage: Stage, change: Mapping[str, Any]) -> Stage:
     return stage.model_copy(update={**of_stage, "method": method})
 
 
-def _plan_stage(
-    stage: Stage, standing: int, measured: _Measured, drawing: int, *, on_cpu: bool
+def plan_stage(
+    stage: TrainedStage, standing: int, measured: Measured, drawing: int, *, on_cpu: bool
 ) -> StagePlan:
     """Divide a stage's bytes by what they are for.
 
@@ -328,20 +339,43 @@ def _kind(stage: Stage) -> str:
     return f"{stage.model_dump(include=_KIND)} {stage.guidance > 1}"
 
 
-def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec) -> _Measured:
+def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec) -> Measured:
     """Take one iteration of a stage, as if it were not the first."""
-    before = meter.living
     stage = prepared.stage
     # Nothing is read from a bank: there are no landings of tensors without memory.
     method = stage.method.model_copy(update=without_bank(stage.method))
-    # Others know no tensors without memory: what they keep is computed.
-    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None, "offload": False}
-    stage = stage.model_copy(update={**plain, "method": method})
+    stage = stage.model_copy(update={"method": method})
     if stage.teacher_steps is not None:
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
         # do.
         stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
-    trainer = StageTrainer(stage, source, prepared.teacher, prepared.student, codec=codec)
+    return measure(stage, source, prepared.teacher, prepared.student, meter, codec=codec)
+
+
+def measure(
+    stage: TrainedStage,
+    source: Source,
+    teacher: Any,
+    student: Any,
+    meter: Meter,
+    *,
+    codec: Codec | None = None,
+) -> Measured:
+    """Take one iteration, as if it were not the first, and return what it took.
+
+    Args:
+        stage: of the training.
+        source: of examples without values.
+        teacher: as for `StageTrainer`.
+        student: likewise.
+        meter: under which all of them were made.
+        codec: of the teacher.
+    """
+    before = meter.living
+    # Other optimisers know no tensors without memory: what they keep is computed.
+    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None, "offload": False}
+    stage = stage.model_copy(update=plain)
+    trainer = StageTrainer(stage, source, teacher, student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
         for parameter in trainer.roles[name].weights.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -353,7 +387,7 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
     batch = meter.living - standing
     shapes = {name: _shapes(trainer.roles[name].weights) for name in trainer.optimisers}
     trainer.remove_roles()
-    return _Measured(shapes, meter.peak - before, batch)
+    return Measured(shapes, meter.peak - before, batch)
 
 
 def _shapes(weights: Weights) -> list[torch.Size]:
@@ -395,7 +429,7 @@ def _drop_text_encoders(teacher: Bundle) -> None:
             parameter.data = torch.empty(0)
 
 
-def _read_cache(recipe: DistillRecipe) -> tuple[list[tuple[int, int]], int]:
+def read_cache(recipe: RunRecipe) -> tuple[list[tuple[int, int]], int]:
     """Return the latents' sizes (width, height) in a recipe's cache, and how many items it has."""
     if recipe.cache is None:
         return [], 0
@@ -403,7 +437,7 @@ def _read_cache(recipe: DistillRecipe) -> tuple[list[tuple[int, int]], int]:
     return [shard.size for shard in shards], sum(len(shard) for shard in shards)
 
 
-def _item_bytes(source: _BlankSource, *, with_texts: bool) -> int:
+def item_size(source: BlankSource, *, with_texts: bool) -> int:
     """Return the bytes of one example, in 16 bits, with what is written beside it."""
     if not with_texts:
         return 2 * math.prod(source.latents) + 3
@@ -412,23 +446,25 @@ def _item_bytes(source: _BlankSource, *, with_texts: bool) -> int:
 
 
 @dataclass(frozen=True)
-class _BlankSource:
+class BlankSource:
     """A source of examples without values, in the shapes of those that a run draws."""
 
     latents: tuple[int, ...]
     conditioning: Conditioning
 
     def draw(self, count: int, tensors: object, words: object) -> tuple[Tensor, Conditioning]:
+        """Return so many items."""
         return torch.empty(count, *self.latents), Conditioning.cat([self.conditioning] * count)
 
     def empty(self, like: Conditioning) -> Conditioning:
+        """Return the conditioning of as many items."""
         return Conditioning.cat([self.conditioning] * len(like))
 
 
-def _blank_source(teacher: Bundle, sizes: Sequence[tuple[int, int]]) -> _BlankSource:
+def blank_source(teacher: Bundle, sizes: Sequence[tuple[int, int]]) -> BlankSource:
     """Return a source of the largest latents of a cache, or of the teacher's first size."""
     size = teacher.contract.sizes[0]
     first = teacher.latent_shape(*size)
     shapes = [(first[0], height, width) for width, height in sizes]
     largest = max(shapes, key=math.prod, default=first)
-    return _BlankSource(largest, teacher.conditioning([""], *size))
+    return BlankSource(largest, teacher.conditioning([""], *size))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from pydantic import (
 
 from twostep.diffusion import PredictionType
 from twostep.distill.health import Health
-from twostep.distill.method import Method, MethodSettings
+from twostep.distill.method import Method, MethodSettings, Procedure
 from twostep.distill.methods.registry import find_method, methods_with_setting, settings_keys
 from twostep.distill.samples import SEEDS
 from twostep.training.optimiser import SHARDED_OPTIMISERS, OptimiserSettings
@@ -35,7 +36,67 @@ BUILTIN = "builtin"
 """The value of `data` that means the drawings in the package."""
 
 
-class Stage(OptimiserSettings):
+class TrainedStage(OptimiserSettings):
+    """What the trainer needs to know of a stage, whatever is trained in it."""
+
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay", json_schema_extra=WHILE_RUNNING
+    )
+    gradient_clip: float = Field(
+        1.0,
+        gt=0,
+        description="largest gradient norm of any network",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which batch_size is computed one after the other, for less memory",
+        json_schema_extra=WHILE_RUNNING,
+    )
+    offload: bool = Field(
+        False,
+        description="keep the optimisers' state in main memory between steps, for less memory of "
+        "the accelerator; steps take longer",
+        json_schema_extra=ANY_TIME,
+    )
+    sample_every: int | None = Field(
+        None,
+        gt=0,
+        description="iterations between sheets of samples, from iteration 0 on, beside those of "
+        "checkpoints",
+        json_schema_extra=ANY_TIME,
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainedStage:
+        if self.offload and self.optimiser == "adamw8bit":
+            raise ValueError(
+                "offload is for state of 32 bits: leave it out, or choose another optimiser than "
+                "adamw8bit"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
+            )
+        return self
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The stage's name in the log, the checkpoints and the samples."""
+
+    @abstractmethod
+    def make_method(self) -> Procedure[Any]:
+        """Return what is done in every iteration; ValueError where settings do not fit."""
+
+    @property
+    def num_snapshots(self) -> int:
+        """How many files of the student are kept on the way."""
+        return 0
+
+
+class Stage(TrainedStage):
     """One stage: which student learns from whom, by which method, for how long."""
 
     student_steps: int = Field(gt=0, description="steps of the student that is trained")
@@ -80,34 +141,6 @@ class Stage(OptimiserSettings):
         description="a LoRA of the same rank that the student's starts as",
         json_schema_extra=COMPARED,
     )
-    weight_decay: float = Field(
-        0.0, ge=0, description="decoupled weight decay", json_schema_extra=WHILE_RUNNING
-    )
-    gradient_clip: float = Field(
-        1.0,
-        gt=0,
-        description="largest gradient norm of any network",
-        json_schema_extra=WHILE_RUNNING,
-    )
-    accumulate: int = Field(
-        1,
-        ge=1,
-        description="parts in which batch_size is computed one after the other, for less memory",
-        json_schema_extra=WHILE_RUNNING,
-    )
-    offload: bool = Field(
-        False,
-        description="keep the optimisers' state in main memory between steps, for less memory of "
-        "the accelerator; steps take longer",
-        json_schema_extra=ANY_TIME,
-    )
-    sample_every: int | None = Field(
-        None,
-        gt=0,
-        description="iterations between sheets of samples, from iteration 0 on, beside those of "
-        "checkpoints",
-        json_schema_extra=ANY_TIME,
-    )
     snapshot_every: int | None = Field(
         None,
         gt=0,
@@ -148,15 +181,6 @@ class Stage(OptimiserSettings):
             for key in ("lora_alpha", "lora_dropout", "lora_targets", "lora_start"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is of a LoRA: give lora_rank too, or leave it out")
-        if self.offload and self.optimiser == "adamw8bit":
-            raise ValueError(
-                "offload is for state of 32 bits: leave it out, or choose another optimiser than "
-                "adamw8bit"
-            )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
-            )
         self.make_method()
         return self
 
@@ -178,6 +202,11 @@ class Stage(OptimiserSettings):
         """Return the stage's method; ValueError where its settings do not fit the stage."""
         return find_method(self.method.name)(self)
 
+    @property
+    def num_snapshots(self) -> int:
+        """How many files of the student are kept on the way."""
+        return 0 if self.snapshot_every is None else self.iterations // self.snapshot_every
+
     def check_teacher_steps(self) -> None:
         """Check that a teacher's grid contains the student's times; ValueError if it does not."""
         if self.teacher_steps is None:
@@ -191,8 +220,13 @@ class Stage(OptimiserSettings):
             )
 
 
-class DistillRecipe(Settings):
-    """A chain of stages from a teacher to its students."""
+class RunRecipe(Settings):
+    """What every recipe says that learns from a model: which one, where, and from what data."""
+
+    @property
+    @abstractmethod
+    def trained_stages(self) -> tuple[TrainedStage, ...]:
+        """All that is trained, in order."""
 
     model: str = Field(
         "nano",
@@ -204,6 +238,39 @@ class DistillRecipe(Settings):
         description="cpu, cuda, cuda:1, mps; auto is the accelerator if there is one",
         json_schema_extra=ANY_TIME,
     )
+    data: str | None = Field(
+        None,
+        description='folder of `twostep cache`, "builtin" for the drawings in the package, or '
+        '"module:function" that makes a `distill.pairs.Source`',
+        json_schema_extra=COMPARED,
+    )
+    data_options: dict[str, str | int | float] = Field(
+        {},
+        description="arguments of that function beside the teacher; of a cache caption_dropout, "
+        "the share of items that are drawn without their caption",
+    )
+    trackers: tuple[Tracker, ...] = Field(
+        (),
+        description="tensorboard, wandb: get every logged figure, if installed",
+        json_schema_extra=ANY_TIME,
+    )
+    health: Health = Field(
+        Health(),
+        description="when a run counts as ill, and what then happens",
+        json_schema_extra=ANY_TIME,
+    )
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder of encoded pictures and texts to train from; None if a function makes data."""
+        if self.data in (None, BUILTIN) or re.fullmatch(r"[\w.]+:\w+", self.data):
+            return None
+        return Path(self.data)
+
+
+class DistillRecipe(RunRecipe):
+    """A chain of stages from a teacher to its students."""
+
     model_steps: int | None = Field(
         None, gt=0, description="start from that model's student of so many steps"
     )
@@ -220,17 +287,6 @@ class DistillRecipe(Settings):
     )
     shard: bool = Field(
         False, description="spread what whole-network stages train over the processes (FSDP)"
-    )
-    data: str | None = Field(
-        None,
-        description='folder of `twostep cache`, "builtin" for the drawings in the package, or '
-        '"module:function" that makes a `distill.pairs.Source`',
-        json_schema_extra=COMPARED,
-    )
-    data_options: dict[str, str | int | float] = Field(
-        {},
-        description="arguments of that function beside the teacher; of a cache caption_dropout, "
-        "the share of items that are drawn without their caption",
     )
     release: tuple[int, ...] = Field(
         (8, 4, 2, 1),
@@ -255,16 +311,6 @@ class DistillRecipe(Settings):
         SEEDS,
         min_length=2,
         description="seeds of every sample prompt; at least two, which show whether pictures vary",
-        json_schema_extra=ANY_TIME,
-    )
-    trackers: tuple[Tracker, ...] = Field(
-        (),
-        description="tensorboard, wandb: get every logged figure, if installed",
-        json_schema_extra=ANY_TIME,
-    )
-    health: Health = Field(
-        Health(),
-        description="when a run counts as ill, and what then happens",
         json_schema_extra=ANY_TIME,
     )
     stages: tuple[Stage, ...] = Field(min_length=1, description="the chain, in order")
@@ -337,6 +383,11 @@ class DistillRecipe(Settings):
                 )
         return self
 
+    @property
+    def trained_stages(self) -> tuple[Stage, ...]:
+        """All that is trained, in order."""
+        return self.stages
+
     def _check_teacher(self, stage: Stage, known: set[int]) -> None:
         """Check a stage against the steps of the students that there are before it."""
         learns_from_itself = find_method(stage.method.name).learns_from_itself
@@ -356,13 +407,6 @@ class DistillRecipe(Settings):
                 f"stage {stage.name} asks for guidance {stage.guidance:g} of a student, into which "
                 "it was already distilled; leave it out"
             )
-
-    @property
-    def cache(self) -> Path | None:
-        """The folder of encoded pictures and texts to train from; None if a function makes data."""
-        if self.data in (None, BUILTIN) or re.fullmatch(r"[\w.]+:\w+", self.data):
-            return None
-        return Path(self.data)
 
     @property
     def starts_apart(self) -> bool:

@@ -26,7 +26,7 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.optimiser import ADAMS, OptimiserName, Trainable
 
 if TYPE_CHECKING:
-    from twostep.distill.recipe import Stage
+    from twostep.distill.recipe import TrainedStage
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ class OptimiserSettings:
     @classmethod
     def of(
         cls,
-        stage: Stage,
+        stage: TrainedStage,
         *,
         betas: tuple[float, float] | None = None,
         learning_rate: float | None = None,

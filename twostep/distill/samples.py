@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +17,7 @@ from torch.nn.functional import pad
 from twostep.contract import SamplerName
 from twostep.diffusion.shapes import Time
 from twostep.distill.health import measure
+from twostep.files import write_atomically
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import (
@@ -26,6 +29,12 @@ from twostep.models.sampling import (
     sampling_times,
 )
 from twostep.networks.denoiser import Denoiser
+from twostep.training.loop import Periodic
+from twostep.training.processes import world
+from twostep.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from twostep.distill.recipe import TrainedStage
 
 SEEDS = (0, 1)
 """Of the pictures of every prompt: two are the least that shows whether seeds differ."""
@@ -111,7 +120,7 @@ class Examples:
             if len(self.seeds) > 1:
                 labels[-2:] = [f"{label}, seed {seed}" for label in labels[-2:]]
             rows += [by_teacher, by_student]
-        return _sheet(labels, torch.stack(rows)), measure(pictures, self._of_teacher)
+        return sheet_of(labels, torch.stack(rows)), measure(pictures, self._of_teacher)
 
     @cached_property
     def _of_teacher(self) -> Float[Tensor, "seeds prompts 3 height width"]:
@@ -155,13 +164,16 @@ class Examples:
         return self.teacher.codec.preview(latents)
 
 
-class SampleSheets:
+ExamplesT = TypeVar("ExamplesT")
+
+
+class SampleSheets(Generic[ExamplesT]):
     """The sheets of one stage: drawn every so often, and at every checkpoint."""
 
     def __init__(
         self,
-        examples: Sequence[Examples],
-        draw: Callable[[Examples], tuple[Image.Image, dict[str, float]]],
+        examples: Sequence[ExamplesT],
+        draw: Callable[[ExamplesT], tuple[Image.Image, dict[str, float]]],
         write: Callable[[int, Image.Image], None],
     ) -> None:
         """Have drawn nothing yet.
@@ -194,6 +206,46 @@ class SampleSheets:
         return drawn[1]
 
 
+def sheets_in(
+    folder: RunFolder,
+    stage: TrainedStage,
+    examples: Sequence[ExamplesT],
+    draw: Callable[[ExamplesT], tuple[Image.Image, dict[str, float]]],
+) -> tuple[SampleSheets[ExamplesT], Periodic]:
+    """Return the sheets of a stage in a run's folder, and when they are drawn beside checkpoints.
+
+    Args:
+        folder: of the run; sheets lie in its folder `samples`.
+        stage: whose sheets they are.
+        examples: of every size.
+        draw: with the student as it is; returns a sheet and how it looks.
+    """
+
+    def sheet_path(iteration: int) -> Path:
+        return folder.path / "samples" / f"{stage.name}-{iteration:06d}.png"
+
+    def write_sheet(iteration: int, sheet: Image.Image) -> None:
+        if world().is_first:
+            path = sheet_path(iteration)
+            with write_atomically(path) as file:
+                sheet.save(file, format="PNG")
+            folder.log(part=stage.name, iteration=iteration, picture=f"samples/{path.name}")
+
+    def has_sheet(iteration: int) -> bool:
+        path = sheet_path(iteration)
+        return path.exists() and folder.has_logged(part=stage.name, picture=f"samples/{path.name}")
+
+    sheets = SampleSheets(examples, draw=draw, write=write_sheet)
+    samples = Periodic(
+        "samples",
+        stage.sample_every,
+        act=sheets.show,
+        is_done=has_sheet,
+        at_start=True,
+    )
+    return sheets, samples
+
+
 def _stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     """Lay sheets of several sizes below each other."""
     if len(sheets) == 1:
@@ -207,7 +259,7 @@ def _stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     return stacked
 
 
-def _sheet(
+def sheet_of(
     labels: Sequence[str], rows: Float[Tensor, "rows columns 3 height width"]
 ) -> Image.Image:
     """Lay pictures out in rows with a label on the left of every row; small ones are enlarged."""

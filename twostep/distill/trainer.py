@@ -14,11 +14,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.distill.health import Health, Monitor
 from twostep.distill.pairs import Batches, Source
-from twostep.distill.recipe import Stage
+from twostep.distill.recipe import Stage, TrainedStage
 from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
 from twostep.networks.adapters import Lora
-from twostep.networks.denoiser import Denoiser
 from twostep.training.device import has_own_memory
 from twostep.training.loop import (
     MovingAverage,
@@ -69,10 +68,10 @@ class StageTrainer:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: TrainedStage,
         source: Source,
-        teacher: Denoiser,
-        student: Denoiser,
+        teacher: Any,
+        student: Any,
         *,
         sharded: bool = False,
         codec: Codec | None = None,
@@ -82,18 +81,20 @@ class StageTrainer:
         Args:
             stage: what to do.
             source: of the examples.
-            teacher: frozen.
-            student: trained in place: its LoRA if it has one, or else its network.
+            teacher: frozen; a denoiser, or what else the method's roles are made of.
+            student: trained in place: of a denoiser its LoRA if it has one, or else its network.
             sharded: whether to spread the method's own networks over all processes. The student's
                 is already, if so.
             codec: of the teacher, for methods that look at media.
         """
         self.stage = stage
         self.method = stage.make_method()
-        self.batches = Batches(source, stage.batch_size, _device(student), codec)
         # Fresh layers, as a discriminator's head, start at random.
         torch.manual_seed(hashed_seed(stage.seed, stage.name))
         self.roles = dict(self.method.roles(teacher, student))
+        # The student need not be of this package.
+        device = next(iter(self.roles[STUDENT].weights.parameters())).device
+        self.batches = Batches(source, stage.batch_size, device, codec)
         if sharded:
             self._shard()
         models = {name: role.model for name, role in self.roles.items()}
@@ -169,7 +170,8 @@ class StageTrainer:
     def _dropout(self, iteration: int) -> Iterator[None]:
         """Let the student's LoRA drop inputs in the block, the same ones whenever it is resumed."""
         lora = self.roles[STUDENT].weights
-        if not isinstance(lora, Lora) or self.stage.lora_dropout == 0:
+        dropout = self.stage.lora_dropout if isinstance(self.stage, Stage) else 0.0
+        if not isinstance(lora, Lora) or dropout == 0:
             yield
             return
         device = self.batches.device
@@ -177,7 +179,7 @@ class StageTrainer:
         # Dropout knows no generator but the global one, which is put back as it was.
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            lora.dropout(self.stage.lora_dropout),
+            lora.dropout(dropout),
         ):
             torch.manual_seed(seed)
             yield
@@ -295,16 +297,16 @@ class _Pairs:
 
 
 def train_stage(
-    stage: Stage,
+    stage: TrainedStage,
     source: Source,
-    teacher: Denoiser,
-    student: Denoiser,
+    teacher: Any,
+    student: Any,
     folder: RunFolder,
     *,
     sharded: bool = False,
     codec: Codec | None = None,
     health: Health | None = None,
-    continues: Stage | None = None,
+    continues: TrainedStage | None = None,
     is_continued: bool = False,
     periodic: Sequence[Periodic] = (),
     on_iteration: OnIteration = lambda iteration, figures: None,
@@ -357,7 +359,7 @@ def train_stage(
         trainer.remove_roles()
 
 
-def _handed_on(stage: Stage) -> str:
+def _handed_on(stage: TrainedStage) -> str:
     """Return under which name a run folder keeps what a stage hands on."""
     return f"{stage.name}-handed-on"
 
@@ -466,8 +468,3 @@ def _frozen(weights: Sequence[Weights]) -> Iterator[None]:
     finally:
         for each in weights:
             each.requires_grad_(True)
-
-
-def _device(denoiser: Denoiser) -> torch.device:
-    """Return where a denoiser's weights are; it need not be one of this package."""
-    return next(iter(denoiser.network.parameters())).device

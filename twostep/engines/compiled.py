@@ -79,7 +79,8 @@ class Compiled:
         if isinstance(codec, ImageCodec):
             vae: Any = copy.copy(codec.vae)
             vae._modules = {**vae._modules, "decoder": self.convert(vae._modules["decoder"])}
-            codec = replace(codec, vae=vae)
+            tiny = None if codec.tiny is None else codec.tiny.converted(self.convert)
+            codec = replace(codec, vae=vae, tiny=tiny)
         denoiser = bundle.denoiser
         return replace(
             bundle,

@@ -103,7 +103,8 @@ class GraphEngine(ABC):
         vae._modules = dict(vae._modules)
         for name in ("encoder", "decoder"):
             vae._modules[name] = self.exact.convert(vae._modules[name])
-        return replace(codec, vae=vae)
+        tiny = None if codec.tiny is None else codec.tiny.converted(self.exact.convert)
+        return replace(codec, vae=vae, tiny=tiny)
 
     def _forward(self, network: nn.Module) -> GraphedForward:
         digests: list[str] = []

@@ -43,7 +43,7 @@ ALIKE = 0.01
 """Drawings whose pictures differ by less than this share of their energy cannot be told apart."""
 
 _NUM_COARSE = 32
-_NUM_MIDDLE = 24
+_NUM_MIDDLE = 16
 _NUM_FINE = 5
 """Drawings of each part of a picture that a search finds, and that are looked at more closely."""
 
@@ -65,8 +65,9 @@ after the search, and after the first refinement."""
 _CHUNK = 256
 """Drawings that are made smaller at once."""
 
-_STRAYING = 0.04
-"""How far the centre of a box may lie outside of its part of the picture."""
+_STRAYING = 0.06
+"""How far a box may reach beyond its part of the picture. One that reaches further explains what
+belongs to the other part, and would be counted twice."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Sight:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A part of the picture that one thing is looked for in: limits of its box, and its mask."""
+    """A part of the picture in which one thing is looked for: its limits, and sides of boxes."""
 
     left: tuple[float, float]
     top: tuple[float, float]
@@ -205,7 +206,7 @@ class SceneJudge:
                 searched[relation] = found
         for picture, drawings, side, steps, count, reach in (
             (half, self._middle, MIDDLE, 3, _NUM_MIDDLE, _CLOSE),
-            (rest, self._fine, FINE, 2, _NUM_FINE, _VERY_CLOSE),
+            (rest, self._fine, FINE, 1, _NUM_FINE, _VERY_CLOSE),
         ):
             searched = {
                 relation: [
@@ -271,7 +272,8 @@ class SceneJudge:
         numbers = [divmod(number, len(self.styles)) for number in found.drawings.tolist()]
         alike = [number for number, same in zip(numbers, is_alike, strict=True) if same]
         concept, style = numbers[0]
-        likeness = float(found.gains[0]) / max(energy, 1e-6)
+        # What it explains beyond its part, where it reaches over the edge, is no merit.
+        likeness = min(float(found.gains[0]) / max(energy, 1e-6), 1.0)
         return SeenThing(concept, style, Box(*found.boxes[0].tolist()), likeness, frozenset(alike))
 
 
@@ -310,16 +312,16 @@ def _refined(
     for _ in range(steps):
         boxes = _moved(rest, ground, known, boxes, side)
     gains = _gains(rest, ground, known, boxes, side)
-    # A box that left its part is on what belongs to the other one.
     return _Candidates(found.drawings, boxes, torch.where(_is_in(boxes, part), gains, 0.0))
 
 
 def _is_in(boxes: Float[Tensor, "boxes 3"], part: _Part) -> Bool[Tensor, " boxes"]:
-    """Tell which boxes have their centres in a part, or nearly."""
-    centres = boxes[:, :2] + boxes[:, 2:] / 2
+    """Tell which boxes lie in a part, or reach beyond it by no more than `_STRAYING`."""
+    start = boxes[:, :2]
+    end = start + boxes[:, 2:]
     low = torch.tensor([part.left[0], part.top[0]]) - _STRAYING
     high = torch.tensor([part.left[1], part.top[1]]) + _STRAYING
-    inside: Tensor = ((centres >= low) & (centres <= high)).all(dim=1)
+    inside: Tensor = ((start >= low) & (end <= high)).all(dim=1)
     return inside
 
 

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.diffusion import make_schedule, noise_levels
 from twostep.diffusion.grid import floored_times
-from twostep.export.page import page_of, rendered
+from twostep.export.page import page_of
 from twostep.files import write_atomically
 from twostep.formats.contracts import SDXL
 from twostep.formats.locate import SDXL_BASE, ModelError, read_json
@@ -191,6 +193,8 @@ def workflow_levels(contract: Contract) -> str | None:
 
 
 def _render(template: str, out: Path, **values: object) -> None:
-    text = rendered(template, values)
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    text = environment.from_string(source).render(values)
     with write_atomically(out) as file:
         file.write(text.encode())

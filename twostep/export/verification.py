@@ -274,7 +274,11 @@ def _sampled_by_comfyui(
     if _needs_node(contract):
         node = nodes.ModelSamplingDiscrete()
         (model,) = node.patch(model, _COMFYUI_NAMES[contract.prediction_type], False)
-    texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")]
+    positive, negative = (
+        clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")
+    )
+    if text_encoders(bundle).zeros_for_empty:
+        negative = _zeroed_out(negative)
     states: list[Tensor] = []
     sampling.sample(
         model,
@@ -283,7 +287,8 @@ def _sampled_by_comfyui(
         contract.guidance,
         "euler",
         "simple",
-        *texts,
+        positive,
+        negative,
         torch.zeros_like(noise),
         # Its scheduler "simple" rounds times down, which differs at most numbers of steps.
         sigmas=levels,
@@ -291,6 +296,17 @@ def _sampled_by_comfyui(
         disable_pbar=True,
     )
     return states
+
+
+def _zeroed_out(conditioning: list[list[Any]]) -> list[list[Any]]:
+    """Return what ComfyUI's node ConditioningZeroOut does, whose module loads a whole server."""
+    return [
+        [
+            torch.zeros_like(tokens),
+            {**values, "pooled_output": torch.zeros_like(values["pooled_output"])},
+        ]
+        for tokens, values in conditioning
+    ]
 
 
 def _comfyui_modules(comfyui: Path) -> tuple[Any, Any, Any]:

@@ -166,6 +166,12 @@ def derived_contract(
     widths = vae["encoder_block_out_channels" if is_tiny else "block_out_channels"]
     pixels_per_latent = 2 ** (len(widths) - 1)
     multiple = pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
+    side = unet["sample_size"] or _SAMPLE_SIZE
+    if not isinstance(side, int) or side < 0:
+        raise ModelError(
+            f"{folder}: its UNet has sample_size = {side!r}; expected the side of its latents, a "
+            "whole number. Fetch that model again."
+        )
     name = folder.resolve().name
     return replace(
         SDXL,
@@ -173,9 +179,7 @@ def derived_contract(
         base=name,
         prediction_type=prediction_type,
         schedule=schedule,
-        sizes=sizes_around(
-            (unet["sample_size"] or _SAMPLE_SIZE) * pixels_per_latent, max(multiple, 64)
-        ),
+        sizes=sizes_around(side * pixels_per_latent, max(multiple, 64)),
     )
 
 

@@ -101,8 +101,7 @@ def _read_header(path: Path, size: int, version: tuple[int, int]) -> Header:
         with path.open("rb") as file:
             start = file.read(8)
             length = _header_length(start, size)
-            tensors: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_once)
-            metadata = _checked_metadata(tensors.pop("__metadata__", None))
+            tensors, metadata = _parsed(file.read(length))
             _check_tensors(tensors)
             _check_size(tensors, start=8 + length, size=size)
             alpha = _first_alpha(file, tensors, start=8 + length)
@@ -157,6 +156,18 @@ def _checked_metadata(metadata: object) -> dict[str, str]:
         raise ValueError(f"its metadata are {str(metadata)[:60]}, not text by name")
     assert isinstance(metadata, dict)
     return metadata
+
+
+def _parsed(text: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return what a header says of each tensor, and the metadata; raises ValueError."""
+    tensors = json.loads(text, object_pairs_hook=_once)
+    if not isinstance(tensors, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = _checked_metadata(tensors.pop("__metadata__", None))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, dict):
+            raise ValueError(f"{name} is described by {str(tensor)[:80]}")
+    return tensors, metadata
 
 
 def _check_tensors(tensors: dict[str, Any]) -> None:

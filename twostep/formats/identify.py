@@ -14,6 +14,7 @@ from pathlib import Path
 
 from twostep.formats.header import Header
 from twostep.formats.peft_config import CONFIG_FILE, METADATA_KEY, read_peft_configs
+from twostep.formats.tiny_decoder import DecoderNote, layout_in
 
 _KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
@@ -101,6 +102,7 @@ def summary(header: Header) -> dict[str, str]:
         "rank": _ranks(header),
         "alpha": _alpha_source(header),
         "weights": _amount(header),
+        "decodes": _decoded(header),
         "predicts": _prediction(header) if re.search("UNet|checkpoint", kind.what) else None,
         "title": header.metadata.get("modelspec.title"),
         "read by": readers,
@@ -133,6 +135,15 @@ def _amount(header: Header) -> str:
     sizes = [math.prod(shape) for shape in header.shapes.values()]
     precisions = ", ".join(sorted(set(header.precisions.values())))
     return f"{len(sizes):,} tensors, {sum(sizes):,} numbers, {precisions}"
+
+
+def _decoded(header: Header) -> str | None:
+    """Say of a tiny decoder what it takes, and whose latents these are if the file tells it."""
+    layout = layout_in(header)
+    if layout is None:
+        return None
+    note = DecoderNote.of_header(header)
+    return f"{layout}{f', those of {note.base}' if note else ''}"
 
 
 def _prediction(header: Header) -> str | None:

@@ -5,13 +5,19 @@ Pictures are in `media.image`. A codec for another medium is one file that offer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     # Files are written without torch.
-    from torch import Tensor
+    from torch import Tensor, nn
+
+FULL = "full"
+TINY = "tiny"
+"""What a request may call a decoder beside files: the autoencoder's own, and the tiny one that
+comes with a model.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,35 @@ class Encoded:
     data: bytes = field(repr=False)
     suffix: str
     mime: str
+
+
+@dataclass(frozen=True, eq=False)
+class TinyDecoder:
+    """A small network beside an autoencoder, which decodes the same latents in less time.
+
+    Args:
+        network: Maps z times the autoencoder's scaling factor, over `scaling_factor`, to pictures
+            of about -1..1. So TAESD has it (https://github.com/madebyollin/taesd).
+        scaling_factor: By which its own latents are scaled; 1 in all that are known.
+        metadata: Of its file, which says what it was made for.
+    """
+
+    network: nn.Module
+    scaling_factor: float = 1.0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def converted(self, convert: Callable[[nn.Module], nn.Module]) -> TinyDecoder:
+        """Return the same with the network that an engine makes of its own."""
+        return replace(self, network=convert(self.network))
+
+
+@runtime_checkable
+class HasTinyDecoder(Protocol):
+    """A codec that may have a tiny decoder beside its own networks."""
+
+    @property
+    def tiny(self) -> TinyDecoder | None:
+        """The tiny decoder, if there is one."""
 
 
 @runtime_checkable

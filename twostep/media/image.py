@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
-from twostep.media.codec import Encoded
+from twostep.media.codec import FULL, Encoded, TinyDecoder
 from twostep.media.png import png_file
+
+_LARGEST_PREVIEW = 512
+"""Pixels of the longer side of a preview; larger ones are halved until they fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +32,14 @@ class ImageCodec:
             computes in the precision of its own weights.
         deviation: What scaled latents are divided by: their standard deviation in EDM's models, 1
             in all others.
+        tiny: A smaller decoder of the same latents, which then makes the previews.
+        decoder: What makes the pictures: `FULL`, or else the name of the tiny decoder.
     """
 
     vae: Any
     deviation: float = 1.0
+    tiny: TinyDecoder | None = None
+    decoder: str = FULL
 
     @property
     def media(self) -> str:
@@ -66,17 +73,36 @@ class ImageCodec:
 
         They are not cut off at -1 and 1, where no gradient would come back.
         """
-        mean, scale = self._scaling(latents)
-        scaled = latents / scale + mean
-        pictures = self._without_overflow(lambda vae: vae.decode(scaled.to(_dtype(vae))).sample)
+        if self.decoder != FULL:
+            return self.decode_tiny(latents)
+        z = self._unscaled(latents)
+        pictures = self._without_overflow(lambda vae: vae.decode(z.to(_dtype(vae))).sample)
         return pictures.to(latents.dtype)
 
-    @torch.no_grad()
-    def preview(self, latents: Latents) -> Float[Tensor, "batch 3 h w"]:
-        """Return what latents roughly show, one pixel for each, in -1..1.
+    def decode_tiny(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Return pictures by the tiny decoder, which there must be; they are not cut off."""
+        assert self.tiny is not None
+        inputs = self.tiny_inputs(latents) / self.tiny.scaling_factor
+        dtype = next(self.tiny.network.parameters()).dtype
+        pictures: Tensor = self.tiny.network(inputs.to(dtype))
+        return pictures.to(latents.dtype)
 
-        A linear map from latents to colours, which costs next to nothing.
+    def tiny_inputs(self, latents: Latents) -> Latents:
+        """Return latents as tiny decoders take them: z times the autoencoder's scaling factor."""
+        return self._unscaled(latents) * float(self.vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def preview(self, latents: Latents) -> Float[Tensor, "batch 3 rows columns"]:
+        """Return what latents roughly show, in -1..1.
+
+        With a tiny decoder its pictures, of at most 512 pixels. Without, one pixel for each latent
+        by a linear map to colours, which costs next to nothing.
         """
+        if self.tiny is not None:
+            pictures = self.decode_tiny(latents).clamp(-1, 1)
+            while max(pictures.shape[-2:]) > _LARGEST_PREVIEW:
+                pictures = avg_pool2d(pictures, 2)
+            return pictures
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
         return torch.einsum("bchw,cr->brhw", with_one, self._linear.to(latents)).clamp(-1, 1)
 
@@ -99,18 +125,27 @@ class ImageCodec:
         mean, std = (each.to(like.dtype).to(like.device) for each in shaped)
         return mean, factor / std
 
+    def _unscaled(self, latents: Latents) -> Latents:
+        """Return the autoencoder's own z of latents."""
+        mean, scale = self._scaling(latents)
+        return latents / scale + mean
+
     @cached_property
     def _linear(self) -> Float[Tensor, "channels_plus_one 3"]:
         """The least-squares fit of colours to latents, on fixed smooth pictures; made once."""
         side = self.pixels_per_latent
-        colours = 2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1
-        pictures = interpolate(colours, scale_factor=4 * side, mode="bilinear")
+        pictures = self.smooth_pictures()
         latents = self.encode(pictures.to(self.vae.device)).float().cpu()
         with_one = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
         inputs = with_one.movedim(1, -1).flatten(0, 2)
         targets = avg_pool2d(pictures, side).movedim(1, -1).flatten(0, 2)
         fit: Tensor = torch.linalg.lstsq(inputs, targets).solution
         return fit
+
+    def smooth_pictures(self) -> Float[Tensor, "4 3 height width"]:
+        """Return four fixed pictures of soft colours, of 16 latents a side, on the CPU."""
+        colours = 2 * torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) - 1
+        return interpolate(colours, scale_factor=4 * self.pixels_per_latent, mode="bilinear")
 
     def _without_overflow(self, compute: Callable[[Any], Tensor]) -> Tensor:
         """Compute again in float32, on a copy, where half precision overflowed.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twostep.contract import Contract
 from twostep.formats.embeddings import Embedding
 from twostep.formats.locate import ModelError
-from twostep.media.codec import Codec
+from twostep.media.codec import Codec, HasTinyDecoder
 from twostep.models.runtime import Runtime
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -103,6 +103,11 @@ class Bundle:
         """The networks that a LoRA may change, by the names that diffusers gives them."""
         return {"unet": self.denoiser.network, **self.text.networks}
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All networks there are, a tiny decoder too."""
+        return [*self.parts.values(), *modules_of(self.codec), *_tiny_of(self.codec)]
+
     def with_parts(self, parts: Mapping[str, nn.Module]) -> Bundle:
         """Return the bundle with other networks in the place of its own, all of `parts`."""
         return replace(
@@ -139,7 +144,7 @@ class Bundle:
 
         Returns the bundle.
         """
-        for network in (*self.parts.values(), *modules_of(self.codec)):
+        for network in self.networks:
             nn.Module.to(network, device, dtype)  # diffusers' own method would warn of nothing
         return self
 
@@ -149,7 +154,16 @@ class Bundle:
 
 
 def modules_of(codec: object) -> list[nn.Module]:
-    """Return the networks of a codec: itself, or those among its fields."""
+    """Return the networks of a codec: itself, or those among its fields.
+
+    A tiny decoder is none of them: what a codec's latents are does not depend on it.
+    """
     if isinstance(codec, nn.Module):
         return [codec]
     return [value for value in vars(codec).values() if isinstance(value, nn.Module)]
+
+
+def _tiny_of(codec: object) -> list[nn.Module]:
+    if isinstance(codec, HasTinyDecoder) and codec.tiny is not None:
+        return [codec.tiny.network]
+    return []

@@ -34,6 +34,7 @@ from twostep.formats.single_file import (
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.sdxl_networks import load_codec, load_network, load_schedule, load_text
+from twostep.models.tiny_decoder import save_own_decoder, with_own_decoder
 from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
@@ -83,13 +84,16 @@ class SdxlFamily:
         if contract.role == "student" and isinstance(weights, FolderFiles):
             # A folder may also be a student's own, with its weights in the folder itself.
             student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
+        codec = load_codec(folder.path, weights, contract=contract, lean=lean)
+        if not outline:
+            codec = with_own_decoder(codec, checkpoint, contract)
         return Bundle(
             denoiser=Denoiser(
                 SdxlUnet(_load_unet(folder.path, weights, student, contract, lean=lean)),
                 load_schedule(folder.path, contract),
                 contract.prediction_type,
             ),
-            codec=load_codec(folder.path, weights, contract=contract, lean=lean),
+            codec=codec,
             text=load_text(folder.path, weights, lean=lean),
             contract=contract,
             students=tuple(sorted(folder.students, reverse=True)),
@@ -118,6 +122,7 @@ class SdxlFamily:
             pipeline.save_pretrained(folder)
         clean_configs(folder)
         (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
+        save_own_decoder(bundle, folder)
 
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
         """Write a student's UNet or LoRA in fp16 into the folder of its teacher.

@@ -1,5 +1,7 @@
 """The networks of an SDXL model folder, made by their configs and loaded with weights."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from twostep.contract import Contract, EdmSpec
 from twostep.diffusion import Schedule, make_schedule
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.diffusers_names import noise_of_scheduler
-from twostep.formats.locate import CONFIGS, INDEX_FILE, read_json
+from twostep.formats.locate import CONFIGS, INDEX_FILE, ModelError, read_json
 from twostep.formats.single_file import (
     PARTS,
     FolderFiles,
@@ -97,9 +99,31 @@ def load_codec(
     """
     # Channels last: half as fast again on CPUs for a network that is all 3x3 convolutions.
     vae = load_network(folder, "vae", weights, lean=lean).to(memory_format=torch.channels_last)
+    _check_units(folder / "vae" / "config.json", vae.config)
     if contract is not None and isinstance(contract.schedule, EdmSpec):
         return ImageCodec(vae, deviation=contract.schedule.sigma_data)
     return ImageCodec(vae)
+
+
+def _check_units(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError unless a config says usable units of latents, which nothing else reads."""
+    num_channels = config["latent_channels"]
+    for name, least in (("scaling_factor", 0.0), ("latents_std", 0.0), ("latents_mean", -math.inf)):
+        value = config.get(name)
+        if value is None and name != "scaling_factor":
+            continue
+        values = value if isinstance(value, Sequence) and name != "scaling_factor" else [value]
+        is_right = len(values) == (1 if name == "scaling_factor" else num_channels) and all(
+            isinstance(each, int | float) and math.isfinite(each) and each > least
+            for each in values
+        )
+        if not is_right:
+            expected = "a number" if name == "scaling_factor" else f"{num_channels} numbers"
+            above = "" if name == "latents_mean" else " above 0"
+            raise ModelError(
+                f"{path} has {name} = {value!r}; expected {expected}{above}. "
+                "Fetch that model again."
+            )
 
 
 def load_text(folder: Path, weights: Weights | None = None, *, lean: bool = False) -> TextEncoders:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.errors import TwostepError
+from twostep.media.codec import FULL, TINY
 
 if TYPE_CHECKING:
     from twostep.pipeline.request import Control, Picture, Request
@@ -59,6 +60,7 @@ class Order:
     sampler: str | None = None
     treated_as: str | None = None
     engine: str = "eager"
+    decoder: str = FULL
 
     def request(self, open_picture: Callable[[str], Picture] | None = None) -> Request:
         """Return the request, with its pictures opened.
@@ -91,6 +93,7 @@ class Order:
             sampler=self.sampler,
             treated_as=self.treated_as,
             engine=self.engine,
+            decoder=self.decoder,
         )
 
     @property
@@ -108,6 +111,8 @@ class Order:
         """
         matches = [_CONTROL.fullmatch(text) for text in self.controls]
         names = [*self.loras, *(match["model"] for match in matches if match)]
+        if self.decoder not in (FULL, TINY):
+            names.append(self.decoder)
         return "<" in self.prompt or any(map(_is_here, names))
 
     def to_json(self) -> str:

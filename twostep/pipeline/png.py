@@ -22,6 +22,7 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.errors import TwostepError
 from twostep.export.page import page_of
+from twostep.media.codec import FULL
 from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.output import prepare_folder, stem_of, write_item
 from twostep.pipeline.request import (
@@ -146,6 +147,7 @@ def a1111_text(contract: Contract, request: Request) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model": contract.name,
         "RNG": "CPU",
+        **({} if request.decoder == FULL else {"VAE Decoder": "TAESD"}),
         "Version": f"twostep {contract.version}",
     }
     choices = [LoraChoice.parse(str(lora)) for lora in request.loras]
@@ -185,8 +187,9 @@ def read_provenance(path: str | Path) -> Provenance:
         with Image.open(path) as image:
             chunks = dict(image.info)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ProvenanceError(
-            f"{path} cannot be read as a picture: {error}. Give a PNG written by twostep."
+            f"{path} cannot be read as a picture: {reason}. Give a PNG written by twostep."
         ) from error
     if TWOSTEP_CHUNK not in chunks:
         raise ProvenanceError(

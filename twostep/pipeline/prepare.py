@@ -24,6 +24,7 @@ from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.formats import few_step
+from twostep.media.codec import FULL
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
@@ -216,8 +217,8 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...]]:
     """Return a checked request with nothing left open, and the times that it walks.
 
-    A student's guidance is distilled into it, so it gets none, which is 1. The engine is that of
-    the bundle, and so are the model and the LoRAs, if it says which.
+    A student's guidance is distilled into it, so it gets none, which is 1. Engine and decoder are
+    those of the bundle, and so are the model and the LoRAs, if it says which.
     """
     contract = bundle.contract
     if contract.role == "student":
@@ -246,6 +247,7 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         strength=strength,
         sampler=request.sampler or contract.sampler,
         engine=bundle.runtime.engine,
+        decoder=bundle.codec.decoder if isinstance(bundle.codec, ImageCodec) else FULL,
         model=model,
         loras=loras,
     )

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError
-from twostep.media.codec import Encoded
+from twostep.media.codec import FULL, Encoded
 from twostep.media.png import png_file
 
 NUM_SEEDS = 2**63
@@ -98,8 +98,11 @@ class Picture:
             opened = examine_picture(lambda: data, for_input=True)
         except (OSError, ValueError, UnusablePictureError) as error:
             named = "a picture" if isinstance(source, bytes) else source
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            if str(source).startswith(("http:/", "https:/")):
+                reason = "addresses are not fetched; save the picture first"
             raise RequestError(
-                f"{named} cannot be taken: {error}. Give another PNG, JPEG or WebP."
+                f"{named} cannot be taken: {reason}. Give another PNG, JPEG or WebP."
             ) from error
         name = Path(source).name if isinstance(source, str | Path) else ""
         digest = sha256(data.tobytes() if isinstance(data, Image) else data)
@@ -228,12 +231,14 @@ class Request:
     - `embeddings`: files and folders of textual inversions, whose names, or "embedding:name", then
       stand for them in the prompts.
     - `engine`: what runs the network.
+    - `decoder`: what makes pictures of latents: "full" is the model's autoencoder, "tiny" the
+      smaller decoder that comes with it, and else the file, folder or hub id of one.
     - `treated_as`: the few-step kind of a model of others ("lightning", "turbo", "lcm", "hyper",
       "dmd2"), which is then drawn as a student of so many steps, or "base" for none.
 
     `generate(bundle, request)` draws with the bundle it is given and reads neither `model`,
-    `loras`, `engine` nor `treated_as`; a `Studio` loads what they say. Raises `RequestError` where
-    a value is impossible for any model.
+    `loras`, `engine`, `decoder` nor `treated_as`; a `Studio` loads what they say. Raises
+    `RequestError` where a value is impossible for any model.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -257,6 +262,7 @@ class Request:
     embeddings: tuple[str, ...] = field(default=(), kw_only=True)
     sampler: str | None = field(default=None, kw_only=True)
     treated_as: str | None = field(default=None, kw_only=True)
+    decoder: str = field(default=FULL, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, holds, expected in self._rules():
@@ -285,7 +291,7 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             expected = "text in UTF-8. For several prompts make one request each"
             yield name, _is_text(getattr(self, name)), expected
-        for name in ("model", "engine"):
+        for name in ("model", "engine", "decoder"):
             value = getattr(self, name)
             yield name, _is_text(value) and bool(value.strip()), "a name that is not empty"
         known = all(isinstance(lora, LoraChoice | str) for lora in self.loras)

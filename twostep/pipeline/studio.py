@@ -22,9 +22,10 @@ from twostep.formats import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.few_step import as_student
 from twostep.formats.locate import ModelError
-from twostep.models.bundle import Bundle, modules_of
+from twostep.models.bundle import Bundle
 from twostep.models.loading import load_to_draw
 from twostep.models.lora_stack import LoraCache, LoraFile, LoraFinder
+from twostep.models.tiny_decoder import DecoderChoices
 from twostep.pipeline.generation import (
     OnAnswerOf,
     OnStep,
@@ -88,6 +89,7 @@ class Studio:
         self._num_kept_loras = num_kept_loras
         self._check = check
         self._loras = LoraFinder()
+        self._decoders = DecoderChoices()
         self._lock = Lock()
         self._slots: OrderedDict[tuple[str, int | None], _Slot] = OrderedDict()
         # Of models that are loaded, the steps that draw where nobody says how many.
@@ -125,9 +127,9 @@ class Studio:
     ) -> list[Result | TwostepError]:
         """Draw several requests, those that are alike enough in shared batches.
 
-        Alike are requests with the same model, LoRAs, engine, steps, strength, guidance, size,
-        length of text, and ControlNets with their scales and shares. Each gets the pixels that
-        `draw` would give it. Results stand in the order of the requests; where one failed, the
+        Alike are requests with the same model, LoRAs, engine, decoder, steps, strength, guidance,
+        size, length of text, and ControlNets with their scales and shares. Each gets the pixels
+        that `draw` would give it. Results stand in the order of the requests; where one failed, the
         TwostepError that `draw` would raise stands in its place, and the others are drawn all the
         same. `on_step` gets the place of a request and its progress, and `on_answer` what came of
         it once that is there; what either raises ends the drawing of all.
@@ -191,6 +193,7 @@ class Studio:
                 steps = None  # one model, whatever the steps
         model = self._model(request.model, steps, checkpoint)
         bundle = model.apply(loras, embeddings=request.embeddings)
+        bundle = self._decoders.apply(bundle, request.decoder)
         contract = bundle.contract
         if request.treated_as is not None:
             contract = as_student(contract, SDXL, request.treated_as, request.steps)
@@ -242,7 +245,7 @@ class Studio:
             return load_to_draw(checkpoint or model, steps=steps)
         self._check(model)
         bundle = load_to_draw(checkpoint or model, steps=steps)
-        for network in _networks_of(bundle):
+        for network in bundle.networks:
             for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network)):
                 tensor.data = tensor.data.clone()
         self._check(model)
@@ -277,17 +280,13 @@ def _num_bytes(bundle: Bundle, dtype: torch.dtype) -> int:
     """Return the bytes that the weights of a model take in a precision."""
     tensors = [
         tensor
-        for network in _networks_of(bundle)
+        for network in bundle.networks
         for tensor in (*nn.Module.parameters(network), *nn.Module.buffers(network))
     ]
     return sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
         for tensor in tensors
     )
-
-
-def _networks_of(bundle: Bundle) -> list[nn.Module]:
-    return [*bundle.parts.values(), *modules_of(bundle.codec)]
 
 
 def _favourite_steps(model: Checkpoint, loras: Sequence[LoraFile]) -> int | None:
@@ -319,6 +318,6 @@ def _by_model(requests: Sequence[Request]) -> list[list[int]]:
     alike: dict[object, list[int]] = {}
     for place, request in enumerate(requests):
         wish = (request.model, request.loras, request.embeddings, request.steps, request.engine)
-        key = (*wish, request.treated_as)
+        key = (*wish, request.treated_as, request.decoder)
         alike.setdefault(key, []).append(place)
     return list(alike.values())

@@ -12,6 +12,7 @@ from typing import Any
 
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.errors import TwostepError
+from twostep.media.codec import FULL
 from twostep.pipeline.graph_nodes import Graph, Link, output
 from twostep.pipeline.graph_pictures import (
     add_latent_mask,
@@ -52,7 +53,7 @@ def workflow_of(
     traits = traits or ModelTraits()
     if not _has_known_law(contract) or request.init_noise != "comfyui":
         return None
-    if traits.is_inpainting or traits.is_long or request.embeddings:
+    if traits.is_inpainting or traits.is_long or request.embeddings or request.decoder != FULL:
         return None
     texts = _texts(request)
     walk = Walk.of(contract, request)

@@ -71,7 +71,7 @@ def render(svg: str, pixels: int = DRAWING_PIXELS) -> UInt8[Tensor, "4 height wi
         svg_string=svg,
         width=pixels,
         height=pixels,
-        skip_system_fonts=True,  # the drawings have no text, and looking for fonts takes longest
+        skip_system_fonts=True,  # the drawings have no text
     )
     drawing = Image.open(BytesIO(bytes(png))).convert("RGBA")
     square = Image.new("RGBA", (pixels, pixels))

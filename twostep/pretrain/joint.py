@@ -77,6 +77,8 @@ def train_joint(
         for encoder in text_encoders(teacher).encoders:
             encoder.gradient_checkpointing_enable()
     if settings.compile:
+        # Convolutions in bfloat16 want it, and norms, which do not, are compiled with them.
+        teacher.denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compile_blocks(networks, BLOCKS)
     train_network(
         networks,

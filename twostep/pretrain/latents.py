@@ -105,6 +105,11 @@ class DrawingSource:
         x0, captions = self.latents.draw(count, tensors, words)
         return x0, self.text.conditioning(captions, self.width, self.height)
 
+    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
+        """Return random latents, whatever is on them."""
+        rows = torch.randint(len(self.latents.latents), (count,), generator=tensors)
+        return self.latents.latents[rows].float()
+
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for as many items as `like` has."""
         return self._empty.expand(len(like))

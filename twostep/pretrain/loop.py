@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.engines.compiled import REPEATED
+from twostep.training.compiling import uncompiled
 from twostep.training.figures import Figures
 from twostep.training.loop import (
     MovingAverage,
@@ -133,7 +134,7 @@ def train_network(
         check_number(figures["loss"], name, iteration, settings)
 
     def show_averaged(iteration: int) -> None:
-        with average.applied():
+        with average.applied(), uncompiled():
             on_checkpoint(iteration)
 
     state: dict[str, Stateful] = {

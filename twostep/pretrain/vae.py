@@ -25,6 +25,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion.shapes import sent
 from twostep.media.image import ImageCodec
+from twostep.media.patches import edge_loss, random_crop
 from twostep.pretrain.drawings import DrawingSet, Placement, compose, random_backgrounds
 from twostep.pretrain.loop import BLOCKS, PartSettings, silent, train_network
 from twostep.pretrain.model import build_vae
@@ -197,21 +198,6 @@ def random_pictures(
         for chosen, behind in parts
     ]
     return torch.cat(pictures)
-
-
-def random_crop(
-    pictures: Float[Tensor, "count 3 h w"], side: int, generator: torch.Generator
-) -> Float[Tensor, "count 3 side side"]:
-    """Cut the same random square out of every picture."""
-    top, left = torch.randint(pictures.shape[-1] - side + 1, (2,), generator=generator).tolist()
-    return pictures[:, :, top : top + side, left : left + side]
-
-
-def edge_loss(difference: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, ""]:
-    """Return the L1 of the differences of neighbouring pixels: an error of sharpness."""
-    horizontal = (difference[..., 1:] - difference[..., :-1]).abs().mean()
-    vertical = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
-    return horizontal + vertical
 
 
 def moment_loss(latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, ""]:

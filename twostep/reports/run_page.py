@@ -18,7 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from pydantic import ValidationError
 
 from twostep.contract import Contract
-from twostep.distill.recipe import Stage
+from twostep.distill.decoder.recipe import DecoderStage
+from twostep.distill.recipe import Stage, TrainedStage
 from twostep.files import write_atomically
 from twostep.formats import resolve
 from twostep.training.recipe import recipe_text
@@ -195,9 +196,13 @@ def _iterations_by_stage(recipe: str, parts: dict[str, Part]) -> dict[str, int]:
     """Return how many iterations each stage has; of a recipe before stages, what the log has."""
     try:
         values = tomllib.loads(recipe)
-        if "stages" not in values:
+        stages: list[TrainedStage]
+        if "decoder" in values:
+            stages = [DecoderStage.model_validate(values["decoder"])]
+        elif "stages" in values:
+            stages = [Stage.model_validate(stage) for stage in values["stages"]]
+        else:
             return {name: part.iteration for name, part in parts.items()}
-        stages = [Stage.model_validate(stage) for stage in values["stages"]]
     except (tomllib.TOMLDecodeError, TypeError, ValidationError) as error:
         raise RunError(f"the recipe of this run cannot be read: {error}") from error
     return {stage.name: stage.iterations for stage in stages}

@@ -6,6 +6,7 @@ counts, `logs` and `tracing` write the log, `gate` lets requests in, `following`
 events to a connection, `app` puts these together, and each family of addresses is one file:
 `openai_routes`, `a1111_routes`, `native_routes`, `operation_routes`, `page_routes`, `mcp_tools`.
 `config` has the settings of a server, and `start` begins one from them; `reloading` keeps the
-catalogue as the disk has it, `picture_filter` looks at what is drawn. These need the extra `serve`.
+catalogue as the disk has it, `picture_filter` looks at what is drawn, and `cluster` draws with
+replicas in Ray, which needs the extra `cluster`. All others need the extra `serve`.
 `client` asks a server, and needs the extra `client` alone.
 """

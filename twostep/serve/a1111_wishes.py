@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from twostep.media.codec import FULL, TINY
 from twostep.pipeline.request import SAMPLERS, Picture
 from twostep.serve.a1111_controls import SCRIPT, units_in
 from twostep.serve.catalogue import Wish, random_seed
@@ -21,6 +22,9 @@ from twostep.serve.serving import picture_in
 
 CHECKPOINT = "sd_model_checkpoint"
 """The option that names the model."""
+
+DECODER = "sd_vae_decode_method"
+"""The option that names the decoder: "TAESD" is the tiny one, anything else the full one."""
 
 SCHEDULERS = {"automatic": "Automatic", "simple": "Simple"}
 """The schedules of times that may be asked for, both of which are the contract's own."""
@@ -87,7 +91,9 @@ class TextBody(BaseModel):
             notes.append(f"alwayson_scripts: there is no {', '.join(map(str, scripts))[:80]} here")
         for unit in units_in(self.alwayson_scripts):
             notes += unit.notes()
-        ignored = [name for name in self.override_settings or {} if name != CHECKPOINT]
+        ignored = [
+            name for name in self.override_settings or {} if name not in (CHECKPOINT, DECODER)
+        ]
         if ignored:
             notes.append(f"override_settings: {', '.join(ignored)[:80]} is not read here")
         if self.scheduler and self.scheduler.casefold() not in SCHEDULERS:
@@ -117,7 +123,9 @@ class TextBody(BaseModel):
 
     def _wish(self, model: str, image: Picture | None) -> Wish:
         """Return what is to be drawn, of a picture or of none."""
-        named = (self.override_settings or {}).get(CHECKPOINT)
+        options = self.override_settings or {}
+        named = options.get(CHECKPOINT)
+        wants_tiny = str(options.get(DECODER)).upper() == "TAESD"
         seed = self.seed
         if seed is None or seed < 0:
             seed = random_seed()
@@ -137,6 +145,7 @@ class TextBody(BaseModel):
             image=image,
             controls=tuple(unit.control(size, image) for unit in units),
             sampler=self.sampler,
+            decoder=TINY if wants_tiny else FULL,
         )
 
 

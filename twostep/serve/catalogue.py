@@ -17,7 +17,9 @@ from typing import Any
 from twostep.contract import Contract, ContractError
 from twostep.diffusion import make_schedule, trailing_times
 from twostep.errors import TwostepError
-from twostep.formats import read_contracts
+from twostep.formats import read_contracts, resolve
+from twostep.formats.tiny_decoder import own_decoder
+from twostep.media.codec import FULL, TINY
 from twostep.networks.control import BUILT_IN as BUILT_IN_CONTROLNETS
 from twostep.pipeline.request import (
     MAX_BATCH,
@@ -56,6 +58,16 @@ class Served:
         """The students that the model has, by falling steps."""
         return [contract for contract in self.contracts if contract.role == "student"]
 
+    @property
+    def decoders(self) -> list[str]:
+        """The decoders that may be asked for: the model's own, and the tiny one if it has one."""
+        try:
+            has_tiny = own_decoder(resolve(self.model)) is not None
+        except TwostepError:
+            # It went since it was listed, which whoever draws with it is told.
+            has_tiny = False
+        return [FULL, TINY] if has_tiny else [FULL]
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -80,6 +92,7 @@ class Wish:
     controls: tuple[Control, ...] = ()
     sampler: str | None = None
     loras: tuple[str, ...] = ()
+    decoder: str = FULL
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,10 @@ class Catalogue:
             changes.append(f"the sampler {sampler[:80]} was left out: {contract.name} has its own")
             sampler = None
         width, height = _fit_size(contract, wish, changes)
+        decoder = wish.decoder
+        if decoder != FULL and decoder not in served.decoders:
+            changes.append(f"the decoder {decoder[:80]} was left out: {served.name} has none")
+            decoder = FULL
         if strict and changes:
             raise ContractError(f"{changes[0]}. Ask for what it can do; this server is strict.")
         request = Request(
@@ -279,6 +296,7 @@ class Catalogue:
             sampler=sampler,
             model=served.model,
             loras=wish.loras,
+            decoder=decoder,
             engine=self.engine,
         )
         return Fitted(_with_known_loras(stock, request), served, changes)
@@ -289,6 +307,7 @@ class Catalogue:
         models = [
             {
                 "name": served.name,
+                "decoders": served.decoders,
                 "checkpoints": [
                     {
                         "name": contract.name,

@@ -39,6 +39,7 @@ _SENT = (
     "height",
     "strength",
     "sampler",
+    "decoder",
     "model",
 )
 """The fields of a request that are sent as they are."""

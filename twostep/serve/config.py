@@ -66,6 +66,34 @@ class FilterSettings(Settings):
         return self
 
 
+class ClusterSettings(Settings):
+    """Replicas of the engine in Ray.
+
+    - `address`: of a Ray cluster that runs, as "auto" or HOST:PORT; without, one is started here.
+    - `min_replicas`, `max_replicas`: how many replicas there are, as jobs come.
+    - `cpus`, `gpus`: what Ray keeps free for each.
+    - `jobs_per_replica`: how many jobs one is given at most; from half of it on Ray adds replicas.
+    - `upscale_seconds`, `downscale_seconds`: how long that must last, and its opposite.
+    """
+
+    address: str | None = None
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=2, ge=1)
+    cpus: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    jobs_per_replica: int = Field(default=16, ge=1)
+    upscale_seconds: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    downscale_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _rises(self) -> ClusterSettings:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, above max_replicas, {self.max_replicas}"
+            )
+        return self
+
+
 class ServeSettings(Settings):
     """Everything that a server can be told.
 
@@ -112,6 +140,7 @@ class ServeSettings(Settings):
     log_prompts: bool = False
     limits: Bounds = Bounds()
     filter: FilterSettings | None = None
+    cluster: ClusterSettings | None = None
 
     @field_validator("origins")
     @classmethod

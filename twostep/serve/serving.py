@@ -156,6 +156,7 @@ def wish_of(body: JobBody) -> Wish:
         controls=controls_of(body.controls),
         sampler=body.sampler,
         loras=body.loras,
+        decoder=body.decoder,
     )
 
 

@@ -57,7 +57,8 @@ class JobBody(_Body):
     """A job as it is posted. What is left out is the model's own; a seed is then picked.
 
     `image` and `mask` are files in base64; the mask is white where the image is changed. `previews`
-    brings a small picture with every step. After `seconds` the job fails if it is not done.
+    brings a small picture with every step. `decoder` "tiny" takes the smaller decoder that comes
+    with the model. After `seconds` the job fails if it is not done.
     """
 
     prompt: str
@@ -75,6 +76,7 @@ class JobBody(_Body):
     controls: tuple[ControlBody, ...] = Field(default=(), max_length=MAX_CONTROLS)
     sampler: str | None = None
     loras: tuple[str, ...] = ()
+    decoder: Literal["full", "tiny"] = "full"
     previews: bool = False
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -132,9 +134,10 @@ class CheckpointAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """A model that is served, with its checkpoints."""
+    """A model that is served, with its checkpoints, and the decoders that may be asked for."""
 
     name: str
+    decoders: list[str] = ["full"]
     checkpoints: list[CheckpointAnswer]
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -27,6 +28,9 @@ from twostep.serve.picture_filter import FilteredStudio, load_filter
 from twostep.serve.reloading import Reloader, Watch
 from twostep.serve.serving import Serving
 from twostep.serve.store import JobStore
+
+if TYPE_CHECKING:
+    from twostep.serve.cluster import Cluster
 
 KEY_VARIABLE = "TWOSTEP_KEY"
 """Where the key is read from if there is no file of it."""
@@ -64,18 +68,28 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
     observers: list[Observer] = [metrics, log]
     if store is not None:
         observers.append(store)
-    # In a thread that ends: OpenMP keeps workers for every thread that has computed, and where
-    # there are more of them than cores they sleep between operations. Had this thread drawn, those
-    # that draw later took twice as long on a CPU (docs/log.md).
-    with ThreadPoolExecutor(1) as first:
-        made = first.submit(_make_studios, settings, catalogue, watch, metrics.judged).result()
-    studios = [studio for studio, _ in made]
-    draws = [drawing for _, drawing in made]
+    studios: list[Studio] = []
+    at_end: list[Callable[[], None]] = []
+    if settings.cluster is not None:
+        cluster = _cluster(settings)
+        draws: list[Draws] = [cluster.studio] * cluster.num_calls
+        # Before all others: it must know the jobs that are given to it next.
+        observers.insert(0, cluster.studio)
+        at_end.append(cluster.close)
+    else:
+        model = catalogue.default.model
+        made = [
+            make_studio(device, settings, watch, model, metrics.judged)
+            for device in settings.devices
+        ]
+        studios = [studio for studio, _ in made]
+        draws = [drawing for _, drawing in made]
     # Who can connect can be answered.
     listener = _listen(settings.host, settings.port)
     engine = Engine(draws, max_waiting=settings.queue, observers=observers)
     metrics.watch(engine)
     reloader = Reloader(watch, catalogue, studios, settings.reload_seconds)
+    at_end.insert(0, reloader.close)
     serving = Serving(
         engine,
         catalogue,
@@ -96,7 +110,7 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
             drain_seconds=settings.drain_seconds,
             with_mcp=settings.mcp,
             log_prompts=settings.log_prompts,
-            at_end=[reloader.close],
+            at_end=at_end,
             handover_token=token,
         )
     except ModuleNotFoundError as error:
@@ -130,7 +144,7 @@ def _announcement(
     """
     if is_switched_off() or tuple(settings.devices) != _USUAL_DEVICES:
         return None
-    if settings.filter is not None:
+    if settings.filter is not None or settings.cluster is not None:
         return None
     if settings.host not in (*LOOPBACK, "0.0.0.0", "::"):
         return None
@@ -151,44 +165,48 @@ def make_watch(settings: ServeSettings) -> Watch:
     )
 
 
-def _make_studios(
-    settings: ServeSettings,
-    catalogue: Catalogue,
-    watch: Watch,
-    count: Callable[[Verdict], None],
-) -> list[tuple[Studio, Draws]]:
-    """Return what `make_studio` does for every device, once each has drawn.
-
-    So whatever keeps the default model from drawing is said, and the first client need not wait.
-    """
-    made = []
-    for device in settings.devices:
-        studio, drawing = make_studio(device, settings, watch, count)
-        studio.draw(Request("a picture", model=catalogue.default.model, engine=settings.engine))
-        made.append((studio, drawing))
-    return made
-
-
 def make_studio(
     device: str,
     settings: ServeSettings,
     watch: Watch,
+    model: str,
     count: Callable[[Verdict], None] | None = None,
 ) -> tuple[Studio, Draws]:
     """Return a studio, and what an engine draws with: the same, behind the filter if there is one.
 
-    The studio keeps a few models, or as many as fit into the memory that may be used. `count` is
-    told of the filter's verdicts.
+    The studio keeps a few models, or as many as fit into the memory that may be used. It has drawn
+    with a model: whatever keeps that from drawing is raised now, and the first client need not
+    wait. `count` is told of the filter's verdicts.
     """
     if settings.memory is None:
         studio = Studio(device, max_models=settings.max_models, check=watch.check)
     else:
         most = int(settings.memory)
         studio = Studio(device, max_models=sys.maxsize, max_bytes=most, check=watch.check)
+    request = Request("a picture", model=model, engine=settings.engine)
+    # In a thread that ends: OpenMP keeps workers for every thread that has computed, and where
+    # there are more of them than cores they sleep between operations. Had this thread drawn, those
+    # that draw later took twice as long on a CPU (docs/log.md).
+    with ThreadPoolExecutor(1) as first:
+        first.submit(studio.draw, request).result()
     if settings.filter is None:
         return studio, studio
     judge = load_filter(settings.filter, str(studio.device))
     return studio, FilteredStudio(studio, judge, count)
+
+
+def _cluster(settings: ServeSettings) -> Cluster:
+    """Start the replicas; raises ServeError where Ray is not installed or not to be had."""
+    try:
+        from twostep.serve.cluster import Cluster
+    except ModuleNotFoundError as error:
+        raise ServeError(
+            f"{error.name} is not installed. Run: pip install 'twostep[serve,cluster]'."
+        ) from error
+    try:
+        return Cluster(settings)
+    except (ConnectionError, RuntimeError) as error:
+        raise ServeError(f"the cluster cannot be started: {error}.") from error
 
 
 def _key(settings: ServeSettings) -> str | None:

@@ -10,6 +10,7 @@ import traceback
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twostep.serve.refusals import REQUEST_ID, refusal
@@ -23,6 +24,9 @@ _QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """What machines ask every few seconds; it is logged at the level "debug"."""
 
 _MAX_PATH_LETTERS = 200
+
+_LEFT = 499
+"""The status in the log for a client that left before it had asked; nginx began with it."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ class Traced:
 
         try:
             await self._app(scope, receive, traced)
+        except ClientDisconnect:
+            status = status or _LEFT
         except Exception as error:
             self._log_fault(scope, error)
             if status:

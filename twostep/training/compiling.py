@@ -7,7 +7,9 @@ little.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -30,3 +32,16 @@ def compile_blocks(network: nn.Module, kinds: Collection[str]) -> int:
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Let everything that is compiled run as it is for the block, as a context manager.
+
+    Pictures are drawn in batches of other sizes than those of training, and each would be compiled
+    anew.
+    """
+    if "torch._dynamo" not in sys.modules:
+        # Nothing was compiled, and to load what compiles takes seconds.
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -1,0 +1,95 @@
+"""The plan of a decoder's run, found out as that of a chain is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from twostep.distill.decoder.recipe import DecoderRecipe
+from twostep.distill.decoder.run import TrainedDecoder, codec_of, fresh_decoder
+from twostep.distill.plan import (
+    Plan,
+    blank_source,
+    device_type,
+    item_size,
+    measure,
+    metering,
+    plan_stage,
+    read_cache,
+)
+from twostep.models.bundle import modules_of
+from twostep.models.loading import load_bundle
+
+
+def plan_decoder(recipe: DecoderRecipe) -> Plan:
+    """Return the plan of a recipe; only the configs of its model are read.
+
+    Raises:
+        ModelError: not even these can be found, or the model does not make pictures.
+        RecipeError: the decoder does not fit the model's latents.
+    """
+    stage = recipe.decoder
+    sizes, num_items = read_cache(recipe)
+    device = device_type(recipe)
+    on_cpu = device == "cpu"
+    with metering(on_cpu=on_cpu) as meter:
+        teacher = load_bundle(recipe.model, outline=True)
+        codec = codec_of(teacher)
+        layout = stage.layout(codec, teacher.contract.base)
+        source = blank_source(teacher, sizes)
+        # Nothing but the autoencoder goes to the device.
+        autoencoder = sum(map(_num_bytes, modules_of(codec)))
+        network = fresh_decoder(layout, stage)
+        standing = autoencoder + _num_bytes(network)
+        before = meter.living
+        meter.peak = before
+        TrainedDecoder(codec, network).tiny(torch.empty(recipe.num_samples, *source.latents))
+        drawing = meter.peak - before
+        measured = measure(stage, source, codec, network, meter)
+    planned = plan_stage(stage, standing, measured, drawing, on_cpu=on_cpu)
+    item_bytes = item_size(source, with_texts=recipe.cache is not None)
+    return Plan((planned,), item_bytes, num_items, device)
+
+
+def advise_decoder(recipe: DecoderRecipe) -> list[tuple[Mapping[str, Any], int]]:
+    """Return changes of the decoder's training that make it smaller, with its peak after each.
+
+    The best comes first, and all together last.
+    """
+    stage = recipe.decoder
+    changes: list[dict[str, Any]] = []
+    if stage.batch_size > 1:
+        changes.append({"batch_size": stage.batch_size // 2})
+    if stage.crop is None or stage.crop > 1:
+        latents = load_latent_side(recipe)
+        changes.append({"crop": (stage.crop or latents) // 2})
+    if stage.precision == "fp32":
+        changes.append({"precision": "bf16"})
+    together: dict[str, Any] = {}
+    for change in changes:
+        together |= change
+    peaks = [(change, _changed_peak(recipe, change)) for change in changes]
+    peaks.sort(key=lambda entry: entry[1])
+    return [*peaks, (together, _changed_peak(recipe, together))]
+
+
+def load_latent_side(recipe: DecoderRecipe) -> int:
+    """Return the shorter side of the largest latents that a recipe learns from."""
+    sizes, _ = read_cache(recipe)
+    if sizes:
+        return max(map(min, sizes))
+    with metering(on_cpu=True):
+        teacher = load_bundle(recipe.model, outline=True)
+    return min(teacher.latent_shape(*teacher.contract.sizes[0])[1:])
+
+
+def _changed_peak(recipe: DecoderRecipe, change: Mapping[str, Any]) -> int:
+    stage = recipe.decoder.model_copy(update=change)
+    return plan_decoder(recipe.model_copy(update={"decoder": stage})).stages[0].highest
+
+
+def _num_bytes(network: nn.Module) -> int:
+    return sum(weight.numel() * weight.itemsize for weight in network.parameters())
