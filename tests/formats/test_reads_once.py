@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from twostep.cli import app
 from twostep.formats import header, resolve
 from twostep.formats.locate import find_model
+from twostep.formats.tiny_decoder import DECODER_FILE
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.models.lora_stack import LoraCache
 
@@ -78,8 +79,9 @@ def styles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def networks(folder: Path) -> set[str]:
-    """The weights that are in the folder itself: UNet, autoencoder, text encoders."""
-    paths = {str(path.resolve()) for path in folder.glob("*/*.safetensors")}
+    """The weights that are in the folder itself: UNet, autoencoder, text encoders, tiny decoder."""
+    files = [*folder.glob("*/*.safetensors"), folder / DECODER_FILE]
+    paths = {str(path.resolve()) for path in files}
     return {path for path in paths if Path(path).parent.name not in ("students", "controlnet")}
 
 
