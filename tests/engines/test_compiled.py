@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from twostep.engines import compiled, registered_engine
-from twostep.models.loading import load_to_draw
 from twostep.models.runtime import take_notes
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
@@ -29,21 +28,3 @@ def test_a_compiler_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch)
     missing = compiled._missing_compiler(torch.device("cpu"))
     assert missing == "there is no C++ compiler. Install g++ or clang, or set CXX to one."
     assert compiled._missing_compiler(torch.device("cuda")) is None  # which needs none
-
-
-@pytest.mark.slow
-def test_the_blocks_that_repeat_are_compiled_and_share_weights() -> None:
-    plain = load_to_draw("nano", steps=2)
-    engine = registered_engine("compiled")
-    prepared = engine.prepare(plain, [(64, 64)])
-    assert engine.prepare(plain, [(64, 64)]) is prepared
-    network = prepared.denoiser.network
-    kinds = {
-        type(block).__name__ for block in network.modules() if block._compiled_call_impl is not None
-    }
-    assert kinds == {"TransformerBlock", "Resnet"}
-    own = {id(weight) for weight in plain.denoiser.network.parameters()}
-    assert {id(weight) for weight in network.parameters()} == own
-    decoder = prepared.codec.vae.decoder
-    assert any(block._compiled_call_impl is not None for block in decoder.modules())
-    assert all(block._compiled_call_impl is None for block in plain.denoiser.network.modules())

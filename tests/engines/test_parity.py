@@ -87,7 +87,7 @@ def test_few_steps(engine: str, as_student: Callable[[int], Bundle], steps: int)
     assert_same_pictures(engine, as_student(steps), Request("a red apple", num_images=3, seed=5))
 
 
-@pytest.mark.parametrize("name", [*IN_GRAPHS, "compiled"])
+@pytest.mark.parametrize("name", IN_GRAPHS)
 def test_models_that_are_loaded_to_draw(name: str) -> None:
     request = Request("a 3d red apple on a blue background", seed=5)
     assert_same_pictures(name, load_to_draw("nano", steps=2), request)

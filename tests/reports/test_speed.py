@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.reports.speed import Case, Row, SpeedError, Timing, _timed, compare_speed, plot
+from twostep.reports.starts import _run
 
 CASE = Case(2, (64, 64), 2)
 
@@ -61,12 +63,25 @@ def test_nothing_to_compare_is_an_error() -> None:
 
 @pytest.mark.slow
 def test_bench_compares_eager_with_diffusers(tmp_path: Path) -> None:
-    words = ["bench", "--engine", "eager", "--steps", "2", "--rounds", "2", "-o", str(tmp_path)]
-    answer = CliRunner().invoke(app, words)
+    words = ["bench", "--engine", "eager", "--steps", "2", "--rounds", "2", "--starts", "1"]
+    answer = CliRunner().invoke(app, [*words, "-o", str(tmp_path)])
     assert answer.exit_code == 0, answer.output
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [each["name"] for each in found["rows"]] == ["eager", "diffusers"]
     stages = found["rows"][0]["seconds"]
     parts = sum(stages[stage]["median"] for stage in ("text", "encode", "denoise", "decode"))
     assert 0.3 * stages["total"]["median"] < parts <= 1.3 * stages["total"]["median"]
+    torch, eager = found["starts"]
+    assert (torch["name"], eager["name"]) == ("import torch", "eager")
+    assert torch["seconds"]["median"] < eager["seconds"]["median"]
+    assert 50e6 < torch["peak_bytes"] < eager["peak_bytes"] < 2e9
     assert (tmp_path / "speed.svg").read_text().startswith("<svg")
+    assert not (tmp_path / "curves.svg").exists()  # of one case
+
+
+def test_a_command_that_fails_is_told_with_its_last_line() -> None:
+    with pytest.raises(SpeedError, match="failed: no such thing"):
+        _run([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
+    seconds, peak = _run([sys.executable, "-c", "print(1)"])
+    assert 0 < seconds < 60
+    assert 1e6 < peak < 1e9

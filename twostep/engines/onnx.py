@@ -1,7 +1,7 @@
 """The engine `onnx`: ONNX Runtime, the portable choice for processors that OpenVINO does not know.
 
-Networks are exported without their weights, which ONNX Runtime is then lent: so graphs stay small,
-in memory and on the disk, and no network is too large for ONNX's files.
+Graphs hold no weights but those that the exporter changed: ONNX Runtime is lent the network's own.
+A graph that takes more than 2 GiB all the same is not run by it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ TOLERANCE = 1e-3
 """How far a graph may be from PyTorch, in units of the largest value."""
 
 _OPSET = 17
+_MOST_BYTES = 2**31 - 1
 _LOCATION = "weights"
 """What graphs call the place of their weights, which lie in no file."""
 
@@ -61,6 +62,7 @@ class Onnx(GraphEngine):
         if graph is not None:
             return graph
         model, spec = _exported(network, call)
+        model = _without(model, _weights(network))
         graph = _OnnxGraph(model, network, spec)
         check_graph(graph, network, call, TOLERANCE)
         write_blob(name, {"answer": pytree.treespec_dumps(spec)}, model)
@@ -84,7 +86,8 @@ class _OnnxGraph:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         # ONNX Runtime keeps the places of what it is lent, so that it must stay there.
-        self._weights = _weights(network)
+        names = _lent(model)
+        self._weights = {name: _weights(network)[name] for name in names}
         values = [
             onnxruntime.OrtValue.ortvalue_from_numpy(weight.numpy())
             for weight in self._weights.values()
@@ -92,7 +95,7 @@ class _OnnxGraph:
         options.add_external_initializers(list(self._weights), values)
         self._values = values
         self._session = onnxruntime.InferenceSession(
-            _lending(model, self._weights), options, providers=["CPUExecutionProvider"]
+            model, options, providers=["CPUExecutionProvider"]
         )
         self._inputs = [each.name for each in self._session.get_inputs()]
 
@@ -143,7 +146,6 @@ def _exported(network: nn.Module, call: Call) -> tuple[bytes, Any]:
             path,
             dynamo=False,
             opset_version=_OPSET,
-            export_params=False,
             input_names=[f"input{number}" for number in range(len(tensors))],
         )
         return path.read_bytes(), flat.answer_spec
@@ -155,32 +157,34 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
     return {f"network.{name}": value.detach().contiguous() for name, value in state.items()}
 
 
-def _lending(model: bytes, weights: Mapping[str, Tensor]) -> bytes:
-    """Return a graph whose weights are no inputs any more, but are lent to it.
+def _without(model: bytes, weights: Mapping[str, Tensor]) -> bytes:
+    """Return a graph without the values of a network's own weights.
 
-    Raises EngineError where it has weights that the network does not.
+    Raises EngineError where what is left is too large for ONNX.
     """
     import onnx
 
     proto = onnx.load_from_string(model)
-    inputs = list(proto.graph.input)
-    del proto.graph.input[:]
-    for each in inputs:
-        weight = weights.get(each.name)
-        if weight is None:
-            proto.graph.input.append(each)
+    for initializer in proto.graph.initializer:
+        weight = weights.get(initializer.name)
+        if weight is None or tuple(initializer.dims) != tuple(weight.shape):
             continue
-        initializer = proto.graph.initializer.add()
-        initializer.name = each.name
-        initializer.data_type = each.type.tensor_type.elem_type
-        initializer.dims.extend(weight.shape)
+        initializer.ClearField("raw_data")
         initializer.data_location = onnx.TensorProto.EXTERNAL
         initializer.external_data.add(key="location", value=_LOCATION)
-    foreign = [each.name for each in proto.graph.input if not each.name.startswith("input")]
-    if foreign:
-        raise EngineError(f"its graph wants {foreign[0]}, which is no weight of it")
+    if proto.ByteSize() >= _MOST_BYTES:
+        raise EngineError("its graph takes more than 2 GiB")
     serialised: bytes = proto.SerializeToString()
     return serialised
+
+
+def _lent(model: bytes) -> list[str]:
+    """Return the names of the weights that a graph wants to be lent."""
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    external = onnx.TensorProto.EXTERNAL
+    return [each.name for each in proto.graph.initializer if each.data_location == external]
 
 
 @lru_cache(maxsize=1)
