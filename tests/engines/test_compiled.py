@@ -22,9 +22,11 @@ def test_without_a_compiler_pytorch_draws_with_a_word(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_a_compiler_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_is_not_there_is_missed() -> None:
+    from torch._inductor import config
+
     assert compiled._missing_compiler(torch.device("cpu")) is None
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    missing = compiled._missing_compiler(torch.device("cpu"))
+    with config.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        missing = compiled._missing_compiler(torch.device("cpu"))
     assert missing == "there is no C++ compiler. Install g++ or clang, or set CXX to one."
     assert compiled._missing_compiler(torch.device("cuda")) is None  # which needs none
