@@ -108,6 +108,7 @@ LEFT_OUT = {
     "datasets",
     "diffusers",
     "fastapi",
+    "jinja2",
     "matplotlib",
     "openvino",
     "pandas",
