@@ -21,7 +21,7 @@ def test_inspect_says_it_to_people_and_to_programs(run: Callable, student_file: 
 def test_inspect_of_a_part_without_a_contract_and_of_a_folder(run: Callable, model: Path) -> None:
     (vae,) = (model / "vae").glob("*.safetensors")
     answer = run("inspect", vae)
-    assert "a VAE alone" in answer.stdout and "carries no contract" in answer.stdout
+    assert "a tiny autoencoder" in answer.stdout and "carries no contract" in answer.stdout
     refused = run("inspect", model)
     assert refused.exit_code == 1 and "twostep info" in refused.output
 

@@ -25,5 +25,5 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             answer = CliRunner().invoke(app, shlex.split(line)[1:])
             assert answer.exit_code == 0, f"{line}\n{answer.output}"
     with Image.open("preview2.png") as preview, Image.open("edited.png") as edited:
-        assert (preview.size, edited.size) == ((16, 16), (64, 64))
-    assert len(list(tmp_path.glob("out/**/*.png"))) == 18
+        assert (preview.size, edited.size) == ((64, 64), (64, 64))
+    assert len(list(tmp_path.glob("out/**/*.png"))) == 19

@@ -17,6 +17,8 @@ NAMES = {
     "nano-full",
     "sdxl-lora-24gb",
     "sdxl-lora-80gb",
+    "mini",
+    "mini-lora",
     "sdxl-full-8x80gb",
     "sdxl-2step-from-prompts",
     *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),

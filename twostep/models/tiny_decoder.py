@@ -129,6 +129,7 @@ def with_decoder(codec: ImageCodec, decoder: str, contract: Contract) -> ImageCo
         return replace(codec, decoder=TINY)
     found = find_decoder(decoder)
     _check_layout(found, codec, contract)
+    _check_family(found, contract)
     tiny = load_decoder(found)
     weight = next(codec.vae.parameters())
     nn.Module.to(tiny.network, weight.device, weight.dtype)
@@ -189,7 +190,7 @@ def _write(weights: Mapping[str, Tensor], metadata: Mapping[str, str], path: Pat
 
 
 def _check_layout(found: DecoderFile, codec: ImageCodec, contract: Contract) -> None:
-    """Raise ModelError for a decoder of latents that have another layout, or another family."""
+    """Raise ModelError for a decoder of latents that have another layout."""
     layout = found.layout
     channels = codec.latent_shape(64, 64)[0]
     path = found.header.path
@@ -204,11 +205,15 @@ def _check_layout(found: DecoderFile, codec: ImageCodec, contract: Contract) -> 
             f"{contract.base} has {codec.pixels_per_latent}{_made_for(found)}. Give a decoder for "
             "its autoencoder."
         )
+
+
+def _check_family(found: DecoderFile, contract: Contract) -> None:
+    """Raise ModelError for a decoder that says that it is for another family."""
     note = DecoderNote.of_header(found.header)
     if note is not None and note.family != contract.family:
         raise ModelError(
-            f"{path} is for models of the family {note.family}, and {contract.name} is of "
-            f"{contract.family}. Give a decoder for its autoencoder."
+            f"{found.header.path} is for models of the family {note.family}, and {contract.name} "
+            f"is of {contract.family}. Give a decoder for its autoencoder."
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,16 @@ from twostep.reports.speed import PROMPT, Case, SpeedError, Timing
 
 TORCH = "import torch"
 """The name of a process that does nothing but this."""
+
+_LAUNCHER = """
+import os, sys, time
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+start = time.perf_counter()
+process = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, usage = os.wait4(process, 0)
+print(time.perf_counter() - start, usage.ru_maxrss, os.waitstatus_to_exitcode(status))
+"""
+"""Starts a command from a small process: Linux counts what starts a process as its memory too."""
 
 _BYTES_OF_MAXRSS = 1 if sys.platform == "darwin" else 1024
 
@@ -108,18 +117,16 @@ def _generate(model: str, engine: str, case: Case, folder: Path) -> list[str]:
 
 
 def _run(command: Sequence[str]) -> tuple[float, int]:
-    """Return the seconds of a command and the most memory that it took, in bytes."""
-    environment = {**os.environ, "TWOSTEP_SERVER": "off"}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    """Return the seconds of a command, an executable's path first, and its most memory in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
+        env={**os.environ, "TWOSTEP_SERVER": "off"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert process.stderr is not None, "it was asked for"
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        last = (said.strip().splitlines() or ["nothing was said"])[-1]
+    seconds, most, code = done.stdout.split()
+    if int(code) != 0:
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
         raise SpeedError(f"`{' '.join(command[1:4])} ...` failed: {last}")
-    return seconds, usage.ru_maxrss * _BYTES_OF_MAXRSS
+    return float(seconds), int(most) * _BYTES_OF_MAXRSS
