@@ -46,10 +46,13 @@ class Running:
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[Running]:
-    """Run a server on a free port; it is killed in the end."""
+def running(*arguments: str, kept_jobs: int | None = None) -> Iterator[Running]:
+    """Run a server on a free port; it is killed in the end.
+
+    `kept_jobs` is how many ended jobs it keeps, if not as many as usual.
+    """
     reader, writer = _context.Pipe(duplex=False)
-    process = _context.Process(target=_serve, args=(writer, arguments))
+    process = _context.Process(target=_serve, args=(writer, arguments, kept_jobs))
     process.start()
     writer.close()
     try:
@@ -59,12 +62,15 @@ def running(*arguments: str) -> Iterator[Running]:
         process.join()
 
 
-def _serve(writer: Connection, arguments: Sequence[str]) -> None:
+def _serve(writer: Connection, arguments: Sequence[str], kept_jobs: int | None) -> None:
     """Be the command, whose output goes to the writer."""
     os.dup2(writer.fileno(), 1)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     from twostep.cli import app
+    from twostep.serve import engine
 
+    if kept_jobs is not None:
+        engine.MAX_KEPT_JOBS = kept_jobs
     app(["serve", "--port", "0", *arguments])
 
 
