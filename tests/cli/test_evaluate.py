@@ -3,58 +3,30 @@ should show.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from twostep.cli import app
-from twostep.contract import Contract
-from twostep.pipeline.png import save_images
-from twostep.pipeline.request import Request
-from twostep.pipeline.request import Result as Drawn
 from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.prompt_sets import complete_tasks, real_pictures
 
-CONTRACT = Contract(
-    name="drawn-by-hand",
-    role="teacher",
-    steps=32,
-    trained_times=(),
-    prediction_type="eps",
-    spacing="trailing",
-    guidance=4.0,
-    sizes=((64, 64),),
-    base="none",
-    lora_rank=None,
-    lora_alpha=None,
-    recipe="none",
-    version="0",
-)
+from ..drawn import write_drawn
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def write(folder: Path, pictures: torch.Tensor, prompts: Sequence[str]) -> Path:
-    """Write pictures as `twostep generate` would."""
-    levels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    for seed, (level, prompt) in enumerate(zip(levels, prompts, strict=True)):
-        request = Request(prompt, seed=seed, steps=32, guidance=4.0, width=64, height=64)
-        image = Image.fromarray(level.numpy())
-        save_images(Drawn([image], [seed], {"denoise": 1.0}, [], CONTRACT, request), folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(emoji: DrawingSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks = complete_tasks(emoji.concepts, 12)
     pictures = real_pictures([task.attributes for task in tasks], emoji)
-    return write(tmp_path_factory.mktemp("pictures"), pictures, [task.prompt for task in tasks])
+    return write_drawn(
+        tmp_path_factory.mktemp("pictures"), pictures, [task.prompt for task in tasks]
+    )
 
 
 def test_real_pictures_are_found_right(folder: Path, tmp_path: Path):
@@ -76,7 +48,7 @@ def test_prompts_that_name_something_else_are_not_scored_and_said_so(
     folder: Path, emoji: DrawingSet, tmp_path: Path
 ):
     picture = real_pictures([complete_tasks(emoji.concepts, 1)[0].attributes], emoji)
-    write(tmp_path, picture.repeat(2, 1, 1, 1), ["a flat dragon", "a fox"])
+    write_drawn(tmp_path, picture.repeat(2, 1, 1, 1), ["a flat dragon", "a fox"])
     answer = run(tmp_path)
     assert answer.exit_code == 0, answer.output
     assert "100.0 % of 1" in answer.output
@@ -95,7 +67,7 @@ def test_pictures_without_a_prompt_count_in_the_distances_only(tmp_path: Path):
 
 def test_a_single_picture_is_scored_without_distances(emoji: DrawingSet, tmp_path: Path):
     task = complete_tasks(emoji.concepts, 1)[0]
-    write(tmp_path, real_pictures([task.attributes], emoji), [task.prompt])
+    write_drawn(tmp_path, real_pictures([task.attributes], emoji), [task.prompt])
     answer = run(tmp_path)
     assert answer.exit_code == 0, answer.output
     assert "not measured" in answer.output

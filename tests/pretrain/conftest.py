@@ -1,6 +1,7 @@
 """A judge that has seen the sample of drawings for a few seconds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,18 @@ def quick_run(emoji: DrawingSet, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def quick_judge(quick_run: Path) -> Judge:
     return load_judge(quick_run / "judge.safetensors")
+
+
+def tiny_loop(**changes: Any) -> dict[str, Any]:
+    """Settings of a loop of a few iterations."""
+    values = {
+        "iterations": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_iterations": 1,
+        "precision": "fp32",
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "ema_decay": 0.5,
+    }
+    return values | changes

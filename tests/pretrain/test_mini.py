@@ -5,7 +5,6 @@ recipes that make all of it, at a small size.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,8 @@ from twostep.pretrain.vae import ComposedScenes
 from twostep.training.loop import Randomness
 from twostep.training.recipe import find_recipe
 from twostep.training.run_folder import RunFolder
+
+from .conftest import tiny_loop
 
 SMALL = replace(
     MINI,
@@ -137,24 +138,14 @@ def test_captions_do_not_depend_on_how_many_processes_write_them(
     tokenizer = text_encoders(teacher).tokenizers[0]
 
     def written(num_cores: int) -> torch.Tensor:
-        monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+        monkeypatch.setattr(encoded_scenes, "num_cores", lambda: num_cores)
         return caption_scenes(table, emoji.concepts, tokenizer, captions=2, seed=0)
 
     assert torch.equal(written(1), written(3))
 
 
 def joint_settings(**loop: Any) -> JointSettings:
-    values = {
-        "iterations": 4,
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "warmup_iterations": 1,
-        "precision": "fp32",
-        "checkpoint_every": 2,
-        "log_every": 1,
-        "ema_decay": 0.5,
-    }
-    return JointSettings.model_validate({"size": "mini", "loop": values | loop})
+    return JointSettings.model_validate({"size": "mini", "loop": tiny_loop(**loop)})
 
 
 def run_joint(

@@ -30,28 +30,16 @@ from twostep.pretrain.vae import VaeSettings, train_vae
 from twostep.training.loop import TrainingError, learning_rate_factor
 from twostep.training.run_folder import RunFolder
 
+from .conftest import tiny_loop
+
 Weights = dict[str, torch.Tensor]
 Run = Callable[..., Weights]
-
-
-def loop(**changes: Any) -> dict[str, Any]:
-    values = {
-        "iterations": 4,
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "warmup_iterations": 1,
-        "precision": "fp32",
-        "checkpoint_every": 2,
-        "log_every": 1,
-        "ema_decay": 0.5,
-    }
-    return values | changes
 
 
 def run_vae(
     emoji: DrawingSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
 ) -> Weights:
-    settings = VaeSettings.model_validate({"num_pictures": 8, "loop": loop(**changes)})
+    settings = VaeSettings.model_validate({"num_pictures": 8, "loop": tiny_loop(**changes)})
     return train_vae(
         emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration
     ).vae.state_dict()
@@ -60,7 +48,7 @@ def run_vae(
 def run_text(
     emoji: DrawingSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
 ) -> Weights:
-    settings = TextSettings.model_validate({"loop": loop(**changes)})
+    settings = TextSettings.model_validate({"loop": tiny_loop(**changes)})
     text = train_text(emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration)
     return text.encoders[1].state_dict()
 
@@ -69,7 +57,7 @@ def run_teacher(
     emoji: DrawingSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
 ) -> Weights:
     random = random_bundle()
-    settings = TeacherSettings.model_validate({"loop": loop(**changes)})
+    settings = TeacherSettings.model_validate({"loop": tiny_loop(**changes)})
     latents = cache_latents(emoji, random.codec, pixels=64, variants=1)
     denoiser = train_teacher(
         new_denoiser(NANO, settings.loop.seed),
@@ -137,7 +125,7 @@ def test_a_loss_that_explodes_is_told_with_what_to_do(emoji: DrawingSet, tmp_pat
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
-    settings = NetworkLoopSettings.model_validate(loop(iterations=1000, warmup_iterations=100))
+    settings = NetworkLoopSettings.model_validate(tiny_loop(iterations=1000, warmup_iterations=100))
     rates = [learning_rate_factor(i, settings) for i in range(1000)]
     assert rates[0] == 0.01
     assert rates[100] == rates[749] == 1.0
@@ -228,7 +216,7 @@ def test_a_style_lora_is_trained_and_goes_on_the_teacher(emoji: DrawingSet, tmp_
 def test_checkpointed_gradients_are_the_same(emoji: DrawingSet, tmp_path: Path) -> None:
     def losses(name: str, **changes: Any) -> list[float]:
         heard: list[float] = []
-        settings = VaeSettings.model_validate({"num_pictures": 8, "loop": loop(), **changes})
+        settings = VaeSettings.model_validate({"num_pictures": 8, "loop": tiny_loop(), **changes})
         folder = RunFolder(tmp_path / name, settings)
         train_vae(emoji, settings, folder, on_iteration=lambda i, seen: heard.append(seen["loss"]))
         return heard

@@ -6,42 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from twostep.contract import Contract
 from twostep.evaluate.attributes import STYLES
 from twostep.evaluate.efficientnet import EfficientNet
 from twostep.evaluate.kernel_distance import kernel_distance
 from twostep.evaluate.scene_judge import SceneJudge
-from twostep.pipeline.png import save_images
-from twostep.pipeline.request import Request
-from twostep.pipeline.request import Result as Drawn
 from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.scene_prompt_sets import real_scenes, scene_tasks
 from twostep.reports.evaluation import FolderError
 from twostep.reports.scene_evaluation import evaluate_scene_folder, holds_scenes
 
-CONTRACT = Contract(
-    name="drawn-by-hand",
-    role="teacher",
-    steps=32,
-    trained_times=(),
-    prediction_type="eps",
-    spacing="trailing",
-    guidance=4.0,
-    sizes=((256, 256),),
-    base="none",
-    lora_rank=None,
-    lora_alpha=None,
-    recipe="none",
-    version="0",
-)
-
-
-def _write(folder: Path, pictures: torch.Tensor, prompts: list[str]) -> None:
-    levels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    for seed, (level, prompt) in enumerate(zip(levels, prompts, strict=True)):
-        request = Request(prompt, seed=seed, steps=32, guidance=4.0, width=256, height=256)
-        image = Image.fromarray(level.numpy())
-        save_images(Drawn([image], [seed], {"denoise": 1.0}, [], CONTRACT, request), folder)
+from ..drawn import write_drawn
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +29,8 @@ def test_real_pictures_are_right_and_others_are_not(
     tasks = scene_tasks(emoji.concepts, 6)
     pictures = real_scenes(tasks, emoji, pixels=256)
     prompts = [task.prompt for task in tasks]
-    _write(tmp_path / "right", pictures, prompts)
-    _write(tmp_path / "wrong", pictures, [*prompts[1:], prompts[0]])
+    write_drawn(tmp_path / "right", pictures, prompts)
+    write_drawn(tmp_path / "wrong", pictures, [*prompts[1:], prompts[0]])
     right = evaluate_scene_folder(tmp_path / "right", judge=scene_judge).report
     wrong = evaluate_scene_folder(tmp_path / "wrong", judge=scene_judge).report
     assert right.overall.num_right == right.overall.num_asked == right.num_images == 6
@@ -68,7 +42,7 @@ def test_real_pictures_are_right_and_others_are_not(
 def test_a_prompt_that_is_no_scene_is_named(
     emoji: DrawingSet, scene_judge: SceneJudge, tmp_path: Path
 ) -> None:
-    _write(tmp_path, torch.zeros(1, 3, 256, 256), ["a castle in the clouds"])
+    write_drawn(tmp_path, torch.zeros(1, 3, 256, 256), ["a castle in the clouds"])
     answer = evaluate_scene_folder(tmp_path, judge=scene_judge)
     assert answer.unknown == (next(tmp_path.glob("*.png")),)
     assert answer.report.num_unknown == 1
@@ -82,8 +56,8 @@ def test_the_distance_to_a_reference_is_measured(
     tasks = scene_tasks(emoji.concepts, 8)
     pictures = real_scenes(tasks, emoji, pixels=256)
     prompts = [task.prompt for task in tasks]
-    _write(tmp_path / "real", pictures, prompts)
-    _write(tmp_path / "grey", pictures * 0.2, prompts)
+    write_drawn(tmp_path / "real", pictures, prompts)
+    write_drawn(tmp_path / "grey", pictures * 0.2, prompts)
     same, other = (
         evaluate_scene_folder(folder, reference=tmp_path / "real", judge=scene_judge).report
         for folder in (tmp_path / "real", tmp_path / "grey")

@@ -145,13 +145,14 @@ def address(studio: GatedStudio) -> Iterator[str]:
         yield found
 
 
-def posting(path: str) -> dict[str, Any]:
-    """An ASGI scope: JSON is posted to an address."""
+def posting(path: str, client: str | None = None) -> dict[str, Any]:
+    """An ASGI scope: JSON is posted to an address, by a client that says its name or does not."""
+    named = [] if client is None else [(b"x-twostep-client", client.encode())]
     return {
         "type": "http",
         "method": "POST",
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [(b"host", b"127.0.0.1")],
+        "headers": [(b"host", b"127.0.0.1"), *named],
     }

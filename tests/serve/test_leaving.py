@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import APPLE, FakeStudio
+from tests.serve.conftest import APPLE, FakeStudio, posting
 from twostep.pipeline.request import MAX_BATCH
 from twostep.serve import a1111_routes
 from twostep.serve.app import create_app
@@ -17,18 +17,6 @@ from twostep.serve.gate import Rules
 from twostep.serve.serving import Serving
 
 PATHS = ("/v1/images/generations", "/sdapi/v1/txt2img")
-
-
-def scope_of(path: str, client: str) -> dict[str, Any]:
-    headers = [(b"host", b"127.0.0.1"), (b"x-twostep-client", client.encode())]
-    return {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "headers": headers,
-    }
 
 
 def living() -> tuple[int, int]:
@@ -59,7 +47,7 @@ def test_a_thousand_clients_that_leave(monkeypatch: pytest.MonkeyPatch) -> None:
         async def send(_: Any) -> None:
             pass
 
-        scope = scope_of(PATHS[number % 2], f"client {number}")
+        scope = posting(PATHS[number % 2], f"client {number}")
         await application(scope, receive, send)
 
     async def visits() -> None:
