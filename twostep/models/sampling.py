@@ -31,7 +31,7 @@ from twostep.media.codec import Codec
 from twostep.media.tiles import decode_in_tiles
 from twostep.models.bundle import Bundle
 from twostep.models.runtime import say
-from twostep.models.shortage import MemoryShortageError, is_shortage
+from twostep.models.shortage import MemoryShortageError, if_it_fits
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.control import Hint
 from twostep.networks.denoiser import Denoiser
@@ -255,9 +255,9 @@ def decode(bundle: Bundle, latents: Batch, *, at_once: int | None = None) -> Ten
 
 def _decoded(codec: Codec, latents: Batch) -> Tensor:
     """Decode latents in the largest pieces for which there is memory."""
-    decoded = _if_it_fits(codec.decode, latents)
+    decoded = if_it_fits(partial(codec.decode, latents))
     if decoded is None and len(latents) > 1:
-        decoded = _if_it_fits(partial(_one_by_one, codec.decode), latents)
+        decoded = if_it_fits(partial(_one_by_one, codec.decode, latents))
     if decoded is not None:
         return decoded
     longest = max(latents.shape[2:], default=0)
@@ -266,7 +266,7 @@ def _decoded(codec: Codec, latents: Batch) -> Tensor:
         if not is_picture or side < _LEAST_TILE:
             break
         in_tiles = partial(decode_in_tiles, codec.decode, side=side)
-        decoded = _if_it_fits(partial(_one_by_one, in_tiles), latents)
+        decoded = if_it_fits(partial(_one_by_one, in_tiles, latents))
         if decoded is not None:
             say(
                 "there was not enough memory to decode a whole picture, so it was done in tiles "
@@ -275,17 +275,6 @@ def _decoded(codec: Codec, latents: Batch) -> Tensor:
             )
             return decoded
     raise MemoryShortageError("there is not enough memory to decode the picture, nor tiles of it.")
-
-
-def _if_it_fits(compute: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor | None:
-    """Return what is computed; None where memory runs out."""
-    try:
-        return compute(latents)
-    except Exception as error:
-        if not is_shortage(error):
-            raise
-    # Here the error is gone, and with it the memory of what raised it.
-    return None
 
 
 def _one_by_one(compute: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from twostep.contract import ContractError
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import decode, draw_noise
-from twostep.models.shortage import MemoryShortageError, is_shortage
+from twostep.models.shortage import MemoryShortageError, if_it_fits
 
 _LEAST_SIDE = 64
 """Smaller pictures are not tried."""
@@ -51,14 +51,10 @@ def _fits(bundle: Bundle, size: tuple[int, int]) -> bool:
     """Call the denoiser and decode once for one picture of this size."""
     denoiser = bundle.denoiser
     noise = draw_noise([0], bundle.latent_shape(*size), denoiser.device)
-    try:
+
+    def draw() -> torch.Tensor:
         conditioning = bundle.conditioning([""], *size)
         top = torch.tensor([denoiser.schedule.top])
-        decode(bundle, denoiser(noise, top, conditioning).x0)
-    except MemoryShortageError:
-        return False
-    except Exception as error:
-        if not is_shortage(error):
-            raise
-        return False
-    return True
+        return decode(bundle, denoiser(noise, top, conditioning).x0)
+
+    return if_it_fits(draw) is not None

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from twostep.media.png import png_file
 from twostep.models.bundle import Bundle
 from twostep.models.runtime import take_notes
 from twostep.models.sampling import Guided, decode, sample_latents
-from twostep.models.shortage import MemoryShortageError, is_shortage
+from twostep.models.shortage import if_it_fits
 from twostep.pipeline.batching import ExactBatch
 from twostep.pipeline.fitting import shortage
 from twostep.pipeline.prepare import Prepared, prepare, timed
@@ -203,7 +204,8 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Itera
         return
     sizes = [len(part.seeds) for part in parts]
     start = time.perf_counter()
-    drawn = _if_it_fits(bundle, parts, on_step)
+    with nullcontext() if len(parts) == 1 else ExactBatch(sizes):
+        drawn = if_it_fits(partial(_latents, bundle, parts, on_step))
     if drawn is None:
         error = shortage(bundle, parts[0].drawing.prepared.size, sum(sizes))
         for part in parts:
@@ -223,18 +225,6 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Itera
         yield part.drawing
 
 
-def _if_it_fits(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Tensor | None:
-    """Return the clean latents of all parts; None where memory runs out."""
-    sizes = [len(part.seeds) for part in parts]
-    try:
-        with nullcontext() if len(parts) == 1 else ExactBatch(sizes):
-            return _latents(bundle, parts, on_step)
-    except Exception as error:
-        if not is_shortage(error):
-            raise
-    return None
-
-
 def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
     """Turn the latents of a part into its images.
 
@@ -243,9 +233,8 @@ def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
     """
     drawing = part.drawing
     with timed(drawing.prepared.seconds, "decode"):
-        try:
-            pictures = decode(bundle, latents)
-        except MemoryShortageError:
+        pictures = if_it_fits(partial(decode, bundle, latents))
+        if pictures is None:
             drawing.error = shortage(bundle, drawing.prepared.size, len(latents))
             return
         drawing.error = _damage(part, pictures, "pixels")
