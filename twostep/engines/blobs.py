@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from twostep.errors import TwostepError
 from twostep.files import WriteError, cache_folder, write_atomically
+from twostep.models.runtime import say
 
 MAX_BYTES = 16 * 2**30
 """What all blobs together may take on the disk."""
@@ -29,6 +30,9 @@ _SUFFIX = ".blob"
 _MAGIC = b"twostep1"
 _ALIGNMENT = 4096
 """The body begins at a page, so that it can be mapped into memory."""
+
+
+_Graph = TypeVar("_Graph")
 
 
 class BlobError(TwostepError):
@@ -82,6 +86,36 @@ def read_blob(name: str) -> Blob | None:
     with suppress(OSError):
         os.utime(path)  # by which it is known to have been used
     return Blob(header["description"], body)
+
+
+def restored(
+    name: str,
+    load: Callable[[Blob], _Graph],
+    *,
+    what: str,
+    errors: tuple[type[Exception], ...] = (Exception,),
+) -> _Graph | None:
+    """Return what a runtime makes of the blob of a fingerprint; None where there is none of use.
+
+    One that is of no use is removed, and whoever draws is told.
+
+    Args:
+        name: The fingerprint.
+        load: Gives the blob to the runtime.
+        what: What it holds, for a person.
+        errors: What the runtime raises of what it cannot use, beside `BlobError`.
+    """
+    unusable: tuple[type[Exception], ...] = (BlobError, *errors)
+    try:
+        blob = read_blob(name)
+        return None if blob is None else load(blob)
+    except MemoryError:
+        raise
+    except unusable as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        say(f"{what} in {blob_folder()} was not usable and is made anew ({reason})")
+        forget_blob(name)
+        return None
 
 
 def write_blob(name: str, description: Mapping[str, Any], body: bytes) -> bool:

@@ -7,36 +7,26 @@ is.
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from twostep.engines.blobs import fingerprint
 from twostep.engines.calls import Call, with_forward
+from twostep.engines.converting import ConvertingEngine, converted_codec
 from twostep.engines.errors import EngineError
 from twostep.engines.graphs import Graph, GraphedForward
-from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.models.lora_stack import fused
 from twostep.models.runtime import Runtime
 from twostep.networks.digest import digest_of_tensors
 
 
-class GraphEngine(ABC):
+class GraphEngine(ConvertingEngine):
     """An engine that runs networks from graphs."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        # Networks go when their bundle goes; a stack of LoRAs has its own.
-        self._converted: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-        self._prepared: WeakKeyDictionary[Bundle, Bundle] = WeakKeyDictionary()
 
     @property
     @abstractmethod
@@ -68,20 +58,12 @@ class GraphEngine(ABC):
         Raises EngineError where the runtime is not there, and for a model that lies on an
         accelerator.
         """
-        prepared = self._prepared.get(bundle)
-        if prepared is None:
+        if bundle not in self._prepared:
             self.check(bundle)
-            prepared = self._prepared.setdefault(bundle, self._prepare(bundle))
-        return prepared
+        return self._prepared_once(bundle)
 
-    def convert(self, network: nn.Module) -> nn.Module:
-        """Return a network on the same weights that is run from graphs; the same if asked again."""
-        with self._lock:
-            converted = self._converted.get(network)
-            if converted is None:
-                converted = with_forward(fused(network), self._forward)
-                self._converted[network] = converted
-            return converted
+    def _convert(self, network: nn.Module) -> nn.Module:
+        return with_forward(network, self._forward)
 
     def _prepare(self, bundle: Bundle) -> Bundle:
         parts = {
@@ -90,21 +72,9 @@ class GraphEngine(ABC):
         }
         return replace(
             bundle.with_parts(parts),
-            codec=self._codec(bundle.codec),
+            codec=converted_codec(bundle.codec, self.exact.convert, ["encoder", "decoder"]),
             runtime=Runtime(self.name, convert=self.exact.convert),
         )
-
-    def _codec(self, codec: Any) -> Any:
-        """Return a codec of pictures with a compiled encoder and decoder; any other as it is."""
-        if not isinstance(codec, ImageCodec):
-            return codec
-        vae: Any = copy.copy(codec.vae)
-        # The copy shares the table of its parts until it has one of its own.
-        vae._modules = dict(vae._modules)
-        for name in ("encoder", "decoder"):
-            vae._modules[name] = self.exact.convert(vae._modules[name])
-        tiny = None if codec.tiny is None else codec.tiny.converted(self.exact.convert)
-        return replace(codec, vae=vae, tiny=tiny)
 
     def _forward(self, network: nn.Module) -> GraphedForward:
         digests: list[str] = []

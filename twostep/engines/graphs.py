@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from twostep.engines.calls import Call, Signature, parts_of
 from twostep.errors import TwostepError
 from twostep.models.runtime import say
+from twostep.networks.digest import num_weight_bytes
 
 LARGE_BYTES = 512 * 2**20
 """From this size of its weights on a network is run item by item.
@@ -137,8 +138,3 @@ def check_graph(graph: Graph, network: nn.Module, call: Call, tolerance: float) 
         # Written so that NaN fails as well.
         if not difference <= tolerance * max(scale, 1e-6):
             raise GraphError(f"its numbers differ by {difference:.2g} at {scale:.2g}")
-
-
-def num_weight_bytes(network: nn.Module) -> int:
-    """Return the bytes of a network's weights."""
-    return sum(weight.nbytes for weight in network.parameters())

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from twostep import __version__
-from twostep.engines.blobs import blob_folder, fingerprint, forget_blob, read_blob, write_blob
+from twostep.engines.blobs import Blob, fingerprint, restored, write_blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
 from twostep.engines.graphed import GraphEngine, check_on_the_cpu
 from twostep.engines.graphs import Graph, check_graph
 from twostep.models.bundle import Bundle
-from twostep.models.runtime import say
 
 TOLERANCE = 1e-3
 """How far a graph may be from PyTorch, in units of the largest value."""
@@ -58,7 +57,13 @@ class Onnx(GraphEngine):
         """Return the graph of a call, from the disk if it was made before."""
         facts = {"weights": digest, "call": str(call.signature), "engine": "onnx"}
         name = fingerprint({**facts, "versions": versions()})
-        graph = _read(name, network)
+
+        def load(blob: Blob) -> Graph:
+            spec = pytree.treespec_loads(blob.description["answer"])
+            return _OnnxGraph(blob.body.tobytes(), network, spec)
+
+        # What ONNX Runtime raises derives from nothing in common.
+        graph = restored(name, load, what="an exported network")
         if graph is not None:
             return graph
         model, spec = _exported(network, call)
@@ -104,23 +109,6 @@ class _OnnxGraph:
         arrays = [tensor.detach().contiguous().numpy() for tensor in tensors]
         answers = self._session.run(None, dict(zip(self._inputs, arrays, strict=True)))
         return [torch.from_numpy(answer) for answer in answers]
-
-
-def _read(name: str, network: nn.Module) -> _OnnxGraph | None:
-    """Return a graph from the disk; None where there is none that can be used."""
-    try:
-        blob = read_blob(name)
-        if blob is None:
-            return None
-        spec = pytree.treespec_loads(blob.description["answer"])
-        return _OnnxGraph(blob.body.tobytes(), network, spec)
-    except Exception as error:  # ONNX Runtime's own derive from nothing in common
-        if isinstance(error, MemoryError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        say(f"an exported network in {blob_folder()} was not usable and is made anew ({reason})")
-        forget_blob(name)
-        return None
 
 
 def _exported(network: nn.Module, call: Call) -> tuple[bytes, Any]:

@@ -25,14 +25,7 @@ from torch.utils import _pytree as pytree
 
 from twostep import __version__
 from twostep.engines.accuracy import judge_change, picture_change
-from twostep.engines.blobs import (
-    BlobError,
-    blob_folder,
-    fingerprint,
-    forget_blob,
-    read_blob,
-    write_blob,
-)
+from twostep.engines.blobs import Blob, fingerprint, restored, write_blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
 from twostep.engines.graphed import GraphEngine, check_on_the_cpu, digest_of
@@ -40,7 +33,6 @@ from twostep.engines.graphs import Graph, check_graph
 from twostep.engines.measured import measured_once
 from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
-from twostep.models.runtime import say
 from twostep.text.clip import quiet_transformers
 
 PRECISIONS = ("f32", "bf16", "int8")
@@ -240,7 +232,18 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
             "versions": versions(),
         }
     )
-    graph = _read(name, settings)
+
+    def load(blob: Blob) -> _OpenVinoGraph:
+        from openvino import Tensor as OpenVinoTensor
+
+        spec = pytree.treespec_loads(blob.description["answer"])
+        body = OpenVinoTensor(blob.body, shared_memory=True)
+        compiled = _core().import_model(body, "CPU", settings)
+        return _OpenVinoGraph(compiled, spec, memory=(body, blob))
+
+    graph = restored(
+        name, load, what="a compiled network", errors=(KeyError, RuntimeError, ValueError)
+    )
     if graph is not None:
         return graph
     # Tensors that were made for inference alone cannot be traced.
@@ -256,25 +259,6 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
         check_graph(graph, network, call, TOLERANCE)
     write_blob(name, {"answer": pytree.treespec_dumps(spec)}, compiled.export_model().getvalue())
     return graph
-
-
-def _read(name: str, settings: dict[str, Any]) -> _OpenVinoGraph | None:
-    """Return a graph from the disk; None where there is none that can be used."""
-    from openvino import Tensor as OpenVinoTensor
-
-    try:
-        blob = read_blob(name)
-        if blob is None:
-            return None
-        spec = pytree.treespec_loads(blob.description["answer"])
-        body = OpenVinoTensor(blob.body, shared_memory=True)
-        compiled = _core().import_model(body, "CPU", settings)
-    except (BlobError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        say(f"a compiled network in {blob_folder()} was not usable and is made anew ({reason})")
-        forget_blob(name)
-        return None
-    return _OpenVinoGraph(compiled, spec, memory=(body, blob))
 
 
 def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any, Any]:

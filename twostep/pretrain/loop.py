@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
-from twostep.engines.compiled import REPEATED
-from twostep.training.compiling import uncompiled
+from twostep.training.compiling import REPEATED, uncompiled
 from twostep.training.figures import Figures
 from twostep.training.loop import (
     MovingAverage,

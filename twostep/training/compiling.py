@@ -18,6 +18,20 @@ _SHAPES = 128
 """Shapes of one kind of block that are compiled; torch gives up after eight."""
 
 
+REPEATED = (
+    "TransformerBlock",
+    "Resnet",
+    "TinyBlock",
+    "BasicTransformerBlock",
+    "ResnetBlock2D",
+    "AutoencoderTinyBlock",
+)
+"""The blocks of which UNets, ControlNets and autoencoders consist, by the names of their class.
+
+Those of the lean networks come first, then those of diffusers.
+"""
+
+
 def compile_blocks(network: nn.Module, kinds: Collection[str]) -> int:
     """Let the blocks of a network be compiled when they are first called; return how many.
 

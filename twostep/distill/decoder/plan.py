@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from twostep.distill.decoder.recipe import DecoderRecipe
 from twostep.distill.decoder.run import TrainedDecoder, codec_of, fresh_decoder
@@ -22,6 +21,7 @@ from twostep.distill.plan import (
 )
 from twostep.models.bundle import modules_of
 from twostep.models.loading import load_bundle
+from twostep.networks.digest import num_weight_bytes
 
 
 def plan_decoder(recipe: DecoderRecipe) -> Plan:
@@ -41,9 +41,9 @@ def plan_decoder(recipe: DecoderRecipe) -> Plan:
         layout = stage.layout(codec, teacher.contract.base)
         source = blank_source(teacher, sizes)
         # Nothing but the autoencoder goes to the device.
-        autoencoder = sum(map(_num_bytes, modules_of(codec)))
+        autoencoder = sum(map(num_weight_bytes, modules_of(codec)))
         network = fresh_decoder(layout, stage)
-        standing = autoencoder + _num_bytes(network)
+        standing = autoencoder + num_weight_bytes(network)
         before = meter.living
         meter.peak = before
         TrainedDecoder(codec, network).tiny(torch.empty(recipe.num_samples, *source.latents))
@@ -89,7 +89,3 @@ def load_latent_side(recipe: DecoderRecipe) -> int:
 def _changed_peak(recipe: DecoderRecipe, change: Mapping[str, Any]) -> int:
     stage = recipe.decoder.model_copy(update=change)
     return plan_decoder(recipe.model_copy(update={"decoder": stage})).stages[0].highest
-
-
-def _num_bytes(network: nn.Module) -> int:
-    return sum(weight.numel() * weight.itemsize for weight in network.parameters())
