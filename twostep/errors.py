@@ -7,3 +7,8 @@ given, what was expected, and what to do; it knows nothing of how it will be sho
 
 class TwostepError(Exception):
     """Something the caller can put right: a wrong value, file, folder or recipe."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of the system's, its words without number and path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

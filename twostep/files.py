@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from twostep.errors import TwostepError
+from twostep.errors import TwostepError, reason_of
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -271,7 +271,7 @@ def reporting_write_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(
-            f"{path} cannot be written ({error.strerror or error}): {advice_on(error)}. {UNHARMED}"
+            f"{path} cannot be written ({reason_of(error)}): {advice_on(error)}. {UNHARMED}"
         ) from error
 
 

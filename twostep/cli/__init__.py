@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from twostep import __version__
 from twostep.cli import bench, cache, compare, draw, evaluate, files, pretrain, serve, train
-from twostep.errors import TwostepError
+from twostep.errors import TwostepError, reason_of
 from twostep.files import UNHARMED, advice_on
 from twostep.training.stopping import StoppedError
 
@@ -60,7 +60,7 @@ def _print_error(message: str) -> None:
 def _in_words(error: OSError) -> str:
     """Say what the system refused, and what to do about it."""
     where = "" if error.filename is None else f"{error.filename}: "
-    return f"{where}{error.strerror or error}: {advice_on(error)}. {UNHARMED}"
+    return f"{where}{reason_of(error)}: {advice_on(error)}. {UNHARMED}"
 
 
 app = typer.Typer(

@@ -2,18 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _COLUMN, _ROW = 400, 280
 """How far nodes are apart on the page, in pixels; there are two rows."""
 
 
-@dataclass(frozen=True)
-class _Link:
-    """What goes from an output of one node to an input of another, as the page counts them."""
+class _Link(NamedTuple):
+    """What goes from an output of one node to an input of another, as the page lists them."""
 
     number: int
     start: int
@@ -21,10 +19,6 @@ class _Link:
     end: int
     place: int
     kind: str
-
-    def listed(self) -> list[int | str]:
-        """Return the link as the page lists it."""
-        return [self.number, self.start, self.output, self.end, self.place, self.kind]
 
 
 def page_of(api: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +28,7 @@ def page_of(api: dict[str, Any]) -> dict[str, Any]:
         "last_node_id": max(map(int, api)),
         "last_link_id": len(links),
         "nodes": [_node(place, int(id), api[id], links) for place, id in enumerate(api)],
-        "links": [link.listed() for link in links],
+        "links": [list(link) for link in links],
         "groups": [],
         "config": {},
         "extra": {},

@@ -107,23 +107,36 @@ def load_codec(
 
 def _check_units(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError unless a config says usable units of latents, which nothing else reads."""
-    num_channels = config["latent_channels"]
-    for name, least in (("scaling_factor", 0.0), ("latents_std", 0.0), ("latents_mean", -math.inf)):
-        value = config.get(name)
-        if value is None and name != "scaling_factor":
-            continue
-        values = value if isinstance(value, Sequence) and name != "scaling_factor" else [value]
-        is_right = len(values) == (1 if name == "scaling_factor" else num_channels) and all(
-            isinstance(each, int | float) and math.isfinite(each) and each > least
+    count = config["latent_channels"]
+    _check_numbers(path, "scaling_factor", config.get("scaling_factor"), above=0.0)
+    if config.get("latents_mean") is not None:
+        _check_numbers(path, "latents_mean", config["latents_mean"], count)
+    if config.get("latents_std") is not None:
+        _check_numbers(path, "latents_std", config["latents_std"], count, above=0.0)
+
+
+def _check_numbers(
+    path: Path, name: str, given: Any, count: int | None = None, *, above: float = -math.inf
+) -> None:
+    """Raise ModelError unless an entry of a config is a number, or a list of so many.
+
+    They must be finite, and above a bound.
+    """
+    values = [given] if count is None else given
+    is_right = (
+        isinstance(values, Sequence)
+        and len(values) == (count or 1)
+        and all(
+            isinstance(each, int | float) and math.isfinite(each) and each > above
             for each in values
         )
-        if not is_right:
-            expected = "a number" if name == "scaling_factor" else f"{num_channels} numbers"
-            above = "" if name == "latents_mean" else " above 0"
-            raise ModelError(
-                f"{path} has {name} = {value!r}; expected {expected}{above}. "
-                "Fetch that model again."
-            )
+    )
+    if not is_right:
+        expected = "a number" if count is None else f"{count} numbers"
+        bound = "" if math.isinf(above) else f" above {above:g}"
+        raise ModelError(
+            f"{path} has {name} = {given!r}; expected {expected}{bound}. Fetch that model again."
+        )
 
 
 def load_text(folder: Path, weights: Weights | None = None, *, lean: bool = False) -> TextEncoders:

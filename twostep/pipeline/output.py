@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from twostep.errors import TwostepError
+from twostep.errors import TwostepError, reason_of
 from twostep.files import write_new
 
 _MAX_SLUG_LETTERS = 60
@@ -29,9 +29,8 @@ def prepare_folder(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or error
         raise OutputError(
-            f"cannot write to {folder}: {reason}. Choose a folder that you may write to."
+            f"cannot write to {folder}: {reason_of(error)}. Choose a folder that you may write to."
         ) from error
     return folder
 

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from twostep.contract import Contract
-from twostep.errors import TwostepError
+from twostep.errors import TwostepError, reason_of
 from twostep.export.page import page_of
 from twostep.media.codec import FULL
 from twostep.pipeline.graph_pictures import file_name
@@ -187,9 +187,9 @@ def read_provenance(path: str | Path) -> Provenance:
         with Image.open(path) as image:
             chunks = dict(image.info)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ProvenanceError(
-            f"{path} cannot be read as a picture: {reason}. Give a PNG written by twostep."
+            f"{path} cannot be read as a picture: {reason_of(error)}. "
+            "Give a PNG written by twostep."
         ) from error
     if TWOSTEP_CHUNK not in chunks:
         raise ProvenanceError(

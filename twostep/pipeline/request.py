@@ -23,7 +23,7 @@ from PIL.Image import Image
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.contract import Contract
-from twostep.errors import TwostepError
+from twostep.errors import TwostepError, reason_of
 from twostep.media.codec import FULL, Encoded
 from twostep.media.png import png_file
 
@@ -98,7 +98,7 @@ class Picture:
             opened = examine_picture(lambda: data, for_input=True)
         except (OSError, ValueError, UnusablePictureError) as error:
             named = "a picture" if isinstance(source, bytes) else source
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            reason = reason_of(error)
             if str(source).startswith(("http:/", "https:/")):
                 reason = "addresses are not fetched; save the picture first"
             raise RequestError(

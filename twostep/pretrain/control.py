@@ -197,7 +197,7 @@ class DrawnExamples:
 
     def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
         """Return noise that is the same on every device."""
-        return torch.randn(tuple(shape), generator=randomness.tensors)
+        return randomness.normal(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +224,7 @@ class SceneExamples:
 
     def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
         """Return noise that is drawn on the device."""
-        device = self.scenes.device
-        return torch.randn(tuple(shape), generator=randomness.on(device), device=device)
+        return randomness.normal(shape, self.scenes.device)
 
 
 def find_examples(

@@ -6,7 +6,6 @@ needed while a denoiser trains, and nothing is waited for.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from twostep.pretrain.scene_captions import caption_table
 from twostep.pretrain.scenes import SceneTable, compose, random_scenes
 from twostep.pretrain.sizes import find_size
 from twostep.text.clip import TextEncoders
-from twostep.training.device import computes_bfloat16
+from twostep.training.device import computes_bfloat16, num_cores
 from twostep.training.loop import hashed_seed
 
 _AT_ONCE = 64
@@ -155,7 +154,7 @@ def caption_scenes(
     parts = [table.rows(slice(start, start + _CAPTIONED_AT_ONCE)) for start in starts]
     seeds = [hashed_seed(seed, "captions", start) for start in starts]
     write = partial(_captioned, concepts=concepts, tokenizer=tokenizer, captions=captions)
-    num_processes = min(os.cpu_count() or 1, len(parts), _MOST_PROCESSES)
+    num_processes = min(num_cores(), len(parts), _MOST_PROCESSES)
     if num_processes < 3:
         # To start two takes longer than they save.
         return torch.cat(list(map(write, parts, seeds)))

@@ -120,7 +120,7 @@ class Loss:
         tokens = torch.where(sent(is_dropped, device), self._empty, tokens)[share]
         top = int(self.denoiser.schedule.top)  # SDXL's times are integers
         t = torch.randint(1, top + 1, (batch_size,), generator=generator)[share]
-        eps = torch.randn(x0.shape, generator=randomness.on(device), device=device)[share]
+        eps = randomness.normal(x0.shape, device)[share]
         text, pooled = self.text.encode_tokens(tokens, tokens)
         conditioning = Conditioning(text, pooled, self._sizes.expand(len(text), -1))
         return noise_loss(

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from twostep import __version__
+from twostep.contract import Contract
 from twostep.files import write_atomically
 from twostep.formats.folders import weights_folder
 from twostep.media.image import ImageCodec
@@ -42,7 +43,7 @@ from twostep.pretrain.model import build_text_encoders, teacher_contract
 from twostep.pretrain.scene_captions import scene_corpus
 from twostep.pretrain.scenes import compose, random_scenes
 from twostep.pretrain.sheets import draw_samples, write_sheet
-from twostep.pretrain.sizes import find_size
+from twostep.pretrain.sizes import ModelSize, find_size
 from twostep.pretrain.style import StyleSettings, style_latents, style_prompts, train_style
 from twostep.pretrain.teacher import TeacherSettings, TuneSettings, new_denoiser, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
@@ -233,14 +234,15 @@ def _train_teacher(settings: TeacherSettings, run: PartRun) -> Path:
     codec = load_codec(settings.autoencoder)
     text = load_text(settings.text_encoders)
     denoiser = new_denoiser(size, settings.loop.seed)
-    contract = teacher_contract(
-        size,
-        name=size.name,
-        recipe=run.name,
-        version=__version__,
-        guidance=settings.guidance,
-    )
+    contract = _new_contract(size, run, settings.guidance)
     return _fit_teacher(run, Bundle(denoiser, codec, text, contract), settings, folder)
+
+
+def _new_contract(size: ModelSize, run: PartRun, guidance: float) -> Contract:
+    """Return the contract of a teacher that a run makes from nothing."""
+    return teacher_contract(
+        size, name=size.name, recipe=run.name, version=__version__, guidance=guidance
+    )
 
 
 def _train_joint(settings: JointSettings, run: PartRun) -> Path:
@@ -251,13 +253,7 @@ def _train_joint(settings: JointSettings, run: PartRun) -> Path:
     codec = load_codec(settings.autoencoder)
     denoiser = new_denoiser(size, settings.loop.seed)
     text = build_text_encoders(size, scene_corpus(run.drawings.concepts))
-    contract = teacher_contract(
-        size,
-        name=size.name,
-        recipe=run.name,
-        version=__version__,
-        guidance=settings.guidance,
-    )
+    contract = _new_contract(size, run, settings.guidance)
     teacher = Bundle(denoiser, codec, text, contract).to(device)
     scenes = make_encoded_scenes(
         run.drawings,

@@ -91,7 +91,7 @@ class PicturePool:
 
     def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
         """Return noise that is the same on every device."""
-        return torch.randn(tuple(shape), generator=randomness.tensors)
+        return randomness.normal(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +110,7 @@ class ComposedScenes:
 
     def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
         """Return noise that is drawn on the device."""
-        device = self.drawings.device
-        return torch.randn(tuple(shape), generator=randomness.on(device), device=device)
+        return randomness.normal(shape, self.drawings.device)
 
 
 def find_pictures(drawings: DrawingSet, settings: VaeSettings) -> PictureSource:

@@ -8,7 +8,6 @@ thousand things in four styles take 3.4 MB so, and a hundred as bitmaps of 256 p
 import hashlib
 import json
 import lzma
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from twostep.pretrain.drawings import (
     write_listing,
 )
 from twostep.pretrain.icons import ICON_SETS, load_icons, render, svg_of
+from twostep.training.device import num_cores
 
 MINI = Path(__file__).with_name("art") / "mini"
 """The folder of the vector drawings that mini learns from: 991 things in 4 styles."""
@@ -167,7 +167,7 @@ def render_vectors(
     """
     documents = [document for style in vectors.documents.values() for document in style]
     if workers is None:
-        workers = 1 if len(documents) < _FEW else _num_cores()
+        workers = 1 if len(documents) < _FEW else num_cores()
     shape = (len(vectors.concepts), len(vectors.styles), 4, pixels, pixels)
     drawings = torch.empty(shape, dtype=torch.uint8)
     with ExitStack() as stack:
@@ -184,13 +184,6 @@ def render_vectors(
             drawings[concept, style] = bitmap.view(4, pixels, pixels)
             on_drawing(number + 1, len(documents))
     return DrawingSet(drawings, vectors.concepts, vectors.styles)
-
-
-def _num_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _render_bytes(document: str, pixels: int) -> bytearray:

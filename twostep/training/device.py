@@ -1,5 +1,6 @@
 """Finding the device that a recipe names, and knowing what it computes well."""
 
+import os
 from functools import cache
 
 import torch
@@ -24,6 +25,13 @@ def find_device(name: str) -> torch.device:
             f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".'
         ) from error
     return torch.device(name)
+
+
+def num_cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def has_own_memory(device: torch.device) -> bool:

@@ -218,6 +218,11 @@ class Randomness:
         seed = hashed_seed(self.tensors.initial_seed(), "device")
         return torch.Generator(device).manual_seed(seed)
 
+    def normal(self, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """Return normal noise: drawn on a device by `on`, or on the CPU, the same everywhere."""
+        generator = self.tensors if device is None else self.on(device)
+        return torch.randn(tuple(shape), generator=generator, device=device)
+
     def copy(self) -> Randomness:
         """Return randomness that will draw the same."""
         tensors = torch.Generator()
