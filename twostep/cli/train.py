@@ -392,6 +392,7 @@ _BUILTIN_DATA = "twostep.pretrain.latents:builtin"
 
 def _source(settings: RunRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
     """Return what the recipe learns from: a cache, or what its function makes of the teacher."""
+    from twostep.data.ahead import ReadAhead
     from twostep.data.cache import load_cache
     from twostep.distill.recipe import BUILTIN
     from twostep.training.recipe import RecipeError
@@ -408,7 +409,7 @@ def _source(settings: RunRecipe, teacher: Bundle, out: Path, advance: OnProgress
                 "only caption_dropout."
             )
         dropout = float(settings.data_options.get("caption_dropout", 0.0))
-        return load_cache(settings.cache, teacher, caption_dropout=dropout)
+        return ReadAhead(load_cache(settings.cache, teacher, caption_dropout=dropout))
     try:
         make = resolve_name(_BUILTIN_DATA if settings.data == BUILTIN else settings.data)
     except (ModuleNotFoundError, AttributeError) as error:

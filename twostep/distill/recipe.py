@@ -60,6 +60,12 @@ class TrainedStage(OptimiserSettings):
         "the accelerator; steps take longer",
         json_schema_extra=ANY_TIME,
     )
+    compile: bool = Field(
+        False,
+        description="compile the blocks of all networks: a minute or two at first, less for every "
+        "iteration",
+        json_schema_extra=WHILE_RUNNING,
+    )
     sample_every: int | None = Field(
         None,
         gt=0,

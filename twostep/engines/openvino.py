@@ -222,13 +222,13 @@ def bare_calls() -> Iterator[list[Callable[[], object]]]:
 
 def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _OpenVinoGraph:
     """Return the graph of a call, from the disk if it was made before."""
-    settings = _settings(precision)
+    compiled_as = settings(precision)
     name = fingerprint(
         {
             "weights": digest,
             "call": str(call.signature),
             "precision": precision,
-            "settings": settings,
+            "settings": compiled_as,
             "versions": versions(),
         }
     )
@@ -238,7 +238,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
 
         spec = pytree.treespec_loads(blob.description["answer"])
         body = OpenVinoTensor(blob.body, shared_memory=True)
-        compiled = _core().import_model(body, "CPU", settings)
+        compiled = _core().import_model(body, "CPU", compiled_as)
         return _OpenVinoGraph(compiled, spec, memory=(body, blob))
 
     graph = restored(
@@ -253,7 +253,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
         model, spec = _traced(network, call, tensors)
     if precision == "int8":
         model = _in_eight_bits(model)
-    compiled = _core().compile_model(model, "CPU", settings)
+    compiled = _core().compile_model(model, "CPU", compiled_as)
     graph = _OpenVinoGraph(compiled, spec)
     if precision == "f32":
         check_graph(graph, network, call, TOLERANCE)
@@ -286,7 +286,7 @@ def _in_eight_bits(model: Any) -> Any:
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
 
 
-def _settings(precision: str) -> dict[str, Any]:
+def settings(precision: str) -> dict[str, Any]:
     """Return how a model is compiled: as fast as can be for one picture, on torch's threads."""
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",

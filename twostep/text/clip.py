@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from twostep.diffusion.shapes import sent
 from twostep.formats.embeddings import Embedding
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.text.embeddings import TOKEN, place_embeddings, with_tokens
@@ -129,10 +130,10 @@ class TextEncoders:
                 numbers = tokenizer(
                     list(prompts), padding="max_length", truncation=True, return_tensors="pt"
                 ).input_ids
-            tokens.append(numbers.to(encoder.device))
+            tokens.append(sent(numbers, encoder.device))
         text, pooled = self.encode_tokens(tokens[0], tokens[1])
         if self.zeros_for_empty:
-            is_text = torch.tensor([prompt != "" for prompt in prompts], device=text.device)
+            is_text = sent(torch.tensor([prompt != "" for prompt in prompts]), text.device)
             text = text * is_text[:, None, None]
             pooled = pooled * is_text[:, None]
         return text, pooled
@@ -162,7 +163,7 @@ class TextEncoders:
             # product depend on how many there are.
             key = (tuple(prompts), whole, torch.is_inference_mode_enabled())
             text, pooled = self.memory.recall(key, lambda: encode(prompts))
-        sizes = image_sizes(len(text), width, height).to(text.device, text.dtype)
+        sizes = sent(image_sizes(len(text), width, height), text.device).to(text.dtype)
         return Conditioning(text, pooled, sizes)
 
     def encode_whole(self, prompts: Sequence[str]) -> Embeddings:
