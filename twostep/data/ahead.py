@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
 
-from twostep.data.cache import CachedSource
 from twostep.networks.conditioning import Conditioning
 
 _Read = TypeVar("_Read")
@@ -46,14 +46,33 @@ class _Reading:
     words: random.Random | None
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """What can be read ahead: a `CachedSource`, for one."""
+
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Tensor, Conditioning]:
+        """Return random items."""
+
+    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
+        """Return random latents."""
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        """Return the conditioning of the empty prompt for as many items."""
+
+    def fingerprint(self) -> str:
+        """Return a short text that is another one if any item is another."""
+
+
 class ReadAhead:
-    """A cache whose next batch is read before it is asked for, if it is known what will be.
+    """A source whose next batch is read before it is asked for, if it is known what will be.
 
     Attributes:
         source: what is read from.
     """
 
-    def __init__(self, source: CachedSource) -> None:
+    def __init__(self, source: Readable) -> None:
         """Read nothing yet."""
         self.source = source
         self._kind = ""
@@ -102,6 +121,10 @@ class ReadAhead:
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the empty prompt as the source has it."""
         return self.source.empty(like)
+
+    def close(self) -> None:
+        """Wait for what is being read, and read nothing more."""
+        self._thread.shutdown()
 
     def _taken(
         self,

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from twostep import __version__
 from twostep.engines.accuracy import judge_change, picture_change
-from twostep.engines.blobs import Blob, fingerprint, restored, write_blob
+from twostep.engines.blobs import Blob, fingerprint, has_room, restored, write_blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
 from twostep.engines.graphed import GraphEngine, check_on_the_cpu, digest_of
@@ -257,8 +257,17 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
     graph = _OpenVinoGraph(compiled, spec)
     if precision == "f32":
         check_graph(graph, network, call, TOLERANCE)
-    write_blob(name, {"answer": pytree.treespec_dumps(spec)}, compiled.export_model().getvalue())
+    # Asked before, for exporting takes as much memory again, twice.
+    if has_room(_num_bytes(network, precision)):
+        description = {"answer": pytree.treespec_dumps(spec)}
+        write_blob(name, description, compiled.export_model().getvalue())
     return graph
+
+
+def _num_bytes(network: nn.Module, precision: str) -> int:
+    """Return about how many bytes the weights of a compiled network take."""
+    num_bytes = sum(parameter.nbytes for parameter in network.parameters())
+    return num_bytes // 4 if precision == "int8" else num_bytes
 
 
 def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from twostep import __version__
 from twostep.engines.openvino import bare_calls, settings
@@ -49,8 +50,16 @@ GENAI = "OpenVINO GenAI"
 BARE = "openvino, bare calls"
 """The name of OpenVINO's own time for the same networks, with nothing around them."""
 
+ROOF = "arithmetic alone"
+"""The name of the least time of a drawing: its sums and products at the rate of one large product
+of matrices.
+"""
+
 NUM_WARM = 2
 """Rounds that are not counted."""
+
+_SIDE = 1024
+"""Of the matrices whose product says how fast this machine computes."""
 
 Draw = Callable[[int], dict[str, float]]
 """Draws from a seed and returns the seconds of its stages; none where it has no stages."""
@@ -135,7 +144,7 @@ def compare_speed(
         cases: What is drawn.
         rounds: Drawings of each that count.
         peers: Also time diffusers' own pipeline, OpenVINO GenAI's where it is installed, and
-            OpenVINO's calls with nothing around them.
+            OpenVINO's calls with nothing around them; and say what the arithmetic alone would take.
         on_case: Called before each case.
 
     Raises:
@@ -152,6 +161,8 @@ def compare_speed(
         with tempfile.TemporaryDirectory() as folder:
             draws = _draws(studio, model, case, engines, Path(folder) if peers else None)
             rows += _timed(draws, case, rounds)
+        if peers:
+            rows.append(_roof(studio, model, case, rounds))
     return rows
 
 
@@ -239,15 +250,7 @@ def _draws(
         engines: Their names.
         peers: An empty folder for what other programs read; None to leave those out.
     """
-    width, height = case.size
-    request = Request(
-        PROMPT,
-        model=model,
-        steps=case.steps,
-        num_images=case.batch,
-        width=width,
-        height=height,
-    )
+    request = _request(model, case)
     bundles = {name: studio.load(replace(request, engine=name)) for name in engines}
     draws = {name: _ours(bundle, request) for name, bundle in bundles.items()}
     if peers is None:
@@ -259,6 +262,19 @@ def _draws(
     if "openvino" in bundles:
         draws[BARE] = _bare(bundles["openvino"], request)
     return draws
+
+
+def _request(model: str, case: Case) -> Request:
+    """Return the drawing of a case."""
+    width, height = case.size
+    return Request(
+        PROMPT,
+        model=model,
+        steps=case.steps,
+        num_images=case.batch,
+        width=width,
+        height=height,
+    )
 
 
 def _ours(bundle: Bundle, request: Request) -> Draw:
@@ -336,6 +352,29 @@ def _bare(bundle: Bundle, request: Request) -> Draw:
         return {}
 
     return draw
+
+
+def _roof(studio: Studio, model: str, case: Case, rounds: int) -> Row:
+    """Return what the arithmetic of a case alone takes, once its text is encoded."""
+    request = _request(model, case)
+    work = count_operations(studio.load(request), request)
+    return Row(ROOF, case, {"total": Timing(tuple(work / _rate() for _ in range(rounds)))})
+
+
+def count_operations(bundle: Bundle, request: Request) -> int:
+    """Return the sums and products of a drawing by PyTorch, whose text is encoded before."""
+    generate(bundle, request)
+    with FlopCounterMode(display=False) as counter:
+        generate(bundle, request)
+    return int(counter.get_total_flops())
+
+
+def _rate() -> float:
+    """Return how many sums and products a second a large product of matrices does here."""
+    matrix = torch.ones(_SIDE, _SIDE)
+    start = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return 2 * _SIDE**3 / (time.perf_counter() - start)
 
 
 def _timed(draws: Mapping[str, Draw], case: Case, rounds: int) -> list[Row]:

@@ -632,7 +632,7 @@ def _agreed(stop: StopRequest, clock: _Clock) -> tuple[int, bool]:
     checkpoint by any clock.
     """
     stop.is_due()
-    exit_code, saves = largest([stop.exit_code, clock.is_due()])
+    exit_code, saves = largest([float(stop.exit_code), float(clock.is_due())])
     if exit_code and stop.exit_code == 0:
         stop.exit_code = OUT_OF_TIME
     return stop.exit_code, saves > 0
