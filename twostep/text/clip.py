@@ -3,12 +3,12 @@
 import copy
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,8 @@ from twostep.text.prompt_weights import (
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
+
+_Finding = TypeVar("_Finding")
 
 _TOKENIZING = RLock()
 """Tokenizers keep settings between calls, so one thread at a time uses them."""
@@ -193,24 +195,35 @@ class TextEncoders:
 
     def is_cut(self, prompt: str) -> bool:
         """Return whether `encode` leaves out the end of a prompt."""
-        tokenizer = self.tokenizers[0]
-        with _TOKENIZING:
-            length = len(tokenizer(prompt, verbose=False).input_ids)
-        return length > int(tokenizer.model_max_length)
+        return self._found("is cut", prompt, self._is_long)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
+        return list(self._found("unknown words", prompt, self._words_in_pieces))
+
+    def _found(self, what: str, prompt: str, find: Callable[[str], _Finding]) -> _Finding:
+        """Return what is found in a prompt, from the memory if there is one."""
+        if self.memory is None:
+            return find(prompt)
+        return self.memory.found((what, prompt), lambda: find(prompt))
+
+    def _is_long(self, text: str) -> bool:
+        """Whether a text is longer than the tokenizer's limit."""
+        tokenizer = self.tokenizers[0]
+        with _TOKENIZING:
+            length = len(tokenizer(text, verbose=False).input_ids)
+        return length > int(tokenizer.model_max_length)
+
+    def _words_in_pieces(self, prompt: str) -> tuple[str, ...]:
         text = TOKEN.sub(" ", without_weights(place_embeddings(prompt, self.embeddings)))
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
         with _TOKENIZING:
-            return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
+            pieces = [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
+        return tuple(pieces)
 
     def _is_whole(self, prompt: str) -> bool:
         """Whether a prompt has weights, or is longer than the tokenizer's limit."""
-        tokenizer = self.tokenizers[0]
-        with _TOKENIZING:
-            length = len(tokenizer(without_weights(prompt), verbose=False).input_ids)
-        return length > int(tokenizer.model_max_length) or has_weights(prompt)
+        return self._is_long(without_weights(prompt)) or has_weights(prompt)
 
     def _encode_weighted(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
         """Encode a prompt of any length with its weights; PromptError where compel cannot."""
