@@ -7,6 +7,7 @@ was compiled is kept on the disk. Everything between, noise, steps and guidance,
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from twostep.text.clip import quiet_transformers
 
 PRECISIONS = ("f32", "bf16", "int8")
 """What an OpenVINO engine may compute in: exactly, in 16 bits, or with weights in 8 bits."""
+
+_KEPT_WHOLE = ("conv_in", "conv_out", "down_blocks.0")
 
 TOLERANCE = 1e-3
 """How far an exact graph may be from PyTorch, in units of the largest value."""
@@ -113,6 +116,7 @@ class OpenVino(GraphEngine):
                 "weights": digest_of(fused(exact.denoiser.network)),
                 "contract": exact.contract.to_json(),
                 "engine": self.name,
+                "kept whole": kept_whole(exact.denoiser.network),
                 "size": size,
                 "versions": versions(),
             }
@@ -228,6 +232,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
             "weights": digest,
             "call": str(call.signature),
             "precision": precision,
+            "kept whole": kept_whole(network) if precision == "int8" else (),
             "settings": compiled_as,
             "versions": versions(),
         }
@@ -252,7 +257,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
         tensors = [tensor.clone() for tensor in plain.tensors]
         model, spec = _traced(network, call, tensors)
     if precision == "int8":
-        model = _in_eight_bits(model)
+        model = _in_eight_bits(model, kept_whole(network))
     compiled = _core().compile_model(model, "CPU", compiled_as)
     graph = _OpenVinoGraph(compiled, spec)
     if precision == "f32":
@@ -288,11 +293,32 @@ def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any,
     return model, flat.answer_spec
 
 
-def _in_eight_bits(model: Any) -> Any:
-    """Return a model whose weights are kept in 8 bits and computed with in float32."""
+def kept_whole(network: nn.Module) -> tuple[str, ...]:
+    """Return the modules of a denoiser, by name, whose weights an int8 engine keeps in float32.
+
+    They are those of the highest resolution, after which nothing evens errors out, and those that
+    embed the time: few of the weights, and most of the change that 8 bits make in pictures.
+    """
+    names = {name for name, _ in network.named_modules()}
+    last = f"up_blocks.{len(getattr(network, 'up_blocks', ())) - 1}"
+    return tuple(name for name in (*_KEPT_WHOLE, last) if name in names)
+
+
+def _in_eight_bits(model: Any, whole: Sequence[str]) -> Any:
+    """Return a model whose weights are kept in 8 bits and computed with in float32.
+
+    Args:
+        model: of OpenVINO, traced from a `Flat` network.
+        whole: names of the modules whose weights stay as they are.
+    """
     import nncf
 
-    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    patterns = [rf"__module\.network\.{re.escape(name)}[./].*" for name in whole]
+    return nncf.compress_weights(
+        model,
+        mode=nncf.CompressWeightsMode.INT8_ASYM,
+        ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False),
+    )
 
 
 def settings(precision: str) -> dict[str, Any]:
