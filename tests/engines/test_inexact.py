@@ -74,5 +74,5 @@ def test_nanos_students_bear_eight_bits(
     assert 0 < picture_change(bundle, prepared, size) < WARNING_LEVELS
     # It is in 8 bits: all but what is kept whole takes a quarter.
     exact = sum(parameter.nbytes for parameter in bundle.denoiser.network.parameters())
-    smallest = max(path.stat().st_size for path in (tmp_path / "engines").glob("*.blob"))
-    assert smallest < 0.5 * exact
+    largest = max(path.stat().st_size for path in (tmp_path / "engines").glob("*.blob"))
+    assert largest < 0.5 * exact

@@ -358,7 +358,7 @@ def _roof(studio: Studio, model: str, case: Case, rounds: int) -> Row:
     """Return what the arithmetic of a case alone takes, once its text is encoded."""
     request = _request(model, case)
     work = count_operations(studio.load(request), request)
-    return Row(ROOF, case, {"total": Timing(tuple(work / _rate() for _ in range(rounds)))})
+    return Row(ROOF, case, {"total": Timing(tuple(work / rate() for _ in range(rounds)))})
 
 
 def count_operations(bundle: Bundle, request: Request) -> int:
@@ -369,7 +369,7 @@ def count_operations(bundle: Bundle, request: Request) -> int:
     return int(counter.get_total_flops())
 
 
-def _rate() -> float:
+def rate() -> float:
     """Return how many sums and products a second a large product of matrices does here."""
     matrix = torch.ones(_SIDE, _SIDE)
     start = time.perf_counter()
