@@ -116,13 +116,14 @@ class BlockComponents(nn.Module):
     ) -> Float[Tensor, "batch bands frames"]:
         """Return the spectrograms of components, cut off at -1 and 1."""
         blocks: Tensor = (components.transpose(1, 2) * self.scale) @ self.basis + self.mean
-        spectrogram = blocks.unflatten(2, (self.bands, self.frames)).transpose(1, 2).flatten(2)
+        by_band = blocks.unflatten(2, (self.bands, self.frames)).transpose(1, 2)
+        spectrogram: Tensor = by_band.flatten(2)
         return spectrogram.clamp(-1, 1)
 
     def _blocks(self, log_mel: Tensor) -> Tensor:
         """Cut spectrograms into blocks [batch, blocks, bands * frames]."""
-        blocks = log_mel.unflatten(2, (-1, self.frames))
-        return blocks.transpose(1, 2).flatten(2)
+        blocks: Tensor = log_mel.unflatten(2, (-1, self.frames)).transpose(1, 2)
+        return blocks.flatten(2)
 
 
 @dataclass(frozen=True, eq=False)

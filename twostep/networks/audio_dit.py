@@ -196,7 +196,8 @@ def waves(values: Shaped[Tensor, " count"], width: int) -> Float[Tensor, "count 
 def _folded(tokens: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch width two half"]:
     if tokens.shape[1] % _FOLD:
         tokens = torch.cat([tokens, tokens[:, -1:]], dim=1)
-    return tokens.transpose(1, 2).unflatten(2, (-1, _FOLD)).transpose(2, 3)
+    pairs: Tensor = tokens.transpose(1, 2).unflatten(2, (-1, _FOLD))
+    return pairs.transpose(2, 3)
 
 
 def _two_layers(size: int, hidden: int, out: int) -> nn.Sequential:

@@ -243,7 +243,7 @@ def _chunks_of(path: str | Path) -> dict[str, Any]:
         return dict(read_sound(path)[1])
     try:
         with Image.open(path) as image:
-            return dict(image.info)
+            return {str(name): value for name, value in image.info.items()}
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ProvenanceError(
             f"{path} cannot be read as a picture: {reason_of(error)}. "

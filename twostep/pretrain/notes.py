@@ -174,7 +174,8 @@ def _play(synthesiser: Any, seconds: float) -> Tensor:
 def _at_rate(sound: Tensor) -> Tensor:
     """Return a sound at the lower rate, without the frequencies that this cannot hold."""
     spectrum = torch.fft.rfft(sound[: NUM_SAMPLES * _OVERSAMPLING])
-    return torch.fft.irfft(spectrum[: NUM_SAMPLES // 2 + 1], n=NUM_SAMPLES) / _OVERSAMPLING
+    lower: Tensor = torch.fft.irfft(spectrum[: NUM_SAMPLES // 2 + 1], n=NUM_SAMPLES)
+    return lower / _OVERSAMPLING
 
 
 def _find_soundfont() -> Path:
