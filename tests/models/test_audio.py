@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from twostep.models.families import Family, find_family
 from twostep.models.loading import load_bundle
 from twostep.models.sampling import encode_prompts, sample_prompts
 from twostep.models.saving import save_bundle, save_student
+from twostep.networks.conditioning import Conditioning
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,26 @@ def teacher() -> Bundle:
 def folder(teacher: Bundle, tmp_path: Path) -> Path:
     save_bundle(teacher, tmp_path / "model")
     return tmp_path / "model"
+
+
+class Deaf:
+    """The prompts of another family, which all mean the same."""
+
+    networks: ClassVar[dict[str, torch.nn.Module]] = {}
+
+    def with_networks(self, networks: Mapping[str, Any]) -> "Deaf":
+        return self
+
+    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(prompts), 1, 0), torch.zeros(len(prompts), 30)
+
+    def conditioning(
+        self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False
+    ) -> Conditioning:
+        return Conditioning(*self.encode(prompts), torch.zeros(len(prompts), 6))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return []
 
 
 def latents(bundle: Bundle, **sampling: int) -> torch.Tensor:
@@ -89,8 +112,8 @@ def test_damage_is_told(teacher: Bundle, folder: Path) -> None:
     (folder / CODEC_FILE).unlink()
     with pytest.raises(ModelError, match=f"{CODEC_FILE} cannot be loaded"):
         load_bundle(folder)
-    with pytest.raises(ModelError, match="has str where models of sounds have AttributePrompts"):
-        AudioFamily().save(replace(teacher, text="words"), folder)
+    with pytest.raises(ModelError, match="has Deaf where models of sounds have AttributePrompts"):
+        AudioFamily().save(replace(teacher, text=Deaf()), folder)
 
 
 def test_an_installed_package_declares_models(

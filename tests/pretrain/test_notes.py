@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.sounds import LOOP, TINY, tiny_sound_model, tones
 from twostep.diffusion import RectifiedFlow
 from twostep.media.audio import AudioCodec, Sound, check_usable
+from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.flow import draw_logit_normal_times, flow_loss
@@ -75,6 +76,7 @@ def test_a_caption_says_what_the_note_is() -> None:
     assert any("middle" in each for each in said) and any("C4" in each for each in said)
 
 
+@pytest.mark.slow
 @needs_soundfont
 def test_notes_are_rendered_as_their_labels_say() -> None:
     from twostep.evaluate.pitch import pitches
@@ -128,6 +130,8 @@ def test_cached_notes_come_back_and_damage_is_told(tmp_path: Path) -> None:
 
 class Straight(torch.nn.Module):
     """Predicts one velocity for everything."""
+
+    spec = BackboneSpec("straight", in_channels=4, out_channels=4, latent_ndim=2)
 
     def __init__(self, velocity: torch.Tensor) -> None:
         super().__init__()

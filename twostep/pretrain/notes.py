@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float16, Int, UInt8
+from jaxtyping import Float, Float16, Integer, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -105,7 +105,7 @@ def note_prompts() -> AttributePrompts:
     return AttributePrompts(tuple(words), _SYNONYMS)
 
 
-def is_held_out(labels: Int[Tensor, "notes 3"]) -> Tensor:
+def is_held_out(labels: Integer[Tensor, "notes 3"]) -> Tensor:
     """Tell of every note whether its instrument and pitch are a combination that is held out."""
     numbers = labels.long()
     # Of every instrument one pitch class in each octave, and never the same.
@@ -200,7 +200,7 @@ def _synthesiser(path: Path) -> tuple[Any, int]:
     synthesiser = tinysoundfont.Synth(samplerate=RATE * _OVERSAMPLING)
     try:
         return synthesiser, int(synthesiser.sfload(str(path)))
-    except (OSError, tinysoundfont.SoundFontException) as error:
+    except (OSError, RuntimeError) as error:
         raise NotesError(f"{path} cannot be read as a soundfont ({error}).") from error
 
 
@@ -234,7 +234,7 @@ def caption(label: tuple[int, int, int], words: random.Random, naming: Naming | 
     instrument, pitch, loudness = label
     if naming is not None and words.random() < naming.nothing:
         return ""
-    naming = naming or Naming(1, 1, 0, 1, 0)
+    naming = naming or Naming(1.0, 1.0, 0.0, 1.0, 0.0)
     place = words.random()
     name = ""
     adjectives = []
@@ -274,14 +274,14 @@ def load_notes(path: Path) -> NoteCache:
     """Read cached notes; NotesError if they are missing or damaged."""
     try:
         tensors = load_file(path)
-        cache = NoteCache(tensors["latents"], tensors["labels"])
+        latents, labels = tensors["latents"], tensors["labels"]
     except (OSError, SafetensorError, KeyError) as error:
         raise NotesError(
             f"{path} holds no notes ({error!r}). Delete it; they are rendered again."
         ) from error
-    if len(cache.latents) != len(cache.labels) or not bool(cache.latents.isfinite().all()):
+    if len(latents) != len(labels) or not bool(latents.isfinite().all()):
         raise NotesError(f"{path} is damaged. Delete it; its notes are rendered again.")
-    return cache
+    return NoteCache(latents, labels)
 
 
 @dataclass(frozen=True, eq=False)
