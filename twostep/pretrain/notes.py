@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float16, Integer, UInt8
@@ -74,6 +73,9 @@ _LATEST_START = 0.06
 _ENDS = (0.55, 0.95)
 """Seconds at which notes begin at the latest, and when they are let go at the earliest and
 latest."""
+
+_SPARE = 0.01
+"""Seconds that are played beyond the end, for the parts of a note are rounded."""
 
 _GAIN = 1.4
 """With which the loudest notes nearly reach 1."""
@@ -143,32 +145,68 @@ def render_notes(
     Raises:
         NotesError: there is no soundfont, or nothing to play it.
     """
-    synthesiser, font = _synthesiser(soundfont or _find_soundfont())
+    player = _Player(soundfont or _find_soundfont())
     words = random.Random(seed)
     programs = list(INSTRUMENTS.values())
     sounds = []
     for number, (instrument, pitch, loudness) in enumerate(labels.tolist()):
-        synthesiser.sounds_off()
-        synthesiser.program_select(0, font, 0, words.choice(programs[instrument]))
+        player.begin(words.choice(programs[instrument]))
         velocity = words.randint(*VELOCITIES[loudness])
         start = words.uniform(0, _LATEST_START)
         end = words.uniform(*_ENDS)
-        pieces = [_play(synthesiser, start)]
-        synthesiser.noteon(0, pitch, velocity)
-        pieces.append(_play(synthesiser, end - start))
-        synthesiser.noteoff(0, pitch)
-        pieces.append(_play(synthesiser, NUM_SAMPLES / RATE - end + 0.01))
+        pieces = [player.play(start)]
+        player.strike(pitch, velocity)
+        pieces.append(player.play(end - start))
+        player.release(pitch)
+        pieces.append(player.play(NUM_SAMPLES / RATE - end + _SPARE))
         sounds.append(_at_rate(torch.cat(pieces)))
         on_note(number + 1, len(labels))
     notes: Tensor = _GAIN * torch.stack(sounds)
     return notes / notes.abs().amax(dim=1, keepdim=True).clamp(min=1)
 
 
-def _play(synthesiser: Any, seconds: float) -> Tensor:
-    """Return what sounds in the next seconds, the mean of both channels, at the higher rate."""
-    count = round(seconds * RATE * _OVERSAMPLING)
-    stereo = torch.frombuffer(bytearray(synthesiser.generate(count)), dtype=torch.float32)
-    return stereo.view(-1, 2).mean(dim=1)
+class _Player:
+    """A soundfont, played one note at a time at the higher rate."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the soundfont; NotesError if it cannot be read, or nothing plays it."""
+        try:
+            import tinysoundfont
+        except ImportError as error:
+            raise NotesError(
+                "notes are rendered by tinysoundfont: pip install --no-deps tinysoundfont (what "
+                "it depends on is for loudspeakers)."
+            ) from error
+        self._path = path
+        self._synthesiser = tinysoundfont.Synth(samplerate=RATE * _OVERSAMPLING)
+        try:
+            self._font = int(self._synthesiser.sfload(str(path)))
+        except (OSError, RuntimeError) as error:
+            raise NotesError(f"{path} cannot be read as a soundfont ({error}).") from error
+
+    def begin(self, program: int) -> None:
+        """Silence what sounds and take a program; NotesError if the soundfont does not have it."""
+        self._synthesiser.sounds_off()
+        try:
+            self._synthesiser.program_select(0, self._font, 0, program)
+        except RuntimeError as error:
+            raise NotesError(
+                f"{self._path} has no program {program}. Give a General MIDI soundfont."
+            ) from error
+
+    def strike(self, pitch: int, velocity: int) -> None:
+        """Begin a note."""
+        self._synthesiser.noteon(0, pitch, velocity)
+
+    def release(self, pitch: int) -> None:
+        """Let a note go."""
+        self._synthesiser.noteoff(0, pitch)
+
+    def play(self, seconds: float) -> Tensor:
+        """Return what sounds in the next seconds, the mean of both channels."""
+        count = round(seconds * RATE * _OVERSAMPLING)
+        stereo = torch.frombuffer(bytearray(self._synthesiser.generate(count)), dtype=torch.float32)
+        return stereo.view(-1, 2).mean(dim=1)
 
 
 def _at_rate(sound: Tensor) -> Tensor:
@@ -186,22 +224,6 @@ def _find_soundfont() -> Path:
         f"there is no soundfont at {SOUNDFONTS[0]}. Install it (apt-get install "
         "fluid-soundfont-gm), or name another General MIDI soundfont with `soundfont`."
     )
-
-
-def _synthesiser(path: Path) -> tuple[Any, int]:
-    """Return what plays a soundfont, and the soundfont's number there."""
-    try:
-        import tinysoundfont
-    except ImportError as error:
-        raise NotesError(
-            "notes are rendered by tinysoundfont: pip install --no-deps tinysoundfont (what it "
-            "depends on is for loudspeakers)."
-        ) from error
-    synthesiser = tinysoundfont.Synth(samplerate=RATE * _OVERSAMPLING)
-    try:
-        return synthesiser, int(synthesiser.sfload(str(path)))
-    except (OSError, RuntimeError) as error:
-        raise NotesError(f"{path} cannot be read as a soundfont ({error}).") from error
 
 
 @dataclass(frozen=True)
