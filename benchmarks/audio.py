@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, required=True, help="folder of the judge's run")
     parser.add_argument("--count", type=int, default=180, help="notes of every row")
     parser.add_argument("--steps", type=int, nargs="*", default=FEW_STEPS, help="of the students")
+    parser.add_argument(
+        "--teacher-steps", type=int, nargs="*", default=(32, *FEW_STEPS), help="of the teacher"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/audio.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,7 +76,8 @@ def main() -> None:
     again = render_notes(labels, seed=_SEED + 1)
     rows["real notes"] = figures_of(again, labels, judge, real)
     show(rows)
-    for name, bundle, steps in models(arguments.model, arguments.control, arguments.steps):
+    measured = models(arguments.model, arguments.control, arguments.teacher_steps, arguments.steps)
+    for name, bundle, steps in measured:
         rows[name] = measure(bundle, steps, labels, judge, real)
         pictures.append(sample_row(bundle, steps))
         show({name: rows[name]})
@@ -84,11 +88,11 @@ def main() -> None:
 
 
 def models(
-    model: str, control: str | None, student_steps: list[int]
+    model: str, control: str | None, teacher_steps: list[int], student_steps: list[int]
 ) -> Iterator[tuple[str, Bundle, int]]:
     """Yield what is measured: its name, the model, and its network's steps."""
     teacher = load_bundle(model)
-    for steps in (teacher.contract.steps, *student_steps):
+    for steps in teacher_steps:
         yield f"teacher, {steps} steps", teacher, steps
     for name, folder in (("student", model), ("control", control)):
         students = resolve(folder).students if folder else {}
