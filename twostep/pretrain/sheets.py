@@ -13,9 +13,9 @@ from twostep.files import write_atomically
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import (
-    decode,
     draw_noise,
     encode_prompts,
+    pictures_of,
     sample_latents,
     sampling_times,
 )
@@ -50,6 +50,6 @@ def draw_samples(
         latents = sample_latents(
             denoiser, part, noise, times, some, sampler=bundle.contract.sampler
         )
-        drawn.append(decode(bundle, latents, at_once=_AT_ONCE).float().cpu())
+        drawn.append(pictures_of(bundle, latents, at_once=_AT_ONCE).float().cpu())
     whole: Tensor = torch.cat(drawn).unflatten(0, (len(seeds), len(prompts)))
     return whole
