@@ -14,6 +14,7 @@ from twostep.distill.trainer import StageTrainer, train_stage
 from twostep.models.bundle import Bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.training.figures import Figures
 from twostep.training.loop import Randomness, TrainingError
 from twostep.training.run_folder import RunFolder
 
@@ -49,6 +50,10 @@ def make_student(teacher: Bundle, prediction_type: str = "eps") -> Denoiser:
 def make_trainer(stage: Stage, teacher: Bundle, source: object) -> StageTrainer:
     prediction_type = stage.make_method().describe(teacher.denoiser).prediction_type
     return StageTrainer(stage, source, teacher.denoiser, make_student(teacher, prediction_type))
+
+
+def numbers(figures: Figures) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -187,7 +192,7 @@ def test_a_discriminator_of_its_own_computes_blocks_anew_and_the_same(
         calls.append(Mock(return_value=None))
         encoder = trainer.models["discriminator"].encoder
         encoder.down_blocks[0].resnets[0].register_forward_pre_hook(calls[-1])
-        figures.append([trainer.iterate(i, Randomness.at(0, i)) for i in range(2)])
+        figures.append([numbers(trainer.iterate(i, Randomness.at(0, i))) for i in range(2)])
     # Of the three looks of an iteration, that at x_t alone has no backward pass.
     assert [call.call_count for call in calls] == [6, 10]
     assert figures[1] == [pytest.approx(before, rel=1e-4) for before in figures[0]]
