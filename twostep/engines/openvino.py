@@ -7,6 +7,7 @@ was compiled is kept on the disk. Everything between, noise, steps and guidance,
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ PRECISIONS = ("f32", "bf16", "int8")
 """What an OpenVINO engine may compute in: exactly, in 16 bits, or with weights in 8 bits."""
 
 _KEPT_WHOLE = ("conv_in", "conv_out", "down_blocks.0")
+
+_UNREPORTED = {"CI": "true", "NNCF_CI": "true"}
 
 TOLERANCE = 1e-3
 """How far an exact graph may be from PyTorch, in units of the largest value."""
@@ -227,16 +230,16 @@ def bare_calls() -> Iterator[list[Callable[[], object]]]:
 def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _OpenVinoGraph:
     """Return the graph of a call, from the disk if it was made before."""
     compiled_as = settings(precision)
-    name = fingerprint(
-        {
-            "weights": digest,
-            "call": str(call.signature),
-            "precision": precision,
-            "kept whole": kept_whole(network) if precision == "int8" else (),
-            "settings": compiled_as,
-            "versions": versions(),
-        }
-    )
+    facts = {
+        "weights": digest,
+        "call": str(call.signature),
+        "precision": precision,
+        "settings": compiled_as,
+        "versions": versions(),
+    }
+    if precision == "int8":
+        facts["kept whole"] = kept_whole(network)
+    name = fingerprint(facts)
 
     def load(blob: Blob) -> _OpenVinoGraph:
         from openvino import Tensor as OpenVinoTensor
@@ -283,7 +286,7 @@ def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any,
     import openvino
 
     flat = Flat(network, call).eval()
-    with warnings.catch_warnings(), quiet_transformers():
+    with warnings.catch_warnings(), quiet_transformers(), unreported():
         # Of every branch on a size, which is fixed here.
         warnings.simplefilter("ignore")
         shapes = [list(tensor.shape) for tensor in tensors]
@@ -291,6 +294,24 @@ def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any,
     if len(model.inputs) != len(tensors):
         raise EngineError(f"of {len(tensors)} tensors it takes {len(model.inputs)}")
     return model, flat.answer_spec
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Keep OpenVINO and nncf from reporting what they convert to their makers.
+
+    They do it over the network, unless they take the process for one of a continuous integration.
+    """
+    before = {name: os.environ.get(name) for name in _UNREPORTED}
+    os.environ.update(_UNREPORTED)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def kept_whole(network: nn.Module) -> tuple[str, ...]:
@@ -311,7 +332,8 @@ def _in_eight_bits(model: Any, whole: Sequence[str]) -> Any:
         model: of OpenVINO, traced from a `Flat` network.
         whole: names of the modules whose weights stay as they are.
     """
-    import nncf
+    with unreported():
+        import nncf
 
     patterns = [rf"__module\.network\.{re.escape(name)}[./].*" for name in whole]
     return nncf.compress_weights(

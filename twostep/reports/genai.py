@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twostep.engines.openvino import unreported
 from twostep.models.bundle import Bundle
 from twostep.models.sdxl import autoencoder, diffusers_scheduler, text_encoders
 
@@ -204,11 +205,12 @@ def _write(
     import openvino
 
     tensors: Sequence[Tensor] = tuple(example.values())
-    model = openvino.convert_model(
-        _Flat(network, call).eval(),
-        example_input=tuple(tensors),
-        input=[list(tensor.shape) for tensor in tensors],
-    )
+    with unreported():
+        model = openvino.convert_model(
+            _Flat(network, call).eval(),
+            example_input=tuple(tensors),
+            input=[list(tensor.shape) for tensor in tensors],
+        )
     for port, name in zip(model.inputs, example, strict=True):
         port.get_tensor().set_names({name})
     folder.mkdir(parents=True, exist_ok=True)
