@@ -180,9 +180,11 @@ class StageTrainer:
         Raises:
             TrainingError: a loss is not a finite number.
         """
-        for name in self.roles:
-            if (loss := figures.get(_loss_of(name))) is not None:
-                check_number(loss, name, iteration, self.stage)
+        roles = {_loss_of(name): name for name in self.roles}
+        # In the order of their turns: the first to go wrong is told.
+        for key, value in figures.items():
+            if key in roles:
+                check_number(value, roles[key], iteration, self.stage)
 
     @contextmanager
     def _dropout(self, iteration: int) -> Iterator[None]:
