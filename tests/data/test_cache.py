@@ -75,7 +75,9 @@ def test_on_an_accelerator_it_is_made_in_16_bits(
         expected, found = items(tmp_path / folder), items(tmp_path / other)
         assert expected.keys() == found.keys()
         for name, latents in expected.items():
-            torch.testing.assert_close(found[name], latents, atol=2e-2, rtol=2e-2)
+            # Of the whole: guidance multiplies the rounding of single values.
+            error = (found[name].float() - latents.float()).norm()
+            assert 0 < error < 1e-2 * latents.float().norm(), other
 
 
 def test_a_batch_is_of_one_size_with_its_own_conditioning(
