@@ -10,6 +10,7 @@ A backbone is an `nn.Module` itself, or a dataclass with a field `network` that 
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -113,6 +114,18 @@ class Checkpoints(Protocol):
         """Switch gradient checkpointing on or off."""
 
 
+@runtime_checkable
+class HasFrozen(Protocol):
+    """A backbone that computes with further networks, which are never trained nor copied.
+
+    Where there are several of one kind, `Conditioning.variants` says which an item is for.
+    """
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """The further networks."""
+
+
 def module_of(backbone: Backbone) -> nn.Module:
     """Return the module that holds a backbone's weights: the backbone itself, or its `network`."""
     if isinstance(backbone, nn.Module):
@@ -124,6 +137,12 @@ def module_of(backbone: Backbone) -> nn.Module:
             "Derive the backbone from nn.Module, or keep its module in that field."
         )
     return network
+
+
+def modules_of(backbone: Backbone) -> list[nn.Module]:
+    """Return all networks of a backbone: the one that can be trained first, then the frozen."""
+    frozen = backbone.frozen if isinstance(backbone, HasFrozen) else ()
+    return [module_of(backbone), *frozen]
 
 
 def with_module(backbone: Backbone, network: Any) -> Backbone:

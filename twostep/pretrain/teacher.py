@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from random import Random
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import VariancePreserving
+from twostep.diffusion.shapes import Batch
 from twostep.models.bundle import PromptEncoder
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -62,12 +64,19 @@ class TuneSettings(DenoiserSettings):
     name: str = Field(description="what the tuned teacher is called")
 
 
+class CaptionedLatents(Protocol):
+    """What a teacher learns from."""
+
+    def draw(self, count: int, tensors: torch.Generator, words: Random) -> tuple[Batch, list[str]]:
+        """Return random latents, on the CPU, with a caption for each."""
+
+
 def noise_loss(
     denoiser: Denoiser,
-    x0: Float[Tensor, "batch c h w"],
+    x0: Batch,
     conditioning: Conditioning,
     t: Int[Tensor, " batch"],
-    eps: Float[Tensor, "batch c h w"],
+    eps: Batch,
     *,
     snr_limit: float,
 ) -> Float[Tensor, ""]:
@@ -91,7 +100,7 @@ def noise_loss(
 
 def noise_loss_on_latents(
     denoiser: Denoiser,
-    latents: LatentCache,
+    latents: CaptionedLatents,
     text: PromptEncoder,
     *,
     batch_size: int,
