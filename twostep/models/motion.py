@@ -1,5 +1,7 @@
 """The family of motion modules: clips drawn by a picture model with a motion module in its UNet.
 
+The picture models are of SDXL's family or of Stable Diffusion 1.5's.
+
 A model folder has the sampling contract in `twostep.json`; `motion.json`, which names the picture
 models and says how long clips are; and the motion module in `motion_adapter`, a folder that
 diffusers' `MotionAdapter.from_pretrained` reads. Students lie in `students/` as motion modules by
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from twostep.contract import Contract
+from twostep import __version__
+from twostep.contract import Contract, VariancePreservingSpec
+from twostep.diffusion import make_schedule
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, resolve, student_path
+from twostep.formats.folders import weights_folder
 from twostep.formats.header import read_header
 from twostep.formats.locate import CONFIGS, CONTRACT_FILE, ModelError, read_json
 from twostep.formats.motion_files import MotionConfig, MotionError, our_names, to_diffusers
@@ -30,6 +35,7 @@ from twostep.formats.single_file import account, read_tensors
 from twostep.media.image import ImageCodec
 from twostep.media.video import VideoCodec
 from twostep.models.bundle import Bundle
+from twostep.models.sd15 import is_sd15, load_sd15
 from twostep.models.sdxl import SdxlFamily, base_folder, is_sdxl
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.lean import LeanUnet
@@ -157,20 +163,22 @@ def load_pictures(
         folder: from where relative paths are looked for first.
         outline: read configs alone, and leave the weights as they are initialised.
 
-    Raises ModelError for what is no model of SDXL's family, or has parts of other shapes than the
-    first.
+    Raises ModelError for what is no such model.
     """
     loaded = []
     for name in names:
         path = None if folder is None else folder / name
         found = path if path is not None and path.exists() else name
         checkpoint = resolve(found, only=CONFIGS if outline else None)
-        if not is_sdxl(checkpoint.contract):
+        if is_sd15(checkpoint):
+            bundle = load_sd15(checkpoint, outline=outline)
+        elif is_sdxl(checkpoint.contract):
+            bundle = SdxlFamily().load_to_draw(checkpoint, outline=outline)
+        else:
             raise ModelError(
                 f"{name} is of the family {checkpoint.contract.family!r}; a motion module goes on "
-                "a picture model of SDXL's."
+                "a picture model of SDXL's, or of Stable Diffusion 1.5's."
             )
-        bundle = SdxlFamily().load_to_draw(checkpoint, outline=outline)
         picture_unet(bundle)
         loaded.append(replace(bundle, origin=(name,)))
     return loaded
@@ -216,8 +224,59 @@ def with_motion(
         longest=network.shape.max_frames,
         frames_per_second=frames_per_second,
     )
-    denoiser = Denoiser(backbone, first.denoiser.schedule, contract.prediction_type)
+    schedule = make_schedule(**asdict(contract.schedule))
+    denoiser = Denoiser(backbone, schedule, contract.prediction_type)
     return Bundle(denoiser, codec, first.text, contract)
+
+
+ANIMATEDIFF_NOISE = {
+    (320, 640, 1280, 1280): VariancePreservingSpec(betas="linear"),
+    (320, 640, 1280): VariancePreservingSpec(beta_end=0.02),
+}
+"""The noise that AnimateDiff's own modules were trained on, by the widths of their UNets.
+
+ComfyUI calls the first "sqrt_linear (AnimateDiff)", the second "linear (AnimateDiff-SDXL)".
+"""
+
+
+def adopt_motion_module(
+    file: str | Path,
+    bases: Sequence[str],
+    folder: str | Path,
+    *,
+    frames: int = 16,
+    schedule: VariancePreservingSpec | None = None,
+) -> Path:
+    """Make a model of clips of somebody's motion module, a teacher to draw with and to distil.
+
+    Arguments:
+        file: a motion module by AnimateDiff's own or by diffusers' names, as .safetensors.
+        bases: the picture models that it goes on; the first draws.
+        folder: the model folder that is written.
+        frames: of a clip, where a request does not say it.
+        schedule: the noise that it was trained on; AnimateDiff's own if not given, and for other
+            widths the picture model's.
+
+    Returns the folder. Raises MotionError for what is no motion module, or one that does not fit,
+    and ModelError for files that cannot be read.
+    """
+    path = Path(file)
+    folder = Path(folder)
+    header = read_header(path)
+    weights = read_tensors(path, header.shapes)
+    pictures = load_pictures(bases, outline=True)
+    groups = MotionConfig.on(picture_unet(pictures[0]).config).groups
+    config = MotionConfig.of_weights(weights, groups=groups)
+    network = _load_module(config, path)
+    contract = motion_contract(
+        pictures[0].contract, folder.name, recipe=path.name, version=__version__
+    )
+    known = schedule or ANIMATEDIFF_NOISE.get(config.channels)
+    contract = replace(contract, schedule=known or contract.schedule)
+    bundle = with_motion(pictures, network, contract, frames=frames)
+    with weights_folder(folder) as partial:
+        MotionFamily().save(bundle, partial)
+    return folder
 
 
 def motion_contract(base: Contract, name: str, *, recipe: str, version: str) -> Contract:

@@ -145,6 +145,11 @@ def modules_of(backbone: Backbone) -> list[nn.Module]:
     return [module_of(backbone), *frozen]
 
 
+def num_variants(backbone: Backbone) -> int:
+    """Return how many frozen networks an item of a batch may be for; 1 where there are none."""
+    return len(backbone.frozen) if isinstance(backbone, HasFrozen) else 1
+
+
 def with_module(backbone: Backbone, network: Any) -> Backbone:
     """Return the same backbone on another module of the same architecture."""
     if isinstance(backbone, nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.motions import MOTIONS, find_motion
 from twostep.models.bundle import Bundle, PromptEncoder
-from twostep.networks.backbone import HasFrozen
+from twostep.networks.backbone import num_variants
 from twostep.networks.conditioning import Conditioning
 from twostep.pretrain.captions import Omission, caption
 from twostep.pretrain.drawings import (
@@ -31,6 +31,7 @@ from twostep.pretrain.drawings import (
     load_drawings,
     random_backgrounds,
 )
+from twostep.pretrain.teacher import CaptionedLatents
 
 _SCALE = (0.55, 0.7)
 """Side of a drawing in the middle of its clip, as a share of the picture's; it needs room to move.
@@ -218,12 +219,19 @@ def moving_caption(picture: str, kind: str, words: Random) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ClipSource:
-    """Moving drawings for distillation, with the conditioning of their captions.
+    """Clips for distillation, with the conditioning of their captions.
 
     Where there are several picture models, items are for each in turn.
+
+    Attributes:
+        clips: latents with captions.
+        text: encodes the captions.
+        width: of the frames in pixels.
+        height: likewise.
+        num_variants: picture models that there are.
     """
 
-    clips: MovingDrawings
+    clips: CaptionedLatents
     text: PromptEncoder
     width: int
     height: int
@@ -271,6 +279,6 @@ def moving_drawings(
         drawings: folder of the drawings; the built-in ones if not given.
     """
     clips = MovingDrawings(load_drawings(Path(drawings)), teacher)
-    backbone = teacher.denoiser.backbone
-    num_variants = len(backbone.frozen) if isinstance(backbone, HasFrozen) else 1
-    return ClipSource(clips, teacher.text, *teacher.contract.sizes[0], num_variants=num_variants)
+    width, height = teacher.contract.sizes[0]
+    variants = num_variants(teacher.denoiser.backbone)
+    return ClipSource(clips, teacher.text, width, height, num_variants=variants)
