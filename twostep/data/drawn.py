@@ -117,9 +117,8 @@ def drawn_by_teacher(
     Raises:
         DataError: there are no prompts, or what lies in the folder was drawn from others.
     """
-    items = planned_items(
-        read_prompts(Path(prompts)), count, num_variants(teacher.denoiser.backbone)
-    )
+    variants = num_variants(teacher.denoiser.backbone)
+    items = planned_items(read_prompts(Path(prompts)), count, variants)
     folder = out / _FOLDER
     if world().is_first:
         for number, item in enumerate(items):
@@ -134,7 +133,7 @@ def drawn_by_teacher(
         items,
         teacher.text,
         teacher.contract.sizes[0],
-        has_variants=num_variants(teacher.denoiser.backbone) > 1,
+        has_variants=variants > 1,
     )
 
 

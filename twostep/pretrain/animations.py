@@ -1,9 +1,9 @@
 """Animated drawings from files, as clips with captions: Fluent's animated emoji, for example.
 
-The packages `@lobehub/fluent-emoji-anim-1` to `-4` of npm (MIT) hold such as animated WebPs, named by
-the code points of their emoji; half of them have a single frame and are left out. The same emoji in
-another skin colour is the same drawing, so none is in one share of the data while the other is in
-another. Only who fetches them needs npm, and a quarter of a gigabyte for each package.
+The packages `@lobehub/fluent-emoji-anim-1` to `-4` of npm (MIT) hold such as animated WebPs, named
+by the code points of their emoji; half of them have a single frame and are left out. The same emoji
+in another skin colour is the same drawing, so none is in one share of the data while the other is
+in another. Only who fetches them needs npm, and a quarter of a gigabyte for each package.
 """
 
 from __future__ import annotations

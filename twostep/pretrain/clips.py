@@ -31,7 +31,7 @@ from twostep.pretrain.drawings import (
     load_drawings,
     random_backgrounds,
 )
-from twostep.pretrain.teacher import CaptionedLatents
+from twostep.pretrain.latents import CaptionedLatents
 
 _SCALE = (0.55, 0.7)
 """Side of a drawing in the middle of its clip, as a share of the picture's; it needs room to move.

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +22,7 @@ from twostep.models.bundle import PromptEncoder
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
-from twostep.pretrain.latents import LatentCache
+from twostep.pretrain.latents import CaptionedLatents, LatentCache
 from twostep.pretrain.loop import Loss, PartSettings, silent, train_network
 from twostep.pretrain.model import build_unet
 from twostep.pretrain.sizes import ModelSize
@@ -62,13 +61,6 @@ class TuneSettings(DenoiserSettings):
     variants: int = Field(96, gt=0, description="pictures of every drawing in the latent cache")
     model: str = Field("nano", description="the teacher to start from")
     name: str = Field(description="what the tuned teacher is called")
-
-
-class CaptionedLatents(Protocol):
-    """What a teacher learns from."""
-
-    def draw(self, count: int, tensors: torch.Generator, words: Random) -> tuple[Batch, list[str]]:
-        """Return random latents, on the CPU, with a caption for each."""
 
 
 def noise_loss(
