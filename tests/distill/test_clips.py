@@ -18,6 +18,7 @@ from twostep.formats.motion_files import MotionConfig
 from twostep.models.loading import load_bundle
 from twostep.models.motion import load_pictures, motion_contract, with_motion
 from twostep.models.saving import save_bundle
+from twostep.networks.backbone import BackboneError
 from twostep.networks.motion import MotionModule
 from twostep.pretrain.clips import moving_drawings
 from twostep.pretrain.model import random_bundle
@@ -175,6 +176,14 @@ def test_motion_module_alone_learns(folder, tmp_path, method) -> None:
     assert sum(p.numel() for p in trainer.roles["student"].weights.parameters()) == sum(
         value.numel() for value in start.values()
     )
+
+
+def test_heads_on_pictures_are_refused(folder) -> None:
+    teacher = load_bundle(folder).denoiser
+    method = {"name": "ladd"}
+    stage = recipe(folder, {**STAGE, "teacher_steps": None, "method": method}).stages[0]
+    with pytest.raises(BackboneError, match=r"motion has latents of 4 .*adversarial"):
+        stage.make_method().roles(teacher, teacher.standalone())
 
 
 @pytest.mark.slow

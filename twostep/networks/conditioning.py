@@ -63,7 +63,7 @@ class Conditioning:
             pooled=torch.cat([part.pooled for part in parts]),
             sizes=torch.cat([part.sizes for part in parts]),
             hints=tuple(hints),
-            variants=tuple(variant for part in parts for variant in part.variants),
+            variants=_joined_variants(parts),
         )
 
     def to(self, device: torch.device) -> Conditioning:
@@ -97,3 +97,10 @@ def image_sizes(count: int, width: int, height: int) -> Float[Tensor, "count 6"]
     """Return the micro-conditioning of uncropped pictures of this size in pixels."""
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     return sizes.expand(count, -1)
+
+
+def _joined_variants(parts: Sequence[Conditioning]) -> tuple[int, ...]:
+    """Return the variants of all items; of a part that says none, the first for each."""
+    if not any(part.variants for part in parts):
+        return ()
+    return tuple(v for part in parts for v in part.variants or (0,) * len(part))
