@@ -132,6 +132,9 @@ def test_command_line_draws_clips_and_refuses_what_cannot_be(folder, tmp_path) -
     assert drawn.exit_code == 0, drawn.output
     (path,) = tmp_path.glob("*.webp")
     assert len(read_clip(path)) == 2
+    again = CliRunner().invoke(app, ["replay", str(path), "-o", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    assert "is the same" in again.output
     refusals = {
         "0": "frames is 0; expected a whole number from 1 up",
         "1000": "clips of 1 to 8 frames, not 1000",

@@ -175,7 +175,7 @@ def edit(
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG that twostep wrote.")],
+    picture: Annotated[Path, typer.Argument(help="A PNG, or a clip, that twostep wrote.")],
     inputs: Annotated[
         Path, typer.Option(help="Where pictures lie that went in, if neither here nor beside.")
     ] = Path(),
@@ -189,8 +189,9 @@ def replay(
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
-    from PIL import Image, ImageChops
+    from PIL import ImageChops
 
+    from twostep.media.clip import Clip, read_clip
     from twostep.pipeline.png import ProvenanceError, read_provenance
 
     provenance = read_provenance(picture)
@@ -207,8 +208,10 @@ def replay(
         typer.echo(line, err=True)
     result, paths = _draw_and_save(request, out, provenance)
     index = provenance.request.seed - request.seed
-    with Image.open(picture) as first:
-        difference = ImageChops.difference(first.convert("RGB"), result.images[index])
+    again = result.images[index]
+    if isinstance(again, Clip):
+        again = again.strip()
+    difference = ImageChops.difference(read_clip(picture).strip(), again)
     largest = max(difference.tobytes())
     if largest:
         raise ProvenanceError(

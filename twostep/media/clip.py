@@ -167,16 +167,25 @@ def read_texts(path: str | Path) -> dict[str, str]:
     if path.suffix.lower() in _MP4_SUFFIXES:
         with _opened_video(path) as container:
             found = container.metadata.get(_MP4_KEY)
-    else:
-        try:
-            with Image.open(path) as image:
-                found = image.getexif().get(_DESCRIPTION)
-        except (OSError, UnidentifiedImageError) as error:
-            raise ClipError(_unreadable(path, error)) from error
+        return _texts(found)
     try:
-        texts = json.loads(found) if isinstance(found, str) else {}
+        with Image.open(path) as image:
+            return texts_in(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ClipError(_unreadable(path, error)) from error
+
+
+def texts_in(image: Image.Image) -> dict[str, str]:
+    """Return the texts that `webp_file` put into an opened file; none where there are none."""
+    return _texts(image.getexif().get(_DESCRIPTION))
+
+
+def _texts(described: object) -> dict[str, str]:
+    """Read a description, which may be somebody else's."""
+    try:
+        texts = json.loads(described) if isinstance(described, str) else {}
     except ValueError:
-        return {}  # somebody else's description
+        return {}
     if not isinstance(texts, dict):
         return {}
     return {str(name): text for name, text in texts.items() if isinstance(text, str)}

@@ -22,6 +22,7 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.errors import TwostepError, reason_of
 from twostep.export.page import page_of
+from twostep.media.clip import texts_in
 from twostep.media.codec import FULL
 from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.output import prepare_folder, stem_of, write_item
@@ -182,10 +183,14 @@ def _inputs(request: Request) -> dict[str, str]:
 
 
 def read_provenance(path: str | Path) -> Provenance:
-    """Read from a PNG how it was made; raises `ProvenanceError` where the file does not say so."""
+    """Read from a PNG or a clip how it was made.
+
+    Raises `ProvenanceError` where the file does not say so.
+    """
     try:
         with Image.open(path) as image:
-            chunks = dict(image.info)
+            chunks: dict[Any, Any] = dict(image.info)
+            chunks |= texts_in(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ProvenanceError(
             f"{path} cannot be read as a picture: {reason_of(error)}. "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float16, UInt8
@@ -40,6 +40,7 @@ _METADATA_KEY = "twostep.latents"
 _ENCODE_BATCH = 128
 
 
+@runtime_checkable
 class CaptionedLatents(Protocol):
     """What a teacher learns from."""
 
