@@ -148,12 +148,12 @@ class MotionModule(nn.Module):
                 f"{num_frames} frames are too many: this motion module knows 1 to "
                 f"{self.shape.max_frames}. Ask for fewer."
             )
-        middle = [] if self.mid_block is None else [self.mid_block]
-        down, between, up = (
-            [block.layers(num_frames) for block in blocks]
-            for blocks in (_blocks(self.down_blocks), middle, _blocks(self.up_blocks))
+        middle = [] if self.mid_block is None else self.mid_block.layers(num_frames)
+        return Inserted(
+            down=[block.layers(num_frames) for block in _blocks(self.down_blocks)],
+            middle=middle,
+            up=[block.layers(num_frames) for block in _blocks(self.up_blocks)],
         )
-        return Inserted(down=down, middle=[layer for block in between for layer in block], up=up)
 
 
 def _blocks(modules: nn.ModuleList) -> list[Any]:
