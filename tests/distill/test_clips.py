@@ -92,6 +92,9 @@ class SameClips:
         conditioning = self.bundle.conditioning(["a fox", "a bird"], 16, 16)
         return x0, replace(conditioning, variants=self.variants)
 
+    def empty(self, like):
+        return like
+
 
 def gradient(bundle, variants) -> list[torch.Tensor]:
     """Return the gradient of one regression step on the same two clips."""

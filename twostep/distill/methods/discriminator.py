@@ -27,7 +27,7 @@ from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import TrainingError
 
-Features = Sequence[Float[Tensor, "batch _ *sides"]]
+Features = Sequence[Float[Tensor, "batch _ ..."]]
 """What the encoder makes of latents, at every level that has a head."""
 
 Logits = Float[Tensor, " batch"]
