@@ -7,11 +7,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TWOSTEP_SERVER"] = "off"  # nothing is handed to a server that happens to run
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 install_import_hook(["twostep"], "beartype.beartype")
 
@@ -28,6 +29,14 @@ def emoji() -> "DrawingSet":
     from twostep.pretrain.drawings import load_drawings
 
     return load_drawings(SAMPLE)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Leaves shapes in signatures unchecked, for torch.compile cannot trace the checks."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,7 @@ def test_heads_on_pictures_are_refused(folder) -> None:
     teacher = load_bundle(folder).denoiser
     method = {"name": "ladd"}
     stage = recipe(folder, {**STAGE, "teacher_steps": None, "method": method}).stages[0]
-    with pytest.raises(BackboneError, match=r"motion has latents of 4 .*adversarial"):
+    with pytest.raises(BackboneError, match=r"motion have 3 sides.*adversarial"):
         stage.make_method().roles(teacher, teacher.standalone())
 
 

@@ -116,6 +116,7 @@ def test_an_order_with_a_file_of_this_folder_depends_on_it(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", ["openvino", "compiled"])
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_engines_draw_the_same_with_it(

@@ -175,7 +175,7 @@ def edit(
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG, or a clip, that twostep wrote.")],
+    picture: Annotated[Path, typer.Argument(help="A PNG, a clip or a sound that twostep wrote.")],
     inputs: Annotated[
         Path, typer.Option(help="Where pictures lie that went in, if neither here nor beside.")
     ] = Path(),
@@ -188,11 +188,8 @@ def replay(
     ] = None,
     out: _Folder = Path("out"),
 ) -> None:
-    """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
-    from PIL import ImageChops
-
-    from twostep.media.clip import Clip, read_clip
-    from twostep.pipeline.png import ProvenanceError, read_provenance
+    """Draw again what a file says of itself, and tell whether every pixel or sample is the same."""
+    from twostep.pipeline.png import ProvenanceError, difference, read_provenance
 
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
@@ -206,18 +203,15 @@ def replay(
     request, moved = with_moved_loras(request, provenance, lora or [], folders)
     for line in moved:
         typer.echo(line, err=True)
-    result, paths = _draw_and_save(request, out, provenance)
+    _, paths = _draw_and_save(request, out, provenance)
     index = provenance.request.seed - request.seed
-    again = result.images[index]
-    if isinstance(again, Clip):
-        again = again.strip()
-    difference = ImageChops.difference(read_clip(picture).strip(), again)
-    largest = max(difference.tobytes())
-    if largest:
+    compared = difference(picture, paths[index])
+    if compared.largest:
         raise ProvenanceError(
-            f"{paths[index]} differs by up to {largest} of 255: other weights, or another machine."
+            f"{paths[index]} differs by up to {compared.largest} of {compared.range}: other "
+            "weights, or another machine."
         )
-    typer.echo(f"every pixel of {paths[index]} is the same", err=True)
+    typer.echo(f"every {compared.part} of {paths[index]} is the same", err=True)
 
 
 def info(
@@ -307,7 +301,8 @@ def _draw_and_save(
     for path in paths:
         typer.echo(path)
     _print_warnings(result.warnings)
-    times = _times(result.seconds, len(result.images))
+    thing = "image" if result.contract.media == "image" else "item"
+    times = _times(result.seconds, len(result.images), thing)
     typer.echo(f"{times}; loading {loading_seconds:.2f} s", err=True)
     return result, paths
 
@@ -364,11 +359,11 @@ def _progress_bar(name: str) -> Iterator[OnStep]:
         yield on_step
 
 
-def _times(seconds: Mapping[str, float], num_images: int) -> str:
+def _times(seconds: Mapping[str, float], num_images: int, thing: str = "image") -> str:
     stages = ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())
     plural = "s" if num_images > 1 else ""
     per_image = sum(seconds.values()) / num_images
-    return f"{num_images} image{plural}, {per_image:.2f} s each: {stages}"
+    return f"{num_images} {thing}{plural}, {per_image:.2f} s each: {stages}"
 
 
 def _in_words(value: object) -> str:

@@ -97,6 +97,13 @@ class Call:
         args, kwargs = pytree.tree_unflatten(leaves, self.signature.spec)
         return Call.of(args, kwargs)
 
+    def with_others_at(self, places: Sequence[int]) -> Call:
+        """Return the call with other values in some of its tensors, counted as in `tensors`."""
+        others = {id(self.tensors[place]): self.tensors[place] + 1 for place in places}
+        leaves = [others.get(id(leaf), leaf) for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.signature.spec)
+        return Call.of(args, kwargs)
+
 
 class Flat(nn.Module):
     """A network that takes and returns flat tensors, as tracers and exporters want it."""

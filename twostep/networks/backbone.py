@@ -36,6 +36,7 @@ class BackboneSpec:
         out_channels: Channels of the network's output, which are those of the latents.
         latent_ndim: Dimensions of one item's latents: 3 for pictures (channels, height, width).
         feature_widths: Channels of every tensor that `features` returns; empty without features.
+        feature_sides: Sides of these tensors beside the channels: 2 for height and width.
         lora_targets: Endings of the names of the layers that a LoRA changes; empty where the
             backbone takes no LoRA.
         pooled_width: Width of the pooled embedding of a prompt; 0 where there is none.
@@ -46,6 +47,7 @@ class BackboneSpec:
     out_channels: int
     latent_ndim: int = 3
     feature_widths: tuple[int, ...] = ()
+    feature_sides: int = 2
     lora_targets: tuple[str, ...] = ()
     pooled_width: int = 0
 

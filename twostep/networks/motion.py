@@ -367,6 +367,7 @@ def _spec_of(base: LeanUnet, shape: MotionConfig) -> BackboneSpec:
         out_channels=int(config.out_channels),
         latent_ndim=4,
         feature_widths=(*shape.channels, shape.channels[-1]),
+        feature_sides=3,
         pooled_width=pooled_width,
     )
 

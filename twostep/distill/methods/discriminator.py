@@ -68,7 +68,7 @@ class Heads(nn.ModuleList):
     """A small head for every level; their logits are added up.
 
     A head is one block that halves every side, of pictures height and width, and a logit at every
-    place, of which the mean is taken. Its convolutions run along all that latents have as sides.
+    place, of which the mean is taken. Its convolutions run along all sides that features have.
     The paper does not say how often its head halves; on nano's mid-block of 4x4, once learns faster
     than twice (docs/log.md).
     """
@@ -83,10 +83,8 @@ class Heads(nn.ModuleList):
         """
         spec = teacher.backbone.spec
         widths = spec.feature_widths[-1:] if levels == "mid" else spec.feature_widths
-        # Beside the channels.
-        num_sides = spec.latent_ndim - 1
         super().__init__(
-            _make_head(width, conditional, teacher.device, num_sides) for width in widths
+            _make_head(width, conditional, teacher.device, spec.feature_sides) for width in widths
         )
 
     def select(self, features: Sequence[Tensor]) -> list[Tensor]:

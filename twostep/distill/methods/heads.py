@@ -41,7 +41,7 @@ Logits = list[Tensor]
 NUM_TIME_FEATURES = 16
 """Numbers in which a head is told the time."""
 
-_PICTURE_NDIM = 3
+_PICTURE_SIDES = 2
 _NUM_GROUPS = 8
 _SLOPE = 0.2
 """Of the leaky ReLUs."""
@@ -162,11 +162,11 @@ def picture_widths(teacher: Denoiser) -> tuple[int, ...]:
         BackboneError: the features have other sides than height and width.
     """
     spec = teacher.backbone.spec
-    if spec.latent_ndim != _PICTURE_NDIM:
+    if spec.feature_sides != _PICTURE_SIDES:
         raise BackboneError(
-            f"the heads of this method stand on features of pictures, and the family {spec.family} "
-            f"has latents of {spec.latent_ndim} dimensions instead of {_PICTURE_NDIM}. Take the "
-            'method "adversarial" or "lightning".'
+            f"the heads of this method stand on features with height and width, and those of the "
+            f'family {spec.family} have {spec.feature_sides} sides. Take the method "adversarial" '
+            'or "lightning".'
         )
     return spec.feature_widths
 
