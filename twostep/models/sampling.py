@@ -260,16 +260,6 @@ def decode(bundle: Bundle, latents: Batch, *, at_once: int | None = None) -> Ten
     return torch.cat([_decoded(bundle.codec, part) for part in parts])
 
 
-def pictures_of(bundle: Bundle, latents: Batch, *, at_once: int | None = None) -> Tensor:
-    """Return pictures [batch, 3, height, width] of latents: of other media, what is previewed.
-
-    `at_once` is as for `decode`.
-    """
-    if bundle.codec.media == "image":
-        return decode(bundle, latents, at_once=at_once)
-    return bundle.codec.preview(latents)
-
-
 def _decoded(codec: Codec, latents: Batch) -> Tensor:
     """Decode latents in the largest pieces for which there is memory."""
     decoded = if_it_fits(partial(codec.decode, latents))
