@@ -57,14 +57,14 @@ def archive(tmp_path_factory):
 
 
 def test_animated_ones_are_read_evenly_over_their_time(archive, tmp_path) -> None:
-    animations = read_animations(archive, num_frames=4, pixels=10)
+    animations = read_animations(archive, num_frames=4, pixels=20)
     assert [each.name for each in animations] == ["1f44b", "1f44b", "1f98a"]
     assert animations[0].is_held_out == animations[1].is_held_out
     fox = animations[2]
-    assert fox.words == "fox face" and fox.frames.shape == (4, 4, 10, 10)
+    assert fox.words == "fox face" and fox.frames.shape == (4, 4, 20, 20)
     # Frames 0, 3, 6 and 9 of twelve.
-    assert fox.frames[:, 0, 5, 5].tolist() == [0, 60, 120, 180]
-    assert fox.frames[0, 3, 5, 5] == 255 and fox.frames[0, 3, 0, 0] == 0
+    assert fox.frames[:, 0, 10, 10].tolist() == [0, 60, 120, 180]
+    assert fox.frames[0, 3, 10, 10] == 255 and fox.frames[0, 3, 0, 0] == 0
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "red_square.webp").write_bytes(webp(RAMP))
     (only,) = read_animations(tmp_path, num_frames=2, pixels=10)

@@ -75,7 +75,11 @@ class ClipReport:
 
 
 def score_clips(
-    clips: Clips, asked: Sequence[AskedClip], judge: Judge, *, reference: Clips | None = None
+    clips: Clips,
+    asked: Sequence[AskedClip],
+    judge: Judge,
+    *,
+    reference: Float[Tensor, "others 3 _ _ _"] | None = None,
 ) -> ClipReport:
     """Measure clips.
 

@@ -178,7 +178,7 @@ def motion_amount(clips: Clips) -> Float[Tensor, " clips"]:
     return changes.float().mean(dim=(1, 2, 3, 4))
 
 
-def motion_ratio(student: Clips, teacher: Clips) -> float:
+def motion_ratio(student: Clips, teacher: Float[Tensor, "others 3 _ _ _"]) -> float:
     """Return how much a student's clips move beside its teacher's; 1 is as much.
 
     Clips of few steps move too little before anything else is wrong with them. Raises TrackingError
