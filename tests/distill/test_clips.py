@@ -74,7 +74,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def recipe(folder, *stages, **others) -> DistillRecipe:
-    settings = {"model": str(folder), "model_steps": 8, "release": [4], **others}
+    settings = {"model": str(folder), "release": [4], **others}
     settings |= {"sample_prompts": ["a fox"], "device": "cpu", "stages": list(stages)}
     return DistillRecipe.model_validate(settings)
 

@@ -26,6 +26,7 @@ from twostep.networks.backbone import BackboneError, BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.lean import Inserted, LeanUnet
 from twostep.networks.lean.blocks import Attention, FeedForward
+from twostep.networks.sdxl_unet import pooled_width_of
 
 Clips = Float[Tensor, "batch c frames h w"]
 """Latents of clips."""
@@ -357,10 +358,6 @@ def encoded_clips(
 
 def _spec_of(base: LeanUnet, shape: MotionConfig) -> BackboneSpec:
     config = base.config
-    pooled_width = 0
-    if config.get("addition_embed_type") is not None:
-        beside = config.projection_class_embeddings_input_dim
-        pooled_width = int(beside - 6 * config.addition_time_embed_dim)
     return BackboneSpec(
         family="motion",
         in_channels=int(config.in_channels),
@@ -368,7 +365,7 @@ def _spec_of(base: LeanUnet, shape: MotionConfig) -> BackboneSpec:
         latent_ndim=4,
         feature_widths=(*shape.channels, shape.channels[-1]),
         feature_sides=3,
-        pooled_width=pooled_width,
+        pooled_width=pooled_width_of(config),
     )
 
 
