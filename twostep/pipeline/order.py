@@ -61,6 +61,7 @@ class Order:
     treated_as: str | None = None
     engine: str = "eager"
     decoder: str = FULL
+    frames: int | None = None
 
     def request(self, open_picture: Callable[[str], Picture] | None = None) -> Request:
         """Return the request, with its pictures opened.
@@ -94,6 +95,7 @@ class Order:
             treated_as=self.treated_as,
             engine=self.engine,
             decoder=self.decoder,
+            frames=self.frames,
         )
 
     @property

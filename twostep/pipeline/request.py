@@ -219,6 +219,7 @@ class Request:
     - `steps`: picks the student that was trained for it, or the teacher by its own number.
     - `guidance`: 1 is none; students have none.
     - `width`, `height`: pixels.
+    - `frames`: how long a clip is, of models that draw clips.
     - `image`, `strength`, `mask`: a picture that is changed instead of drawn anew; how much of it,
       above 0 and up to 1 (0.75, with a mask 1); and where, white in a picture of the same size.
     - `sampler`: how a teacher goes from time to time: "euler", "dpmpp-2m" or "unipc"; "renoise" for
@@ -263,6 +264,7 @@ class Request:
     sampler: str | None = field(default=None, kw_only=True)
     treated_as: str | None = field(default=None, kw_only=True)
     decoder: str = field(default=FULL, kw_only=True)
+    frames: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, holds, expected in self._rules():
@@ -309,7 +311,7 @@ class Request:
             "below 2**32 torch tells them apart"
         )
         yield "seed", self.seed + self.num_images <= NUM_SEEDS, expected
-        for name in ("steps", "width", "height"):
+        for name in ("steps", "width", "height", "frames"):
             value = getattr(self, name)
             expected = "a whole number from 1 up, or leave it out to take the model's own"
             yield name, value is None or _is_whole(value, 1), expected
