@@ -21,6 +21,8 @@ NAMES = {
     "mini-lora",
     "sdxl-full-8x80gb",
     "sdxl-2step-from-prompts",
+    "nano-audio",
+    "nano-audio-mse",
     *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
     *(f"sdxl-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
 }

@@ -74,8 +74,11 @@ _Decoder = Annotated[
     str,
     typer.Option(help="full; tiny, the model's own smaller one; or a file, as TAESDXL's."),
 ]
+_Frames = Annotated[
+    int | None, typer.Option(help="Models of clips only: how many frames; 16 by default.")
+]
 _Folder = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
+    Path, typer.Option("--out", "-o", help="Folder for the files; made where it is missing.")
 ]
 
 
@@ -96,9 +99,10 @@ def generate(
     treated_as: _As = None,
     engine: _Engine = "eager",
     decoder: _Decoder = "full",
+    frames: _Frames = None,
     out: _Folder = Path("out"),
 ) -> None:
-    """Draw a prompt and write PNGs that say how they were made."""
+    """Draw a prompt and write PNGs, or clips, that say how they were made."""
     from twostep.pipeline.order import Order
 
     width, height = _parse_size(size)
@@ -119,6 +123,7 @@ def generate(
         treated_as=treated_as,
         engine=engine,
         decoder=decoder,
+        frames=frames,
     )
     _hand_over_or_draw(order, out)
 
@@ -170,7 +175,7 @@ def edit(
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG that twostep wrote.")],
+    picture: Annotated[Path, typer.Argument(help="A PNG, a clip or a sound that twostep wrote.")],
     inputs: Annotated[
         Path, typer.Option(help="Where pictures lie that went in, if neither here nor beside.")
     ] = Path(),
@@ -183,10 +188,8 @@ def replay(
     ] = None,
     out: _Folder = Path("out"),
 ) -> None:
-    """Draw a picture again from what its PNG says, and tell whether every pixel is the same."""
-    from PIL import Image, ImageChops
-
-    from twostep.pipeline.png import ProvenanceError, read_provenance
+    """Draw again what a file says of itself, and tell whether every pixel or sample is the same."""
+    from twostep.pipeline.png import ProvenanceError, difference, read_provenance
 
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
@@ -200,16 +203,15 @@ def replay(
     request, moved = with_moved_loras(request, provenance, lora or [], folders)
     for line in moved:
         typer.echo(line, err=True)
-    result, paths = _draw_and_save(request, out, provenance)
+    _, paths = _draw_and_save(request, out, provenance)
     index = provenance.request.seed - request.seed
-    with Image.open(picture) as first:
-        difference = ImageChops.difference(first.convert("RGB"), result.images[index])
-    largest = max(difference.tobytes())
-    if largest:
+    compared = difference(picture, paths[index])
+    if compared.largest:
         raise ProvenanceError(
-            f"{paths[index]} differs by up to {largest} of 255: other weights, or another machine."
+            f"{paths[index]} differs by up to {compared.largest} of {compared.range}: other "
+            "weights, or another machine."
         )
-    typer.echo(f"every pixel of {paths[index]} is the same", err=True)
+    typer.echo(f"every {compared.part} of {paths[index]} is the same", err=True)
 
 
 def info(
@@ -299,7 +301,8 @@ def _draw_and_save(
     for path in paths:
         typer.echo(path)
     _print_warnings(result.warnings)
-    times = _times(result.seconds, len(result.images))
+    thing = "image" if result.contract.media == "image" else "item"
+    times = _times(result.seconds, len(result.images), thing)
     typer.echo(f"{times}; loading {loading_seconds:.2f} s", err=True)
     return result, paths
 
@@ -356,11 +359,11 @@ def _progress_bar(name: str) -> Iterator[OnStep]:
         yield on_step
 
 
-def _times(seconds: Mapping[str, float], num_images: int) -> str:
+def _times(seconds: Mapping[str, float], num_images: int, thing: str = "image") -> str:
     stages = ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())
     plural = "s" if num_images > 1 else ""
     per_image = sum(seconds.values()) / num_images
-    return f"{num_images} image{plural}, {per_image:.2f} s each: {stages}"
+    return f"{num_images} {thing}{plural}, {per_image:.2f} s each: {stages}"
 
 
 def _in_words(value: object) -> str:

@@ -324,27 +324,13 @@ def report(
         _find_modules_here()
         typer.echo(f"written: {write_report(run[0], run[1:])}")
     elif lora is not None and not run:
+        from twostep.data.drawn import read_prompts
         from twostep.reports.portability import PROMPTS, print_scales
 
-        chosen = PROMPTS if prompts is None else _read_prompts(prompts)
+        chosen = PROMPTS if prompts is None else read_prompts(prompts)
         print_scales(lora, bases.split(","), chosen)
     else:
         raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
-
-
-def _read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the lines of a file that are not blank."""
-    from twostep.data.sources import DataError
-    from twostep.data.texts import UnreadableTextError, read_lines
-
-    try:
-        lines = read_lines(path)
-    except UnreadableTextError as error:
-        raise DataError(f"{path}: {error}.") from error
-    prompts = tuple(line for line in lines if line.strip())
-    if not prompts:
-        raise typer.BadParameter(f"{path} is empty; give a prompt on every line.")
-    return prompts
 
 
 def _find_modules_here() -> None:

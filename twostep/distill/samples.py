@@ -22,9 +22,9 @@ from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import (
     Guided,
-    decode,
     draw_noise,
     encode_prompts,
+    pictures_of,
     sample_latents,
     sampling_times,
 )
@@ -153,15 +153,9 @@ class Examples:
             seeds = all_seeds[start : start + AT_ONCE]
             x = draw_noise(seeds, shape, part.positive.text.device)
             latents = sample_latents(denoiser, part, x, times=times, seeds=seeds, sampler=sampler)
-            pictures.append(self._pictures(latents).cpu())
+            pictures.append(pictures_of(self.teacher, latents, at_once=1).cpu())
         by_seed: Tensor = torch.cat(pictures).unflatten(0, (len(self.seeds), -1))
         return by_seed
-
-    def _pictures(self, latents: Tensor) -> Float[Tensor, "items 3 height width"]:
-        """Return pictures of latents: of media that are none, what the codec previews."""
-        if self.teacher.codec.media == "image":
-            return decode(self.teacher, latents, at_once=1)
-        return self.teacher.codec.preview(latents)
 
 
 ExamplesT = TypeVar("ExamplesT")

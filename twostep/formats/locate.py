@@ -6,6 +6,7 @@ Nothing here looks into a file of weights; see `checkpoint.resolve` for that.
 
 import json
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from twostep.formats.lightning import LIGHTNING, official_file
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """The built-in models, a folder each."""
+
+ENTRY_POINTS = "twostep.models"
+"""The group of entry points by which installed packages declare models: a name, and the path of the
+folder as an attribute of a module.
+"""
 
 CONTRACT_FILE = "twostep.json"
 """The sampling contract in a model folder that was written here."""
@@ -65,6 +71,9 @@ def find_model(
     if _is_model(path):
         return path
     if not path.exists():
+        installed = _installed_model(str(model))
+        if installed is not None:
+            return installed
         official = official_file(model, steps)
         if official is not None:
             return fetch(LIGHTNING[0], file=official)
@@ -104,6 +113,18 @@ def _built_in_students() -> dict[str, Path]:
     return {path.stem: path for path in sorted(WEIGHTS.glob("*/students/*.safetensors"))}
 
 
+def built_in_folder(name: str) -> Path | None:
+    """Return the folder of a built-in or installed model, None if there is no such model."""
+    return _built_in_models().get(name) or _installed_model(name)
+
+
+def _installed_model(name: str) -> Path | None:
+    """Return the folder of a model that an installed package declares."""
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        return Path(entry.load())
+    return None
+
+
 def _is_model(path: Path) -> bool:
     if path.is_file():
         return True
@@ -117,7 +138,8 @@ def _no_model(path: Path) -> str:
         problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
     elif _HUB_ID.fullmatch(str(path)) and path.parent.is_dir():
         problem += f" in the folder {path.parent} here (the hub's is {HUB}{path})"
-    names = ", ".join([*_built_in_models(), *_built_in_students()])
+    installed = sorted(entry_points(group=ENTRY_POINTS).names)
+    names = ", ".join([*_built_in_models(), *_built_in_students(), *installed])
     return (
         f"{path} {problem}. Give a model folder, a .safetensors file, a hub id (owner/name) or a "
         f"built-in name ({names})."

@@ -22,6 +22,7 @@ from twostep.contract import Contract
 from twostep.formats.checkpoint import Checkpoint
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
+from twostep.models.motion import MotionFamily
 from twostep.models.sdxl import SdxlFamily
 
 ENTRY_POINTS = "twostep.families"
@@ -63,7 +64,10 @@ class LoadsToDraw(Protocol):
         """Load a model as `load` does, with such networks."""
 
 
-_FAMILIES: dict[str, Family] = {"sdxl": SdxlFamily()}
+_FAMILIES: dict[str, Family] = {"sdxl": SdxlFamily(), "motion": MotionFamily()}
+
+_BUILT_IN = {"nano-audio": "twostep.models.audio:AudioFamily"}
+"""Further families of the package, which are imported when the first model names them."""
 
 
 def register_family(family: Family) -> None:
@@ -79,6 +83,8 @@ def find_family(name: str) -> Family:
     module, _, attribute = name.partition(":")
     if attribute:
         return _imported(name, module, attribute)
+    if name not in _FAMILIES and name in _BUILT_IN:
+        register_family(find_family(_BUILT_IN[name]))
     if name not in _FAMILIES:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             register_family(_checked(name, entry.load()))
@@ -121,8 +127,9 @@ def _checked(name: str, family: object) -> Family:
 
 
 def _unknown(name: str) -> str:
+    known = ", ".join(_FAMILIES | _BUILT_IN)
     return (
-        f"There is no model family {name!r}; there are {', '.join(_FAMILIES)}. Register it with "
+        f"There is no model family {name!r}; there are {known}. Register it with "
         "twostep.models.families.register_family, or install the package that declares it "
         f"(entry point {ENTRY_POINTS})."
     )

@@ -243,6 +243,13 @@ def sample_prompts(
         )
 
 
+def pictures_of(bundle: Bundle, latents: Batch, *, at_once: int | None = None) -> Tensor:
+    """Return pictures of latents in -1..1; of other media, what their codec previews."""
+    if bundle.codec.media == "image":
+        return decode(bundle, latents, at_once=at_once)
+    return bundle.codec.preview(latents)
+
+
 def decode(bundle: Bundle, latents: Batch, *, at_once: int | None = None) -> Tensor:
     """Decode latents to media, all together or so many at once, which takes less memory.
 

@@ -45,10 +45,7 @@ class SdxlUnet:
             out_channels=int(config.out_channels),
             feature_widths=(*widths, widths[-1]),
             lora_targets=adapters.TARGETS,
-            # What is left beside the embeddings of the six sizes.
-            pooled_width=int(
-                config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            ),
+            pooled_width=pooled_width_of(config),
         )
 
     @property
@@ -135,6 +132,14 @@ class SdxlUnet:
             adapters.checkpoint_gradients(self.network)
         else:
             self.network.disable_gradient_checkpointing()
+
+
+def pooled_width_of(config: Any) -> int:
+    """Return the width of the pooled text that a UNet of this config takes; 0 for none."""
+    if config.get("addition_embed_type") is None:
+        return 0
+    # What is left beside the embeddings of the six sizes.
+    return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
 
 
 def _embedded_conditions(conditioning: Conditioning) -> dict[str, Tensor]:

@@ -17,11 +17,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError, reason_of
 from twostep.export.page import page_of
+from twostep.media.clip import read_clip, texts_in
 from twostep.media.codec import FULL
 from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.output import prepare_folder, stem_of, write_item
@@ -37,6 +38,9 @@ from twostep.pipeline.workflow import workflow_of
 
 A1111_CHUNK = "parameters"
 TWOSTEP_CHUNK = "twostep"
+
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg")
+"""Endings of files that are sounds; these carry the same texts as JSON in their comment."""
 
 
 class ProvenanceError(TwostepError):
@@ -182,25 +186,74 @@ def _inputs(request: Request) -> dict[str, str]:
 
 
 def read_provenance(path: str | Path) -> Provenance:
-    """Read from a PNG how it was made; raises `ProvenanceError` where the file does not say so."""
-    try:
-        with Image.open(path) as image:
-            chunks = dict(image.info)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ProvenanceError(
-            f"{path} cannot be read as a picture: {reason_of(error)}. "
-            "Give a PNG written by twostep."
-        ) from error
+    """Read from a PNG, a clip or a sound how it was made.
+
+    Raises `ProvenanceError` where the file does not say so, AudioError for a damaged sound.
+    """
+    chunks = _chunks_of(path)
     if TWOSTEP_CHUNK not in chunks:
         raise ProvenanceError(
-            f"{path} has no {TWOSTEP_CHUNK!r} text chunk. Give a PNG as twostep wrote it: editors, "
-            "messengers and converters often strip text chunks."
+            f"{path} has no {TWOSTEP_CHUNK!r} text chunk. Give a file as twostep wrote it: "
+            "editors, messengers and converters often strip text chunks."
         )
     try:
         return _read_chunks(json.loads(chunks[TWOSTEP_CHUNK]), str(chunks.get(A1111_CHUNK, "")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ProvenanceError(
             f"the {TWOSTEP_CHUNK!r} chunk of {path} is damaged: {error!r}."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the contents of two files are apart.
+
+    - `largest`: the largest difference between values at the same place.
+    - `range`: the largest value there can be.
+    - `part`: what has values: "pixel" or "sample".
+    """
+
+    largest: int
+    range: int
+    part: str
+
+
+def difference(first: Path, second: Path) -> Difference:
+    """Compare two pictures of one size, or two clips or sounds of one length.
+
+    Raises `ProvenanceError` for lengths that differ.
+    """
+    if second.suffix.lower() not in SOUND_SUFFIXES:
+        before, after = (read_clip(path) for path in (first, second))
+        if len(before) != len(after):
+            raise ProvenanceError(
+                f"{second} has {len(after)} frames, and {first} has {len(before)}."
+            )
+        apart = ImageChops.difference(before.strip(), after.strip())
+        return Difference(max(apart.tobytes()), 255, "pixel")
+    from twostep.media.audio import LEVELS, read_sound
+
+    one, other = (read_sound(path)[0].samples for path in (first, second))
+    if one.shape != other.shape:
+        raise ProvenanceError(f"{second} has {len(other)} samples, and {first} has {len(one)}.")
+    return Difference(round(float((one - other).abs().max()) * LEVELS), LEVELS, "sample")
+
+
+def _chunks_of(path: str | Path) -> dict[str, Any]:
+    """Return the texts that a picture, a clip or a sound carries, by their names."""
+    if Path(path).suffix.lower() in SOUND_SUFFIXES:
+        # This brings torch, which reading of pictures does without.
+        from twostep.media.audio import read_sound
+
+        return dict(read_sound(path)[1])
+    try:
+        with Image.open(path) as image:
+            texts = {str(name): value for name, value in image.info.items()}
+            return texts | texts_in(image)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ProvenanceError(
+            f"{path} cannot be read as a picture: {reason_of(error)}. "
+            "Give a PNG written by twostep."
         ) from error
 
 

@@ -290,7 +290,7 @@ class Request(DrawingSettings):
             "below 2**32 torch tells them apart"
         )
         yield "seed", self.seed + self.num_images <= NUM_SEEDS, expected
-        for name in ("steps", "width", "height"):
+        for name in ("steps", "width", "height", "frames"):
             value = getattr(self, name)
             expected = "a whole number from 1 up, or leave it out to take the model's own"
             yield name, value is None or _is_whole(value, 1), expected

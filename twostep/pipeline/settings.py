@@ -31,6 +31,7 @@ class DrawingSettings:
             models that add fresh noise. Students keep to their own.
         decoder: what makes pictures of latents: "full" is the model's autoencoder, "tiny" the
             smaller decoder that comes with it, and else the file, folder or hub id of one.
+        frames: how long a clip is, of models that draw clips.
     """
 
     prompt: str
@@ -44,6 +45,7 @@ class DrawingSettings:
     strength: float | None = field(default=None, kw_only=True)
     sampler: str | None = field(default=None, kw_only=True)
     decoder: str = field(default=FULL, kw_only=True)
+    frames: int | None = field(default=None, kw_only=True)
 
     @property
     def settings(self) -> dict[str, Any]:

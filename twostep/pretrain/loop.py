@@ -7,6 +7,7 @@ can start again from any checkpoint before the decay: until there it is the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -65,7 +66,12 @@ class NetworkLoopSettings(OptimiserSettings):
 
 
 class PartSettings(Settings):
-    """What the recipe of every part says."""
+    """What the recipe of every part says.
+
+    `learns_from_drawings` is whether the part is trained on pictures of drawings.
+    """
+
+    learns_from_drawings: ClassVar[bool] = True
 
     size: str = Field("nano", description="size of the model that the part belongs to")
     device: str = Field(

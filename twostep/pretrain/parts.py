@@ -40,17 +40,30 @@ from twostep.pretrain.judge import JudgeSettings, train_judge
 from twostep.pretrain.latents import LatentCache, find_latents
 from twostep.pretrain.loop import PartSettings
 from twostep.pretrain.model import build_text_encoders, teacher_contract
+from twostep.pretrain.motion import MotionSettings, new_motion_teacher, train_motion
+from twostep.pretrain.notes import NoteSource, find_notes
 from twostep.pretrain.scene_captions import scene_corpus
 from twostep.pretrain.scenes import compose, random_scenes
 from twostep.pretrain.sheets import draw_samples, write_sheet
 from twostep.pretrain.sizes import ModelSize, find_size
+from twostep.pretrain.sound import (
+    SoundSettings,
+    fit_codec,
+    new_sound_teacher,
+    train_sound_teacher,
+)
+from twostep.pretrain.sound_judge import (
+    SOUND_JUDGE_FILE,
+    SoundJudgeSettings,
+    train_sound_judge,
+)
 from twostep.pretrain.style import StyleSettings, style_latents, style_prompts, train_style
 from twostep.pretrain.teacher import TeacherSettings, TuneSettings, new_denoiser, train_teacher
 from twostep.pretrain.text import TextSettings, train_text
 from twostep.pretrain.vae import VaeSettings, train_vae
 from twostep.training.device import find_device
 from twostep.training.loop import LoopSettings, OnIteration
-from twostep.training.processes import world
+from twostep.training.processes import wait, world
 from twostep.training.recipe import RecipeError, load_recipe, recipe_text
 from twostep.training.run_folder import RunFolder
 
@@ -59,6 +72,10 @@ RECIPES = Path(__file__).with_name("recipes")
 
 OnProgress = Callable[[int, int | None, str], None]
 """Called with what is done, of how many, and a word on it."""
+
+
+NO_DRAWINGS = DrawingSet(torch.zeros(0, 0, 4, 0, 0, dtype=torch.uint8), concepts=(), styles=())
+"""What parts get that do not learn from drawings."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,17 @@ class Part:
         return find_device(self.settings.device)
 
     def find_drawings(self, folder: Path | None = None) -> DrawingSet:
-        """Load the drawings of a folder, or those of the recipe's size that are in the package."""
+        """Load the drawings of a folder, or those of the recipe's size that are in the package.
+
+        Parts that learn from something else get none; RecipeError for a folder that they would not
+        look at.
+        """
+        if not self.settings.learns_from_drawings:
+            if folder is not None:
+                raise RecipeError(
+                    f"{self.name} does not learn from drawings: leave the folder {folder} out."
+                )
+            return NO_DRAWINGS
         return find_drawings(find_size(self.settings.size), folder)
 
     def train(
@@ -363,6 +390,79 @@ def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     return run.out / "model"
 
 
+def _train_motion(settings: MotionSettings, run: PartRun) -> Path:
+    folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
+    device = find_device(settings.device)
+    teacher = new_motion_teacher(settings, recipe=run.name, version=__version__).to(device)
+
+    def write(iteration: int) -> None:
+        if not world().is_first:
+            return
+        save_bundle(teacher, run.out / "model")
+        with settings.loop.autocast(device.type):
+            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
+        _write_sheet(drawn, f"motion-{iteration:06d}.png", run, folder)
+
+    train_motion(
+        run.drawings,
+        teacher,
+        settings,
+        folder,
+        on_iteration=run.show(settings.loop),
+        on_checkpoint=write,
+    )
+    return run.out / "model"
+
+
+def _train_sound(settings: SoundSettings, run: PartRun) -> Path:
+    folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
+    teacher = new_sound_teacher(settings, run.name)
+
+    def show_notes(num_done: int, total: int) -> None:
+        run.advance(num_done, total, "notes")
+
+    cached = run.out / "notes.safetensors"
+    if world().is_first and not cached.exists():
+        fit_codec(teacher, settings, show_notes)
+        save_bundle(teacher, run.out / "model")
+    wait()
+    if cached.exists() or not world().is_first:
+        # Cached latents are those of the codec that was fitted before them.
+        teacher = replace(teacher, codec=load_bundle(run.out / "model").codec)
+    notes = find_notes(
+        cached,
+        teacher.codec,
+        count=settings.notes,
+        soundfont=settings.soundfont,
+        on_note=show_notes,
+        seed=settings.loop.seed,
+    )
+    teacher = teacher.to(find_device(settings.device))
+
+    def write(iteration: int) -> None:
+        if world().is_first:
+            save_bundle(teacher, run.out / "model")
+            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
+            _write_sheet(drawn, f"sound-{iteration:06d}.png", run, folder)
+
+    train_sound_teacher(
+        teacher,
+        NoteSource(notes, teacher.text),
+        settings,
+        folder,
+        on_iteration=run.show(settings.loop),
+        on_checkpoint=write,
+    )
+    return run.out / "model"
+
+
+def _train_sound_judge(settings: SoundJudgeSettings, run: PartRun) -> Path:
+    train_sound_judge(settings, run.out, run.show(settings.loop))
+    return run.out / SOUND_JUDGE_FILE
+
+
 def _train_judge(settings: JudgeSettings, run: PartRun) -> Path:
     train_judge(settings, run.drawings, run.out, run.show(settings.loop))
     return run.out / "judge.safetensors"
@@ -397,5 +497,8 @@ _PARTS: dict[str, tuple[type[PartSettings], Callable[[Any, PartRun], Path]]] = {
     "control": (ControlSettings, _train_control),
     "style": (StyleSettings, _train_style),
     "judge": (JudgeSettings, _train_judge),
+    "motion": (MotionSettings, _train_motion),
+    "sound": (SoundSettings, _train_sound),
+    "sound-judge": (SoundJudgeSettings, _train_sound_judge),
 }
 """Part -> the settings of its recipe, and what trains it and returns what it wrote."""

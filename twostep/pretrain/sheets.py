@@ -13,9 +13,9 @@ from twostep.files import write_atomically
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import (
-    decode,
     draw_noise,
     encode_prompts,
+    pictures_of,
     sample_latents,
     sampling_times,
 )
@@ -36,7 +36,10 @@ def write_sheet(rows: Float[Tensor, "rows columns 3 height width"], path: Path) 
 def draw_samples(
     bundle: Bundle, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Float[Tensor, "seeds prompts 3 height width"]:
-    """Draw every prompt from every seed, as the model's contract says; return them on the CPU."""
+    """Draw every prompt from every seed, as the model's contract says; return them on the CPU.
+
+    Of media that are no pictures, it is what their codec previews.
+    """
     size = bundle.contract.sizes[0]
     denoiser = bundle.denoiser
     times = sampling_times(bundle.contract, denoiser.schedule)
@@ -50,6 +53,6 @@ def draw_samples(
         latents = sample_latents(
             denoiser, part, noise, times, some, sampler=bundle.contract.sampler
         )
-        drawn.append(decode(bundle, latents, at_once=_AT_ONCE).float().cpu())
+        drawn.append(pictures_of(bundle, latents, at_once=_AT_ONCE).float().cpu())
     whole: Tensor = torch.cat(drawn).unflatten(0, (len(seeds), len(prompts)))
     return whole

@@ -1,0 +1,162 @@
+"""The family of sounds: a diffusion transformer over log-mel spectrograms, by rectified flow.
+
+A model folder holds the contract in `twostep.json`, all sizes and the vocabulary in `config.json`,
+the network in `network.safetensors` and what makes its latents in `codec.safetensors`. Students lie
+in `students/` and carry their contract in the metadata of their file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from twostep.contract import Contract
+from twostep.diffusion import make_schedule
+from twostep.files import write_atomically
+from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
+from twostep.formats.locate import CONTRACT_FILE, ModelError, built_in_folder, read_json
+from twostep.media.audio import AudioCodec, BlockComponents
+from twostep.media.spectrogram import Spectrogram
+from twostep.models.bundle import Bundle
+from twostep.networks.audio_dit import AudioDit, AudioDitConfig
+from twostep.networks.denoiser import Denoiser
+from twostep.text.attributes import AttributePrompts
+
+CONFIG_FILE = "config.json"
+NETWORK_FILE = "network.safetensors"
+CODEC_FILE = "codec.safetensors"
+
+FAMILY = "nano-audio"
+"""The name of the family in contracts."""
+
+PartT = TypeVar("PartT")
+
+
+class AudioFamily:
+    """Loads and saves models of sounds."""
+
+    name = FAMILY
+
+    def load(
+        self, checkpoint: Checkpoint, *, steps: int | None = None, outline: bool = False
+    ) -> Bundle:
+        """Load a model, or its student of so many steps, frozen and in float32.
+
+        Arguments:
+            checkpoint: a model folder, or a student's file in it.
+            steps: picks the student; None is the model itself.
+            outline: read configs alone, and leave the weights as they are initialised.
+
+        Raises ModelError if weights or configs are missing or damaged.
+        """
+        contract = checkpoint.contract_for(steps)
+        folder = _folder_of(checkpoint, contract)
+        file = folder.path / NETWORK_FILE
+        if contract.role == "student":
+            student = folder.students[contract.steps] if checkpoint.is_folder else checkpoint
+            file = student.path
+        config = read_json(folder.path / CONFIG_FILE)
+        try:
+            network = AudioDit(AudioDitConfig(**config["network"]))
+            components = BlockComponents(**config["codec"])
+            spectrogram = Spectrogram(**config["spectrogram"])
+            text = AttributePrompts(tuple(config["vocabulary"]), dict(config["synonyms"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"{folder.path / CONFIG_FILE} is damaged ({error!r}). Fetch that model again."
+            ) from error
+        if not outline:
+            _read_weights(network, file)
+            _read_weights(components, folder.path / CODEC_FILE)
+        for module in (network, components):
+            module.eval().requires_grad_(False)
+        schedule = make_schedule(**asdict(contract.schedule))
+        return Bundle(
+            denoiser=Denoiser(network, schedule, contract.prediction_type),
+            codec=AudioCodec(components, spectrogram),
+            text=text,
+            contract=contract,
+            students=tuple(sorted(folder.students, reverse=True)),
+            origin=(checkpoint.name,),
+        )
+
+    def save(self, bundle: Bundle, folder: Path) -> None:
+        """Write a model folder; raises ModelError for a bundle of another family's parts."""
+        name = bundle.contract.name
+        network = _expected(bundle.denoiser.backbone, AudioDit, name)
+        codec = _expected(bundle.codec, AudioCodec, name)
+        text = _expected(bundle.text, AttributePrompts, name)
+        components = codec.network
+        config = {
+            "network": asdict(network.config),
+            "codec": {
+                "bands": components.bands,
+                "frames": components.frames,
+                "components": components.components,
+            },
+            "spectrogram": asdict(codec.spectrogram),
+            "vocabulary": text.vocabulary,
+            "synonyms": dict(text.synonyms),
+        }
+        _write(folder / NETWORK_FILE, save(_halves(network.state_dict())))
+        # In full precision: it is small, and latents that were cached depend on it.
+        _write(folder / CODEC_FILE, save(components.state_dict()))
+        _write(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
+        _write(folder / CONTRACT_FILE, bundle.contract.to_json().encode())
+
+    def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
+        """Write a student's network in fp16 into the folder of its teacher; returns the file."""
+        path = student_path(contract, folder)
+        _write(path, save(_halves(weights), contract.to_metadata()))
+        return path
+
+
+def _folder_of(checkpoint: Checkpoint, contract: Contract) -> Checkpoint:
+    """Return the folder of a model, of a student's file the one that it lies in."""
+    if checkpoint.is_folder:
+        return checkpoint
+    beside = checkpoint.path.parent.parent
+    for path in (beside, beside / "model", built_in_folder(contract.base)):
+        if path is not None and (path / CONFIG_FILE).is_file():
+            return look_at_folder(path, known=(checkpoint,))
+    raise ModelError(
+        f"{checkpoint.path} holds only the network of a student of {contract.base}. Put it into "
+        "the folder `students` of that model."
+    )
+
+
+def _expected(part: object, kind: type[PartT], name: str) -> PartT:
+    """Return a part of a bundle; ModelError if it is of another kind than models of sounds have."""
+    if not isinstance(part, kind):
+        raise ModelError(
+            f"{name} has {type(part).__name__} where models of sounds have {kind.__name__}. Save "
+            "it with its own family."
+        )
+    return part
+
+
+def _read_weights(module: nn.Module, path: Path) -> None:
+    """Read a module's weights; ModelError if they are missing, damaged or another module's."""
+    try:
+        weights = load_file(path)
+        module.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path} cannot be loaded ({reason}). Fetch that model again.") from error
+
+
+def _halves(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with write_atomically(path) as file:
+        file.write(data)
