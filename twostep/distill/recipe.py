@@ -101,6 +101,11 @@ class TrainedStage(OptimiserSettings):
         """How many files of the student are kept on the way."""
         return 0
 
+    @property
+    def dropout(self) -> float:
+        """The share of its inputs that the student's LoRA drops, if it is one."""
+        return 0.0
+
 
 class Stage(TrainedStage):
     """One stage: which student learns from whom, by which method, for how long."""
@@ -212,6 +217,11 @@ class Stage(TrainedStage):
     def num_snapshots(self) -> int:
         """How many files of the student are kept on the way."""
         return 0 if self.snapshot_every is None else self.iterations // self.snapshot_every
+
+    @property
+    def dropout(self) -> float:
+        """The share of its inputs that the student's LoRA drops."""
+        return self.lora_dropout
 
     def check_teacher_steps(self) -> None:
         """Check that a teacher's grid contains the student's times; ValueError if it does not."""

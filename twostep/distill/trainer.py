@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.distill.health import Health, Monitor
 from twostep.distill.pairs import Batches, Source
-from twostep.distill.recipe import Stage, TrainedStage
+from twostep.distill.recipe import TrainedStage
 from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
 from twostep.networks.adapters import Lora
@@ -190,7 +190,7 @@ class StageTrainer:
     def _dropout(self, iteration: int) -> Iterator[None]:
         """Let the student's LoRA drop inputs in the block, the same ones whenever it is resumed."""
         lora = self.roles[STUDENT].weights
-        dropout = self.stage.lora_dropout if isinstance(self.stage, Stage) else 0.0
+        dropout = self.stage.dropout
         if not isinstance(lora, Lora) or dropout == 0:
             yield
             return
