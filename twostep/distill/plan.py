@@ -373,7 +373,13 @@ def measure(
     """
     before = meter.living
     # Other optimisers know no tensors without memory: what they keep is computed.
-    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None, "offload": False}
+    plain = {
+        "optimiser": _MEASURED_WITH,
+        "betas": None,
+        "eps": None,
+        "offload": False,
+        "compile": False,
+    }
     stage = stage.model_copy(update=plain)
     trainer = StageTrainer(stage, source, teacher, student, codec=codec)
     for name, optimiser in trainer.optimisers.items():

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from twostep.diffusion.shapes import sent
 from twostep.networks.control import Hint
 
 
@@ -68,7 +69,7 @@ class Conditioning:
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the same on a device."""
-        return self._mapped(lambda values: values.to(device))
+        return self._mapped(lambda values: sent(values, device))
 
     def expand(self, count: int) -> Conditioning:
         """Repeat a single item `count` times."""

@@ -7,6 +7,7 @@ Architecture: section 2 of arXiv 2307.01952.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class SdxlUnet:
 
     network: Any
 
-    @property
+    @cached_property
     def spec(self) -> BackboneSpec:
         """The facts about this UNet, from its config."""
         config = self.network.config

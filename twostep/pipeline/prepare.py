@@ -106,11 +106,12 @@ class Prepared:
 
     def beginning(self, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at the first time: the noise, or the noised image."""
-        if self.request.image is None and self.times[0] != schedule.top:
-            return noise
+        is_comfyuis = self.request.init_noise == "comfyui"
+        if self.request.image is None and (is_comfyuis or self.times[0] != schedule.top):
+            return noise  # of which nothing else is left at the top
         t = time_tensor(self.times[:1]).expand(len(noise))
         x0 = self.x0.expand_as(noise)
-        if self.request.init_noise == "comfyui":
+        if is_comfyuis:
             return schedule.add_noise(x0, noise, t)
         alpha, sigma = schedule.coefficients(t, noise)
         if self.mask is not None and self.times[0] == schedule.top:

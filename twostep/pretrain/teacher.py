@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import VariancePreserving
-from twostep.diffusion.shapes import Batch
+from twostep.diffusion.shapes import Batch, sent
 from twostep.models.bundle import PromptEncoder
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
@@ -123,10 +123,10 @@ def noise_loss_on_latents(
             conditioning = text.conditioning(captions[share], width, height)
         return noise_loss(
             denoiser,
-            x0[share].to(device),
+            sent(x0[share], device),
             conditioning,
             t=t[share],
-            eps=eps[share].to(device),
+            eps=sent(eps[share], device),
             snr_limit=snr_limit,
         )
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from twostep.diffusion.shapes import Time, Times
+from twostep.diffusion.shapes import Time, Times, sent
 from twostep.distill.method import MethodSettings
 from twostep.distill.roles import OptimiserSettings, Role
 from twostep.evaluate.judge import Judge
@@ -229,7 +229,7 @@ def told_time(t: Times, top: Time, device: torch.device) -> Float[Tensor, "batch
     shares = t.to(torch.float32) / top
     octaves = 2.0 ** torch.arange(NUM_TIME_FEATURES // 2)
     phases = torch.pi * shares[:, None] * octaves
-    return torch.cat([phases.sin(), phases.cos()], dim=1).to(device)
+    return sent(torch.cat([phases.sin(), phases.cos()], dim=1), device)
 
 
 def hinge_of_heads(real: Logits, fake: Logits) -> Tensor:
