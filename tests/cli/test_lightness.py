@@ -8,8 +8,10 @@ import typer
 from twostep.cli import app
 
 MAX_FLAGS = 12
-MORE_FLAGS = {"cache": 20, "generate": 14, "edit": 14}
-"""People's data differ in columns, sizes, weights and words, and have no recipe to say so in."""
+MORE_FLAGS = {"cache": 20, "generate": 15, "edit": 14}
+"""People's data differ in columns, sizes, weights and words, and have no recipe to say so in. How
+long a clip is differs from wish to wish as its size does, and neither can say the other.
+"""
 
 
 def test_help_does_not_load_torch() -> None:

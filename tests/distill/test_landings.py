@@ -20,7 +20,7 @@ from twostep.models.bundle import Bundle
 from twostep.training.loop import Randomness
 from twostep.training.recipe import RecipeError
 
-from .test_trainer import make_student
+from .test_trainer import make_student, numbers
 
 CPU = torch.device("cpu")
 
@@ -201,7 +201,7 @@ class _Shifted:
 
 def two_iterations(stage: Stage, teacher: Bundle, source: object) -> list[dict[str, float]]:
     trainer = StageTrainer(stage, source, teacher.denoiser, make_student(teacher))
-    return [trainer.iterate(i, Randomness.at(0, i)) for i in range(2)]
+    return [numbers(trainer.iterate(i, Randomness.at(0, i))) for i in range(2)]
 
 
 @pytest.mark.parametrize(

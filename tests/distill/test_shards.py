@@ -130,11 +130,12 @@ def test_snapshots_of_halves_are_whole_and_exported(sharded: Path) -> None:
 
 
 SHARES = """
+import copy
 import math
 from torch.distributed.tensor import DTensor
 from twostep.distill.recipe import Stage
 from twostep.distill.trainer import StageTrainer
-from twostep.training.processes import joined
+from twostep.training.processes import averaged, joined
 from twostep.training.loop import Randomness, TrainingError
 from twostep.training.shards import shard
 
@@ -155,10 +156,14 @@ with joined(torch.device("cpu")):
     trainer.iterate(0, Randomness.at(0, 0))
     for name, holder in trainer.state.items():
         print(name, *sizes(holder.state_dict()))
+    kept = copy.deepcopy({name: holder.state_dict() for name, holder in trainer.state.items()})
+    figures = trainer.iterate(1, Randomness.at(0, 1))
     try:
-        trainer.iterate(1, Randomness.at(0, 1))
+        trainer.check(1, *averaged([{name: float(value) for name, value in figures.items()}]))
     except TrainingError as error:
         print(error)
+    for name, holder in trainer.state.items():
+        holder.load_state_dict(kept[name])
     print("and on", math.isfinite(trainer.iterate(2, Randomness.at(0, 2))["student_grad_norm"]))
 """
 

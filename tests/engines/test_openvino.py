@@ -1,5 +1,6 @@
 """OpenVINO's graphs are kept, and faults get a word."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,25 @@ def test_what_openvino_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(openvino, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"not installed. Run `pip install 'twostep\[openvino\]'"):
         registered_engine("openvino").prepare(bundle, [])
+
+
+@pytest.mark.parametrize("before", [None, "false"])
+def test_what_is_converted_is_not_reported(
+    before: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opt_in_checker = pytest.importorskip("openvino_telemetry.utils.opt_in_checker")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("CI", "TF_BUILD", "JENKINS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv("CI", before)
+
+    def is_refused() -> bool:
+        found = opt_in_checker.OptInChecker().check(enable_opt_in_dialog=False, disable_in_ci=True)
+        return bool(found == opt_in_checker.ConsentCheckResult.DECLINED)
+
+    assert not is_refused()
+    with openvino.unreported():
+        assert is_refused()
+    assert os.environ.get("CI") == before
+    assert not is_refused()

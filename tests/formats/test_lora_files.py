@@ -188,6 +188,7 @@ def test_what_is_no_lora_for_this_model_is_told(
             "is a UNet alone: it has model.diffusion_model.x",
         ),
         ({**good, doubled: twice.clone()}, "mixes dialects"),
+        ({**good, unet_down: good[unet_down] / 0}, "holds NaN or infinity for unet.down_blocks"),
         (
             {k: v for k, v in good.items() if k != unet_down},
             "lacks the down half of unet.down_blocks",

@@ -146,7 +146,7 @@ def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
     for iteration in range(3):
         figures = trainer.iterate(iteration, Randomness.at(stage.seed, iteration))
     names = NAMES[case.method["name"]]
-    return {old: figures[new] for new, old in names.items()}
+    return {old: float(figures[new]) for new, old in names.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

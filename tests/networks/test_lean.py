@@ -151,7 +151,7 @@ def test_sdxl_itself_has_the_same_weights_by_the_same_names() -> None:
     [
         ("unet", {**UNET, "resnet_time_scale_shift": "scale_shift"}),
         ("unet", {**UNET, "down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}),
-        ("unet", {**UNET, "addition_embed_type": None}),
+        ("unet", {**UNET, "addition_embed_type": "image"}),
         ("unet", {**UNET, "transformer_layers_per_block": [[1, 2], [1, 1]]}),
         ("vae", {**KL, "use_quant_conv": False}),
         ("vae", {"_class_name": "AutoencoderTiny", "act_fn": "gelu"}),

@@ -9,7 +9,20 @@ import pytest
 from typer.testing import CliRunner
 
 from twostep.cli import app
-from twostep.reports.speed import Case, Row, SpeedError, Timing, _timed, compare_speed, plot
+from twostep.pipeline.request import Request
+from twostep.pipeline.studio import Studio
+from twostep.reports.genai import has_genai
+from twostep.reports.speed import (
+    PROMPT,
+    Case,
+    Row,
+    SpeedError,
+    Timing,
+    _timed,
+    compare_speed,
+    count_operations,
+    plot,
+)
 from twostep.reports.starts import _run
 
 CASE = Case(2, (64, 64), 2)
@@ -67,7 +80,10 @@ def test_bench_compares_eager_with_diffusers(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, [*words, "-o", str(tmp_path)])
     assert answer.exit_code == 0, answer.output
     found = json.loads((tmp_path / "speed.json").read_text())
-    assert [each["name"] for each in found["rows"]] == ["eager", "diffusers"]
+    others = ["diffusers", *(["OpenVINO GenAI"] if has_genai() else []), "arithmetic alone"]
+    assert [each["name"] for each in found["rows"]] == ["eager", *others]
+    least = found["rows"][-1]["seconds"]["total"]["median"]
+    assert 0 < least < found["rows"][0]["seconds"]["total"]["median"]
     stages = found["rows"][0]["seconds"]
     parts = sum(stages[stage]["median"] for stage in ("text", "encode", "denoise", "decode"))
     assert 0.3 * stages["total"]["median"] < parts <= 1.3 * stages["total"]["median"]
@@ -77,6 +93,21 @@ def test_bench_compares_eager_with_diffusers(tmp_path: Path) -> None:
     assert 50e6 < torch["peak_bytes"] < eager["peak_bytes"] < 2e9
     assert (tmp_path / "speed.svg").read_text().startswith("<svg")
     assert not (tmp_path / "curves.svg").exists()  # of one case
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_denoiser_and_decoder() -> None:
+    studio = Studio(device="cpu")
+
+    def count(steps: int, batch: int) -> int:
+        request = Request(PROMPT, model="nano", steps=steps, num_images=batch)
+        return count_operations(studio.load(request), request)
+
+    one_step, two_steps, four_steps = (count(steps, 1) for steps in (1, 2, 4))
+    denoiser = two_steps - one_step
+    assert denoiser > 0
+    assert four_steps == two_steps + 2 * denoiser
+    assert count(2, 3) == 3 * two_steps
 
 
 def test_a_command_that_fails_is_told_with_its_last_line() -> None:

@@ -43,7 +43,7 @@ class FakeStudio:
             if any("broken" in request.prompt for request in requests):
                 raise ZeroDivisionError("a fault")
             for place in range(len(requests)):
-                on_step(place, FakeProgress(i + 1, self.num_steps))
+                on_step(place, step_taken(i + 1, self.num_steps, [Image.new("RGB", (8, 8))]))
         answers = [RequestError(f"drawn {request.prompt}") for request in requests]
         if on_answer is not None:
             for place, answer in enumerate(answers):
@@ -51,15 +51,9 @@ class FakeStudio:
         return answers
 
 
-class FakeProgress(Progress):
-    """A step of one picture, without the picture."""
-
-    def __init__(self, num_done: int, num_steps: int) -> None:
-        for name, value in (("num_done", num_done), ("num_steps", num_steps), ("seeds", [0])):
-            object.__setattr__(self, name, value)
-
-    def previews(self) -> list[Image.Image]:
-        return [Image.new("RGB", (8, 8))]
+def step_taken(num_done: int, num_steps: int, previews: list[Image.Image]) -> Progress:
+    """Return a step with such previews."""
+    return Progress(num_done, num_steps, list(range(len(previews))), lambda: previews)
 
 
 @pytest.fixture

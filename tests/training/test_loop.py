@@ -31,7 +31,6 @@ from twostep.training.loop import (
     Pace,
     Randomness,
     TrainingError,
-    check_finite,
     check_number,
     learning_rate_factor,
     run_loop,
@@ -309,9 +308,9 @@ def test_an_average_follows_and_gives_the_trained_weights_back() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops(value: float) -> None:
-    assert check_finite(torch.tensor(1.0), "student", 3, settings()) == 1
+    check_number(1.0, "student", 3, settings())
     with pytest.raises(TrainingError, match=r"student loss is .* at iteration 3.* lower learning"):
-        check_finite(torch.tensor(value), "student", 3, settings())
+        check_number(value, "student", 3, settings())
 
 
 def stopping_at(state: Sum, iteration: int, number: signal.Signals) -> Callable[..., Any]:

@@ -36,7 +36,10 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Drawings of each that count.")] = 20,
     peers: Annotated[
         bool,
-        typer.Option(help="Also time diffusers' own pipeline, and OpenVINO's calls alone."),
+        typer.Option(
+            help="Also time diffusers' own pipeline, OpenVINO GenAI's where it is installed, and "
+            "OpenVINO's calls alone."
+        ),
     ] = True,
     starts: Annotated[
         int,

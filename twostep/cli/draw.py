@@ -74,8 +74,11 @@ _Decoder = Annotated[
     str,
     typer.Option(help="full; tiny, the model's own smaller one; or a file, as TAESDXL's."),
 ]
+_Frames = Annotated[
+    int | None, typer.Option(help="Models of clips only: how many frames; 16 by default.")
+]
 _Folder = Annotated[
-    Path, typer.Option("--out", "-o", help="Folder for the PNGs; made where it is missing.")
+    Path, typer.Option("--out", "-o", help="Folder for the files; made where it is missing.")
 ]
 
 
@@ -96,9 +99,10 @@ def generate(
     treated_as: _As = None,
     engine: _Engine = "eager",
     decoder: _Decoder = "full",
+    frames: _Frames = None,
     out: _Folder = Path("out"),
 ) -> None:
-    """Draw a prompt and write PNGs that say how they were made."""
+    """Draw a prompt and write PNGs, or clips, that say how they were made."""
     from twostep.pipeline.order import Order
 
     width, height = _parse_size(size)
@@ -119,6 +123,7 @@ def generate(
         treated_as=treated_as,
         engine=engine,
         decoder=decoder,
+        frames=frames,
     )
     _hand_over_or_draw(order, out)
 
@@ -170,7 +175,7 @@ def edit(
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG, or a sound, that twostep wrote.")],
+    picture: Annotated[Path, typer.Argument(help="A PNG, a clip or a sound that twostep wrote.")],
     inputs: Annotated[
         Path, typer.Option(help="Where pictures lie that went in, if neither here nor beside.")
     ] = Path(),

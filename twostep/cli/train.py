@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
     from twostep.distill.decoder import DecoderRecipe
     from twostep.distill.pairs import Source
-    from twostep.distill.plan import StagePlan
+    from twostep.distill.plan import Plan, StagePlan
     from twostep.distill.recipe import RunRecipe, TrainedStage
     from twostep.models.bundle import Bundle
     from twostep.training.run_folder import RunFolder
@@ -107,14 +107,10 @@ def plan(
 
     No weights are loaded.
     """
-    from twostep.distill.decoder import DecoderRecipe
-    from twostep.distill.decoder.plan import plan_decoder
-    from twostep.distill.plan import plan as make_plan
-
     settings = _load_recipe(recipe, override)
     if device is not None:
         settings = settings.model_copy(update={"device": device})
-    planned = plan_decoder(settings) if isinstance(settings, DecoderRecipe) else make_plan(settings)
+    planned = _kind_of(settings).plan(settings)
     other = "" if device or planned.device != "cpu" else "; for a GPU: --device cuda"
     typer.echo(f"planned for: {planned.device}{other}")
     for stage in planned.stages:
@@ -152,18 +148,11 @@ def _print_advice(
     settings: DistillRecipe | DecoderRecipe, planned: Sequence[StagePlan], memory: float
 ) -> None:
     """Print which stages are too large, and what would make the largest one smaller."""
-    from twostep.distill.decoder import DecoderRecipe
-    from twostep.distill.decoder.plan import advise_decoder
-    from twostep.distill.plan import advise
-
     worst = max(range(len(planned)), key=lambda i: planned[i].highest)
     large = ", ".join(entry.stage.name for entry in planned if entry.highest > memory)
     name = planned[worst].stage.name
     typer.echo(f"{_gib(memory)} are too little for {large}. {name} would take:")
-    advice = (
-        advise_decoder(settings) if isinstance(settings, DecoderRecipe) else advise(settings, worst)
-    )
-    for change, peak in advice:
+    for change, peak in _kind_of(settings).advise(settings, worst):
         changes = ", ".join(f"{key} = {value}" for key, value in change.items())
         fits = " (fits)" if peak <= memory else ""
         typer.echo(f"  {_gib(peak)} with {changes}{fits}")
@@ -200,7 +189,6 @@ def distill(
     """
     started_at = time.monotonic()
     from twostep.distill.clock import ChainClock, duration, progress_line
-    from twostep.distill.decoder import DecoderRecipe
     from twostep.training.device import find_device
     from twostep.training.processes import joined
     from twostep.training.run_folder import RunFolder
@@ -225,17 +213,41 @@ def distill(
             chain = "" if left is None else f" (chain {duration(left)})"
             advance(num_done, stage.iterations, f"{stage.name}{chain} {_figures_text(figures)}")
 
-        more: dict[str, Any] = {
-            "accept_replaced": accept_replaced,
-            "on_iteration": on_iteration,
-        }
-        if isinstance(settings, DecoderRecipe):
-            written = _distil_decoder(settings, folder, recipe_name, advance, **more)
-        else:
-            written = _distil_chain(settings, folder, recipe_name, advance, **more)
+        written = _kind_of(settings).distil(
+            settings,
+            folder,
+            recipe_name,
+            advance,
+            accept_replaced=accept_replaced,
+            on_iteration=on_iteration,
+        )
     if world.is_first:
         for path in written:
             typer.echo(f"written: {path}")
+
+
+class _Kind(NamedTuple):
+    """What is done with the recipes of one kind.
+
+    Attributes:
+        plan: says what a recipe takes.
+        advise: returns what would make the stage of a place smaller, and its highest memory then.
+        distil: trains, and returns the files that it wrote.
+    """
+
+    plan: Callable[[Any], Plan]
+    advise: Callable[[Any, int], Sequence[tuple[Mapping[str, Any], int]]]
+    distil: Callable[..., list[Path]]
+
+
+def _kind_of(settings: DistillRecipe | DecoderRecipe) -> _Kind:
+    from twostep.distill.decoder import DecoderRecipe
+    from twostep.distill.decoder.plan import advise_decoder, plan_decoder
+    from twostep.distill.plan import advise, plan
+
+    if isinstance(settings, DecoderRecipe):
+        return _Kind(plan_decoder, lambda recipe, _: advise_decoder(recipe), _distil_decoder)
+    return _Kind(plan, advise, _distil_chain)
 
 
 def _distil_chain(
@@ -312,27 +324,13 @@ def report(
         _find_modules_here()
         typer.echo(f"written: {write_report(run[0], run[1:])}")
     elif lora is not None and not run:
+        from twostep.data.drawn import read_prompts
         from twostep.reports.portability import PROMPTS, print_scales
 
-        chosen = PROMPTS if prompts is None else _read_prompts(prompts)
+        chosen = PROMPTS if prompts is None else read_prompts(prompts)
         print_scales(lora, bases.split(","), chosen)
     else:
         raise typer.BadParameter("give the folder of a run, or --lora and --bases.")
-
-
-def _read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the lines of a file that are not blank."""
-    from twostep.data.sources import DataError
-    from twostep.data.texts import UnreadableTextError, read_lines
-
-    try:
-        lines = read_lines(path)
-    except UnreadableTextError as error:
-        raise DataError(f"{path}: {error}.") from error
-    prompts = tuple(line for line in lines if line.strip())
-    if not prompts:
-        raise typer.BadParameter(f"{path} is empty; give a prompt on every line.")
-    return prompts
 
 
 def _find_modules_here() -> None:
@@ -392,6 +390,7 @@ _BUILTIN_DATA = "twostep.pretrain.latents:builtin"
 
 def _source(settings: RunRecipe, teacher: Bundle, out: Path, advance: OnProgress) -> Source:
     """Return what the recipe learns from: a cache, or what its function makes of the teacher."""
+    from twostep.data.ahead import ReadAhead
     from twostep.data.cache import load_cache
     from twostep.distill.recipe import BUILTIN
     from twostep.training.recipe import RecipeError
@@ -408,7 +407,7 @@ def _source(settings: RunRecipe, teacher: Bundle, out: Path, advance: OnProgress
                 "only caption_dropout."
             )
         dropout = float(settings.data_options.get("caption_dropout", 0.0))
-        return load_cache(settings.cache, teacher, caption_dropout=dropout)
+        return ReadAhead(load_cache(settings.cache, teacher, caption_dropout=dropout))
     try:
         make = resolve_name(_BUILTIN_DATA if settings.data == BUILTIN else settings.data)
     except (ModuleNotFoundError, AttributeError) as error:

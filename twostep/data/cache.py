@@ -152,13 +152,15 @@ class CacheWriter:
     ) -> None:
         """Cache items of one size; those whose values are not finite are skipped by name."""
         waiting = self._waiting.setdefault((latents.shape[3], latents.shape[2]), [])
+        batch = {
+            "latents": latents.half().cpu(),
+            "text": conditioning.text.half().cpu(),
+            "pooled": conditioning.pooled.half().cpu(),
+            "sizes": conditioning.sizes.float().cpu(),
+        }
         for i, item in enumerate(items):
-            tensors = {
-                "latents": latents[i].half().cpu(),
-                "text": conditioning.text[i].half().cpu(),
-                "pooled": conditioning.pooled[i].half().cpu(),
-                "sizes": conditioning.sizes[i].float().cpu(),
-            }
+            # Copies: the rest of a batch need not stay for one that waits.
+            tensors = {key: values[i].clone() for key, values in batch.items()}
             if not _is_finite(tensors):
                 self.skip(
                     item.name,

@@ -27,6 +27,7 @@ from twostep.media.pictures import UnusablePictureError, crop_to_size
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.sampling import encode_prompts, sample_prompts
 from twostep.networks.conditioning import Conditioning
+from twostep.training.device import drawing_dtype
 
 _DRAWN = "drawn"
 """The fingerprint of pictures that the teacher draws: their names say all that they depend on."""
@@ -118,7 +119,8 @@ def cache_pictures(
         demands: what a picture must be; others are skipped by name.
         variants: what else is made of every picture.
         batch_size: pictures that are encoded at once.
-        device: where they are encoded; None leaves the networks where they are.
+        device: where they are encoded, in 16 bits on an accelerator; None leaves the networks as
+            they are.
         redo: whether to delete what is there, and begin anew.
         keep_others: whether what the entries do not have stays.
         on_item: called after every item with how many are done, and how many of them skipped.
@@ -133,7 +135,7 @@ def cache_pictures(
         writer = CacheWriter(bundle, folder, made_by, on_item, redo=redo, keep_others=keep_others)
         if device is not None:
             for network in (*bundle.text.networks.values(), *modules_of(bundle.codec)):
-                nn.Module.to(network, device)
+                nn.Module.to(network, device, drawing_dtype(device))
         look = _Looker(writer, sizes, demands or Demands(), variants or Variants())
         waiting: dict[tuple[int, int], list[_Wanted]] = {}
         for looked in _in_threads(look, entries, ahead=2 * batch_size):
@@ -259,7 +261,8 @@ def cache_prompts(
         steps: of the teacher; its contract's if not given.
         guidance: of the teacher; its contract's if not given.
         batch_size: pictures that are drawn at once.
-        device: where they are drawn; None leaves the networks where they are.
+        device: where they are drawn, in 16 bits on an accelerator; None leaves the networks as they
+            are.
         redo: whether to delete what is there, and begin anew.
         keep_others: whether pictures of other prompts stay.
         on_item: called after every item with how many are done, and how many of them skipped.
@@ -282,7 +285,7 @@ def cache_prompts(
         }
         writer = CacheWriter(bundle, folder, made_by, on_item, redo=redo, keep_others=keep_others)
         if device is not None:
-            bundle.to(device)
+            bundle.to(device, drawing_dtype(device))
         wishes = _numbered(prompts, per_prompt)
         missing = []
         for name in wishes:
@@ -330,6 +333,6 @@ def _encode(batch: Sequence[_Wanted], bundle: Bundle, writer: CacheWriter) -> No
     sizes = torch.tensor([wanted.sizes for wanted in batch], dtype=torch.float32)
     writer.add(
         [wanted.item for wanted in batch],
-        latents.cpu(),
-        Conditioning(text.cpu(), pooled.cpu(), sizes),
+        latents,
+        Conditioning(text, pooled, sizes),
     )

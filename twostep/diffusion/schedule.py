@@ -157,11 +157,13 @@ class VariancePreserving:
             ScheduleError: a time lies outside 0..T.
         """
         index = t.to(self.alphas.device, torch.int64)
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) <= self.top:
-            raise ScheduleError(
-                f"times must lie in 0..{self.top}; got {int(index.min())}..{int(index.max())}. "
-                "Here 0 is clean and the top is pure noise: a scheduler's index counts one less."
-            )
+        if index.numel():
+            lowest, highest = map(int, index.aminmax())
+            if not 0 <= lowest <= highest <= self.top:
+                raise ScheduleError(
+                    f"times must lie in 0..{self.top}; got {lowest}..{highest}. Here 0 is clean "
+                    "and the top is pure noise: a scheduler's index counts one less."
+                )
         return _like(self.alphas[index], like), _like(self.sigmas[index], like)
 
     def network_time(self, t: Times) -> Times:

@@ -149,10 +149,10 @@ def fingerprints(
 
     Data that a function makes has a fingerprint only if its source says one.
     """
-    networks = [teacher.denoiser.network, *modules_of(teacher.codec)]
+    networks = [*teacher.denoiser.networks, *modules_of(teacher.codec)]
     networks += teacher.text.networks.values()
     if start is not None:
-        networks.append(start.network)
+        networks += start.networks
     key = "model" if recipe.style_lora is None else "model or style_lora"
     contents = {key: fingerprint_of(networks)}
     for position, stage in enumerate(recipe.stages):
@@ -336,13 +336,15 @@ def _prepare(
         _check_prediction(teacher, source, folder, device)
     if recipe.base_precision == "bf16":
         # As a plain module: diffusers' own `to` warns of layers that should stay in float32.
-        nn.Module.to(teacher.denoiser.network, torch.bfloat16)
+        for network in teacher.denoiser.networks:
+            nn.Module.to(network, torch.bfloat16)
     return teacher
 
 
 def _prepare_start(recipe: DistillRecipe, start: Denoiser, teacher: Denoiser) -> Denoiser:
     """Move the student that is trained on to where the teacher is; a style is its running LoRA."""
-    nn.Module.to(start.network, teacher.device, teacher.dtype)
+    for network in start.networks:
+        nn.Module.to(network, teacher.device, teacher.dtype)
     if recipe.style_lora is None:
         return start
     lora = load_lora(start.network, _RUNNING, recipe.style_lora)

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from twostep.diffusion import trained_times
+from twostep.diffusion.shapes import sent
 from twostep.distill.bank import CHUNK, Bank, digest_of_examples, digest_of_weights
 from twostep.distill.method import Cost, MethodSettings
 from twostep.distill.pairs import Batches, Start, Transition, draw_start, teacher_step
@@ -188,7 +189,7 @@ class Landings:
         start = self._start(batches, teacher, _bank_randomness(number))
         kept = self._bank.read(number, batches.slice)
         if kept is not None:
-            return start.landed(kept.to(start.x_t))
+            return start.landed(sent(kept, start.x_t.device).to(start.x_t.dtype))
         taken = self._land(start, batches, teacher)
         self._bank.write(number, batches.slice, taken.x_s)
         return taken

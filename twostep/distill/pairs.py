@@ -16,11 +16,12 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion import Denoise, Schedule, landing, solve, step, trained_times
-from twostep.diffusion.shapes import Batch, Times, as_column
+from twostep.diffusion.shapes import Batch, Times, as_column, sent
 from twostep.distill.times import draw_weighted_times
 from twostep.media.codec import Codec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
+from twostep.training.device import has_own_memory
 from twostep.training.loop import Randomness
 from twostep.training.processes import World, world
 
@@ -50,6 +51,14 @@ class DrawsLatents(Protocol):
 
     def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
         """Return `count` latents of one size."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can read the next batch while the last one is trained on."""
+
+    def expect(self, count: int, tensors: torch.Generator, words: Random) -> None:
+        """Begin to read what will be drawn next, from these random numbers, which are used up."""
 
 
 @runtime_checkable
@@ -93,7 +102,7 @@ class Batches:
     def examples(self, random: Randomness) -> tuple[Batch, Conditioning]:
         """Draw clean latents x0 and their conditioning."""
         x0, conditioning = self.source.draw(self.batch_size, random.tensors, random.words)
-        return x0[self.slice].to(self.device), conditioning[self.slice].to(self.device)
+        return sent(x0[self.slice], self.device), conditioning[self.slice].to(self.device)
 
     def latents(self, random: Randomness) -> Batch:
         """Draw clean latents x0 alone, for the whole batch and on the CPU."""
@@ -101,6 +110,14 @@ class Batches:
             return self.source.draw_latents(self.batch_size, random.tensors)
         x0, _ = self.source.draw(self.batch_size, random.tensors, random.words)
         return x0
+
+    def expect(self, random: Randomness) -> None:
+        """Let the source read ahead what an iteration of this randomness will draw.
+
+        Not on a CPU, whose cores are better used for the iteration that is at work.
+        """
+        if isinstance(self.source, ReadsAhead) and has_own_memory(self.device):
+            self.source.expect(self.batch_size, random.tensors, random.words)
 
     def empty(self, conditioning: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for the same items."""
@@ -113,7 +130,7 @@ class Batches:
     def noise(self, like: Batch, random: Randomness) -> Batch:
         """Draw normal noise in the shape of latents."""
         whole = torch.randn(self.batch_size, *like.shape[1:], generator=random.tensors)
-        return self.share(whole).to(like.device)
+        return sent(self.share(whole), like.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -373,7 +373,13 @@ def measure(
     """
     before = meter.living
     # Other optimisers know no tensors without memory: what they keep is computed.
-    plain = {"optimiser": _MEASURED_WITH, "betas": None, "eps": None, "offload": False}
+    plain = {
+        "optimiser": _MEASURED_WITH,
+        "betas": None,
+        "eps": None,
+        "offload": False,
+        "compile": False,
+    }
     stage = stage.model_copy(update=plain)
     trainer = StageTrainer(stage, source, teacher, student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
@@ -408,11 +414,13 @@ def _outline(recipe: DistillRecipe) -> tuple[Bundle, Denoiser | None]:
     bundle = load_bundle(recipe.model, steps=recipe.model_steps, outline=True)
     teacher = bundle.as_teacher()
     if recipe.base_precision == "bf16":
-        nn.Module.to(teacher.denoiser.network, torch.bfloat16)
+        for network in teacher.denoiser.networks:
+            nn.Module.to(network, torch.bfloat16)
     if not recipe.starts_apart:
         return teacher, None
     start = load_bundle(recipe.model, steps=recipe.start_steps, outline=True).denoiser
-    nn.Module.to(start.network, teacher.denoiser.dtype)
+    for network in start.networks:
+        nn.Module.to(network, teacher.denoiser.dtype)
     return teacher, start
 
 

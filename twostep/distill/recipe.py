@@ -60,6 +60,12 @@ class TrainedStage(OptimiserSettings):
         "the accelerator; steps take longer",
         json_schema_extra=ANY_TIME,
     )
+    compile: bool = Field(
+        False,
+        description="compile the blocks of all networks: a minute or two at first, less for every "
+        "iteration",
+        json_schema_extra=WHILE_RUNNING,
+    )
     sample_every: int | None = Field(
         None,
         gt=0,
@@ -94,6 +100,11 @@ class TrainedStage(OptimiserSettings):
     def num_snapshots(self) -> int:
         """How many files of the student are kept on the way."""
         return 0
+
+    @property
+    def dropout(self) -> float:
+        """The share of its inputs that the student's LoRA drops, if it is one."""
+        return 0.0
 
 
 class Stage(TrainedStage):
@@ -206,6 +217,11 @@ class Stage(TrainedStage):
     def num_snapshots(self) -> int:
         """How many files of the student are kept on the way."""
         return 0 if self.snapshot_every is None else self.iterations // self.snapshot_every
+
+    @property
+    def dropout(self) -> float:
+        """The share of its inputs that the student's LoRA drops."""
+        return self.lora_dropout
 
     def check_teacher_steps(self) -> None:
         """Check that a teacher's grid contains the student's times; ValueError if it does not."""

@@ -14,11 +14,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from twostep.distill.health import Health, Monitor
 from twostep.distill.pairs import Batches, Source
-from twostep.distill.recipe import Stage, TrainedStage
+from twostep.distill.recipe import TrainedStage
 from twostep.distill.roles import Weights, move_average
 from twostep.media.codec import Codec
 from twostep.networks.adapters import Lora
+from twostep.training.compiling import REPEATED, compile_blocks, run_as_written, uncompiled
 from twostep.training.device import has_own_memory
+from twostep.training.figures import Figures
 from twostep.training.loop import (
     MovingAverage,
     OnIteration,
@@ -26,7 +28,7 @@ from twostep.training.loop import (
     Periodic,
     Randomness,
     TrainingError,
-    check_finite,
+    check_number,
     hashed_seed,
     learning_rate_factor,
     run_loop,
@@ -40,6 +42,7 @@ from twostep.training.optimiser import (
     step_down,
 )
 from twostep.training.processes import world
+from twostep.training.replicas import Replica
 from twostep.training.run_folder import RunFolder
 from twostep.training.shards import shard
 
@@ -99,11 +102,16 @@ class StageTrainer:
             self._shard()
         models = {name: role.model for name, role in self.roles.items()}
         self.models: Mapping[str, Any] = {"teacher": teacher, **models}
+        self._networks = list(filter(None, map(_network_of, self.models.values())))
+        if stage.compile:
+            for network in self._networks:
+                compile_blocks(network, REPEATED)
         self.optimisers = self._make_optimisers()
         self._stepping = {
             name: self._make_stepping(name, optimiser)
             for name, optimiser in self.optimisers.items()
         }
+        self._replicas = {name: Replica(self.roles[name].weights) for name in self.optimisers}
         self.average = MovingAverage(self.roles[STUDENT].weights, stage.ema_decay)
         self.rate = 1.0
         self.pace = Pace(stage)
@@ -144,8 +152,11 @@ class StageTrainer:
             return OffloadedState(optimiser, settings.name)
         return OptimiserState(optimiser)
 
-    def iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
-        """Do one iteration and return its figures.
+    def iterate(self, iteration: int, random: Randomness) -> Figures:
+        """Do one iteration and return its figures, of which most are still on their device.
+
+        Nothing in it waits for the device, but optimisers that look at numbers themselves (prodigy,
+        adafactor).
 
         Args:
             iteration: counts from 0.
@@ -154,9 +165,6 @@ class StageTrainer:
         Returns:
             Of every role that took a step its `ROLE_loss`, its `ROLE_grad_norm` (before clipping),
             its `ROLE_rate` (of learning), and the method's own figures.
-
-        Raises:
-            TrainingError: a loss is not a finite number.
         """
         pairs = _Pairs(self, iteration, random)
         factor = self.rate * learning_rate_factor(iteration, self.stage, self.pace.iterations)
@@ -164,13 +172,25 @@ class StageTrainer:
         with self._dropout(iteration):
             for name in self.method.turns(iteration):
                 figures |= self._take_turn(name, iteration, pairs, factor)
-        return {name: float(value) for name, value in figures.items()}
+        return figures
+
+    def check(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Look at the figures of an iteration once they are numbers.
+
+        Raises:
+            TrainingError: a loss is not a finite number.
+        """
+        roles = {_loss_of(name): name for name in self.roles}
+        # In the order of their turns: the first to go wrong is told.
+        for key, value in figures.items():
+            if key in roles:
+                check_number(value, roles[key], iteration, self.stage)
 
     @contextmanager
     def _dropout(self, iteration: int) -> Iterator[None]:
         """Let the student's LoRA drop inputs in the block, the same ones whenever it is resumed."""
         lora = self.roles[STUDENT].weights
-        dropout = self.stage.lora_dropout if isinstance(self.stage, Stage) else 0.0
+        dropout = self.stage.dropout
         if not isinstance(lora, Lora) or dropout == 0:
             yield
             return
@@ -201,14 +221,22 @@ class StageTrainer:
         for part in range(self.stage.accumulate):
             # The pair is drawn, if it is not yet, before anything is frozen.
             pair = pairs[part]
-            with _frozen(bystanders):
+            figures: dict[str, Tensor] = {}
+
+            def compute(pair: Any = pair, figures: dict[str, Tensor] = figures) -> Tensor:
                 with self._autocast():
                     losses = dict(self.method.loss(name, pair, self.models))
-                    total = check_finite(losses.pop("total"), name, iteration, self.stage)
+                total = losses.pop("total")
+                for key, value in {_loss_of(name): total, **losses}.items():
+                    figures[key] = value.detach()
+                return total
+
+            with _frozen(bystanders):
+                is_last = part == self.stage.accumulate - 1
+                total = self._replicas[name].loss(compute, is_last=is_last)
                 go_back(total / self.stage.accumulate if self.stage.accumulate > 1 else total)
-            figures = {f"{name}_loss": total, **losses}
             for key, value in figures.items():
-                sums[key] = sums[key] + value.detach() if key in sums else value.detach()
+                sums[key] = sums[key] + value if key in sums else value
         norm = step_down(
             self._stepping[name], role.weights, clip=self.stage.gradient_clip, factor=factor
         )
@@ -257,9 +285,12 @@ class StageTrainer:
         return self.stage.autocast(self.batches.device.type)
 
     def remove_roles(self) -> None:
-        """Take what the method put on other networks off again."""
+        """Take what the method put on other networks off again, and let all run as written."""
         for role in self.roles.values():
             role.remove()
+        if self.stage.compile:
+            for network in self._networks:
+                run_as_written(network)
 
 
 class _Pairs:
@@ -293,7 +324,11 @@ class _Pairs:
             batches = replace(batches, part=part, num_parts=num_parts)
             random = random.copy()
         with trainer._autocast():
-            return trainer.method.draw(self._iteration, batches, trainer.models, random)
+            pair = trainer.method.draw(self._iteration, batches, trainer.models, random)
+        if part == num_parts - 1:
+            stage = trainer.stage
+            trainer.batches.expect(Randomness.at(stage.seed, self._iteration + 1, stage.name))
+        return pair
 
 
 def train_stage(
@@ -416,11 +451,13 @@ class _MonitoredRun:
             only_examined=self.has_rolled_back,
             periodic=self.periodic,
             pace=self.trainer.pace,
-            on_iteration=self._add,
+            read_every=self.trainer.stage.read_every(self.trainer.batches.device.type),
+            check=self._check,
+            on_iteration=self.on_iteration,
             on_checkpoint=self._examine,
         )
 
-    def _iterate(self, iteration: int, random: Randomness) -> dict[str, float]:
+    def _iterate(self, iteration: int, random: Randomness) -> Figures:
         if self.pause_reason is not None:
             raise TrainingError(
                 f"{self.name} paused at iteration {iteration}: {self.pause_reason}. "
@@ -432,18 +469,18 @@ class _MonitoredRun:
         """Return the same function, with averaged weights in the student while it runs."""
 
         def act_with_average(num_done: int) -> None:
-            with self.trainer.average.applied():
+            with self.trainer.average.applied(), uncompiled():
                 act(num_done)
 
         return act_with_average
 
-    def _add(self, iteration: int, figures: dict[str, float]) -> None:
+    def _check(self, iteration: int, figures: dict[str, float]) -> None:
+        self.trainer.check(iteration, figures)
         self.monitor.add(figures)
-        self.on_iteration(iteration, figures)
 
     def _examine(self, iteration: int) -> None:
         """Log how the student looks before a checkpoint, and act on what is wrong."""
-        with self.trainer.average.applied():
+        with self.trainer.average.applied(), uncompiled():
             looks = self.on_checkpoint(iteration)
         trouble = "; ".join(self.monitor.symptoms(looks))
         if not trouble:
@@ -456,6 +493,17 @@ class _MonitoredRun:
         warnings.warn(f"{self.name}, iteration {iteration}: {trouble}", stacklevel=2)
         if action == "pause":
             self.pause_reason = trouble
+
+
+def _network_of(model: Any) -> nn.Module | None:
+    """Return the module that a method computes with; None of a model that is none and has none."""
+    network = getattr(model, "network", model)
+    return network if isinstance(network, nn.Module) else None
+
+
+def _loss_of(role: str) -> str:
+    """Return the name of the figure that a role minimises."""
+    return f"{role}_loss"
 
 
 @contextmanager

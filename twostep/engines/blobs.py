@@ -118,17 +118,30 @@ def restored(
         return None
 
 
+def has_room(num_bytes: int) -> bool:
+    """Return whether a blob of this size would be kept.
+
+    Not where it would take half of what is free on the disk, and not where the folder cannot be
+    made.
+    """
+    folder = blob_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return num_bytes <= min(MAX_BYTES, shutil.disk_usage(folder).free // 2)
+    except OSError:
+        return False
+
+
 def write_blob(name: str, description: Mapping[str, Any], body: bytes) -> bool:
     """Keep a compiled network under its fingerprint.
 
-    Returns whether it was kept: not where it would take half of what is free on the disk, and not
-    where the folder cannot be written.
+    Returns whether it was kept: not where there is no room for it, and not where the folder cannot
+    be written.
     """
     path = _path(name)
+    if not has_room(len(body)):
+        return False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if len(body) > min(MAX_BYTES, shutil.disk_usage(path.parent).free // 2):
-            return False
         header = {
             "description": description,
             "num_bytes": len(body),

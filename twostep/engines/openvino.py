@@ -7,6 +7,8 @@ was compiled is kept on the disk. Everything between, noise, steps and guidance,
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from twostep import __version__
 from twostep.engines.accuracy import judge_change, picture_change
-from twostep.engines.blobs import Blob, fingerprint, restored, write_blob
+from twostep.engines.blobs import Blob, fingerprint, has_room, restored, write_blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
 from twostep.engines.graphed import GraphEngine, check_on_the_cpu, digest_of
@@ -37,6 +39,10 @@ from twostep.text.clip import quiet_transformers
 
 PRECISIONS = ("f32", "bf16", "int8")
 """What an OpenVINO engine may compute in: exactly, in 16 bits, or with weights in 8 bits."""
+
+_KEPT_WHOLE = ("conv_in", "conv_out", "down_blocks.0")
+
+_UNREPORTED = {"CI": "true", "NNCF_CI": "true"}
 
 TOLERANCE = 1e-3
 """How far an exact graph may be from PyTorch, in units of the largest value."""
@@ -113,6 +119,7 @@ class OpenVino(GraphEngine):
                 "weights": digest_of(fused(exact.denoiser.network)),
                 "contract": exact.contract.to_json(),
                 "engine": self.name,
+                "kept whole": kept_whole(exact.denoiser.network),
                 "size": size,
                 "versions": versions(),
             }
@@ -222,23 +229,24 @@ def bare_calls() -> Iterator[list[Callable[[], object]]]:
 
 def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _OpenVinoGraph:
     """Return the graph of a call, from the disk if it was made before."""
-    settings = _settings(precision)
-    name = fingerprint(
-        {
-            "weights": digest,
-            "call": str(call.signature),
-            "precision": precision,
-            "settings": settings,
-            "versions": versions(),
-        }
-    )
+    compiled_as = settings(precision)
+    facts = {
+        "weights": digest,
+        "call": str(call.signature),
+        "precision": precision,
+        "settings": compiled_as,
+        "versions": versions(),
+    }
+    if precision == "int8":
+        facts["kept whole"] = kept_whole(network)
+    name = fingerprint(facts)
 
     def load(blob: Blob) -> _OpenVinoGraph:
         from openvino import Tensor as OpenVinoTensor
 
         spec = pytree.treespec_loads(blob.description["answer"])
         body = OpenVinoTensor(blob.body, shared_memory=True)
-        compiled = _core().import_model(body, "CPU", settings)
+        compiled = _core().import_model(body, "CPU", compiled_as)
         return _OpenVinoGraph(compiled, spec, memory=(body, blob))
 
     graph = restored(
@@ -252,13 +260,22 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
         tensors = [tensor.clone() for tensor in plain.tensors]
         model, spec = _traced(network, call, tensors)
     if precision == "int8":
-        model = _in_eight_bits(model)
-    compiled = _core().compile_model(model, "CPU", settings)
+        model = _in_eight_bits(model, kept_whole(network))
+    compiled = _core().compile_model(model, "CPU", compiled_as)
     graph = _OpenVinoGraph(compiled, spec)
     if precision == "f32":
         check_graph(graph, network, call, TOLERANCE)
-    write_blob(name, {"answer": pytree.treespec_dumps(spec)}, compiled.export_model().getvalue())
+    # Asked before, for exporting takes as much memory again, twice.
+    if has_room(_num_bytes(network, precision)):
+        description = {"answer": pytree.treespec_dumps(spec)}
+        write_blob(name, description, compiled.export_model().getvalue())
     return graph
+
+
+def _num_bytes(network: nn.Module, precision: str) -> int:
+    """Return about how many bytes the weights of a compiled network take."""
+    num_bytes = sum(parameter.nbytes for parameter in network.parameters())
+    return num_bytes // 4 if precision == "int8" else num_bytes
 
 
 def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any, Any]:
@@ -269,7 +286,7 @@ def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any,
     import openvino
 
     flat = Flat(network, call).eval()
-    with warnings.catch_warnings(), quiet_transformers():
+    with warnings.catch_warnings(), quiet_transformers(), unreported():
         # Of every branch on a size, which is fixed here.
         warnings.simplefilter("ignore")
         shapes = [list(tensor.shape) for tensor in tensors]
@@ -279,14 +296,54 @@ def _traced(network: nn.Module, call: Call, tensors: list[Tensor]) -> tuple[Any,
     return model, flat.answer_spec
 
 
-def _in_eight_bits(model: Any) -> Any:
-    """Return a model whose weights are kept in 8 bits and computed with in float32."""
-    import nncf
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Keep OpenVINO and nncf from reporting what they convert to their makers.
 
-    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    They do it over the network, unless they take the process for one of a continuous integration.
+    """
+    before = {name: os.environ.get(name) for name in _UNREPORTED}
+    os.environ.update(_UNREPORTED)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _settings(precision: str) -> dict[str, Any]:
+def kept_whole(network: nn.Module) -> tuple[str, ...]:
+    """Return the modules of a denoiser, by name, whose weights an int8 engine keeps in float32.
+
+    They are those of the highest resolution, after which nothing evens errors out, and those that
+    embed the time: few of the weights, and most of the change that 8 bits make in pictures.
+    """
+    names = {name for name, _ in network.named_modules()}
+    last = f"up_blocks.{len(getattr(network, 'up_blocks', ())) - 1}"
+    return tuple(name for name in (*_KEPT_WHOLE, last) if name in names)
+
+
+def _in_eight_bits(model: Any, whole: Sequence[str]) -> Any:
+    """Return a model whose weights are kept in 8 bits and computed with in float32.
+
+    Args:
+        model: of OpenVINO, traced from a `Flat` network.
+        whole: names of the modules whose weights stay as they are.
+    """
+    with unreported():
+        import nncf
+
+    patterns = [rf"__module\.network\.{re.escape(name)}[./].*" for name in whole]
+    return nncf.compress_weights(
+        model,
+        mode=nncf.CompressWeightsMode.INT8_ASYM,
+        ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False),
+    )
+
+
+def settings(precision: str) -> dict[str, Any]:
     """Return how a model is compiled: as fast as can be for one picture, on torch's threads."""
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",

@@ -142,13 +142,14 @@ def read_lora(
 
     Returns the changes in the file's precision, by part and layer ("unet.conv_in"); of a bias by
     "unet.conv_in.bias". Raises LoraError, with what the file is, if a key has no layer, a layer
-    lacks a half, or its shape does not fit.
+    lacks a half, its shape does not fit, or it holds NaN or infinity.
     """
     header = resolve(lora).file
     configs = read_peft_configs(header)
     changes: dict[str, WeightChange] = {}
     for name, tensors in _collect(header, parts, configs).items():
         part, _, layer = name.partition(".")
+        _check_finite(header.path, name, tensors)
         config = configs.get(part, PeftConfig())
         read = _Layer(header.path, name, tensors, config, find_layer(parts, name), alpha)
         changes |= read.changes([layer, _full_name(part, layer)])
@@ -332,6 +333,18 @@ class _Layer:
             f"{self.path} does not fit: {self.name} is {list(weight.shape)}, and {given}. "
             "It was made for a model of another kind."
         )
+
+
+def _check_finite(path: Path, name: str, tensors: Tensors) -> None:
+    """Raise LoraError where a layer's tensors hold NaN or infinity."""
+    for tensor in tensors.values():
+        # Numbers of 8 bits cannot be asked themselves.
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor
+        if not bool(numbers.isfinite().all()):
+            raise LoraError(
+                f"{path} holds NaN or infinity for {name}: it is damaged, or its training ended "
+                "so. Fetch it again, or take one that was saved earlier."
+            )
 
 
 def _check_rank(path: Path, name: str, down: Tensor) -> None:

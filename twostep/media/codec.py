@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from twostep.errors import TwostepError
+
 if TYPE_CHECKING:
     # Files are written without torch.
     from torch import Tensor, nn
@@ -18,6 +20,10 @@ TINY = "tiny"
 """What a request may call a decoder beside files: the autoencoder's own, and the tiny one that
 comes with a model.
 """
+
+
+class CodecError(TwostepError):
+    """Something that a codec cannot make."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,18 @@ class HasTinyDecoder(Protocol):
     @property
     def tiny(self) -> TinyDecoder | None:
         """The tiny decoder, if there is one."""
+
+
+@runtime_checkable
+class HasLength(Protocol):
+    """A codec of media whose items may be longer or shorter: clips, of so many frames."""
+
+    @property
+    def length(self) -> int:
+        """How long items are, in frames."""
+
+    def with_length(self, length: int) -> Codec:
+        """Return the same for items of another length; CodecError where that cannot be."""
 
 
 @runtime_checkable

@@ -106,7 +106,8 @@ class Bundle:
     @property
     def networks(self) -> list[nn.Module]:
         """All networks there are, a tiny decoder too."""
-        return [*self.parts.values(), *modules_of(self.codec), *_tiny_of(self.codec)]
+        frozen = self.denoiser.networks[1:]
+        return [*self.parts.values(), *frozen, *modules_of(self.codec), *_tiny_of(self.codec)]
 
     def with_parts(self, parts: Mapping[str, nn.Module]) -> Bundle:
         """Return the bundle with other networks in the place of its own, all of `parts`."""
@@ -154,13 +155,19 @@ class Bundle:
 
 
 def modules_of(codec: object) -> list[nn.Module]:
-    """Return the networks of a codec: itself, or those among its fields.
+    """Return the networks of a codec: itself, or those among its fields, or of a codec in these.
 
     A tiny decoder is none of them: what a codec's latents are does not depend on it.
     """
     if isinstance(codec, nn.Module):
         return [codec]
-    return [value for value in vars(codec).values() if isinstance(value, nn.Module)]
+    modules: list[nn.Module] = []
+    for value in getattr(codec, "__dict__", {}).values():
+        if isinstance(value, nn.Module):
+            modules.append(value)
+        elif isinstance(value, Codec):
+            modules += modules_of(value)
+    return modules
 
 
 def _tiny_of(codec: object) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from twostep.contract import Contract
 from twostep.formats.checkpoint import Checkpoint
 from twostep.formats.locate import ModelError
 from twostep.models.bundle import Bundle
+from twostep.models.motion import MotionFamily
 from twostep.models.sdxl import SdxlFamily
 
 ENTRY_POINTS = "twostep.families"
@@ -63,7 +64,7 @@ class LoadsToDraw(Protocol):
         """Load a model as `load` does, with such networks."""
 
 
-_FAMILIES: dict[str, Family] = {"sdxl": SdxlFamily()}
+_FAMILIES: dict[str, Family] = {"sdxl": SdxlFamily(), "motion": MotionFamily()}
 
 _BUILT_IN = {"nano-audio": "twostep.models.audio:AudioFamily"}
 """Further families of the package, which are imported when the first model names them."""

@@ -63,12 +63,14 @@ class SdxlFamily:
         """
         return self._load(checkpoint, steps, outline=outline, lean=False)
 
-    def load_to_draw(self, checkpoint: Checkpoint, *, steps: int | None = None) -> Bundle:
+    def load_to_draw(
+        self, checkpoint: Checkpoint, *, steps: int | None = None, outline: bool = False
+    ) -> Bundle:
         """Load a model as `load` does, with networks that can do no more than draw.
 
         They need neither diffusers nor transformers, which take longer to import than a drawing.
         """
-        return self._load(checkpoint, steps, outline=False, lean=True)
+        return self._load(checkpoint, steps, outline=outline, lean=True)
 
     def _load(
         self, checkpoint: Checkpoint, steps: int | None, *, outline: bool, lean: bool

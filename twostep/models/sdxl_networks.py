@@ -152,16 +152,22 @@ def load_text(folder: Path, weights: Weights | None = None, *, lean: bool = Fals
     second = load_network(folder, "text_encoder_2", weights, lean=lean)
     return TextEncoders(
         tokenizers=(
-            _tokenizer(folder / "tokenizer", END, lean=lean),
-            _tokenizer(folder / "tokenizer_2", "!", lean=lean),
+            load_tokenizer(folder / "tokenizer", END, lean=lean),
+            load_tokenizer(folder / "tokenizer_2", "!", lean=lean),
         ),
         encoders=(first, second),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", has_index)),
     )
 
 
-def _tokenizer(folder: Path, pad: str, *, lean: bool) -> Any:
-    """Return the tokenizer in a folder, or CLIP's where there is none."""
+def load_tokenizer(folder: Path, pad: str, *, lean: bool) -> Any:
+    """Return the tokenizer in a folder, or CLIP's where there is none.
+
+    Arguments:
+        folder: of the tokenizer.
+        pad: what CLIP's fills prompts up with.
+        lean: whether it need do no more than draw.
+    """
     if not folder.is_dir():
         return clip_words(pad) if lean else clip_tokenizer(pad)
     if lean and (words := ClipWords.read(folder)) is not None:

@@ -10,6 +10,7 @@ A backbone is an `nn.Module` itself, or a dataclass with a field `network` that 
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +36,7 @@ class BackboneSpec:
         out_channels: Channels of the network's output, which are those of the latents.
         latent_ndim: Dimensions of one item's latents: 3 for pictures (channels, height, width).
         feature_widths: Channels of every tensor that `features` returns; empty without features.
+        feature_sides: Sides of these tensors beside the channels: 2 for height and width.
         lora_targets: Endings of the names of the layers that a LoRA changes; empty where the
             backbone takes no LoRA.
         pooled_width: Width of the pooled embedding of a prompt; 0 where there is none.
@@ -45,6 +47,7 @@ class BackboneSpec:
     out_channels: int
     latent_ndim: int = 3
     feature_widths: tuple[int, ...] = ()
+    feature_sides: int = 2
     lora_targets: tuple[str, ...] = ()
     pooled_width: int = 0
 
@@ -113,6 +116,18 @@ class Checkpoints(Protocol):
         """Switch gradient checkpointing on or off."""
 
 
+@runtime_checkable
+class HasFrozen(Protocol):
+    """A backbone that computes with further networks, which are never trained nor copied.
+
+    Where there are several of one kind, `Conditioning.variants` says which an item is for.
+    """
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """The further networks."""
+
+
 def module_of(backbone: Backbone) -> nn.Module:
     """Return the module that holds a backbone's weights: the backbone itself, or its `network`."""
     if isinstance(backbone, nn.Module):
@@ -124,6 +139,17 @@ def module_of(backbone: Backbone) -> nn.Module:
             "Derive the backbone from nn.Module, or keep its module in that field."
         )
     return network
+
+
+def modules_of(backbone: Backbone) -> list[nn.Module]:
+    """Return all networks of a backbone: the one that can be trained first, then the frozen."""
+    frozen = backbone.frozen if isinstance(backbone, HasFrozen) else ()
+    return [module_of(backbone), *frozen]
+
+
+def num_variants(backbone: Backbone) -> int:
+    """Return how many frozen networks an item of a batch may be for; 1 where there are none."""
+    return len(backbone.frozen) if isinstance(backbone, HasFrozen) else 1
 
 
 def with_module(backbone: Backbone, network: Any) -> Backbone:

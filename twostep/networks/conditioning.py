@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from twostep.diffusion.shapes import sent
 from twostep.networks.control import Hint
 
 
@@ -24,6 +25,8 @@ class Conditioning:
         known: What an inpainting network takes beside the latents, for all items alike: the mask,
             1 where it is to draw, and the latents of what is not masked.
         hints: ControlNets, each with a picture for every item.
+        variants: Which of the backbone's frozen networks each item is for, where it has several;
+            empty is the first for all.
     """
 
     text: Float[Tensor, "batch tokens width"]
@@ -31,6 +34,7 @@ class Conditioning:
     sizes: Float[Tensor, "batch 6"]
     known: Float[Tensor, "1 known h w"] | None = None
     hints: tuple[Hint, ...] = ()
+    variants: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -38,7 +42,14 @@ class Conditioning:
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
         """Select items by a slice or an index tensor."""
-        return self._mapped(lambda values: values[index])
+        if isinstance(index, slice):
+            variants = self.variants[index]
+        elif self.variants:
+            variants = tuple(self.variants[place] for place in index.tolist())
+        else:
+            variants = ()
+        selected = self._mapped(lambda values: values[index])
+        return replace(selected, variants=variants)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -53,15 +64,17 @@ class Conditioning:
             pooled=torch.cat([part.pooled for part in parts]),
             sizes=torch.cat([part.sizes for part in parts]),
             hints=tuple(hints),
+            variants=_joined_variants(parts),
         )
 
     def to(self, device: torch.device) -> Conditioning:
         """Return the same on a device."""
-        return self._mapped(lambda values: values.to(device))
+        return self._mapped(lambda values: sent(values, device))
 
     def expand(self, count: int) -> Conditioning:
         """Repeat a single item `count` times."""
-        return self._mapped(lambda values: values.expand(count, *values.shape[1:]))
+        repeated = self._mapped(lambda values: values.expand(count, *values.shape[1:]))
+        return replace(repeated, variants=self.variants * count)
 
     def acting_at(self, time: float) -> Conditioning:
         """Return the same with only those ControlNets that act at this time."""
@@ -85,3 +98,10 @@ def image_sizes(count: int, width: int, height: int) -> Float[Tensor, "count 6"]
     """Return the micro-conditioning of uncropped pictures of this size in pixels."""
     sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
     return sizes.expand(count, -1)
+
+
+def _joined_variants(parts: Sequence[Conditioning]) -> tuple[int, ...]:
+    """Return the variants of all items; of a part that says none, the first for each."""
+    if not any(part.variants for part in parts):
+        return ()
+    return tuple(v for part in parts for v in part.variants or (0,) * len(part))

@@ -51,6 +51,11 @@ class Denoiser:
         return backbones.module_of(self.backbone)
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """All modules of the backbone: `network`, and those that are never trained."""
+        return backbones.modules_of(self.backbone)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device

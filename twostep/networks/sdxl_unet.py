@@ -7,6 +7,7 @@ Architecture: section 2 of arXiv 2307.01952.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class SdxlUnet:
 
     network: Any
 
-    @property
+    @cached_property
     def spec(self) -> BackboneSpec:
         """The facts about this UNet, from its config."""
         config = self.network.config
@@ -45,10 +46,7 @@ class SdxlUnet:
             out_channels=int(config.out_channels),
             feature_widths=(*widths, widths[-1]),
             lora_targets=adapters.TARGETS,
-            # What is left beside the embeddings of the six sizes.
-            pooled_width=int(
-                config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            ),
+            pooled_width=pooled_width_of(config),
         )
 
     @property
@@ -135,6 +133,14 @@ class SdxlUnet:
             adapters.checkpoint_gradients(self.network)
         else:
             self.network.disable_gradient_checkpointing()
+
+
+def pooled_width_of(config: Any) -> int:
+    """Return the width of the pooled text that a UNet of this config takes; 0 for none."""
+    if config.get("addition_embed_type") is None:
+        return 0
+    # What is left beside the embeddings of the six sizes.
+    return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
 
 
 def _embedded_conditions(conditioning: Conditioning) -> dict[str, Tensor]:

@@ -42,20 +42,22 @@ class GenerationError(TwostepError):
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """One step taken: `num_done` of `num_steps` of a whole request, for the images at these seeds.
+    """One step taken.
 
-    `prediction.x0` holds the latents [batch, ...] of the items as they are foreseen now.
+    Args:
+        num_done: steps of the whole request so far, this one too.
+        num_steps: of the whole request.
+        seeds: of the images that took it.
+        previews: returns these images as they are foreseen now, as small pictures.
+        prediction: `x0` holds the latents [batch, ...] of the items as they are foreseen now. None
+            where they were drawn elsewhere.
     """
 
     num_done: int
     num_steps: int
     seeds: list[int]
-    prediction: Prediction
-    codec: Codec
-
-    def previews(self) -> list[Image.Image]:
-        """Return the items as they are foreseen now, as small pictures."""
-        return to_images(self.codec.preview(self.prediction.x0))
+    previews: Callable[[], list[Image.Image]]
+    prediction: Prediction | None = None
 
 
 OnStep = Callable[[Progress], None]
@@ -288,8 +290,8 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
                     num_done=drawing.num_done,
                     num_steps=drawing.num_steps,
                     seeds=part.seeds,
+                    previews=partial(_previews, bundle.codec, x0),
                     prediction=Prediction(x0, eps),
-                    codec=bundle.codec,
                 )
                 on_step(drawing.place, progress)
 
@@ -305,6 +307,11 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
         on_step=report,
         keep=None if first.mask is None else keep,
     )
+
+
+def _previews(codec: Codec, latents: Float[Tensor, "batch ..."]) -> list[Image.Image]:
+    """Return small pictures of latents."""
+    return to_images(codec.preview(latents))
 
 
 def _damage(part: _Part, values: Float[Tensor, "batch ..."], what: str) -> GenerationError | None:

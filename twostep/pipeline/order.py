@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.errors import TwostepError
 from twostep.media.codec import FULL, TINY
+from twostep.pipeline.settings import DrawingSettings
 
 if TYPE_CHECKING:
     from twostep.pipeline.request import Control, Picture, Request
@@ -33,34 +34,23 @@ class OrderError(TwostepError):
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(DrawingSettings):
     """A drawing as `twostep generate` and `twostep edit` are told it.
 
-    The fields are those of `Request`, but for files, which are spelled as they were given: `image`
-    and `mask` are paths, a control is "PICTURE@CONTROLNET:SCALE:FROM-TO", of which all after the
-    ControlNet may be missing, and `loras` may be LoRAs and textual inversions.
+    The other fields are those of `Request`, but for files, which are spelled as they were given:
+    `image` and `mask` are paths, a control is "PICTURE@CONTROLNET:SCALE:FROM-TO", of which all
+    after the ControlNet may be missing, and `loras` may be LoRAs and textual inversions.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str
     model: str
-    num_images: int = 1
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    image: str | None = None
-    strength: float | None = None
-    mask: str | None = None
-    controls: tuple[str, ...] = ()
-    loras: tuple[str, ...] = ()
-    sampler: str | None = None
-    treated_as: str | None = None
-    engine: str = "eager"
-    decoder: str = FULL
+    image: str | None = field(default=None, kw_only=True)
+    mask: str | None = field(default=None, kw_only=True)
+    controls: tuple[str, ...] = field(default=(), kw_only=True)
+    loras: tuple[str, ...] = field(default=(), kw_only=True)
+    treated_as: str | None = field(default=None, kw_only=True)
+    engine: str = field(default="eager", kw_only=True)
 
     def request(self, open_picture: Callable[[str], Picture] | None = None) -> Request:
         """Return the request, with its pictures opened.
@@ -75,25 +65,15 @@ class Order:
         read = open_picture or Picture.of
         loras, embeddings = _sorted_loras(self.loras)
         return Request(
-            self.prompt,
-            num_images=self.num_images,
-            seed=self.seed,
-            steps=self.steps,
-            guidance=self.guidance,
-            negative_prompt=self.negative_prompt,
-            width=self.width,
-            height=self.height,
+            **self.settings,
             image=None if self.image is None else read(self.image),
-            strength=self.strength,
             mask=None if self.mask is None else read(self.mask),
             controls=tuple(_control(text, read) for text in self.controls),
             model=self.model,
             loras=loras,
             embeddings=embeddings,
-            sampler=self.sampler,
             treated_as=self.treated_as,
             engine=self.engine,
-            decoder=self.decoder,
         )
 
     @property

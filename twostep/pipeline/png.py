@@ -22,6 +22,7 @@ from PIL import Image, ImageChops
 from twostep.contract import Contract
 from twostep.errors import TwostepError, reason_of
 from twostep.export.page import page_of
+from twostep.media.clip import read_clip, texts_in
 from twostep.media.codec import FULL
 from twostep.pipeline.graph_pictures import file_name
 from twostep.pipeline.output import prepare_folder, stem_of, write_item
@@ -185,7 +186,7 @@ def _inputs(request: Request) -> dict[str, str]:
 
 
 def read_provenance(path: str | Path) -> Provenance:
-    """Read from a PNG or a sound how it was made.
+    """Read from a PNG, a clip or a sound how it was made.
 
     Raises `ProvenanceError` where the file does not say so, AudioError for a damaged sound.
     """
@@ -218,13 +219,17 @@ class Difference:
 
 
 def difference(first: Path, second: Path) -> Difference:
-    """Compare two pictures of one size, or two sounds of one length.
+    """Compare two pictures of one size, or two clips or sounds of one length.
 
     Raises `ProvenanceError` for lengths that differ.
     """
     if second.suffix.lower() not in SOUND_SUFFIXES:
-        with Image.open(first) as before, Image.open(second) as after:
-            apart = ImageChops.difference(before.convert("RGB"), after.convert("RGB"))
+        before, after = (read_clip(path) for path in (first, second))
+        if len(before) != len(after):
+            raise ProvenanceError(
+                f"{second} has {len(after)} frames, and {first} has {len(before)}."
+            )
+        apart = ImageChops.difference(before.strip(), after.strip())
         return Difference(max(apart.tobytes()), 255, "pixel")
     from twostep.media.audio import LEVELS, read_sound
 
@@ -235,7 +240,7 @@ def difference(first: Path, second: Path) -> Difference:
 
 
 def _chunks_of(path: str | Path) -> dict[str, Any]:
-    """Return the texts that a picture or a sound carries, by their names."""
+    """Return the texts that a picture, a clip or a sound carries, by their names."""
     if Path(path).suffix.lower() in SOUND_SUFFIXES:
         # This brings torch, which reading of pictures does without.
         from twostep.media.audio import read_sound
@@ -243,7 +248,8 @@ def _chunks_of(path: str | Path) -> dict[str, Any]:
         return dict(read_sound(path)[1])
     try:
         with Image.open(path) as image:
-            return {str(name): value for name, value in image.info.items()}
+            texts = {str(name): value for name, value in image.info.items()}
+            return texts | texts_in(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ProvenanceError(
             f"{path} cannot be read as a picture: {reason_of(error)}. "

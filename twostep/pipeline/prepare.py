@@ -24,7 +24,7 @@ from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Batch, Latents, Time
 from twostep.formats import few_step
-from twostep.media.codec import FULL
+from twostep.media.codec import FULL, Codec, HasLength
 from twostep.media.image import ImageCodec
 from twostep.media.pictures import covered_by_size, crop_to_size, nearest_size
 from twostep.models.bundle import Bundle
@@ -106,11 +106,12 @@ class Prepared:
 
     def beginning(self, noise: Batch, schedule: Schedule) -> Batch:
         """Return x at the first time: the noise, or the noised image."""
-        if self.request.image is None and self.times[0] != schedule.top:
-            return noise
+        is_comfyuis = self.request.init_noise == "comfyui"
+        if self.request.image is None and (is_comfyuis or self.times[0] != schedule.top):
+            return noise  # of which nothing else is left at the top
         t = time_tensor(self.times[:1]).expand(len(noise))
         x0 = self.x0.expand_as(noise)
-        if self.request.init_noise == "comfyui":
+        if is_comfyuis:
             return schedule.add_noise(x0, noise, t)
         alpha, sigma = schedule.coefficients(t, noise)
         if self.mask is not None and self.times[0] == schedule.top:
@@ -150,7 +151,9 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
     )
     wished_strength = request.strength
     warnings += _unread_loras(bundle, request)
-    request, times = _settled(bundle, request)
+    codec = _codec_of_length(bundle, request.frames)
+    _check_medium(bundle, request)
+    request, times = _settled(bundle, request, codec)
     seconds = dict.fromkeys(STAGES, 0.0)
     with timed(seconds, "text"):
         warnings = [*warnings, *_warnings(bundle, request, times, wished_strength)]
@@ -169,7 +172,7 @@ def prepare(bundle: Bundle, request: Request) -> Prepared:
         if image is None:
             x0 = torch.zeros(
                 1,
-                *bundle.latent_shape(*size),
+                *codec.latent_shape(*size),
                 dtype=torch.float32,
                 device=bundle.denoiser.device,
             )
@@ -214,7 +217,32 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] += time.perf_counter() - start
 
 
-def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...]]:
+def _codec_of_length(bundle: Bundle, frames: int | None) -> Codec:
+    """Return the codec of a model for clips of so many frames, its own number if None.
+
+    Raises RequestError for frames of what is no clip, CodecError for more than there can be.
+    """
+    if frames is None:
+        return bundle.codec
+    if not isinstance(bundle.codec, HasLength):
+        raise RequestError(
+            f"{bundle.contract.name} draws items of the medium {bundle.codec.media!r}, which have "
+            "no frames. Leave frames out, or take a model of clips."
+        )
+    return bundle.codec.with_length(frames)
+
+
+def _check_medium(bundle: Bundle, request: Request) -> None:
+    """Refuse pictures that go into what draws none: RequestError."""
+    if bundle.codec.media == "image" or (request.image is None and not request.controls):
+        return
+    raise RequestError(
+        f"{bundle.contract.name} draws items of the medium {bundle.codec.media!r}, into which no "
+        "picture goes. Leave image and controls out, or take a model of pictures."
+    )
+
+
+def _settled(bundle: Bundle, request: Request, codec: Codec) -> tuple[Request, tuple[Time, ...]]:
     """Return a checked request with nothing left open, and the times that it walks.
 
     A student's guidance is distilled into it, so it gets none, which is 1. Engine and decoder are
@@ -250,6 +278,7 @@ def _settled(bundle: Bundle, request: Request) -> tuple[Request, tuple[Time, ...
         decoder=bundle.codec.decoder if isinstance(bundle.codec, ImageCodec) else FULL,
         model=model,
         loras=loras,
+        frames=codec.length if isinstance(codec, HasLength) else None,
     )
     return settled, sampling_times(contract, schedule, steps=steps, start=start)
 

@@ -24,8 +24,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from twostep.contract import Contract
 from twostep.errors import TwostepError, reason_of
-from twostep.media.codec import FULL, Encoded
+from twostep.media.codec import Encoded
 from twostep.media.png import png_file
+from twostep.pipeline.settings import DrawingSettings
 
 NUM_SEEDS = 2**63
 """Seeds are 0 <= seed < NUM_SEEDS, so that they fit a signed 64-bit integer in every file format
@@ -209,30 +210,21 @@ class LoraChoice:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(DrawingSettings):
     """One wish: what to draw, how many pictures of it, from which noise, and with which model.
 
-    Arguments left at None take what the contract of the model recommends.
+    Beside what `DrawingSettings` has:
 
-    - `prompt`, `negative_prompt`: text; the second acts through guidance alone.
-    - `num_images`, `seed`: image i is drawn from seed + i.
-    - `steps`: picks the student that was trained for it, or the teacher by its own number.
-    - `guidance`: 1 is none; students have none.
-    - `width`, `height`: pixels.
-    - `image`, `strength`, `mask`: a picture that is changed instead of drawn anew; how much of it,
-      above 0 and up to 1 (0.75, with a mask 1); and where, white in a picture of the same size.
-    - `sampler`: how a teacher goes from time to time: "euler", "dpmpp-2m" or "unipc"; "renoise" for
-      models that add fresh noise. Students keep to their own.
+    - `image`, `mask`: a picture that is changed instead of drawn anew, and where: white in a
+      picture of the same size.
     - `controls`: ControlNets.
     - `init_noise`: where the drawing begins.
     - `model`: a built-in name, a folder, a file or a hub id.
     - `loras`: LoRAs in order, each a `LoraChoice`, "file" or "file:0.8". `<lora:file:0.8>` in the
       prompt adds one and is taken out of the text.
+    - `engine`: what runs the network.
     - `embeddings`: files and folders of textual inversions, whose names, or "embedding:name", then
       stand for them in the prompts.
-    - `engine`: what runs the network.
-    - `decoder`: what makes pictures of latents: "full" is the model's autoencoder, "tiny" the
-      smaller decoder that comes with it, and else the file, folder or hub id of one.
     - `treated_as`: the few-step kind of a model of others ("lightning", "turbo", "lcm", "hyper",
       "dmd2"), which is then drawn as a student of so many steps, or "base" for none.
 
@@ -243,16 +235,7 @@ class Request:
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
-    prompt: str
-    num_images: int = field(default=1, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-    steps: int | None = field(default=None, kw_only=True)
-    guidance: float | None = field(default=None, kw_only=True)
-    negative_prompt: str = field(default="", kw_only=True)
-    width: int | None = field(default=None, kw_only=True)
-    height: int | None = field(default=None, kw_only=True)
     image: Picture | None = field(default=None, kw_only=True)
-    strength: float | None = field(default=None, kw_only=True)
     mask: Picture | None = field(default=None, kw_only=True)
     controls: tuple[Control, ...] = field(default=(), kw_only=True)
     init_noise: InitNoise = field(default="comfyui", kw_only=True)
@@ -260,9 +243,7 @@ class Request:
     loras: tuple[LoraChoice | str, ...] = field(default=(), kw_only=True)
     engine: str = field(default="eager", kw_only=True)
     embeddings: tuple[str, ...] = field(default=(), kw_only=True)
-    sampler: str | None = field(default=None, kw_only=True)
     treated_as: str | None = field(default=None, kw_only=True)
-    decoder: str = field(default=FULL, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, holds, expected in self._rules():
@@ -309,7 +290,7 @@ class Request:
             "below 2**32 torch tells them apart"
         )
         yield "seed", self.seed + self.num_images <= NUM_SEEDS, expected
-        for name in ("steps", "width", "height"):
+        for name in ("steps", "width", "height", "frames"):
             value = getattr(self, name)
             expected = "a whole number from 1 up, or leave it out to take the model's own"
             yield name, value is None or _is_whole(value, 1), expected

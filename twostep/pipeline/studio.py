@@ -35,7 +35,7 @@ from twostep.pipeline.generation import (
     generate_together,
 )
 from twostep.pipeline.request import Request, RequestError, Result
-from twostep.training.device import find_device
+from twostep.training.device import drawing_dtype, find_device
 
 FAVOURITE_STEPS = 2
 """The student that draws where a request says no number of steps, if the model has it."""
@@ -81,9 +81,7 @@ class Studio:
         if max_models < 1:
             raise RequestError(f"max_models is {max_models}; expected at least 1.")
         self.device = find_device(device)
-        if dtype is None:
-            dtype = torch.float32 if self.device.type == "cpu" else torch.float16
-        self.dtype = dtype
+        self.dtype = dtype or drawing_dtype(self.device)
         self._max_models = max_models
         self._max_bytes = max_bytes
         self._num_kept_loras = num_kept_loras

@@ -51,7 +51,9 @@ def workflow_of(
     None for what ComfyUI's own nodes would draw otherwise.
     """
     traits = traits or ModelTraits()
-    if not _has_known_law(contract) or request.init_noise != "comfyui":
+    if contract.media != "image" or request.init_noise != "comfyui":
+        return None
+    if not _has_known_law(contract):
         return None
     if traits.is_inpainting or traits.is_long or request.embeddings or request.decoder != FULL:
         return None

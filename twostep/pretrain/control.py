@@ -193,7 +193,7 @@ class DrawnExamples:
         with torch.no_grad():
             conditioning = self.bundle.conditioning(captions[share], *self.bundle.contract.sizes[0])
         masks = self.silhouettes.masks[rows[share]]
-        return drawn.latents[rows[share]].float().to(device), conditioning, masks.to(device)
+        return sent(drawn.latents[rows[share]].float(), device), conditioning, sent(masks, device)
 
     def noise(self, shape: Sequence[int], randomness: Randomness) -> Tensor:
         """Return noise that is the same on every device."""
@@ -280,7 +280,7 @@ def train_control(
         share = world().share(batch_size)
         x0, conditioning, masks = examples.draw(batch_size, share, randomness)
         t = torch.randint(1, top + 1, (batch_size,), generator=randomness.tensors)[share]
-        eps = examples.noise((batch_size, *x0.shape[1:]), randomness)[share].to(device)
+        eps = sent(examples.noise((batch_size, *x0.shape[1:]), randomness)[share], device)
         hint = Hint(control, hints_of(masks), 1.0, all_times)
         conditioning = replace(conditioning, hints=(hint,))
         alpha, sigma = denoiser.schedule.coefficients(t, x0)

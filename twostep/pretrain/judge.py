@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twostep import __version__
+from twostep.diffusion.shapes import sent
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.judge import Classes, Judge, Origin, Verdict, load_judge, save_judge
 from twostep.files import write_atomically
@@ -158,11 +159,12 @@ def _fit(
             drawings, numbers, settings.placement, generator, pixels=judge.pixels
         )
         pictures, blur_pixels = degrade(pictures, settings.degradation, generator)
-        verdict = judge(pictures[share].to(device, memory_format=torch.channels_last))
+        shown = sent(pictures[share], device).to(memory_format=torch.channels_last)
+        verdict = judge(shown)
         return _loss(
             verdict,
-            labels[:, share].to(device),
-            blur_pixels[share].to(device),
+            sent(labels[:, share], device),
+            sent(blur_pixels[share], device),
             settings.label_smoothing,
         )
 

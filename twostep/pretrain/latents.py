@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float16, UInt8
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from twostep.diffusion.shapes import Batch
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.files import write_atomically
 from twostep.media.codec import Codec
@@ -36,6 +38,16 @@ from twostep.training.processes import wait, world
 
 _METADATA_KEY = "twostep.latents"
 _ENCODE_BATCH = 128
+
+
+@runtime_checkable
+class CaptionedLatents(Protocol):
+    """What a teacher learns from."""
+
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Batch, list[str]]:
+        """Return random latents, on the CPU, with a caption for each."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ from twostep.training.optimiser import (
 )
 from twostep.training.processes import world
 from twostep.training.recipe import WHILE_RUNNING, RecipeError, Settings
+from twostep.training.replicas import Replica
 from twostep.training.run_folder import RunFolder
 
 BLOCKS = (*REPEATED, "CLIPEncoderLayer")
@@ -124,12 +125,13 @@ def train_network(
         name=settings.optimiser,
     )
     average = MovingAverage(network, settings.ema_decay)
+    replica = Replica(network)
     device_type = next(iter(network.parameters())).device.type
     pace = Pace(settings)
 
     def iterate(iteration: int, randomness: Randomness) -> Figures:
         with settings.autocast(device_type):
-            value = loss(iteration, randomness)
+            value = replica.loss(lambda: loss(iteration, randomness))
         factor = learning_rate_factor(iteration, settings, pace.iterations)
         optimiser_step(value, optimiser, network, clip=settings.gradient_clip, factor=factor)
         average.update()
@@ -154,8 +156,7 @@ def train_network(
         name=name,
         state=state,
         pace=pace,
-        # A CPU has computed what it returns; others would have to be waited for.
-        read_every=1 if device_type == "cpu" else settings.log_every,
+        read_every=settings.read_every(device_type),
         check=check,
         on_iteration=on_iteration,
         on_checkpoint=show_averaged,

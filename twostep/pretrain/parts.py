@@ -40,6 +40,7 @@ from twostep.pretrain.judge import JudgeSettings, train_judge
 from twostep.pretrain.latents import LatentCache, find_latents
 from twostep.pretrain.loop import PartSettings
 from twostep.pretrain.model import build_text_encoders, teacher_contract
+from twostep.pretrain.motion import MotionSettings, new_motion_teacher, train_motion
 from twostep.pretrain.notes import NoteSource, find_notes
 from twostep.pretrain.scene_captions import scene_corpus
 from twostep.pretrain.scenes import compose, random_scenes
@@ -389,6 +390,31 @@ def _train_control(settings: ControlSettings, run: PartRun) -> Path:
     return run.out / "model"
 
 
+def _train_motion(settings: MotionSettings, run: PartRun) -> Path:
+    folder = RunFolder(run.out, settings)
+    settings = folder.settled(settings)
+    device = find_device(settings.device)
+    teacher = new_motion_teacher(settings, recipe=run.name, version=__version__).to(device)
+
+    def write(iteration: int) -> None:
+        if not world().is_first:
+            return
+        save_bundle(teacher, run.out / "model")
+        with settings.loop.autocast(device.type):
+            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
+        _write_sheet(drawn, f"motion-{iteration:06d}.png", run, folder)
+
+    train_motion(
+        run.drawings,
+        teacher,
+        settings,
+        folder,
+        on_iteration=run.show(settings.loop),
+        on_checkpoint=write,
+    )
+    return run.out / "model"
+
+
 def _train_sound(settings: SoundSettings, run: PartRun) -> Path:
     folder = RunFolder(run.out, settings)
     settings = folder.settled(settings)
@@ -471,6 +497,7 @@ _PARTS: dict[str, tuple[type[PartSettings], Callable[[Any, PartRun], Path]]] = {
     "control": (ControlSettings, _train_control),
     "style": (StyleSettings, _train_style),
     "judge": (JudgeSettings, _train_judge),
+    "motion": (MotionSettings, _train_motion),
     "sound": (SoundSettings, _train_sound),
     "sound-judge": (SoundJudgeSettings, _train_sound_judge),
 }

@@ -36,7 +36,10 @@ def write_sheet(rows: Float[Tensor, "rows columns 3 height width"], path: Path) 
 def draw_samples(
     bundle: Bundle, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Float[Tensor, "seeds prompts 3 height width"]:
-    """Draw every prompt from every seed, as the model's contract says; return them on the CPU."""
+    """Draw every prompt from every seed, as the model's contract says; return them on the CPU.
+
+    Of media that are no pictures, it is what their codec previews.
+    """
     size = bundle.contract.sizes[0]
     denoiser = bundle.denoiser
     times = sampling_times(bundle.contract, denoiser.schedule)

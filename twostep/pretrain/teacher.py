@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from twostep.diffusion import VariancePreserving
+from twostep.diffusion.shapes import Batch, sent
 from twostep.models.bundle import PromptEncoder
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
-from twostep.pretrain.latents import LatentCache
+from twostep.pretrain.latents import CaptionedLatents, LatentCache
 from twostep.pretrain.loop import Loss, PartSettings, silent, train_network
 from twostep.pretrain.model import build_unet
 from twostep.pretrain.sizes import ModelSize
@@ -64,10 +65,10 @@ class TuneSettings(DenoiserSettings):
 
 def noise_loss(
     denoiser: Denoiser,
-    x0: Float[Tensor, "batch c h w"],
+    x0: Batch,
     conditioning: Conditioning,
     t: Int[Tensor, " batch"],
-    eps: Float[Tensor, "batch c h w"],
+    eps: Batch,
     *,
     snr_limit: float,
 ) -> Float[Tensor, ""]:
@@ -91,7 +92,7 @@ def noise_loss(
 
 def noise_loss_on_latents(
     denoiser: Denoiser,
-    latents: LatentCache,
+    latents: CaptionedLatents,
     text: PromptEncoder,
     *,
     batch_size: int,
@@ -122,10 +123,10 @@ def noise_loss_on_latents(
             conditioning = text.conditioning(captions[share], width, height)
         return noise_loss(
             denoiser,
-            x0[share].to(device),
+            sent(x0[share], device),
             conditioning,
             t=t[share],
-            eps=eps[share].to(device),
+            eps=sent(eps[share], device),
             snr_limit=snr_limit,
         )
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from twostep.diffusion.shapes import sent
 from twostep.evaluate.attributes import BACKGROUNDS, STYLES
 from twostep.pretrain.captions import Omission, caption
 from twostep.pretrain.drawings import DrawingSet, Placement, compose, random_backgrounds
@@ -120,7 +121,7 @@ def train_text(
             drawings, settings.loop.batch_size, size.pixels, randomness
         )
         share = world().share(settings.loop.batch_size)
-        half = nn.functional.avg_pool2d(pictures[share], 2).to(device)
+        half = sent(nn.functional.avg_pool2d(pictures[share], 2), device)
         contrastive: Tensor = pair(half, captions[share], settings.temperature)
         return contrastive
 

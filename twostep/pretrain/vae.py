@@ -159,10 +159,10 @@ def train_vae(
         share = world().share(batch_size)
         whole = pictures.draw(batch_size, randomness)
         crops = random_crop(whole, settings.crop_pixels, randomness.tensors)[share]
-        crops = crops.to(device, memory_format=torch.channels_last)
+        crops = sent(crops, device).to(memory_format=torch.channels_last)
         latents: Tensor = vae.encode(crops).latents.float()
         noise = pictures.noise((batch_size, *latents.shape[1:]), randomness)[share]
-        noisy = latents + settings.jitter * noise.to(device)
+        noisy = latents + settings.jitter * sent(noise, device)
         difference: Tensor = vae.decode(noisy).sample.float() - crops
         edges = edge_loss(difference)
         moments = moment_loss(latents)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from twostep import __version__
-from twostep.engines.openvino import bare_calls
+from twostep.engines.openvino import bare_calls, settings
 from twostep.errors import TwostepError
 from twostep.export.verification import vanilla_pipeline
 from twostep.models.bundle import Bundle, modules_of
@@ -29,17 +31,35 @@ from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import STAGES
 from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
+from twostep.reports.genai import (
+    guidance_of,
+    has_genai,
+    is_readable,
+    open_pipeline,
+    write_folder,
+)
 
 PROMPT = "a 3d red apple on a blue background"
 
 VANILLA = "diffusers"
 """The name of diffusers' own pipeline among what is compared."""
 
+GENAI = "OpenVINO GenAI"
+"""The name of OpenVINO's own pipeline, where it is installed."""
+
 BARE = "openvino, bare calls"
 """The name of OpenVINO's own time for the same networks, with nothing around them."""
 
+ROOF = "arithmetic alone"
+"""The name of the least time of a drawing: its sums and products at the rate of one large product
+of matrices.
+"""
+
 NUM_WARM = 2
 """Rounds that are not counted."""
+
+_SIDE = 1024
+"""Of the matrices whose product says how fast this machine computes."""
 
 Draw = Callable[[int], dict[str, float]]
 """Draws from a seed and returns the seconds of its stages; none where it has no stages."""
@@ -123,7 +143,8 @@ def compare_speed(
         engines: Their names.
         cases: What is drawn.
         rounds: Drawings of each that count.
-        peers: Also time diffusers' own pipeline, and OpenVINO's calls with nothing around them.
+        peers: Also time diffusers' own pipeline, OpenVINO GenAI's where it is installed, and
+            OpenVINO's calls with nothing around them; and say what the arithmetic alone would take.
         on_case: Called before each case.
 
     Raises:
@@ -137,8 +158,11 @@ def compare_speed(
     for case in cases:
         if on_case is not None:
             on_case(case)
-        draws = _draws(studio, model, case, engines, with_peers=peers)
-        rows += _timed(draws, case, rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            draws = _draws(studio, model, case, engines, Path(folder) if peers else None)
+            rows += _timed(draws, case, rounds)
+        if peers:
+            rows.append(_roof(studio, model, case, rounds))
     return rows
 
 
@@ -215,11 +239,35 @@ def plot(rows: Sequence[Row]) -> str:
 
 
 def _draws(
-    studio: Studio, model: str, case: Case, engines: Sequence[str], *, with_peers: bool
+    studio: Studio, model: str, case: Case, engines: Sequence[str], peers: Path | None
 ) -> dict[str, Draw]:
-    """Return what is compared, by name."""
+    """Return what is compared, by name.
+
+    Args:
+        studio: Loads the model.
+        model: What is drawn with.
+        case: What is drawn.
+        engines: Their names.
+        peers: An empty folder for what other programs read; None to leave those out.
+    """
+    request = _request(model, case)
+    bundles = {name: studio.load(replace(request, engine=name)) for name in engines}
+    draws = {name: _ours(bundle, request) for name, bundle in bundles.items()}
+    if peers is None:
+        return draws
+    whole = _whole(studio.load(request), model)
+    draws[VANILLA] = _vanilla(whole, request)
+    if has_genai() and is_readable(whole):
+        draws[GENAI] = _genai(whole, case, peers)
+    if "openvino" in bundles:
+        draws[BARE] = _bare(bundles["openvino"], request)
+    return draws
+
+
+def _request(model: str, case: Case) -> Request:
+    """Return the drawing of a case."""
     width, height = case.size
-    request = Request(
+    return Request(
         PROMPT,
         model=model,
         steps=case.steps,
@@ -227,14 +275,6 @@ def _draws(
         width=width,
         height=height,
     )
-    bundles = {name: studio.load(replace(request, engine=name)) for name in engines}
-    draws = {name: _ours(bundle, request) for name, bundle in bundles.items()}
-    if not with_peers:
-        return draws
-    draws[VANILLA] = _vanilla(_whole(studio.load(request), model), request)
-    if "openvino" in bundles:
-        draws[BARE] = _bare(bundles["openvino"], request)
-    return draws
 
 
 def _ours(bundle: Bundle, request: Request) -> Draw:
@@ -261,20 +301,37 @@ def _whole(drawing: Bundle, model: str) -> Bundle:
 def _vanilla(bundle: Bundle, request: Request) -> Draw:
     """Return a drawing by diffusers with the same networks, and guidance only for teachers."""
     pipeline = vanilla_pipeline(bundle)
-    guidance = bundle.contract.guidance
-    is_student = bundle.contract.role == "student"
+    guidance = guidance_of(bundle)
 
     def draw(seed: int) -> dict[str, float]:
         seeds = range(seed, seed + request.num_images)
         pipeline(
             PROMPT,
             num_inference_steps=request.steps,
-            guidance_scale=0 if is_student else guidance,
+            guidance_scale=guidance,
             num_images_per_prompt=request.num_images,
             generator=[torch.Generator().manual_seed(each) for each in seeds],
             width=request.width,
             height=request.height,
         )
+        return {}
+
+    return draw
+
+
+def _genai(bundle: Bundle, case: Case, folder: Path) -> Draw:
+    """Return a drawing by OpenVINO GenAI with the same networks, on as many threads."""
+    write_folder(bundle, folder, size=case.size, batch=case.batch)
+    pipeline = open_pipeline(
+        folder,
+        settings("f32"),
+        size=case.size,
+        batch=case.batch,
+        guidance=guidance_of(bundle),
+    )
+
+    def draw(seed: int) -> dict[str, float]:
+        pipeline(PROMPT, seed, case.steps)
         return {}
 
     return draw
@@ -295,6 +352,29 @@ def _bare(bundle: Bundle, request: Request) -> Draw:
         return {}
 
     return draw
+
+
+def _roof(studio: Studio, model: str, case: Case, rounds: int) -> Row:
+    """Return what the arithmetic of a case alone takes, once its text is encoded."""
+    request = _request(model, case)
+    work = count_operations(studio.load(request), request)
+    return Row(ROOF, case, {"total": Timing(tuple(work / rate() for _ in range(rounds)))})
+
+
+def count_operations(bundle: Bundle, request: Request) -> int:
+    """Return the sums and products of a drawing by PyTorch, whose text is encoded before."""
+    generate(bundle, request)
+    with FlopCounterMode(display=False) as counter:
+        generate(bundle, request)
+    return int(counter.get_total_flops())
+
+
+def rate() -> float:
+    """Return how many sums and products a second a large product of matrices does here."""
+    matrix = torch.ones(_SIDE, _SIDE)
+    start = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return 2 * _SIDE**3 / (time.perf_counter() - start)
 
 
 def _timed(draws: Mapping[str, Draw], case: Case, rounds: int) -> list[Row]:

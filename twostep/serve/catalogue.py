@@ -30,6 +30,7 @@ from twostep.pipeline.request import (
     Request,
     RequestError,
 )
+from twostep.pipeline.settings import DrawingSettings
 from twostep.pipeline.studio import FAVOURITE_STEPS
 from twostep.serve.config import Bounds
 from twostep.serve.shapes import MAX_CONTROLS
@@ -70,29 +71,18 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Wish(DrawingSettings):
     """What a client asks for, before it is known whether the model can do it.
 
-    The fields are those of `Request`; `model` is the name that the client gave, None for any, and
-    so are those of the LoRAs and ControlNets.
+    The other fields are those of `Request`; `model` is the name that the client gave, None for any,
+    and so are those of the LoRAs and ControlNets.
     """
 
-    prompt: str
-    model: str | None = None
-    num_images: int = 1
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    image: Picture | None = None
-    strength: float | None = None
-    mask: Picture | None = None
-    controls: tuple[Control, ...] = ()
-    sampler: str | None = None
-    loras: tuple[str, ...] = ()
-    decoder: str = FULL
+    model: str | None = field(default=None, kw_only=True)
+    image: Picture | None = field(default=None, kw_only=True)
+    mask: Picture | None = field(default=None, kw_only=True)
+    controls: tuple[Control, ...] = field(default=(), kw_only=True)
+    loras: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -277,26 +267,25 @@ class Catalogue:
             decoder = FULL
         if strict and changes:
             raise ContractError(f"{changes[0]}. Ask for what it can do; this server is strict.")
+        fitted = {
+            "steps": steps,
+            "guidance": guidance,
+            "negative_prompt": negative,
+            "width": width,
+            "height": height,
+            "sampler": sampler,
+            "decoder": decoder,
+        }
         request = Request(
-            wish.prompt,
-            num_images=wish.num_images,
-            seed=wish.seed,
-            steps=steps,
-            guidance=guidance,
-            negative_prompt=negative,
-            width=width,
-            height=height,
+            **wish.settings | fitted,
             image=wish.image,
-            strength=wish.strength,
             mask=wish.mask,
             controls=tuple(
                 replace(control, model=self.find_controlnet(control.model))
                 for control in wish.controls
             ),
-            sampler=sampler,
             model=served.model,
             loras=wish.loras,
-            decoder=decoder,
             engine=self.engine,
         )
         return Fitted(_with_known_loras(stock, request), served, changes)

@@ -23,7 +23,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -136,23 +135,13 @@ class Drawer:
             raise EngineError("the thread that draws has ended.")
 
 
-class _RemoteProgress(Progress):
-    """A step that was taken by a replica."""
+def _progress_of(event: Event) -> Progress:
+    """Return a step that was taken by a replica.
 
-    def __init__(self, event: Event) -> None:
-        values: dict[str, Any] = {
-            "num_done": event.num_done,
-            "num_steps": event.num_steps,
-            "seeds": list(event.seeds),
-            "_previews": list(event.previews),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def previews(self) -> list[Image.Image]:
-        """Return the previews that came with it; none if the job did not want them at its start."""
-        previews: list[Image.Image] = self.__dict__["_previews"]
-        return previews
+    Its previews are those that came with it; none if the job did not want them at its start.
+    """
+    previews = list(event.previews)
+    return Progress(event.num_done, event.num_steps, list(event.seeds), lambda: previews)
 
 
 class RemoteStudio:
@@ -200,7 +189,7 @@ class RemoteStudio:
                 for index, sent in self._sent([calls[place] for place in left]):
                     if isinstance(sent, Event):
                         if on_step is not None:
-                            on_step(left[index], _RemoteProgress(sent))
+                            on_step(left[index], _progress_of(sent))
                     elif not isinstance(sent, ClosingError):
                         ends[left[index]] = sent
                         if on_answer is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from PIL import Image, ImageFilter
@@ -115,7 +115,7 @@ class FilteredStudio:
 
         def report(place: int, progress: Progress) -> None:
             if on_step is not None:
-                on_step(place, _FilteredProgress.of(progress, self._shown))
+                on_step(place, replace(progress, previews=lambda: self._shown(progress.previews())))
 
         def judge(place: int, answer: Result | TwostepError) -> None:
             judged[place] = self._judged(answer) if isinstance(answer, Result) else answer
@@ -167,27 +167,6 @@ class FilteredStudio:
                 f"{', '.join(_HARDNESS)} for each"
             )
         return verdicts
-
-
-class _FilteredProgress(Progress):
-    """A step whose previews are judged once somebody wants them."""
-
-    _show: Callable[[list[Image.Image]], list[Image.Image]]
-    _whole: Progress
-
-    @classmethod
-    def of(
-        cls, whole: Progress, show: Callable[[list[Image.Image]], list[Image.Image]]
-    ) -> _FilteredProgress:
-        progress = cls.__new__(cls)
-        values: dict[str, Any] = {**vars(whole), "_show": show, "_whole": whole}
-        for name, value in values.items():
-            object.__setattr__(progress, name, value)
-        return progress
-
-    def previews(self) -> list[Image.Image]:
-        """Return the pictures as they are foreseen, those that are not kept blurred."""
-        return self._show(self._whole.previews())
 
 
 def blurred(image: Image.Image) -> Image.Image:

@@ -3,17 +3,18 @@
 import copy
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from twostep.diffusion.shapes import sent
 from twostep.formats.embeddings import Embedding
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.text.embeddings import TOKEN, place_embeddings, with_tokens
@@ -29,6 +30,8 @@ from twostep.text.prompt_weights import (
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
+
+_Finding = TypeVar("_Finding")
 
 _TOKENIZING = RLock()
 """Tokenizers keep settings between calls, so one thread at a time uses them."""
@@ -129,10 +132,10 @@ class TextEncoders:
                 numbers = tokenizer(
                     list(prompts), padding="max_length", truncation=True, return_tensors="pt"
                 ).input_ids
-            tokens.append(numbers.to(encoder.device))
+            tokens.append(sent(numbers, encoder.device))
         text, pooled = self.encode_tokens(tokens[0], tokens[1])
         if self.zeros_for_empty:
-            is_text = torch.tensor([prompt != "" for prompt in prompts], device=text.device)
+            is_text = sent(torch.tensor([prompt != "" for prompt in prompts]), text.device)
             text = text * is_text[:, None, None]
             pooled = pooled * is_text[:, None]
         return text, pooled
@@ -162,7 +165,7 @@ class TextEncoders:
             # product depend on how many there are.
             key = (tuple(prompts), whole, torch.is_inference_mode_enabled())
             text, pooled = self.memory.recall(key, lambda: encode(prompts))
-        sizes = image_sizes(len(text), width, height).to(text.device, text.dtype)
+        sizes = sent(image_sizes(len(text), width, height), text.device).to(text.dtype)
         return Conditioning(text, pooled, sizes)
 
     def encode_whole(self, prompts: Sequence[str]) -> Embeddings:
@@ -192,24 +195,35 @@ class TextEncoders:
 
     def is_cut(self, prompt: str) -> bool:
         """Return whether `encode` leaves out the end of a prompt."""
-        tokenizer = self.tokenizers[0]
-        with _TOKENIZING:
-            length = len(tokenizer(prompt, verbose=False).input_ids)
-        return length > int(tokenizer.model_max_length)
+        return self._found("is cut", prompt, self._is_long)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
+        return list(self._found("unknown words", prompt, self._words_in_pieces))
+
+    def _found(self, what: str, prompt: str, find: Callable[[str], _Finding]) -> _Finding:
+        """Return what is found in a prompt, from the memory if there is one."""
+        if self.memory is None:
+            return find(prompt)
+        return self.memory.found((what, prompt), lambda: find(prompt))
+
+    def _is_long(self, text: str) -> bool:
+        """Whether a text is longer than the tokenizer's limit."""
+        tokenizer = self.tokenizers[0]
+        with _TOKENIZING:
+            length = len(tokenizer(text, verbose=False).input_ids)
+        return length > int(tokenizer.model_max_length)
+
+    def _words_in_pieces(self, prompt: str) -> tuple[str, ...]:
         text = TOKEN.sub(" ", without_weights(place_embeddings(prompt, self.embeddings)))
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
         with _TOKENIZING:
-            return [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
+            pieces = [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
+        return tuple(pieces)
 
     def _is_whole(self, prompt: str) -> bool:
         """Whether a prompt has weights, or is longer than the tokenizer's limit."""
-        tokenizer = self.tokenizers[0]
-        with _TOKENIZING:
-            length = len(tokenizer(without_weights(prompt), verbose=False).input_ids)
-        return length > int(tokenizer.model_max_length) or has_weights(prompt)
+        return self._is_long(without_weights(prompt)) or has_weights(prompt)
 
     def _encode_weighted(self, prompt: str) -> Float[Tensor, "1 tokens width"]:
         """Encode a prompt of any length with its weights; PromptError where compel cannot."""

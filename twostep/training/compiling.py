@@ -42,10 +42,18 @@ def compile_blocks(network: nn.Module, kinds: Collection[str]) -> int:
         kinds: names of the blocks' classes.
     """
     torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    # Several processes exchange gradients after every block anyway: none is to be cut for that.
+    torch._dynamo.config.optimize_ddp = False
     blocks = [module for module in network.modules() if type(module).__name__ in kinds]
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)
+
+
+def run_as_written(network: nn.Module) -> None:
+    """Let the blocks of a network, in place, never be compiled again."""
+    for module in network.modules():
+        module._compiled_call_impl = None
 
 
 def uncompiled() -> AbstractContextManager[None]:

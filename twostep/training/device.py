@@ -34,6 +34,11 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def drawing_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision in which networks that are not trained compute on a device."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
 def has_own_memory(device: torch.device) -> bool:
     """Return whether a device has other memory than the main memory; a CPU or Apple's has not."""
     return device.type not in ("cpu", "mps")

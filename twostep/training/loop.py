@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from twostep.errors import TwostepError
 from twostep.training import device as devices
 from twostep.training.figures import Figures, UnreadFigures
-from twostep.training.processes import average, averaged, world
+from twostep.training.processes import averaged, largest
 from twostep.training.recipe import ANY_TIME, WHILE_RUNNING, Settings
 from twostep.training.run_folder import RunFolder
 from twostep.training.run_log import SECONDS
@@ -35,12 +35,6 @@ from twostep.training.stopping import OUT_OF_TIME, StoppedError, StopRequest, st
 
 OnIteration = Callable[[int, dict[str, float]], None]
 """Called after every iteration with the number of iterations done and the figures of the last."""
-
-_EXIT_CODE = "exit_code"
-"""Beside the figures that processes exchange after every iteration: why one of them is to stop."""
-
-_SAVES = "saves"
-"""The same: whether it is time for a checkpoint by the clock of one of them."""
 
 _MEANS = "means"
 """Where a checkpoint keeps the figures that are not yet logged."""
@@ -154,6 +148,13 @@ class LoopSettings(Settings):
         if self.restarts and self.schedule in (None, "constant") and self.decay_share == 0:
             raise ValueError('restarts are of a rate that decays: give schedule = "cosine" too')
         return self
+
+    def read_every(self, device: str) -> int:
+        """Return after how many iterations on a type of device figures become numbers.
+
+        A CPU has computed what it returns. Others would have to be waited for.
+        """
+        return 1 if device == "cpu" else self.log_every
 
     @contextmanager
     def autocast(self, device: str = "cpu") -> Iterator[None]:
@@ -487,9 +488,6 @@ def run_loop(
             called when the run goes on.
     """
     pace = pace or Pace(settings)
-    if world().size > 1:
-        # All have to know of every iteration whether one of them is to stop.
-        read_every = 1
     unread = UnreadFigures()
     latest: dict[str, float] = {}
 
@@ -506,22 +504,19 @@ def run_loop(
         )
         clock.restart()
 
-    def is_read(num_done: int) -> bool:
+    def is_regular(num_done: int) -> bool:
         every = (read_every, settings.log_every, settings.checkpoint_every)
-        is_regular = any(num_done % each == 0 for each in every)
-        return is_regular or num_done >= pace.iterations or stop.is_due() or clock.is_due()
+        return num_done >= pace.iterations or any(num_done % each == 0 for each in every)
 
-    def read() -> tuple[int, bool]:
-        """Take in what is unread; return the exit code if any process is to stop, and whether it
-        is time for a checkpoint.
-        """
+    def read() -> None:
+        """Take in what is unread."""
         nonlocal latest
-        exit_code, saves = stop.exit_code, clock.is_due()
-        for iteration, figures in unread.taken():
-            exit_code, saves, latest = _agreed(stop, clock, figures)
+        taken = unread.taken()
+        means = averaged([figures for _, figures in taken])
+        for (iteration, _), figures in zip(taken, means, strict=True):
+            latest = figures
             check(iteration, latest)
             logged.add(latest)
-        return exit_code, saves
 
     clock = _Clock(settings.checkpoint_seconds)
     logged = Means()
@@ -548,11 +543,14 @@ def run_loop(
                 stop.took("iteration", time.monotonic() - begun_at)
                 num_done += 1
                 begun_at = time.monotonic()
-                exit_code, saves = read() if is_read(num_done) else (0, False)
+                exit_code, saves = _agreed(stop, clock)
+                if is_regular(num_done) or exit_code or saves:
+                    read()
                 stop.took("reading", time.monotonic() - begun_at)
                 on_iteration(num_done, latest)
                 if num_done % settings.log_every == 0:
-                    elapsed = time.monotonic() - started_at
+                    # Of the slowest, so that all have as many iterations left.
+                    (elapsed,) = largest([time.monotonic() - started_at])
                     pace.look(num_done, elapsed)
                     folder.log(
                         part=name,
@@ -567,8 +565,8 @@ def run_loop(
                 if exit_code:
                     # Whoever asked to stop may not wait for what `on_checkpoint` does.
                     save_checkpoint(num_done, examined=False)
-                is_regular = saves or num_done % settings.checkpoint_every == 0
-                if is_last or (is_regular and not exit_code):
+                saves = saves or num_done % settings.checkpoint_every == 0
+                if is_last or (saves and not exit_code):
                     on_checkpoint(num_done)
                     save_checkpoint(num_done)
                     stop.took("checkpoint", time.monotonic() - begun_at)
@@ -627,37 +625,17 @@ class Means:
         self._counts = Counter({key: int(count) for key, count in state_dict["counts"].items()})
 
 
-def _agreed(
-    stop: StopRequest, clock: _Clock, figures: dict[str, float]
-) -> tuple[int, bool, dict[str, float]]:
+def _agreed(stop: StopRequest, clock: _Clock) -> tuple[int, bool]:
     """Return what all processes agree on after an iteration.
 
-    These are the exit code if any of them is to stop, else 0; whether it is time for a checkpoint
-    by any clock; and the figures averaged over all.
+    These are the exit code if any of them is to stop, else 0, and whether it is time for a
+    checkpoint by any clock.
     """
     stop.is_due()
-    if world().size == 1:
-        return stop.exit_code, clock.is_due(), figures
-    own = {_EXIT_CODE: float(stop.exit_code), _SAVES: float(clock.is_due())}
-    means = averaged({**figures, **own})
-    if means.pop(_EXIT_CODE) > 0 and stop.exit_code == 0:
+    exit_code, saves = largest([float(stop.exit_code), float(clock.is_due())])
+    if exit_code and stop.exit_code == 0:
         stop.exit_code = OUT_OF_TIME
-    return stop.exit_code, means.pop(_SAVES) > 0, means
-
-
-def check_finite(loss: Tensor, name: str, iteration: int, settings: LoopSettings) -> Tensor:
-    """Return the loss; TrainingError if it is NaN or infinite in any of the processes.
-
-    Args:
-        loss: a scalar of this process.
-        name: of the loss, for the message.
-        iteration: for the message.
-        settings: for the message, which says what could be changed.
-    """
-    mean = loss.detach().clone()
-    average([mean])
-    check_number(mean.item(), name, iteration, settings)
-    return loss
+    return stop.exit_code, saves > 0
 
 
 def check_number(loss: float, name: str, iteration: int, settings: LoopSettings) -> None:

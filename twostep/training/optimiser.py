@@ -11,10 +11,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.training.loop import LoopSettings, training_attention
-from twostep.training.processes import average
 from twostep.training.recipe import WHILE_RUNNING, RecipeError
 
 OptimiserName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion"]
@@ -281,13 +281,11 @@ def optimiser_step(
 ) -> Tensor:
     """Go back from a loss and take one optimiser step; return the gradient norm before clipping.
 
-    Of several processes every one must call it: gradients are averaged over them before they are
-    clipped, so all take the same step.
-
     Args:
-        loss: a scalar of this process with its graph.
+        loss: a scalar with its graph, of several processes one that a `Replica` of the same
+            `trainable` computed.
         optimiser: made by `make_optimiser` of the same `trainable`.
-        trainable: whose gradients are averaged and clipped.
+        trainable: whose gradients are clipped.
         clip: largest norm of all gradients together; longer ones are scaled down to it.
         factor: of the peak learning rate, as of `learning_rate_factor`.
     """
@@ -304,12 +302,12 @@ def go_back(loss: Tensor) -> None:
 def step_down(stepping: OptimiserState, trainable: Trainable, clip: float, factor: float) -> Tensor:
     """Take one optimiser step down the gradients that are there, and clear them.
 
-    Of several processes every one must call it. Returns the gradient norm before clipping, a scalar
-    that is still on its device: reading it would wait for that.
+    Returns the gradient norm before clipping, a scalar that is still on its device: reading it
+    would wait for that.
 
     Args:
         stepping: an optimiser of the same `trainable`, made by `make_optimiser`.
-        trainable: whose gradients are averaged and clipped.
+        trainable: whose gradients are clipped.
         clip: largest norm of all gradients together; longer ones are scaled down to it.
         factor: of the peak learning rate, as of `learning_rate_factor`.
     """
@@ -319,8 +317,8 @@ def step_down(stepping: OptimiserState, trainable: Trainable, clip: float, facto
         peak = group.setdefault("peak", group["lr"])
         group["lr"] = peak * factor
     parameters = list(trainable.parameters())
-    average([parameter.grad for parameter in parameters if parameter.grad is not None])
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     stepping.step()
     optimiser.zero_grad(set_to_none=True)
-    return norm
+    # That of shards is put together on their devices.
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

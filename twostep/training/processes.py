@@ -6,13 +6,13 @@ only.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
+from torch import distributed
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def joined(device: torch.device) -> Iterator[World]:
         PartialState(cpu=device.type not in ("cuda", "xpu"))
     yield world()
     if world().size > 1:
+        _group_of_hosts.cache_clear()
         distributed.destroy_process_group()
 
 
@@ -71,26 +72,33 @@ def wait() -> None:
         distributed.barrier()
 
 
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their means over all processes, in place and in one message.
+def averaged(figures: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return the means of figures over all processes, of several iterations in one message.
 
-    Shards are left as they are: FSDP has averaged them already.
+    All processes must give as many, with the same names. No accelerator is waited for.
     """
-    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    if world().size == 1 or not whole:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in whole])
-    distributed.all_reduce(flat)
-    flat /= world().size
-    means = flat.split([tensor.numel() for tensor in whole])
-    for tensor, mean in zip(whole, means, strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    if world().size == 1 or not any(figures):
+        return [dict(each) for each in figures]
+    own = torch.tensor([value for each in figures for value in each.values()], dtype=torch.float64)
+    distributed.all_reduce(own, group=_group_of_hosts())
+    means = iter((own / world().size).tolist())
+    return [{name: next(means) for name in each} for each in figures]
 
 
-def averaged(figures: dict[str, float]) -> dict[str, float]:
-    """Return the means of figures over all processes, which must all have the same names."""
+def largest(numbers: Sequence[float]) -> list[float]:
+    """Return the largest of each number that any process has. No accelerator is waited for."""
     if world().size == 1:
-        return figures
-    means = torch.tensor(list(figures.values()), dtype=torch.float64, device=device_type())
-    average([means])
-    return dict(zip(figures, means.tolist(), strict=True))
+        return list(numbers)
+    own = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(own, distributed.ReduceOp.MAX, group=_group_of_hosts())
+    found: list[float] = own.tolist()
+    return found
+
+
+@cache
+def _group_of_hosts() -> distributed.ProcessGroup | None:
+    """Return the group in which processes tell each other what they have in main memory.
+
+    The first call founds it, which all processes must do together. None is that of all tensors.
+    """
+    return None if device_type() == "cpu" else distributed.new_group(backend="gloo")

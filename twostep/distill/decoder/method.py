@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from twostep.diffusion.shapes import Batch
+from twostep.diffusion.shapes import Batch, sent
 from twostep.distill.decoder.discriminator import PatchDiscriminator
 from twostep.distill.method import Cost, Models, Procedure
 from twostep.distill.pairs import Batches
@@ -119,7 +119,7 @@ class DecoderDistillation(Procedure[DecodedPair]):
             whole = random_crop(whole, side, random.tensors)
         if self.stage.jitter > 0:
             whole = whole + self.stage.jitter * torch.randn(whole.shape, generator=random.tensors)
-        return batches.share(whole).to(batches.device)
+        return sent(batches.share(whole), batches.device)
 
 
 def psnr(pictures: Tensor, others: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from twostep.diffusion import step, trained_times
-from twostep.diffusion.shapes import Batch, Times
+from twostep.diffusion.shapes import Batch, Times, sent
 from twostep.distill.landings import Landings, LandingSettings, check_weights
 from twostep.distill.method import (
     ContractChanges,
@@ -564,4 +564,4 @@ def _features(
 def _rolled(conditioning: Conditioning) -> Conditioning:
     """Return a copy in which every item has the prompt of the one before it."""
     order = torch.arange(len(conditioning)).roll(1)
-    return conditioning[order.to(conditioning.text.device)]
+    return conditioning[sent(order, conditioning.text.device)]

@@ -27,7 +27,7 @@ from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import TrainingError
 
-Features = Sequence[Float[Tensor, "batch _ _ _"]]
+Features = Sequence[Float[Tensor, "batch _ ..."]]
 """What the encoder makes of latents, at every level that has a head."""
 
 Logits = Float[Tensor, " batch"]
@@ -67,9 +67,10 @@ class Judge(Weights, Protocol):
 class Heads(nn.ModuleList):
     """A small head for every level; their logits are added up.
 
-    A head is one block that halves the side, and a logit at every place, of which the mean is
-    taken. The paper does not say how often its head halves; on nano's mid-block of 4x4, once learns
-    faster than twice (docs/log.md).
+    A head is one block that halves every side, of pictures height and width, and a logit at every
+    place, of which the mean is taken. Its convolutions run along all sides that features have.
+    The paper does not say how often its head halves; on nano's mid-block of 4x4, once learns faster
+    than twice (docs/log.md).
     """
 
     def __init__(self, teacher: Denoiser, levels: Levels, *, conditional: bool) -> None:
@@ -80,9 +81,11 @@ class Heads(nn.ModuleList):
             levels: where they stand.
             conditional: whether they get the features of x_t too.
         """
-        all_widths = teacher.backbone.spec.feature_widths
-        widths = all_widths[-1:] if levels == "mid" else all_widths
-        super().__init__(_make_head(width, conditional, teacher.device) for width in widths)
+        spec = teacher.backbone.spec
+        widths = spec.feature_widths[-1:] if levels == "mid" else spec.feature_widths
+        super().__init__(
+            _make_head(width, conditional, teacher.device, spec.feature_sides) for width in widths
+        )
 
     def select(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return those of an encoder's features on which heads stand."""
@@ -95,7 +98,7 @@ class Heads(nn.ModuleList):
             features = after[position]
             if before is not None:
                 features = torch.cat([before[position], features], dim=1)
-            logits = head(features.float()).float().mean(dim=(1, 2, 3))
+            logits = head(features.float()).float().flatten(1).mean(dim=1)
             total = logits if total is None else total + logits
         assert total is not None
         return total
@@ -257,13 +260,31 @@ def check_layout(own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
             raise TrainingError(_OTHER_LAYOUT.format(reason=f"{name} is {shapes}"))
 
 
-def _make_head(width: int, conditional: bool, device: torch.device) -> nn.Sequential:
-    """Return a head on features of `width` channels: one block that halves the side, and logits."""
+_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+"""By the number of sides that features have."""
+
+
+def _make_head(
+    width: int, conditional: bool, device: torch.device, num_sides: int
+) -> nn.Sequential:
+    """Return a head on features of `width` channels: one block that halves the sides, and logits.
+
+    Args:
+        width: channels of the features.
+        conditional: whether it gets the features of x_t too.
+        device: where it goes.
+        num_sides: of the features beside channels: 2 for pictures.
+    """
+    convolution = _CONVOLUTIONS[num_sides]
     in_channels = 2 * width if conditional else width
-    halving = nn.Conv2d(in_channels, width, 4, stride=2, padding=1)
+    halving = convolution(in_channels, width, 4, stride=2, padding=1)
     num_groups = 32 if width % 32 == 0 else 16
     block = nn.Sequential(halving, nn.GroupNorm(num_groups, width), nn.SiLU())
-    head = nn.Sequential(block, nn.Conv2d(width, 1, 1))
+    head = nn.Sequential(block, convolution(width, 1, 1))
     # Made on the CPU and moved, so that it starts the same on every device.
     return head if device.type == "cpu" else head.to(device)
 

@@ -41,7 +41,7 @@ from twostep.diffusion import Prediction, Schedule, sample, trailing_times
 from twostep.diffusion.samplers import renoised_input
 from twostep.diffusion.shapes import Batch, Time, Times
 from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings, Models
-from twostep.distill.methods.heads import Head
+from twostep.distill.methods.heads import Head, picture_widths
 from twostep.distill.methods.matching import (
     distribution_matching_loss,
     draw_matching_times,
@@ -204,7 +204,7 @@ def _make_head(teacher: Denoiser, hidden: int | None) -> nn.Module:
     """Return a head on the teacher's mid-block, made on the CPU so that it starts the same."""
     if hidden is None:
         return nn.Sequential()
-    width = teacher.backbone.spec.feature_widths[-1]
+    width = picture_widths(teacher)[-1]
     return Head(width, hidden=hidden).to(teacher.device)
 
 

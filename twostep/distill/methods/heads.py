@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from twostep.diffusion.shapes import Time, Times
+from twostep.diffusion.shapes import Time, Times, sent
 from twostep.distill.method import MethodSettings
 from twostep.distill.roles import OptimiserSettings, Role
 from twostep.evaluate.judge import Judge
 from twostep.media.codec import Codec, DecodesWithGradient
+from twostep.networks.backbone import BackboneError
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.recipe import WHILE_RUNNING
@@ -40,6 +41,7 @@ Logits = list[Tensor]
 NUM_TIME_FEATURES = 16
 """Numbers in which a head is told the time."""
 
+_PICTURE_SIDES = 2
 _NUM_GROUPS = 8
 _SLOPE = 0.2
 """Of the leaky ReLUs."""
@@ -153,6 +155,22 @@ def heads_role(
     )
 
 
+def picture_widths(teacher: Denoiser) -> tuple[int, ...]:
+    """Return the channels of every level of a teacher's features, on which heads here can stand.
+
+    Raises:
+        BackboneError: the features have other sides than height and width.
+    """
+    spec = teacher.backbone.spec
+    if spec.feature_sides != _PICTURE_SIDES:
+        raise BackboneError(
+            f"the heads of this method stand on features with height and width, and those of the "
+            f'family {spec.family} have {spec.feature_sides} sides. Take the method "adversarial" '
+            'or "lightning".'
+        )
+    return spec.feature_widths
+
+
 class TeacherFeatures:
     """The levels of a frozen teacher's encoder, and its mid-block's, on noisy latents."""
 
@@ -162,7 +180,7 @@ class TeacherFeatures:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of every level."""
-        return self.teacher.backbone.spec.feature_widths
+        return picture_widths(self.teacher)
 
     def __call__(self, x_t: Tensor, t: Times, conditioning: Conditioning) -> list[Tensor]:
         """Return the features, with a gradient for the latents."""
@@ -211,7 +229,7 @@ def told_time(t: Times, top: Time, device: torch.device) -> Float[Tensor, "batch
     shares = t.to(torch.float32) / top
     octaves = 2.0 ** torch.arange(NUM_TIME_FEATURES // 2)
     phases = torch.pi * shares[:, None] * octaves
-    return torch.cat([phases.sin(), phases.cos()], dim=1).to(device)
+    return sent(torch.cat([phases.sin(), phases.cos()], dim=1), device)
 
 
 def hinge_of_heads(real: Logits, fake: Logits) -> Tensor:

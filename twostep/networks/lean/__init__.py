@@ -10,6 +10,14 @@ from twostep.networks.lean.autoencoders import KlAutoencoder, TinyAutoencoder
 from twostep.networks.lean.building import lean_network
 from twostep.networks.lean.clip import LeanClip
 from twostep.networks.lean.config import Config
-from twostep.networks.lean.unet import LeanUnet
+from twostep.networks.lean.unet import Inserted, LeanUnet
 
-__all__ = ["Config", "KlAutoencoder", "LeanClip", "LeanUnet", "TinyAutoencoder", "lean_network"]
+__all__ = [
+    "Config",
+    "Inserted",
+    "KlAutoencoder",
+    "LeanClip",
+    "LeanUnet",
+    "TinyAutoencoder",
+    "lean_network",
+]

@@ -22,7 +22,7 @@ _ACTIVATIONS = ("quick_gelu", "gelu")
 class ClipOutput(NamedTuple):
     """What an encoder makes of prompts, in the order in which transformers has it.
 
-    Args:
+    Attributes:
         pooled: One vector per prompt [batch, width], projected where the encoder has a projection.
         hidden_states: The vectors of tokens [batch, tokens, width] before and after every layer.
     """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from twostep.networks.lean.blocks import Downsample, Resnet, SpatialTransformer, Upsample
 from twostep.networks.lean.config import LeanNetwork, has_entries, per_level
@@ -19,7 +21,7 @@ _CROSS_UP = "CrossAttnUpBlock2D"
 
 _EXPECTED: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": "text_time",
+    "addition_embed_type": ("text_time", None),
     "attention_type": (None, "default"),
     "center_input_sample": (None, False),
     "class_embed_type": None,
@@ -51,8 +53,62 @@ _EXPECTED: dict[str, Any] = {
 """Entries that must have these values, of those that a config may leave out among them."""
 
 
+Layer = Callable[[Tensor], Tensor]
+"""What maps features [batch, width, h, w] to others of the same shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inserted:
+    """What a UNet computes after its own layers, for every block one function a layer.
+
+    A layer is a block of convolutions with the transformer that follows it, if there is one; in the
+    middle it is the transformer. Empty where nothing is inserted.
+
+    Args:
+        down: For every level on the way down.
+        middle: For the mid-block, one.
+        up: For every level on the way up, the smallest first.
+    """
+
+    down: Sequence[Sequence[Layer]] = ()
+    middle: Sequence[Layer] = ()
+    up: Sequence[Sequence[Layer]] = ()
+
+    def on_way_down(self, level: int) -> Sequence[Layer]:
+        """Return what is inserted into a level, the largest being 0."""
+        return self.down[level] if self.down else ()
+
+    def on_way_up(self, position: int) -> Sequence[Layer]:
+        """Return what is inserted into a level, the smallest being 0."""
+        return self.up[position] if self.up else ()
+
+
+NOTHING = Inserted()
+"""A UNet as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What the way down and the middle make of noisy latents.
+
+    Args:
+        x: The mid-block's output.
+        skips: What is passed on to the way up, in order.
+        levels: The output of every level before it is halved.
+        time: The embedding of times, and of sizes and pooled text.
+    """
+
+    x: Tensor
+    skips: list[Tensor]
+    levels: list[Tensor]
+    time: Tensor
+
+
 class LeanUnet(LeanNetwork):
     """A UNet that computes what diffusers' computes for the calls that drawing makes.
+
+    Without `addition_embed_type` it is one of Stable Diffusion 1 and 2, which know neither pooled
+    text nor sizes.
 
     Args:
         config: As diffusers writes it; `fits` must say yes to it.
@@ -66,7 +122,10 @@ class LeanUnet(LeanNetwork):
         plan = _Plan(entries)
         self.conv_in = nn.Conv2d(entries.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], time_width)
-        self.add_embedding = Embedding(entries.projection_class_embeddings_input_dim, time_width)
+        self.add_embedding = None
+        if entries.get("addition_embed_type") is not None:
+            width_beside = entries.projection_class_embeddings_input_dim
+            self.add_embedding = Embedding(width_beside, time_width)
         self.down_blocks = nn.ModuleList(DownBlock(plan, level) for level in range(len(widths)))
         self.mid_block = MidBlock(plan)
         self.up_blocks = nn.ModuleList(
@@ -99,6 +158,8 @@ class LeanUnet(LeanNetwork):
         added_cond_kwargs: Mapping[str, Tensor],
         down_block_additional_residuals: Sequence[Tensor] = (),
         mid_block_additional_residual: Tensor | None = None,
+        inserted: Inserted = NOTHING,
+        recompute: bool = False,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Return the raw output [batch, out_channels, h, w], alone in a tuple.
@@ -110,38 +171,84 @@ class LeanUnet(LeanNetwork):
             added_cond_kwargs: "text_embeds" [batch, pooled] and "time_ids" [batch, 6].
             down_block_additional_residuals: What ControlNets add to each skip, in order.
             mid_block_additional_residual: What they add in the middle.
+            inserted: What is computed after the layers.
+            recompute: Whether blocks are computed again in the backward pass.
             return_dict: False, as diffusers' callers say it: nothing else is there.
         """
-        time = self._time(sample, timestep, added_cond_kwargs)
         text = encoder_hidden_states
-        x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            x, passed = block(x, time, text)
-            skips += passed
+        encoded = self.encode(
+            sample, timestep, text, added_cond_kwargs, inserted=inserted, recompute=recompute
+        )
+        x = encoded.x
+        skips = encoded.skips
         if down_block_additional_residuals:
             pairs = zip(skips, down_block_additional_residuals, strict=True)
             skips = [skip + added for skip, added in pairs]
-        x = self.mid_block(x, time, text)
         if mid_block_additional_residual is not None:
             x = x + mid_block_additional_residual
         upper: Any
-        for upper in self.up_blocks:
+        for position, upper in enumerate(self.up_blocks):
             taken, skips = skips[-upper.count :], skips[: -upper.count]
             size = skips[-1].shape[-2:] if skips else None
-            x = upper(x, time, text, taken, size)
+            after = inserted.on_way_up(position)
+            x = _computed(upper, recompute, x, encoded.time, text, taken, size, after)
         return (self.conv_out(silu(self.conv_norm_out(x))),)
+
+    def encode(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor],
+        *,
+        inserted: Inserted = NOTHING,
+        recompute: bool = False,
+        beside_time: Tensor | None = None,
+    ) -> Encoded:
+        """Return what the way down and the middle compute, for which nothing of the way up is used.
+
+        Args:
+            sample: As in `forward`, and so are all but the last.
+            timestep: Times as the network reads them.
+            text: The text [batch, tokens, width].
+            added: "text_embeds" and "time_ids".
+            inserted: What is computed after the layers.
+            recompute: Whether blocks are computed again in the backward pass.
+            beside_time: What is added to the embedding of times [batch, time width].
+        """
+        time = self._time(sample, timestep, added)
+        if beside_time is not None:
+            time = time + beside_time
+        x = self.conv_in(sample)
+        skips = [x]
+        levels = []
+        for level, block in enumerate(self.down_blocks):
+            x, passed = _computed(block, recompute, x, time, text, inserted.on_way_down(level))
+            skips += passed
+            is_halved = level + 1 < len(self.down_blocks)
+            levels.append(passed[-2] if is_halved else passed[-1])
+        x = _computed(self.mid_block, recompute, x, time, text, inserted.middle)
+        return Encoded(x, skips, levels, time)
 
     def _time(self, sample: Tensor, timestep: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         """Return the embedding of times, sizes and pooled text [batch, time width]."""
         width = self.config.block_out_channels[0]
         waves = sinusoids(timestep.expand(len(sample)), width).to(sample.dtype)
-        time = self.time_embedding(waves)
+        time: Tensor = self.time_embedding(waves)
+        if self.add_embedding is None:
+            return time
         pooled = added["text_embeds"]
         sizes = sinusoids(added["time_ids"].flatten(), self.config.addition_time_embed_dim)
         beside = torch.cat([pooled, sizes.reshape(len(pooled), -1)], dim=-1).to(time.dtype)
         embedded: Tensor = time + self.add_embedding(beside)
         return embedded
+
+
+def _computed(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
+    """Return what a block makes of inputs, which it may compute again in the backward pass."""
+    if recompute:
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class _Plan:
@@ -195,13 +302,17 @@ class DownBlock(nn.Module):
         if level + 1 < len(plan.widths):
             self.downsamplers = nn.ModuleList([Downsample(width, padding=1)])
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, time: Tensor, text: Tensor, after: Sequence[Layer] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return features, and what is passed on to the way up."""
         passed = []
         for number, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions is not None:
                 x = self.attentions[number](x, text)
+            if after:
+                x = after[number](x)
             passed.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
@@ -218,10 +329,12 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(plan.resnet(width, width) for _ in range(2))
         self.attentions = plan.transformers(len(plan.widths) - 1, 1)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, after: Sequence[Layer] = ()) -> Tensor:
         """Return features of the same shape."""
         first, second = self.resnets
         x = self.attentions[0](first(x, time), text)
+        for layer in after:
+            x = layer(x)
         out: Tensor = second(x, time)
         return out
 
@@ -246,13 +359,21 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(width)]) if level > 0 else None
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Tensor, skips: Sequence[Tensor], size: Any
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        skips: Sequence[Tensor],
+        size: Any,
+        after: Sequence[Layer] = (),
     ) -> Tensor:
         """Return features, at the size (h, w) of the next level's skips."""
         for number, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), time)
             if self.attentions is not None:
                 x = self.attentions[number](x, text)
+            if after:
+                x = after[number](x)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, size)
         return x

@@ -1,0 +1,252 @@
+"""SDXL's size on a CPU: engines and decoders beside vanilla diffusers, with peak memory.
+
+    python benchmarks/full_size_compare.py --out runs/full-size        # 512 px, 2 steps
+    python benchmarks/full_size_compare.py --out runs/nano --model nano --pixels 64
+    python benchmarks/full_size_compare.py --out runs/curves --pixels 256 512 1024 2048 \\
+        --rounds 1 --variants diffusers eager eager:tiny        # and again with --steps, --batch
+
+The weights are random, for the real ones are not needed to know time and memory. Every drawing runs
+in a process of its own, one at a time, so its peak of resident memory is its own. A process draws
+once unmeasured, which compiles, and once measured. In every round each variant takes a turn; ratios
+are of the same rounds. What is done is in `runs.jsonl`, one line each, and the same command goes on
+where it was stopped. Before the first round every engine runs once uncounted, so that what it keeps
+on the disk is there. Several `--pixels`, `--steps` or `--batch` make `curves.svg`: seconds and
+memory along each, and what the arithmetic alone would take (of `eager`).
+
+By their parameters, in float32: UNet 9.6 GiB, text encoders 3.0, autoencoder 0.3, so 13 GiB for
+`diffusers` and `eager`, and what they compute with. OpenVINO holds the UNet once more: 9.6 GiB, so
+23 in all, or 2.4 in 8 bits, so 16, and as much again while it compiles. What does not fit ends as
+failed in the table, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from full_size_distill import GIB, filled
+from full_size_generate import random_bundle
+from torch.utils.flop_counter import FlopCounterMode
+
+from twostep.engines import find_engine
+from twostep.export.verification import vanilla_pipeline
+from twostep.formats.tiny_decoder import TinyLayout
+from twostep.media.codec import TINY, TinyDecoder
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.tiny_decoder import build_decoder
+from twostep.pipeline.generation import generate
+from twostep.pipeline.request import Request
+from twostep.reports.curves import plot_curves
+from twostep.reports.speed import ROOF, Case, Row, Timing, machine, rate
+from twostep.reports.starts import Start
+
+PROMPT = "a 3d red apple on a blue background"
+TAESD = TinyLayout(latent_channels=4, width=64, blocks=(3, 3, 3, 1))
+VANILLA = "diffusers"
+VARIANTS = (VANILLA, "eager", "eager:tiny", "openvino-int8", "openvino-int8:tiny", "openvino")
+"""An engine, and `:tiny` after it where the tiny decoder draws. The largest comes last."""
+
+FILE = "runs.jsonl"
+
+Draw = Callable[[], dict[str, float]]
+"""Draws, and returns the seconds of the stages, if it knows them."""
+
+Key = tuple[int, str, int, int, int]
+"""Round, variant, pixels, steps and batch of a process."""
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--model", default="", help="load this instead of random SDXL weights")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[512])
+    parser.add_argument("--steps", type=int, nargs="+", default=[2])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measured(options.only, options)))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = read(options.out)
+    cases = list(product(options.pixels, options.steps, options.batch))
+    for number, case, variant in product(range(-1, options.rounds), cases, options.variants):
+        is_needed = number >= 0 or variant.startswith("openvino")
+        if is_needed and (number, variant, *case) not in done:
+            run((number, variant, *case), options)
+    done = read(options.out)
+    for case in dict.fromkeys(key[2:] for key in done):
+        print_table(case, {key[:2]: line for key, line in done.items() if key[2:] == case})
+    if curves := plotted(done):
+        (options.out / "curves.svg").write_text(curves)
+
+
+def run(key: Key, options: argparse.Namespace) -> None:
+    """Measure a variant in a process of its own, and note what came of it."""
+    number, variant, pixels, steps, batch = key
+    shape = {"pixels": pixels, "steps": steps, "batch": batch}
+    command = [sys.executable, __file__, "--only", variant, "--out", str(options.out)]
+    command += ["--model", options.model]
+    command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    print(f"round {number}, {variant}, {shape}", file=sys.stderr, flush=True)
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    found: dict[str, Any] = {"failed": ended.returncode}
+    if ended.returncode == 0:
+        found = json.loads(ended.stdout.splitlines()[-1])
+    line = {"round": number, "variant": variant, **shape, "model": options.model or "sdxl", **found}
+    with (options.out / FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Draw with a variant in this process; return seconds, the peak, and the machine."""
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    draw = prepared(variant, options)
+    ready = time.perf_counter()
+    # Counted in the drawing that is not timed, and only where PyTorch computes.
+    with FlopCounterMode(display=False) if variant == "eager" else nullcontext() as counter:
+        draw()
+    warm = time.perf_counter()
+    gc.collect()
+    start = time.perf_counter()
+    stages = draw()
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "stages": stages,
+        "making": ready - began,
+        "first": warm - ready,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "least": counter.get_total_flops() / rate() if counter else None,
+        "machine": machine(),
+    }
+
+
+def prepared(variant: str, options: argparse.Namespace) -> Draw:
+    """Return what draws a picture as a variant does it."""
+    engine, _, decoder = variant.partition(":")
+    (pixels,), (steps,), (batch,) = options.pixels, options.steps, options.batch
+    bundle = load_bundle(options.model, steps=steps) if options.model else random_bundle(steps)
+    size = (pixels, pixels)
+    bundle = replace(bundle, contract=replace(bundle.contract, sizes=(size,)))
+    if engine == VANILLA:
+        return vanilla(bundle, pixels, steps, batch)
+    if decoder == TINY:
+        bundle = with_tiny_decoder(bundle)
+    bundle = find_engine(engine).prepare(bundle.remembering(), [size])
+    return lambda: generate(bundle, Request(PROMPT, seed=7, num_images=batch)).seconds
+
+
+def vanilla(bundle: Bundle, pixels: int, steps: int, batch: int) -> Draw:
+    """Return the drawing by diffusers' own pipeline."""
+    pipeline = vanilla_pipeline(bundle)
+
+    def draw() -> dict[str, float]:
+        pipeline(
+            PROMPT,
+            num_inference_steps=steps,
+            num_images_per_prompt=batch,
+            guidance_scale=0,
+            generator=torch.Generator().manual_seed(7),
+            width=pixels,
+            height=pixels,
+        )
+        return {}
+
+    return draw
+
+
+def with_tiny_decoder(bundle: Bundle) -> Bundle:
+    """Return the bundle as its tiny decoder draws; a random one of TAESD's size if it has none."""
+    codec: Any = bundle.codec
+    tiny = codec.tiny
+    if tiny is None:
+        network = filled(build_decoder(TAESD).to("meta")).eval().requires_grad_(False)
+        tiny = TinyDecoder(network)
+    return replace(bundle, codec=replace(codec, tiny=tiny, decoder=TINY))
+
+
+def read(folder: Path) -> dict[Key, dict[str, Any]]:
+    """Return what is noted of every process."""
+    path = folder / FILE
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    names = ("round", "variant", "pixels", "steps", "batch")
+    return {tuple(line[name] for name in names): line for line in lines}  # type: ignore[misc]
+
+
+def print_table(case: tuple[int, ...], done: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Print medians with quartiles, ratios to diffusers of the same rounds, and peaks."""
+    pixels, steps, batch = case
+    print(f"\n{pixels} px, {steps} steps, {batch} at once\n")
+    print("| | seconds (quartiles) | decode | times as fast as diffusers | peak, GiB |")
+    print("|---|---:|---:|---:|---:|")
+    for variant in dict.fromkeys(name for _, name in done):
+        runs = {number: line for (number, name), line in done.items() if name == variant}
+        whole = {n: line for n, line in runs.items() if n >= 0 and "seconds" in line}
+        if not whole:
+            codes = {line.get("failed") for line in runs.values()}
+            print(f"| {variant} | did not end: {sorted(map(str, codes))} | | | |")
+            continue
+        seconds = [line["seconds"] for line in whole.values()]
+        ratios = [
+            done[number, VANILLA]["seconds"] / line["seconds"]
+            for number, line in whole.items()
+            if "seconds" in done.get((number, VANILLA), {})
+        ]
+        decodes = [line["stages"]["decode"] for line in whole.values() if line["stages"]]
+        peak = max(line["peak_gib"] for line in whole.values())
+        print(
+            f"| {variant} | {spread(seconds)} | {spread(decodes)} | {spread(ratios)} | {peak:.1f} |"
+        )
+
+
+def plotted(done: dict[Key, dict[str, Any]]) -> str | None:
+    """Return curves of seconds and memory, with what the arithmetic alone takes; None of none."""
+    groups: dict[tuple[str, Case], list[dict[str, Any]]] = {}
+    for (number, variant, pixels, steps, batch), line in done.items():
+        if number >= 0 and "seconds" in line:
+            case = Case(steps, (pixels, pixels), batch)
+            groups.setdefault((variant, case), []).append(line)
+    rows, starts = [], []
+    for (variant, case), lines in groups.items():
+        seconds = Timing(tuple(line["seconds"] for line in lines))
+        rows.append(Row(variant, case, {"total": seconds}))
+        peak = max(line["peak_gib"] for line in lines)
+        starts.append(Start(variant, case, seconds, int(peak * GIB)))
+        if least := tuple(line["least"] for line in lines if line["least"]):
+            rows.append(Row(ROOF, case, {"total": Timing(least)}))
+    return plot_curves(rows, starts)
+
+
+def spread(values: list[float]) -> str:
+    """Return a median with its quartiles; nothing of no values."""
+    if not values:
+        return ""
+    low = high = values[0]
+    if len(values) > 1:
+        low, _, high = quantiles(values, n=4, method="inclusive")
+    return f"{median(values):.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    main()

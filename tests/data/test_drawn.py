@@ -1,0 +1,70 @@
+"""Latents that the teacher draws itself."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from twostep.data.drawn import DrawnItem, drawn_by_teacher, planned_items, read_prompts
+from twostep.data.sources import DataError
+from twostep.models.sampling import encode_prompts, sample_prompts
+from twostep.pretrain.model import random_bundle
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    bundle = random_bundle()
+    return replace(bundle, contract=replace(bundle.contract, guidance=2.0))
+
+
+def test_what_is_drawn_is_what_the_teacher_draws(teacher, tmp_path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n\n a bird \n")
+    told = []
+    options = {"prompts": str(prompts), "count": 3, "steps": 1}
+    source = drawn_by_teacher(teacher, tmp_path, lambda *each: told.append(each), **options)
+    assert [item.prompt for item in source.items] == ["a fox", "a bird", "a fox"]
+    assert told[-1] == (3, 3, "drawn by the teacher")
+    item = source.items[2]
+    guided = encode_prompts(teacher, [item.prompt], (64, 64))
+    expected = sample_prompts(teacher, guided, [item.seed], (64, 64), steps=1)
+    assert torch.equal(source.latents[2], expected[0].half())
+    latents, conditioning = source.draw(4, torch.Generator().manual_seed(0), random.Random(0))
+    assert latents.shape == (4, 4, 16, 16) and conditioning.variants == ()
+    again = source.draw_latents(4, torch.Generator().manual_seed(0))
+    assert torch.equal(latents, again)
+    # Nothing is drawn a second time, and what was drawn from other prompts is refused.
+    path = tmp_path / "drawn" / "000001.safetensors"
+    before = path.stat().st_mtime_ns
+    drawn_by_teacher(teacher, tmp_path, lambda *each: None, **options)
+    assert path.stat().st_mtime_ns == before
+    prompts.write_text("a fox\na cat\n")
+    with pytest.raises(DataError, match=r"000001.* was drawn from .*a bird"):
+        drawn_by_teacher(teacher, tmp_path, lambda *each: None, **options)
+    path.write_bytes(b"x")
+    with pytest.raises(DataError, match="is damaged"):
+        drawn_by_teacher(teacher, tmp_path, lambda *each: None, **options)
+
+
+def test_every_network_draws_every_prompt_in_turn() -> None:
+    items = planned_items(["a", "b", "c"], 12, 2)
+    assert items[:4] == (
+        DrawnItem("a", 900_000, 0),
+        DrawnItem("b", 900_001, 1),
+        DrawnItem("c", 900_002, 0),
+        DrawnItem("a", 900_003, 1),
+    )
+    drawn = {(item.prompt, item.variant) for item in items}
+    assert drawn == {(prompt, variant) for prompt in "abc" for variant in (0, 1)}
+    assert len({item.seed for item in items}) == 12
+
+
+def test_prompts_that_are_not_there_are_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"missing\.txt"):
+        read_prompts(tmp_path / "missing.txt")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="has no prompts"):
+        read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="count is 0"):
+        planned_items(["a"], 0, 1)

@@ -1,0 +1,192 @@
+"""Models of clips: drawn, saved, loaded, and refused where they do not fit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors import safe_open
+
+from twostep import Request, Studio, generate
+from twostep.cli import app
+from twostep.contract import Contract, student_name
+from twostep.formats.locate import ModelError
+from twostep.formats.motion_files import MotionConfig, MotionError
+from twostep.media.clip import Clip, read_clip, read_texts
+from twostep.media.codec import CodecError
+from twostep.models.loading import load_bundle
+from twostep.models.motion import load_pictures, motion_contract, with_motion
+from twostep.models.sampling import draw_noise
+from twostep.models.saving import save_bundle, save_student
+from twostep.networks.motion import MotionModule
+from twostep.pipeline.png import save_images
+from twostep.pipeline.request import RequestError
+
+PROMPT = "a 3d fox on a blue background"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return load_pictures(["nano"])
+
+
+def clips_of(pictures, network=None, frames=3):
+    shape = MotionConfig.on(pictures[0].denoiser.network.config, max_frames=8)
+    contract = motion_contract(pictures[0].contract, "clips", recipe="none", version="0")
+    return with_motion(
+        pictures, network or MotionModule(shape), contract, frames=frames, frames_per_second=5.0
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(pictures, tmp_path_factory):
+    """Return a saved model of clips with a student of two steps."""
+    torch.manual_seed(0)
+    bundle = clips_of(pictures)
+    for name, parameter in bundle.denoiser.network.named_parameters():
+        if "proj_out" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    path = tmp_path_factory.mktemp("clips") / "model"
+    save_bundle(bundle, path)
+    contract = replace(
+        bundle.contract,
+        name=student_name("clips", 2),
+        role="student",
+        steps=2,
+        trained_times=(500, 1000),
+        guidance=1.0,
+    )
+    weights = {key: 2 * value for key, value in bundle.denoiser.network.state_dict().items()}
+    save_student(weights, contract, path)
+    return path
+
+
+def test_fresh_module_draws_what_the_picture_model_draws(pictures) -> None:
+    """Frame k of a clip is the picture that comes of the noise of frame k."""
+    bundle = clips_of(pictures)
+    request = Request(PROMPT, steps=2, guidance=1.0, seed=7)
+    (clip,) = generate(bundle, request).images
+    assert isinstance(clip, Clip) and len(clip) == 3 and clip.frames_per_second == 5
+    noise = draw_noise([7], bundle.latent_shape(64, 64))
+    from twostep.models.sampling import encode_prompts, sample_latents
+
+    with torch.no_grad():
+        latents = sample_latents(
+            pictures[0].denoiser,
+            encode_prompts(pictures[0], [PROMPT], (64, 64), scale=1.0),
+            noise[:, :, 2],
+            times=2,
+            seeds=[7],
+        )
+        (expected,) = pictures[0].codec.items(pictures[0].codec.decode(latents))
+    difference = ImageChops.difference(clip.frames[2], expected)
+    assert max(high for _, high in difference.getextrema()) <= 1
+
+
+def test_saved_model_draws_the_same_and_says_how(folder, tmp_path, pictures) -> None:
+    teacher = load_bundle(folder)
+    assert teacher.contract.media == "video" and teacher.students == (2,)
+    assert teacher.latent_shape(64, 64) == (4, 3, 16, 16)
+    config = json.loads((folder / "motion_adapter" / "config.json").read_text())
+    assert config["block_out_channels"] == [48, 96, 160]
+    result = Studio(device="cpu").draw(Request(PROMPT, model=str(folder), frames=4))
+    assert result.contract.steps == 2 and result.request.frames == 4
+    (path,) = save_images(result, tmp_path)
+    assert path.suffix == ".webp"
+    clip = read_clip(path)
+    assert len(clip) == 4
+    shown = zip(clip.frames, result.images[0].frames, strict=True)
+    assert all(ImageChops.difference(a, b).getbbox() is None for a, b in shown)
+    described = json.loads(read_texts(path)["twostep"])
+    assert Contract.from_json(json.dumps(described["contract"])) == result.contract
+    again = Request.from_json(json.dumps(described["request"]))
+    (redrawn,) = Studio(device="cpu").draw(again).images
+    assert redrawn.strip().tobytes() == result.images[0].strip().tobytes()
+
+
+def test_student_is_another_module_on_the_same_pictures(folder) -> None:
+    student = load_bundle(folder, steps=2)
+    path = folder / "students" / "clips_2step_unet.safetensors"
+    alone = load_bundle(path)
+    assert alone.contract == student.contract
+    with safe_open(path, "pt") as file:
+        name = "down_blocks.0.motion_modules.0.proj_out.weight"
+        doubled = file.get_tensor(name).float()
+        positions = file.get_tensor(
+            "down_blocks.0.motion_modules.0.transformer_blocks.0.pos_embed.pe"
+        )
+    assert positions.shape == (1, 8, 48)
+    teacher = load_bundle(folder).denoiser.network.state_dict()[name]
+    assert torch.allclose(doubled, 2 * teacher, rtol=2e-3, atol=1e-6)
+    assert torch.equal(student.denoiser.network.state_dict()[name], doubled)
+
+
+def test_command_line_draws_clips_and_refuses_what_cannot_be(folder, tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["generate", PROMPT, "-o", str(tmp_path), *arguments])
+
+    drawn = run("--model", str(folder), "--frames", "2")
+    assert drawn.exit_code == 0, drawn.output
+    (path,) = tmp_path.glob("*.webp")
+    assert len(read_clip(path)) == 2
+    again = CliRunner().invoke(app, ["replay", str(path), "-o", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    assert "is the same" in again.output
+    refusals = {
+        "0": "frames is 0; expected a whole number from 1 up",
+        "1000": "clips of 1 to 8 frames, not 1000",
+    }
+    for frames, words in refusals.items():
+        refused = run("--model", str(folder), "--frames", frames)
+        assert refused.exit_code == 1
+        assert words in " ".join(refused.output.split())
+    assert "have no frames" in " ".join(run("--frames", "4").output.split())
+
+
+def test_bad_requests_are_refused(pictures) -> None:
+    bundle = clips_of(pictures)
+    with pytest.raises(CodecError, match="1 to 8 frames, not 9"):
+        generate(bundle, Request(PROMPT, frames=9))
+    with pytest.raises(RequestError, match="no picture goes"):
+        picture = Image.new("RGB", (64, 64))
+        from twostep.pipeline.request import Picture
+
+        generate(bundle, Request(PROMPT, image=Picture.of(picture)))
+    with pytest.raises(Exception, match="64x64"):
+        generate(bundle, Request(PROMPT, width=72, height=64))
+
+
+def test_modules_and_pictures_that_do_not_fit_are_refused(pictures, folder, tmp_path) -> None:
+    other = MotionModule(MotionConfig(channels=(32, 64), layers=1, groups=16))
+    with pytest.raises(MotionError, match="another family"):
+        clips_of(pictures, other)
+    with pytest.raises(ModelError, match="family 'motion'"):
+        load_pictures([str(folder)])
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in ("twostep.json", "motion.json"):
+        (damaged / path).write_text((folder / path).read_text())
+    with pytest.raises(ModelError, match=r"config\.json does not exist"):
+        load_bundle(damaged)
+    (damaged / "motion.json").write_text('{"bases": []}')
+    with pytest.raises(ModelError, match=r"motion\.json: bases"):
+        load_bundle(damaged)
+    (damaged / "motion.json").unlink()
+    with pytest.raises(ModelError, match=r"motion\.json does not exist"):
+        load_bundle(damaged)
+
+
+def test_clips_are_encoded_frame_by_frame(pictures) -> None:
+    bundle = clips_of(pictures, frames=2)
+    clips = 2 * torch.rand(2, 3, 2, 64, 64, generator=torch.Generator().manual_seed(0)) - 1
+    latents = bundle.codec.encode(clips)
+    assert tuple(latents.shape[1:]) == bundle.latent_shape(64, 64)
+    single = pictures[0].codec.encode(clips[:, :, 1])
+    assert torch.allclose(latents[:, :, 1], single, atol=1e-5)
+    preview = bundle.codec.preview(latents)
+    assert preview.shape == (2, 3, 64, 128)
+    decoded = bundle.codec.decode(latents)
+    assert torch.allclose(preview[..., 64:], decoded[:, :, 1], atol=1e-5)

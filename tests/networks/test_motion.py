@@ -1,0 +1,263 @@
+"""The motion module against diffusers' own, its shapes, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from safetensors.torch import load_file, save_file
+
+from twostep.formats.motion_files import (
+    MotionConfig,
+    MotionError,
+    frame_positions,
+    our_names,
+    to_animatediff,
+    to_diffusers,
+)
+from twostep.networks.backbone import HasFeatures, HasFrozen, modules_of
+from twostep.networks.conditioning import Conditioning
+from twostep.networks.lean import LeanUnet
+from twostep.networks.motion import MotionModule, MotionUnet, check_fit
+from twostep.pretrain.model import build_unet
+from twostep.pretrain.sizes import NANO
+
+FRAMES = 6
+CONFIG = MotionConfig(channels=(48, 96, 160), layers=1, groups=16, max_frames=24)
+
+
+def lively(config=CONFIG, seed=0):
+    """Return a motion module whose last layers do something."""
+    torch.manual_seed(seed)
+    module = MotionModule(config)
+    for name, parameter in module.named_parameters():
+        if "proj_out" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return module.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Return nano's UNet with random weights, of diffusers and ours."""
+    torch.manual_seed(1)
+    theirs = build_unet(NANO).eval().requires_grad_(False)
+    ours = LeanUnet(theirs.config)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours.eval().requires_grad_(False)
+
+
+def wishes(count, seed=2, **others):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, FRAMES, 16, 16, generator=generator)
+    text = torch.randn(count, 20, 160, generator=generator)
+    pooled = torch.randn(count, 96, generator=generator)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(count, -1)
+    times = torch.tensor([700, 320, 41][:count])
+    return x, times, Conditioning(text, pooled, sizes, **others)
+
+
+def added_of(conditioning):
+    return {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
+
+
+def test_output_is_that_of_diffusers_with_our_file(pictures, tmp_path) -> None:
+    theirs, ours = pictures
+    module = lively()
+    save_file(to_diffusers(module.state_dict(), CONFIG), tmp_path / "mm.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_diffusers()))
+    (tmp_path / "mm.safetensors").rename(tmp_path / "diffusion_pytorch_model.safetensors")
+    adapter, report = MotionAdapter.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    unet = UNetMotionModel.from_unet2d(theirs, adapter, load_weights=True).eval()
+    # diffusers 0.42 leaves these two layers of SDXL's as they are initialised.
+    unet.add_embedding.load_state_dict(theirs.add_embedding.state_dict())
+    x, times, conditioning = wishes(2)
+    with torch.no_grad():
+        expected = unet(
+            x,
+            times,
+            conditioning.text.repeat_interleave(FRAMES, dim=0),
+            added_cond_kwargs=added_of(conditioning),
+        ).sample
+        drawn = MotionUnet(module, (ours,))(x, times, conditioning)
+        still = MotionUnet(MotionModule(CONFIG), (ours,))(x, times, conditioning)
+    assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
+    assert (drawn - still).abs().max() > 0.01
+
+
+def test_fresh_module_draws_every_frame_as_the_picture_model(pictures) -> None:
+    _, ours = pictures
+    x, times, conditioning = wishes(1)
+    with torch.no_grad():
+        clip = MotionUnet(MotionModule(CONFIG), (ours,))(x, times, conditioning)
+        added = added_of(conditioning)
+        frame = ours(x[:, :, 3], times, conditioning.text, added_cond_kwargs=added)[0]
+    assert torch.allclose(clip[:, :, 3], frame, atol=1e-5)
+
+
+def test_items_are_drawn_on_the_picture_model_that_they_are_for(pictures) -> None:
+    _, first = pictures
+    torch.manual_seed(9)
+    second = LeanUnet(first.config).eval().requires_grad_(False)
+    module = lively()
+    x, times, conditioning = wishes(3, variants=(1, 0, 1))
+    both = MotionUnet(module, (first, second))
+    assert isinstance(both, HasFeatures) and isinstance(both, HasFrozen)
+    assert modules_of(both) == [module, first, second]
+    with torch.no_grad():
+        mixed = both(x, times, conditioning)
+        levels = both.features(x, times, conditioning)
+        for place, base in enumerate((second, first, second)):
+            row = slice(place, place + 1)
+            wish = conditioning[row]
+            assert wish.variants == (conditioning.variants[place],)
+            alone = MotionUnet(module, (base,))
+            plain = Conditioning(wish.text, wish.pooled, wish.sizes)
+            assert torch.allclose(mixed[row], alone(x[row], times[row], plain), atol=1e-5)
+            for level, own in zip(levels, alone.features(x[row], times[row], plain), strict=True):
+                assert torch.allclose(level[row], own, atol=1e-4)
+    assert [tuple(level.shape[1:]) for level in levels] == [
+        (48, FRAMES, 16, 16),
+        (96, FRAMES, 8, 8),
+        (160, FRAMES, 4, 4),
+        (160, FRAMES, 4, 4),
+    ]
+    with pytest.raises(MotionError, match="picture model 1, and there are 1"):
+        MotionUnet(module, (first,))(x, times, conditioning)
+
+
+def test_encoder_copy_is_the_encoder_and_learns_alone(pictures) -> None:
+    _, ours = pictures
+    backbone = MotionUnet(lively(), (ours, ours))
+    encoder = backbone.encoder_copy()
+    x, times, conditioning = wishes(2, variants=(0, 1))
+    with torch.no_grad():
+        own = backbone.features(x, times, conditioning)
+        copied = encoder.features(x, times, conditioning)
+        assert all(torch.equal(a, b) for a, b in zip(own, copied, strict=True))
+        encoder.network.variants.weight[1] += 1
+        changed = encoder.features(x, times, conditioning)
+    # Only the item of the second picture model is told apart.
+    assert torch.equal(changed[-1][0], own[-1][0])
+    assert not torch.equal(changed[-1][1], own[-1][1])
+    encoder.network.requires_grad_(True)
+    encoder.checkpoint_gradients(True)
+    encoder.features(x, times, conditioning)[-1].sum().backward()
+    assert encoder.network.base.conv_in.weight.grad is not None
+    assert ours.conv_in.weight.grad is None
+
+
+def test_gradients_are_the_same_where_blocks_are_computed_again(pictures) -> None:
+    _, ours = pictures
+    x, times, conditioning = wishes(1)
+    gradients = []
+    for recompute in (False, True):
+        backbone = MotionUnet(lively().requires_grad_(True), (ours,))
+        backbone.checkpoint_gradients(recompute)
+        backbone(x, times, conditioning).square().sum().backward()
+        gradients.append([p.grad for p in backbone.network.parameters()])
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.allclose(kept, again, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_are_sines_and_cosines() -> None:
+    positions = frame_positions(8, 6)
+    assert positions[3, 0] == pytest.approx(0.14112, abs=1e-5)  # sin 3
+    assert positions[3, 1] == pytest.approx(-0.98999, abs=1e-5)  # cos 3
+    assert positions[5, 4] == pytest.approx(0.010772, abs=1e-6)  # sin(5 / 10000 ** (4 / 6))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MotionConfig(), id="sd15"),
+        pytest.param(MotionConfig(channels=(320, 640, 1280), has_middle=False), id="sdxl"),
+    ],
+)
+def test_names_and_shapes_are_those_of_the_real_sizes(config) -> None:
+    with torch.device("meta"):
+        ours = MotionModule(config)
+        theirs = MotionAdapter.from_config(config.to_diffusers())
+    expected = {name: value.shape for name, value in theirs.state_dict().items()}
+    own = {name: value.shape for name, value in to_diffusers(ours.state_dict(), config).items()}
+    assert own == expected
+    assert MotionConfig.from_diffusers(theirs.config) == config
+
+
+def test_animatediffs_own_names_are_read_and_written() -> None:
+    module = lively()
+    written = to_animatediff(module.state_dict(), CONFIG)
+    first = "down_blocks.0.motion_modules.0.temporal_transformer."
+    block = f"{first}transformer_blocks.0."
+    assert {
+        f"{first}norm.weight",
+        f"{first}proj_in.weight",
+        f"{block}attention_blocks.0.to_q.weight",
+        f"{block}attention_blocks.1.to_out.0.bias",
+        f"{block}attention_blocks.1.pos_encoder.pe",
+        f"{block}norms.1.weight",
+        f"{block}ff_norm.bias",
+        f"{block}ff.net.0.proj.weight",
+    } <= written.keys()
+    # As released, where a training with several processes left its prefix.
+    read = our_names({f"module.{name}": value for name, value in written.items()})
+    again = MotionModule(MotionConfig.of_weights(written, groups=16))
+    again.load_state_dict(read)
+    assert again.shape == CONFIG
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_diffusers_translates_animatediffs_names_alike() -> None:
+    from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
+
+    module = lively()
+    theirs = convert_animatediff_checkpoint_to_diffusers(
+        to_animatediff(module.state_dict(), CONFIG)
+    )
+    own = module.state_dict()
+    assert theirs.keys() == own.keys()
+    assert all(torch.equal(theirs[name], own[name]) for name in own)
+
+
+def test_module_for_another_family_is_refused(pictures) -> None:
+    _, ours = pictures
+    with pytest.raises(MotionError, match=r"SDXL.*another family"):
+        check_fit(MotionConfig(channels=(320, 640, 1280), has_middle=False), ours)
+
+
+def test_clips_longer_than_the_positions_are_refused(pictures) -> None:
+    _, ours = pictures
+    _, times, conditioning = wishes(1)
+    x = torch.zeros(1, 4, 25, 16, 16)
+    with pytest.raises(MotionError, match=r"25 frames are too many: .* 1 to 24"):
+        MotionUnet(lively(), (ours,))(x, times, conditioning)
+
+
+def test_sd15_unets_have_a_lean_network() -> None:
+    """Without pooled text and sizes, against diffusers."""
+    theirs = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        layers_per_block=2,
+    )
+    assert LeanUnet.fits(theirs.config)
+    ours = LeanUnet(theirs.config)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    text = torch.randn(2, 5, 24)
+    times = torch.tensor([3, 500])
+    with torch.no_grad():
+        expected = theirs(x, times, text).sample
+        drawn = ours(x, times, text, added_cond_kwargs={})[0]
+    assert torch.allclose(drawn, expected, atol=1e-5)
+
+
+def test_file_keeps_positions_that_diffusers_expects(tmp_path) -> None:
+    path = tmp_path / "mm.safetensors"
+    save_file(to_diffusers(lively().state_dict(), CONFIG), path)
+    positions = load_file(path)["down_blocks.1.motion_modules.0.transformer_blocks.0.pos_embed.pe"]
+    assert torch.equal(positions, frame_positions(24, 96)[None])

@@ -1,0 +1,82 @@
+"""Moving drawings: latents, captions, and which picture model an item is for."""
+
+import random
+
+import pytest
+import torch
+
+from twostep.evaluate.motions import MOTIONS
+from twostep.evaluate.tracking import motion_figures, motion_kinds, track
+from twostep.formats.motion_files import MotionConfig
+from twostep.models.motion import load_pictures, motion_contract, with_motion
+from twostep.networks.motion import MotionModule
+from twostep.pretrain.clips import MovingDrawings, moving_caption, moving_drawings, random_paths
+from twostep.pretrain.drawings import load_drawings
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """Return nano with a fresh motion module, as if it were two picture models."""
+    (picture,) = load_pictures(["nano"])
+    shape = MotionConfig.on(picture.denoiser.network.config)
+    contract = motion_contract(picture.contract, "clips", recipe="none", version="0")
+    return with_motion([picture, picture], MotionModule(shape), contract, frames=8)
+
+
+def test_latents_are_of_the_clips_that_captions_name(teacher) -> None:
+    clips = MovingDrawings(load_drawings(), teacher, kinds=("left", "grow", "still"))
+    tensors = torch.Generator().manual_seed(0)
+    composed, labels = clips.compose(6, tensors)
+    assert composed.shape == (6, 3, 8, 64, 64)
+    assert motion_kinds(motion_figures(track(composed))) == [each.kind for each in labels]
+    latents, captions = clips.draw(6, torch.Generator().manual_seed(0), random.Random(0))
+    assert latents.shape == (6, 4, 8, 16, 16)
+    assert torch.allclose(latents, teacher.codec.encode(composed), atol=1e-5)
+    words = {"left": ("left",), "grow": ("growing", "larger"), "still": ()}
+    for caption, label in zip(captions, labels, strict=True):
+        others = [word for kind in words for word in words[kind] if kind != label.kind]
+        assert not any(word in caption for word in others)
+        if caption and label.kind != "still":
+            assert any(caption.endswith(word) for word in words[label.kind])
+
+
+def test_motion_survives_the_autoencoder(teacher) -> None:
+    """The tracker is right on what the codec makes of clips too, as it must be on drawn ones."""
+    clips = MovingDrawings(load_drawings(), teacher)
+    composed, labels = clips.compose(36, torch.Generator().manual_seed(5))
+    again = teacher.codec.decode(teacher.codec.encode(composed))
+    kinds = motion_kinds(motion_figures(track(again)))
+    right = sum(kind == label.kind for kind, label in zip(kinds, labels, strict=True))
+    assert right >= 34
+
+
+def test_source_shares_items_out_to_the_picture_models(teacher, tmp_path) -> None:
+    source = moving_drawings(teacher, tmp_path, lambda done, total, words: None)
+    firsts = set()
+    for seed in range(6):
+        _, conditioning = source.draw(3, torch.Generator().manual_seed(seed), random.Random(seed))
+        assert conditioning.variants in ((0, 1, 0), (1, 0, 1))
+        firsts.add(conditioning.variants[0])
+        assert source.empty(conditioning).variants == conditioning.variants
+    assert firsts == {0, 1}
+
+
+def test_captions_end_with_the_motion() -> None:
+    words = random.Random(0)
+    assert moving_caption("a fox", "still", words) == "a fox"
+    assert moving_caption("", "left", words) == ""
+    said = {moving_caption("a fox", "left", words) for _ in range(40)}
+    assert said == {"a fox, moving left", "a fox, going left"}
+
+
+def test_paths_are_those_of_their_kinds() -> None:
+    kinds = list(MOTIONS)
+    paths = random_paths(kinds, 16, torch.Generator().manual_seed(0))
+    moved = paths.centre[:, -1] - paths.centre[:, 0]
+    left, spin, grow, bounce = (kinds.index(kind) for kind in ("left", "spin", "grow", "bounce"))
+    assert -0.3 * 1.25 <= moved[left, 0] <= -0.3 * 0.75 and moved[left, 1] == 0
+    assert paths.angle[spin, 8] - paths.angle[spin, 0] == pytest.approx(torch.pi, abs=1e-5)
+    assert 1.8**0.75 <= paths.scale[grow, -1] / paths.scale[grow, 0] <= 1.8**1.25
+    heights = paths.centre[bounce, :, 1]
+    assert 0.75 * 0.25 * 0.95 <= heights.max() - heights.min() <= 1.25 * 0.25
+    assert torch.isfinite(random_paths(["left"], 1, torch.Generator()).centre).all()

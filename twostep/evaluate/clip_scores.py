@@ -1,0 +1,169 @@
+"""Figures of a set of clips: do they move as they were asked to, show what they were asked to, and
+how far are they from others.
+
+Takes finished clips, what each was asked to show, and a judge of pictures; it does not know what
+drew them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twostep.evaluate.frechet import fit_features, frechet_distance
+from twostep.evaluate.judge import Judge
+from twostep.evaluate.measurements import EvaluationError
+from twostep.evaluate.tracking import (
+    agreement,
+    motion_amount,
+    motion_figures,
+    motion_kinds,
+    motion_ratio,
+    track,
+)
+
+Clips = Float[Tensor, "clips 3 frames height width"]
+
+
+@dataclass(frozen=True)
+class AskedClip:
+    """What a clip was asked to show.
+
+    Attributes:
+        kind: of motion, by its name in `motions.MOTIONS`.
+        concept: its usual name; None where the prompt does not say it.
+    """
+
+    kind: str
+    concept: str | None = None
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """The figures of one set of clips.
+
+    Attributes:
+        num_clips: in the set.
+        motion: share of the clips whose tracked motion is of the kind that was asked for.
+        motion_by_kind: the same of each kind.
+        concept: share of the frames in which the judge sees the concept that was asked for, of
+            clips whose prompts name one; None where none does.
+        motion_amount: mean absolute change from frame to frame, of clips in -1..1.
+        motion_ratio: that amount over the reference's; None without a reference.
+        frechet_frames: Frechet distance to the reference in the judge's features of frames.
+        frechet_changes: the same of the differences of these from frame to frame, which do not
+            depend on what is shown but on how it moves.
+    """
+
+    num_clips: int
+    motion: float
+    motion_by_kind: dict[str, float]
+    concept: float | None
+    motion_amount: float
+    motion_ratio: float | None = None
+    frechet_frames: float | None = None
+    frechet_changes: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by their names, for JSON."""
+        return asdict(self)
+
+
+def score_clips(
+    clips: Clips,
+    asked: Sequence[AskedClip],
+    judge: Judge,
+    *,
+    reference: Float[Tensor, "others 3 _ _ _"] | None = None,
+) -> ClipReport:
+    """Measure clips.
+
+    Args:
+        clips: in -1..1, with frames of the judge's size.
+        asked: what each was asked to show.
+        judge: names what frames show, and gives features.
+        reference: clips to compare with, usually the teacher's of the same prompts and noise.
+
+    Raises:
+        EvaluationError: there are not as many clips as wishes, or the reference has other frames.
+        TrackingError: the clips have a single frame, or the reference does not move.
+        JudgeError: the frames cannot be judged.
+    """
+    if len(clips) != len(asked):
+        raise EvaluationError(
+            f"got {len(clips)} clips and what {len(asked)} were asked to show; give one per clip."
+        )
+    if reference is not None and reference.shape[2:] != clips.shape[2:]:
+        raise EvaluationError(
+            f"the clips are {_in_words(clips)} and the reference's are {_in_words(reference)}; "
+            "compare clips of one length and size."
+        )
+    kinds = motion_kinds(motion_figures(track(clips)))
+    wanted = [each.kind for each in asked]
+    rows: dict[str, list[int]] = {}
+    for place, kind in enumerate(wanted):
+        rows.setdefault(kind, []).append(place)
+    features, concepts = _judged(clips, judge)
+    compared: dict[str, float] = {}
+    if reference is not None:
+        others, _ = _judged(reference, judge)
+        compared = {
+            "motion_ratio": motion_ratio(clips, reference),
+            "frechet_frames": _distance(features.flatten(0, 1), others.flatten(0, 1)),
+            "frechet_changes": _distance(_changes(features), _changes(others)),
+        }
+    return ClipReport(
+        num_clips=len(clips),
+        motion=agreement(kinds, wanted),
+        motion_by_kind={
+            kind: agreement([kinds[place] for place in places], [kind] * len(places))
+            for kind, places in rows.items()
+        },
+        concept=_concept_share(concepts, asked, judge),
+        motion_amount=float(motion_amount(clips).mean()),
+        **compared,
+    )
+
+
+def _judged(clips: Clips, judge: Judge) -> tuple[Tensor, Tensor]:
+    """Return features [clips, frames, features] and the concepts' numbers [clips, frames]."""
+    num_frames = clips.shape[2]
+    frames = clips.transpose(1, 2).flatten(0, 1).to(judge.device)
+    verdict = judge.judge(frames)
+    concepts = verdict.concept.argmax(dim=1)
+    return (
+        verdict.features.cpu().unflatten(0, (-1, num_frames)),
+        concepts.cpu().unflatten(0, (-1, num_frames)),
+    )
+
+
+def _changes(features: Float[Tensor, "clips frames features"]) -> Tensor:
+    """Return the differences from frame to frame [changes, features]."""
+    return (features[:, 1:] - features[:, :-1]).flatten(0, 1)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return frechet_distance(fit_features(a), fit_features(b))
+
+
+def _concept_share(concepts: Tensor, asked: Sequence[AskedClip], judge: Judge) -> float | None:
+    """Return in how many frames the concept is seen that was asked for, None if none was."""
+    names = [concept.names[0] for concept in judge.classes.concepts]
+    shares = []
+    for shown, wish in zip(concepts, asked, strict=True):
+        if wish.concept is None:
+            continue
+        if wish.concept not in names:
+            raise EvaluationError(f"the judge knows no {wish.concept!r}; name one of its concepts.")
+        shares.append((shown == names.index(wish.concept)).float().mean())
+    return float(torch.stack(shares).mean()) if shares else None
+
+
+def _in_words(clips: Clips) -> str:
+    _, _, frames, height, width = clips.shape
+    return f"{frames} frames of {width}x{height} pixels"
