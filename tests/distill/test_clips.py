@@ -226,8 +226,9 @@ def test_chain_ends_in_students_that_draw(folder, tmp_path) -> None:
 def test_regression_brings_the_student_to_the_teacher(folder, tmp_path) -> None:
     """The student's error, from a fresh module, falls to less than half."""
     teacher = load_bundle(folder)
-    stage = recipe(folder, {**STAGE, "learning_rate": 3e-3, "batch_size": 4}).stages[0]
-    stage = stage.model_copy(update={"iterations": 200})
+    settings = {"iterations": 200, "learning_rate": 3e-3, "batch_size": 4}
+    method = {"name": "regression"}
+    stage = recipe(folder, {**STAGE, **settings, "method": method}).stages[0]
     backbone = teacher.denoiser.backbone
     torch.manual_seed(1)
     fresh = MotionModule(SHAPE).requires_grad_(True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from twostep.media.clip import Clip, webp_file
 from twostep.media.codec import CodecError, Encoded
@@ -17,7 +18,7 @@ _PIXELS_AT_ONCE = 2**20
 """Pixels that go through the autoencoder together: 256 frames of 64x64, one of 1024x1024."""
 
 _PREVIEW_FRAMES = 8
-_PREVIEW_PIXELS = 64
+_PREVIEW_PIXELS = 128
 
 Videos = Float[Tensor, "batch 3 frames height width"]
 Latents = Float[Tensor, "batch c frames h w"]
@@ -67,18 +68,21 @@ class VideoCodec:
     def preview(self, latents: Latents) -> Float[Tensor, "batch 3 rows columns"]:
         """Return at most eight frames of every clip beside each other, in -1..1.
 
-        Frames of at most 64 pixels are decoded; of larger ones it is what pictures preview.
+        They are decoded, and halved until they are at most 128 pixels high and wide.
         """
         num_frames = latents.shape[2]
         count = min(num_frames, _PREVIEW_FRAMES)
         chosen = torch.linspace(0, num_frames - 1, count).round().long().to(latents.device)
-        shown = latents[:, :, chosen]
         side = self.image.pixels_per_latent
-        if side * max(latents.shape[-2:]) <= _PREVIEW_PIXELS:
-            clips = self.decode(shown)
-        else:
-            clips = self._frame_by_frame(self.image.preview, shown, scale=side * side)
+        clips = self._frame_by_frame(self._small, latents[:, :, chosen], scale=side * side)
         return clips.permute(0, 1, 3, 2, 4).flatten(3)
+
+    def _small(self, latents: Tensor) -> Tensor:
+        """Return what frames show, in small."""
+        frames = self.image.decode(latents)
+        while max(frames.shape[-2:]) > _PREVIEW_PIXELS:
+            frames = avg_pool2d(frames, 2)
+        return frames
 
     def items(self, media: Videos) -> list[Clip]:
         """Return clips in -1..1 as 8-bit frames."""
