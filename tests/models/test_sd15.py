@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused(pipeline, module_file, tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(MotionError, match="no motion module"):
         adopt_motion_module(tmp_path / "other.safetensors", [str(folder)], tmp_path / "none")
-    with pytest.raises(ModelError, match="does not exist"):
+    with pytest.raises(ModelError, match="No such file"):
         adopt_motion_module(tmp_path / "missing.safetensors", [str(folder)], tmp_path / "none")
     with pytest.raises(ModelError):
         load_pictures([str(tmp_path)])
