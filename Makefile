@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# The second distribution: models of other media than pictures.
+MEDIA := ./distributions/media
 
 # One thread per test worker: two workers with all threads each are slower than one. A file is one worker's, for what its
 # tests share is made once per worker.
@@ -16,11 +18,11 @@ help: ## List the targets.
 
 setup: $(READY) ## Create .venv and install twostep with everything that its tests and its site need.
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(MEDIA)/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "twostep needs Python 3.11 or newer, this is $$($(PYTHON) -V); try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]' -e $(MEDIA)
 	@touch $@
 
 demo: setup ## Draw a gallery with the two-step student beside its teacher, and time them.
@@ -29,8 +31,9 @@ demo: setup ## Draw a gallery with the two-step student beside its teacher, and 
 test: setup ## Run the tests that take minutes, in two processes.
 	$(PYTEST) -m "not slow"
 
-test-all: setup ## Run every test, the slow ones too.
-	$(PYTEST)
+test-all: setup ## Run every test, the slow ones too, and last those that need the machine's memory alone.
+	$(PYTEST) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 weights: ## Put the results of `twostep distill nano` and `nano-lora`, under runs/, into the package.
 	cp -r runs/nano/model/. twostep/weights/nano/

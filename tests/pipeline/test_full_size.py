@@ -32,6 +32,7 @@ def check(picture: Path, pixels: int) -> None:
         assert len(drawn.getcolors(maxcolors=1 << 24)) > 1000
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "steps"), [(512, 2), (1024, 1)])
 def test_it_draws(pixels: int, steps: int, tmp_path: Path) -> None:
@@ -41,6 +42,7 @@ def test_it_draws(pixels: int, steps: int, tmp_path: Path) -> None:
     check(picture, pixels)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_official_name_loads_from_the_cache_and_draws(tmp_path: Path) -> None:
     with TemporaryDirectory() as hub:  # 6.9 GB, which pytest would keep

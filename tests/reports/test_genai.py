@@ -31,5 +31,6 @@ def test_it_draws_the_same_picture(steps: int | None, batch: int, tmp_path: Path
     ours = np.asarray(generate(bundle, request).images[0])
     difference = theirs[0].astype(int) - ours.astype(int)
     # It cuts fractions of a level off, where we round: half a level on average.
-    assert np.abs(difference).max() <= 3
+    # Guidance multiplies what is left between two runtimes.
+    assert np.abs(difference).max() <= (3 if steps else 6)
     assert difference.mean() == pytest.approx(-0.5, abs=0.1)

