@@ -129,7 +129,9 @@ def test_the_student_can_face_a_discriminator_that_has_not_seen_its_landings(
 ) -> None:
     stage = make_stage({"student_first": student_first, "discriminator_learning_rate": 1e-3})
     trainer = StageTrainer(stage, source, teacher.denoiser, make_student(teacher))
-    figures = trainer.iterate(0, Randomness.at(0, 0))
+    figures = {
+        name: float(value) for name, value in trainer.iterate(0, Randomness.at(0, 0)).items()
+    }
     # softplus(gap) - softplus(-gap) = gap, as long as both losses see one discriminator.
     difference = figures["student_loss"] - figures["discriminator_loss"]
     assert (difference == pytest.approx(figures["gap"], abs=1e-5)) == student_first
@@ -254,7 +256,9 @@ def test_matching_trains_a_fake_score_and_each_turn_moves_its_own_role_alone(
         for name, role in trainer.roles.items()
     }
     assert set(before) == {"student", "discriminator", "fake_score"}
-    figures = trainer.iterate(0, Randomness.at(0, 0))
+    figures = {
+        name: float(value) for name, value in trainer.iterate(0, Randomness.at(0, 0)).items()
+    }
     assert figures["student_loss"] == pytest.approx(
         figures["adversarial"] + 0.5 * figures["matching"], rel=1e-4
     )

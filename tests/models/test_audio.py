@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 
 from tests.sounds import tiny_sound_model
 from twostep.contract import student_name
+from twostep.formats import locate
 from twostep.formats.locate import ModelError
 from twostep.models.audio import CODEC_FILE, CONFIG_FILE, NETWORK_FILE, AudioFamily
 from twostep.models.bundle import Bundle
@@ -72,7 +74,11 @@ def test_a_model_comes_back(teacher: Bundle, folder: Path) -> None:
     assert outline.contract == teacher.contract
 
 
-def test_a_student_is_found_in_the_folder_and_by_its_file(teacher: Bundle, folder: Path) -> None:
+def test_a_student_is_found_in_the_folder_and_by_its_file(
+    teacher: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not even where a larger teacher of that name is installed.
+    monkeypatch.setattr(locate, "entry_points", lambda **_: EntryPoints(()))
     contract = replace(
         teacher.contract,
         name=student_name("nano-audio", 2),

@@ -160,7 +160,7 @@ def test_a_part_that_is_none_is_told(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('part = "unet"\n')
     for name, complaint in (
-        ("nano-unet", "nano-judge, nano-noto, nano-openmoji, nano-silhouette, nano-teacher"),
+        ("nano-unet", "nano-judge, nano-motion, nano-noto, nano-openmoji, nano-silhouette, "),
         (str(recipe), 'part = "unet" is none of vae, text, teacher, joint, tune, control, style'),
     ):
         answer = CliRunner().invoke(app, ["pretrain", name, "--out", "x"], env={"COLUMNS": "400"})

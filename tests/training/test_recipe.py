@@ -23,6 +23,9 @@ NAMES = {
     "sdxl-2step-from-prompts",
     "nano-audio",
     "nano-audio-mse",
+    "nano-motion-chain",
+    "animatediff-sd15",
+    "animatediff-sdxl",
     *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
     *(f"sdxl-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
 }

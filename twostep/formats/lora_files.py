@@ -336,8 +336,12 @@ class _Layer:
 
 
 def _check_finite(path: Path, name: str, tensors: Tensors) -> None:
-    """Raise LoraError where a layer's tensors hold NaN or infinity."""
-    for tensor in tensors.values():
+    """Raise LoraError where a layer's weights hold NaN or infinity; an alpha is checked as it is
+    read.
+    """
+    for role, tensor in tensors.items():
+        if role == "alpha":
+            continue
         # Numbers of 8 bits cannot be asked themselves.
         numbers = tensor.float() if tensor.element_size() == 1 else tensor
         if not bool(numbers.isfinite().all()):
