@@ -118,6 +118,22 @@ def built_in_folder(name: str) -> Path | None:
     return _built_in_models().get(name) or _installed_model(name)
 
 
+def model_of_student(file: Path, base: str, *, part: str = CONTRACT_FILE) -> Path | None:
+    """Return the folder of the model that a student's file belongs to, None if there is none.
+
+    Arguments:
+        file: which may lie in the folder `students` of its model, or among the snapshots of a run
+            beside its `model`.
+        base: the name of the model, which may be built in or installed.
+        part: a file that the folder must have.
+    """
+    beside = file.parent.parent
+    for folder in (beside, beside / "model", built_in_folder(base)):
+        if folder is not None and (folder / part).is_file():
+            return folder
+    return None
+
+
 def _installed_model(name: str) -> Path | None:
     """Return the folder of a model that an installed package declares."""
     for entry in entry_points(group=ENTRY_POINTS, name=name):

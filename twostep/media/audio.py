@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from twostep.errors import TwostepError, reason_of
 from twostep.media.codec import Encoded
+from twostep.media.comments import object_in
 from twostep.media.spectrogram import Spectrogram
 
 FORMATS = {
@@ -267,7 +268,7 @@ def read_sound(path: str | Path, *, rate: int | None = None) -> tuple[Sound, dic
             f"{path} has {found} samples a second; expected {rate}. Convert it first: "
             f"ffmpeg -i {path} -ar {rate} converted.wav."
         )
-    return Sound(samples, found), _metadata_in(comment)
+    return Sound(samples, found), {key: str(value) for key, value in object_in(comment).items()}
 
 
 def check_usable(sound: Sound) -> None:
@@ -319,17 +320,6 @@ def _riff_comment(path: Path) -> str:
                 size -= 4
             file.seek(size + size % 2, SEEK_CUR)
     return ""
-
-
-def _metadata_in(comment: str) -> dict[str, str]:
-    """Return the metadata in a comment; empty for those of other programs."""
-    try:
-        values = json.loads(comment)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(values, dict):
-        return {}
-    return {str(key): str(value) for key, value in values.items()}
 
 
 def _soundfile() -> Any:

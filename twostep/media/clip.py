@@ -20,6 +20,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from twostep.errors import TwostepError, reason_of
 from twostep.files import write_atomically
 from twostep.media.codec import Encoded
+from twostep.media.comments import object_in
 
 _DESCRIPTION = 0x010E
 _EXIF_FOLDER = 0x8769
@@ -182,13 +183,8 @@ def texts_in(image: Image.Image) -> dict[str, str]:
 
 def _texts(described: object) -> dict[str, str]:
     """Read a description, which may be somebody else's."""
-    try:
-        texts = json.loads(described) if isinstance(described, str) else {}
-    except ValueError:
-        return {}
-    if not isinstance(texts, dict):
-        return {}
-    return {str(name): text for name, text in texts.items() if isinstance(text, str)}
+    texts = object_in(described) if isinstance(described, str) else {}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _frames(path: Path) -> Iterator[tuple[Image.Image, float]]:

@@ -22,7 +22,7 @@ from twostep.contract import Contract
 from twostep.diffusion import make_schedule
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
-from twostep.formats.locate import CONTRACT_FILE, ModelError, built_in_folder, read_json
+from twostep.formats.locate import CONTRACT_FILE, ModelError, model_of_student, read_json
 from twostep.media.audio import AudioCodec, BlockComponents
 from twostep.media.spectrogram import Spectrogram
 from twostep.models.bundle import Bundle
@@ -123,10 +123,9 @@ def _folder_of(checkpoint: Checkpoint, contract: Contract) -> Checkpoint:
     """Return the folder of a model, of a student's file the one that it lies in."""
     if checkpoint.is_folder:
         return checkpoint
-    beside = checkpoint.path.parent.parent
-    for path in (beside, beside / "model", built_in_folder(contract.base)):
-        if path is not None and (path / CONFIG_FILE).is_file():
-            return look_at_folder(path, known=(checkpoint,))
+    path = model_of_student(checkpoint.path, contract.base, part=CONFIG_FILE)
+    if path is not None:
+        return look_at_folder(path, known=(checkpoint,))
     raise ModelError(
         f"{checkpoint.path} holds only the network of a student of {contract.base}. Put it into "
         "the folder `students` of that model."

@@ -22,7 +22,14 @@ from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
 from twostep.formats.contracts import SDXL, goes_on_a_student
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES, scheduler_settings
-from twostep.formats.locate import CONFIGS, CONTRACT_FILE, SDXL_BASE, WEIGHTS, ModelError, fetch
+from twostep.formats.locate import (
+    CONFIGS,
+    CONTRACT_FILE,
+    SDXL_BASE,
+    ModelError,
+    fetch,
+    model_of_student,
+)
 from twostep.formats.lora_files import merge_lora, read_lora
 from twostep.formats.single_file import (
     FolderFiles,
@@ -230,10 +237,9 @@ def base_folder(path: Path, contract: Contract) -> Path:
             f"{path} is a LoRA that goes on {contract.base}. Load that, and this with it "
             f"(--lora {path})."
         )
-    beside = path.parent.parent
-    for folder in (beside, beside / "model", WEIGHTS / contract.base):
-        if (folder / CONTRACT_FILE).is_file():
-            return folder
+    folder = model_of_student(path, contract.base)
+    if folder is not None:
+        return folder
     if contract.base == SDXL.base:
         parts = ["vae", "text_encoder*"]
         if contract.lora_rank is not None:
