@@ -47,7 +47,7 @@ from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.captions import Omission
 from twostep.pretrain.drawings import built_in_concepts
-from twostep.pretrain.latents import DrawingSource, LatentCache, builtin
+from twostep.pretrain.latents import LatentCache, LatentSource, builtin
 from twostep.pretrain.prompt_sets import open_tasks
 from twostep.reports.benchmark import Bench, evaluate_student
 from twostep.training.device import find_device
@@ -253,7 +253,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bundle, DeviceSource]:
     teacher = load_bundle("nano").to(device)
     options.out.mkdir(parents=True, exist_ok=True)
     made = builtin(teacher, options.out, lambda *_: None, variants=options.variants)
-    assert isinstance(made, DrawingSource)
+    assert isinstance(made, LatentSource)
     captions = replace(CAPTIONS, background=options.open)
     cache = replace(made.latents, omission=captions)
     return teacher, DeviceSource.of(cache, teacher, options.captions)

@@ -45,7 +45,7 @@ from twostep.networks.adapters import Lora, activate, add_lora
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.drawings import built_in_concepts
-from twostep.pretrain.latents import DrawingSource, LatentCache
+from twostep.pretrain.latents import LatentCache, LatentSource
 from twostep.training.loop import Randomness
 from twostep.training.recipe import load_recipe
 
@@ -153,7 +153,7 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
         latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
     )
     return Models(
-        source=DrawingSource(cache, bundle.text, width, height),
+        source=LatentSource(cache, bundle.text, width, height),
         teacher=replace(base, lora="teacher"),
         student=replace(base, lora="student"),
     )

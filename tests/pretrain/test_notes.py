@@ -23,12 +23,12 @@ from twostep.pretrain.notes import (
     Naming,
     NoteCache,
     NotesError,
-    NoteSource,
     caption,
     encoded,
     is_held_out,
     load_notes,
     note_prompts,
+    note_source,
     random_labels,
     render_notes,
 )
@@ -184,7 +184,7 @@ def test_a_teacher_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         losses: list[float] = []
         train_sound_teacher(
             bundle,
-            NoteSource(notes, bundle.text),
+            note_source(notes, bundle.text),
             run.settled(settings),
             run,
             on_iteration=lambda _, figures: losses.append(figures["loss"]),

@@ -29,7 +29,7 @@ from torch import Tensor
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.models.bundle import Bundle
 from twostep.networks.backbone import num_variants
-from twostep.pretrain.captions import Omission, caption
+from twostep.pretrain.captions import Omission
 from twostep.pretrain.clips import ClipSource
 from twostep.pretrain.drawings import DrawingsError, lay_on, random_backgrounds
 
@@ -136,14 +136,12 @@ class AnimatedDrawings:
         clips = pictures.unflatten(0, (count, num_frames)).transpose(1, 2)
         captions = []
         for row, number in zip(rows.tolist(), background.tolist(), strict=True):
-            said = self.omission.apply(
-                (self.animations[row].words,),
-                self.animations[row].words,
-                style=STYLE,
-                background=list(BACKGROUNDS)[number],
-                rng=words,
+            said = self.animations[row].words
+            captions.append(
+                self.omission.caption(
+                    (said,), said, style=STYLE, background=list(BACKGROUNDS)[number], rng=words
+                )
             )
-            captions.append(caption(said, words))
         device = self.bundle.denoiser.device
         return self.bundle.codec.encode(clips.to(device)).float().cpu(), captions
 

@@ -46,6 +46,12 @@ class Omission:
             None if rng.random() < self.background else background,
         )
 
+    def caption(
+        self, names: tuple[str, ...], subgroup: str, style: str, background: str, rng: Random
+    ) -> str:
+        """Return a caption of a picture with these attributes, which often says less than these."""
+        return caption(self.apply(names, subgroup, style, background, rng), rng)
+
 
 def caption(attributes: Attributes, rng: Random) -> str:
     """Return one of the ways to say these attributes: "a flat red apple on a blue background".

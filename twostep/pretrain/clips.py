@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.motions import MOTIONS, find_motion
-from twostep.models.bundle import Bundle, PromptEncoder
+from twostep.models.bundle import Bundle
 from twostep.networks.backbone import num_variants
 from twostep.networks.conditioning import Conditioning
-from twostep.pretrain.captions import Omission, caption
+from twostep.pretrain.captions import Omission
 from twostep.pretrain.drawings import (
     BUILT_IN,
     DrawingSet,
@@ -31,7 +31,7 @@ from twostep.pretrain.drawings import (
     load_drawings,
     random_backgrounds,
 )
-from twostep.pretrain.latents import CaptionedLatents
+from twostep.pretrain.latents import CaptionedSource
 
 _SCALE = (0.55, 0.7)
 """Side of a drawing in the middle of its clip, as a share of the picture's; it needs room to move.
@@ -187,14 +187,14 @@ class MovingDrawings:
     def caption(self, labels: ClipLabels, words: Random) -> str:
         """Return a caption of one clip: what a picture of it is called, and how it moves."""
         names, subgroup = self._names[labels.concept]
-        attributes = self.omission.apply(
+        picture = self.omission.caption(
             names,
             subgroup,
             style=self.drawings.styles[labels.style],
             background=list(BACKGROUNDS)[labels.background],
             rng=words,
         )
-        return moving_caption(caption(attributes, words), labels.kind, words)
+        return moving_caption(picture, labels.kind, words)
 
     @cached_property
     def _names(self) -> tuple[tuple[tuple[str, ...], str], ...]:
@@ -218,23 +218,13 @@ def moving_caption(picture: str, kind: str, words: Random) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class ClipSource:
-    """Clips for distillation, with the conditioning of their captions.
-
-    Where there are several picture models, items are for each in turn.
+class ClipSource(CaptionedSource):
+    """Clips for distillation; where there are several picture models, items are for each in turn.
 
     Attributes:
-        clips: latents with captions.
-        text: encodes the captions.
-        width: of the frames in pixels.
-        height: likewise.
         num_variants: picture models that there are.
     """
 
-    clips: CaptionedLatents
-    text: PromptEncoder
-    width: int
-    height: int
     num_variants: int = 1
 
     @torch.no_grad()
@@ -242,13 +232,12 @@ class ClipSource:
         self, count: int, tensors: torch.Generator, words: Random
     ) -> tuple[Tensor, Conditioning]:
         """Return random latents and the conditioning of their captions."""
-        x0, captions = self.clips.draw(count, tensors, words)
-        conditioning = self.text.conditioning(captions, self.width, self.height)
+        x0, conditioning = super().draw(count, tensors, words)
         return x0, self._shared_out(conditioning, tensors)
 
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for as many items, and the same models."""
-        return replace(self._empty.expand(len(like)), variants=like.variants)
+        return replace(super().empty(like), variants=like.variants)
 
     def _shared_out(self, conditioning: Conditioning, tensors: torch.Generator) -> Conditioning:
         if self.num_variants == 1:
@@ -256,11 +245,6 @@ class ClipSource:
         first = int(torch.randint(self.num_variants, (1,), generator=tensors))
         variants = [(first + place) % self.num_variants for place in range(len(conditioning))]
         return replace(conditioning, variants=tuple(variants))
-
-    @cached_property
-    def _empty(self) -> Conditioning:
-        with torch.no_grad():
-            return self.text.conditioning([""], self.width, self.height)
 
 
 def moving_drawings(

@@ -23,7 +23,7 @@ from twostep.files import write_atomically
 from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
 from twostep.networks.conditioning import Conditioning
-from twostep.pretrain.captions import Omission, caption
+from twostep.pretrain.captions import Omission
 from twostep.pretrain.drawings import (
     BUILT_IN,
     DrawingsError,
@@ -48,6 +48,14 @@ class CaptionedLatents(Protocol):
         self, count: int, tensors: torch.Generator, words: random.Random
     ) -> tuple[Batch, list[str]]:
         """Return random latents, on the CPU, with a caption for each."""
+
+
+class KeptLatents(CaptionedLatents, Protocol):
+    """Captioned latents that are all in memory."""
+
+    @property
+    def latents(self) -> Tensor:
+        """All of them, in half precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +88,13 @@ class LatentCache:
         """Return a caption of one row, which often says less than there is."""
         concept, style, background = self.labels[row].tolist()
         names, subgroup = self.names[concept]
-        attributes = self.omission.apply(
+        return self.omission.caption(
             names,
             subgroup,
             style=self.styles[style],
             background=list(BACKGROUNDS)[background],
             rng=words,
         )
-        return caption(attributes, words)
 
     def save(self, path: Path) -> None:
         """Write the cache to one safetensors file; `load_latents` reads it."""
@@ -98,13 +105,13 @@ class LatentCache:
 
 
 @dataclass(frozen=True, eq=False)
-class DrawingSource:
-    """Latents of drawings for distillation; captions are written and encoded at every draw.
+class CaptionedSource:
+    """Captioned latents for distillation; captions are written and encoded at every draw.
 
     All latents are of one size, `width` and `height` in pixels.
     """
 
-    latents: LatentCache
+    latents: CaptionedLatents
     text: PromptEncoder
     width: int
     height: int
@@ -117,11 +124,6 @@ class DrawingSource:
         x0, captions = self.latents.draw(count, tensors, words)
         return x0, self.text.conditioning(captions, self.width, self.height)
 
-    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
-        """Return random latents, whatever is on them."""
-        rows = torch.randint(len(self.latents.latents), (count,), generator=tensors)
-        return self.latents.latents[rows].float()
-
     def empty(self, like: Conditioning) -> Conditioning:
         """Return the conditioning of the empty prompt for as many items as `like` has."""
         return self._empty.expand(len(like))
@@ -132,6 +134,18 @@ class DrawingSource:
             return self.text.conditioning([""], self.width, self.height)
 
 
+@dataclass(frozen=True, eq=False)
+class LatentSource(CaptionedSource):
+    """The same of latents that are kept, which can be drawn without captions too."""
+
+    latents: KeptLatents
+
+    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
+        """Return random latents, whatever they are of."""
+        rows = torch.randint(len(self.latents.latents), (count,), generator=tensors)
+        return self.latents.latents[rows].float()
+
+
 def builtin(
     teacher: Bundle,
     out: Path,
@@ -139,7 +153,7 @@ def builtin(
     *,
     variants: int = 32,
     drawings: str = str(BUILT_IN),
-) -> DrawingSource:
+) -> LatentSource:
     """Return the drawings as the teacher's latents: what `data = "builtin"` in a recipe means.
 
     The latents are made in the run's folder at the first time, and read from there afterwards.
@@ -159,7 +173,7 @@ def builtin(
         variants=variants,
         on_variant=lambda done, total: advance(done, total, "latents"),
     )
-    return DrawingSource(latents, teacher.text, *teacher.contract.sizes[0])
+    return LatentSource(latents, teacher.text, *teacher.contract.sizes[0])
 
 
 def load_latents(path: Path) -> LatentCache:

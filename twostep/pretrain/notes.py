@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from twostep.files import write_atomically
 from twostep.media.audio import AudioCodec
 from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
-from twostep.networks.conditioning import Conditioning
+from twostep.pretrain.latents import LatentSource
 from twostep.text.attributes import AttributePrompts, pitch_name, pitch_words
 from twostep.training.loop import Randomness
 from twostep.training.processes import wait, world
@@ -281,10 +280,21 @@ class NoteCache:
     Attributes:
         latents: in half precision.
         labels: of the same notes.
+        naming: how often captions say what.
     """
 
     latents: Float16[Tensor, "notes components blocks"]
     labels: Labels
+    naming: Naming = Naming()
+
+    def draw(
+        self, count: int, tensors: torch.Generator, words: random.Random
+    ) -> tuple[Float[Tensor, "count components blocks"], list[str]]:
+        """Return random latents with captions, which often say less than there is."""
+        rows = torch.randint(len(self.latents), (count,), generator=tensors)
+        labels = self.labels[rows].tolist()
+        captions = [caption(tuple(label), words, self.naming) for label in labels]
+        return self.latents[rows].float(), captions
 
     def save(self, path: Path) -> None:
         """Write the notes to a safetensors file; `load_notes` reads it."""
@@ -306,35 +316,9 @@ def load_notes(path: Path) -> NoteCache:
     return NoteCache(latents, labels)
 
 
-@dataclass(frozen=True, eq=False)
-class NoteSource:
-    """Latents of notes with the conditioning of captions, which are written at every draw."""
-
-    notes: NoteCache
-    text: PromptEncoder
-    naming: Naming = Naming()
-
-    def draw(
-        self, count: int, tensors: torch.Generator, words: random.Random
-    ) -> tuple[Tensor, Conditioning]:
-        """Return random latents and the conditioning of their captions."""
-        rows = torch.randint(len(self.notes.latents), (count,), generator=tensors)
-        labels = self.notes.labels[rows].tolist()
-        captions = [caption(tuple(label), words, self.naming) for label in labels]
-        return self.notes.latents[rows].float(), self.text.conditioning(captions, NUM_SAMPLES, 1)
-
-    def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
-        """Return random latents, whatever they are."""
-        rows = torch.randint(len(self.notes.latents), (count,), generator=tensors)
-        return self.notes.latents[rows].float()
-
-    def empty(self, like: Conditioning) -> Conditioning:
-        """Return the conditioning of the empty prompt for as many items as `like` has."""
-        return self._empty.expand(len(like))
-
-    @cached_property
-    def _empty(self) -> Conditioning:
-        return self.text.conditioning([""], NUM_SAMPLES, 1)
+def note_source(notes: NoteCache, text: PromptEncoder) -> LatentSource:
+    """Return notes for distillation and training, with the conditioning of their captions."""
+    return LatentSource(notes, text, NUM_SAMPLES, 1)
 
 
 def rendered(
@@ -345,7 +329,7 @@ def rendered(
     notes: str = "",
     count: int = 6000,
     soundfont: str = "",
-) -> NoteSource:
+) -> LatentSource:
     """Return notes as the teacher's latents: a recipe's `data = "twostep.pretrain.notes:rendered"`.
 
     They are made in the run's folder at the first time, and read from there afterwards.
@@ -359,7 +343,7 @@ def rendered(
         soundfont: the file; that of the system by default.
     """
     if notes:
-        return NoteSource(load_notes(Path(notes)), teacher.text)
+        return note_source(load_notes(Path(notes)), teacher.text)
     cache = find_notes(
         out / "notes.safetensors",
         teacher.codec,
@@ -367,7 +351,7 @@ def rendered(
         soundfont=Path(soundfont) if soundfont else None,
         on_note=lambda done, total: advance(done, total, "notes"),
     )
-    return NoteSource(cache, teacher.text)
+    return note_source(cache, teacher.text)
 
 
 def find_notes(

@@ -41,7 +41,7 @@ from twostep.pretrain.latents import LatentCache, find_latents
 from twostep.pretrain.loop import PartSettings
 from twostep.pretrain.model import build_text_encoders, teacher_contract
 from twostep.pretrain.motion import MotionSettings, new_motion_teacher, train_motion
-from twostep.pretrain.notes import NoteSource, find_notes
+from twostep.pretrain.notes import find_notes, note_source
 from twostep.pretrain.scene_captions import scene_corpus
 from twostep.pretrain.scenes import compose, random_scenes
 from twostep.pretrain.sheets import draw_samples, write_sheet
@@ -294,23 +294,34 @@ def _train_joint(settings: JointSettings, run: PartRun) -> Path:
         on_scene=lambda done, total: run.advance(done, total, "scenes"),
     )
 
-    def write(iteration: int) -> None:
-        if not world().is_first:
-            return
-        save_bundle(teacher, run.out / "model")
-        with settings.loop.autocast(device.type):
-            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
-        _write_sheet(drawn, f"joint-{iteration:06d}.png", run, folder)
-
     train_joint(
         teacher,
         scenes,
         settings,
         folder,
         on_iteration=run.show(settings.loop),
-        on_checkpoint=write,
+        on_checkpoint=_writer(teacher, settings, run, folder),
     )
     return run.out / "model"
+
+
+def _writer(
+    teacher: Bundle,
+    settings: JointSettings | MotionSettings | SoundSettings,
+    run: PartRun,
+    folder: RunFolder,
+) -> Callable[[int], None]:
+    """Return what writes a teacher at a checkpoint, and a sheet of its samples."""
+
+    def write(iteration: int) -> None:
+        if not world().is_first:
+            return
+        save_bundle(teacher, run.out / "model")
+        with settings.loop.autocast(teacher.denoiser.device.type):
+            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
+        _write_sheet(drawn, f"{settings.part}-{iteration:06d}.png", run, folder)
+
+    return write
 
 
 def _tune_teacher(settings: TuneSettings, run: PartRun) -> Path:
@@ -396,21 +407,13 @@ def _train_motion(settings: MotionSettings, run: PartRun) -> Path:
     device = find_device(settings.device)
     teacher = new_motion_teacher(settings, recipe=run.name, version=__version__).to(device)
 
-    def write(iteration: int) -> None:
-        if not world().is_first:
-            return
-        save_bundle(teacher, run.out / "model")
-        with settings.loop.autocast(device.type):
-            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
-        _write_sheet(drawn, f"motion-{iteration:06d}.png", run, folder)
-
     train_motion(
         run.drawings,
         teacher,
         settings,
         folder,
         on_iteration=run.show(settings.loop),
-        on_checkpoint=write,
+        on_checkpoint=_writer(teacher, settings, run, folder),
     )
     return run.out / "model"
 
@@ -441,19 +444,13 @@ def _train_sound(settings: SoundSettings, run: PartRun) -> Path:
     )
     teacher = teacher.to(find_device(settings.device))
 
-    def write(iteration: int) -> None:
-        if world().is_first:
-            save_bundle(teacher, run.out / "model")
-            drawn = draw_samples(teacher, settings.sample_prompts, settings.sample_seeds)
-            _write_sheet(drawn, f"sound-{iteration:06d}.png", run, folder)
-
     train_sound_teacher(
         teacher,
-        NoteSource(notes, teacher.text),
+        note_source(notes, teacher.text),
         settings,
         folder,
         on_iteration=run.show(settings.loop),
-        on_checkpoint=write,
+        on_checkpoint=_writer(teacher, settings, run, folder),
     )
     return run.out / "model"
 

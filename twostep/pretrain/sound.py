@@ -17,6 +17,7 @@ from torch import Tensor
 from twostep import __version__
 from twostep.contract import Contract, RectifiedFlowSpec
 from twostep.diffusion import RectifiedFlow
+from twostep.diffusion.shapes import sent
 from twostep.media.audio import AudioCodec, BlockComponents
 from twostep.media.spectrogram import Spectrogram
 from twostep.models.audio import FAMILY
@@ -24,11 +25,11 @@ from twostep.models.bundle import Bundle
 from twostep.networks.audio_dit import AudioDit, AudioDitConfig
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.flow import draw_logit_normal_times, flow_loss
+from twostep.pretrain.latents import LatentSource
 from twostep.pretrain.loop import PartSettings, silent, train_network
 from twostep.pretrain.notes import (
     NUM_SAMPLES,
     RATE,
-    NoteSource,
     fitted_codec,
     note_prompts,
     random_labels,
@@ -118,7 +119,7 @@ def fit_codec(
 
 def train_sound_teacher(
     teacher: Bundle,
-    source: NoteSource,
+    source: LatentSource,
     settings: SoundSettings,
     folder: RunFolder,
     *,
@@ -147,10 +148,10 @@ def train_sound_teacher(
         eps = torch.randn(x0.shape, generator=generator)
         return flow_loss(
             denoiser,
-            x0[share].to(device),
+            sent(x0[share], device),
             conditioning[share].to(device),
             t=t[share],
-            eps=eps[share].to(device),
+            eps=sent(eps[share], device),
         )
 
     denoiser.network.requires_grad_(True).train()
