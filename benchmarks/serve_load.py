@@ -27,7 +27,7 @@ import torch
 import typer
 from serving_load import Answers, Served, ask_openai, figures, load, posted, serve, stop, wish
 
-from twostep.pipeline.png import text_chunks
+from twostep.pipeline.provenance import text_chunks
 from twostep.pipeline.request import MAX_BATCH, Request, Result
 from twostep.pipeline.studio import Studio
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from twostep.contract import Contract
-from twostep.pipeline.png import save_images
+from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import Request, Result
 
 

@@ -174,7 +174,7 @@ import sys
 from pathlib import Path
 from PIL import Image
 from twostep.contract import Contract
-from twostep.pipeline.png import save_images
+from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import Request, Result
 
 contract = Contract(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from twostep.pipeline.png import read_provenance
+from twostep.pipeline.provenance import read_provenance
 
 PROMPT = "a 3d red apple on a blue background"
 

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pipeline.generation import generate
-from twostep.pipeline.png import read_provenance, save_images
+from twostep.pipeline.provenance import read_provenance, save_images
 from twostep.pipeline.request import LoraChoice, Request
 
 from .test_draw import PROMPT, assert_one_clean_line

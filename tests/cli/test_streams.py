@@ -16,7 +16,7 @@ from PIL import Image
 import twostep
 from twostep.cli import app
 from twostep.formats.locate import find_model
-from twostep.pipeline.png import read_provenance
+from twostep.pipeline.provenance import read_provenance
 
 from .test_draw import PROMPT, assert_one_clean_line
 

@@ -44,7 +44,7 @@ from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
 from twostep.networks.conditioning import Conditioning
 from twostep.pipeline.generation import generate
-from twostep.pipeline.png import save_images
+from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import Request
 from twostep.pretrain.drawings import DrawingSet, load_drawings, save_drawings
 from twostep.pretrain.model import random_bundle

@@ -11,7 +11,7 @@ from twostep.contract import RectifiedFlowSpec
 from twostep.formats import read_contracts
 from twostep.media.audio import read_sound
 from twostep.models.saving import save_bundle
-from twostep.pipeline.png import read_provenance
+from twostep.pipeline.provenance import read_provenance
 from twostep.pretrain.notes import NoteCache, encoded
 
 RECIPE = """

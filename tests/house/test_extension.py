@@ -44,7 +44,7 @@ from twostep.models.saving import save_bundle
 from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
-from twostep.pipeline.png import save_images
+from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import Request
 from twostep.training.loop import Randomness
 from twostep.training.recipe import RecipeError, load_recipe

@@ -20,7 +20,7 @@ from twostep.models.motion import load_pictures, motion_contract, with_motion
 from twostep.models.sampling import draw_noise
 from twostep.models.saving import save_bundle, save_student
 from twostep.networks.motion import MotionModule
-from twostep.pipeline.png import save_images
+from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import RequestError
 
 PROMPT = "a 3d fox on a blue background"

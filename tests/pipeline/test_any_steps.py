@@ -16,7 +16,7 @@ from twostep.diffusion import find_sampler
 from twostep.formats import resolve
 from twostep.formats.locate import WEIGHTS, ModelError
 from twostep.models.sampling import draw_noise, encode_prompts, sample_latents
-from twostep.pipeline.png import read_provenance
+from twostep.pipeline.provenance import read_provenance
 from twostep.pipeline.request import Request, RequestError
 from twostep.pipeline.studio import Studio
 

@@ -16,7 +16,7 @@ from twostep.media.codec import FULL, TINY
 from twostep.models.tiny_decoder import DecoderChoices
 from twostep.pipeline.generation import Progress
 from twostep.pipeline.order import Order
-from twostep.pipeline.png import read_provenance, save_images, text_chunks
+from twostep.pipeline.provenance import read_provenance, save_images, text_chunks
 from twostep.pipeline.request import Picture, Request, RequestError, Result
 from twostep.pipeline.studio import Studio
 

@@ -20,8 +20,8 @@ from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.networks.adapters import add_lora, remove_loras
 from twostep.pipeline.generation import Progress, generate
-from twostep.pipeline.png import read_provenance, save_images
 from twostep.pipeline.prepare import prepare
+from twostep.pipeline.provenance import read_provenance, save_images
 from twostep.pipeline.request import Control, Picture, Request, RequestError, Result
 
 PROMPT = "a 3d red apple on a blue background"

@@ -16,7 +16,7 @@ from comfyui.graph import definitions, from_page, page_problems, problems
 from twostep.contract import Contract, EdmSpec, RectifiedFlowSpec, VariancePreservingSpec
 from twostep.export.page import page_of
 from twostep.formats import read_contracts
-from twostep.pipeline.png import comfyui_chunks
+from twostep.pipeline.provenance import comfyui_chunks
 from twostep.pipeline.request import Control, ModelTraits, Picture, Request
 from twostep.pipeline.workflow import workflow_of
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tests.serve.conftest import APPLE, GatedStudio, listening
 from twostep.cli import app as cli
-from twostep.pipeline.png import save_images
+from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import Control, Picture, Request
 from twostep.pipeline.studio import Studio
 from twostep.serve.gate import Rules

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from twostep.models.bundle import Bundle
     from twostep.pipeline.generation import OnStep
     from twostep.pipeline.order import Order
-    from twostep.pipeline.png import Provenance
+    from twostep.pipeline.provenance import Provenance
     from twostep.pipeline.request import Request, Result
 
 _Model = Annotated[
@@ -189,7 +189,7 @@ def replay(
     out: _Folder = Path("out"),
 ) -> None:
     """Draw again what a file says of itself, and tell whether every pixel or sample is the same."""
-    from twostep.pipeline.png import ProvenanceError, difference, read_provenance
+    from twostep.pipeline.provenance import ProvenanceError, difference, read_provenance
 
     provenance = read_provenance(picture)
     if not provenance.origin and model is None:
@@ -286,7 +286,7 @@ def _draw_and_save(
     from rich.console import Console
 
     from twostep.pipeline.output import prepare_folder
-    from twostep.pipeline.png import save_images
+    from twostep.pipeline.provenance import save_images
 
     prepare_folder(out)
     start = time.perf_counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_locate import find_lora_file
-from twostep.pipeline.png import Provenance, ProvenanceError
+from twostep.pipeline.provenance import Provenance, ProvenanceError
 from twostep.pipeline.request import LoraChoice, Request
 
 

@@ -19,7 +19,7 @@ from twostep.evaluate.measurements import Measurements, SecondJudge, measure
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.evaluate.prompts import attributes_from_prompt
 from twostep.media.pictures import UnusablePictureError, open_picture
-from twostep.pipeline.png import ProvenanceError, read_provenance
+from twostep.pipeline.provenance import ProvenanceError, read_provenance
 
 
 class FolderError(TwostepError):

@@ -26,7 +26,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from twostep.contract import ContractError
-from twostep.pipeline.png import A1111_CHUNK, a1111_text
+from twostep.pipeline.provenance import A1111_CHUNK, a1111_text
 from twostep.pipeline.request import SAMPLERS, RequestError, Result
 from twostep.serve.a1111_controls import SCRIPT
 from twostep.serve.a1111_wishes import (

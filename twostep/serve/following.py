@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.requests import Request as HttpRequest
 
 from twostep.media.png import encode_png
-from twostep.pipeline.png import text_chunks
+from twostep.pipeline.provenance import text_chunks
 from twostep.pipeline.request import Result
 from twostep.serve.catalogue import Fitted
 from twostep.serve.engine import Engine, Event, Job

@@ -59,7 +59,7 @@ class HandedOver:
     warnings: list[str]
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the files as `pipeline.png.save_images` does, and return their paths."""
+        """Write the files as `pipeline.provenance.save_images` does, and return their paths."""
         folder = prepare_folder(folder)
         return [
             write_item(folder, stem_of(self.prompt, self.checkpoint, seed), data, suffix)

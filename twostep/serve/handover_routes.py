@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from twostep.pipeline.order import Order
-from twostep.pipeline.png import text_chunks
+from twostep.pipeline.provenance import text_chunks
 from twostep.pipeline.request import Picture, Request, Result
 from twostep.serve.following import ended, in_base64
 from twostep.serve.handover import HANDOVER_PATH, TOKEN_HEADER

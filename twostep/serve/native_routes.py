@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from twostep.pipeline.png import read_workflow
+from twostep.pipeline.provenance import read_workflow
 from twostep.serve.document import refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import answer_of, encode, follow, preview_in_base64, server_sent

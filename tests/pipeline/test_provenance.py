@@ -13,7 +13,7 @@ from PIL import Image
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.output import OutputError
-from twostep.pipeline.png import ProvenanceError, a1111_text, read_provenance, save_images
+from twostep.pipeline.provenance import ProvenanceError, a1111_text, read_provenance, save_images
 from twostep.pipeline.request import LoraChoice, Request, Result
 
 PROMPT = 'a "red" apple, 3d: größer'
