@@ -11,8 +11,9 @@ from twostep.media.audio import AudioCodec
 from twostep.models.bundle import Bundle
 from twostep.models.saving import save_bundle, save_student
 from twostep.pretrain.loop import NetworkLoopSettings
-from twostep.pretrain.notes import NUM_SAMPLES, RATE, Labels, fitted_codec, random_labels
+from twostep.pretrain.notes import Labels, fitted_codec, random_labels
 from twostep.pretrain.sound import SoundSettings, new_sound_teacher
+from twostep.pretrain.soundfont import NUM_SAMPLES, RATE
 
 LOOP = NetworkLoopSettings(
     iterations=4,

@@ -18,8 +18,6 @@ from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.flow import draw_logit_normal_times, flow_loss
 from twostep.pretrain.notes import (
     INSTRUMENTS,
-    NUM_SAMPLES,
-    SOUNDFONTS,
     Naming,
     NoteCache,
     NotesError,
@@ -34,6 +32,7 @@ from twostep.pretrain.notes import (
 )
 from twostep.pretrain.parts import load_part
 from twostep.pretrain.sound import train_sound_teacher
+from twostep.pretrain.soundfont import NUM_SAMPLES, SOUNDFONTS
 from twostep.training.recipe import RecipeError
 from twostep.training.run_folder import RunFolder
 
@@ -99,7 +98,7 @@ def test_a_missing_or_broken_soundfont_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = random_labels(1, torch.Generator().manual_seed(0))
-    monkeypatch.setattr("twostep.pretrain.notes.SOUNDFONTS", (tmp_path / "none.sf2",))
+    monkeypatch.setattr("twostep.pretrain.soundfont.SOUNDFONTS", (tmp_path / "none.sf2",))
     with pytest.raises(NotesError, match="apt-get install fluid-soundfont-gm"):
         render_notes(labels, seed=0)
     with monkeypatch.context() as without:

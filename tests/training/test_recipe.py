@@ -23,6 +23,7 @@ NAMES = {
     "sdxl-2step-from-prompts",
     "nano-audio",
     "nano-audio-mse",
+    "nano-audio-all",
     "nano-motion-chain",
     "animatediff-sd15",
     "animatediff-sdxl",

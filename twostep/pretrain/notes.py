@@ -1,8 +1,8 @@
 """Notes of instruments, rendered from a soundfont, with captions: what models of sounds learn from.
 
 A note has an instrument, a pitch and a loudness, and when it begins and ends is random. Every
-twelfth combination of instrument and pitch is held out: training never hears it. The soundfont is
-that of General MIDI in Debian's package fluid-soundfont-gm (MIT); tinysoundfont plays it.
+twelfth combination of instrument and pitch is held out: training never hears it. What plays them is
+in `pretrain.soundfont`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from twostep.errors import TwostepError
 from twostep.files import write_atomically
 from twostep.media.audio import AudioCodec
 from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
 from twostep.pretrain.latents import LatentSource
+from twostep.pretrain.soundfont import NUM_SAMPLES, NotesError, Player, amplified, find_soundfont
 from twostep.text.attributes import AttributePrompts, pitch_name, pitch_words
 from twostep.training.loop import Randomness
 from twostep.training.processes import wait, world
@@ -55,31 +55,7 @@ LOWEST_PITCH = 48
 
 NUM_PITCHES = 36
 
-RATE = 16_000
-NUM_SAMPLES = 16_384
-"""Samples of a note: a little more than a second."""
-
-SOUNDFONTS = (
-    Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"),
-    Path("/usr/share/soundfonts/FluidR3_GM.sf2"),
-)
-"""Where Linux distributions put it."""
-
-_OVERSAMPLING = 3
-"""Notes are played at so many times the rate, and then lose what lies above half of it."""
-
-_LATEST_START = 0.06
-_ENDS = (0.55, 0.95)
-"""Seconds at which notes begin at the latest, and when they are let go at the earliest and
-latest."""
-
-_SPARE = 0.01
-"""Seconds that are played beyond the end, for the parts of a note are rounded."""
-
-_GAIN = 1.4
-"""With which the loudest notes nearly reach 1."""
-
-_SYNONYMS = {
+SYNONYMS = {
     "quiet": "soft",
     "quietly": "soft",
     "softly": "soft",
@@ -93,17 +69,18 @@ Labels = UInt8[Tensor, "notes 3"]
 """Of each note the number of its instrument, its MIDI number, and 0 if it is soft, 1 if loud."""
 
 
-class NotesError(TwostepError):
-    """Notes that cannot be rendered or read."""
-
-
-def note_prompts() -> AttributePrompts:
-    """Return what makes conditioning of captions of notes."""
+def note_words() -> tuple[str, ...]:
+    """Return the words that captions of notes may name."""
     pitches = [pitch_words(LOWEST_PITCH + number) for number in range(NUM_PITCHES)]
     words = [*INSTRUMENTS, *REGISTERS, *LOUDNESSES]
     for kind in (0, 1):
         words += dict.fromkeys(pitch[kind] for pitch in pitches)
-    return AttributePrompts(tuple(words), _SYNONYMS)
+    return tuple(words)
+
+
+def note_prompts() -> AttributePrompts:
+    """Return what makes conditioning of captions of notes."""
+    return AttributePrompts(note_words(), SYNONYMS)
 
 
 def is_held_out(labels: Integer[Tensor, "notes 3"]) -> Tensor:
@@ -144,85 +121,16 @@ def render_notes(
     Raises:
         NotesError: there is no soundfont, or nothing to play it.
     """
-    player = _Player(soundfont or _find_soundfont())
+    player = Player(soundfont or find_soundfont())
     words = random.Random(seed)
     programs = list(INSTRUMENTS.values())
     sounds = []
     for number, (instrument, pitch, loudness) in enumerate(labels.tolist()):
         player.begin(words.choice(programs[instrument]))
         velocity = words.randint(*VELOCITIES[loudness])
-        start = words.uniform(0, _LATEST_START)
-        end = words.uniform(*_ENDS)
-        pieces = [player.play(start)]
-        player.strike(pitch, velocity)
-        pieces.append(player.play(end - start))
-        player.release(pitch)
-        pieces.append(player.play(NUM_SAMPLES / RATE - end + _SPARE))
-        sounds.append(_at_rate(torch.cat(pieces)))
+        sounds.append(player.strike_all([pitch], velocity, words))
         on_note(number + 1, len(labels))
-    notes: Tensor = _GAIN * torch.stack(sounds)
-    return notes / notes.abs().amax(dim=1, keepdim=True).clamp(min=1)
-
-
-class _Player:
-    """A soundfont, played one note at a time at the higher rate."""
-
-    def __init__(self, path: Path) -> None:
-        """Load the soundfont; NotesError if it cannot be read, or nothing plays it."""
-        try:
-            import tinysoundfont
-        except ImportError as error:
-            raise NotesError(
-                "notes are rendered by tinysoundfont: pip install --no-deps tinysoundfont (what "
-                "it depends on is for loudspeakers)."
-            ) from error
-        self._path = path
-        self._synthesiser = tinysoundfont.Synth(samplerate=RATE * _OVERSAMPLING)
-        try:
-            self._font = int(self._synthesiser.sfload(str(path)))
-        except (OSError, RuntimeError) as error:
-            raise NotesError(f"{path} cannot be read as a soundfont ({error}).") from error
-
-    def begin(self, program: int) -> None:
-        """Silence what sounds and take a program; NotesError if the soundfont does not have it."""
-        self._synthesiser.sounds_off()
-        try:
-            self._synthesiser.program_select(0, self._font, 0, program)
-        except RuntimeError as error:
-            raise NotesError(
-                f"{self._path} has no program {program}. Give a General MIDI soundfont."
-            ) from error
-
-    def strike(self, pitch: int, velocity: int) -> None:
-        """Begin a note."""
-        self._synthesiser.noteon(0, pitch, velocity)
-
-    def release(self, pitch: int) -> None:
-        """Let a note go."""
-        self._synthesiser.noteoff(0, pitch)
-
-    def play(self, seconds: float) -> Tensor:
-        """Return what sounds in the next seconds, the mean of both channels."""
-        count = round(seconds * RATE * _OVERSAMPLING)
-        stereo = torch.frombuffer(bytearray(self._synthesiser.generate(count)), dtype=torch.float32)
-        return stereo.view(-1, 2).mean(dim=1)
-
-
-def _at_rate(sound: Tensor) -> Tensor:
-    """Return a sound at the lower rate, without the frequencies that this cannot hold."""
-    spectrum = torch.fft.rfft(sound[: NUM_SAMPLES * _OVERSAMPLING])
-    lower: Tensor = torch.fft.irfft(spectrum[: NUM_SAMPLES // 2 + 1], n=NUM_SAMPLES)
-    return lower / _OVERSAMPLING
-
-
-def _find_soundfont() -> Path:
-    for path in SOUNDFONTS:
-        if path.is_file():
-            return path
-    raise NotesError(
-        f"there is no soundfont at {SOUNDFONTS[0]}. Install it (apt-get install "
-        "fluid-soundfont-gm), or name another General MIDI soundfont with `soundfont`."
-    )
+    return amplified(sounds)
 
 
 @dataclass(frozen=True)

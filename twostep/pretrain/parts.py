@@ -41,15 +41,16 @@ from twostep.pretrain.latents import LatentCache, find_latents
 from twostep.pretrain.loop import PartSettings
 from twostep.pretrain.model import build_text_encoders, teacher_contract
 from twostep.pretrain.motion import MotionSettings, new_motion_teacher, train_motion
-from twostep.pretrain.notes import find_notes, note_source
 from twostep.pretrain.scene_captions import scene_corpus
 from twostep.pretrain.scenes import compose, random_scenes
 from twostep.pretrain.sheets import draw_samples, write_sheet
 from twostep.pretrain.sizes import ModelSize, find_size
 from twostep.pretrain.sound import (
     SoundSettings,
+    find_source,
     fit_codec,
     new_sound_teacher,
+    sound_cache,
     train_sound_teacher,
 )
 from twostep.pretrain.sound_judge import (
@@ -426,7 +427,7 @@ def _train_sound(settings: SoundSettings, run: PartRun) -> Path:
     def show_notes(num_done: int, total: int) -> None:
         run.advance(num_done, total, "notes")
 
-    cached = run.out / "notes.safetensors"
+    cached = sound_cache(settings, run.out)
     if world().is_first and not cached.exists():
         fit_codec(teacher, settings, show_notes)
         save_bundle(teacher, run.out / "model")
@@ -434,19 +435,12 @@ def _train_sound(settings: SoundSettings, run: PartRun) -> Path:
     if cached.exists() or not world().is_first:
         # Cached latents are those of the codec that was fitted before them.
         teacher = replace(teacher, codec=load_bundle(run.out / "model").codec)
-    notes = find_notes(
-        cached,
-        teacher.codec,
-        count=settings.notes,
-        soundfont=settings.soundfont,
-        on_note=show_notes,
-        seed=settings.loop.seed,
-    )
+    source = find_source(teacher, settings, run.out, show_notes)
     teacher = teacher.to(find_device(settings.device))
 
     train_sound_teacher(
         teacher,
-        note_source(notes, teacher.text),
+        source,
         settings,
         folder,
         on_iteration=run.show(settings.loop),

@@ -28,13 +28,15 @@ from twostep.pretrain.flow import draw_logit_normal_times, flow_loss
 from twostep.pretrain.latents import LatentSource
 from twostep.pretrain.loop import PartSettings, silent, train_network
 from twostep.pretrain.notes import (
-    NUM_SAMPLES,
-    RATE,
+    find_notes,
     fitted_codec,
     note_prompts,
+    note_source,
     random_labels,
     render_notes,
 )
+from twostep.pretrain.sound_kinds import all_prompts, find_sounds, render_all, sound_source
+from twostep.pretrain.soundfont import NUM_SAMPLES, RATE
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.processes import world
 from twostep.training.run_folder import RunFolder
@@ -50,7 +52,10 @@ class SoundSettings(PartSettings):
 
     part: Literal["sound"] = "sound"
     name: str = Field("nano-audio", description="what the teacher is called")
-    notes: int = Field(6000, gt=0, description="notes that are rendered and encoded once")
+    sounds: Literal["notes", "all"] = Field(
+        "notes", description="what is rendered: notes, or chords and drum hits too, a third each"
+    )
+    notes: int = Field(6000, gt=0, description="sounds that are rendered and encoded once")
     soundfont: Path | None = Field(None, description="the file; that of the system if not given")
     bands: int = Field(128, gt=0, description="bands of the spectrograms")
     block_frames: int = Field(4, gt=0, description="frames of a spectrogram that are one token")
@@ -69,7 +74,7 @@ class SoundSettings(PartSettings):
 
 def new_sound_teacher(settings: SoundSettings, recipe: str) -> Bundle:
     """Return a teacher with random weights and a codec that is fitted to nothing yet."""
-    prompts = note_prompts()
+    prompts = all_prompts() if settings.sounds == "all" else note_prompts()
     codec = AudioCodec(
         BlockComponents(settings.bands, settings.block_frames, settings.components),
         Spectrogram(rate=RATE, bands=settings.bands),
@@ -108,13 +113,58 @@ def new_sound_teacher(settings: SoundSettings, recipe: str) -> Bundle:
 def fit_codec(
     teacher: Bundle, settings: SoundSettings, on_note: Callable[[int, int], None]
 ) -> None:
-    """Fit a teacher's codec to notes of its own, in place."""
+    """Fit a teacher's codec to sounds of its own, in place."""
     assert isinstance(teacher.codec, AudioCodec)
     random = Randomness.at(settings.loop.seed, _FITTING)
     labels = random_labels(settings.fitted_notes, random.tensors)
     seed = random.words.getrandbits(31)
-    sounds = render_notes(labels, seed, soundfont=settings.soundfont, on_note=on_note)
+    soundfont = settings.soundfont
+    if settings.sounds == "all":
+        sounds, _, _ = render_all(
+            settings.fitted_notes, seed, soundfont=soundfont, on_sound=on_note
+        )
+    else:
+        sounds = render_notes(labels, seed, soundfont=soundfont, on_note=on_note)
     fitted_codec(teacher.codec, sounds)
+
+
+def sound_cache(settings: SoundSettings, folder: Path) -> Path:
+    """Return where the sounds that a teacher learns from are kept in its run's folder."""
+    return folder / ("sounds.safetensors" if settings.sounds == "all" else "notes.safetensors")
+
+
+def find_source(
+    teacher: Bundle, settings: SoundSettings, folder: Path, on_note: Callable[[int, int], None]
+) -> LatentSource:
+    """Return what a teacher learns from, which is rendered where it is not there yet.
+
+    Args:
+        teacher: with the codec that was fitted.
+        settings: the recipe.
+        folder: of the run.
+        on_note: called with the number of sounds that are done, and of all.
+    """
+    path = sound_cache(settings, folder)
+    seed = settings.loop.seed
+    if settings.sounds == "all":
+        sounds = find_sounds(
+            path,
+            teacher.codec,
+            count=settings.notes,
+            soundfont=settings.soundfont,
+            on_sound=on_note,
+            seed=seed,
+        )
+        return sound_source(sounds, teacher)
+    notes = find_notes(
+        path,
+        teacher.codec,
+        count=settings.notes,
+        soundfont=settings.soundfont,
+        on_note=on_note,
+        seed=seed,
+    )
+    return note_source(notes, teacher.text)
 
 
 def train_sound_teacher(
