@@ -1,0 +1,143 @@
+"""Drawings without PyTorch, from recordings.
+
+A process that draws one plain picture with the engine `openvino` needs neither PyTorch, which takes
+seconds to load, nor the model's weights, if such a picture was drawn before: `pipeline.recording`
+then noted which compiled networks were called. They are called again here, with the same numbers,
+so the pixels are the same; that was compared when the recording was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from twostep.contract import Contract
+from twostep.media.codec import FULL
+from twostep.models.runtime import take_notes
+from twostep.pipeline.noise import torch_noise
+from twostep.pipeline.recordings import ENGINE, OpenRecording, Recording
+from twostep.pipeline.request import ModelTraits, Request, Result
+from twostep.pipeline.timing import timed
+from twostep.text.prompt_weights import has_weights, is_composable, without_weights
+from twostep.text.words import ClipWords, unknown_words_warning, words_in_pieces
+
+_NUM_SEEDS = 2**32
+"""Seeds that PyTorch tells apart; of others a person is warned, by who draws with it."""
+
+
+def draw_recorded(opened: OpenRecording, request: Request) -> Result | None:
+    """Draw a request from the recording that was opened for it.
+
+    None where that cannot be, and PyTorch has to draw it: a request that is not plain, a prompt
+    that is too long, networks that have gone, or numbers that are none. Of the seconds in the
+    result, "load" are those in which this waited for the networks.
+    """
+    if not is_plain(request):
+        return None
+    recording = opened.recording
+    words = _words(recording)
+    if words is None or _is_long(request.prompt, words[0]):
+        return None  # long prompts are put together of chunks
+    seconds: dict[str, float] = {}
+    image = _drawn(opened, request, words, seconds)
+    if image is None:
+        return None
+    contract = Contract.from_json(recording.contract)
+    unknown = words_in_pieces(request.prompt, words[0].tokenize)
+    warnings = [unknown_words_warning(contract.name, unknown)] if unknown else []
+    return Result(
+        images=[image],
+        seeds=request.seeds,
+        seconds=seconds,
+        warnings=[*warnings, *take_notes()],
+        contract=contract,
+        request=replace(request, **recording.settled),
+        origin=recording.origin,
+        traits=ModelTraits(zeros_for_empty=recording.zeros_for_empty),
+    )
+
+
+def is_plain(request: Request) -> bool:
+    """Tell whether a request is of the kind that recordings are made of.
+
+    That is one picture from a prompt alone, of words that count alike, with the model's own
+    settings.
+    """
+    prompt = request.prompt
+    left_open = (
+        request.image,
+        request.guidance,
+        request.sampler,
+        request.treated_as,
+        request.frames,
+    )
+    return (
+        request.engine == ENGINE
+        and request.num_images == 1
+        and request.seed < _NUM_SEEDS
+        and request.decoder == FULL
+        and request.init_noise == "comfyui"
+        and not request.negative_prompt
+        and not (request.loras or request.embeddings or request.controls)
+        and all(value is None for value in left_open)
+        and bool(prompt.strip())
+        and "embedding:" not in prompt
+        and not has_weights(prompt)
+        and without_weights(prompt) == prompt
+        and not is_composable(prompt)
+    )
+
+
+def _drawn(
+    opened: OpenRecording,
+    request: Request,
+    words: Sequence[ClipWords],
+    seconds: dict[str, float],
+) -> Image.Image | None:
+    """Return the picture, and add up the seconds of its stages.
+
+    None where a network is not there any more, or gives what is no number.
+    """
+    recording = opened.recording
+    shape = recording.latent_shape
+    noise = torch_noise(request.seed, int(np.prod(shape))).reshape(1, *shape)
+    sizes = np.array([recording.sizes], np.float32)
+    with timed(seconds, "load"):
+        graphs = opened.graphs()
+    if graphs is None:
+        return None
+    first, second, run, decoder = graphs
+    with timed(seconds, "text"):
+        first_tokens, second_tokens = (
+            each([request.prompt], padding="max_length", truncation=True).input_ids
+            for each in words
+        )
+        (first_text,) = first(np.array(first_tokens, np.int64))
+        second_text, pooled = second(np.array(second_tokens, np.int64))
+        text = np.concatenate([first_text, second_text], axis=-1)
+    with timed(seconds, "denoise"):
+        (latents,) = run(noise, text, pooled, sizes)
+    with timed(seconds, "decode"):
+        scale = np.float32(recording.latent_scale)
+        (pictures,) = decoder(latents / scale + np.float32(recording.latent_mean))
+        levels = np.rint((pictures.clip(-1, 1) + np.float32(1)) * np.float32(127.5))
+    if not (np.isfinite(latents).all() and np.isfinite(pictures).all()):
+        return None  # PyTorch says what is wrong
+    pixels = levels[0].clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _words(recording: Recording) -> list[ClipWords] | None:
+    """Read the tokenizers of a model; None where one is not what it was."""
+    words = [ClipWords.read(Path(folder)) for folder in recording.tokenizers]
+    known = [each for each in words if each is not None]
+    return known if len(known) == len(words) else None
+
+
+def _is_long(prompt: str, words: ClipWords) -> bool:
+    """Tell whether a prompt is longer than the tokenizer's limit."""
+    return len(words(prompt).input_ids) > words.model_max_length
