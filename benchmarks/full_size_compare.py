@@ -5,18 +5,20 @@
     python benchmarks/full_size_compare.py --out runs/curves --pixels 256 512 1024 2048 \\
         --rounds 1 --variants diffusers eager eager:tiny        # and again with --steps, --batch
 
-The weights are random, for the real ones are not needed to know time and memory. Every drawing runs
-in a process of its own, one at a time, so its peak of resident memory is its own. A process draws
-once unmeasured, which compiles, and once measured. In every round each variant takes a turn; ratios
-are of the same rounds. What is done is in `runs.jsonl`, one line each, and the same command goes on
-where it was stopped. Before the first round every engine runs once uncounted, so that what it keeps
-on the disk is there. Several `--pixels`, `--steps` or `--batch` make `curves.svg`: seconds and
-memory along each, and what the arithmetic alone would take (of `eager`).
+The weights are random, for the real ones are not needed to know time and memory. They are written
+once, as a model folder in float32 of 13 GB for every number of steps (`--out` needs the room), and
+every drawing reads them in a process of its own, one at a time, so its peak of resident memory is
+its own. A process draws once unmeasured, which compiles, and once measured; `recorded` after an
+engine draws without PyTorch from what that engine recorded (`pipeline.recorded`), and of its
+seconds those in which networks are opened are counted apart. In every round each variant takes a
+turn; ratios are of the same rounds. What is done is in `runs.jsonl`, one line each, and the same
+command goes on where it was stopped. Before the first round every engine runs once uncounted, so
+that what it keeps on the disk is there. Several `--pixels`, `--steps` or `--batch` make
+`curves.svg`: seconds and memory along each, and what the arithmetic alone would take (of `eager`).
 
 By their parameters, in float32: UNet 9.6 GiB, text encoders 3.0, autoencoder 0.3, so 13 GiB for
-`diffusers` and `eager`, and what they compute with. OpenVINO holds the UNet once more: 9.6 GiB, so
-23 in all, or 2.4 in 8 bits, so 16, and as much again while it compiles. What does not fit ends as
-failed in the table, and the others go on.
+`diffusers` and `eager`, and what they compute with. OpenVINO holds the UNet once more while PyTorch
+has it too. What does not fit ends as failed in the table, and the others go on.
 """
 
 from __future__ import annotations
@@ -37,19 +39,27 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from full_size_distill import GIB, filled
 from full_size_generate import random_bundle
 from torch.utils.flop_counter import FlopCounterMode
 
 from twostep.engines import find_engine
 from twostep.export.verification import vanilla_pipeline
+from twostep.files import folder_atomically
+from twostep.formats.locate import CONTRACT_FILE
 from twostep.formats.tiny_decoder import TinyLayout
 from twostep.media.codec import TINY, TinyDecoder
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.sdxl import diffusers_scheduler
 from twostep.models.tiny_decoder import build_decoder
 from twostep.pipeline.generation import generate
+from twostep.pipeline.recorded import draw_recorded
+from twostep.pipeline.recording import record
+from twostep.pipeline.recordings import Wish, open_recording
 from twostep.pipeline.request import Request
+from twostep.pipeline.studio import Studio
 from twostep.reports.curves import plot_curves
 from twostep.reports.speed import ROOF, Case, Row, Timing, machine, rate
 from twostep.reports.starts import Start
@@ -57,10 +67,13 @@ from twostep.reports.starts import Start
 PROMPT = "a 3d red apple on a blue background"
 TAESD = TinyLayout(latent_channels=4, width=64, blocks=(3, 3, 3, 1))
 VANILLA = "diffusers"
-VARIANTS = (VANILLA, "eager", "eager:tiny", "openvino-int8", "openvino-int8:tiny", "openvino")
-"""An engine, and `:tiny` after it where the tiny decoder draws. The largest comes last."""
+RECORDED = "recorded"
+VARIANTS = (VANILLA, "eager", "eager:tiny", "openvino-int8", "openvino-int8:recorded")
+"""An engine, and after it `:tiny` where the tiny decoder draws, or `:recorded`."""
 
 FILE = "runs.jsonl"
+WRITE = "write"
+"""What a process does that draws nothing: it writes the model."""
 
 Draw = Callable[[], dict[str, float]]
 """Draws, and returns the seconds of the stages, if it knows them."""
@@ -81,12 +94,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only == WRITE:
+        write(options.out, options.steps[0])
+        return
     if options.only:
         print(json.dumps(measured(options.only, options)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     done = read(options.out)
     cases = list(product(options.pixels, options.steps, options.batch))
+    if not options.model:
+        for steps in options.steps:
+            write_model(options.out, steps)
     for number, case, variant in product(range(-1, options.rounds), cases, options.variants):
         is_needed = number >= 0 or variant.startswith("openvino")
         if is_needed and (number, variant, *case) not in done:
@@ -115,6 +134,42 @@ def run(key: Key, options: argparse.Namespace) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def write_model(folder: Path, steps: int) -> None:
+    """Write a student of SDXL's size with random weights, in a process that then gives memory back.
+
+    Weights of all numbers of steps are the same, so the largest are written once.
+    """
+    path = model_path(folder, steps)
+    if path.exists():
+        return
+    print(f"writing {path}", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--only", WRITE, "--out", str(path)]
+    subprocess.run([*command, "--steps", str(steps)], check=True)
+
+
+def model_path(folder: Path, steps: int) -> Path:
+    """Return the folder of the model with random weights."""
+    return folder / f"sdxl-{steps}step"
+
+
+def write(path: Path, steps: int) -> None:
+    """Write the model, whole or not at all."""
+    bundle = random_bundle(steps)
+    text: Any = bundle.text
+    pipeline = StableDiffusionXLPipeline(
+        **bundle.parts,
+        vae=bundle.codec.vae.to(memory_format=torch.contiguous_format),  # type: ignore[attr-defined]
+        tokenizer=text.tokenizers[0],
+        tokenizer_2=text.tokenizers[1],
+        scheduler=diffusers_scheduler(bundle.contract),
+        force_zeros_for_empty_prompt=text.zeros_for_empty,
+        add_watermarker=False,
+    )
+    with folder_atomically(path) as partial:
+        pipeline.save_pretrained(partial)
+        (partial / CONTRACT_FILE).write_text(bundle.contract.to_json())
+
+
 def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """Draw with a variant in this process; return seconds, the peak, and the machine."""
     torch.manual_seed(0)
@@ -128,7 +183,7 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     start = time.perf_counter()
     stages = draw()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - stages.pop("load", 0.0)
     return {
         "seconds": seconds,
         "stages": stages,
@@ -142,32 +197,67 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(variant: str, options: argparse.Namespace) -> Draw:
     """Return what draws a picture as a variant does it."""
-    engine, _, decoder = variant.partition(":")
+    engine, _, way = variant.partition(":")
     (pixels,), (steps,), (batch,) = options.pixels, options.steps, options.batch
-    bundle = load_bundle(options.model, steps=steps) if options.model else random_bundle(steps)
-    size = (pixels, pixels)
-    bundle = replace(bundle, contract=replace(bundle.contract, sizes=(size,)))
+    model = options.model or str(model_path(options.out, steps))
+    request = Request(
+        PROMPT, model=model, seed=7, num_images=batch, steps=steps, width=pixels, height=pixels
+    )
     if engine == VANILLA:
-        return vanilla(bundle, pixels, steps, batch)
-    if decoder == TINY:
+        return vanilla(request)
+    request = replace(request, engine=engine)
+    if way == RECORDED:
+        return recorded(request)
+    studio = Studio(device="cpu")
+    bundle = studio.load(replace(request, engine="eager"))
+    if way == TINY:
         bundle = with_tiny_decoder(bundle)
-    bundle = find_engine(engine).prepare(bundle.remembering(), [size])
-    return lambda: generate(bundle, Request(PROMPT, seed=7, num_images=batch)).seconds
+    bundle = find_engine(engine).prepare(bundle, [(pixels, pixels)])
+    is_first = True
+
+    def draw() -> dict[str, float]:
+        nonlocal is_first
+        result = generate(bundle, request)
+        if is_first and not way:
+            print(f"recorded: {record(bundle, request, result)}", file=sys.stderr, flush=True)
+        is_first = False
+        return dict(result.seconds)
+
+    return draw
 
 
-def vanilla(bundle: Bundle, pixels: int, steps: int, batch: int) -> Draw:
-    """Return the drawing by diffusers' own pipeline."""
-    pipeline = vanilla_pipeline(bundle)
+def recorded(request: Request) -> Draw:
+    """Return the drawing from what the engine recorded, which opens networks each time."""
+
+    def draw() -> dict[str, float]:
+        wish = Wish(request.engine, request.model, request.steps, request.width, request.height)
+        opened = open_recording(wish)
+        result = None if opened is None else draw_recorded(opened, request)
+        if result is None:
+            raise SystemExit(f"nothing is recorded for {wish}")
+        return dict(result.seconds)
+
+    return draw
+
+
+def vanilla(request: Request) -> Draw:
+    """Return the drawing by diffusers' own pipeline, from the same folder."""
+    path = Path(request.model)
+    if path.exists():
+        pipeline = StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    else:
+        pipeline = vanilla_pipeline(load_bundle(request.model, steps=request.steps))
+    pipeline.set_progress_bar_config(disable=True)
 
     def draw() -> dict[str, float]:
         pipeline(
             PROMPT,
-            num_inference_steps=steps,
-            num_images_per_prompt=batch,
+            num_inference_steps=request.steps,
+            num_images_per_prompt=request.num_images,
             guidance_scale=0,
-            generator=torch.Generator().manual_seed(7),
-            width=pixels,
-            height=pixels,
+            generator=torch.Generator().manual_seed(request.seed),
+            width=request.width,
+            height=request.height,
         )
         return {}
 

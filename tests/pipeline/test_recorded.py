@@ -11,7 +11,10 @@ import pytest
 
 pytest.importorskip("openvino")
 
+from twostep.engines import openvino
 from twostep.models.runtime import take_notes
+from twostep.pipeline import recorded
+from twostep.pipeline.generation import generate
 from twostep.pipeline.provenance import text_chunks
 from twostep.pipeline.recorded import draw_recorded, is_plain
 from twostep.pipeline.recording import record
@@ -22,9 +25,15 @@ from twostep.pipeline.studio import Studio
 PROMPT = "a 3d red apple on a blue background"
 
 
+def wish(request: Request) -> Wish:
+    return Wish(request.engine, request.model, request.steps, request.width, request.height)
+
+
 def drawn(request: Request) -> Result | None:
     """Draw from the recording for a request, if there is one."""
-    opened = open_recording(Wish(request.model, request.steps, request.width, request.height))
+    opened = open_recording(
+        Wish(request.engine, request.model, request.steps, request.width, request.height)
+    )
     return None if opened is None else draw_recorded(opened, request)
 
 
@@ -34,7 +43,7 @@ def test_only_plain_pictures_are_recorded() -> None:
     picture = Picture("", "")
     others = [
         replace(plain, engine="eager"),
-        replace(plain, engine="openvino-int8"),
+        replace(plain, engine="onnx"),
         replace(plain, num_images=2),
         replace(plain, seed=2**32),
         replace(plain, guidance=3.0),
@@ -68,8 +77,6 @@ def asked(cache: Path) -> Request:
     """A request that was drawn with PyTorch and recorded."""
     request = Request(PROMPT, engine="openvino", steps=1, seed=3)
     bundle = Studio(device="cpu").load(request)
-    from twostep.pipeline.generation import generate
-
     assert record(bundle, request, generate(bundle, request))
     return request
 
@@ -88,13 +95,33 @@ def test_other_prompts_and_seeds_give_the_files_that_pytorch_gives(asked: Reques
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["openvino", "openvino-int8"])
+def test_networks_that_are_called_once_a_step_are_recorded_too(
+    engine: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf")
+    # As of a network that is large.
+    monkeypatch.setattr(openvino, "LARGE_BYTES", 0)
+    request = Request(PROMPT, engine=engine, steps=2, width=64, height=64)
+    bundle = Studio(device="cpu").load(request)
+    assert record(bundle, request, generate(bundle, request))
+    again = replace(request, prompt="a flat fox", seed=11)
+    ours, theirs = drawn(again), generate(bundle, again)
+    assert ours is not None
+    assert ours.images[0].tobytes() == theirs.images[0].tobytes()
+    assert text_chunks(ours, 0) == text_chunks(theirs, 0)
+    # Another engine's recording is another one.
+    assert drawn(replace(again, engine="openvino-bf16")) is None
+
+
+@pytest.mark.slow
 def test_a_long_prompt_is_left_to_pytorch(asked: Request) -> None:
     assert drawn(replace(asked, prompt="a red apple " * 40)) is None
 
 
 @pytest.mark.slow
 def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
-    path = recording_path(Wish(asked.model, asked.steps))
+    path = recording_path(wish(asked))
     whole = path.read_text()
     recording = Recording.from_json(whole)
     moved = replace(recording.files[0], modified=0)
@@ -109,7 +136,7 @@ def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
         replace(recording, files=(moved,)).to_json(),
         replace(recording, files=(gone,)).to_json(),
         replace(recording, tokenizers=("/nowhere", "/nowhere")).to_json(),
-        replace(recording, run=replace(recording.run, name="0" * 32)).to_json(),
+        replace(recording, denoiser=replace(recording.denoiser, name="0" * 32)).to_json(),
     ):
         path.write_text(text)
         assert drawn(asked) is None
@@ -120,8 +147,8 @@ def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_network_is_told_and_left_to_pytorch(asked: Request, cache: Path) -> None:
-    recording = Recording.from_json(recording_path(Wish(asked.model, asked.steps)).read_text())
-    path = cache / "engines" / f"{recording.run.name}.blob"
+    recording = Recording.from_json(recording_path(wish(asked)).read_text())
+    path = cache / "engines" / f"{recording.denoiser.name}.blob"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     take_notes()
@@ -135,10 +162,7 @@ def test_a_damaged_network_is_told_and_left_to_pytorch(asked: Request, cache: Pa
 def test_a_recording_that_does_not_draw_the_same_is_not_kept(
     asked: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twostep.pipeline import recorded
-    from twostep.pipeline.generation import generate
-
-    path = recording_path(Wish(asked.model, asked.steps))
+    path = recording_path(wish(asked))
     whole = path.read_text()
     bundle = Studio(device="cpu").load(asked)
     result = generate(bundle, asked)

@@ -333,12 +333,12 @@ def _open_recording(
 
     None where that was not recorded, and where a server may draw them.
     """
-    from twostep.pipeline.recordings import ENGINE, Wish, open_recording
+    from twostep.pipeline.recordings import ENGINES, Wish, open_recording
     from twostep.serve.announcement import announcements, is_switched_off
 
-    if engine != ENGINE or not (is_switched_off() or not announcements()):
+    if engine not in ENGINES or not (is_switched_off() or not announcements()):
         return None
-    return open_recording(Wish(model, steps, width, height))
+    return open_recording(Wish(engine, model, steps, width, height))
 
 
 def _record(bundle: Bundle, request: Request, result: Result) -> None:

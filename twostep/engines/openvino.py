@@ -150,14 +150,23 @@ class OpenVinoGraph:
 
     Args:
         name: The fingerprint under which it is kept on the disk, if it is.
-        compiled: What OpenVINO compiled.
+        compiled: What OpenVINO compiled ...
+        compiled_as: ... with these settings.
         answer_spec: How the tensors of an answer are put together.
         memory: Where its weights lie, if that is not its own: it must not go before.
     """
 
-    def __init__(self, name: str, compiled: Any, answer_spec: Any, memory: object = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        compiled: Any,
+        compiled_as: dict[str, Any],
+        answer_spec: Any,
+        memory: object = None,
+    ) -> None:
         self.name = name
         self.compiled = compiled
+        self.compiled_as = compiled_as
         self.answer_spec = answer_spec
         self._memory = memory
         self._of_thread = local()
@@ -274,7 +283,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> OpenV
         spec = pytree.treespec_loads(blob.description["answer"])
         body = OpenVinoTensor(blob.body, shared_memory=True)
         compiled = _core().import_model(body, "CPU", compiled_as)
-        return OpenVinoGraph(name, compiled, spec, memory=(body, blob))
+        return OpenVinoGraph(name, compiled, compiled_as, spec, memory=(body, blob))
 
     graph = restored(
         name, load, what="a compiled network", errors=(KeyError, RuntimeError, ValueError)
@@ -289,7 +298,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> OpenV
     if precision == "int8":
         model = _in_eight_bits(model, kept_whole(network))
     compiled = _core().compile_model(model, "CPU", compiled_as)
-    graph = OpenVinoGraph(name, compiled, spec)
+    graph = OpenVinoGraph(name, compiled, compiled_as, spec)
     if precision == "f32":
         check_graph(graph, network, call, TOLERANCE)
     # Asked before, for exporting takes as much memory again, twice.

@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from twostep.contract import Contract
 from twostep.media.codec import FULL
 from twostep.models.runtime import take_notes
 from twostep.pipeline.noise import torch_noise
-from twostep.pipeline.recordings import ENGINE, OpenRecording, Recording
+from twostep.pipeline.recordings import ENGINES, OpenGraph, OpenRecording, Recording, Steps
 from twostep.pipeline.request import ModelTraits, Request, Result
 from twostep.pipeline.timing import timed
 from twostep.text.prompt_weights import has_weights, is_composable, without_weights
@@ -27,6 +29,14 @@ from twostep.text.words import ClipWords, unknown_words_warning, words_in_pieces
 
 _NUM_SEEDS = 2**32
 """Seeds that PyTorch tells apart; of others a person is warned, by who draws with it."""
+
+RUN_INPUTS = ("x", "text", "pooled", "sizes")
+"""What a network of all steps is given, in order."""
+
+MEANINGS = ("eps", "x0", "v")
+"""What the output of a network may mean that is called once a step."""
+
+Array = NDArray[Any]
 
 
 def draw_recorded(opened: OpenRecording, request: Request) -> Result | None:
@@ -76,7 +86,7 @@ def is_plain(request: Request) -> bool:
         request.frames,
     )
     return (
-        request.engine == ENGINE
+        request.engine in ENGINES
         and request.num_images == 1
         and request.seed < _NUM_SEEDS
         and request.decoder == FULL
@@ -103,24 +113,18 @@ def _drawn(
     None where a network is not there any more, or gives what is no number.
     """
     recording = opened.recording
+    given = _encoded(opened, request, words, seconds)
+    if given is None:
+        return None
     shape = recording.latent_shape
     noise = torch_noise(request.seed, int(np.prod(shape))).reshape(1, *shape)
-    sizes = np.array([recording.sizes], np.float32)
-    with timed(seconds, "load"):
-        graphs = opened.graphs()
-    if graphs is None:
+    latents = _denoised(opened, {**given, "x": noise}, seconds)
+    if latents is None:
         return None
-    first, second, run, decoder = graphs
-    with timed(seconds, "text"):
-        first_tokens, second_tokens = (
-            each([request.prompt], padding="max_length", truncation=True).input_ids
-            for each in words
-        )
-        (first_text,) = first(np.array(first_tokens, np.int64))
-        second_text, pooled = second(np.array(second_tokens, np.int64))
-        text = np.concatenate([first_text, second_text], axis=-1)
-    with timed(seconds, "denoise"):
-        (latents,) = run(noise, text, pooled, sizes)
+    with timed(seconds, "load"):
+        decoder = opened.decoder()
+    if decoder is None:
+        return None
     with timed(seconds, "decode"):
         scale = np.float32(recording.latent_scale)
         (pictures,) = decoder(latents / scale + np.float32(recording.latent_mean))
@@ -129,6 +133,70 @@ def _drawn(
         return None  # PyTorch says what is wrong
     pixels = levels[0].clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _encoded(
+    opened: OpenRecording,
+    request: Request,
+    words: Sequence[ClipWords],
+    seconds: dict[str, float],
+) -> dict[str, Array] | None:
+    """Return what a denoiser is given of a prompt and a size, by the names in `Steps`."""
+    texts = []
+    for place, each in enumerate(words):
+        with timed(seconds, "load"):
+            encoder = opened.text(place)
+        if encoder is None:
+            return None
+        with timed(seconds, "text"):
+            tokens = each([request.prompt], padding="max_length", truncation=True).input_ids
+            texts.append(encoder(np.array(tokens, np.int64)))
+    (first,), (second, pooled) = texts
+    return {
+        "text": np.concatenate([first, second], axis=-1),
+        "pooled": pooled,
+        "sizes": np.array([opened.recording.sizes], np.float32),
+    }
+
+
+def _denoised(
+    opened: OpenRecording, given: dict[str, Array], seconds: dict[str, float]
+) -> Array | None:
+    """Return the latents at the end of all steps."""
+    with timed(seconds, "load"):
+        denoiser = opened.denoiser()
+    if denoiser is None:
+        return None
+    with timed(seconds, "denoise"):
+        steps = opened.recording.steps
+        if steps is not None:
+            return _stepped(denoiser, steps, given)
+        (latents,) = denoiser(*(given[name] for name in RUN_INPUTS))
+        return latents
+
+
+def _stepped(denoiser: OpenGraph, steps: Steps, given: dict[str, Array]) -> Array:
+    """Return the latents after all steps (eq 5 of arXiv 2402.13929), summed up as PyTorch does."""
+    x = given["x"]
+    alphas = np.array(steps.alphas, np.float32)
+    sigmas = np.array(steps.sigmas, np.float32)
+    for i, time in enumerate(steps.network_times):
+        values = {**given, "x": x, "time": np.array([time], steps.time_type)}
+        (output,) = denoiser(*(values[name] for name in steps.inputs))
+        x0, eps = _prediction(steps.prediction, output, x, alphas[i], sigmas[i])
+        x = alphas[i + 1] * x0 + sigmas[i + 1] * eps
+    return x
+
+
+def _prediction(
+    meaning: str, output: Array, x: Array, alpha: np.float32, sigma: np.float32
+) -> tuple[Array, Array]:
+    """Return x0 and eps, as `diffusion.prediction_from_output` does with tensors."""
+    if meaning == "eps":
+        return (x - sigma * output) / alpha, output
+    if meaning == "x0":
+        return output, (x - alpha * output) / sigma
+    return alpha * x - sigma * output, sigma * x + alpha * output
 
 
 def _words(recording: Recording) -> list[ClipWords] | None:

@@ -6,25 +6,29 @@ kept only if it draws the very same picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from twostep.engines.openvino import GraphCall, graph_calls, settings
+from twostep.diffusion.grid import time_tensor
+from twostep.engines.openvino import GraphCall, graph_calls
 from twostep.formats import resolve
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
-from twostep.pipeline.recorded import draw_recorded, is_plain
+from twostep.pipeline.prepare import Prepared, prepare
+from twostep.pipeline.recorded import MEANINGS, draw_recorded, is_plain
 from twostep.pipeline.recordings import (
-    ENGINE,
     FileState,
     GraphUse,
     OpenRecording,
     Recording,
+    Steps,
     Wish,
     recording_path,
     versions,
@@ -62,9 +66,9 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
     Returns:
         Whether pictures like it are drawn without PyTorch from now on.
     """
-    if not is_plain(request) or bundle.runtime.engine != ENGINE or not _is_fit(bundle):
+    if not is_plain(request) or bundle.runtime.engine != request.engine or not _is_fit(bundle):
         return False
-    wish = Wish(request.model, request.steps, request.width, request.height)
+    wish = Wish(request.engine, request.model, request.steps, request.width, request.height)
     recording = _noted(bundle, request, result)
     if recording is None or not write_recording(wish, recording):
         return False
@@ -83,11 +87,11 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
 
 
 def _is_fit(bundle: Bundle) -> bool:
-    """Tell whether nothing but graphs, tokenizers and sums make the pictures of a model."""
+    """Tell whether nothing but networks, tokenizers and sums make the pictures of a model."""
     text = bundle.text
     return (
         bundle.contract.role == "student"
-        and bundle.runtime.run is not None
+        and bundle.contract.sampler == "euler"
         and not bundle.is_inpainting
         and isinstance(bundle.codec, ImageCodec)
         and isinstance(text, TextEncoders)
@@ -102,32 +106,31 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
     codec: Any = bundle.codec
     # What is remembered of the prompt is not encoded again.
     fresh = replace(bundle, text=replace(text, memory=None))
-    with graph_calls() as calls:
+    with graph_calls() as calls, torch.inference_mode():
+        prepared = prepare(fresh, request)
+        num_texts = len(calls)
         generate(fresh, request)
-    if len(calls) != 4:
-        return None
-    first, second, run, decoder = calls
-    mean, scale = codec._scaling(run.tensors[0])
-    if not isinstance(mean, float) or not isinstance(scale, float):
-        return None
+    first, second, *denoisers, decoder = calls[num_texts:]
+    is_together = bundle.runtime.run is not None and len(denoisers) == 1
+    steps = None if is_together else _steps(bundle, prepared, denoisers)
+    mean, scale = codec._scaling(decoder.tensors[0])
     files = _files(request)
-    if files is None:
+    is_known = num_texts == 2 and isinstance(mean, float) and isinstance(scale, float)
+    if not is_known or files is None or not (is_together or steps):
         return None
-    texts = [_taken(call, lambda answer: [answer.hidden_states[-2]]) for call in (first, second)]
-    pooled = _taken(second, lambda answer: [answer[0]])
+    texts = [_used(call, lambda answer: [answer.hidden_states[-2]]) for call in (first, second)]
+    pooled = _used(second, lambda answer: [answer[0]])
+    taken = _used(denoisers[0], lambda answer: [answer["latents"] if is_together else answer[0]])
     return Recording(
         versions=versions(),
         files=files,
-        settings=settings("f32"),
         tokenizers=(str(text.tokenizers[0].folder), str(text.tokenizers[1].folder)),
-        texts=(
-            GraphUse(first.graph.name, texts[0]),
-            GraphUse(second.graph.name, (*texts[1], *pooled)),
-        ),
-        run=GraphUse(run.graph.name, _taken(run, lambda answer: [answer["latents"]])),
-        decoder=GraphUse(decoder.graph.name, (0,)),
-        sizes=tuple(run.tensors[3][0].tolist()),
-        latent_shape=tuple(run.tensors[0].shape[1:]),
+        texts=(texts[0], replace(texts[1], outputs=(*texts[1].outputs, *pooled.outputs))),
+        denoiser=taken,
+        steps=steps,
+        decoder=_used(decoder, lambda answer: [answer]),
+        sizes=tuple(prepared.guided.positive.sizes[0].tolist()),
+        latent_shape=tuple(prepared.x0.shape[1:]),
         latent_mean=mean,
         latent_scale=scale,
         contract=bundle.contract.to_json(),
@@ -137,11 +140,50 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
     )
 
 
-def _taken(call: GraphCall, pick: Callable[[Any], list[Any]]) -> tuple[int, ...]:
-    """Return the places among the tensors of an answer of what is picked of it."""
+def _steps(bundle: Bundle, prepared: Prepared, calls: Sequence[GraphCall]) -> Steps | None:
+    """Return how a network that is called once a step is used; None where that is not known."""
+    denoiser = bundle.denoiser
+    if denoiser.prediction_type not in MEANINGS or len(calls) != len(prepared.times) - 1:
+        return None
+    if len({call.graph.name for call in calls}) != 1:
+        return None
+    times = time_tensor(prepared.times)
+    network_times = denoiser.schedule.network_time(times[:-1])
+    alphas, sigmas = denoiser.schedule.coefficients(times, times.float())
+    positive = prepared.guided.positive
+    given = {
+        "x": prepared.noise(prepared.request.seeds),
+        "time": network_times[:1],
+        "text": positive.text,
+        "pooled": positive.pooled,
+        "sizes": positive.sizes,
+    }
+    inputs = []
+    for tensor in calls[0].tensors:
+        names = [name for name, value in given.items() if _is_same(value, tensor)]
+        if len(names) != 1:
+            return None
+        inputs += names
+    return Steps(
+        inputs=tuple(inputs),
+        network_times=tuple(network_times.tolist()),
+        time_type=str(calls[0].tensors[inputs.index("time")].numpy().dtype),
+        alphas=tuple(alphas.flatten().tolist()),
+        sigmas=tuple(sigmas.flatten().tolist()),
+        prediction=denoiser.prediction_type,
+    )
+
+
+def _is_same(given: Tensor, tensor: Tensor) -> bool:
+    """Tell whether a network was given a tensor, which it may read in another precision."""
+    return given.shape == tensor.shape and torch.equal(given.to(tensor.dtype), tensor)
+
+
+def _used(call: GraphCall, pick: Callable[[Any], list[Any]]) -> GraphUse:
+    """Return a compiled network and the places in its answer of what is picked of it."""
     spec = call.graph.answer_spec
     places = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    return tuple(pick(places))
+    return GraphUse(call.graph.name, call.graph.compiled_as, tuple(pick(places)))
 
 
 def _files(request: Request) -> tuple[FileState, ...] | None:

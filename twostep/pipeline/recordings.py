@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-ENGINE = "openvino"
-"""The engine of the recordings; the only one whose networks can be run without PyTorch."""
+ENGINES = ("openvino", "openvino-bf16", "openvino-int8")
+"""The engines of the recordings: those whose networks can be run without PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class Wish:
     """By what a recording is found, as it was asked for.
 
     Args:
+        engine: By its name.
         model: As it was named.
         steps: How many, if that was said.
         width: In pixels, if that was said.
         height: In pixels, if that was said.
     """
 
+    engine: str
     model: str
     steps: int | None = None
     width: int | None = None
@@ -80,16 +82,45 @@ class GraphUse:
 
     Args:
         name: The fingerprint under which it is kept.
+        settings: With which OpenVINO opens it.
         outputs: Places among the tensors of its answer.
     """
 
     name: str
+    settings: dict[str, Any]
     outputs: tuple[int, ...]
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GraphUse:
         """Read it from JSON."""
-        return cls(values["name"], tuple(values["outputs"]))
+        return cls(values["name"], values["settings"], tuple(values["outputs"]))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a large denoiser, which is called once for each.
+
+    Args:
+        inputs: What it is given, in order: "x", "time", "text", "pooled" and "sizes".
+        network_times: The times as it reads them ...
+        time_type: ... and how numpy calls their type.
+        alphas: Signal at all times, the landing included.
+        sigmas: Noise at all times, the landing included.
+        prediction: What its output means: "eps", "x0" or "v".
+    """
+
+    inputs: tuple[str, ...]
+    network_times: tuple[int | float, ...]
+    time_type: str
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    prediction: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Steps:
+        """Read them from JSON."""
+        read = {name: tuple(each) for name, each in values.items() if isinstance(each, list)}
+        return cls(**{**values, **read})
 
 
 @dataclass(frozen=True)
@@ -99,10 +130,10 @@ class Recording:
     Args:
         versions: Of the libraries that made the networks.
         files: Those of the model and its tokenizers.
-        settings: With which OpenVINO opens the networks.
         tokenizers: The folders of both.
         texts: The two text encoders: their embeddings, and of the second also the pooled one.
-        run: All steps: the latents.
+        denoiser: All steps: the latents at their end. Or one step: the network's output.
+        steps: If it is one, how there are made more of it.
         decoder: The pictures.
         sizes: SDXL's micro-conditioning, in pixels.
         latent_shape: Of one picture.
@@ -116,10 +147,10 @@ class Recording:
 
     versions: dict[str, str]
     files: tuple[FileState, ...]
-    settings: dict[str, Any]
     tokenizers: tuple[str, str]
     texts: tuple[GraphUse, GraphUse]
-    run: GraphUse
+    denoiser: GraphUse
+    steps: Steps | None
     decoder: GraphUse
     sizes: tuple[float, ...]
     latent_shape: tuple[int, ...]
@@ -140,7 +171,8 @@ class Recording:
             "files": tuple(FileState(**each) for each in values["files"]),
             "tokenizers": (first_words, second_words),
             "texts": (GraphUse.of(first_text), GraphUse.of(second_text)),
-            "run": GraphUse.of(values["run"]),
+            "denoiser": GraphUse.of(values["denoiser"]),
+            "steps": None if values["steps"] is None else Steps.of(values["steps"]),
             "decoder": GraphUse.of(values["decoder"]),
             "sizes": tuple(values["sizes"]),
             "latent_shape": tuple(values["latent_shape"]),
@@ -159,9 +191,10 @@ class Recording:
 
 
 class OpenRecording:
-    """A recording whose networks are being opened, the largest in a thread of its own.
+    """A recording whose networks are opened, of which a small denoiser is in a thread of its own.
 
-    That takes longer than all else of a drawing, and leaves the interpreter alone.
+    That takes longer than all else of a drawing, and leaves the interpreter alone. Large networks
+    are opened when it is their turn and then let go, so that they are not in memory together.
 
     Args:
         recording: Which networks they are.
@@ -172,38 +205,44 @@ class OpenRecording:
 
         self.recording = recording
         self._core = Core()
-        pool = ThreadPoolExecutor(1)
-        self._run = pool.submit(self._open_run)
-        pool.shutdown(wait=False)
+        self._opening: Future[tuple[OpenGraph | None, list[str]]] | None = None
+        if recording.steps is None:
+            pool = ThreadPoolExecutor(1)
+            self._opening = pool.submit(self._open_elsewhere, recording.denoiser)
+            pool.shutdown(wait=False)
 
-    def graphs(self) -> tuple[OpenGraph, OpenGraph, OpenGraph, OpenGraph] | None:
-        """Return both text encoders, the run and the decoder; None where one is not there."""
-        uses = (*self.recording.texts, self.recording.decoder)
-        first, second, decoder = (self._opened(use) for use in uses)
-        run, notes = self._run.result()
+    def text(self, place: int) -> OpenGraph | None:
+        """Return the first or second text encoder; None where it is not there any more."""
+        return self._open(self.recording.texts[place])
+
+    def denoiser(self) -> OpenGraph | None:
+        """Return the denoiser; None where it is not there any more."""
+        if self._opening is None:
+            return self._open(self.recording.denoiser)
+        denoiser, notes = self._opening.result()
         for note in notes:
             say(note)
-        if first is None or second is None or run is None or decoder is None:
-            return None
-        return first, second, run, decoder
+        return denoiser
 
-    def _open_run(self) -> tuple[OpenGraph | None, list[str]]:
-        """Return the run, and what there is to say of it, which a thread has for itself."""
-        return self._opened(self.recording.run), take_notes()
+    def decoder(self) -> OpenGraph | None:
+        """Return the decoder; None where it is not there any more."""
+        return self._open(self.recording.decoder)
 
-    def _opened(self, use: GraphUse) -> OpenGraph | None:
-        """Return a network; None where it is not there any more."""
-
+    def _open(self, use: GraphUse) -> OpenGraph | None:
         def load(blob: Blob) -> OpenGraph:
             from openvino import Tensor
 
             body = Tensor(blob.body, shared_memory=True)
-            compiled = self._core.import_model(body, "CPU", self.recording.settings)
+            compiled = self._core.import_model(body, "CPU", use.settings)
             return OpenGraph(compiled, use.outputs, memory=(body, blob))
 
         return restored(
             use.name, load, what="a compiled network", errors=(KeyError, RuntimeError, ValueError)
         )
+
+    def _open_elsewhere(self, use: GraphUse) -> tuple[OpenGraph | None, list[str]]:
+        """Return a network, and what there is to say of it, which a thread has for itself."""
+        return self._open(use), take_notes()
 
 
 class OpenGraph:
@@ -229,11 +268,8 @@ class OpenGraph:
 
 
 def open_recording(wish: Wish) -> OpenRecording | None:
-    """Begin to open the networks for a wish; None where nothing current is recorded for it.
-
-    The wish must be for the engine `ENGINE`.
-    """
-    if find_spec("openvino") is None:
+    """Begin to open the networks for a wish; None where nothing current is recorded for it."""
+    if wish.engine not in ENGINES or find_spec("openvino") is None:
         return None
     recording = read_recording(wish)
     return None if recording is None else OpenRecording(recording)
@@ -266,6 +302,7 @@ def recording_path(wish: Wish) -> Path:
     here = Path(wish.model)
     facts = {
         "twostep": __version__,
+        "engine": wish.engine,
         "model": wish.model,
         "folder": str(here.resolve()) if here.exists() else None,
         "steps": wish.steps,
