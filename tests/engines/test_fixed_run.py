@@ -1,6 +1,6 @@
 """All steps as one network are the steps one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tests import students
 from twostep.diffusion.prediction import Prediction
 from twostep.engines.calls import Call
+from twostep.engines.captured import CapturedForward
 from twostep.engines.fixed_run import FixedRun, FixedRuns
+from twostep.engines.graphed import digest_of
 from twostep.engines.graphs import Graph, GraphedForward
 from twostep.models.bundle import Bundle
 from twostep.models.runtime import take_notes
@@ -91,18 +93,16 @@ def test_a_fixed_run_is_the_steps_one_by_one(
 
 def test_what_a_graph_holds_is_in_what_tells_graphs_apart(student: Bundle) -> None:
     denoiser = student.denoiser
+    linear = replace(denoiser, schedule=type(denoiser.schedule).linear())
     ways = [
-        FixedRun(denoiser, (1000, 500, 0), "euler"),
-        FixedRun(denoiser, (1000, 499, 0), "euler"),
-        FixedRun(denoiser, (1000, 0), "euler"),
-        FixedRun(denoiser, (1000, 500, 0), "renoise"),
-        FixedRun(replace(denoiser, prediction_type="v"), (1000, 500, 0), "euler"),
-        FixedRun(
-            replace(denoiser, schedule=type(denoiser.schedule).linear()), (1000, 500, 0), "euler"
-        ),
+        FixedRun(denoiser, (1000, 500, 0)),
+        FixedRun(denoiser, (1000, 499, 0)),
+        FixedRun(denoiser, (1000, 0)),
+        FixedRun(replace(denoiser, prediction_type="v"), (1000, 500, 0)),
+        FixedRun(linear, (1000, 500, 0)),
     ]
-    assert len({str(each) for each in ways}) == len(ways)
-    assert str(ways[0]) == str(FixedRun(denoiser, [1000, 500, 0], "euler"))
+    assert len({digest_of(each) for each in ways}) == len(ways)
+    assert digest_of(ways[0]) == digest_of(FixedRun(denoiser, [1000, 500, 0]))
 
 
 def test_what_is_not_plain_is_run_step_by_step(
@@ -148,3 +148,59 @@ def test_the_run_takes_conditioning_of_its_own_shape(student: Bundle, noise: Ten
     assert one is not None
     assert other is not None
     assert not torch.equal(one.latents, other.latents)
+
+
+class OneAnswer(nn.Module):
+    """A layer that answers in the same memory every time, as a CUDA graph does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.places: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        place = self.places.setdefault(len(x), torch.empty(len(x), 2))
+        return {"y": place.copy_(self.layer(x))}
+
+
+def test_a_capture_is_made_once_for_every_kind_of_call_and_keeps_answers_apart() -> None:
+    network = OneAnswer()
+    captures = []
+
+    def capture(compute: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        captures.append(device)
+        compute()
+        return compute
+
+    forward = CapturedForward(network, capture)
+    with torch.no_grad():
+        first = forward(torch.ones(1, 3))["y"]
+        kept = first.clone()
+        twos = torch.full((1, 3), 2.0)
+        torch.testing.assert_close(forward(twos)["y"], network.layer(twos))
+        assert torch.equal(first, kept)
+        assert len(captures) == 1
+        for count in range(2, 10):
+            x = torch.randn(count, 3)
+            torch.testing.assert_close(forward(x)["y"], network.layer(x))
+        assert len(captures) == 9
+        forward(torch.ones(9, 3))
+        assert len(captures) == 9
+        forward(torch.ones(1, 3))  # which was used longest ago
+        assert len(captures) == 10
+
+
+def test_a_captured_run_draws_what_the_steps_do(
+    student: Bundle, guided: Guided, noise: Tensor
+) -> None:
+    def capture(compute: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        compute()
+        return lambda: None  # what it captured was computed on these very values
+
+    captured = FixedRuns(student.denoiser, lambda run: CapturedForward(run, capture))
+    with torch.no_grad():
+        ours = captured(guided, noise, (1000, 500, 0), "euler")
+        theirs = runs(student)(guided, noise, (1000, 500, 0), "euler")
+    assert ours is not None
+    assert theirs is not None
+    assert torch.equal(ours.latents, theirs.latents)
