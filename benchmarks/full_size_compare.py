@@ -44,20 +44,18 @@ from full_size_distill import GIB, filled
 from full_size_generate import random_bundle
 from torch.utils.flop_counter import FlopCounterMode
 
-from twostep.engines import find_engine
 from twostep.export.verification import vanilla_pipeline
 from twostep.files import folder_atomically
 from twostep.formats.locate import CONTRACT_FILE
-from twostep.formats.tiny_decoder import TinyLayout
-from twostep.media.codec import TINY, TinyDecoder
-from twostep.models.bundle import Bundle
+from twostep.formats.tiny_decoder import DECODER_FILE, TinyLayout
+from twostep.media.codec import FULL, TINY
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl import diffusers_scheduler
-from twostep.models.tiny_decoder import build_decoder
+from twostep.models.tiny_decoder import build_decoder, write_decoder
 from twostep.pipeline.generation import generate
 from twostep.pipeline.recorded import draw_recorded
-from twostep.pipeline.recording import record
-from twostep.pipeline.recordings import Wish, open_recording
+from twostep.pipeline.recording import record, wish_of
+from twostep.pipeline.recordings import open_recording
 from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
 from twostep.reports.curves import plot_curves
@@ -68,8 +66,16 @@ PROMPT = "a 3d red apple on a blue background"
 TAESD = TinyLayout(latent_channels=4, width=64, blocks=(3, 3, 3, 1))
 VANILLA = "diffusers"
 RECORDED = "recorded"
-VARIANTS = (VANILLA, "eager", "eager:tiny", "openvino-int8", "openvino-int8:recorded")
-"""An engine, and after it `:tiny` where the tiny decoder draws, or `:recorded`."""
+VARIANTS = (
+    VANILLA,
+    "eager",
+    "eager:tiny",
+    "openvino-int8",
+    "openvino-int8:recorded",
+    "openvino-int8:tiny",
+    "openvino-int8:tiny:recorded",
+)
+"""An engine, and after it `:tiny` where the tiny decoder draws, and `:recorded`."""
 
 FILE = "runs.jsonl"
 WRITE = "write"
@@ -168,6 +174,8 @@ def write(path: Path, steps: int) -> None:
     with folder_atomically(path) as partial:
         pipeline.save_pretrained(partial)
         (partial / CONTRACT_FILE).write_text(bundle.contract.to_json())
+        decoder = filled(build_decoder(TAESD).to("meta"))
+        write_decoder(decoder, {}, partial / DECODER_FILE)
 
 
 def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -197,7 +205,7 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(variant: str, options: argparse.Namespace) -> Draw:
     """Return what draws a picture as a variant does it."""
-    engine, _, way = variant.partition(":")
+    engine, *ways = variant.split(":")
     (pixels,), (steps,), (batch,) = options.pixels, options.steps, options.batch
     model = options.model or str(model_path(options.out, steps))
     request = Request(
@@ -205,20 +213,16 @@ def prepared(variant: str, options: argparse.Namespace) -> Draw:
     )
     if engine == VANILLA:
         return vanilla(request)
-    request = replace(request, engine=engine)
-    if way == RECORDED:
+    request = replace(request, engine=engine, decoder=TINY if TINY in ways else FULL)
+    if RECORDED in ways:
         return recorded(request)
-    studio = Studio(device="cpu")
-    bundle = studio.load(replace(request, engine="eager"))
-    if way == TINY:
-        bundle = with_tiny_decoder(bundle)
-    bundle = find_engine(engine).prepare(bundle, [(pixels, pixels)])
+    bundle = Studio(device="cpu").load(request)
     is_first = True
 
     def draw() -> dict[str, float]:
         nonlocal is_first
         result = generate(bundle, request)
-        if is_first and not way:
+        if is_first and request.engine.startswith("openvino"):
             print(f"recorded: {record(bundle, request, result)}", file=sys.stderr, flush=True)
         is_first = False
         return dict(result.seconds)
@@ -230,11 +234,10 @@ def recorded(request: Request) -> Draw:
     """Return the drawing from what the engine recorded, which opens networks each time."""
 
     def draw() -> dict[str, float]:
-        wish = Wish(request.engine, request.model, request.steps, request.width, request.height)
-        opened = open_recording(wish)
+        opened = open_recording(wish_of(request))
         result = None if opened is None else draw_recorded(opened, request)
         if result is None:
-            raise SystemExit(f"nothing is recorded for {wish}")
+            raise SystemExit(f"nothing is recorded for {request}")
         return dict(result.seconds)
 
     return draw
@@ -262,16 +265,6 @@ def vanilla(request: Request) -> Draw:
         return {}
 
     return draw
-
-
-def with_tiny_decoder(bundle: Bundle) -> Bundle:
-    """Return the bundle as its tiny decoder draws; a random one of TAESD's size if it has none."""
-    codec: Any = bundle.codec
-    tiny = codec.tiny
-    if tiny is None:
-        network = filled(build_decoder(TAESD).to("meta")).eval().requires_grad_(False)
-        tiny = TinyDecoder(network)
-    return replace(bundle, codec=replace(codec, tiny=tiny, decoder=TINY))
 
 
 def read(folder: Path) -> dict[Key, dict[str, Any]]:

@@ -17,23 +17,17 @@ from twostep.pipeline import recorded
 from twostep.pipeline.generation import generate
 from twostep.pipeline.provenance import text_chunks
 from twostep.pipeline.recorded import draw_recorded, is_plain
-from twostep.pipeline.recording import record
-from twostep.pipeline.recordings import Recording, Wish, open_recording, recording_path
+from twostep.pipeline.recording import record, wish_of
+from twostep.pipeline.recordings import Recording, open_recording, recording_path
 from twostep.pipeline.request import Control, Picture, Request, Result
 from twostep.pipeline.studio import Studio
 
 PROMPT = "a 3d red apple on a blue background"
 
 
-def wish(request: Request) -> Wish:
-    return Wish(request.engine, request.model, request.steps, request.width, request.height)
-
-
 def drawn(request: Request) -> Result | None:
     """Draw from the recording for a request, if there is one."""
-    opened = open_recording(
-        Wish(request.engine, request.model, request.steps, request.width, request.height)
-    )
+    opened = open_recording(wish_of(request))
     return None if opened is None else draw_recorded(opened, request)
 
 
@@ -51,7 +45,7 @@ def test_only_plain_pictures_are_recorded() -> None:
         replace(plain, image=picture),
         replace(plain, controls=(Control(picture, "silhouette"),)),
         replace(plain, loras=("a.safetensors",)),
-        replace(plain, decoder="tiny"),
+        replace(plain, decoder="taesdxl_decoder.safetensors"),
         replace(plain, sampler="euler"),
         replace(plain, init_noise="diffusers"),
         replace(plain, prompt="a (red:1.3) apple"),
@@ -95,14 +89,14 @@ def test_other_prompts_and_seeds_give_the_files_that_pytorch_gives(asked: Reques
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["openvino", "openvino-int8"])
+@pytest.mark.parametrize(("engine", "decoder"), [("openvino", "full"), ("openvino-int8", "tiny")])
 def test_networks_that_are_called_once_a_step_are_recorded_too(
-    engine: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, decoder: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("nncf")
     # As of a network that is large.
     monkeypatch.setattr(openvino, "LARGE_BYTES", 0)
-    request = Request(PROMPT, engine=engine, steps=2, width=64, height=64)
+    request = Request(PROMPT, engine=engine, decoder=decoder, steps=2, width=64, height=64)
     bundle = Studio(device="cpu").load(request)
     assert record(bundle, request, generate(bundle, request))
     again = replace(request, prompt="a flat fox", seed=11)
@@ -110,8 +104,9 @@ def test_networks_that_are_called_once_a_step_are_recorded_too(
     assert ours is not None
     assert ours.images[0].tobytes() == theirs.images[0].tobytes()
     assert text_chunks(ours, 0) == text_chunks(theirs, 0)
-    # Another engine's recording is another one.
+    # Another engine's recording is another one, and another decoder's.
     assert drawn(replace(again, engine="openvino-bf16")) is None
+    assert drawn(replace(again, decoder="tiny" if decoder == "full" else "full")) is None
 
 
 @pytest.mark.slow
@@ -121,7 +116,7 @@ def test_a_long_prompt_is_left_to_pytorch(asked: Request) -> None:
 
 @pytest.mark.slow
 def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
-    path = recording_path(wish(asked))
+    path = recording_path(wish_of(asked))
     whole = path.read_text()
     recording = Recording.from_json(whole)
     moved = replace(recording.files[0], modified=0)
@@ -147,7 +142,7 @@ def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_network_is_told_and_left_to_pytorch(asked: Request, cache: Path) -> None:
-    recording = Recording.from_json(recording_path(wish(asked)).read_text())
+    recording = Recording.from_json(recording_path(wish_of(asked)).read_text())
     path = cache / "engines" / f"{recording.denoiser.name}.blob"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -162,7 +157,7 @@ def test_a_damaged_network_is_told_and_left_to_pytorch(asked: Request, cache: Pa
 def test_a_recording_that_does_not_draw_the_same_is_not_kept(
     asked: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recording_path(wish(asked))
+    path = recording_path(wish_of(asked))
     whole = path.read_text()
     bundle = Studio(device="cpu").load(asked)
     result = generate(bundle, asked)

@@ -107,9 +107,9 @@ def generate(
     width, height = _parse_size(size)
     _check_steps(model, steps)
     opened = None
-    if num_images == 1 and not (lora or control or negative) and decoder == "full":
+    if num_images == 1 and not (lora or control or negative):
         # Before anything else is loaded, which goes on meanwhile.
-        opened = _open_recording(engine, model, steps, width, height)
+        opened = _open_recording(engine, decoder, model, steps, (width, height))
     from twostep.pipeline.order import Order
 
     order = Order(
@@ -327,7 +327,11 @@ def _draw_and_save(
 
 
 def _open_recording(
-    engine: str, model: str, steps: int | None, width: int | None, height: int | None
+    engine: str,
+    decoder: str,
+    model: str,
+    steps: int | None,
+    size: tuple[int | None, int | None],
 ) -> OpenRecording | None:
     """Begin to open what draws plain pictures without PyTorch.
 
@@ -338,7 +342,7 @@ def _open_recording(
 
     if engine not in ENGINES or not (is_switched_off() or not announcements()):
         return None
-    return open_recording(Wish(engine, model, steps, width, height))
+    return open_recording(Wish(engine, decoder, model, steps, *size))
 
 
 def _record(bundle: Bundle, request: Request, result: Result) -> None:

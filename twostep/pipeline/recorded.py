@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twostep.contract import Contract
-from twostep.media.codec import FULL
+from twostep.media.codec import FULL, TINY
 from twostep.models.runtime import take_notes
 from twostep.pipeline.noise import torch_noise
 from twostep.pipeline.recordings import ENGINES, OpenGraph, OpenRecording, Recording, Steps
@@ -89,7 +89,7 @@ def is_plain(request: Request) -> bool:
         request.engine in ENGINES
         and request.num_images == 1
         and request.seed < _NUM_SEEDS
-        and request.decoder == FULL
+        and request.decoder in (FULL, TINY)
         and request.init_noise == "comfyui"
         and not request.negative_prompt
         and not (request.loras or request.embeddings or request.controls)
@@ -126,8 +126,9 @@ def _drawn(
     if decoder is None:
         return None
     with timed(seconds, "decode"):
-        scale = np.float32(recording.latent_scale)
-        (pictures,) = decoder(latents / scale + np.float32(recording.latent_mean))
+        z = latents / np.float32(recording.latent_scale) + np.float32(recording.latent_mean)
+        factor, divisor = np.float32(recording.tiny_factor), np.float32(recording.tiny_divisor)
+        (pictures,) = decoder(z * factor / divisor)
         levels = np.rint((pictures.clip(-1, 1) + np.float32(1)) * np.float32(127.5))
     if not (np.isfinite(latents).all() and np.isfinite(pictures).all()):
         return None  # PyTorch says what is wrong

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from twostep.diffusion.grid import time_tensor
 from twostep.engines.openvino import GraphCall, graph_calls
 from twostep.formats import resolve
+from twostep.media.codec import FULL
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
@@ -68,7 +69,7 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
     """
     if not is_plain(request) or bundle.runtime.engine != request.engine or not _is_fit(bundle):
         return False
-    wish = Wish(request.engine, request.model, request.steps, request.width, request.height)
+    wish = wish_of(request)
     recording = _noted(bundle, request, result)
     if recording is None or not write_recording(wish, recording):
         return False
@@ -84,6 +85,18 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
         with suppress(OSError):
             recording_path(wish).unlink()
     return is_same
+
+
+def wish_of(request: Request) -> Wish:
+    """Return by what the recording for a request is found."""
+    return Wish(
+        engine=request.engine,
+        decoder=request.decoder,
+        model=request.model,
+        steps=request.steps,
+        width=request.width,
+        height=request.height,
+    )
 
 
 def _is_fit(bundle: Bundle) -> bool:
@@ -114,6 +127,7 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
     is_together = bundle.runtime.run is not None and len(denoisers) == 1
     steps = None if is_together else _steps(bundle, prepared, denoisers)
     mean, scale = codec._scaling(decoder.tensors[0])
+    tiny = None if codec.decoder == FULL else codec.tiny
     files = _files(request)
     is_known = num_texts == 2 and isinstance(mean, float) and isinstance(scale, float)
     if not is_known or files is None or not (is_together or steps):
@@ -133,6 +147,8 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
         latent_shape=tuple(prepared.x0.shape[1:]),
         latent_mean=mean,
         latent_scale=scale,
+        tiny_factor=1.0 if tiny is None else float(codec.vae.config.scaling_factor),
+        tiny_divisor=1.0 if tiny is None else float(tiny.scaling_factor),
         contract=bundle.contract.to_json(),
         settled={name: getattr(result.request, name) for name in _SETTLED},
         origin=result.origin,

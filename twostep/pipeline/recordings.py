@@ -41,6 +41,7 @@ class Wish:
 
     Args:
         engine: By its name.
+        decoder: By its name, as a `Request` has it.
         model: As it was named.
         steps: How many, if that was said.
         width: In pixels, if that was said.
@@ -48,6 +49,7 @@ class Wish:
     """
 
     engine: str
+    decoder: str
     model: str
     steps: int | None = None
     width: int | None = None
@@ -137,8 +139,10 @@ class Recording:
         decoder: The pictures.
         sizes: SDXL's micro-conditioning, in pixels.
         latent_shape: Of one picture.
-        latent_scale: What latents are divided by to be the decoder's own ...
-        latent_mean: ... and what is then added.
+        latent_scale: What latents are divided by to be the autoencoder's own ...
+        latent_mean: ... what is then added ...
+        tiny_factor: ... by what that is multiplied for a tiny decoder, 1 for the autoencoder's ...
+        tiny_divisor: ... and what it is divided by.
         contract: As JSON.
         settled: The fields of the request that were filled in.
         origin: As in `Result`.
@@ -156,6 +160,8 @@ class Recording:
     latent_shape: tuple[int, ...]
     latent_scale: float
     latent_mean: float
+    tiny_factor: float
+    tiny_divisor: float
     contract: str
     settled: dict[str, Any]
     origin: tuple[str, ...]
@@ -303,6 +309,7 @@ def recording_path(wish: Wish) -> Path:
     facts = {
         "twostep": __version__,
         "engine": wish.engine,
+        "decoder": wish.decoder,
         "model": wish.model,
         "folder": str(here.resolve()) if here.exists() else None,
         "steps": wish.steps,
