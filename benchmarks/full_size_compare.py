@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -53,9 +52,7 @@ from twostep.models.loading import load_bundle
 from twostep.models.sdxl import diffusers_scheduler
 from twostep.models.tiny_decoder import build_decoder, write_decoder
 from twostep.pipeline.generation import generate
-from twostep.pipeline.recorded import draw_recorded
-from twostep.pipeline.recording import record, wish_of
-from twostep.pipeline.recordings import open_recording
+from twostep.pipeline.recording import record
 from twostep.pipeline.request import Request
 from twostep.pipeline.studio import Studio
 from twostep.reports.curves import plot_curves
@@ -127,9 +124,14 @@ def run(key: Key, options: argparse.Namespace) -> None:
     """Measure a variant in a process of its own, and note what came of it."""
     number, variant, pixels, steps, batch = key
     shape = {"pixels": pixels, "steps": steps, "batch": batch}
-    command = [sys.executable, __file__, "--only", variant, "--out", str(options.out)]
-    command += ["--model", options.model]
-    command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    if variant.endswith(RECORDED):
+        # It loads nothing that a drawing without PyTorch does without.
+        command = [sys.executable, str(Path(__file__).with_name("recorded_draw.py"))]
+        command += [json.dumps(asked(variant, options, pixels, steps, batch))]
+    else:
+        command = [sys.executable, __file__, "--only", variant, "--out", str(options.out)]
+        command += ["--model", options.model]
+        command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
     print(f"round {number}, {variant}, {shape}", file=sys.stderr, flush=True)
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found: dict[str, Any] = {"failed": ended.returncode}
@@ -191,7 +193,7 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     start = time.perf_counter()
     stages = draw()
-    seconds = time.perf_counter() - start - stages.pop("load", 0.0)
+    seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "stages": stages,
@@ -203,19 +205,31 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def asked(
+    variant: str, options: argparse.Namespace, pixels: int, steps: int, batch: int
+) -> dict[str, Any]:
+    """Return the request of a variant in a case, as plain values."""
+    engine, *ways = variant.split(":")
+    return {
+        "prompt": PROMPT,
+        "model": options.model or str(model_path(options.out, steps)),
+        "engine": engine,
+        "decoder": TINY if TINY in ways else FULL,
+        "seed": 7,
+        "num_images": batch,
+        "steps": steps,
+        "width": pixels,
+        "height": pixels,
+    }
+
+
 def prepared(variant: str, options: argparse.Namespace) -> Draw:
     """Return what draws a picture as a variant does it."""
-    engine, *ways = variant.split(":")
     (pixels,), (steps,), (batch,) = options.pixels, options.steps, options.batch
-    model = options.model or str(model_path(options.out, steps))
-    request = Request(
-        PROMPT, model=model, seed=7, num_images=batch, steps=steps, width=pixels, height=pixels
-    )
-    if engine == VANILLA:
-        return vanilla(request)
-    request = replace(request, engine=engine, decoder=TINY if TINY in ways else FULL)
-    if RECORDED in ways:
-        return recorded(request)
+    values = asked(variant, options, pixels, steps, batch)
+    if values["engine"] == VANILLA:
+        return vanilla(Request(**{**values, "engine": "eager"}))
+    request = Request(**values)
     bundle = Studio(device="cpu").load(request)
     is_first = True
 
@@ -223,21 +237,9 @@ def prepared(variant: str, options: argparse.Namespace) -> Draw:
         nonlocal is_first
         result = generate(bundle, request)
         if is_first and request.engine.startswith("openvino"):
+            # For the variants that draw from what was recorded.
             print(f"recorded: {record(bundle, request, result)}", file=sys.stderr, flush=True)
         is_first = False
-        return dict(result.seconds)
-
-    return draw
-
-
-def recorded(request: Request) -> Draw:
-    """Return the drawing from what the engine recorded, which opens networks each time."""
-
-    def draw() -> dict[str, float]:
-        opened = open_recording(wish_of(request))
-        result = None if opened is None else draw_recorded(opened, request)
-        if result is None:
-            raise SystemExit(f"nothing is recorded for {request}")
         return dict(result.seconds)
 
     return draw

@@ -16,8 +16,8 @@ from twostep.models.runtime import take_notes
 from twostep.pipeline import recorded
 from twostep.pipeline.generation import generate
 from twostep.pipeline.provenance import text_chunks
-from twostep.pipeline.recorded import draw_recorded, is_plain
-from twostep.pipeline.recording import record, wish_of
+from twostep.pipeline.recorded import draw_recorded, is_plain, wish_of
+from twostep.pipeline.recording import record
 from twostep.pipeline.recordings import Recording, open_recording, recording_path
 from twostep.pipeline.request import Control, Picture, Request, Result
 from twostep.pipeline.studio import Studio

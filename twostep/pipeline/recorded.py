@@ -21,7 +21,7 @@ from twostep.contract import Contract
 from twostep.media.codec import FULL, TINY
 from twostep.models.runtime import take_notes
 from twostep.pipeline.noise import torch_noise
-from twostep.pipeline.recordings import ENGINES, OpenGraph, OpenRecording, Recording, Steps
+from twostep.pipeline.recordings import ENGINES, OpenGraph, OpenRecording, Recording, Steps, Wish
 from twostep.pipeline.request import ModelTraits, Request, Result
 from twostep.pipeline.timing import timed
 from twostep.text.prompt_weights import has_weights, is_composable, without_weights
@@ -99,6 +99,18 @@ def is_plain(request: Request) -> bool:
         and not has_weights(prompt)
         and without_weights(prompt) == prompt
         and not is_composable(prompt)
+    )
+
+
+def wish_of(request: Request) -> Wish:
+    """Return by what the recording for a request is found."""
+    return Wish(
+        engine=request.engine,
+        decoder=request.decoder,
+        model=request.model,
+        steps=request.steps,
+        width=request.width,
+        height=request.height,
     )
 
 

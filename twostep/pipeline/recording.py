@@ -23,14 +23,13 @@ from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import Prepared, prepare
-from twostep.pipeline.recorded import MEANINGS, draw_recorded, is_plain
+from twostep.pipeline.recorded import MEANINGS, draw_recorded, is_plain, wish_of
 from twostep.pipeline.recordings import (
     FileState,
     GraphUse,
     OpenRecording,
     Recording,
     Steps,
-    Wish,
     recording_path,
     versions,
     write_recording,
@@ -85,18 +84,6 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
         with suppress(OSError):
             recording_path(wish).unlink()
     return is_same
-
-
-def wish_of(request: Request) -> Wish:
-    """Return by what the recording for a request is found."""
-    return Wish(
-        engine=request.engine,
-        decoder=request.decoder,
-        model=request.model,
-        steps=request.steps,
-        width=request.width,
-        height=request.height,
-    )
 
 
 def _is_fit(bundle: Bundle) -> bool:
