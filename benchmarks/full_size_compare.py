@@ -174,7 +174,8 @@ def write(path: Path, steps: int) -> None:
         add_watermarker=False,
     )
     with folder_atomically(path) as partial:
-        pipeline.save_pretrained(partial)
+        # In one file each, as the hub has them.
+        pipeline.save_pretrained(partial, max_shard_size="20GB")
         (partial / CONTRACT_FILE).write_text(bundle.contract.to_json())
         decoder = filled(build_decoder(TAESD).to("meta"))
         write_decoder(decoder, {}, partial / DECODER_FILE)
