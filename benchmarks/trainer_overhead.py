@@ -144,6 +144,17 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
                 )
     Lora(network, "student").requires_grad_(True)
     base = bundle.denoiser.with_network(network)
+    return Models(
+        source=random_source(bundle),
+        teacher=replace(base, lora="teacher"),
+        student=replace(base, lora="student"),
+    )
+
+
+def random_source(bundle: Bundle) -> LatentSource:
+    """Return noise for the latents of a built-in model, with captions that are encoded when drawn,
+    as those of the drawings are.
+    """
     names = tuple((concept.names, concept.subgroup) for concept in built_in_concepts())
     width, height = bundle.contract.sizes[0]
     latents = torch.randn(
@@ -152,11 +163,7 @@ def make_models(bundle: Bundle, stage: Stage) -> Models:
     cache = LatentCache(
         latents.half(), torch.zeros(512, 3, dtype=torch.uint8), names, tuple(STYLES)
     )
-    return Models(
-        source=LatentSource(cache, bundle.text, width, height),
-        teacher=replace(base, lora="teacher"),
-        student=replace(base, lora="student"),
-    )
+    return LatentSource(cache, bundle.text, width, height)
 
 
 class BareLoop:
