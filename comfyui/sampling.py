@@ -22,6 +22,7 @@ from torch import Tensor
 from twostep.contract import Contract, ContractError, VariancePreservingSpec
 from twostep.diffusion import VariancePreserving, make_schedule
 from twostep.errors import TwostepError
+from twostep.export.pictures_only import check_makes_pictures
 from twostep.formats import Checkpoint, ModelError, resolve
 from twostep.formats.contracts import SDXL
 from twostep.formats.single_file import NAMES, SingleFile
@@ -68,7 +69,7 @@ def read_contract(file: Path | Checkpoint, base: Path | Checkpoint | None = None
 
     A whole checkpoint that carries no contract is a teacher, and what it predicts is read from it.
     Raises ContractError for a LoRA that does not belong on that base, ModelError for a UNet or a
-    LoRA that carries no contract.
+    LoRA that carries no contract, and for models of sounds and clips.
     """
     checkpoint = resolve(file)
     kind = kind_of(checkpoint)
@@ -80,6 +81,7 @@ def read_contract(file: Path | Checkpoint, base: Path | Checkpoint | None = None
             f"official ones: how a {kind} alone is sampled cannot be seen from its weights. Load "
             "it with ComfyUI's own nodes, or write it anew with `twostep export`."
         )
+    check_makes_pictures(checkpoint.carried, "these nodes")
     if kind != "lora":
         return checkpoint.carried
     if base is None:

@@ -1,12 +1,15 @@
 """Small models of sounds, and sounds to try them on, which need no soundfont."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from twostep.contract import student_name
 from twostep.media.audio import AudioCodec
 from twostep.models.bundle import Bundle
+from twostep.models.saving import save_bundle, save_student
 from twostep.pretrain.loop import NetworkLoopSettings
 from twostep.pretrain.notes import NUM_SAMPLES, RATE, Labels, fitted_codec, random_labels
 from twostep.pretrain.sound import SoundSettings, new_sound_teacher
@@ -51,3 +54,20 @@ def tiny_sound_model(count: int = 40) -> tuple[Bundle, Labels]:
             weight.data += 0.05 * torch.randn_like(weight)
     network.eval().requires_grad_(False)
     return replace(bundle, codec=codec), labels
+
+
+def save_sound_model(path: Path) -> Path:
+    """Write a model "sounds" of random weights with a student of two steps; return its folder."""
+    bundle = tiny_sound_model()[0]
+    bundle = replace(bundle, contract=replace(bundle.contract, name="sounds", base="sounds"))
+    save_bundle(bundle, path)
+    contract = replace(
+        bundle.contract,
+        name=student_name("sounds", 2),
+        role="student",
+        steps=2,
+        trained_times=(1.0, 0.5),
+        guidance=1.0,
+    )
+    save_student(bundle.denoiser.network.state_dict(), contract, path)
+    return path

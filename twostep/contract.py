@@ -36,6 +36,9 @@ CONTRACT_VERSION: Final = 2
 TOP_TIME = 1000
 """T, the time of pure noise of SDXL, and the most steps of any model."""
 
+_THINGS = {"image": "pictures", "video": "clips", "audio": "sounds"}
+"""What items of the media of the package are called."""
+
 # The same as in the diffusion room, stated again so that a contract is read without torch.
 PredictionType = Literal["eps", "x0", "v", "flow", "edm"]
 SamplerName = Literal["euler", "renoise"]
@@ -286,6 +289,11 @@ class Contract:
             ("family", bool(self.family.strip()), "a name that is not empty"),
         ]
         _check_rules(self, rules)
+
+    @property
+    def things(self) -> str:
+        """What the model makes, as a sentence has it: pictures, clips or sounds."""
+        return _THINGS.get(self.media, f"items of the medium {self.media!r}")
 
     def to_json(self) -> str:
         """Return the contract as indented JSON, fields in the order of this class.

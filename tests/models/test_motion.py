@@ -1,24 +1,23 @@
 """Models of clips: drawn, saved, loaded, and refused where they do not fit."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors import safe_open
 
+from tests.clips import clips_of, save_clip_model
 from twostep import Request, Studio, generate
 from twostep.cli import app
-from twostep.contract import Contract, student_name
+from twostep.contract import Contract
 from twostep.formats.locate import ModelError
 from twostep.formats.motion_files import MotionConfig, MotionError
 from twostep.media.clip import Clip, read_clip, read_texts
 from twostep.media.codec import CodecError
 from twostep.models.loading import load_bundle
-from twostep.models.motion import load_pictures, motion_contract, with_motion
+from twostep.models.motion import load_pictures
 from twostep.models.sampling import draw_noise
-from twostep.models.saving import save_bundle, save_student
 from twostep.networks.motion import MotionModule
 from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import RequestError
@@ -31,35 +30,10 @@ def pictures():
     return load_pictures(["nano"])
 
 
-def clips_of(pictures, network=None, frames=3):
-    shape = MotionConfig.on(pictures[0].denoiser.network.config, max_frames=8)
-    contract = motion_contract(pictures[0].contract, "clips", recipe="none", version="0")
-    return with_motion(
-        pictures, network or MotionModule(shape), contract, frames=frames, frames_per_second=5.0
-    )
-
-
 @pytest.fixture(scope="module")
-def folder(pictures, tmp_path_factory):
+def folder(tmp_path_factory):
     """Return a saved model of clips with a student of two steps."""
-    torch.manual_seed(0)
-    bundle = clips_of(pictures)
-    for name, parameter in bundle.denoiser.network.named_parameters():
-        if "proj_out" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    path = tmp_path_factory.mktemp("clips") / "model"
-    save_bundle(bundle, path)
-    contract = replace(
-        bundle.contract,
-        name=student_name("clips", 2),
-        role="student",
-        steps=2,
-        trained_times=(500, 1000),
-        guidance=1.0,
-    )
-    weights = {key: 2 * value for key, value in bundle.denoiser.network.state_dict().items()}
-    save_student(weights, contract, path)
-    return path
+    return save_clip_model(tmp_path_factory.mktemp("clips") / "model")
 
 
 def test_fresh_module_draws_what_the_picture_model_draws(pictures) -> None:

@@ -1,7 +1,7 @@
 """Studios that tests can hold up, an engine, and a server within the process and on a port."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from tests.clips import save_clip_model
+from tests.sounds import save_sound_model
 from twostep.pipeline.generation import Progress
 from twostep.pipeline.request import RequestError
 from twostep.pipeline.studio import Studio
@@ -107,13 +109,14 @@ def listening(
     handover_token: str | None = None,
     rules: Rules | None = None,
     log: JobLog | None = None,
+    models: Sequence[str] = ("nano",),
 ) -> Iterator[str]:
-    """Serve nano on a free port, and yield the address."""
+    """Serve models on a free port, and yield the address."""
     metrics = Metrics()
     observers = [metrics] if log is None else [metrics, log]
     engine = Engine([studio], max_waiting=max_waiting, observers=observers)
     metrics.watch(engine)
-    serving = Serving(engine, Catalogue(["nano"]), metrics=metrics, log=log)
+    serving = Serving(engine, Catalogue(models), metrics=metrics, log=log)
     application = create_app(
         serving, rules or Rules(), with_mcp=with_mcp, handover_token=handover_token
     )
@@ -130,6 +133,15 @@ def listening(
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def media_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model of each medium: nano, "clips" and "sounds", the last two of random weights."""
+    folder = tmp_path_factory.mktemp("media")
+    clips = save_clip_model(folder / "clips")
+    sounds = save_sound_model(folder / "sounds")
+    return ["nano", str(clips), str(sounds)]
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from tests.serve.conftest import APPLE, FakeStudio, GatedStudio, listening
+from twostep.media.audio import read_sound
 from twostep.pipeline.request import Control, Picture, Request
 from twostep.pipeline.studio import Studio
 from twostep.serve.logs import JobLog
@@ -338,10 +339,19 @@ def test_a_server_that_is_terminated_finishes_what_it_accepted() -> None:
 
 
 def test_the_python_of_the_page_runs(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    studio: GatedStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
+    root = Path(__file__).parents[2]
+    sounds = root / "distributions/media/twostep_media/nano-audio"
+    with listening(studio, models=["nano", str(sounds)]) as address:
+        _try_the_page((root / "docs/serve.md").read_text(), address)
+    assert len(list(tmp_path.glob("out/*.png"))) == 1
+    assert read_sound(tmp_path / "note.wav")[0].seconds == 1.024
+
+
+def _try_the_page(page: str, address: str) -> None:
+    """Run the page's Python at an address."""
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     answers = []
     for block in blocks:
@@ -349,8 +359,7 @@ def test_the_python_of_the_page_runs(
         port = address.rpartition(":")[2]
         exec(block.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("8000", port), scope)
         answers.append(scope["answer"])
-    openai_answer, webui_answer, own_answer, controlled = answers
+    openai_answer, _, webui_answer, own_answer, controlled = answers
     assert openai_answer.data[0].seed == 7
     assert webui_answer.info["seed"] == 7
     assert own_answer.seeds == controlled.seeds == [7]
-    assert len(list(tmp_path.glob("out/*.png"))) == 1

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from tests.serve.conftest import APPLE, GatedStudio, listening
 from twostep.cli import app as cli
+from twostep.media.audio import LEVELS, read_sound
+from twostep.media.clip import read_clip
 from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import Control, Picture, Request
 from twostep.pipeline.studio import Studio
@@ -299,6 +301,160 @@ def test_pictures_that_went_in_are_known_by_their_hash(
     page.locator("#file").set_input_files(tmp_path / "shape.png")
     drawn(page)
     assert pixels(page) == result.images[0].convert("RGBA").tobytes()
+
+
+@pytest.fixture(scope="module")
+def media_address(studio: GatedStudio, media_models: list[str]) -> Iterator[str]:
+    """The address of a server with a model of each medium."""
+    with listening(studio, models=media_models) as found:
+        yield found
+
+
+def chosen(page: Any, model: str, prompt: str) -> None:
+    """Choose a model and say a prompt, and wait until what comes of it is shown."""
+    page.select_option("#model", model)
+    page.locator("#prompt").fill(prompt)
+    shown(page, f"caption.startsWith('{model}') && alt === {json.dumps(prompt)}")
+
+
+def shown(page: Any, condition: str) -> None:
+    """Wait until nothing is under way and something holds of the caption and the alternative."""
+    until(
+        page,
+        "document.getElementById('main').ariaBusy === 'false'"
+        " && ((caption, alt) => " + condition + ")("
+        "document.getElementById('caption').textContent, document.getElementById('picture').alt)",
+    )
+
+
+def downloaded(page: Any, folder: Path) -> Path:
+    """Download what is shown, by the name that the page gives it."""
+    with page.expect_download() as saved:
+        page.locator("#download").click()
+    path = folder / saved.value.suggested_filename
+    saved.value.save_as(path)
+    return path
+
+
+_THUMBNAIL = """() => {
+    const image = document.querySelector("#history img");
+    return [image.naturalWidth, image.naturalHeight];
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_a_sound_is_played_shown_saved_and_restored(
+    media_address: str, tmp_path: Path, viewport: dict[str, int]
+) -> None:
+    prompt = "a low piano note, soft"
+    with browsing(media_address, viewport=viewport) as page:
+        ready(page)
+        page.select_option("#model", "sounds")
+        assert page.locator("#prompt").get_attribute("placeholder") == prompt
+        for hidden in ("#beginning", "#control", "#lengths"):
+            assert page.locator(hidden).is_hidden()
+        chosen(page, "sounds", prompt)
+        assert "1.02 s" in page.locator("#caption").inner_text()
+        assert page.locator("#status").inner_text().startswith("Made in")
+        # The spectrogram is the picture, and the sound really plays.
+        until(page, "document.getElementById('picture').naturalWidth === 256")
+        audio = "document.querySelector('#main audio')"
+        until(page, f"Math.abs({audio}.duration - 1.024) < 0.01")
+        page.evaluate(f"{audio}.play()")
+        until(page, f"{audio}.currentTime > 0.2")
+        for hidden in ("#go-on", "[data-copy=workflow]", "#main [data-do=halt]", "#main video"):
+            assert page.locator(hidden).is_hidden()
+        page.wait_for_timeout(800)
+        assert page.evaluate(_THUMBNAIL) == [256, 128]
+
+        path = downloaded(page, tmp_path)
+        assert path.name == "sounds-2step_1.wav"
+        first = read_sound(path)[0].samples
+        page.locator("#format").select_option("flac")
+        until(page, "document.getElementById('download').download.endsWith('.flac')")
+        again = read_sound(downloaded(page, tmp_path))[0].samples
+        assert (again - first).abs().max() <= 1 / LEVELS  # the two formats round in their own ways
+        assert "format=flac" in written(page, "curl")
+        # The next one is asked for in the same format.
+        page.locator("#seed").fill("2")
+        shown(page, "caption.endsWith('seed 2')")
+        assert page.locator("#download").get_attribute("download") == "sounds-2step_2.flac"
+
+        page.get_by_role("button", name="Compare with the teacher").click()
+        until(page, "document.querySelector('#beside audio').duration > 1")
+        page.screenshot(path=tmp_path / "sound.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        assert_accessible(page)
+
+        # What is begun next is silent, and the file restores what made it.
+        chosen(page, "nano", APPLE)
+        assert page.locator("#main audio").is_hidden()
+        page.locator("#file").set_input_files(path)
+        shown(page, f"caption.endsWith('seed 1') && alt === {json.dumps(prompt)}")
+        assert page.locator("#model").input_value() == "sounds"
+        assert page.locator("#prompt").input_value() == prompt
+
+
+@pytest.mark.slow
+def test_a_clip_loops_is_halted_saved_and_restored(media_address: str, tmp_path: Path) -> None:
+    with browsing(media_address) as page:
+        ready(page)
+        chosen(page, "clips", APPLE)
+        assert "64 × 64, 3 frames, 0.60 s" in page.locator("#caption").inner_text()
+        page.locator("#frames").fill("4")
+        shown(page, "caption.includes('4 frames')")
+        moving = page.locator("#picture").get_attribute("src")
+        page.get_by_role("button", name="Pause").click()
+        # The first frame alone, which the history shows too.
+        page.wait_for_timeout(800)
+        still = page.locator("#picture").get_attribute("src")
+        assert still != moving
+        assert page.locator("#history img").first.get_attribute("src") == still
+        page.get_by_role("button", name="Play").click()
+        assert page.locator("#picture").get_attribute("src") == moving
+        path = downloaded(page, tmp_path)
+        assert path.name == "clips-2step_1.webp" and len(read_clip(path)) == 4
+        assert "--frames 4" in written(page, "cli")
+        assert "frames=4" in written(page, "python")
+        assert_accessible(page)
+
+        page.locator("#format").select_option("mp4")
+        video = "document.querySelector('#main video')"
+        until(page, f"!{video}.hidden && {video}.duration > 0.7")
+        assert page.evaluate(f"[{video}.loop, {video}.muted]") == [True, True]
+        # It goes round: the time falls again.
+        page.evaluate(
+            f"window.latest = 0; {video}.ontimeupdate = () => window.latest ="
+            f" Math.max(window.latest, {video}.currentTime)"
+        )
+        until(page, f"window.latest > 0.3 && {video}.currentTime < window.latest")
+        page.get_by_role("button", name="Pause").click()
+        assert page.evaluate(f"{video}.paused")
+        mp4 = downloaded(page, tmp_path)
+        assert mp4.name == "clips-2step_1.mp4" and len(read_clip(mp4)) == 4
+        page.screenshot(path=tmp_path / "clip.png", full_page=True)
+
+        chosen(page, "nano", APPLE)
+        assert page.locator("#main video").is_hidden()
+        page.locator("#file").set_input_files(path)
+        shown(page, "caption.startsWith('clips') && caption.includes('4 frames')")
+        assert page.locator("#frames").input_value() == "4"
+        # Into a clip no picture goes.
+        Image.new("RGB", (64, 64), "green").save(tmp_path / "plain.png")
+        page.locator("#file").set_input_files(tmp_path / "plain.png")
+        until(page, "document.getElementById('status').textContent.includes('no picture')")
+
+
+@pytest.mark.slow
+def test_a_clip_stands_still_for_who_asks_for_that(media_address: str) -> None:
+    with browsing(media_address, reduced_motion="reduce") as page:
+        ready(page)
+        chosen(page, "clips", APPLE)
+        assert page.get_by_role("button", name="Play").is_visible()
+        still = page.locator("#picture").get_attribute("src")
+        page.get_by_role("button", name="Play").click()
+        assert page.locator("#picture").get_attribute("src") != still
 
 
 @pytest.mark.slow

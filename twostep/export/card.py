@@ -23,6 +23,9 @@ from twostep.models.sampling import sampling_times
 from twostep.models.sdxl import is_sdxl
 from twostep.training.recipe import RECIPES
 
+_TASKS = {"image": "text-to-image", "video": "text-to-video", "audio": "text-to-audio"}
+"""What the hub calls that which models of a medium do."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -77,6 +80,8 @@ class Card:
             timesteps=timesteps(contract),
             full_size=full_size,
             sdxl=is_sdxl(contract),
+            task=_TASKS.get(contract.media, f"text-to-{contract.media}"),
+            is_of_pictures=contract.media == "image",
             base=base,
             license=self.license or default_license,
             recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else "",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from twostep.contract import Contract
+from twostep.export.pictures_only import check_is_of_pictures
 from twostep.export.writing import open_lora
 from twostep.files import reporting_write_errors, write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
@@ -72,6 +73,7 @@ def convert(model: str | Path | Checkpoint, to: str, out: Path, *, base: str | N
     if out.exists():
         raise ModelError(f"{out} is already there. Give another --out, or delete it.")
     checkpoint = resolve(model)
+    check_is_of_pictures(checkpoint, "conversions")
     if checkpoint.is_lora and to in DIALECTS:
         return _convert_lora(checkpoint, to, out, base)
     if checkpoint.is_folder and to == "single-file":

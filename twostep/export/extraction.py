@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract, student_name
 from twostep.export.card import Card
+from twostep.export.pictures_only import check_makes_pictures
 from twostep.export.writing import ExportJob
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import write_lora
@@ -67,6 +68,8 @@ def extract(
     """
     before = load_bundle(base)
     after = load_bundle(tuned, steps=steps)
+    for bundle in (before, after):
+        check_makes_pictures(bundle.contract, "LoRAs")
     difference = _Difference()
     for part, network in after.parts.items():
         old = before.parts[part].state_dict()

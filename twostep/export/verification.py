@@ -21,6 +21,7 @@ from twostep.contract import (
     VariancePreservingSpec,
 )
 from twostep.diffusion import make_schedule, trailing_times
+from twostep.export.pictures_only import check_is_of_pictures
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, resolve
 from twostep.formats.diffusers_names import DIFFUSERS_NAMES, scheduler_settings
 from twostep.formats.locate import ModelError, weights_variant
@@ -63,6 +64,7 @@ def verify(
     if the other program cannot load the model.
     """
     checkpoint = resolve(model, steps=steps)
+    check_is_of_pictures(checkpoint, "comparisons with other programs")
     bundle = load_bundle(checkpoint, steps=steps)
     if bundle.contract.sampler == "renoise" or bundle.contract.sampling_times:
         raise ModelError(

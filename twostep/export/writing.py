@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract, EdmSpec
 from twostep.export.card import Card, sampler_in_words, write_workflows
+from twostep.export.pictures_only import check_is_of_pictures
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, resolve
 from twostep.formats.contracts import SDXL
@@ -129,6 +130,10 @@ def export(
     """
     _check_target(to, out)
     card = card or Card()
+    if to != "diffusers" or loras:
+        what = "LoRAs" if to == "diffusers" else f"{to} files"
+        model = resolve(model, steps=None if to.startswith("lora") else steps)
+        check_is_of_pictures(model, what)
     if to.startswith("lora"):
         return _export_lora(_find_lora(model, steps), to, out, base=base, card=card)
     bundle = load_with_loras(model, loras, steps=steps)

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from twostep.errors import TwostepError, reason_of
 from twostep.media.codec import Encoded
 from twostep.media.comments import object_in
+from twostep.media.image import to_images
 from twostep.media.spectrogram import Spectrogram
 
 FORMATS = {
@@ -41,6 +43,9 @@ _SILENCE = 1e-4
 
 _FULL_SCALE = 0.999
 """Amplitude from which samples count as at the largest value."""
+
+_PICTURE_HOP = 64
+"""Samples from column to column of a spectrogram that is shown: finer than what codecs keep."""
 
 _LEAST_DEVIATION = 1e-3
 """Of a component; directions in which spectrograms do not vary would be blown up."""
@@ -217,6 +222,16 @@ def spectrogram_pictures(
     # Strongest at a third, gone at two thirds, and back where all is white.
     blue = (loud * (2 - 3 * loud) * 2).clamp(min=0) + (3 * loud - 2).clamp(min=0)
     return 2 * torch.stack([red, green, blue], dim=1).clamp(0, 1) - 1
+
+
+def sound_picture(sound: Sound) -> Image:
+    """Return the spectrogram of a sound as a picture: time from left to right, low tones below.
+
+    It has 128 rows, and a column for every 4 ms of a sound of 16 kHz.
+    """
+    spectrogram = Spectrogram(rate=sound.rate, hop=_PICTURE_HOP)
+    (picture,) = to_images(spectrogram_pictures(spectrogram.log_mel(sound.samples[None])))
+    return picture
 
 
 def sound_file(sound: Sound, metadata: Mapping[str, str], format: str = "wav") -> Encoded:

@@ -61,8 +61,9 @@ class AudioFamily:
         folder = _folder_of(checkpoint, contract)
         file = folder.path / NETWORK_FILE
         if contract.role == "student":
-            student = folder.students[contract.steps] if checkpoint.is_folder else checkpoint
-            file = student.path
+            student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
+            # An exported student is a folder of its own, with its network in the teacher's place.
+            file = file if student is None else student.path
         config = read_json(folder.path / CONFIG_FILE)
         try:
             network = AudioDit(AudioDitConfig(**config["network"]))

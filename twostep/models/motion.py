@@ -89,7 +89,8 @@ class MotionFamily:
         file = folder.path / ADAPTER / _WEIGHTS
         if contract.role == "student":
             student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
-            file = (student or checkpoint).path
+            # An exported student is a folder of its own, with its module in the teacher's place.
+            file = file if student is None else student.path
         config = MotionConfig.from_diffusers(read_json(folder.path / ADAPTER / _CONFIG))
         network = _load_module(config, None if outline else file)
         bundle = with_motion(

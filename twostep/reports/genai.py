@@ -31,8 +31,9 @@ def has_genai() -> bool:
 
 
 def is_readable(bundle: Bundle) -> bool:
-    """Return whether the library can draw with a model: it knows whole numbers as times."""
-    return isinstance(bundle.denoiser.schedule.top, int)
+    """Return whether the library can draw with a model: pictures, with whole numbers as times."""
+    is_of_pictures = bundle.contract.media == "image"
+    return is_of_pictures and isinstance(bundle.denoiser.schedule.top, int)
 
 
 def guidance_of(bundle: Bundle) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from twostep import __version__
-from twostep.engines.openvino import bare_calls, settings
+from twostep.engines.openvino import graph_calls, settings
 from twostep.errors import TwostepError
 from twostep.export.verification import vanilla_pipeline
 from twostep.models.bundle import Bundle, modules_of
@@ -351,13 +351,17 @@ def _genai(bundle: Bundle, case: Case, folder: Path) -> Draw:
 
 
 def _bare(bundle: Bundle, request: Request) -> Draw:
-    """Return the same calls of compiled networks as of one drawing, with nothing around them."""
-    with bare_calls() as calls:
+    """Return the same calls of compiled networks as of one drawing, with nothing around them.
+
+    A denoiser is called once a step, as everyone does who calls OpenVINO himself.
+    """
+    by_step = replace(bundle, runtime=replace(bundle.runtime, run=None))
+    with graph_calls() as calls:
         # The second time, for the first compares graphs with PyTorch.
         for _ in range(2):
             calls.clear()
-            generate(bundle, request)
-        recorded = list(calls)
+            generate(by_step, request)
+        recorded = [call.again() for call in calls]
 
     def draw(seed: int) -> dict[str, float]:
         for call in recorded:

@@ -42,12 +42,12 @@ from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
     PictureFormat,
     drawing_of,
-    encode,
     ended,
     in_base64,
     in_header,
     preview_in_base64,
 )
+from twostep.serve.items import encode
 from twostep.serve.serving import Serving, bytes_in, client_of, json_of, validated
 
 _REFRESH_SECONDS = 10.0
@@ -306,7 +306,8 @@ async def _draw(serving: Serving, desk: _Desk, http: HttpRequest, kind: type[Tex
     if serving.strict and notes:
         raise ContractError(f"{notes[0]}. This server is strict.")
     model = desk.model
-    job, fitted = await serving.accept(http, lambda: body.wish(model))
+    fitted = await serving.fit(http, lambda: body.wish(model), media=("image", "video"))
+    job = serving.submit(fitted, client=client_of(http))
     drawing = _Drawing(job)
     job.follow(drawing.listen)
     desk.drawings.append(drawing)
@@ -334,7 +335,10 @@ async def _draw(serving: Serving, desk: _Desk, http: HttpRequest, kind: type[Tex
 
 
 def _pictures(result: Result, format: PictureFormat) -> list[str]:
-    return [in_base64(encode(result, i, format, 90)) for i in range(len(result.images))]
+    """Return the files of a result in base64; clips are animated WebPs, whatever is chosen."""
+    chosen = format if result.contract.media == "image" else None
+    count = len(result.images)
+    return [in_base64(encode(result, i, chosen, quality=90).data) for i in range(count)]
 
 
 def _echoed(values: dict[str, Any]) -> dict[str, Any]:

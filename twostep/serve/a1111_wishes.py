@@ -19,6 +19,7 @@ from twostep.pipeline.request import SAMPLERS, Picture
 from twostep.serve.a1111_controls import SCRIPT, units_in
 from twostep.serve.catalogue import Wish, random_seed
 from twostep.serve.serving import picture_in
+from twostep.serve.shapes import MAX_FRAMES
 
 CHECKPOINT = "sd_model_checkpoint"
 """The option that names the model."""
@@ -45,6 +46,9 @@ _SAMPLER_NAMES = {
     for name, title in SAMPLERS.items()
     for spelling in (name, title, f"k_{name.replace('-', '_')}")
 }
+_CLIP_SCRIPT = "animatediff"
+"""What the extension for clips is called in `alwayson_scripts`, in lower case."""
+
 _RESIZE_TOLERANCE = 0.01
 """How far two shapes of pictures may differ, as a share, and still count as one."""
 
@@ -76,6 +80,7 @@ class TextBody(BaseModel):
     styles: list[Any] | None = None
     script_name: str | None = None
     subseed_strength: float | None = None
+    frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
     save_images: bool | None = None
 
     def notes(self) -> list[str]:
@@ -85,7 +90,7 @@ class TextBody(BaseModel):
         scripts = [
             name
             for name, given in (self.alwayson_scripts or {}).items()
-            if name.casefold() != SCRIPT and _is_on(given)
+            if name.casefold() not in (SCRIPT, _CLIP_SCRIPT) and _is_on(given)
         ]
         if scripts:
             notes.append(f"alwayson_scripts: there is no {', '.join(map(str, scripts))[:80]} here")
@@ -146,6 +151,7 @@ class TextBody(BaseModel):
             controls=tuple(unit.control(size, image) for unit in units),
             sampler=self.sampler,
             decoder=TINY if wants_tiny else FULL,
+            frames=self.frames or _frames_in(self.alwayson_scripts),
         )
 
 
@@ -190,6 +196,20 @@ def samplers(own: Sequence[str]) -> list[dict[str, Any]]:
     """Describe the samplers that a teacher takes, and those that models have as their own."""
     names = [name for name in SAMPLERS if name != "renoise" or name in own]
     return [{"name": SAMPLERS[name], "aliases": [name], "options": {}} for name in names]
+
+
+def _frames_in(scripts: Mapping[str, Any] | None) -> int | None:
+    """Return how long a clip is to be for the extension sd-webui-animatediff, None if it is off.
+
+    Its first argument has `enable` and `video_length`, of which 0 is the model's own.
+    """
+    for name, script in (scripts or {}).items():
+        arguments = script.get("args") if isinstance(script, Mapping) else None
+        first = arguments[0] if isinstance(arguments, list) and arguments else None
+        if name.casefold() == _CLIP_SCRIPT and isinstance(first, Mapping) and first.get("enable"):
+            length = first.get("video_length")
+            return length if isinstance(length, int) and length > 0 else None
+    return None
 
 
 def _is_on(script: object) -> bool:

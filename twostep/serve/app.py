@@ -27,6 +27,7 @@ from twostep.serve.gate import Gate, Rules
 from twostep.serve.handover_routes import handover_routes
 from twostep.serve.native_routes import native_routes
 from twostep.serve.openai_routes import openai_routes
+from twostep.serve.openai_sound_routes import openai_sound_routes
 from twostep.serve.operation_routes import operation_routes
 from twostep.serve.page_routes import page_routes
 from twostep.serve.picture_filter import RefusedPictureError
@@ -108,6 +109,7 @@ def create_app(
     app.add_middleware(Traced, with_prompts=log_prompts)
     app.include_router(page_routes())
     app.include_router(openai_routes(serving))
+    app.include_router(openai_sound_routes(serving))
     app.include_router(a1111_routes(serving))
     app.include_router(control_routes(serving))
     app.include_router(native_routes(serving))

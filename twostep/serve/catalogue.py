@@ -33,10 +33,14 @@ from twostep.pipeline.request import (
 from twostep.pipeline.settings import DrawingSettings
 from twostep.pipeline.studio import FAVOURITE_STEPS
 from twostep.serve.config import Bounds
-from twostep.serve.shapes import MAX_CONTROLS
+from twostep.serve.items import formats_of
+from twostep.serve.shapes import MAX_CONTROLS, MAX_FRAMES
 
 _BUILT_IN_BASE = "nano"
 """What the ControlNets of the package were made for."""
+
+_WITHOUT_FRAMES = ("image", "audio")
+"""The media whose items have no frames."""
 
 _USUAL_BOUNDS = Bounds()
 
@@ -53,6 +57,11 @@ class Served:
     model: str
     contracts: tuple[Contract, ...]
     steps: int | None = None
+
+    @property
+    def media(self) -> str:
+        """What it makes, as contracts call it."""
+        return self.contracts[0].media
 
     @property
     def students(self) -> list[Contract]:
@@ -261,6 +270,11 @@ class Catalogue:
             changes.append(f"the sampler {sampler[:80]} was left out: {contract.name} has its own")
             sampler = None
         width, height = _fit_size(contract, wish, changes)
+        frames = wish.frames
+        if frames is not None and contract.media in _WITHOUT_FRAMES:
+            made = f"{contract.name} makes {contract.things}"
+            changes.append(f"frames {frames} was left out: {made}")
+            frames = None
         decoder = wish.decoder
         if decoder != FULL and decoder not in served.decoders:
             changes.append(f"the decoder {decoder[:80]} was left out: {served.name} has none")
@@ -275,6 +289,7 @@ class Catalogue:
             "height": height,
             "sampler": sampler,
             "decoder": decoder,
+            "frames": frames,
         }
         request = Request(
             **wish.settings | fitted,
@@ -306,6 +321,8 @@ class Catalogue:
                         "sizes": [list(size) for size in contract.sizes],
                         "prediction_type": contract.prediction_type,
                         "strengths": strengths(contract),
+                        "media": contract.media,
+                        "formats": formats_of(contract),
                     }
                     for contract in served.contracts
                 ],
@@ -334,8 +351,10 @@ def strengths(contract: Contract) -> list[float]:
     """Return how much of a picture a model can change, rising, as shares of all of it.
 
     A student begins at the times that it was trained at, a teacher anywhere on its own grid. None
-    where it knows no picture in its noise.
+    where it knows no picture in its noise, or makes no pictures.
     """
+    if contract.media != "image":
+        return []
     schedule = make_schedule(**asdict(contract.schedule))
     if contract.sampling_times and contract.sampling_times[0] != schedule.top:
         return []
@@ -394,6 +413,8 @@ def _check_bounds(wish: Wish, bounds: Bounds) -> None:
     most = bounds.num_images
     if not 1 <= wish.num_images <= most:
         raise RequestError(f"asked for {wish.num_images} images; 1 to {most} may be at once.")
+    if wish.frames is not None and not 1 <= wish.frames <= MAX_FRAMES:
+        raise RequestError(f"asked for {wish.frames} frames; 1 to {MAX_FRAMES} may be.")
     if wish.steps is not None and wish.steps < 1:
         raise RequestError(f"steps is {wish.steps}; expected a whole number from 1 up.")
     if len(wish.controls) > MAX_CONTROLS:

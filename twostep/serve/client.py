@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,7 +20,16 @@ from PIL import Image
 from twostep.errors import TwostepError
 from twostep.files import write_new
 from twostep.pipeline.request import Picture, Request, RequestError
-from twostep.serve.shapes import CAPABILITIES_PATH, JOBS_PATH, Capabilities, JobAnswer, JobState
+from twostep.serve.shapes import (
+    CAPABILITIES_PATH,
+    JOBS_PATH,
+    SUFFIXES,
+    UNKNOWN_SUFFIX,
+    Capabilities,
+    JobAnswer,
+    JobState,
+    file_stem,
+)
 
 try:
     import httpx2
@@ -40,6 +48,7 @@ _SENT = (
     "strength",
     "sampler",
     "decoder",
+    "frames",
     "model",
 )
 """The fields of a request that are sent as they are."""
@@ -60,30 +69,39 @@ class ServerError(TwostepError):
 class Drawn:
     """What a job brought.
 
-    - `files`: a PNG for each seed, which says how it was made.
+    - `files`: a file for each seed, which says how it was made: of pictures a PNG, of clips an
+      animated WebP, of sounds a WAV.
     - `answer`: what the server said of it: checkpoint, steps, guidance, size, times and warnings.
+    - `suffix`: the ending of the files' names.
     """
 
     files: list[bytes]
     seeds: list[int]
     answer: JobAnswer
+    suffix: str = ".png"
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures, opened."""
+        """The pictures, opened, and clips at their first frame; raises ServerError for sounds."""
+        if self.answer.media not in ("image", "video"):
+            raise ServerError(
+                f"{self.answer.checkpoint} made no pictures but {self.suffix} files; take `files`, "
+                "or `save` them."
+            )
         return [Image.open(BytesIO(data)) for data in self.files]
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the files into a folder, as CHECKPOINT_SEED.png, and return their paths.
+        """Write the files into a folder, as CHECKPOINT_SEED.png or with their own ending.
 
-        The same picture again keeps its file, another one by the same name gets a number.
+        The same item again keeps its file, another one by the same name gets a number. Returns the
+        paths.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for seed, data in zip(self.seeds, self.files, strict=True):
-            stem = re.sub(r"[^\w-]+", "-", f"{self.answer.checkpoint}_{seed}")
-            paths.append(write_new(_free_paths(folder, stem), data))
+            stem = file_stem(str(self.answer.checkpoint), seed)
+            paths.append(write_new(_free_paths(folder, stem, self.suffix), data))
         return paths
 
 
@@ -284,8 +302,10 @@ class RemoteJob:
         answer = self._answer
         if answer.state != "done" or answer.images is None or answer.seeds is None:
             raise ServerError(answer.error or f"the job is {answer.state}.")
-        files = [self._client._call("GET", path).content for path in answer.images]
-        return Drawn(files, answer.seeds, answer)
+        files = [self._client._call("GET", path) for path in answer.images]
+        kind = files[0].headers.get("Content-Type", "")
+        suffix = SUFFIXES.get(kind, UNKNOWN_SUFFIX)
+        return Drawn([file.content for file in files], answer.seeds, answer, suffix)
 
     def cancel(self) -> None:
         """End the job; one that has ended stays as it is."""
@@ -343,11 +363,11 @@ def _with_alpha(picture: Picture) -> Image.Image:
     return image
 
 
-def _free_paths(folder: Path, stem: str) -> Iterator[Path]:
+def _free_paths(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
     """Yield the names that a file may get: the stem, then with numbers."""
-    yield folder / f"{stem}.png"
+    yield folder / f"{stem}{suffix}"
     for number in count(2):
-        yield folder / f"{stem}_{number}.png"
+        yield folder / f"{stem}_{number}{suffix}"
 
 
 def _encoded(image: Image.Image) -> str:

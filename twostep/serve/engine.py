@@ -22,6 +22,7 @@ from PIL import Image
 from twostep.errors import TwostepError
 from twostep.pipeline.generation import OnAnswerOf, OnStepOf, Progress
 from twostep.pipeline.request import MAX_BATCH, Request, Result
+from twostep.serve.items import num_values
 from twostep.serve.shapes import JobState
 
 MAX_KEPT_JOBS = 1000
@@ -545,9 +546,9 @@ def _likeness(request: Request) -> object:
 
 
 def _num_pixels(job: Job) -> int:
-    """Return the pixels of all pictures that a job keeps in memory."""
+    """Return the pixels, and samples, of all that a job keeps in memory."""
     request = job.request
     pictures = [request.image, request.mask, *(control.picture for control in request.controls)]
     went_in = [picture.image for picture in pictures if picture is not None]
     came_out = [] if job.result is None else job.result.images
-    return sum(image.width * image.height for image in (*went_in, *came_out))
+    return sum(map(num_values, (*went_in, *came_out)))

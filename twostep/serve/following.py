@@ -8,17 +8,16 @@ import contextlib
 import json
 import math
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from io import BytesIO
 from typing import Any, Literal
 
 from PIL import Image
 from starlette.requests import Request as HttpRequest
 
 from twostep.media.png import encode_png
-from twostep.pipeline.provenance import text_chunks
 from twostep.pipeline.request import Result
 from twostep.serve.catalogue import Fitted
 from twostep.serve.engine import Engine, Event, Job
+from twostep.serve.items import poster_of, seconds_of
 from twostep.serve.refusals import code_of
 from twostep.serve.shapes import JOBS_PATH, JobAnswer
 
@@ -88,19 +87,6 @@ async def ended(engine: Engine, job: Job, http: HttpRequest) -> bool:
     return False
 
 
-def encode(result: Result, index: int, format: PictureFormat, quality: int) -> bytes:
-    """Return picture `index` of a result as a file; a PNG says how it was made.
-
-    `quality` is 1 to 100, for the other formats.
-    """
-    if format == "png":
-        encoded = result.to_file(result.images[index], text_chunks(result, index))
-        return encoded.data
-    buffer = BytesIO()
-    result.images[index].save(buffer, format=format.upper(), quality=quality)
-    return buffer.getvalue()
-
-
 def in_base64(data: bytes) -> str:
     """Return bytes as base64 text."""
     return base64.b64encode(data).decode()
@@ -138,6 +124,7 @@ def drawing_of(result: Result, fitted: Fitted, changes: list[str]) -> dict[str, 
     return {
         "model": fitted.served.name,
         "checkpoint": result.contract.name,
+        "media": result.contract.media,
         "steps": result.request.steps,
         "guidance": result.request.guidance,
         "milliseconds": milliseconds(result),
@@ -156,9 +143,15 @@ def answer_of(job: Job) -> JobAnswer:
     result = job.result
     if result is None:
         return answer
+    images = [f"{path}/images/{i}" for i in range(len(result.images))]
+    has_posters = poster_of(result.images[0]) is not None
     return answer.model_copy(
         update={
-            "images": [f"{path}/images/{i}" for i in range(len(result.images))],
+            "images": images,
+            "media": result.contract.media,
+            "posters": [f"{image}/poster" for image in images] if has_posters else None,
+            "duration_seconds": seconds_of(result.images[0]),
+            "frames": result.request.frames,
             "seeds": result.seeds,
             "checkpoint": result.contract.name,
             "steps": result.request.steps,

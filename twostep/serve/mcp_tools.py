@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 
-from mcp.server.mcpserver import Context, Image, MCPServer
+from mcp.server.mcpserver import Audio, Context, Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
 from starlette.concurrency import run_in_threadpool
@@ -17,8 +17,10 @@ from starlette.routing import BaseRoute
 
 from twostep import __version__
 from twostep.errors import TwostepError
+from twostep.media.codec import Encoded
 from twostep.serve.catalogue import Wish, random_seed
-from twostep.serve.following import drawing_of, encode, events_of
+from twostep.serve.following import drawing_of, events_of
+from twostep.serve.items import encode
 from twostep.serve.serving import Serving, controls_of
 from twostep.serve.shapes import ControlBody
 
@@ -41,14 +43,15 @@ def mcp_server(serving: Serving) -> MCPServer:
         width: int | None = None,
         height: int | None = None,
         controls: list[ControlBody] | None = None,
-    ) -> list[Image | str]:
-        """Draw pictures of a prompt.
+        frames: int | None = None,
+    ) -> list[Image | Audio | str]:
+        """Draw pictures of a prompt; or clips or sounds, with a model that makes those.
 
         Fewer steps are faster, more are finer. Leave out what does not matter: the model's own is
         then taken, and a seed is picked. `describe_models` says what there is. Image i is drawn
-        from seed + i. `controls` are ControlNets by name, each with a picture in base64 that shows
-        where things are to be. The text after the pictures says how they were made and what was
-        changed.
+        from seed + i. `frames` is how long a clip is. `controls` are ControlNets by name, each with
+        a picture in base64 that shows where things are to be. The text after the pictures says how
+        they were made and what was changed.
         """
         try:
             wish = Wish(
@@ -60,6 +63,7 @@ def mcp_server(serving: Serving) -> MCPServer:
                 negative_prompt=negative_prompt,
                 width=width,
                 height=height,
+                frames=frames,
                 controls=await run_in_threadpool(controls_of, controls or ()),
             )
             fitted = serving.catalogue.fit(wish, strict=serving.strict)
@@ -76,12 +80,9 @@ def mcp_server(serving: Serving) -> MCPServer:
         if job.result is None:
             raise ToolError(str(job.error))
         result = job.result
-        files = [
-            await run_in_threadpool(encode, result, i, "png", 100)
-            for i in range(len(result.images))
-        ]
+        files = [await run_in_threadpool(encode, result, i) for i in range(len(result.images))]
         made = drawing_of(result, fitted, fitted.changes) | {"seeds": result.seeds}
-        return [*(Image(data=data, format="png") for data in files), json.dumps(made)]
+        return [*map(_content, files), json.dumps(made)]
 
     def describe_models() -> str:
         """Say which models there are, with the steps and sizes that each of them draws in."""
@@ -90,6 +91,14 @@ def mcp_server(serving: Serving) -> MCPServer:
     server.add_tool(generate_image, structured_output=False)
     server.add_tool(describe_models, structured_output=False)
     return server
+
+
+def _content(file: Encoded) -> Image | Audio:
+    """Return a file as a tool's answer has it."""
+    medium, _, format = file.mime.partition("/")
+    if medium == "audio":
+        return Audio(data=file.data, format=format)
+    return Image(data=file.data, format=format)
 
 
 def mcp_routes(server: MCPServer) -> list[BaseRoute]:

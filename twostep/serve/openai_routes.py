@@ -3,7 +3,8 @@
 Clients name models that are not served, and steps, qualities and sizes of other models. What comes
 nearest is drawn, and the header X-Twostep-Changes says what was changed. Beyond the API's own
 fields, `steps` (or `num_inference_steps`), `seed`, `negative_prompt`, `guidance_scale`, `strength`,
-`loras` and `controls` are read, which its SDK sends as `extra_body`.
+`loras`, `controls` and `frames` are read, which its SDK sends as `extra_body`. Clips are sent as
+animated WebPs; of sounds see `openai_sound_routes`.
 """
 
 import contextlib
@@ -29,7 +30,6 @@ from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
     PictureFormat,
     drawing_of,
-    encode,
     ended,
     follow,
     in_base64,
@@ -37,9 +37,17 @@ from twostep.serve.following import (
     preview_in_base64,
     server_sent,
 )
+from twostep.serve.items import encode
 from twostep.serve.refusals import code_of
-from twostep.serve.serving import Serving, controls_of, json_of, picture_of, validated
-from twostep.serve.shapes import MAX_CONTROLS, ControlBody
+from twostep.serve.serving import (
+    Serving,
+    client_of,
+    controls_of,
+    json_of,
+    picture_of,
+    validated,
+)
+from twostep.serve.shapes import MAX_CONTROLS, MAX_FRAMES, ControlBody
 
 MAX_IMAGES = 10
 """The most pictures of one request, as the API has it."""
@@ -78,6 +86,7 @@ class ImagesBody(BaseModel):
     )
     negative_prompt: str | None = None
     strength: float | None = None
+    frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
     loras: tuple[str, ...] = ()
     controls: tuple[ControlBody, ...] = Field(default=(), max_length=MAX_CONTROLS)
 
@@ -112,7 +121,19 @@ class ImagesBody(BaseModel):
             mask=mask,
             controls=controls_of(self.controls),
             loras=self.loras,
+            frames=self.frames,
         )
+
+    def format_for(self, media: str) -> PictureFormat:
+        """Return the format in which pictures or clips are sent; clips are animated WebPs."""
+        return "webp" if media == "video" else self.output_format or "png"
+
+    def format_notes(self, media: str) -> list[str]:
+        """Return a sentence if another format was asked for than can be sent."""
+        taken = self.format_for(media)
+        if self.output_format in (None, taken):
+            return []
+        return [f"output_format {self.output_format}: clips are sent as {taken}"]
 
 
 class DrawnImage(BaseModel):
@@ -224,10 +245,12 @@ async def _answer(
     notes: list[str],
 ) -> Response:
     """Draw, and send pictures at the end or events on the way."""
+    fitted = await serving.fit(http, make, media=("image", "video"))
+    notes = [*notes, *body.format_notes(fitted.served.media)]
     if serving.strict and notes:
         raise ContractError(f"{notes[0]}. This server is strict.")
     num_partials = (body.partial_images or 0) if body.stream else 0
-    job, fitted = await serving.accept(http, make, wants_previews=num_partials > 0)
+    job = serving.submit(fitted, client=client_of(http), wants_previews=num_partials > 0)
     changes = [*notes, *fitted.changes]
     headers = {"X-Twostep-Job": job.id}
     if changes:
@@ -312,11 +335,9 @@ def _is_partial(event: Event, num_partials: int) -> bool:
 
 def _data(result: Result, body: ImagesBody) -> list[dict[str, Any]]:
     quality = 100 if body.output_compression is None else max(1, body.output_compression)
+    format = body.format_for(result.contract.media)
     return [
-        {
-            "b64_json": in_base64(encode(result, i, body.output_format or "png", quality)),
-            "seed": seed,
-        }
+        {"b64_json": in_base64(encode(result, i, format, quality=quality).data), "seed": seed}
         for i, seed in enumerate(result.seeds)
     ]
 
@@ -324,7 +345,7 @@ def _data(result: Result, body: ImagesBody) -> list[dict[str, Any]]:
 def _described(result: Result, body: ImagesBody) -> dict[str, Any]:
     return {
         "background": "opaque",
-        "output_format": body.output_format or "png",
+        "output_format": body.format_for(result.contract.media),
         "quality": body.quality or "auto",
         "size": f"{result.request.width}x{result.request.height}",
     }

@@ -8,7 +8,7 @@ from importlib.resources import files
 from fastapi import APIRouter
 from starlette.responses import Response
 
-_SCRIPTS = ("canvas", "controls", "copies", "page", "png", "server", "turns")
+_SCRIPTS = ("canvas", "controls", "copies", "page", "player", "png", "riff", "server", "turns")
 
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
@@ -20,6 +20,7 @@ PAGE_FILES = {
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        "media-src 'self' blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

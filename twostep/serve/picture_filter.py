@@ -2,7 +2,8 @@
 
 A filter is a classifier as transformers saves it, or a function of the operator's. It stands
 between a studio and the engine, so every API has what it decides; the previews on the way are
-judged too. Where it fails the job fails: nothing is let through unseen.
+judged too, and all frames of clips. Where it fails the job fails: nothing is let through unseen, so
+sounds, of which it knows nothing, are refused.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import get_args
+from itertools import islice
+from typing import Any, get_args
 
 import torch
 from PIL import Image, ImageFilter
 
 from twostep.errors import TwostepError
+from twostep.media.clip import Clip
 from twostep.pipeline.generation import OnAnswerOf, OnStepOf, Progress
 from twostep.pipeline.request import Request, Result
 from twostep.serve.config import FilterSettings, ServeError, Verdict
 from twostep.serve.engine import Draws, EngineError
+from twostep.serve.items import pictures_in
 
 Judges = Callable[[Sequence[Image.Image]], Sequence[Verdict]]
 """Returns "keep", "blur" or "refuse" for each picture."""
@@ -127,7 +131,17 @@ class FilteredStudio:
 
     def _judged(self, result: Result) -> Result | TwostepError:
         """Return a result with what is to be blurred blurred, or why it is refused as a whole."""
-        verdicts = self._verdicts(result.images)
+        shown = [pictures_in(item) for item in result.images]
+        if not all(shown):
+            return RefusedPictureError(
+                f"{result.contract.name} makes {result.contract.things}, and the server's "
+                "filter judges pictures alone; ask for pictures, or a server without a filter."
+            )
+        found = iter(self._verdicts([picture for pictures in shown for picture in pictures]))
+        # Of a clip the hardest of its frames.
+        verdicts = [
+            max(islice(found, len(pictures)), key=_HARDNESS.__getitem__) for pictures in shown
+        ]
         for verdict in verdicts:
             if self._count is not None:
                 self._count(verdict)
@@ -141,8 +155,8 @@ class FilteredStudio:
                 "ask for something else, or with another seed."
             )
         images = [
-            blurred(image) if verdict == "blur" else image
-            for image, verdict in zip(result.images, verdicts, strict=True)
+            _blurred_item(item) if verdict == "blur" else item
+            for item, verdict in zip(result.images, verdicts, strict=True)
         ]
         notes = [
             f"picture {i + 1} of {total} was blurred by the server's filter."
@@ -167,6 +181,13 @@ class FilteredStudio:
                 f"{', '.join(_HARDNESS)} for each"
             )
         return verdicts
+
+
+def _blurred_item(item: Any) -> Any:
+    """Return a picture, or a clip, with all that can be seen of it blurred."""
+    if isinstance(item, Clip):
+        return replace(item, frames=tuple(map(blurred, item.frames)))
+    return blurred(item)
 
 
 def blurred(image: Image.Image) -> Image.Image:

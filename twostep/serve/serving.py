@@ -20,11 +20,18 @@ from twostep.serve.engine import Engine, EngineError, Job, new_job_id
 from twostep.serve.logs import JobLog
 from twostep.serve.metrics import Metrics
 from twostep.serve.reloading import Reloader
-from twostep.serve.shapes import JOBS_PATH, ControlBody, JobAnswer, JobBody
+from twostep.serve.shapes import JOBS_PATH, SPEECH_PATH, ControlBody, JobAnswer, JobBody
 from twostep.serve.store import JobStore, StoredJob
 
 MAX_DEPTH = 100
 """How deep a body may be nested."""
+
+_ADDRESSES = {
+    "image": "/v1/images/generations",
+    "video": "/v1/images/generations",
+    "audio": SPEECH_PATH,
+}
+"""Where else than at the server's own API a medium can be had."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a letter, as JSON writes it; one half alone is no text."""
@@ -48,20 +55,30 @@ class Serving:
     log: JobLog | None = None
     reloader: Reloader | None = None
 
-    async def accept(
-        self,
-        http: HttpRequest,
-        make: Callable[[], Wish],
-        *,
-        wants_previews: bool = False,
-    ) -> tuple[Job, Fitted]:
-        """Make a wish, which may open pictures, in another thread; fit it and queue it.
+    async def fit(
+        self, http: HttpRequest, make: Callable[[], Wish], *, media: Sequence[str]
+    ) -> Fitted:
+        """Make a wish, which may open pictures, in another thread, and fit it.
 
-        Raises what `Catalogue.fit` and `Engine.submit` raise, and RequestError for pictures.
+        Args:
+            http: the request that asks.
+            make: returns the wish.
+            media: what can be sent at its address, as contracts call it.
+
+        Raises what `Catalogue.fit` raises, and RequestError for pictures, and for a model of media
+        that are not sent there.
         """
         wish = await run_in_threadpool(make)
         fitted = self.catalogue.fit(wish, strict=self.strict)
-        return self.submit(fitted, client=client_of(http), wants_previews=wants_previews), fitted
+        served = fitted.served
+        if served.media not in media:
+            elsewhere = _ADDRESSES.get(served.media)
+            asked = JOBS_PATH if elsewhere is None else f"{elsewhere} or {JOBS_PATH}"
+            raise RequestError(
+                f"{served.name} makes {served.contracts[0].things}, which {http.url.path} does "
+                f"not send. Ask {asked}, or another model."
+            )
+        return fitted
 
     def submit(self, fitted: Fitted, *, client: str, id: str | None = None, **wishes: Any) -> Job:
         """Queue a request, so that the log knows which of HTTP it came with.
@@ -157,6 +174,7 @@ def wish_of(body: JobBody) -> Wish:
         sampler=body.sampler,
         loras=body.loras,
         decoder=body.decoder,
+        frames=body.frames,
     )
 
 

@@ -5,6 +5,7 @@ Neither a web framework nor torch is needed here.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -13,9 +14,27 @@ from twostep.pipeline.request import MAX_BATCH
 
 JOBS_PATH = "/api/v1/jobs"
 CAPABILITIES_PATH = "/api/v1/capabilities"
+SPEECH_PATH = "/v1/audio/speech"
 
 MAX_CONTROLS = 4
 """The most ControlNets of one job."""
+
+MAX_FRAMES = 1024
+"""The most frames that may be asked for; models draw as many as they were made for."""
+
+SUFFIXES = {
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    "video/mp4": ".mp4",
+    "audio/wav": ".wav",
+    "audio/flac": ".flac",
+    "audio/ogg": ".ogg",
+}
+"""The endings of files, by the types that answers have."""
+
+UNKNOWN_SUFFIX = ".bin"
+"""The ending of a file of any other type."""
 
 JobState = Literal["queued", "drawing", "done", "failed", "cancelled"]
 """Where a job stands. The last three are ends."""
@@ -58,7 +77,7 @@ class JobBody(_Body):
 
     `image` and `mask` are files in base64; the mask is white where the image is changed. `previews`
     brings a small picture with every step. `decoder` "tiny" takes the smaller decoder that comes
-    with the model. After `seconds` the job fails if it is not done.
+    with the model; `frames` is how long a clip is. After `seconds` the job fails if it is not done.
     """
 
     prompt: str
@@ -77,6 +96,7 @@ class JobBody(_Body):
     sampler: str | None = None
     loras: tuple[str, ...] = ()
     decoder: Literal["full", "tiny"] = "full"
+    frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
     previews: bool = False
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -85,7 +105,10 @@ class JobAnswer(BaseModel):
     """How a job stands. All from `images` on is there once it is done, `error` if it failed,
     and `code`, a word for programs, where there is one for that: "content_policy_violation".
 
-    `events` and `images` are addresses on the server. `milliseconds` are those of each stage.
+    `events` and `images` are addresses on the server. `images` are what was made, of whatever
+    medium: `media` is "image", "video" or "audio". Of what is no picture `posters` are addresses of
+    pictures that show it, of a sound its spectrogram and of a clip its first frame; each lasts
+    `duration_seconds`, and a clip has `frames`. `milliseconds` are those of each stage.
     """
 
     id: str
@@ -95,6 +118,10 @@ class JobAnswer(BaseModel):
     error: str | None = None
     code: str | None = None
     images: list[str] | None = None
+    media: str | None = None
+    posters: list[str] | None = None
+    duration_seconds: float | None = None
+    frames: int | None = None
     seeds: list[int] | None = None
     checkpoint: str | None = None
     steps: int | None = None
@@ -103,6 +130,11 @@ class JobAnswer(BaseModel):
     height: int | None = None
     milliseconds: dict[str, int] | None = None
     warnings: list[str] | None = None
+
+
+def file_stem(checkpoint: str, seed: int) -> str:
+    """Return the name of an item's file without its ending, in letters that any system takes."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{checkpoint}_{seed}")
 
 
 class WorkflowAnswer(BaseModel):
@@ -121,7 +153,8 @@ class CheckpointAnswer(BaseModel):
     """A teacher or a student of a model, as its contract has it. Sizes are [width, height].
 
     `strengths` are the shares of a picture that it can change, rising; others are taken for the
-    nearest of them. There are none where it cannot begin with a picture.
+    nearest of them. There are none where it cannot begin with a picture. `media` is what it makes:
+    "image", "video" or "audio"; `formats` are the files in which that can be had, the usual first.
     """
 
     name: str
@@ -131,6 +164,8 @@ class CheckpointAnswer(BaseModel):
     sizes: list[tuple[int, int]]
     prediction_type: str
     strengths: list[float] = []
+    media: str = "image"
+    formats: list[str] = []
 
 
 class ModelAnswer(BaseModel):

@@ -19,14 +19,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from twostep.errors import TwostepError
+from twostep.media.codec import Encoded
+from twostep.media.png import encode_png
 from twostep.serve.engine import ClosingError, Job
-from twostep.serve.following import answer_of, encode
-from twostep.serve.shapes import JobAnswer, JobBody
+from twostep.serve.following import answer_of
+from twostep.serve.items import encode, poster_of
+from twostep.serve.shapes import SUFFIXES, UNKNOWN_SUFFIX, JobAnswer, JobBody
 
 MAX_STORED_ENDS = 1000
 """How many ended jobs can still be asked for; older ones are deleted."""
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -39,16 +42,37 @@ CREATE TABLE IF NOT EXISTS images (
     id TEXT NOT NULL REFERENCES jobs(id) ON DELETE CASCADE,
     place INTEGER NOT NULL,
     data BLOB NOT NULL,
+    mime TEXT NOT NULL DEFAULT 'image/png',
+    poster BLOB,
     PRIMARY KEY (id, place)
 );
 """
-"""A job has a body until it ends, and then an answer."""
+"""A job has a body until it ends, and then an answer. Images are items of any medium, with their
+MIME types and the PNGs that are shown of those that are no pictures.
+"""
+
+_FROM_VERSION_1 = """
+BEGIN;
+ALTER TABLE images ADD COLUMN mime TEXT NOT NULL DEFAULT 'image/png';
+ALTER TABLE images ADD COLUMN poster BLOB;
+PRAGMA user_version = 2;
+COMMIT;
+"""
+"""What makes the tables of a file in which all items were PNGs those of today."""
 
 _log = logging.getLogger(__name__)
 
 
 class StoreError(TwostepError):
     """A file that cannot be used for jobs."""
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """An item of a job that is done: its file, and the PNG that is shown of it, if it has one."""
+
+    file: Encoded
+    poster: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ class JobStore:
             for job_id, client, body in rows
         ]
 
-    def finish(self, answer: JobAnswer, files: Sequence[bytes] = ()) -> None:
+    def finish(self, answer: JobAnswer, items: Sequence[StoredItem] = ()) -> None:
         """Write down what came of a job; of one that was never added, nothing."""
         with self._thread_lock, self._rows:
             update = "UPDATE jobs SET answer = ?, body = NULL WHERE id = ? AND answer IS NULL"
@@ -126,8 +150,11 @@ class JobStore:
             if not self._rows.execute(update, values).rowcount:
                 return
             self._rows.executemany(
-                "INSERT INTO images (id, place, data) VALUES (?, ?, ?)",
-                [(answer.id, place, data) for place, data in enumerate(files)],
+                "INSERT INTO images (id, place, data, mime, poster) VALUES (?, ?, ?, ?, ?)",
+                [
+                    (answer.id, place, item.file.data, item.file.mime, item.poster)
+                    for place, item in enumerate(items)
+                ],
             )
             self._rows.execute(
                 "DELETE FROM jobs WHERE number IN (SELECT number FROM jobs WHERE answer IS NOT NULL"
@@ -140,10 +167,15 @@ class JobStore:
         row = self._row("SELECT answer FROM jobs WHERE id = ?", job_id)
         return None if row is None or row[0] is None else JobAnswer.model_validate_json(row[0])
 
-    def image(self, job_id: str, place: int) -> bytes | None:
-        """Return a picture of a job that is done, as a PNG."""
-        row = self._row("SELECT data FROM images WHERE id = ? AND place = ?", job_id, place)
-        return None if row is None else bytes(row[0])
+    def item(self, job_id: str, place: int) -> StoredItem | None:
+        """Return an item of a job that is done, None where there is none."""
+        query = "SELECT data, mime, poster FROM images WHERE id = ? AND place = ?"
+        row = self._row(query, job_id, place)
+        if row is None:
+            return None
+        data, mime, poster = row
+        suffix = SUFFIXES.get(mime, UNKNOWN_SUFFIX)
+        return StoredItem(Encoded(data, suffix, mime), poster)
 
     def close(self) -> None:
         """Write down what has ended, and let go of the file."""
@@ -172,10 +204,13 @@ class JobStore:
             if self._row("SELECT 1 FROM jobs WHERE id = ?", job.id) is None:
                 return
             result = job.result
-            files = []
+            items = []
             if result is not None:
-                files = [encode(result, i, "png", 100) for i in range(len(result.images))]
-            self.finish(answer_of(job), files)
+                for place, item in enumerate(result.images):
+                    poster = poster_of(item)
+                    shown = None if poster is None else encode_png(poster, {})
+                    items.append(StoredItem(encode(result, place), shown))
+            self.finish(answer_of(job), items)
         except Exception:
             # It stays unfinished, and is drawn again by the next server. Clients of this one have
             # it from the engine.
@@ -190,11 +225,13 @@ class JobStore:
         rows = sqlite3.connect(path, check_same_thread=False)
         (version,) = rows.execute("PRAGMA user_version").fetchone()
         (num_tables,) = rows.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if version != _VERSION and (version or num_tables):
+        if version not in (1, _VERSION) and (version or num_tables):
             raise sqlite3.DatabaseError("it is a database of something else")
         rows.execute("PRAGMA journal_mode = WAL")
         rows.execute("PRAGMA synchronous = FULL")
         rows.execute("PRAGMA foreign_keys = ON")
+        if version == 1:
+            rows.executescript(_FROM_VERSION_1)
         rows.executescript(_SCHEMA)
         rows.execute(f"PRAGMA user_version = {_VERSION}")
         return rows

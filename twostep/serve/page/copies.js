@@ -29,6 +29,7 @@ export function command(wish) {
   if (wish.guidance) words.push("--guidance", wish.guidance);
   if (wish.negative_prompt && !wish.image) words.push("--negative", quoted(wish.negative_prompt));
   if (wish.width && !wish.image) words.push("--size", `${wish.width}x${wish.height}`);
+  if (wish.frames) words.push("--frames", wish.frames);
   if (wish.image) words.push("--strength", wish.strength);
   if (wish.mask) words.push("--mask", nameOf(wish, "mask"));
   (wish.controls ?? []).forEach(({ name, scale, start, end }, i) => {
@@ -39,8 +40,9 @@ export function command(wish) {
   return words.join(" ");
 }
 
-// Queues a job, waits for its end, and fetches the picture. Files are put in by the shell.
-export function curl(wish, origin, needsKey) {
+// Queues a job, waits for its end, and fetches what was made into a file. Files are put in by the shell;
+// `format` is null where the model's own will do.
+export function curl(wish, origin, needsKey, { file, format }) {
   const key = needsKey ? ' -H "Authorization: Bearer $TWOSTEP_KEY"' : "";
   const files = inputsOf(wish);
   const put = (what) => `@${files.find((each) => each.what === what).name}@`;
@@ -58,9 +60,11 @@ ${text}
 END
 )
 curl -s ${jobs}/$job/events${key} > /dev/null
-curl -s ${jobs}/$job/images/0${key} -o picture.png
+curl -s ${quotedIf(`${jobs}/$job/images/0`, format)}${key} -o ${file}
 `;
 }
+
+const quotedIf = (address, format) => (format ? `"${address}?format=${format}"` : address);
 
 const literal = (value) => JSON.stringify(value);
 // Python tells 1 from 1.0.
@@ -69,7 +73,7 @@ const real = (value) => (Number.isInteger(value) ? value.toFixed(1) : String(val
 export function python(wish, origin, needsKey) {
   const usesPictures = inputsOf(wish).length > 0;
   const open = (what) => `Picture.of(${literal(nameOf(wish, what))})`;
-  const given = ["model", "steps", "seed", "guidance", "negative_prompt", "width", "height"]
+  const given = ["model", "steps", "seed", "guidance", "negative_prompt", "width", "height", "frames"]
     .filter((name) => wish[name] !== undefined && wish[name] !== "")
     .map((name) => `${name}=${name === "guidance" ? real(wish[name]) : literal(wish[name])}`);
   if (wish.image) given.push(`image=${open("image")}`, `strength=${real(wish.strength)}`);

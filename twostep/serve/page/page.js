@@ -3,28 +3,46 @@
 import { Easel, Layer } from "./canvas.js";
 import { Controls } from "./controls.js";
 import { command, curl, inputsOf, python } from "./copies.js";
+import { Player } from "./player.js";
 import { provenance, withInputs } from "./png.js";
-import { capabilities, Drawing, hasKey, keysComeFrom, workflow } from "./server.js";
+import { capabilities, Drawing, hasKey, item as itemAt, keysComeFrom, workflow } from "./server.js";
 import { Turns } from "./turns.js";
 
 const MAX_HISTORY = 24;
 const MAX_SEED = 2 ** 32 - 17;
 const SETTLED = 700; // ms after which a picture that nothing replaced is remembered
 const USUAL_STRENGTH = 0.75;
+const SPECTROGRAM = "2 / 1"; // the shape in which sounds are shown
+
+const FILES = { image: "picture", video: "clip", audio: "sound" };
+
+// What may be wished of each medium, and what comes of it.
+const WORDS = {
+  image: { such: "a 3d red apple on a blue background", empty: "Say what to draw: the picture comes here." },
+  video: { such: "a 3d fox on a blue background, spinning", empty: "Say what to draw: the clip comes here." },
+  audio: { such: "a low piano note, soft", empty: "Say what to play: the sound comes here." },
+};
 
 const at = (id) => document.getElementById(id);
 const [form, prompt, model, seed, size] = ["wish", "prompt", "model", "seed", "size"].map(at);
-const [guidance, negative, strength, picture] = ["guidance", "negative", "strength", "picture"].map(at);
+const [guidance, negative, strength, frames] = ["guidance", "negative", "strength", "frames"].map(at);
+const format = at("format");
+const player = new Player(at("main"));
+const reference = new Player(at("beside"));
 
 const state = {
   models: [],
   drawing: null, // what is under way
   comparing: null,
   milliseconds: {}, // by model and steps
+  reference: null, // {address, poster} of what is beside
+  hasControls: false,
+  hasLoras: false,
   image: null, // the layer that is begun with
   mask: null, // the layer that says where it changes
   missing: [], // pictures that a restored wish had and the page has not: {sha256, name, put}
-  last: null, // {body, answer, blob, address} of what is shown
+  last: null, // {body, answer, blob, name, format, address, poster} of what is shown
+  formats: {}, // that were chosen, by medium
   settling: 0,
   key: "", // model and steps of the last wish
 };
@@ -37,6 +55,9 @@ const chosenModel = () => state.models.find((each) => each.name === model.value)
 const chosenSteps = () => Number(form.elements.steps?.value);
 const checkpoint = () => chosenModel().checkpoints.find((each) => each.steps === chosenSteps());
 const teacher = () => chosenModel().checkpoints.find((each) => each.role === "teacher");
+const medium = () => checkpoint().media;
+// The format that was chosen, null for the model's own.
+const chosenFormat = () => state.formats[medium()] ?? null;
 const chosenStrength = () => checkpoint().strengths[strength.value];
 
 function body() {
@@ -47,6 +68,8 @@ function body() {
     wish.guidance = Number(guidance.value);
     wish.negative_prompt = negative.value;
   }
+  if (medium() === "video" && frames.value) wish.frames = Number(frames.value);
+  if (medium() !== "image") return wish;
   const loras = [...document.querySelectorAll("#loras input")].filter((each) => Number(each.value));
   if (loras.length) wish.loras = loras.map((each) => `${each.name}:${each.value}`);
   const image = checkpoint().strengths.length ? state.image?.address() : null;
@@ -59,7 +82,7 @@ function body() {
 }
 
 function changed(how) {
-  if (!prompt.value.trim() || !seed.checkValidity()) return stop();
+  if (!prompt.value.trim() || !seed.checkValidity() || !frames.checkValidity()) return stop();
   const key = `${model.value} ${chosenSteps()}`;
   const felt = state.milliseconds[key]?.felt;
   if (felt || key !== state.key) turns.milliseconds = felt ?? null;
@@ -82,14 +105,15 @@ function stop() {
 
 async function draw() {
   state.comparing?.stop();
-  at("beside").hidden = true;
+  hideReference();
   const drawing = (state.drawing = new Drawing());
   const start = performance.now();
+  const kind = chosenFormat();
   try {
     const wish = body();
     say("Drawing …");
-    const drawn = await drawing.run(wish, showStep);
-    if (drawn) await show(wish, drawn, performance.now() - start);
+    const drawn = await drawing.run(wish, showStep, kind);
+    if (drawn) await show(wish, { ...drawn, format: kind }, performance.now() - start);
   } catch (error) {
     if (!drawing.stopped) say(`Not drawn: ${error.message}`, { isFault: true });
   }
@@ -99,13 +123,13 @@ async function draw() {
 function showStep(values) {
   at("progress").value = values.num_done / values.num_steps;
   if (!values.previews.length || values.num_done === values.num_steps) return;
-  picture.src = `data:image/png;base64,${values.previews[0]}`;
-  picture.classList.add("coarse");
-  picture.hidden = false;
+  player.foresee(`data:image/png;base64,${values.previews[0]}`, medium());
+  if (medium() === "audio") at("picture").parentElement.style.aspectRatio = SPECTROGRAM;
   at("empty").hidden = true;
 }
 
-async function show(wish, { answer, blob }, took) {
+async function show(wish, drawn, took) {
+  const { answer, blob, poster } = drawn;
   const { image, mask, controls: acting } = wish;
   const whole = image || acting ? await withInputs(blob, { image, mask, controls: acting }) : blob;
   const sum = total(answer.milliseconds);
@@ -115,9 +139,11 @@ async function show(wish, { answer, blob }, took) {
   const time = document.querySelector(`#steps [value="${wish.steps}"] ~ small`);
   if (time) time.textContent = ` ${sum} ms`;
   letGo();
-  display({ body: wish, answer, blob, address: URL.createObjectURL(whole) });
+  const shown = poster && URL.createObjectURL(poster);
+  display({ ...drawn, body: wish, address: URL.createObjectURL(whole), poster: shown });
   const warnings = answer.warnings.map((text) => ` ${text[0].toUpperCase()}${text.slice(1)}`);
-  say(`Drawn in ${Math.round(took)} ms.${warnings.join("")}`);
+  const verb = answer.media === "audio" ? "Made" : "Drawn";
+  say(`${verb} in ${Math.round(took)} ms.${warnings.join("")}`);
   const entry = state.last;
   state.settling = setTimeout(() => remember(entry), SETTLED);
 }
@@ -127,25 +153,66 @@ const total = (milliseconds) => Object.values(milliseconds).reduce((a, b) => a +
 // Forgets the picture that is shown, if it was not there long enough to be remembered.
 function letGo() {
   clearTimeout(state.settling);
-  if (state.last && !state.last.item) URL.revokeObjectURL(state.last.address);
+  if (state.last && !state.last.item) revoke(state.last);
+}
+
+function revoke(entry) {
+  URL.revokeObjectURL(entry.address);
+  if (entry.poster) URL.revokeObjectURL(entry.poster);
 }
 
 function display(entry) {
-  const { body: wish, answer, address } = entry;
+  const { answer, address } = entry;
   state.last = entry;
-  picture.src = address;
-  picture.classList.remove("coarse");
-  picture.alt = wish.prompt;
-  picture.hidden = false;
-  picture.parentElement.style.aspectRatio = `${answer.width} / ${answer.height}`;
+  player.show(playable(entry));
   at("empty").hidden = true;
   at("progress").value = 1;
-  at("caption").textContent = `${answer.checkpoint}, ${answer.width} × ${answer.height}, seed ${answer.seed}`;
+  at("caption").textContent = `${answer.checkpoint}, ${measure(answer)}, seed ${answer.seed}`;
   at("download").href = address;
-  at("download").download = `${answer.checkpoint}_${answer.seed}.png`;
+  at("download").download = entry.name;
   at("actions").hidden = false;
+  listFormats(entry);
+  at("go-on").hidden = answer.media !== "image";
+  document.querySelector("[data-copy=workflow]").hidden = answer.media !== "image";
   at("inputs").hidden = true;
   markCurrent();
+}
+
+// Returns what a player needs of an entry.
+function playable({ body: wish, answer, blob, address, poster }) {
+  const { media, width, height } = answer;
+  const ratio = media === "audio" ? SPECTROGRAM : `${width} / ${height}`;
+  return { media, type: blob.type, address, poster, alt: wish.prompt, ratio };
+}
+
+// Says how large an item is, or how long.
+function measure({ media, width, height, frames: count, duration_seconds: seconds }) {
+  const size = `${width} × ${height}`;
+  if (media === "audio") return `${seconds.toFixed(2)} s`;
+  return media === "video" ? `${size}, ${count} frames, ${seconds.toFixed(2)} s` : size;
+}
+
+function listFormats({ answer, format: chosen }) {
+  const checkpoints = state.models.flatMap((each) => each.checkpoints);
+  const formats = checkpoints.find((each) => each.name === answer.checkpoint)?.formats ?? [];
+  const isPicture = answer.media === "image"; // of which only PNGs say how they were made
+  format.replaceChildren(...formats.map((each) => new Option(each.toUpperCase(), each)));
+  format.value = chosen ?? formats[0];
+  format.parentElement.hidden = isPicture || formats.length < 2;
+}
+
+// Shows what is shown in another format.
+async function exchange() {
+  const entry = state.last;
+  state.formats[entry.answer.media] = format.value;
+  try {
+    const { blob, name } = await itemAt(entry.answer.images[0], format.value);
+    URL.revokeObjectURL(entry.address);
+    Object.assign(entry, { blob, name, format: format.value, address: URL.createObjectURL(blob) });
+    if (state.last === entry) display(entry);
+  } catch (error) {
+    say(`Not to be had so: ${error.message}`, { isFault: true });
+  }
 }
 
 function markCurrent() {
@@ -153,22 +220,25 @@ function markCurrent() {
   state.last.item?.firstElementChild.setAttribute("aria-current", "true");
 }
 
+const entries = new WeakMap(); // of the items in the history
+
 function remember(entry) {
   const item = document.createElement("li");
   const button = document.createElement("button");
   const image = document.createElement("img");
   button.type = "button";
-  image.src = entry.address;
+  image.src = entry.poster ?? entry.address;
   image.alt = `${entry.body.prompt}, ${entry.answer.checkpoint}, seed ${entry.answer.seed}`;
   button.append(image);
   button.addEventListener("click", () => goBack(entry));
   item.append(button);
   entry.item = item;
+  entries.set(item, entry);
   const list = at("history");
   list.prepend(item);
   at("past").hidden = false;
   for (const old of [...list.children].slice(MAX_HISTORY)) {
-    URL.revokeObjectURL(old.querySelector("img").src);
+    revoke(entries.get(old));
     old.remove();
   }
   markCurrent();
@@ -177,10 +247,10 @@ function remember(entry) {
 async function goBack(entry) {
   stop();
   letGo();
-  at("beside").hidden = true;
+  hideReference();
   await restore(entry.body);
   display(entry);
-  say("As it was for this picture.");
+  say("As it was for this one.");
 }
 
 // Sets everything as it was for a picture. `wish` is as it was sent, with pictures as addresses.
@@ -193,6 +263,7 @@ async function restore(wish) {
   seed.value = wish.seed;
   if (wish.guidance > 1) guidance.value = wish.guidance;
   negative.value = wish.negative_prompt ?? "";
+  frames.value = wish.frames ?? "";
   for (const slider of document.querySelectorAll("#loras input")) {
     const found = (wish.loras ?? []).find((each) => each.replace(/:[^:]*$/, "") === slider.name);
     slider.value = found ? Number(found.split(":").pop()) || 1 : 0;
@@ -245,19 +316,31 @@ async function compare() {
   const wish = { ...state.last.body, steps, guidance: scale, previews: false };
   say(`${name} draws from the same noise …`);
   try {
-    const drawn = await comparing.run(wish, (values) => (at("progress").value = values.num_done / values.num_steps));
+    const drawn = await comparing.run(
+      wish,
+      (values) => (at("progress").value = values.num_done / values.num_steps),
+      state.last.format,
+    );
     if (!drawn) return;
-    URL.revokeObjectURL(at("reference").src);
-    at("reference").src = URL.createObjectURL(drawn.blob);
-    at("reference").alt = `${wish.prompt}, drawn by the teacher`;
-    at("reference").parentElement.style.aspectRatio = picture.parentElement.style.aspectRatio;
+    hideReference();
+    const address = URL.createObjectURL(drawn.blob);
+    state.reference = { address, poster: drawn.poster && URL.createObjectURL(drawn.poster) };
+    const entry = { body: wish, answer: drawn.answer, blob: drawn.blob, ...state.reference };
+    reference.show({ ...playable(entry), alt: `${wish.prompt}, by the teacher` });
     at("reference-caption").textContent = `${name}, ${steps} steps with guidance ${scale}: ${total(drawn.answer.milliseconds)} ms`;
     at("beside").hidden = false;
     at("progress").value = 1;
-    say("The teacher's picture is beside.");
+    say("The teacher's is beside.");
   } catch (error) {
     if (!comparing.stopped) say(`The teacher drew nothing: ${error.message}`, { isFault: true });
   }
+}
+
+function hideReference() {
+  at("beside").hidden = true;
+  reference.clear();
+  if (state.reference) revoke(state.reference);
+  state.reference = null;
 }
 
 function listSteps(wished) {
@@ -300,7 +383,14 @@ function lock() {
   at("why").textContent = isTeacher
     ? `${name} was made for ${usual}.`
     : `${name} is a student: guidance was distilled into it, so it takes none, and no negative prompt.`;
+  const isPicture = medium() === "image";
   at("compare").hidden = isTeacher || !teacher();
+  at("beginning").hidden = !isPicture;
+  at("control").hidden = !isPicture || !state.hasControls;
+  at("loras").hidden = !isPicture || !state.hasLoras;
+  at("lengths").hidden = medium() !== "video";
+  prompt.placeholder = WORDS[medium()]?.such ?? "";
+  if (!state.last) at("empty").textContent = (WORDS[medium()] ?? WORDS.image).empty;
   at("with-picture").hidden = !strengths.length;
   at("no-picture").hidden = strengths.length > 0;
   at("no-picture").textContent = `${name} draws from pure noise alone; it cannot begin with a picture.`;
@@ -476,6 +566,7 @@ async function take(file) {
     } else {
       const made = await provenance(file);
       if (made) await restoreFrom(made);
+      else if (medium() !== "image") throw new Error(`${model.value} begins with no picture`);
       else await begin(await addressOf(file));
     }
     refresh();
@@ -514,12 +605,16 @@ async function goOn() {
 
 async function copy(kind) {
   if (!state.last) return;
-  const { body: wish, answer } = state.last;
+  const { body: wish, answer, name, format: chosen } = state.last;
   let inputs = inputsOf(wish);
   let text = "";
   try {
     if (kind === "cli") text = command(wish);
-    if (kind === "curl") text = curl(wish, location.origin, hasKey());
+    if (kind === "curl") {
+      const ending = name.slice(name.lastIndexOf("."));
+      const file = (FILES[answer.media] ?? "item") + ending;
+      text = curl(wish, location.origin, hasKey(), { file, format: chosen });
+    }
     if (kind === "python") text = python(wish, location.origin, hasKey());
     if (kind === "workflow") {
       const found = await workflow(answer.images[0]);
@@ -570,7 +665,7 @@ function listenToWishes() {
   at("steps").addEventListener("change", () => (lock(), changed({ now: true })));
   guidance.addEventListener("input", () => (guidance.dataset.chosen = "yes"));
   strength.addEventListener("input", () => (strength.dataset.wished = chosenStrength()));
-  for (const input of [seed, guidance, negative, strength]) {
+  for (const input of [seed, guidance, negative, strength, frames]) {
     input.addEventListener("input", () => (outputs(), changed()));
   }
   at("loras").addEventListener("input", () => (outputs(), changed()));
@@ -611,6 +706,7 @@ function listenToPictures() {
     input.addEventListener("change", () => (easel.tool = input.value));
   }
   at("compare").addEventListener("click", compare);
+  format.addEventListener("change", exchange);
   at("go-on").addEventListener("click", goOn);
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", () => copy(button.dataset.copy));
@@ -640,7 +736,6 @@ function listenToThePage() {
 }
 
 function listLoras(names) {
-  at("loras").hidden = !names.length;
   for (const name of names) {
     const row = document.createElement("p");
     const label = document.createElement("label");
@@ -660,7 +755,8 @@ async function open() {
   state.models = models;
   model.replaceChildren(...models.map(({ name }) => new Option(name, name, false, name === usual)));
   at("models").hidden = models.length < 2;
-  at("control").hidden = !controlnets.length;
+  state.hasControls = controlnets.length > 0;
+  state.hasLoras = loras.length > 0;
   controls = new Controls(at("controls"), at("control-row"), {
     names: controlnets,
     most: limits.controls,

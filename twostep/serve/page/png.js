@@ -1,4 +1,7 @@
-// What PNGs say of how they were made: read as twostep wrote it, with the pictures that went in added.
+// What files say of how they were made: read as twostep wrote it, in PNGs with the pictures that went in
+// added.
+
+import { textsInRiff } from "./riff.js";
 
 const TWOSTEP = "twostep";
 const INPUTS = "twostep-inputs";
@@ -7,8 +10,9 @@ const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
 // Returns the request that draws a picture again, with the name of its checkpoint, and `inputs`, the
 // pictures that went in where the file has them; null for files that do not say.
 export async function provenance(blob) {
-  const texts = {};
-  for (const { kind, data } of chunks(new Uint8Array(await blob.arrayBuffer()))) {
+  const bytes = new Uint8Array(await blob.arrayBuffer());
+  const texts = textsInRiff(bytes);
+  for (const { kind, data } of chunks(bytes)) {
     const text = kind === "tEXt" ? plain(data) : kind === "iTXt" ? international(data) : null;
     if (text) texts[text.name] = text.value;
   }

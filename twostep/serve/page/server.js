@@ -43,14 +43,25 @@ export async function workflow(picture) {
   return (await ask(`${picture}/workflow`)).json();
 }
 
+// Returns a file of the server: {blob, name}, with the name that it has there.
+async function fetched(path, options) {
+  const answer = await ask(path, options);
+  const name = /filename="([^"]*)"/.exec(answer.headers.get("Content-Disposition") ?? "")?.[1] ?? "file";
+  return { blob: await answer.blob(), name };
+}
+
+// Returns the item at an address in some format, or in its own where that is null.
+export const item = (path, format, options) => fetched(format ? `${path}?format=${format}` : path, options);
+
 // One drawing. `stop()` gives it up wherever it is, and nothing of it is reported any more.
 export class Drawing {
   #aborter = new AbortController();
   #id = null;
   stopped = false;
 
-  // Draws, calls onStep(values) at each step, and returns {answer, blob}; null if it was stopped.
-  async run(body, onStep) {
+  // Draws, calls onStep(values) at each step, and returns {answer, blob, name, poster}, where the poster is
+  // null or the picture that is shown of it; null if it was stopped. `format` is as for `item`.
+  async run(body, onStep, format = null) {
     try {
       const headers = { "Content-Type": "application/json" };
       const posted = await ask("/api/v1/jobs", { method: "POST", headers, body: JSON.stringify(body) });
@@ -66,8 +77,10 @@ export class Drawing {
         if (kind === "step") onStep(values);
         if (kind === "failed" || kind === "cancelled") throw new Error(values.error);
         if (kind === "done") {
-          const blob = await (await ask(values.images[0], { signal: this.#aborter.signal })).blob();
-          return this.stopped ? null : { answer: values, blob };
+          const options = { signal: this.#aborter.signal };
+          const made = await item(values.images[0], format, options);
+          const shown = values.posters ? await fetched(values.posters[0], options) : null;
+          return this.stopped ? null : { answer: values, ...made, poster: shown?.blob ?? null };
         }
       }
       throw new Error("the server ended the connection");
