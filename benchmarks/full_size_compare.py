@@ -5,18 +5,20 @@
     python benchmarks/full_size_compare.py --out runs/curves --pixels 256 512 1024 2048 \\
         --rounds 1 --variants diffusers eager eager:tiny        # and again with --steps, --batch
 
-The weights are random, for the real ones are not needed to know time and memory. Every drawing runs
-in a process of its own, one at a time, so its peak of resident memory is its own. A process draws
-once unmeasured, which compiles, and once measured. In every round each variant takes a turn; ratios
-are of the same rounds. What is done is in `runs.jsonl`, one line each, and the same command goes on
-where it was stopped. Before the first round every engine runs once uncounted, so that what it keeps
-on the disk is there. Several `--pixels`, `--steps` or `--batch` make `curves.svg`: seconds and
-memory along each, and what the arithmetic alone would take (of `eager`).
+The weights are random, for the real ones are not needed to know time and memory. They are written
+once, as a model folder in float32 of 13 GB for every number of steps (`--out` needs the room), and
+every drawing reads them in a process of its own, one at a time, so its peak of resident memory is
+its own. A process draws once unmeasured, which compiles, and once measured; `recorded` after an
+engine draws without PyTorch from what that engine recorded (`pipeline.recorded`), and of its
+seconds those in which networks are opened are counted apart. In every round each variant takes a
+turn; ratios are of the same rounds. What is done is in `runs.jsonl`, one line each, and the same
+command goes on where it was stopped. Before the first round every engine runs once uncounted, so
+that what it keeps on the disk is there. Several `--pixels`, `--steps` or `--batch` make
+`curves.svg`: seconds and memory along each, and what the arithmetic alone would take (of `eager`).
 
 By their parameters, in float32: UNet 9.6 GiB, text encoders 3.0, autoencoder 0.3, so 13 GiB for
-`diffusers` and `eager`, and what they compute with. OpenVINO holds the UNet once more: 9.6 GiB, so
-23 in all, or 2.4 in 8 bits, so 16, and as much again while it compiles. What does not fit ends as
-failed in the table, and the others go on.
+`diffusers` and `eager`, and what they compute with. OpenVINO holds the UNet once more while PyTorch
+has it too. What does not fit ends as failed in the table, and the others go on.
 """
 
 from __future__ import annotations
@@ -30,26 +32,29 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from full_size_distill import GIB, filled
 from full_size_generate import random_bundle
 from torch.utils.flop_counter import FlopCounterMode
 
-from twostep.engines import find_engine
 from twostep.export.verification import vanilla_pipeline
-from twostep.formats.tiny_decoder import TinyLayout
-from twostep.media.codec import TINY, TinyDecoder
-from twostep.models.bundle import Bundle
+from twostep.files import folder_atomically
+from twostep.formats.locate import CONTRACT_FILE
+from twostep.formats.tiny_decoder import DECODER_FILE, TinyLayout
+from twostep.media.codec import FULL, TINY
 from twostep.models.loading import load_bundle
-from twostep.models.tiny_decoder import build_decoder
+from twostep.models.sdxl import diffusers_scheduler
+from twostep.models.tiny_decoder import build_decoder, write_decoder
 from twostep.pipeline.generation import generate
+from twostep.pipeline.recording import record
 from twostep.pipeline.request import Request
+from twostep.pipeline.studio import Studio
 from twostep.reports.curves import plot_curves
 from twostep.reports.speed import ROOF, Case, Row, Timing, machine, rate
 from twostep.reports.starts import Start
@@ -57,10 +62,21 @@ from twostep.reports.starts import Start
 PROMPT = "a 3d red apple on a blue background"
 TAESD = TinyLayout(latent_channels=4, width=64, blocks=(3, 3, 3, 1))
 VANILLA = "diffusers"
-VARIANTS = (VANILLA, "eager", "eager:tiny", "openvino-int8", "openvino-int8:tiny", "openvino")
-"""An engine, and `:tiny` after it where the tiny decoder draws. The largest comes last."""
+RECORDED = "recorded"
+VARIANTS = (
+    VANILLA,
+    "eager",
+    "eager:tiny",
+    "openvino-int8",
+    "openvino-int8:recorded",
+    "openvino-int8:tiny",
+    "openvino-int8:tiny:recorded",
+)
+"""An engine, and after it `:tiny` where the tiny decoder draws, and `:recorded`."""
 
 FILE = "runs.jsonl"
+WRITE = "write"
+"""What a process does that draws nothing: it writes the model."""
 
 Draw = Callable[[], dict[str, float]]
 """Draws, and returns the seconds of the stages, if it knows them."""
@@ -81,12 +97,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only == WRITE:
+        write(options.out, options.steps[0])
+        return
     if options.only:
         print(json.dumps(measured(options.only, options)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     done = read(options.out)
     cases = list(product(options.pixels, options.steps, options.batch))
+    if not options.model:
+        for steps in options.steps:
+            write_model(options.out, steps)
     for number, case, variant in product(range(-1, options.rounds), cases, options.variants):
         is_needed = number >= 0 or variant.startswith("openvino")
         if is_needed and (number, variant, *case) not in done:
@@ -102,9 +124,14 @@ def run(key: Key, options: argparse.Namespace) -> None:
     """Measure a variant in a process of its own, and note what came of it."""
     number, variant, pixels, steps, batch = key
     shape = {"pixels": pixels, "steps": steps, "batch": batch}
-    command = [sys.executable, __file__, "--only", variant, "--out", str(options.out)]
-    command += ["--model", options.model]
-    command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    if variant.endswith(RECORDED):
+        # It loads nothing that a drawing without PyTorch does without.
+        command = [sys.executable, str(Path(__file__).with_name("recorded_draw.py"))]
+        command += [json.dumps(asked(variant, options, pixels, steps, batch))]
+    else:
+        command = [sys.executable, __file__, "--only", variant, "--out", str(options.out)]
+        command += ["--model", options.model]
+        command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
     print(f"round {number}, {variant}, {shape}", file=sys.stderr, flush=True)
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found: dict[str, Any] = {"failed": ended.returncode}
@@ -113,6 +140,45 @@ def run(key: Key, options: argparse.Namespace) -> None:
     line = {"round": number, "variant": variant, **shape, "model": options.model or "sdxl", **found}
     with (options.out / FILE).open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def write_model(folder: Path, steps: int) -> None:
+    """Write a student of SDXL's size with random weights, in a process that then gives memory back.
+
+    Weights of all numbers of steps are the same, so the largest are written once.
+    """
+    path = model_path(folder, steps)
+    if path.exists():
+        return
+    print(f"writing {path}", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--only", WRITE, "--out", str(path)]
+    subprocess.run([*command, "--steps", str(steps)], check=True)
+
+
+def model_path(folder: Path, steps: int) -> Path:
+    """Return the folder of the model with random weights."""
+    return folder / f"sdxl-{steps}step"
+
+
+def write(path: Path, steps: int) -> None:
+    """Write the model, whole or not at all."""
+    bundle = random_bundle(steps)
+    text: Any = bundle.text
+    pipeline = StableDiffusionXLPipeline(
+        **bundle.parts,
+        vae=bundle.codec.vae.to(memory_format=torch.contiguous_format),  # type: ignore[attr-defined]
+        tokenizer=text.tokenizers[0],
+        tokenizer_2=text.tokenizers[1],
+        scheduler=diffusers_scheduler(bundle.contract),
+        force_zeros_for_empty_prompt=text.zeros_for_empty,
+        add_watermarker=False,
+    )
+    with folder_atomically(path) as partial:
+        # In one file each, as the hub has them.
+        pipeline.save_pretrained(partial, max_shard_size="20GB")
+        (partial / CONTRACT_FILE).write_text(bundle.contract.to_json())
+        decoder = filled(build_decoder(TAESD).to("meta"))
+        write_decoder(decoder, {}, partial / DECODER_FILE)
 
 
 def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -140,48 +206,68 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def asked(
+    variant: str, options: argparse.Namespace, pixels: int, steps: int, batch: int
+) -> dict[str, Any]:
+    """Return the request of a variant in a case, as plain values."""
+    engine, *ways = variant.split(":")
+    return {
+        "prompt": PROMPT,
+        "model": options.model or str(model_path(options.out, steps)),
+        "engine": engine,
+        "decoder": TINY if TINY in ways else FULL,
+        "seed": 7,
+        "num_images": batch,
+        "steps": steps,
+        "width": pixels,
+        "height": pixels,
+    }
+
+
 def prepared(variant: str, options: argparse.Namespace) -> Draw:
     """Return what draws a picture as a variant does it."""
-    engine, _, decoder = variant.partition(":")
     (pixels,), (steps,), (batch,) = options.pixels, options.steps, options.batch
-    bundle = load_bundle(options.model, steps=steps) if options.model else random_bundle(steps)
-    size = (pixels, pixels)
-    bundle = replace(bundle, contract=replace(bundle.contract, sizes=(size,)))
-    if engine == VANILLA:
-        return vanilla(bundle, pixels, steps, batch)
-    if decoder == TINY:
-        bundle = with_tiny_decoder(bundle)
-    bundle = find_engine(engine).prepare(bundle.remembering(), [size])
-    return lambda: generate(bundle, Request(PROMPT, seed=7, num_images=batch)).seconds
-
-
-def vanilla(bundle: Bundle, pixels: int, steps: int, batch: int) -> Draw:
-    """Return the drawing by diffusers' own pipeline."""
-    pipeline = vanilla_pipeline(bundle)
+    values = asked(variant, options, pixels, steps, batch)
+    if values["engine"] == VANILLA:
+        return vanilla(Request(**{**values, "engine": "eager"}))
+    request = Request(**values)
+    bundle = Studio(device="cpu").load(request)
+    is_first = True
 
     def draw() -> dict[str, float]:
-        pipeline(
-            PROMPT,
-            num_inference_steps=steps,
-            num_images_per_prompt=batch,
-            guidance_scale=0,
-            generator=torch.Generator().manual_seed(7),
-            width=pixels,
-            height=pixels,
-        )
-        return {}
+        nonlocal is_first
+        result = generate(bundle, request)
+        if is_first and request.engine.startswith("openvino"):
+            # For the variants that draw from what was recorded.
+            print(f"recorded: {record(bundle, request, result)}", file=sys.stderr, flush=True)
+        is_first = False
+        return dict(result.seconds)
 
     return draw
 
 
-def with_tiny_decoder(bundle: Bundle) -> Bundle:
-    """Return the bundle as its tiny decoder draws; a random one of TAESD's size if it has none."""
-    codec: Any = bundle.codec
-    tiny = codec.tiny
-    if tiny is None:
-        network = filled(build_decoder(TAESD).to("meta")).eval().requires_grad_(False)
-        tiny = TinyDecoder(network)
-    return replace(bundle, codec=replace(codec, tiny=tiny, decoder=TINY))
+def vanilla(request: Request) -> Draw:
+    """Return the drawing by diffusers' own pipeline, from the same folder."""
+    path = Path(request.model)
+    if path.exists():
+        pipeline = StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    else:
+        pipeline = vanilla_pipeline(load_bundle(request.model, steps=request.steps))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw() -> dict[str, float]:
+        pipeline(
+            PROMPT,
+            num_inference_steps=request.steps,
+            num_images_per_prompt=request.num_images,
+            guidance_scale=0,
+            generator=torch.Generator().manual_seed(request.seed),
+            width=request.width,
+            height=request.height,
+        )
+        return {}
+
+    return draw
 
 
 def read(folder: Path) -> dict[Key, dict[str, Any]]:

@@ -29,6 +29,10 @@ from twostep.training.loop import Randomness
 GOLDEN = Path(__file__).with_name("losses.json")
 RELATIVE = 1e-3
 
+GAP = "gap"
+GAP_ABSOLUTE = 1e-5
+"""The gap is the difference of logits around 1, and processors differ in their last bits."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -152,7 +156,10 @@ def third_iteration(case: Case, teacher: Bundle) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_losses_are_what_they_were(case: Case) -> None:
     golden = json.loads(GOLDEN.read_text())[case.name]
-    assert third_iteration(case, random_bundle()) == pytest.approx(golden, rel=RELATIVE, abs=0)
+    figures = third_iteration(case, random_bundle())
+    if GAP in golden:
+        assert figures.pop(GAP) == pytest.approx(golden.pop(GAP), rel=RELATIVE, abs=GAP_ABSOLUTE)
+    assert figures == pytest.approx(golden, rel=RELATIVE, abs=0)
 
 
 if __name__ == "__main__":

@@ -134,12 +134,13 @@ def test_encoder_copy_is_the_encoder_and_learns_alone(pictures) -> None:
     with torch.no_grad():
         own = backbone.features(x, times, conditioning)
         copied = encoder.features(x, times, conditioning)
-        assert all(torch.equal(a, b) for a, b in zip(own, copied, strict=True))
+        # Not to the last bit: where copied weights lie decides which kernels read them.
+        torch.testing.assert_close(copied, own)
         encoder.network.variants.weight[1] += 1
         changed = encoder.features(x, times, conditioning)
     # Only the item of the second picture model is told apart.
-    assert torch.equal(changed[-1][0], own[-1][0])
-    assert not torch.equal(changed[-1][1], own[-1][1])
+    torch.testing.assert_close(changed[-1][0], own[-1][0])
+    assert not torch.allclose(changed[-1][1], own[-1][1], rtol=1e-3, atol=1e-3)
     encoder.network.requires_grad_(True)
     encoder.checkpoint_gradients(True)
     encoder.features(x, times, conditioning)[-1].sum().backward()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from twostep.pipeline.generation import OnStep
     from twostep.pipeline.order import Order
     from twostep.pipeline.provenance import Provenance
+    from twostep.pipeline.recordings import OpenRecording
     from twostep.pipeline.request import Request, Result
 
 _Model = Annotated[
@@ -103,10 +104,14 @@ def generate(
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs, or clips, that say how they were made."""
-    from twostep.pipeline.order import Order
-
     width, height = _parse_size(size)
     _check_steps(model, steps)
+    opened = None
+    if num_images == 1 and not (lora or control or negative):
+        # Before anything else is loaded, which goes on meanwhile.
+        opened = _open_recording(engine, decoder, model, steps, (width, height))
+    from twostep.pipeline.order import Order
+
     order = Order(
         prompt,
         model,
@@ -125,7 +130,7 @@ def generate(
         decoder=decoder,
         frames=frames,
     )
-    _hand_over_or_draw(order, out)
+    _hand_over_or_draw(order, out, opened)
 
 
 def edit(
@@ -249,7 +254,7 @@ def contract_table(contracts: list[Contract]) -> Table:
     return table
 
 
-def _hand_over_or_draw(order: Order, out: Path) -> None:
+def _hand_over_or_draw(order: Order, out: Path, opened: OpenRecording | None = None) -> None:
     """Let a server of this user draw an order, or draw it here; write the PNGs and say so."""
     from twostep.pipeline.output import prepare_folder
     from twostep.serve.handover import hand_over
@@ -257,7 +262,7 @@ def _hand_over_or_draw(order: Order, out: Path) -> None:
     prepare_folder(out)
     handed = hand_over(order, lambda line: typer.echo(line, err=True))
     if handed is None:
-        _draw_and_save(order.request(), out)
+        _draw_and_save(order.request(), out, opened=opened)
         return
     for path in handed.save(out):
         typer.echo(path)
@@ -277,11 +282,15 @@ def _print_warnings(warnings: list[str]) -> None:
 
 
 def _draw_and_save(
-    request: Request, out: Path, provenance: Provenance | None = None
+    request: Request,
+    out: Path,
+    provenance: Provenance | None = None,
+    opened: OpenRecording | None = None,
 ) -> tuple[Result, list[Path]]:
     """Draw a request, write the PNGs, and print their paths, the warnings and the times.
 
-    With a provenance, the request is drawn with the checkpoint that is named there.
+    With a provenance, the request is drawn with the checkpoint that is named there. With an opened
+    recording it is drawn from that, if it can be.
     """
     from rich.console import Console
 
@@ -289,22 +298,61 @@ def _draw_and_save(
     from twostep.pipeline.provenance import save_images
 
     prepare_folder(out)
-    start = time.perf_counter()
-    with Console(stderr=True).status(f"loading {request.model}"):
-        bundle = _load(request, provenance)
-    loading_seconds = time.perf_counter() - start
-    with _progress_bar(bundle.contract.name) as on_step:
-        from twostep.pipeline.generation import generate
+    result = None
+    if opened is not None:
+        from twostep.pipeline.recorded import draw_recorded
 
-        result = generate(bundle, request, on_step=on_step)
+        result = draw_recorded(opened, request)
+    loading_seconds = None
+    if result is None:
+        start = time.perf_counter()
+        with Console(stderr=True).status(f"loading {request.model}"):
+            bundle = _load(request, provenance)
+        loading_seconds = time.perf_counter() - start
+        with _progress_bar(bundle.contract.name) as on_step:
+            from twostep.pipeline.generation import generate
+
+            result = generate(bundle, request, on_step=on_step)
+        if provenance is None:
+            _record(bundle, request, result)
     paths = save_images(result, out)
     for path in paths:
         typer.echo(path)
     _print_warnings(result.warnings)
     thing = "image" if result.contract.media == "image" else "item"
     times = _times(result.seconds, len(result.images), thing)
-    typer.echo(f"{times}; loading {loading_seconds:.2f} s", err=True)
+    loading = "" if loading_seconds is None else f"; loading {loading_seconds:.2f} s"
+    typer.echo(f"{times}{loading}", err=True)
     return result, paths
+
+
+def _open_recording(
+    engine: str,
+    decoder: str,
+    model: str,
+    steps: int | None,
+    size: tuple[int | None, int | None],
+) -> OpenRecording | None:
+    """Begin to open what draws plain pictures without PyTorch.
+
+    None where that was not recorded, and where a server may draw them.
+    """
+    from twostep.pipeline.recordings import ENGINES, Wish, open_recording
+    from twostep.serve.announcement import announcements, is_switched_off
+
+    if engine not in ENGINES or not (is_switched_off() or not announcements()):
+        return None
+    return open_recording(Wish(engine, decoder, model, steps, *size))
+
+
+def _record(bundle: Bundle, request: Request, result: Result) -> None:
+    """Note how a picture was drawn, so that the next one needs no PyTorch."""
+    from twostep.pipeline.recorded import is_plain
+
+    if is_plain(request):
+        from twostep.pipeline.recording import record
+
+        record(bundle, request, result)
 
 
 def _load(request: Request, provenance: Provenance | None) -> Bundle:

@@ -4,11 +4,12 @@ import re
 
 import typer
 
-from twostep.training.recipe import bytes_of
-
 
 def size_in_bytes(text: str) -> float:
     """Return the bytes of a size like 24GB or 22.5GiB."""
+    # This brings pydantic, which verbs that draw do without.
+    from twostep.training.recipe import bytes_of
+
     try:
         return bytes_of(text)
     except ValueError as error:

@@ -1,8 +1,9 @@
 """The engine `compiled`: torch.compile.
 
-On a CPU the blocks that a network repeats are compiled, each kind once: a tenth of the time that
-the whole network takes to compile, and nearly as fast. On a GPU the whole network is compiled into
-CUDA graphs, so that no call waits for Python; that path has not been run yet, for want of a GPU.
+The blocks that a network repeats are compiled, each kind once: a tenth of the time that the whole
+network takes to compile, and nearly as fast. On a GPU networks are also captured as CUDA graphs,
+and of a student all steps in one, so that no call waits for Python; that path has not been run yet,
+for want of a GPU.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
 
 from twostep.engines.calls import with_forward
+from twostep.engines.captured import CapturedForward
 from twostep.engines.converting import ConvertingEngine, converted_codec
+from twostep.engines.fixed_run import FixedRuns
 from twostep.models.bundle import Bundle
 from twostep.models.runtime import Runtime, say
 from twostep.training.compiling import REPEATED, compile_blocks
@@ -44,34 +46,36 @@ class Compiled(ConvertingEngine):
 
     def _prepare(self, bundle: Bundle) -> Bundle:
         denoiser = bundle.denoiser
+        run = FixedRuns(denoiser, _captured_run) if _is_on_gpu(denoiser.network) else None
         return replace(
             bundle,
             denoiser=denoiser.with_network(self.convert(denoiser.network)),
             codec=converted_codec(bundle.codec, self.convert, ["decoder"]),
-            runtime=Runtime(self.name, convert=self.convert),
+            runtime=Runtime(self.name, convert=self.convert, run=run),
         )
 
 
 def _compiled(network: nn.Module) -> nn.Module:
     """Return a copy of a network, on the same weights, that is compiled."""
-    if next(network.parameters()).device.type == "cuda":
-        return with_forward(network, _Graphed)
+    in_blocks = _in_blocks(network)
+    return with_forward(in_blocks, CapturedForward) if _is_on_gpu(network) else in_blocks
+
+
+def _captured_run(run: nn.Module) -> CapturedForward:
+    """Return the forward pass of all steps, whose network's blocks are compiled, captured."""
+    return CapturedForward(_in_blocks(run))
+
+
+def _is_on_gpu(network: nn.Module) -> bool:
+    return next(network.parameters()).device.type == "cuda"
+
+
+def _in_blocks(network: nn.Module) -> nn.Module:
+    """Return a copy of a network, on the same weights, whose repeated blocks are compiled."""
     weights = chain(network.parameters(), network.buffers())
     copied = copy.deepcopy(network, {id(weight): weight for weight in weights})
     compile_blocks(copied, REPEATED)
     return copied
-
-
-class _Graphed:
-    """A whole network as CUDA graphs, which write to the same memory every time."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._compiled = torch.compile(network, mode="reduce-overhead", dynamic=False)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
-        answers = self._compiled(*args, **kwargs)
-        return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, answers)
 
 
 def _missing_compiler(device: torch.device) -> str | None:

@@ -10,11 +10,13 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
+from twostep.diffusion.shapes import Latents
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
+from twostep.networks.lean.autoencoders import Decoded
 
 
 class ConvertingEngine(ABC):
@@ -72,3 +74,43 @@ def converted_codec(
     vae._modules = {**vae._modules, **{name: convert(vae._modules[name]) for name in parts}}
     tiny = None if codec.tiny is None else codec.tiny.converted(convert)
     return replace(codec, vae=vae, tiny=tiny)
+
+
+class _Decoding(nn.Module):
+    """An autoencoder's way from latents to pictures, as one network.
+
+    Args:
+        vae: The autoencoder.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @property
+    def config(self) -> Any:
+        """How the autoencoder is built."""
+        return self.vae.config
+
+    def forward(self, z: Latents) -> Tensor:
+        """Return the pictures of the autoencoder's own latents."""
+        pictures: Tensor = self.vae.decode(z).sample
+        return pictures
+
+
+def decoding_at_once(codec: Any, convert: Callable[[nn.Module], nn.Module]) -> Any:
+    """Return a codec of pictures whose whole decoding is converted; any other as it is.
+
+    Autoencoders have a small layer before their decoder, which would be left to PyTorch where the
+    decoder alone is converted.
+
+    Args:
+        codec: Of a bundle.
+        convert: Returns what is to be in a network's place.
+    """
+    if not isinstance(codec, ImageCodec):
+        return codec
+    decode = convert(_Decoding(codec.vae))
+    vae: Any = copy.copy(codec.vae)
+    object.__setattr__(vae, "decode", lambda z: Decoded(decode(z)))
+    return replace(codec, vae=vae)

@@ -17,11 +17,11 @@ from torch import nn
 
 from twostep.engines.blobs import fingerprint
 from twostep.engines.calls import Call, with_forward
-from twostep.engines.converting import ConvertingEngine, converted_codec
+from twostep.engines.converting import ConvertingEngine, converted_codec, decoding_at_once
 from twostep.engines.errors import EngineError
 from twostep.engines.graphs import Graph, GraphedForward
 from twostep.models.bundle import Bundle
-from twostep.models.runtime import Runtime
+from twostep.models.runtime import RunsAllSteps, Runtime
 from twostep.networks.digest import digest_of_tensors
 
 
@@ -72,11 +72,19 @@ class GraphEngine(ConvertingEngine):
         }
         return replace(
             bundle.with_parts(parts),
-            codec=converted_codec(bundle.codec, self.exact.convert, ["encoder", "decoder"]),
-            runtime=Runtime(self.name, convert=self.exact.convert),
+            codec=decoding_at_once(
+                converted_codec(bundle.codec, self.exact.convert, ["encoder"]),
+                self.exact.convert,
+            ),
+            runtime=Runtime(self.name, convert=self.exact.convert, run=self._run(bundle)),
         )
 
-    def _forward(self, network: nn.Module) -> GraphedForward:
+    def _run(self, bundle: Bundle) -> RunsAllSteps | None:
+        """Return what runs all steps of a drawing together, if the engine can do that."""
+        return None
+
+    def _forward(self, network: nn.Module, otherwise: str = "PyTorch does") -> GraphedForward:
+        """Return the forward pass of a network as the engine runs it."""
         digests: list[str] = []
 
         def build(network: nn.Module, call: Call) -> Graph:
@@ -84,7 +92,7 @@ class GraphEngine(ConvertingEngine):
                 digests.append(digest_of(network))
             return self.build(network, call, digests[0])
 
-        return GraphedForward(network, self.name, build)
+        return GraphedForward(network, self.name, build, otherwise)
 
 
 def check_on_the_cpu(bundle: Bundle, engine: str) -> None:

@@ -54,14 +54,20 @@ class GraphedForward:
         network: What they are built from.
         engine: The name of the engine, for what is said to a person.
         build: Makes the graph of a call.
+        otherwise: What happens where there can be no graph, for a person.
     """
 
     def __init__(
-        self, network: nn.Module, engine: str, build: Callable[[nn.Module, Call], Graph]
+        self,
+        network: nn.Module,
+        engine: str,
+        build: Callable[[nn.Module, Call], Graph],
+        otherwise: str = "PyTorch does",
     ) -> None:
         self._network = network
         self._engine = engine
         self._build = build
+        self._otherwise = otherwise
         self._lock = Lock()
         self._graphs: OrderedDict[Signature, Graph] = OrderedDict()
         self._refused = False
@@ -71,8 +77,13 @@ class GraphedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network would."""
+        answer = self.graphed(*args, **kwargs)
+        return self._network(*args, **kwargs) if answer is None else answer
+
+    def graphed(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network would, from graphs; None where there can be none."""
         if self._refused:
-            return self._network(*args, **kwargs)
+            return None
         call = Call.of(args, kwargs)
         calls = [call]
         if call.batch is not None:
@@ -82,7 +93,7 @@ class GraphedForward:
         for each in calls:
             graph = self._graph(each)
             if graph is None:
-                return self._network(*args, **kwargs)
+                return None
             answers.append(graph.run(each.tensors))
             spec = graph.answer_spec
         joined = answers[0]
@@ -108,7 +119,7 @@ class GraphedForward:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 say(
                     f"{self._engine} cannot run {type(self._network).__name__} for "
-                    f"{call.signature.sizes} ({reason}), so PyTorch does."
+                    f"{call.signature.sizes} ({reason}), so {self._otherwise}."
                 )
                 return None
             self._graphs[call.signature] = graph

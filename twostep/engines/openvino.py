@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,11 +31,14 @@ from twostep.engines.accuracy import judge_change, picture_change
 from twostep.engines.blobs import Blob, fingerprint, has_room, restored, write_blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
+from twostep.engines.fixed_run import FixedRuns
 from twostep.engines.graphed import GraphEngine, check_on_the_cpu, digest_of
-from twostep.engines.graphs import Graph, check_graph
+from twostep.engines.graphs import LARGE_BYTES, Graph, check_graph
 from twostep.engines.measured import measured_once
 from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
+from twostep.models.runtime import RunsAllSteps
+from twostep.networks.digest import num_weight_bytes
 from twostep.text.clip import quiet_transformers
 
 PRECISIONS = ("f32", "bf16", "int8")
@@ -107,6 +111,13 @@ class OpenVino(GraphEngine):
         """Return the graph of a call, from the disk if it was made before."""
         return _graph(network, call, self.precision, digest)
 
+    def _run(self, bundle: Bundle) -> RunsAllSteps | None:
+        """Return what runs all steps together, for networks that are not large."""
+        if self.precision != "f32" or num_weight_bytes(bundle.denoiser.network) >= LARGE_BYTES:
+            return None
+        otherwise = "its steps are run one by one"
+        return FixedRuns(bundle.denoiser, lambda network: self._forward(network, otherwise))
+
     def _check_pictures(self, exact: Bundle, prepared: Bundle, size: tuple[int, int]) -> None:
         """Draw two pictures with both, once for these weights, and judge how far they differ.
 
@@ -134,17 +145,28 @@ EXACT = OpenVino()
 """The engine in float32, which the others use for what must stay exact."""
 
 
-class _OpenVinoGraph:
+class OpenVinoGraph:
     """A compiled model of OpenVINO; each thread has a request of its own.
 
     Args:
-        compiled: What OpenVINO compiled.
+        name: The fingerprint under which it is kept on the disk, if it is.
+        compiled: What OpenVINO compiled ...
+        compiled_as: ... with these settings.
         answer_spec: How the tensors of an answer are put together.
         memory: Where its weights lie, if that is not its own: it must not go before.
     """
 
-    def __init__(self, compiled: Any, answer_spec: Any, memory: object = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        compiled: Any,
+        compiled_as: dict[str, Any],
+        answer_spec: Any,
+        memory: object = None,
+    ) -> None:
+        self.name = name
         self.compiled = compiled
+        self.compiled_as = compiled_as
         self.answer_spec = answer_spec
         self._memory = memory
         self._of_thread = local()
@@ -153,13 +175,30 @@ class _OpenVinoGraph:
         """Return the tensors of the answer, which nobody writes to afterwards."""
         if not hasattr(self._of_thread, "request"):
             self._of_thread.request = _Request(self.compiled)
+        answers: list[Tensor] = self._of_thread.request.run(tensors)
         recorded = _recorded.get()
         if recorded is not None:
-            request = _Request(self.compiled)
-            request.run([tensor.clone() for tensor in tensors])
-            recorded.append(request.infer)
-        answers: list[Tensor] = self._of_thread.request.run(tensors)
+            recorded.append(GraphCall(self, [tensor.clone() for tensor in tensors]))
         return answers
+
+
+@dataclass(frozen=True, eq=False)
+class GraphCall:
+    """A call of a compiled network.
+
+    Args:
+        graph: What was called.
+        tensors: What it was given.
+    """
+
+    graph: OpenVinoGraph
+    tensors: Sequence[Tensor]
+
+    def again(self) -> Callable[[], object]:
+        """Return a function that makes the call again, with nothing around it."""
+        request = _Request(self.graph.compiled)
+        request.run(self.tensors)
+        return request.infer
 
 
 class _Request:
@@ -209,15 +248,12 @@ def _torch_dtype(port: Any) -> torch.dtype:
     return torch.from_numpy(np.empty(0, port.element_type.to_dtype())).dtype
 
 
-_recorded: ContextVar[list[Callable[[], object]] | None] = ContextVar("recorded", default=None)
+_recorded: ContextVar[list[GraphCall] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
-def bare_calls() -> Iterator[list[Callable[[], object]]]:
-    """Collect OpenVINO's calls during a block, for timing them with nothing around them.
-
-    Gives a list, to which each call of a compiled network adds a function that makes it again.
-    """
+def graph_calls() -> Iterator[list[GraphCall]]:
+    """Collect the calls of compiled networks during a block; gives the list of them."""
     token = _recorded.set([])
     try:
         calls = _recorded.get()
@@ -227,7 +263,7 @@ def bare_calls() -> Iterator[list[Callable[[], object]]]:
         _recorded.reset(token)
 
 
-def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _OpenVinoGraph:
+def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> OpenVinoGraph:
     """Return the graph of a call, from the disk if it was made before."""
     compiled_as = settings(precision)
     facts = {
@@ -241,13 +277,13 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
         facts["kept whole"] = kept_whole(network)
     name = fingerprint(facts)
 
-    def load(blob: Blob) -> _OpenVinoGraph:
+    def load(blob: Blob) -> OpenVinoGraph:
         from openvino import Tensor as OpenVinoTensor
 
         spec = pytree.treespec_loads(blob.description["answer"])
         body = OpenVinoTensor(blob.body, shared_memory=True)
         compiled = _core().import_model(body, "CPU", compiled_as)
-        return _OpenVinoGraph(compiled, spec, memory=(body, blob))
+        return OpenVinoGraph(name, compiled, compiled_as, spec, memory=(body, blob))
 
     graph = restored(
         name, load, what="a compiled network", errors=(KeyError, RuntimeError, ValueError)
@@ -262,7 +298,7 @@ def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> _Open
     if precision == "int8":
         model = _in_eight_bits(model, kept_whole(network))
     compiled = _core().compile_model(model, "CPU", compiled_as)
-    graph = _OpenVinoGraph(compiled, spec)
+    graph = OpenVinoGraph(name, compiled, compiled_as, spec)
     if precision == "f32":
         check_graph(graph, network, call, TOLERANCE)
     # Asked before, for exporting takes as much memory again, twice.

@@ -17,6 +17,7 @@ from torch import Tensor
 from twostep.contract import Contract
 from twostep.diffusion import (
     Denoise,
+    Prediction,
     Schedule,
     falling_times,
     find_sampler,
@@ -105,6 +106,19 @@ class Guided:
         if negative is None:
             return denoiser.with_conditioning(self.positive)
         return denoiser.with_guidance(self.positive, negative, self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class AllSteps:
+    """What an engine returns that runs all steps of a drawing together.
+
+    Args:
+        latents: At the last time.
+        predictions: Of every step, in order.
+    """
+
+    latents: Tensor
+    predictions: list[Prediction]
 
 
 def encode_prompts(

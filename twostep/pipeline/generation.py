@@ -30,8 +30,9 @@ from twostep.models.sampling import Guided, decode, sample_latents
 from twostep.models.shortage import if_it_fits
 from twostep.pipeline.batching import ExactBatch
 from twostep.pipeline.fitting import shortage
-from twostep.pipeline.prepare import Prepared, prepare, timed
+from twostep.pipeline.prepare import Prepared, prepare
 from twostep.pipeline.request import MAX_BATCH, ModelTraits, Request, Result
+from twostep.pipeline.timing import timed
 from twostep.text.clip import TextEncoders
 from twostep.text.prompt_weights import without_weights
 
@@ -296,14 +297,25 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
                 on_step(drawing.place, progress)
 
     first = prepared[0]
-    guided = [one.guided.expand(size) for one, size in zip(prepared, sizes, strict=True)]
+    guided = Guided.cat(
+        [one.guided.expand(size) for one, size in zip(prepared, sizes, strict=True)]
+    )
+    x = torch.cat(beginnings)
+    sampler = first.request.sampler or bundle.contract.sampler
+    # An image begins at times of its own, and a graph is made for each row of times.
+    if bundle.runtime.run is not None and first.request.image is None:
+        together = bundle.runtime.run(guided, x, first.times, sampler)
+        if together is not None:
+            for i, prediction in enumerate(together.predictions):
+                report(i, prediction)
+            return together.latents
     return sample_latents(
         bundle.denoiser,
-        Guided.cat(guided),
-        torch.cat(beginnings),
+        guided,
+        x,
         times=first.times,
         seeds=[seed for part in parts for seed in part.seeds],
-        sampler=first.request.sampler or bundle.contract.sampler,
+        sampler=sampler,
         on_step=report,
         keep=None if first.mask is None else keep,
     )

@@ -8,9 +8,6 @@ not masked instead.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +36,9 @@ from twostep.pipeline.request import (
     Request,
     RequestError,
 )
+from twostep.pipeline.timing import timed
 from twostep.text.prompt_weights import is_composable
+from twostep.text.words import unknown_words_warning
 
 DEFAULT_STRENGTH = 0.75
 """How much of an image is changed where a request does not say it and has no mask."""
@@ -204,17 +203,6 @@ def _unread_loras(bundle: Bundle, request: Request) -> list[str]:
         f"{', '.join(missing)} is not on this model, and has no effect: a Studio loads what a "
         "request names, and load_with_loras(model, [file]) puts a LoRA on."
     ]
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time of the block to its stage.
-
-    What a stage leaves running on a device is counted where it is next waited for.
-    """
-    start = time.perf_counter()
-    yield
-    seconds[stage] += time.perf_counter() - start
 
 
 def _codec_of_length(bundle: Bundle, frames: int | None) -> Codec:
@@ -414,11 +402,7 @@ def _warnings(
         )
     unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
     if unknown:
-        words = ", ".join(dict.fromkeys(unknown))
-        warnings.append(
-            f"not in the vocabulary of {contract.name}: {words}. "
-            "It has never seen these words, so expect nothing of them."
-        )
+        warnings.append(unknown_words_warning(contract.name, unknown))
     if any(is_composable(text) for text in texts):
         warnings.append(
             "AND is read as the word: prompts are not guided each by itself, as A1111 does. "

@@ -1,7 +1,6 @@
 """SDXL's two CLIP text encoders as one: prompts -> text embeddings and pooled embeddings."""
 
 import copy
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from twostep.text.prompt_weights import (
     parse_prompt,
     without_weights,
 )
+from twostep.text.words import words_in_pieces
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
@@ -216,10 +216,8 @@ class TextEncoders:
 
     def _words_in_pieces(self, prompt: str) -> tuple[str, ...]:
         text = TOKEN.sub(" ", without_weights(place_embeddings(prompt, self.embeddings)))
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
         with _TOKENIZING:
-            pieces = [word for word in words if len(self.tokenizers[0].tokenize(word)) > 1]
-        return tuple(pieces)
+            return words_in_pieces(text, self.tokenizers[0].tokenize)
 
     def _is_whole(self, prompt: str) -> bool:
         """Whether a prompt has weights, or is longer than the tokenizer's limit."""

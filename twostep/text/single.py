@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twostep.networks.conditioning import Conditioning, image_sizes
+from twostep.text.words import words_in_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,5 +58,4 @@ class SingleTextEncoder:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
-        return [word for word in words if len(self.tokenizer.tokenize(word)) > 1]
+        return list(words_in_pieces(prompt, self.tokenizer.tokenize))

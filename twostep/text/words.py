@@ -7,12 +7,12 @@ models has transformers' own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import (
     AddedToken,
     Regex,
@@ -64,7 +64,11 @@ class ClipWords:
         begin: The mark of the beginning.
         end: The mark of the end.
         pad: What short texts are filled up with.
+
+    `folder` is where it was read from, if it was.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class ClipWords:
         is_known = bool(model) and unknown == end and extras <= {begin, end, pad}
         if not is_known or not isinstance(config.get("model_max_length"), int):
             return None
-        return cls(
+        words = cls(
             model["vocab"],
             [_pair(merge) for merge in model["merges"]],
             max_tokens=config["model_max_length"],
@@ -133,6 +137,8 @@ class ClipWords:
             end=str(end),
             pad=str(pad),
         )
+        words.folder = folder
+        return words
 
     def __call__(
         self,
@@ -163,6 +169,9 @@ class ClipWords:
                 ids += [self.pad_token_id] * (most - len(ids))
             lists.append(ids)
         if return_tensors == "pt":
+            # Drawings from recordings do without torch.
+            import torch
+
             return WordIds(torch.tensor(lists))
         return WordIds(lists[0] if isinstance(text, str) else lists)
 
@@ -182,6 +191,25 @@ class ClipWords:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the tokens of numbers."""
         return [str(self.backend.id_to_token(number)) for number in ids]
+
+
+def words_in_pieces(text: str, tokenize: Callable[[str], Sequence[str]]) -> tuple[str, ...]:
+    """Return the words of a text that a vocabulary holds only in pieces, in order, each once.
+
+    Args:
+        text: A prompt without weights.
+        tokenize: Returns the tokens of a word.
+    """
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
+    return tuple(word for word in words if len(tokenize(word)) > 1)
+
+
+def unknown_words_warning(model: str, words: Sequence[str]) -> str:
+    """Return what a person is told of words that a model's vocabulary holds only in pieces."""
+    return (
+        f"not in the vocabulary of {model}: {', '.join(dict.fromkeys(words))}. "
+        "It has never seen these words, so expect nothing of them."
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
