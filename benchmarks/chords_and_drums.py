@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from twostep.evaluate.chords import name_chords
-from twostep.evaluate.drum_judge import DrumJudge, fit_drum_judge
 from twostep.media.audio import read_sound
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -31,6 +30,7 @@ from twostep.pretrain.chords import (
     random_chords,
     render_chords,
 )
+from twostep.pretrain.drum_judge import DrumJudge, fit_drum_judge
 from twostep.pretrain.drums import DRUMS, hit_caption, random_hits, render_hits
 from twostep.pretrain.soundfont import NUM_SAMPLES, RATE
 

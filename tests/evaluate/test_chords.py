@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from twostep.evaluate.chords import chroma, name_chords
-from twostep.evaluate.drum_judge import fit_drum_judge
 from twostep.pretrain.chords import CHORDS, pitch_classes
+from twostep.pretrain.drum_judge import fit_drum_judge
 
 SECONDS = torch.arange(16_384) / 16_000
 EVERY = sorted({pitch_classes(root, kind) for root in range(12) for kind in range(4)}, key=sorted)

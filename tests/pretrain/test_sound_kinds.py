@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from tests.sounds import LOOP
 from twostep.cli import app
 from twostep.evaluate.chords import name_chords
-from twostep.evaluate.drum_judge import fit_drum_judge
 from twostep.media.audio import Sound, check_usable
 from twostep.models.loading import load_bundle
 from twostep.pretrain.chords import (
@@ -25,6 +24,7 @@ from twostep.pretrain.chords import (
     random_chords,
     render_chords,
 )
+from twostep.pretrain.drum_judge import fit_drum_judge
 from twostep.pretrain.drums import DRUMS, hit_caption, random_hits, render_hits
 from twostep.pretrain.notes import INSTRUMENTS, Naming, NotesError, note_prompts
 from twostep.pretrain.parts import load_part
