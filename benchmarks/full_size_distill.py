@@ -33,6 +33,12 @@ from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.training.loop import Randomness
 
 SDXL = Path(__file__).with_name("sdxl_unet.json")
+TINY = {
+    "block_out_channels": [32, 32, 64],
+    "transformer_layers_per_block": [1, 1, 1],
+    "attention_head_dim": [1, 1, 2],
+    "layers_per_block": 1,
+}
 ENCODER_PARAMETERS = 1_243_367_040
 GIB = 2**30
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -60,12 +66,13 @@ class RandomLatents:
         return Conditioning(torch.zeros_like(like.text), torch.zeros_like(like.pooled), like.sizes)
 
 
-def random_sdxl(device: torch.device | str = "cpu") -> UNet2DConditionModel:
+def random_sdxl(device: torch.device | str = "cpu", *, tiny: bool = False) -> UNet2DConditionModel:
     """Return the architecture with small random weights, made in place: 2,567,463,684 parameters,
-    9.6 GiB in fp32.
+    9.6 GiB in fp32. With `tiny` it is as narrow and as shallow as can be, to rehearse with.
     """
+    config = json.loads(SDXL.read_text())
     with torch.device("meta"):
-        network = UNet2DConditionModel.from_config(json.loads(SDXL.read_text()))
+        network = UNet2DConditionModel.from_config({**config, **(TINY if tiny else {})})
     return filled(network, device)
 
 

@@ -67,7 +67,7 @@ ENCODERS: tuple[dict[str, Any], dict[str, Any]] = (
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
-def random_text() -> TextEncoders:
+def random_text(device: torch.device | str = "cpu") -> TextEncoders:
     """Return SDXL's text encoders, 818 million parameters; their tokenizers know letters alone."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -90,12 +90,12 @@ def random_text() -> TextEncoders:
         encoders = CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
     return TextEncoders(
         (tokenizers[0], tokenizers[1]),
-        (filled(encoders[0]), filled(encoders[1])),
+        (filled(encoders[0], device), filled(encoders[1], device)),
         zeros_for_empty=True,
     )
 
 
-def random_vae() -> AutoencoderKL:
+def random_vae(device: torch.device | str = "cpu") -> AutoencoderKL:
     """Return SDXL's autoencoder, 84 million parameters."""
     with torch.device("meta"):
         vae = AutoencoderKL(
@@ -106,18 +106,19 @@ def random_vae() -> AutoencoderKL:
             sample_size=1024,
             scaling_factor=0.13025,
         )
-    return filled(vae)
+    return filled(vae, device)
 
 
-def random_bundle(steps: int) -> Bundle:
-    """Return the student of so many steps as if its official file had been loaded."""
+def random_bundle(steps: int, device: torch.device | str = "cpu") -> Bundle:
+    """Return the student of so many steps as if its official file had been loaded on a device."""
     contract = official_contract(str(official_file(LIGHTNING[0], steps)))
     assert contract is not None
-    vae = random_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae: Any = random_vae(device)
     denoiser = Denoiser(
-        SdxlUnet(random_sdxl()), VariancePreserving.scaled_linear(), contract.prediction_type
+        SdxlUnet(random_sdxl(device)), VariancePreserving.scaled_linear(), contract.prediction_type
     )
-    return Bundle(denoiser, ImageCodec(vae), random_text(), contract)
+    codec = ImageCodec(vae.to(memory_format=torch.channels_last))
+    return Bundle(denoiser, codec, random_text(device), contract)
 
 
 @app.command()

@@ -31,6 +31,7 @@ from twostep.pretrain.joint import JointSettings, Loss, train_joint
 from twostep.pretrain.model import TEST_CORPUS, random_bundle
 from twostep.pretrain.scenes import random_scenes
 from twostep.pretrain.sizes import MINI, ModelSize
+from twostep.reports.speed import rate
 from twostep.training.device import find_device
 from twostep.training.loop import Randomness
 from twostep.training.run_folder import RunFolder
@@ -85,26 +86,6 @@ def flops_of_example(size: ModelSize = MINI) -> float:
         loss(0, Randomness.at(0, 0)).backward()
     networks.zero_grad()
     return float(counter.get_total_flops()) / num_examples
-
-
-def rate_of_products(device: torch.device) -> float:
-    """Return the operations a second of one large product of matrices in bfloat16."""
-    side = 8192 if device.type == "cuda" else 512
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    _wait_for(device)
-    begun = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    _wait_for(device)
-    return 10 * 2 * side**3 / (time.perf_counter() - begun)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def train(options: argparse.Namespace, variant: str, folder: Path) -> dict[str, Any]:
@@ -176,7 +157,7 @@ def main() -> None:
     device = find_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     flops = flops_of_example()
-    reached = rate_of_products(device)
+    reached = rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     known = [peak for word, peak in PEAKS.items() if word in name]
     peak = options.peak or (known[0] if known else reached)
     print(f"{name}, torch {torch.__version__}: {flops / 1e9:.1f} GFLOP an example")
@@ -185,14 +166,14 @@ def main() -> None:
     for variant in options.variants.split(","):
         with tempfile.TemporaryDirectory() as folder:
             figures = train(options, variant, Path(folder) / variant)
-        rate = flops * options.batch / figures["seconds"]
+        done = flops * options.batch / figures["seconds"]
         row = {
             "variant": variant,
             "batch": options.batch,
             **figures,
             "examples_per_second": options.batch / figures["seconds"],
-            "share_of_peak": rate / peak,
-            "share_of_product": rate / reached,
+            "share_of_peak": done / peak,
+            "share_of_product": done / reached,
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -30,6 +30,7 @@ from twostep.training.loop import Randomness
 from twostep.training.run_folder import RunFolder
 
 from .conftest import Handful
+from .launching import launch
 from .test_trainer import CONDITIONAL, CONVERSION, REGRESSION, UNCONDITIONAL
 
 GIB = 2**30
@@ -110,6 +111,37 @@ def test_a_nano_stage_takes_what_was_planned(stages: list[dict]) -> None:
     planned = plan(settings).stages[-1]
     assert planned.peak == pytest.approx(allocated(settings), rel=0.2)
     assert sum(planned.memory.values()) == planned.peak
+
+
+ALLOCATED = """
+from pathlib import Path
+import torch
+from tests.distill.test_plan import CONDITIONAL, allocated, recipe
+from twostep.training.processes import joined, world
+
+with joined(torch.device("cpu")):
+    peak = allocated(recipe({{"method": CONDITIONAL}}))
+    if world().is_first:
+        Path({out!r}).write_text(str(peak))
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_takes_what_was_planned(tmp_path: Path) -> None:
+    out = tmp_path / "peak"
+    both = launch(ALLOCATED.format(out=str(out)), tmp_path / "said", count=2)
+    assert both.finish() == [0, 0], both.said()
+    settings = recipe({"method": CONDITIONAL})
+    (alone,) = plan(settings).stages
+    (planned,) = plan(settings, processes=2).stages
+    assert planned.peak == pytest.approx(int(out.read_text()), rel=0.1)
+    assert sum(planned.memory.values()) == planned.peak
+    # Gradients of both networks stay, where one process has those of one; half a batch is computed.
+    weights = {role: 4 * count for role, count in planned.trained.items()}
+    assert planned.memory["gradients"] == sum(weights.values())
+    assert alone.memory["gradients, of one at a time"] == max(weights.values())
+    assert planned.memory["activations"] < 0.7 * alone.memory["activations"]
+    assert planned.pictures == alone.pictures + sum(weights.values())
 
 
 @pytest.mark.slow
@@ -271,6 +303,9 @@ def test_too_little_memory_fails_with_advice(tmp_path: Path) -> None:
         (["nano-quick", "-o", "model=nowhere"], "nowhere does not exist"),
         (["nano-quick", "--memory", "much"], "much is no size"),
         (["nano-quick", "--device", "gpu"], "gpu is no device; write cuda"),
+        (["nano-quick", "--processes", "3"], "batch_size 16, which 3 processes cannot share"),
+        (["nano-decoder", "--processes", "7"], "which 7 processes cannot share"),
+        (["sdxl-full-8x80gb", "--processes", "8"], "is not planned: give -o shard=false"),
     ],
 )
 def test_what_cannot_be_planned_says_why(

@@ -47,6 +47,10 @@ def make_student(teacher: Bundle, prediction_type: str = "eps") -> Denoiser:
     return replace(teacher.denoiser.with_network(network), prediction_type=prediction_type)
 
 
+def has_gradients(network: torch.nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in network.parameters())
+
+
 def make_trainer(stage: Stage, teacher: Bundle, source: object) -> StageTrainer:
     prediction_type = stage.make_method().describe(teacher.denoiser).prediction_type
     return StageTrainer(stage, source, teacher.denoiser, make_student(teacher, prediction_type))
@@ -116,7 +120,19 @@ def test_gradients_reach_neither_teacher_nor_foreign_networks(
     discriminator = trainer.models["discriminator"]
     start = weights(student)
     fresh = weights(discriminator)
+    held: list[list[str]] = []
+
+    def note_gradients(*_: object) -> None:
+        networks = {"student": student, "discriminator": discriminator}
+        held.append([name for name, network in networks.items() if has_gradients(network)])
+
+    for optimiser in trainer.optimisers.values():
+        optimiser.register_step_pre_hook(note_gradients)
     trainer.iterate(0, Randomness.at(0, 0))
+    # What `twostep plan` counts on: one process has gradients of one network at a time.
+    assert held == [["discriminator"], ["student"]]
+    assert not has_gradients(student)
+    assert not has_gradients(discriminator)
     assert all(
         torch.equal(value, before[key])
         for key, value in teacher.denoiser.network.state_dict().items()

@@ -41,9 +41,16 @@ def bench(
             "OpenVINO's calls alone."
         ),
     ] = True,
+    device: Annotated[
+        str, typer.Option(help="Where to draw: cpu, cuda, cuda:1, ... or auto.")
+    ] = "cpu",
     starts: Annotated[
         int,
-        typer.Option(min=0, help="Also draw so often from cold, each in a process of its own."),
+        typer.Option(
+            min=0,
+            help="Also draw so often from cold, each in a process of its own, on the device that "
+            "`twostep generate` takes.",
+        ),
     ] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for speed.json and its plots.")
@@ -58,6 +65,7 @@ def bench(
     from twostep.reports import speed
     from twostep.reports.curves import plot_curves
     from twostep.reports.starts import time_starts
+    from twostep.training.device import find_device
 
     sizes = [_parse_size(each) for each in size or ()]
     cases = speed.every_case(
@@ -66,7 +74,7 @@ def bench(
         or [read_contracts(model)[0].sizes[0]],
         batch or [1],
     )
-    machine = speed.machine()
+    machine = speed.machine(find_device(device))
     engines = engine or ["eager", "openvino"]
     begun: list[Start] = []
     with Console(stderr=True).status("") as status:
@@ -76,6 +84,7 @@ def bench(
             cases=cases,
             rounds=rounds,
             peers=peers,
+            device=device,
             on_case=lambda case: status.update(f"{model}, {case}"),
         )
         if starts:

@@ -102,6 +102,10 @@ def plan(
             help="Plan for this type of device, as cuda; this machine need not have it.",
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="Plan for one of so many, as torchrun starts them."),
+    ] = 1,
 ) -> None:
     """Say what a recipe takes before it runs: evaluations, parameters, memory, disk.
 
@@ -110,9 +114,10 @@ def plan(
     settings = _load_recipe(recipe, override)
     if device is not None:
         settings = settings.model_copy(update={"device": device})
-    planned = _kind_of(settings).plan(settings)
+    planned = _kind_of(settings).plan(settings, processes=processes)
     other = "" if device or planned.device != "cpu" else "; for a GPU: --device cuda"
-    typer.echo(f"planned for: {planned.device}{other}")
+    many = f", one of {processes} processes" if processes > 1 else ""
+    typer.echo(f"planned for: {planned.device}{many}{other}")
     for stage in planned.stages:
         _print_stage(stage)
     whole = f" x {planned.num_items:,} = {_gib(planned.item_bytes * planned.num_items)}"
@@ -122,7 +127,7 @@ def plan(
     if snapshots := sum(stage.snapshots for stage in planned.stages):
         typer.echo(f"disk: snapshots take {_gib(snapshots)}")
     if memory is not None and max(stage.highest for stage in planned.stages) > memory:
-        _print_advice(settings, planned.stages, memory)
+        _print_advice(settings, planned.stages, memory, processes)
         raise typer.Exit(1)
 
 
@@ -145,14 +150,17 @@ def _print_stage(planned: StagePlan) -> None:
 
 
 def _print_advice(
-    settings: DistillRecipe | DecoderRecipe, planned: Sequence[StagePlan], memory: float
+    settings: DistillRecipe | DecoderRecipe,
+    planned: Sequence[StagePlan],
+    memory: float,
+    processes: int,
 ) -> None:
     """Print which stages are too large, and what would make the largest one smaller."""
     worst = max(range(len(planned)), key=lambda i: planned[i].highest)
     large = ", ".join(entry.stage.name for entry in planned if entry.highest > memory)
     name = planned[worst].stage.name
     typer.echo(f"{_gib(memory)} are too little for {large}. {name} would take:")
-    for change, peak in _kind_of(settings).advise(settings, worst):
+    for change, peak in _kind_of(settings).advise(settings, worst, processes):
         changes = ", ".join(f"{key} = {value}" for key, value in change.items())
         fits = " (fits)" if peak <= memory else ""
         typer.echo(f"  {_gib(peak)} with {changes}{fits}")
@@ -230,13 +238,14 @@ class _Kind(NamedTuple):
     """What is done with the recipes of one kind.
 
     Attributes:
-        plan: says what a recipe takes.
-        advise: returns what would make the stage of a place smaller, and its highest memory then.
+        plan: says what a recipe takes, in one of so many processes.
+        advise: returns what would make the stage of a place smaller in one of so many processes,
+            and its highest memory then.
         distil: trains, and returns the files that it wrote.
     """
 
-    plan: Callable[[Any], Plan]
-    advise: Callable[[Any, int], Sequence[tuple[Mapping[str, Any], int]]]
+    plan: Callable[..., Plan]
+    advise: Callable[[Any, int, int], Sequence[tuple[Mapping[str, Any], int]]]
     distil: Callable[..., list[Path]]
 
 
@@ -246,7 +255,11 @@ def _kind_of(settings: DistillRecipe | DecoderRecipe) -> _Kind:
     from twostep.distill.plan import advise, plan
 
     if isinstance(settings, DecoderRecipe):
-        return _Kind(plan_decoder, lambda recipe, _: advise_decoder(recipe), _distil_decoder)
+        return _Kind(
+            plan_decoder,
+            lambda recipe, _, processes: advise_decoder(recipe, processes),
+            _distil_decoder,
+        )
     return _Kind(plan, advise, _distil_chain)
 
 

@@ -62,6 +62,11 @@ def _check_processes(stages: Sequence[TrainedStage], device: torch.device, *, sh
             "shard spreads networks over processes, and this is one: start several, or "
             "-o shard=false."
         )
+    check_shares(stages, count)
+
+
+def check_shares(stages: Sequence[TrainedStage], count: int) -> None:
+    """Refuse batches that so many processes cannot share alike: RecipeError."""
     for stage in stages:
         if stage.batch_size % count:
             raise RecipeError(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.data.cache import read_shard
+from twostep.distill.beginning import check_shares
 from twostep.distill.chain import PreparedStage, prepared_stages, sample_examples
 from twostep.distill.landings import without_bank
 from twostep.distill.pairs import Source
@@ -36,6 +37,7 @@ from twostep.training.loop import Randomness
 from twostep.training.memory import Meter, computing_off_cpu
 from twostep.training.offload import bytes_at_once
 from twostep.training.optimiser import OptimiserName, state_bytes
+from twostep.training.recipe import RecipeError
 
 BYTES_OF_WEIGHT = 4
 """Everything that is trained is float32, and so are its gradients."""
@@ -159,16 +161,24 @@ class Measured:
         return max(bytes_at_once(optimiser, shapes) for shapes in self.shapes.values())
 
 
-def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
+def plan(recipe: DistillRecipe, *, only: int | None = None, processes: int = 1) -> Plan:
     """Return the plan of a recipe, of all its stages or of one.
 
     Args:
         recipe: what would be run; only the configs of its model are read.
         only: the position of the only stage that is planned; None for all.
+        processes: how many train together, of which one is planned.
 
     Raises:
         ModelError: not even the model's configs can be found.
+        RecipeError: so many processes cannot share a batch alike, or networks are spread over them.
     """
+    check_shares(recipe.stages, processes)
+    if processes > 1 and recipe.shard and any(stage.lora_rank is None for stage in recipe.stages):
+        raise RecipeError(
+            "what one of several processes holds of a network that is spread over them is not "
+            "planned: give -o shard=false, or plan for one process, which is the most."
+        )
     sizes, num_items = read_cache(recipe)
     device = device_type(recipe)
     on_cpu = device == "cpu"
@@ -188,9 +198,16 @@ def plan(recipe: DistillRecipe, *, only: int | None = None) -> Plan:
             standing = meter.living
             kind = _kind(prepared.stage)
             if kind not in measured:
-                measured[kind] = _measure(prepared, source, meter, teacher.codec)
+                measured[kind] = _measure(prepared, source, meter, teacher.codec, processes)
             planned.append(
-                plan_stage(prepared.stage, standing, measured[kind], drawing, on_cpu=on_cpu)
+                plan_stage(
+                    prepared.stage,
+                    standing,
+                    measured[kind],
+                    drawing,
+                    on_cpu=on_cpu,
+                    processes=processes,
+                )
             )
     item_bytes = item_size(source, with_texts=recipe.cache is not None)
     return Plan(tuple(planned), item_bytes, num_items, device)
@@ -216,25 +233,27 @@ def metering(*, on_cpu: bool) -> Iterator[Meter]:
         yield meter
 
 
-def advise(recipe: DistillRecipe, position: int) -> list[tuple[dict[str, Any], int]]:
+def advise(
+    recipe: DistillRecipe, position: int, processes: int = 1
+) -> list[tuple[dict[str, Any], int]]:
     """Return changes that make a stage smaller, with its peak after each.
 
     The best comes first, and all together last. What begins with "method." is a setting of the
     stage's method.
     """
-    changes = _possible_changes(recipe, recipe.stages[position])
+    changes = _possible_changes(recipe, recipe.stages[position], processes)
     together: dict[str, Any] = {}
     for change in changes:
         together |= change
-    peaks = [(change, _changed_peak(recipe, position, change)) for change in changes]
+    peaks = [(change, _changed_peak(recipe, position, change, processes)) for change in changes]
     peaks.sort(key=lambda entry: entry[1])
-    return [*peaks, (together, _changed_peak(recipe, position, together))]
+    return [*peaks, (together, _changed_peak(recipe, position, together, processes))]
 
 
-def _possible_changes(recipe: DistillRecipe, stage: Stage) -> list[dict[str, Any]]:
+def _possible_changes(recipe: DistillRecipe, stage: Stage, processes: int) -> list[dict[str, Any]]:
     """Return changes of a stage that save memory."""
     changes: list[dict[str, Any]] = []
-    if stage.batch_size > 1:
+    if stage.batch_size > 1 and stage.batch_size % (2 * processes) == 0:
         changes.append({"batch_size": stage.batch_size // 2})
     if not stage.gradient_checkpointing:
         changes.append({"gradient_checkpointing": True})
@@ -253,7 +272,9 @@ def _possible_changes(recipe: DistillRecipe, stage: Stage) -> list[dict[str, Any
     return changes
 
 
-def _changed_peak(recipe: DistillRecipe, position: int, change: Mapping[str, Any]) -> int:
+def _changed_peak(
+    recipe: DistillRecipe, position: int, change: Mapping[str, Any], processes: int
+) -> int:
     """Return a stage's peak after a change, of the recipe or of its stages.
 
     All stages change that train a LoRA, or a whole network, as this one does: a running LoRA has
@@ -268,7 +289,7 @@ def _changed_peak(recipe: DistillRecipe, position: int, change: Mapping[str, Any
         if i == position or (stage.student_steps > 1 and is_alike):
             stages[i] = _changed(stage, of_stages)
     changed = recipe.model_copy(update={**of_recipe, "stages": tuple(stages)})
-    return plan(changed, only=position).stages[0].highest
+    return plan(changed, only=position, processes=processes).stages[0].highest
 
 
 def _changed(stage: Stage, change: Mapping[str, Any]) -> Stage:
@@ -286,7 +307,13 @@ def _changed(stage: Stage, change: Mapping[str, Any]) -> Stage:
 
 
 def plan_stage(
-    stage: TrainedStage, standing: int, measured: Measured, drawing: int, *, on_cpu: bool
+    stage: TrainedStage,
+    standing: int,
+    measured: Measured,
+    drawing: int,
+    *,
+    on_cpu: bool,
+    processes: int = 1,
 ) -> StagePlan:
     """Divide a stage's bytes by what they are for.
 
@@ -296,6 +323,7 @@ def plan_stage(
         measured: of a stage of this kind, whose optimiser was `_MEASURED_WITH`.
         drawing: bytes that drawing pictures adds.
         on_cpu: whether there is no memory but the main memory.
+        processes: for how many it was measured.
     """
     cost = stage.make_method().cost()
     trained = measured.trained
@@ -312,9 +340,12 @@ def plan_stage(
     for role, count in trained.items():
         memory[f"{role} weights"] = BYTES_OF_WEIGHT * count
         memory[f"{role} moments"] = 0 if is_offloaded else moments[role]
+    if processes > 1:
+        memory["gradients"] = BYTES_OF_WEIGHT * sum(trained.values())
     # While the student has its averaged weights, its own are put aside.
     pictures = sum(memory.values()) + student + drawing
-    memory["gradients, of one at a time"] = BYTES_OF_WEIGHT * max(trained.values())
+    if processes == 1:
+        memory["gradients, of one at a time"] = BYTES_OF_WEIGHT * max(trained.values())
     measured_moments = measured.moments(_MEASURED_WITH)
     peak = standing + measured.added + kept - sum(measured_moments.values())
     if is_offloaded:
@@ -339,7 +370,9 @@ def _kind(stage: Stage) -> str:
     return f"{stage.model_dump(include=_KIND)} {stage.guidance > 1}"
 
 
-def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec) -> Measured:
+def _measure(
+    prepared: PreparedStage, source: Source, meter: Meter, codec: Codec, processes: int
+) -> Measured:
     """Take one iteration of a stage, as if it were not the first."""
     stage = prepared.stage
     # Nothing is read from a bank: there are no landings of tensors without memory.
@@ -349,7 +382,15 @@ def _measure(prepared: PreparedStage, source: Source, meter: Meter, codec: Codec
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
         # do.
         stage = stage.model_copy(update={"teacher_steps": stage.student_steps})
-    return measure(stage, source, prepared.teacher, prepared.student, meter, codec=codec)
+    return measure(
+        stage,
+        source,
+        prepared.teacher,
+        prepared.student,
+        meter,
+        codec=codec,
+        processes=processes,
+    )
 
 
 def measure(
@@ -360,6 +401,7 @@ def measure(
     meter: Meter,
     *,
     codec: Codec | None = None,
+    processes: int = 1,
 ) -> Measured:
     """Take one iteration, as if it were not the first, and return what it took.
 
@@ -370,6 +412,7 @@ def measure(
         student: likewise.
         meter: under which all of them were made.
         codec: of the teacher.
+        processes: how many train together, of which one is measured.
     """
     before = meter.living
     # Other optimisers know no tensors without memory: what they keep is computed.
@@ -379,10 +422,13 @@ def measure(
         "eps": None,
         "offload": False,
         "compile": False,
+        "batch_size": stage.batch_size // processes,
     }
     stage = stage.model_copy(update=plain)
     trainer = StageTrainer(stage, source, teacher, student, codec=codec)
     for name, optimiser in trainer.optimisers.items():
+        if processes > 1:
+            _keep_gradients(optimiser)
         for parameter in trainer.roles[name].weights.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimiser.step()
@@ -394,6 +440,18 @@ def measure(
     shapes = {name: _shapes(trainer.roles[name].weights) for name in trainer.optimisers}
     trainer.remove_roles()
     return Measured(shapes, meter.peak - before, batch)
+
+
+def _keep_gradients(optimiser: torch.optim.Optimizer) -> None:
+    """Let gradients lie where they are after a step, as those of several processes do.
+
+    They are views of the buckets that `training.replicas` exchanges, of every network its own.
+    """
+
+    def keep(set_to_none: bool = True) -> None:
+        pass
+
+    optimiser.zero_grad = keep  # type: ignore[method-assign]
 
 
 def _shapes(weights: Weights) -> list[torch.Size]:

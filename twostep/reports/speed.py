@@ -19,6 +19,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from twostep import __version__
@@ -59,7 +60,10 @@ NUM_WARM = 2
 """Rounds that are not counted."""
 
 _SIDE = 1024
-"""Of the matrices whose product says how fast this machine computes."""
+"""Of the matrices whose product says how fast a CPU computes."""
+
+_SIDE_ELSEWHERE = 8192
+"""The same of an accelerator, which a smaller product does not fill."""
 
 Draw = Callable[[int], dict[str, float]]
 """Draws from a seed and returns the seconds of its stages; none where it has no stages."""
@@ -134,6 +138,7 @@ def compare_speed(
     cases: Sequence[Case],
     rounds: int,
     peers: bool = True,
+    device: str = "cpu",
     on_case: Callable[[Case], None] | None = None,
 ) -> list[Row]:
     """Time engines, and other programs, in every case.
@@ -145,15 +150,17 @@ def compare_speed(
         rounds: Drawings of each that count.
         peers: Also time diffusers' own pipeline, OpenVINO GenAI's where it is installed, and
             OpenVINO's calls with nothing around them; and say what the arithmetic alone would take.
+        device: As torch names it, or "auto". OpenVINO's programs run on the CPU whatever it is.
         on_case: Called before each case.
 
     Raises:
         SpeedError: Nothing is to be compared.
         EngineError: An engine is not there.
+        RecipeError: This machine does not have the device.
     """
     if not engines or not cases or rounds < 1:
         raise SpeedError("give at least one engine, one number of steps and one round.")
-    studio = Studio(device="cpu", max_models=len({case.steps for case in cases}))
+    studio = Studio(device=device, max_models=len({case.steps for case in cases}))
     rows = []
     for case in cases:
         if on_case is not None:
@@ -173,9 +180,13 @@ def every_case(
     return [Case(*values) for values in product(steps, sizes, batches)]
 
 
-def machine() -> dict[str, Any]:
-    """Say what the figures were measured on."""
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Say what the figures were measured on, if need be with a device beside the processor."""
+    accelerator = {}
+    if device is not None and device.type == "cuda":
+        accelerator = {"device": torch.cuda.get_device_name(device)}
     return {
+        **accelerator,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
@@ -255,9 +266,10 @@ def _draws(
     draws = {name: _ours(bundle, request) for name, bundle in bundles.items()}
     if peers is None:
         return draws
-    whole = _whole(studio.load(request), model)
+    drawing = studio.load(request)
+    whole = _whole(drawing, model)
     draws[VANILLA] = _vanilla(whole, request)
-    if has_genai() and is_readable(whole):
+    if drawing.denoiser.device.type == "cpu" and has_genai() and is_readable(whole):
         draws[GENAI] = _genai(whole, case, peers)
     if "openvino" in bundles:
         draws[BARE] = _bare(bundles["openvino"], request)
@@ -291,6 +303,7 @@ def _whole(drawing: Bundle, model: str) -> Bundle:
     """
     contract = drawing.contract
     whole = load_bundle(model, steps=contract.steps if contract.role == "student" else None)
+    whole.to(drawing.denoiser.device, drawing.denoiser.dtype)
     pairs = [(drawing.parts[name], part) for name, part in whole.parts.items()]
     pairs += zip(modules_of(drawing.codec), modules_of(whole.codec), strict=True)
     for network, other in pairs:
@@ -361,8 +374,11 @@ def _bare(bundle: Bundle, request: Request) -> Draw:
 def _roof(studio: Studio, model: str, case: Case, rounds: int) -> Row:
     """Return what the arithmetic of a case alone takes, once its text is encoded."""
     request = _request(model, case)
-    work = count_operations(studio.load(request), request)
-    return Row(ROOF, case, {"total": Timing(tuple(work / rate() for _ in range(rounds)))})
+    bundle = studio.load(request)
+    work = count_operations(bundle, request)
+    denoiser = bundle.denoiser
+    least = (work / rate(denoiser.device, denoiser.dtype) for _ in range(rounds))
+    return Row(ROOF, case, {"total": Timing(tuple(least))})
 
 
 def count_operations(bundle: Bundle, request: Request) -> int:
@@ -373,12 +389,36 @@ def count_operations(bundle: Bundle, request: Request) -> int:
     return int(counter.get_total_flops())
 
 
-def rate() -> float:
-    """Return how many sums and products a second a large product of matrices does here."""
-    matrix = torch.ones(_SIDE, _SIDE)
+def rate(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> float:
+    """Return how many sums and products a second a large product of matrices does.
+
+    Args:
+        device: Where; the CPU if not given.
+        dtype: Of the matrices.
+    """
+    device = device or torch.device("cpu")
+    if device.type == "cpu":
+        return _rate(torch.ones(_SIDE, _SIDE, dtype=dtype), products=1)
+    # Of random numbers, for a GPU multiplies zeros and ones at a higher clock.
+    matrix = torch.randn(_SIDE_ELSEWHERE, _SIDE_ELSEWHERE, device=device, dtype=dtype)
+    _rate(matrix, products=3)
+    return _rate(matrix, products=10)
+
+
+def _rate(matrix: Tensor, products: int) -> float:
+    """Return the sums and products a second of so many products of a square matrix with itself."""
+    wait_for(matrix.device)
     start = time.perf_counter()
-    torch.mm(matrix, matrix)
-    return 2 * _SIDE**3 / (time.perf_counter() - start)
+    for _ in range(products):
+        torch.mm(matrix, matrix)
+    wait_for(matrix.device)
+    return products * 2 * len(matrix) ** 3 / (time.perf_counter() - start)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _timed(draws: Mapping[str, Draw], case: Case, rounds: int) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twostep.distill.beginning import check_shares
 from twostep.distill.decoder.recipe import DecoderRecipe
 from twostep.distill.decoder.run import TrainedDecoder, codec_of, fresh_decoder
 from twostep.distill.plan import (
@@ -24,14 +25,20 @@ from twostep.models.loading import load_bundle
 from twostep.networks.digest import num_weight_bytes
 
 
-def plan_decoder(recipe: DecoderRecipe) -> Plan:
+def plan_decoder(recipe: DecoderRecipe, *, processes: int = 1) -> Plan:
     """Return the plan of a recipe; only the configs of its model are read.
+
+    Args:
+        recipe: what would be run.
+        processes: how many train together, of which one is planned.
 
     Raises:
         ModelError: not even these can be found, or the model does not make pictures.
-        RecipeError: the decoder does not fit the model's latents.
+        RecipeError: the decoder does not fit the model's latents, or so many processes cannot share
+            a batch alike.
     """
     stage = recipe.decoder
+    check_shares([stage], processes)
     sizes, num_items = read_cache(recipe)
     device = device_type(recipe)
     on_cpu = device == "cpu"
@@ -48,20 +55,22 @@ def plan_decoder(recipe: DecoderRecipe) -> Plan:
         meter.peak = before
         TrainedDecoder(codec, network).tiny(torch.empty(recipe.num_samples, *source.latents))
         drawing = meter.peak - before
-        measured = measure(stage, source, codec, network, meter)
-    planned = plan_stage(stage, standing, measured, drawing, on_cpu=on_cpu)
+        measured = measure(stage, source, codec, network, meter, processes=processes)
+    planned = plan_stage(stage, standing, measured, drawing, on_cpu=on_cpu, processes=processes)
     item_bytes = item_size(source, with_texts=recipe.cache is not None)
     return Plan((planned,), item_bytes, num_items, device)
 
 
-def advise_decoder(recipe: DecoderRecipe) -> list[tuple[Mapping[str, Any], int]]:
+def advise_decoder(
+    recipe: DecoderRecipe, processes: int = 1
+) -> list[tuple[Mapping[str, Any], int]]:
     """Return changes of the decoder's training that make it smaller, with its peak after each.
 
     The best comes first, and all together last.
     """
     stage = recipe.decoder
     changes: list[dict[str, Any]] = []
-    if stage.batch_size > 1:
+    if stage.batch_size > 1 and stage.batch_size % (2 * processes) == 0:
         changes.append({"batch_size": stage.batch_size // 2})
     if stage.crop is None or stage.crop > 1:
         latents = load_latent_side(recipe)
@@ -71,9 +80,9 @@ def advise_decoder(recipe: DecoderRecipe) -> list[tuple[Mapping[str, Any], int]]
     together: dict[str, Any] = {}
     for change in changes:
         together |= change
-    peaks = [(change, _changed_peak(recipe, change)) for change in changes]
+    peaks = [(change, _changed_peak(recipe, change, processes)) for change in changes]
     peaks.sort(key=lambda entry: entry[1])
-    return [*peaks, (together, _changed_peak(recipe, together))]
+    return [*peaks, (together, _changed_peak(recipe, together, processes))]
 
 
 def load_latent_side(recipe: DecoderRecipe) -> int:
@@ -86,6 +95,7 @@ def load_latent_side(recipe: DecoderRecipe) -> int:
     return min(teacher.latent_shape(*teacher.contract.sizes[0])[1:])
 
 
-def _changed_peak(recipe: DecoderRecipe, change: Mapping[str, Any]) -> int:
+def _changed_peak(recipe: DecoderRecipe, change: Mapping[str, Any], processes: int) -> int:
     stage = recipe.decoder.model_copy(update=change)
-    return plan_decoder(recipe.model_copy(update={"decoder": stage})).stages[0].highest
+    changed = recipe.model_copy(update={"decoder": stage})
+    return plan_decoder(changed, processes=processes).stages[0].highest
