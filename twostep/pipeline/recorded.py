@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twostep.contract import Contract
+from twostep.formats import few_step
 from twostep.media.codec import FULL, TINY
 from twostep.models.runtime import take_notes
 from twostep.pipeline.noise import torch_noise
@@ -57,13 +58,11 @@ def draw_recorded(opened: OpenRecording, request: Request) -> Result | None:
     if image is None:
         return None
     contract = Contract.from_json(recording.contract)
-    unknown = words_in_pieces(request.prompt, words[0].tokenize)
-    warnings = [unknown_words_warning(contract.name, unknown)] if unknown else []
     return Result(
         images=[image],
         seeds=request.seeds,
         seconds=seconds,
-        warnings=[*warnings, *take_notes()],
+        warnings=[*_warnings(contract, request, words[0]), *take_notes()],
         contract=contract,
         request=replace(request, **recording.settled),
         origin=recording.origin,
@@ -210,6 +209,18 @@ def _prediction(
     if meaning == "x0":
         return output, (x - alpha * output) / sigma
     return alpha * x - sigma * output, sigma * x + alpha * output
+
+
+def _warnings(contract: Contract, request: Request, words: ClipWords) -> list[str]:
+    """Say what `pipeline.prepare` says of plain requests, in the same order."""
+    warnings = contract.check(request.steps, None, request.width, request.height)
+    unknown = words_in_pieces(request.prompt, words.tokenize)
+    if unknown:
+        warnings.append(unknown_words_warning(contract.name, unknown))
+    few_steps = few_step.note(contract)
+    if few_steps is not None:
+        warnings.append(few_steps)
+    return warnings
 
 
 def _words(recording: Recording) -> list[ClipWords] | None:
