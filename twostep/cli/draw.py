@@ -337,11 +337,15 @@ def _open_recording(
 
     None where that was not recorded, and where a server may draw them.
     """
-    from twostep.pipeline.recordings import ENGINES, Wish, open_recording
+    if not engine.startswith("openvino"):
+        return None
     from twostep.serve.announcement import announcements, is_switched_off
 
-    if engine not in ENGINES or not (is_switched_off() or not announcements()):
+    if announcements() and not is_switched_off():
         return None
+    # This brings numpy, which commands that are handed over do without.
+    from twostep.pipeline.recordings import Wish, open_recording
+
     return open_recording(Wish(engine, decoder, model, steps, *size))
 
 
