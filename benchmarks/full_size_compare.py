@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -48,8 +47,7 @@ from twostep.export.verification import vanilla_pipeline
 from twostep.files import folder_atomically
 from twostep.formats.locate import CONTRACT_FILE
 from twostep.formats.tiny_decoder import DECODER_FILE, TinyLayout
-from twostep.media.codec import FULL, TINY, TinyDecoder
-from twostep.models.bundle import Bundle
+from twostep.media.codec import FULL, TINY
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl import diffusers_scheduler
 from twostep.models.tiny_decoder import build_decoder, write_decoder
@@ -145,10 +143,7 @@ def run(key: Key, options: argparse.Namespace) -> None:
 
 
 def write_model(folder: Path, steps: int) -> None:
-    """Write a student of SDXL's size with random weights, in a process that then gives memory back.
-
-    Weights of all numbers of steps are the same, so the largest are written once.
-    """
+    """Write a student of SDXL's size with random weights, in a process that then ends."""
     path = model_path(folder, steps)
     if path.exists():
         return
@@ -270,15 +265,6 @@ def vanilla(request: Request) -> Draw:
         return {}
 
     return draw
-
-
-def with_tiny_decoder(bundle: Bundle) -> Bundle:
-    """Return the bundle as its tiny decoder draws; a random one of TAESD's size if it has none."""
-    codec: Any = bundle.codec
-    tiny = codec.tiny
-    if tiny is None:
-        tiny = TinyDecoder(filled(build_decoder(TAESD).to("meta")))
-    return replace(bundle, codec=replace(codec, tiny=tiny, decoder=TINY))
 
 
 def read(folder: Path) -> dict[Key, dict[str, Any]]:

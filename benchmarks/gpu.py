@@ -50,8 +50,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size_compare import with_tiny_decoder
-from full_size_distill import GIB, RandomLatents, random_sdxl
+from full_size_compare import TAESD
+from full_size_distill import GIB, RandomLatents, filled, random_sdxl
 from full_size_generate import random_bundle
 from PIL import Image, ImageChops, ImageStat
 from torch import Tensor
@@ -66,10 +66,11 @@ from twostep.distill.trainer import StageTrainer
 from twostep.engines import find_engine
 from twostep.export.verification import vanilla_pipeline
 from twostep.files import write_atomically
-from twostep.media.codec import FULL, TINY
+from twostep.media.codec import FULL, TINY, TinyDecoder
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.sdxl_networks import build_network
+from twostep.models.tiny_decoder import build_decoder
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
@@ -186,10 +187,10 @@ def lean(network: Any, name: str) -> Any:
 
 def with_tiny(bundle: Bundle) -> Bundle:
     """Return a model with a tiny decoder: its own, or a random one of TAESD's size."""
-    bundle = with_tiny_decoder(bundle)
     codec: Any = bundle.codec
-    codec.tiny.network.to(bundle.denoiser.device, bundle.denoiser.dtype)
-    return replace(bundle, codec=replace(codec, decoder=FULL))
+    tiny = codec.tiny or TinyDecoder(filled(build_decoder(TAESD).to("meta")))
+    tiny.network.to(bundle.denoiser.device, bundle.denoiser.dtype)
+    return replace(bundle, codec=replace(codec, tiny=tiny, decoder=FULL))
 
 
 @dataclass(frozen=True, eq=False)

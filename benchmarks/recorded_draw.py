@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 
-from twostep.pipeline.recorded import draw_recorded, wish_of
+from twostep.pipeline.recorded import draw_recorded, key_of
 from twostep.pipeline.recordings import open_recording
 from twostep.pipeline.request import Request
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Draw what the command line asks for."""
     request = Request(**json.loads(sys.argv[1]))
     start = time.perf_counter()
-    opened = open_recording(wish_of(request))
+    opened = open_recording(key_of(request))
     result = None if opened is None else draw_recorded(opened, request)
     if result is None:
         raise SystemExit(f"nothing is recorded for {request}")

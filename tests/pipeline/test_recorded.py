@@ -16,7 +16,7 @@ from twostep.models.runtime import take_notes
 from twostep.pipeline import recorded
 from twostep.pipeline.generation import generate
 from twostep.pipeline.provenance import text_chunks
-from twostep.pipeline.recorded import draw_recorded, is_plain, wish_of
+from twostep.pipeline.recorded import draw_recorded, is_plain, key_of
 from twostep.pipeline.recording import record
 from twostep.pipeline.recordings import Recording, open_recording, recording_path
 from twostep.pipeline.request import Control, Picture, Request, Result
@@ -27,7 +27,7 @@ PROMPT = "a 3d red apple on a blue background"
 
 def drawn(request: Request) -> Result | None:
     """Draw from the recording for a request, if there is one."""
-    opened = open_recording(wish_of(request))
+    opened = open_recording(key_of(request))
     return None if opened is None else draw_recorded(opened, request)
 
 
@@ -116,7 +116,7 @@ def test_a_long_prompt_is_left_to_pytorch(asked: Request) -> None:
 
 @pytest.mark.slow
 def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
-    path = recording_path(wish_of(asked))
+    path = recording_path(key_of(asked))
     whole = path.read_text()
     recording = Recording.from_json(whole)
     moved = replace(recording.files[0], modified=0)
@@ -142,7 +142,7 @@ def test_what_is_damaged_or_old_is_not_used(asked: Request) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_network_is_told_and_left_to_pytorch(asked: Request, cache: Path) -> None:
-    recording = Recording.from_json(recording_path(wish_of(asked)).read_text())
+    recording = Recording.from_json(recording_path(key_of(asked)).read_text())
     path = cache / "engines" / f"{recording.denoiser.name}.blob"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -157,7 +157,7 @@ def test_a_damaged_network_is_told_and_left_to_pytorch(asked: Request, cache: Pa
 def test_a_recording_that_does_not_draw_the_same_is_not_kept(
     asked: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recording_path(wish_of(asked))
+    path = recording_path(key_of(asked))
     whole = path.read_text()
     bundle = Studio(device="cpu").load(asked)
     result = generate(bundle, asked)

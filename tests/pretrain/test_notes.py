@@ -26,9 +26,9 @@ from twostep.pretrain.notes import (
     is_held_out,
     load_notes,
     note_prompts,
-    note_source,
     random_labels,
     render_notes,
+    sound_source,
 )
 from twostep.pretrain.parts import load_part
 from twostep.pretrain.sound import train_sound_teacher
@@ -183,7 +183,7 @@ def test_a_teacher_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         losses: list[float] = []
         train_sound_teacher(
             bundle,
-            note_source(notes, bundle.text),
+            sound_source(notes, bundle.text),
             run.settled(settings),
             run,
             on_iteration=lambda _, figures: losses.append(figures["loss"]),

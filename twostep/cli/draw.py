@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,7 +109,14 @@ def generate(
     opened = None
     if num_images == 1 and not (lora or control or negative):
         # Before anything else is loaded, which goes on meanwhile.
-        opened = _open_recording(engine, decoder, model, steps, (width, height))
+        opened = _open_recording(
+            engine=engine,
+            decoder=decoder,
+            model=model,
+            steps=steps,
+            width=width,
+            height=height,
+        )
     from twostep.pipeline.order import Order
 
     order = Order(
@@ -303,37 +310,31 @@ def _draw_and_save(
         from twostep.pipeline.recorded import draw_recorded
 
         result = draw_recorded(opened, request)
-    loading_seconds = None
+    bundle = None
+    loading = ""
     if result is None:
         start = time.perf_counter()
         with Console(stderr=True).status(f"loading {request.model}"):
             bundle = _load(request, provenance)
-        loading_seconds = time.perf_counter() - start
+        loading = f"; loading {time.perf_counter() - start:.2f} s"
         with _progress_bar(bundle.contract.name) as on_step:
             from twostep.pipeline.generation import generate
 
             result = generate(bundle, request, on_step=on_step)
-        if provenance is None:
-            _record(bundle, request, result)
     paths = save_images(result, out)
     for path in paths:
         typer.echo(path)
     _print_warnings(result.warnings)
     thing = "image" if result.contract.media == "image" else "item"
     times = _times(result.seconds, len(result.images), thing)
-    loading = "" if loading_seconds is None else f"; loading {loading_seconds:.2f} s"
     typer.echo(f"{times}{loading}", err=True)
+    if bundle is not None and provenance is None:
+        _record(bundle, request, result)
     return result, paths
 
 
-def _open_recording(
-    engine: str,
-    decoder: str,
-    model: str,
-    steps: int | None,
-    size: tuple[int | None, int | None],
-) -> OpenRecording | None:
-    """Begin to open what draws plain pictures without PyTorch.
+def _open_recording(*, engine: str, **asked: Any) -> OpenRecording | None:
+    """Begin to open what draws plain pictures without PyTorch, by the fields of `RecordingKey`.
 
     None where that was not recorded, and where a server may draw them.
     """
@@ -344,9 +345,9 @@ def _open_recording(
     if announcements() and not is_switched_off():
         return None
     # This brings numpy, which commands that are handed over do without.
-    from twostep.pipeline.recordings import Wish, open_recording
+    from twostep.pipeline.recordings import RecordingKey, open_recording
 
-    return open_recording(Wish(engine, decoder, model, steps, *size))
+    return open_recording(RecordingKey(engine=engine, **asked))
 
 
 def _record(bundle: Bundle, request: Request, result: Result) -> None:

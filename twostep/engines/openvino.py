@@ -176,9 +176,9 @@ class OpenVinoGraph:
         if not hasattr(self._of_thread, "request"):
             self._of_thread.request = _Request(self.compiled)
         answers: list[Tensor] = self._of_thread.request.run(tensors)
-        recorded = _recorded.get()
-        if recorded is not None:
-            recorded.append(GraphCall(self, [tensor.clone() for tensor in tensors]))
+        calls = _graph_calls.get()
+        if calls is not None:
+            calls.append(GraphCall(self, [tensor.clone() for tensor in tensors]))
         return answers
 
 
@@ -248,19 +248,19 @@ def _torch_dtype(port: Any) -> torch.dtype:
     return torch.from_numpy(np.empty(0, port.element_type.to_dtype())).dtype
 
 
-_recorded: ContextVar[list[GraphCall] | None] = ContextVar("recorded", default=None)
+_graph_calls: ContextVar[list[GraphCall] | None] = ContextVar("graph_calls", default=None)
 
 
 @contextmanager
 def graph_calls() -> Iterator[list[GraphCall]]:
     """Collect the calls of compiled networks during a block; gives the list of them."""
-    token = _recorded.set([])
+    token = _graph_calls.set([])
     try:
-        calls = _recorded.get()
+        calls = _graph_calls.get()
         assert calls is not None, "it was set above"
         yield calls
     finally:
-        _recorded.reset(token)
+        _graph_calls.reset(token)
 
 
 def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> OpenVinoGraph:

@@ -22,14 +22,18 @@ from twostep.formats import few_step
 from twostep.media.codec import FULL, TINY
 from twostep.models.runtime import take_notes
 from twostep.pipeline.noise import torch_noise
-from twostep.pipeline.recordings import ENGINES, OpenGraph, OpenRecording, Recording, Steps, Wish
-from twostep.pipeline.request import ModelTraits, Request, Result
+from twostep.pipeline.recordings import (
+    ENGINES,
+    OpenGraph,
+    OpenRecording,
+    Recording,
+    RecordingKey,
+    Steps,
+)
+from twostep.pipeline.request import NUM_DISTINCT_SEEDS, ModelTraits, Request, Result
 from twostep.pipeline.timing import timed
 from twostep.text.prompt_weights import has_weights, is_composable, without_weights
 from twostep.text.words import ClipWords, unknown_words_warning, words_in_pieces
-
-_NUM_SEEDS = 2**32
-"""Seeds that PyTorch tells apart; of others a person is warned, by who draws with it."""
 
 RUN_INPUTS = ("x", "text", "pooled", "sizes")
 """What a network of all steps is given, in order."""
@@ -87,7 +91,7 @@ def is_plain(request: Request) -> bool:
     return (
         request.engine in ENGINES
         and request.num_images == 1
-        and request.seed < _NUM_SEEDS
+        and request.seed < NUM_DISTINCT_SEEDS
         and request.decoder in (FULL, TINY)
         and request.init_noise == "comfyui"
         and not request.negative_prompt
@@ -101,9 +105,9 @@ def is_plain(request: Request) -> bool:
     )
 
 
-def wish_of(request: Request) -> Wish:
+def key_of(request: Request) -> RecordingKey:
     """Return by what the recording for a request is found."""
-    return Wish(
+    return RecordingKey(
         engine=request.engine,
         decoder=request.decoder,
         model=request.model,

@@ -23,7 +23,7 @@ from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import Prepared, prepare
-from twostep.pipeline.recorded import MEANINGS, draw_recorded, is_plain, wish_of
+from twostep.pipeline.recorded import MEANINGS, draw_recorded, is_plain, key_of
 from twostep.pipeline.recordings import (
     FileState,
     GraphUse,
@@ -68,9 +68,8 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
     """
     if not is_plain(request) or bundle.runtime.engine != request.engine or not _is_fit(bundle):
         return False
-    wish = wish_of(request)
     recording = _noted(bundle, request, result)
-    if recording is None or not write_recording(wish, recording):
+    if recording is None:
         return False
     again = draw_recorded(OpenRecording(recording), request)
     is_same = (
@@ -80,10 +79,12 @@ def record(bundle: Bundle, request: Request, result: Result) -> bool:
         and again.request == result.request
         and again.traits == result.traits
     )
-    if not is_same:
-        with suppress(OSError):
-            recording_path(wish).unlink()
-    return is_same
+    key = key_of(request)
+    if is_same:
+        return write_recording(key, recording)
+    with suppress(OSError):
+        recording_path(key).unlink()
+    return False
 
 
 def _is_fit(bundle: Bundle) -> bool:
@@ -110,14 +111,17 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
         prepared = prepare(fresh, request)
         num_texts = len(calls)
         generate(fresh, request)
-    first, second, *denoisers, decoder = calls[num_texts:]
+    drawing = calls[num_texts:]
+    if num_texts != 2 or len(drawing) < 4:
+        return None  # PyTorch runs what the engine could not make a graph of
+    first, second, *denoisers, decoder = drawing
     is_together = bundle.runtime.run is not None and len(denoisers) == 1
     steps = None if is_together else _steps(bundle, prepared, denoisers)
     mean, scale = codec._scaling(decoder.tensors[0])
     tiny = None if codec.decoder == FULL else codec.tiny
     files = _files(request)
-    is_known = num_texts == 2 and isinstance(mean, float) and isinstance(scale, float)
-    if not is_known or files is None or not (is_together or steps):
+    has_scale = isinstance(mean, float) and isinstance(scale, float)
+    if not has_scale or files is None or not (is_together or steps):
         return None
     texts = [_used(call, lambda answer: [answer.hidden_states[-2]]) for call in (first, second)]
     pooled = _used(second, lambda answer: [answer[0]])

@@ -36,8 +36,8 @@ ENGINES = ("openvino", "openvino-bf16", "openvino-int8")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """By what a recording is found, as it was asked for.
+class RecordingKey:
+    """By what a recording is found: what a request says beside its prompt and seed.
 
     Args:
         engine: By its name.
@@ -273,47 +273,47 @@ class OpenGraph:
         return [self._request.get_output_tensor(place).data.copy() for place in self._outputs]
 
 
-def open_recording(wish: Wish) -> OpenRecording | None:
-    """Begin to open the networks for a wish; None where nothing current is recorded for it."""
-    if wish.engine not in ENGINES or find_spec("openvino") is None:
+def open_recording(key: RecordingKey) -> OpenRecording | None:
+    """Begin to open the networks of a key; None where nothing current is recorded for it."""
+    if key.engine not in ENGINES or find_spec("openvino") is None:
         return None
-    recording = read_recording(wish)
+    recording = read_recording(key)
     return None if recording is None else OpenRecording(recording)
 
 
-def read_recording(wish: Wish) -> Recording | None:
-    """Return the recording for a wish; None where there is none, or one that has grown old."""
+def read_recording(key: RecordingKey) -> Recording | None:
+    """Return the recording of a key; None where there is none, or one that has grown old."""
     try:
-        recording = Recording.from_json(recording_path(wish).read_bytes())
+        recording = Recording.from_json(recording_path(key).read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it is written anew by the drawing that follows
     return recording if recording.is_current else None
 
 
-def write_recording(wish: Wish, recording: Recording) -> bool:
-    """Keep a recording for wishes like this one; returns whether it was kept."""
+def write_recording(key: RecordingKey, recording: Recording) -> bool:
+    """Keep a recording under its key; returns whether it was kept."""
     try:
-        with write_atomically(recording_path(wish)) as file:
+        with write_atomically(recording_path(key)) as file:
             file.write(recording.to_json().encode())
     except (OSError, WriteError):
         return False
     return True
 
 
-def recording_path(wish: Wish) -> Path:
-    """Return where the recording for a wish lies: by all that it says but prompt and seed.
+def recording_path(key: RecordingKey) -> Path:
+    """Return where the recording of a key lies.
 
     A name of a model that means a folder here means another one elsewhere.
     """
-    here = Path(wish.model)
+    here = Path(key.model)
     facts = {
         "twostep": __version__,
-        "engine": wish.engine,
-        "decoder": wish.decoder,
-        "model": wish.model,
+        "engine": key.engine,
+        "decoder": key.decoder,
+        "model": key.model,
         "folder": str(here.resolve()) if here.exists() else None,
-        "steps": wish.steps,
-        "size": [wish.width, wish.height],
+        "steps": key.steps,
+        "size": [key.width, key.height],
         "threads": [os.environ.get("OMP_NUM_THREADS"), _num_cores()],
     }
     return cache_folder() / "recordings" / f"{fingerprint(facts)}.json"

@@ -22,7 +22,7 @@ from twostep.files import write_atomically
 from twostep.media.audio import AudioCodec
 from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
-from twostep.pretrain.latents import LatentSource
+from twostep.pretrain.latents import KeptLatents, LatentSource
 from twostep.pretrain.soundfont import NUM_SAMPLES, NotesError, Player, amplified, find_soundfont
 from twostep.text.attributes import AttributePrompts, pitch_name, pitch_words
 from twostep.training.loop import Randomness
@@ -108,7 +108,7 @@ def render_notes(
     seed: int,
     *,
     soundfont: Path | None = None,
-    on_note: Callable[[int, int], None] = lambda done, total: None,
+    on_sound: Callable[[int, int], None] = lambda done, total: None,
 ) -> Float[Tensor, "notes samples"]:
     """Play notes; which of an instrument's programs plays, how hard and how long is random.
 
@@ -116,7 +116,7 @@ def render_notes(
         labels: of the notes.
         seed: of what is random.
         soundfont: the file; that of the system by default.
-        on_note: called with the number of notes that are done, and of all.
+        on_sound: called with the number of notes that are done, and of all.
 
     Raises:
         NotesError: there is no soundfont, or nothing to play it.
@@ -129,7 +129,7 @@ def render_notes(
         player.begin(words.choice(programs[instrument]))
         velocity = words.randint(*VELOCITIES[loudness])
         sounds.append(player.strike_all([pitch], velocity, words))
-        on_note(number + 1, len(labels))
+        on_sound(number + 1, len(labels))
     return amplified(sounds)
 
 
@@ -224,9 +224,9 @@ def load_notes(path: Path) -> NoteCache:
     return NoteCache(latents, labels)
 
 
-def note_source(notes: NoteCache, text: PromptEncoder) -> LatentSource:
-    """Return notes for distillation and training, with the conditioning of their captions."""
-    return LatentSource(notes, text, NUM_SAMPLES, 1)
+def sound_source(sounds: KeptLatents, text: PromptEncoder) -> LatentSource:
+    """Return sounds for distillation and training, with the conditioning of their captions."""
+    return LatentSource(sounds, text, NUM_SAMPLES, 1)
 
 
 def rendered(
@@ -251,15 +251,15 @@ def rendered(
         soundfont: the file; that of the system by default.
     """
     if notes:
-        return note_source(load_notes(Path(notes)), teacher.text)
+        return sound_source(load_notes(Path(notes)), teacher.text)
     cache = find_notes(
         out / "notes.safetensors",
         teacher.codec,
         count=count,
         soundfont=Path(soundfont) if soundfont else None,
-        on_note=lambda done, total: advance(done, total, "notes"),
+        on_sound=lambda done, total: advance(done, total, "notes"),
     )
-    return note_source(cache, teacher.text)
+    return sound_source(cache, teacher.text)
 
 
 def find_notes(
@@ -268,7 +268,7 @@ def find_notes(
     *,
     count: int,
     soundfont: Path | None,
-    on_note: Callable[[int, int], None],
+    on_sound: Callable[[int, int], None],
     seed: int = 0,
 ) -> NoteCache:
     """Read cached notes, after the first process has made them there if they are missing.
@@ -278,12 +278,12 @@ def find_notes(
         codec: encodes them.
         count: notes.
         soundfont: the file; that of the system by default.
-        on_note: called with the number of notes that are done, and of all.
+        on_sound: called with the number of notes that are done, and of all.
         seed: of what is random.
     """
     if world().is_first and not path.exists():
         labels = random_labels(count, Randomness.at(seed, 0).tensors)
-        sounds = render_notes(labels, seed, soundfont=soundfont, on_note=on_note)
+        sounds = render_notes(labels, seed, soundfont=soundfont, on_sound=on_sound)
         NoteCache(encoded(sounds, codec), labels).save(path)
     wait()
     return load_notes(path)

@@ -31,11 +31,11 @@ from twostep.pretrain.notes import (
     find_notes,
     fitted_codec,
     note_prompts,
-    note_source,
     random_labels,
     render_notes,
+    sound_source,
 )
-from twostep.pretrain.sound_kinds import all_prompts, find_sounds, render_all, sound_source
+from twostep.pretrain.sound_kinds import all_prompts, find_sounds, render_all
 from twostep.pretrain.soundfont import NUM_SAMPLES, RATE
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.processes import world
@@ -111,7 +111,7 @@ def new_sound_teacher(settings: SoundSettings, recipe: str) -> Bundle:
 
 
 def fit_codec(
-    teacher: Bundle, settings: SoundSettings, on_note: Callable[[int, int], None]
+    teacher: Bundle, settings: SoundSettings, on_sound: Callable[[int, int], None]
 ) -> None:
     """Fit a teacher's codec to sounds of its own, in place."""
     assert isinstance(teacher.codec, AudioCodec)
@@ -121,10 +121,10 @@ def fit_codec(
     soundfont = settings.soundfont
     if settings.sounds == "all":
         sounds, _, _ = render_all(
-            settings.fitted_notes, seed, soundfont=soundfont, on_sound=on_note
+            settings.fitted_notes, seed, soundfont=soundfont, on_sound=on_sound
         )
     else:
-        sounds = render_notes(labels, seed, soundfont=soundfont, on_note=on_note)
+        sounds = render_notes(labels, seed, soundfont=soundfont, on_sound=on_sound)
     fitted_codec(teacher.codec, sounds)
 
 
@@ -134,7 +134,7 @@ def sound_cache(settings: SoundSettings, folder: Path) -> Path:
 
 
 def find_source(
-    teacher: Bundle, settings: SoundSettings, folder: Path, on_note: Callable[[int, int], None]
+    teacher: Bundle, settings: SoundSettings, folder: Path, on_sound: Callable[[int, int], None]
 ) -> LatentSource:
     """Return what a teacher learns from, which is rendered where it is not there yet.
 
@@ -142,29 +142,18 @@ def find_source(
         teacher: with the codec that was fitted.
         settings: the recipe.
         folder: of the run.
-        on_note: called with the number of sounds that are done, and of all.
+        on_sound: called with the number of sounds that are done, and of all.
     """
-    path = sound_cache(settings, folder)
-    seed = settings.loop.seed
-    if settings.sounds == "all":
-        sounds = find_sounds(
-            path,
-            teacher.codec,
-            count=settings.notes,
-            soundfont=settings.soundfont,
-            on_sound=on_note,
-            seed=seed,
-        )
-        return sound_source(sounds, teacher)
-    notes = find_notes(
-        path,
+    find = find_sounds if settings.sounds == "all" else find_notes
+    sounds = find(
+        sound_cache(settings, folder),
         teacher.codec,
         count=settings.notes,
         soundfont=settings.soundfont,
-        on_note=on_note,
-        seed=seed,
+        on_sound=on_sound,
+        seed=settings.loop.seed,
     )
-    return note_source(notes, teacher.text)
+    return sound_source(sounds, teacher.text)
 
 
 def train_sound_teacher(

@@ -44,8 +44,9 @@ from twostep.pretrain.notes import (
     note_words,
     random_labels,
     render_notes,
+    sound_source,
 )
-from twostep.pretrain.soundfont import NUM_SAMPLES, NotesError
+from twostep.pretrain.soundfont import NotesError
 from twostep.text.attributes import AttributePrompts
 from twostep.training.loop import Randomness
 from twostep.training.processes import wait, world
@@ -228,7 +229,7 @@ def rendered(
         soundfont: the file; that of the system by default.
     """
     if sounds:
-        return sound_source(load_sounds(Path(sounds)), teacher)
+        return sound_source(load_sounds(Path(sounds)), teacher.text)
     cache = find_sounds(
         out / "sounds.safetensors",
         teacher.codec,
@@ -236,9 +237,4 @@ def rendered(
         soundfont=Path(soundfont) if soundfont else None,
         on_sound=lambda done, total: advance(done, total, "sounds"),
     )
-    return sound_source(cache, teacher)
-
-
-def sound_source(sounds: Sounds, teacher: Bundle) -> LatentSource:
-    """Return sounds for distillation and training, with the conditioning of their captions."""
-    return LatentSource(sounds, teacher.text, NUM_SAMPLES, 1)
+    return sound_source(cache, teacher.text)
