@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from twostep.diffusion.grid import time_tensor
 from twostep.engines.fixed_run import FixedRuns
+from twostep.engines.graphs import LARGE_BYTES
 from twostep.engines.openvino import GraphCall, graph_calls
 from twostep.formats import resolve
 from twostep.media.codec import FULL
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+from twostep.networks.digest import num_weight_bytes
 from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import Prepared, prepare
 from twostep.pipeline.recorded import MEANINGS, NEXT, NEXT_INPUTS, draw_recorded, is_plain, key_of
@@ -141,7 +143,7 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
         settled={name: getattr(result.request, name) for name in _SETTLED},
         origin=result.origin,
         zeros_for_empty=result.traits.zeros_for_empty,
-        is_large=bundle.runtime.run is None,
+        is_large=num_weight_bytes(bundle.denoiser.network) >= LARGE_BYTES,
     )
 
 
