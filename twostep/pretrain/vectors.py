@@ -31,7 +31,7 @@ from twostep.pretrain.drawings import (
 )
 from twostep.pretrain.icons import ICON_SETS, load_icons, render, svg_of
 from twostep.pretrain.kept import refusing_damage
-from twostep.training.device import num_cores
+from twostep.training.cpu import num_cores
 
 MINI = Path(__file__).with_name("art") / "mini"
 """The folder of the vector drawings that mini learns from: 991 things in 4 styles."""
