@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tests import students
-from twostep.diffusion.prediction import Prediction
 from twostep.engines.calls import Call
 from twostep.engines.captured import CapturedForward
-from twostep.engines.fixed_run import FixedRun, FixedRuns
+from twostep.engines.fixed_run import Decoder, FixedRun, FixedRuns, HasGraphs
 from twostep.engines.graphed import digest_of
 from twostep.engines.graphs import Graph, GraphedForward
+from twostep.media.codec import TinyDecoder
+from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.models.runtime import take_notes
 from twostep.models.sampling import (
@@ -64,7 +65,9 @@ def in_pytorch(network: nn.Module, call: Call) -> Graph:
 def runs(bundle: Bundle, build: Any = in_pytorch) -> FixedRuns:
     """Return what runs all steps, with PyTorch in an engine's place."""
     return FixedRuns(
-        bundle.denoiser, lambda network: GraphedForward(network, "test", build, "nobody does")
+        bundle.denoiser,
+        bundle.codec,
+        lambda network: GraphedForward(network, "test", build, "nobody does"),
     )
 
 
@@ -72,7 +75,6 @@ def test_a_fixed_run_is_the_steps_one_by_one(
     student: Bundle, guided: Guided, noise: Tensor
 ) -> None:
     times = sampling_times(student.contract, student.denoiser.schedule)
-    steps: list[Prediction] = []
     with torch.no_grad():
         expected = sample_latents(
             student.denoiser,
@@ -80,29 +82,29 @@ def test_a_fixed_run_is_the_steps_one_by_one(
             noise,
             times=times,
             seeds=[3],
-            on_step=lambda _, prediction: steps.append(prediction),
         )
         together = runs(student)(guided, noise, times, "euler")
     assert together is not None
     assert torch.equal(together.latents, expected)
-    assert len(together.predictions) == len(steps) == 2
-    for ours, theirs in zip(together.predictions, steps, strict=True):
-        assert torch.equal(ours.x0, theirs.x0)
-        assert torch.equal(ours.eps, theirs.eps)
+    assert together.pictures is not None
+    assert torch.equal(together.pictures, student.codec.decode(expected))
 
 
 def test_what_a_graph_holds_is_in_what_tells_graphs_apart(student: Bundle) -> None:
     denoiser = student.denoiser
-    linear = replace(denoiser, schedule=type(denoiser.schedule).linear())
+    codec = student.codec
+    assert isinstance(codec, ImageCodec)
     ways = [
-        FixedRun(denoiser, (1000, 500, 0)),
-        FixedRun(denoiser, (1000, 499, 0)),
-        FixedRun(denoiser, (1000, 0)),
-        FixedRun(replace(denoiser, prediction_type="v"), (1000, 500, 0)),
-        FixedRun(linear, (1000, 500, 0)),
+        FixedRun(denoiser, 2),
+        FixedRun(denoiser, 1),
+        FixedRun(replace(denoiser, prediction_type="v"), 2),
+        FixedRun(denoiser, 2, codec),
+        FixedRun(denoiser, 2, replace(codec, deviation=2.0)),
+        Decoder(codec),
+        Decoder(replace(codec, deviation=2.0)),
     ]
     assert len({digest_of(each) for each in ways}) == len(ways)
-    assert digest_of(ways[0]) == digest_of(FixedRun(denoiser, [1000, 500, 0]))
+    assert digest_of(ways[0]) == digest_of(FixedRun(denoiser, 2))
 
 
 def test_what_is_not_plain_is_run_step_by_step(
@@ -197,10 +199,66 @@ def test_a_captured_run_draws_what_the_steps_do(
         compute()
         return lambda: None  # what it captured was computed on these very values
 
-    captured = FixedRuns(student.denoiser, lambda run: CapturedForward(run, capture))
+    captured = FixedRuns(student.denoiser, student.codec, lambda run: CapturedForward(run, capture))
     with torch.no_grad():
         ours = captured(guided, noise, (1000, 500, 0), "euler")
         theirs = runs(student)(guided, noise, (1000, 500, 0), "euler")
     assert ours is not None
     assert theirs is not None
     assert torch.equal(ours.latents, theirs.latents)
+    assert ours.pictures is not None
+    assert theirs.pictures is not None
+    assert torch.equal(ours.pictures, theirs.pictures)
+
+
+def test_a_run_decodes_by_the_tiny_decoder_where_that_decodes(
+    student: Bundle, guided: Guided, noise: Tensor
+) -> None:
+    network = nn.Sequential(
+        nn.ConvTranspose2d(4, 3, kernel_size=4, stride=4), nn.Hardtanh(-2.0, 2.0)
+    )
+    codec = student.codec
+    assert isinstance(codec, ImageCodec)
+    tiny = replace(codec, tiny=TinyDecoder(network, scaling_factor=0.5), decoder="tiny")
+    with torch.no_grad():
+        together = runs(replace(student, codec=tiny))(guided, noise, (1000, 500, 0), "euler")
+    assert together is not None
+    assert together.pictures is not None
+    assert torch.equal(together.pictures, tiny.decode(together.latents))
+
+
+def test_where_decoding_in_the_run_takes_too_much_memory_the_steps_alone_are_run(
+    student: Bundle, guided: Guided, noise: Tensor
+) -> None:
+    class Short:
+        """A graph for which there is no memory."""
+
+        def graphed(self, *args: Any) -> Any:
+            raise MemoryError
+
+    made: list[bool] = []
+
+    def forward(network: nn.Module) -> HasGraphs:
+        assert isinstance(network, FixedRun)
+        made.append(network.decoder is not None)
+        return Short() if made[-1] else GraphedForward(network, "test", in_pytorch)
+
+    run = FixedRuns(student.denoiser, student.codec, forward)
+    with torch.no_grad():
+        for _ in range(2):
+            together = run(guided, noise, (1000, 500, 0), "euler")
+            assert together is not None
+            assert together.pictures is None
+    assert made == [True, False]
+
+
+def test_pieces_draw_what_the_whole_does(student: Bundle, guided: Guided, noise: Tensor) -> None:
+    run = runs(student)
+    with torch.no_grad():
+        for times in ((1000, 0), (1000, 500, 0), (999, 700, 300, 0)):
+            whole = run(guided, noise, times, "euler")
+            pieces = run.in_pieces(guided.positive, noise, times)
+            assert whole is not None
+            assert pieces is not None
+            assert torch.equal(pieces[0], whole.latents)
+            assert torch.equal(pieces[1], whole.pictures)

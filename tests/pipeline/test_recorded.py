@@ -89,6 +89,20 @@ def test_other_prompts_and_seeds_give_the_files_that_pytorch_gives(asked: Reques
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 4])
+def test_several_steps_are_one_graph_that_is_opened_in_pieces(steps: int, cache: Path) -> None:
+    request = Request(PROMPT, engine="openvino", steps=steps, seed=3)
+    studio = Studio(device="cpu")
+    bundle = studio.load(request)
+    assert record(bundle, request, generate(bundle, request))
+    for seed in range(4):
+        again = replace(request, prompt="a noto owl", seed=seed)
+        ours, theirs = drawn(again), studio.draw(again)
+        assert ours is not None
+        assert ours.images[0].tobytes() == theirs.images[0].tobytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "decoder"), [("openvino", "full"), ("openvino-int8", "tiny")])
 def test_networks_that_are_called_once_a_step_are_recorded_too(
     engine: str, decoder: str, cache: Path, monkeypatch: pytest.MonkeyPatch

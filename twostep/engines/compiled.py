@@ -2,8 +2,8 @@
 
 The blocks that a network repeats are compiled, each kind once: a tenth of the time that the whole
 network takes to compile, and nearly as fast. On a GPU networks are also captured as CUDA graphs,
-and of a student all steps in one, so that no call waits for Python; that path has not been run yet,
-for want of a GPU.
+and of a student all steps and the decoder in one, so that no call waits for Python; that path has
+not been run yet, for want of a GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Compiled(ConvertingEngine):
 
     def _prepare(self, bundle: Bundle) -> Bundle:
         denoiser = bundle.denoiser
-        run = FixedRuns(denoiser, _captured_run) if _is_on_gpu(denoiser.network) else None
+        run = None
+        if _is_on_gpu(denoiser.network):
+            run = FixedRuns(denoiser, bundle.codec, _captured_run)
         return replace(
             bundle,
             denoiser=denoiser.with_network(self.convert(denoiser.network)),

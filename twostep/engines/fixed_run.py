@@ -1,8 +1,9 @@
-"""All steps of a drawing as one graph: the run of a student from noise to clean latents.
+"""All of a drawing but its text as one graph: the run of a student from noise to a picture.
 
 A network of a few milliseconds loses as much time again between its calls: an engine's threads fall
 asleep, PyTorch's wake up for a few sums, and the interpreter takes its turn. Students draw along
-times that never change, so all of their steps can be traced together, which leaves one call.
+times that never change, so all of their steps can be traced together, and the decoder behind them,
+which leaves one call.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from twostep.diffusion import Prediction, prediction_from_output
+from twostep.diffusion import prediction_from_output
 from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Latents, Time
+from twostep.media.codec import FULL, Codec
+from twostep.media.image import ImageCodec
 from twostep.models.lora_stack import fused
 from twostep.models.sampling import AllSteps, Guided
+from twostep.models.shortage import if_it_fits
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 
@@ -27,35 +31,24 @@ MOST_STEPS = 4
 
 
 class FixedRun(nn.Module):
-    """A denoiser along fixed times, as one network that Euler's steps are part of.
+    """A denoiser for so many steps, as one network that Euler's steps and a decoder are part of.
 
-    What depends on times alone is computed once and lies beside the weights: within a graph nothing
-    is looked up or moved to a device.
+    Times are given to it as a table, and not built in: a graph computes the same with one step as
+    with several, to the last bit, for none of it has the numbers of a certain time to simplify by.
 
     Args:
         denoiser: What predicts. LoRAs beside its layers are merged.
-        times: Falling times, the landing included.
+        num_steps: How many steps it takes.
+        codec: Decodes the latents at the last time; None leaves them as they are.
     """
 
-    network_times: Tensor
-    alphas: Tensor
-    sigmas: Tensor
-
-    def __init__(self, denoiser: Denoiser, times: Sequence[Time]) -> None:
+    def __init__(self, denoiser: Denoiser, num_steps: int, codec: ImageCodec | None = None) -> None:
         super().__init__()
         self.network = fused(denoiser.network)
+        # So that its weights are among those of this network.
+        self.decoder = None if codec is None else Decoder(codec)
         self._denoiser = denoiser.with_network(self.network)
-        schedule = denoiser.schedule
-        all_times = time_tensor(times)
-        item = torch.zeros(len(times), *[1] * denoiser.backbone.spec.latent_ndim)
-        alphas, sigmas = schedule.coefficients(all_times, item)
-        tables = {
-            "network_times": schedule.network_time(all_times[:-1]),
-            "alphas": alphas,
-            "sigmas": sigmas,
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table.to(denoiser.device))
+        self._num_steps = num_steps
 
     @property
     def config(self) -> Any:
@@ -63,41 +56,80 @@ class FixedRun(nn.Module):
         return getattr(self.network, "config", None)
 
     def extra_repr(self) -> str:
-        """Return what a graph of it depends on beside weights and tables."""
-        return f"prediction={self._denoiser.prediction_type}"
+        """Return what a graph of it depends on beside weights."""
+        return f"steps={self._num_steps}, prediction={self._denoiser.prediction_type}"
 
     def forward(
-        self, noise: Latents, text: Tensor, pooled: Tensor, sizes: Tensor
-    ) -> dict[str, Any]:
-        """Return the latents at the last time, and what each step predicted.
+        self, noise: Latents, text: Tensor, pooled: Tensor, sizes: Tensor, table: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the latents at the last time, and their pictures.
+
+        What each step predicts is not returned: where a graph gives out what lies between two sums,
+        these are fused in other ways, and its last bits are others than those of one step.
 
         Args:
             noise: Latents at the first time [batch, ...].
             text: As in `Conditioning`, like the next two.
             pooled: One embedding per prompt as a whole.
             sizes: SDXL's micro-conditioning.
+            table: Of all times, the landing included, [3, times]: how a network reads them, and
+                their signal and noise.
         """
         conditioning = Conditioning(text, pooled, sizes)
-        steps: list[Prediction] = []
+        ones = [1] * (noise.ndim - 1)
         x = noise
-        for i in range(len(self.network_times)):
-            time = self.network_times[i : i + 1].expand(len(noise))
+        for i in range(self._num_steps):
+            time = table[0, i : i + 1].expand(len(noise))
             output = self._denoiser.backbone(x, time, conditioning)
             prediction = prediction_from_output(
                 output.to(x.dtype),
                 x,
-                self.alphas[i : i + 1],
-                self.sigmas[i : i + 1],
+                table[1, i].view(1, *ones),
+                table[2, i].view(1, *ones),
                 self._denoiser.prediction_type,
             )
-            alpha, sigma = self.alphas[i + 1 : i + 2], self.sigmas[i + 1 : i + 2]
+            alpha, sigma = table[1, i + 1].view(1, *ones), table[2, i + 1].view(1, *ones)
             x = alpha * prediction.x0 + sigma * prediction.eps
-            steps.append(prediction)
-        return {
-            "latents": x,
-            "x0": [each.x0 for each in steps],
-            "eps": [each.eps for each in steps],
-        }
+        answer = {"latents": x}
+        if self.decoder is not None:
+            answer["pictures"] = self.decoder(x)
+        return answer
+
+
+class Decoder(nn.Module):
+    """What makes pictures of latents, as one network.
+
+    Args:
+        codec: Whose it is.
+    """
+
+    def __init__(self, codec: ImageCodec) -> None:
+        super().__init__()
+        self._codec = codec
+        # So that its weights are among those of this network.
+        self.network = _decoder(codec)
+
+    @property
+    def config(self) -> Any:
+        """How the network is built."""
+        return getattr(self.network, "config", None)
+
+    def extra_repr(self) -> str:
+        """Return what a graph of it depends on beside weights."""
+        return f"scaling={self._codec.scaling}"
+
+    def forward(self, latents: Latents) -> Tensor:
+        """Return pictures in -1..1."""
+        return self._codec.decode_in_one_go(latents)
+
+
+def _decoder(codec: ImageCodec) -> nn.Module:
+    """Return the network by which a codec decodes."""
+    if codec.decoder == FULL:
+        network: nn.Module = codec.vae
+        return network
+    assert codec.tiny is not None, "a codec decodes by its tiny decoder only if it has one"
+    return codec.tiny.network
 
 
 @runtime_checkable
@@ -113,14 +145,20 @@ class FixedRuns:
 
     Args:
         denoiser: As PyTorch runs it.
+        codec: As PyTorch runs it. One of pictures decodes within the graphs, if the memory for that
+            is there.
         forward: Returns the forward pass of a network as the engine runs it.
     """
 
-    def __init__(self, denoiser: Denoiser, forward: Callable[[nn.Module], HasGraphs]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, codec: Codec, forward: Callable[[nn.Module], HasGraphs]
+    ) -> None:
         self._denoiser = denoiser
+        self._codec = codec if isinstance(codec, ImageCodec) else None
         self._forward = forward
         self._lock = Lock()
-        self._runs: dict[tuple[Time, ...], HasGraphs] = {}
+        self._runs: dict[tuple[int, bool], HasGraphs] = {}
+        self._tables: dict[tuple[Time, ...], Tensor] = {}
 
     def __call__(
         self, guided: Guided, noise: Tensor, times: Sequence[Time], sampler: str
@@ -145,18 +183,72 @@ class FixedRuns:
         )
         if not is_plain:
             return None
-        run = self._run(tuple(times))
-        answer = run.graphed(noise, conditioning.text, conditioning.pooled, conditioning.sizes)
-        if answer is None:
-            return None
-        pairs = zip(answer["x0"], answer["eps"], strict=True)
-        return AllSteps(answer["latents"], [Prediction(x0, eps) for x0, eps in pairs])
+        texts = (conditioning.text, conditioning.pooled, conditioning.sizes)
+        answer = self._answer(len(times) - 1, (noise, *texts, self._table(tuple(times))))
+        return None if answer is None else AllSteps(answer["latents"], answer.get("pictures"))
 
-    def _run(self, times: tuple[Time, ...]) -> HasGraphs:
-        """Return the run along some times, made when it is first asked for."""
+    def in_pieces(
+        self, conditioning: Conditioning, noise: Tensor, times: Sequence[Time]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return latents and pictures by a graph of one step and one of the decoder.
+
+        Two small graphs are opened sooner than one large one. None where there can be none.
+
+        Args:
+            conditioning: What is to be drawn.
+            noise: Latents at the first time.
+            times: Falling times, the landing included.
+        """
+        if self._codec is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            decode = self._forward(Decoder(self._codec).eval())
+        step = self._run(1, None)
+        table = self._table(tuple(times))
+        x = noise
+        for i in range(len(times) - 1):
+            part = table[:, i : i + 2].contiguous()
+            answer = step.graphed(
+                x, conditioning.text, conditioning.pooled, conditioning.sizes, part
+            )
+            if answer is None:
+                return None
+            x = answer["latents"]
+        pictures = decode.graphed(x)
+        return None if pictures is None else (x, pictures)
+
+    def _answer(self, num_steps: int, inputs: Sequence[Tensor]) -> Any:
+        """Return what the graph of so many steps gives; None where there can be none."""
+        codec = self._codec
+        if codec is not None:
+            tried = if_it_fits(lambda: (self._run(num_steps, codec).graphed(*inputs),))
+            if tried is not None:
+                return tried[0]
+            # A picture by itself can be decoded in tiles.
+            with self._lock:
+                self._codec = None
+                self._runs = {key: run for key, run in self._runs.items() if not key[1]}
+        return self._run(num_steps, None).graphed(*inputs)
+
+    def _run(self, num_steps: int, codec: ImageCodec | None) -> HasGraphs:
+        """Return the run of so many steps, made when it is first asked for."""
+        key = (num_steps, codec is not None)
         with self._lock:
-            if times not in self._runs:
+            if key not in self._runs:
                 with torch.inference_mode(False), torch.no_grad():
-                    network = FixedRun(self._denoiser, times).eval()
-                self._runs[times] = self._forward(network)
-            return self._runs[times]
+                    network = FixedRun(self._denoiser, num_steps, codec).eval()
+                self._runs[key] = self._forward(network)
+            return self._runs[key]
+
+    def _table(self, times: tuple[Time, ...]) -> Tensor:
+        """Return all that a run must know of some times, [3, times], on the denoiser's device."""
+        with self._lock:
+            if times not in self._tables:
+                schedule = self._denoiser.schedule
+                all_times = time_tensor(times)
+                signal, noise = schedule.coefficients(all_times, torch.zeros(len(times)))
+                # A network is not called at the landing.
+                read = torch.zeros(len(times))
+                read[:-1] = schedule.network_time(all_times[:-1])
+                self._tables[times] = torch.stack([read, signal, noise]).to(self._denoiser.device)
+            return self._tables[times]

@@ -154,7 +154,9 @@ class OpenVino(GraphEngine):
         if self.precision != "f32" or num_weight_bytes(bundle.denoiser.network) >= LARGE_BYTES:
             return None
         otherwise = "its steps are run one by one"
-        return FixedRuns(bundle.denoiser, lambda network: self._forward(network, otherwise))
+        return FixedRuns(
+            bundle.denoiser, bundle.codec, lambda network: self._forward(network, otherwise)
+        )
 
     def _check_pictures(self, exact: Bundle, prepared: Bundle, size: tuple[int, int]) -> None:
         """Draw two pictures with both, once for these weights, and judge how far they differ.

@@ -76,8 +76,20 @@ class ImageCodec:
         """
         if self.decoder != FULL:
             return self.decode_tiny(latents)
-        z = self._unscaled(latents)
-        pictures = self._without_overflow(lambda vae: vae.decode(z.to(_dtype(vae))).sample)
+        return self._without_overflow(lambda vae: self._decode_full(vae, latents))
+
+    def decode_in_one_go(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Return what `decode` does, as operations alone, for what traces or captures them.
+
+        Half precision may have overflowed: nobody has looked.
+        """
+        tiny = self.decoder != FULL
+        pictures = self.decode_tiny(latents) if tiny else self._decode_full(self.vae, latents)
+        return pictures.clamp(-1, 1).contiguous()
+
+    def _decode_full(self, vae: Any, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Return pictures by the autoencoder's own decoder; they are not cut off."""
+        pictures: Tensor = vae.decode(self._unscaled(latents).to(_dtype(vae))).sample
         return pictures.to(latents.dtype)
 
     def decode_tiny(self, latents: Latents) -> Float[Tensor, "batch 3 height width"]:
@@ -114,6 +126,18 @@ class ImageCodec:
     def file(self, item: Image.Image, metadata: Mapping[str, str]) -> Encoded:
         """Return an image as a PNG with the metadata as text chunks."""
         return png_file(item, metadata)
+
+    @property
+    def scaling(self) -> tuple[Any, ...]:
+        """All numbers that lie between latents and what the decoder reads."""
+        config = self.vae.config
+        return (
+            float(config.scaling_factor),
+            config.get("latents_mean"),
+            config.get("latents_std"),
+            self.deviation,
+            None if self.decoder == FULL or self.tiny is None else self.tiny.scaling_factor,
+        )
 
     def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return mean and factor m and f: latents are f (z - m) of the autoencoder's own z."""
@@ -171,12 +195,12 @@ def _latents(encoded: Any) -> Any:
 
 def to_images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """Turn pictures in -1..1 into 8-bit images."""
-    levels = (pictures.float() + 1) * 127.5
-    if levels.device.type == "cpu":
+    if pictures.device.type == "cpu":
         # PyTorch rounds a small picture with all of its threads, and wakes them for it: that takes
         # longer than the rounding, and from an engine with threads of its own a core.
-        rounded = torch.from_numpy(np.rint(levels.numpy()))
+        levels = np.rint((pictures.float().numpy() + np.float32(1)) * np.float32(127.5))
+        bytes_ = levels.clip(0, 255).astype(np.uint8)
     else:
-        rounded = levels.round()
-    bytes_ = rounded.clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in bytes_]
+        on_device = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        bytes_ = on_device.cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in bytes_]

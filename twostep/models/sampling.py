@@ -17,7 +17,6 @@ from torch import Tensor
 from twostep.contract import Contract
 from twostep.diffusion import (
     Denoise,
-    Prediction,
     Schedule,
     falling_times,
     find_sampler,
@@ -114,11 +113,11 @@ class AllSteps:
 
     Args:
         latents: At the last time.
-        predictions: Of every step, in order.
+        pictures: Of the latents, where they were decoded too; in -1..1.
     """
 
     latents: Tensor
-    predictions: list[Prediction]
+    pictures: Tensor | None = None
 
 
 def encode_prompts(

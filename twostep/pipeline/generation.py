@@ -6,6 +6,7 @@ teacher, with fewer times. This module keeps no state between two calls, and kno
 servers or progress bars.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,7 @@ class Progress:
         seeds: of the images that took it.
         previews: returns these images as they are foreseen now, as small pictures.
         prediction: `x0` holds the latents [batch, ...] of the items as they are foreseen now. None
-            where they were drawn elsewhere.
+            where they were drawn elsewhere, or an engine takes all steps in one.
     """
 
     num_done: int
@@ -208,14 +209,14 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Itera
     sizes = [len(part.seeds) for part in parts]
     start = time.perf_counter()
     with nullcontext() if len(parts) == 1 else ExactBatch(sizes):
-        drawn = if_it_fits(partial(_latents, bundle, parts, on_step))
+        drawn = if_it_fits(partial(_drawn, bundle, parts, on_step))
     if drawn is None:
         error = shortage(bundle, parts[0].drawing.prepared.size, sum(sizes))
         for part in parts:
             part.drawing.error = error
             yield part.drawing
         return
-    latents = drawn.split(sizes)
+    latents = drawn.latents.split(sizes)
     damages = [
         _damage(part, values, "latents") for part, values in zip(parts, latents, strict=True)
     ]
@@ -224,19 +225,26 @@ def _draw(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Itera
         part.drawing.error = damage
         part.drawing.prepared.seconds["denoise"] += seconds * len(part.seeds) / sum(sizes)
         if damage is None:
-            _decode(bundle, part, values)
+            _decode(bundle, part, values, drawn.pictures)
         yield part.drawing
 
 
-def _decode(bundle: Bundle, part: _Part, latents: Tensor) -> None:
+def _decode(bundle: Bundle, part: _Part, latents: Tensor, pictures: Tensor | None) -> None:
     """Turn the latents of a part into its images.
 
     Parts are decoded one after the other: a codec in half precision decodes again what overflowed,
     all of the batch, and decoding gains nothing from larger batches.
+
+    Args:
+        bundle: What decodes.
+        part: Whose images they are.
+        latents: Of the part.
+        pictures: Those of the latents, if they were decoded with the steps.
     """
     drawing = part.drawing
     with timed(drawing.prepared.seconds, "decode"):
-        pictures = if_it_fits(partial(decode, bundle, latents))
+        if pictures is None or not _is_finite(pictures):
+            pictures = if_it_fits(partial(decode, bundle, latents))
         if pictures is None:
             drawing.error = shortage(bundle, drawing.prepared.size, len(latents))
             return
@@ -267,7 +275,20 @@ def _to_file(codec: Codec) -> Callable[[Any, Mapping[str, str]], Encoded]:
     return png_file if isinstance(codec, ImageCodec) else codec.file
 
 
-def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What came of the steps.
+
+    Args:
+        latents: Of all parts, clean.
+        pictures: Those of the latents, where an engine decoded them with the steps.
+    """
+
+    latents: Tensor
+    pictures: Tensor | None = None
+
+
+def _drawn(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> _Drawn:
     """Follow the flow from the noise of every part, or its noised image, to clean latents."""
     schedule = bundle.denoiser.schedule
     prepared = [part.drawing.prepared for part in parts]
@@ -281,20 +302,23 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
         pieces = zip(prepared, x.split(sizes), s.split(sizes), noises, strict=True)
         return torch.cat([one.put_back(x, s, noise, schedule) for one, x, s, noise in pieces])
 
+    def taken(part: _Part, x0: Tensor, prediction: Prediction | None) -> None:
+        drawing = part.drawing
+        drawing.num_done += 1
+        if on_step is not None:
+            progress = Progress(
+                num_done=drawing.num_done,
+                num_steps=drawing.num_steps,
+                seeds=part.seeds,
+                previews=partial(_previews, bundle.codec, x0),
+                prediction=prediction,
+            )
+            on_step(drawing.place, progress)
+
     def report(_: int, prediction: Prediction) -> None:
         pieces = zip(parts, prediction.x0.split(sizes), prediction.eps.split(sizes), strict=True)
         for part, x0, eps in pieces:
-            drawing = part.drawing
-            drawing.num_done += 1
-            if on_step is not None:
-                progress = Progress(
-                    num_done=drawing.num_done,
-                    num_steps=drawing.num_steps,
-                    seeds=part.seeds,
-                    previews=partial(_previews, bundle.codec, x0),
-                    prediction=Prediction(x0, eps),
-                )
-                on_step(drawing.place, progress)
+            taken(part, x0, Prediction(x0, eps))
 
     first = prepared[0]
     guided = Guided.cat(
@@ -306,10 +330,10 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
     if bundle.runtime.run is not None and first.request.image is None:
         together = bundle.runtime.run(guided, x, first.times, sampler)
         if together is not None:
-            for i, prediction in enumerate(together.predictions):
-                report(i, prediction)
-            return together.latents
-    return sample_latents(
+            for _ in first.times[1:]:
+                taken(parts[0], together.latents, None)
+            return _Drawn(together.latents, together.pictures)
+    latents = sample_latents(
         bundle.denoiser,
         guided,
         x,
@@ -319,6 +343,7 @@ def _latents(bundle: Bundle, parts: list[_Part], on_step: OnStepOf | None) -> Te
         on_step=report,
         keep=None if first.mask is None else keep,
     )
+    return _Drawn(latents)
 
 
 def _previews(codec: Codec, latents: Float[Tensor, "batch ..."]) -> list[Image.Image]:
@@ -329,7 +354,7 @@ def _previews(codec: Codec, latents: Float[Tensor, "batch ..."]) -> list[Image.I
 def _damage(part: _Part, values: Float[Tensor, "batch ..."], what: str) -> GenerationError | None:
     """Return an error if an image holds NaN or infinity; this also waits for the device."""
     pairs = zip(part.seeds, values, strict=True)
-    broken = [str(seed) for seed, image in pairs if not bool(image.isfinite().all())]
+    broken = [str(seed) for seed, image in pairs if not _is_finite(image)]
     if not broken:
         return None
     return GenerationError(
@@ -337,3 +362,13 @@ def _damage(part: _Part, values: Float[Tensor, "batch ..."], what: str) -> Gener
         "Either the weights are damaged or half precision overflowed: load the model again, in "
         "float32."
     )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Tell whether no value is NaN or infinity; this also waits for the device.
+
+    A sum is one pass where looking at every value takes four, and is finite only if all are. It may
+    overflow where none is, so then they are looked at.
+    """
+    total = values.sum(dtype=torch.float32)
+    return math.isfinite(total.item()) or bool(values.isfinite().all())

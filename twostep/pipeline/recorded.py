@@ -35,11 +35,14 @@ from twostep.pipeline.timing import timed
 from twostep.text.prompt_weights import has_weights, is_composable, without_weights
 from twostep.text.words import ClipWords, unknown_words_warning, words_in_pieces
 
-RUN_INPUTS = ("x", "text", "pooled", "sizes")
-"""What a network of all steps is given, in order."""
+NEXT_INPUTS = ("x", "text", "pooled", "sizes", "table")
+"""What a network is given, in order, that has the sums of a step within it."""
 
 MEANINGS = ("eps", "x0", "v")
 """What the output of a network may mean that is called once a step."""
+
+NEXT = "next"
+"""What it means where the sums of a step are within the network: the latents at the next time."""
 
 Array = NDArray[Any]
 
@@ -134,8 +137,20 @@ def _drawn(
     shape = recording.latent_shape
     noise = torch_noise(request.seed, int(np.prod(shape))).reshape(1, *shape)
     latents = _denoised(opened, {**given, "x": noise}, seconds)
-    if latents is None:
+    pictures = None if latents is None else _decoded(opened, latents, seconds)
+    if latents is None or pictures is None:
         return None
+    if not (np.isfinite(latents).all() and np.isfinite(pictures).all()):
+        return None  # PyTorch says what is wrong
+    with timed(seconds, "decode"):
+        levels = np.rint((pictures.clip(-1, 1) + np.float32(1)) * np.float32(127.5))
+        pixels = levels[0].clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _decoded(opened: OpenRecording, latents: Array, seconds: dict[str, float]) -> Array | None:
+    """Return the pictures of latents; None where the decoder is not there any more."""
+    recording = opened.recording
     with timed(seconds, "load"):
         decoder = opened.decoder()
     if decoder is None:
@@ -144,11 +159,7 @@ def _drawn(
         z = latents / np.float32(recording.latent_scale) + np.float32(recording.latent_mean)
         factor, divisor = np.float32(recording.tiny_factor), np.float32(recording.tiny_divisor)
         (pictures,) = decoder(z * factor / divisor)
-        levels = np.rint((pictures.clip(-1, 1) + np.float32(1)) * np.float32(127.5))
-    if not (np.isfinite(latents).all() and np.isfinite(pictures).all()):
-        return None  # PyTorch says what is wrong
-    pixels = levels[0].clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return pictures
 
 
 def _encoded(
@@ -184,21 +195,23 @@ def _denoised(
     if denoiser is None:
         return None
     with timed(seconds, "denoise"):
-        steps = opened.recording.steps
-        if steps is not None:
-            return _stepped(denoiser, steps, given)
-        (latents,) = denoiser(*(given[name] for name in RUN_INPUTS))
-        return latents
+        return _stepped(denoiser, opened.recording.steps, given)
 
 
 def _stepped(denoiser: OpenGraph, steps: Steps, given: dict[str, Array]) -> Array:
     """Return the latents after all steps (eq 5 of arXiv 2402.13929), summed up as PyTorch does."""
     x = given["x"]
+    times = np.array(steps.network_times, steps.time_type)
     alphas = np.array(steps.alphas, np.float32)
     sigmas = np.array(steps.sigmas, np.float32)
-    for i, time in enumerate(steps.network_times):
-        values = {**given, "x": x, "time": np.array([time], steps.time_type)}
+    for i in range(len(alphas) - 1):
+        values = {**given, "x": x, "time": times[i : i + 1]}
+        if steps.prediction == NEXT:
+            values["table"] = np.stack([each[i : i + 2] for each in (times, alphas, sigmas)])
         (output,) = denoiser(*(values[name] for name in steps.inputs))
+        if steps.prediction == NEXT:
+            x = output
+            continue
         x0, eps = _prediction(steps.prediction, output, x, alphas[i], sigmas[i])
         x = alphas[i + 1] * x0 + sigmas[i + 1] * eps
     return x

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from twostep.diffusion.grid import time_tensor
+from twostep.engines.fixed_run import FixedRuns
+from twostep.engines.graphs import LARGE_BYTES
 from twostep.engines.openvino import GraphCall, graph_calls
 from twostep.formats import resolve
 from twostep.media.codec import FULL
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
+from twostep.networks.digest import num_weight_bytes
 from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import Prepared, prepare
-from twostep.pipeline.recorded import MEANINGS, draw_recorded, is_plain, key_of
+from twostep.pipeline.recorded import MEANINGS, NEXT, NEXT_INPUTS, draw_recorded, is_plain, key_of
 from twostep.pipeline.recordings import (
     FileState,
     GraphUse,
@@ -104,7 +107,6 @@ def _is_fit(bundle: Bundle) -> bool:
 def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None:
     """Draw once more and note what was called; None where that is not what can be noted."""
     text: Any = bundle.text
-    codec: Any = bundle.codec
     # What is remembered of the prompt is not encoded again.
     fresh = replace(bundle, text=replace(text, memory=None))
     with graph_calls() as calls, torch.inference_mode():
@@ -112,73 +114,139 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
         num_texts = len(calls)
         generate(fresh, request)
     drawing = calls[num_texts:]
-    if num_texts != 2 or len(drawing) < 4:
+    if num_texts != 2 or len(drawing) < 3:
         return None  # PyTorch runs what the engine could not make a graph of
-    first, second, *denoisers, decoder = drawing
-    is_together = bundle.runtime.run is not None and len(denoisers) == 1
-    steps = None if is_together else _steps(bundle, prepared, denoisers)
-    mean, scale = codec._scaling(decoder.tensors[0])
-    tiny = None if codec.decoder == FULL else codec.tiny
+    first, second, *networks = drawing
+    with torch.inference_mode():
+        is_one = len(networks) == 1
+        uses = _piece_uses(bundle, prepared) if is_one else _step_uses(bundle, prepared, networks)
     files = _files(request)
-    has_scale = isinstance(mean, float) and isinstance(scale, float)
-    if not has_scale or files is None or not (is_together or steps):
+    if uses is None or files is None:
         return None
     texts = [_used(call, lambda answer: [answer.hidden_states[-2]]) for call in (first, second)]
     pooled = _used(second, lambda answer: [answer[0]])
-    taken = _used(denoisers[0], lambda answer: [answer["latents"] if is_together else answer[0]])
     return Recording(
         versions=versions(),
         files=files,
         tokenizers=(str(text.tokenizers[0].folder), str(text.tokenizers[1].folder)),
         texts=(texts[0], replace(texts[1], outputs=(*texts[1].outputs, *pooled.outputs))),
-        denoiser=taken,
-        steps=steps,
-        decoder=_used(decoder, lambda answer: [answer]),
+        denoiser=uses.denoiser,
+        steps=uses.steps,
+        decoder=uses.decoder,
         sizes=tuple(prepared.guided.positive.sizes[0].tolist()),
         latent_shape=tuple(prepared.x0.shape[1:]),
-        latent_mean=mean,
-        latent_scale=scale,
-        tiny_factor=1.0 if tiny is None else float(codec.vae.config.scaling_factor),
-        tiny_divisor=1.0 if tiny is None else float(tiny.scaling_factor),
+        latent_mean=uses.latent_mean,
+        latent_scale=uses.latent_scale,
+        tiny_factor=uses.tiny_factor,
+        tiny_divisor=uses.tiny_divisor,
         contract=bundle.contract.to_json(),
         settled={name: getattr(result.request, name) for name in _SETTLED},
         origin=result.origin,
         zeros_for_empty=result.traits.zeros_for_empty,
+        is_large=num_weight_bytes(bundle.denoiser.network) >= LARGE_BYTES,
     )
 
 
-def _steps(bundle: Bundle, prepared: Prepared, calls: Sequence[GraphCall]) -> Steps | None:
-    """Return how a network that is called once a step is used; None where that is not known."""
+@dataclass(frozen=True)
+class _Uses:
+    """How the networks behind the text encoders are used; fields as in `Recording`."""
+
+    denoiser: GraphUse
+    steps: Steps
+    decoder: GraphUse
+    latent_mean: float = 0.0
+    latent_scale: float = 1.0
+    tiny_factor: float = 1.0
+    tiny_divisor: float = 1.0
+
+
+def _piece_uses(bundle: Bundle, prepared: Prepared) -> _Uses | None:
+    """Return the uses of small networks, of which one graph draws all.
+
+    Opened are a graph of one step and one of the decoder, which takes less time. None where they do
+    not compute the same numbers, to the last bit.
+    """
+    run = bundle.runtime.run
+    if not isinstance(run, FixedRuns):
+        return None
+    noise = prepared.noise(prepared.request.seeds)
+    positive = prepared.guided.positive
+    whole = run(prepared.guided, noise, prepared.times, "euler")
+    with graph_calls() as calls:
+        pieces = run.in_pieces(positive, noise, prepared.times)
+    if whole is None or whole.pictures is None or pieces is None:
+        return None
+    latents, pictures = pieces
+    if not (torch.equal(latents, whole.latents) and torch.equal(pictures, whole.pictures)):
+        return None
+    *steps, decoder = calls
+    return _Uses(
+        denoiser=_used(steps[0], lambda answer: [answer["latents"]]),
+        steps=_steps(bundle, prepared, NEXT_INPUTS, "float32", NEXT),
+        decoder=_used(decoder, lambda answer: [answer]),
+    )
+
+
+def _step_uses(bundle: Bundle, prepared: Prepared, calls: Sequence[GraphCall]) -> _Uses | None:
+    """Return the uses of large networks; None where it is not known how they are used."""
+    *denoisers, decoder = calls
     denoiser = bundle.denoiser
-    if denoiser.prediction_type not in MEANINGS or len(calls) != len(prepared.times) - 1:
+    if denoiser.prediction_type not in MEANINGS or len(denoisers) != len(prepared.times) - 1:
         return None
-    if len({call.graph.name for call in calls}) != 1:
+    if len({call.graph.name for call in denoisers}) != 1:
         return None
+    inputs = _inputs(bundle, prepared, denoisers[0])
+    codec: Any = bundle.codec
+    mean, scale = codec._scaling(prepared.x0)
+    if inputs is None or not isinstance(mean, float) or not isinstance(scale, float):
+        return None
+    time_type = str(denoisers[0].tensors[inputs.index("time")].numpy().dtype)
+    tiny = None if codec.decoder == FULL else codec.tiny
+    return _Uses(
+        denoiser=_used(denoisers[0], lambda answer: [answer[0]]),
+        steps=_steps(bundle, prepared, inputs, time_type, denoiser.prediction_type),
+        decoder=_used(decoder, lambda answer: [answer]),
+        latent_mean=mean,
+        latent_scale=scale,
+        tiny_factor=1.0 if tiny is None else float(codec.vae.config.scaling_factor),
+        tiny_divisor=1.0 if tiny is None else float(tiny.scaling_factor),
+    )
+
+
+def _steps(
+    bundle: Bundle, prepared: Prepared, inputs: Sequence[str], time_type: str, prediction: str
+) -> Steps:
+    """Return how a network is called once for each step."""
     times = time_tensor(prepared.times)
-    network_times = denoiser.schedule.network_time(times[:-1])
-    alphas, sigmas = denoiser.schedule.coefficients(times, times.float())
+    alphas, sigmas = bundle.denoiser.schedule.coefficients(times, times.float())
+    return Steps(
+        inputs=tuple(inputs),
+        # It is not called at the landing.
+        network_times=(*bundle.denoiser.schedule.network_time(times[:-1]).tolist(), 0),
+        time_type=time_type,
+        alphas=tuple(alphas.flatten().tolist()),
+        sigmas=tuple(sigmas.flatten().tolist()),
+        prediction=prediction,
+    )
+
+
+def _inputs(bundle: Bundle, prepared: Prepared, call: GraphCall) -> list[str] | None:
+    """Return the names of what a network is given, in order; None where that is not known."""
     positive = prepared.guided.positive
     given = {
         "x": prepared.noise(prepared.request.seeds),
-        "time": network_times[:1],
+        "time": bundle.denoiser.schedule.network_time(time_tensor(prepared.times)[:1]),
         "text": positive.text,
         "pooled": positive.pooled,
         "sizes": positive.sizes,
     }
     inputs = []
-    for tensor in calls[0].tensors:
+    for tensor in call.tensors:
         names = [name for name, value in given.items() if _is_same(value, tensor)]
         if len(names) != 1:
             return None
         inputs += names
-    return Steps(
-        inputs=tuple(inputs),
-        network_times=tuple(network_times.tolist()),
-        time_type=str(calls[0].tensors[inputs.index("time")].numpy().dtype),
-        alphas=tuple(alphas.flatten().tolist()),
-        sigmas=tuple(sigmas.flatten().tolist()),
-        prediction=denoiser.prediction_type,
-    )
+    return inputs
 
 
 def _is_same(given: Tensor, tensor: Tensor) -> bool:

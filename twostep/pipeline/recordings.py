@@ -101,15 +101,17 @@ class GraphUse:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a large denoiser, which is called once for each.
+    """The steps of a denoiser, which is called once for each.
 
     Args:
-        inputs: What it is given, in order: "x", "time", "text", "pooled" and "sizes".
+        inputs: What it is given, in order: "x", "time", "text", "pooled" and "sizes", or in the
+            place of the time a "table": how it reads two times, and their signal and noise.
         network_times: The times as it reads them ...
         time_type: ... and how numpy calls their type.
         alphas: Signal at all times, the landing included.
         sigmas: Noise at all times, the landing included.
-        prediction: What its output means: "eps", "x0" or "v".
+        prediction: What its output means: "eps", "x0", "v", or "next", the latents at the next
+            time.
     """
 
     inputs: tuple[str, ...]
@@ -135,9 +137,10 @@ class Recording:
         files: Those of the model and its tokenizers.
         tokenizers: The folders of both.
         texts: The two text encoders: their embeddings, and of the second also the pooled one.
-        denoiser: All steps: the latents at their end. Or one step: the network's output.
-        steps: If it is one, how there are made more of it.
+        denoiser: One step: what `Steps.prediction` says.
+        steps: How there are made more of it.
         decoder: The pictures.
+        is_large: Whether the denoiser is one whose weights should not be in memory beside others.
         sizes: SDXL's micro-conditioning, in pixels.
         latent_shape: Of one picture.
         latent_scale: What latents are divided by to be the autoencoder's own ...
@@ -155,7 +158,7 @@ class Recording:
     tokenizers: tuple[str, str]
     texts: tuple[GraphUse, GraphUse]
     denoiser: GraphUse
-    steps: Steps | None
+    steps: Steps
     decoder: GraphUse
     sizes: tuple[float, ...]
     latent_shape: tuple[int, ...]
@@ -167,6 +170,7 @@ class Recording:
     settled: dict[str, Any]
     origin: tuple[str, ...]
     zeros_for_empty: bool
+    is_large: bool
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Recording:
@@ -179,7 +183,7 @@ class Recording:
             "tokenizers": (first_words, second_words),
             "texts": (GraphUse.of(first_text), GraphUse.of(second_text)),
             "denoiser": GraphUse.of(values["denoiser"]),
-            "steps": None if values["steps"] is None else Steps.of(values["steps"]),
+            "steps": Steps.of(values["steps"]),
             "decoder": GraphUse.of(values["decoder"]),
             "sizes": tuple(values["sizes"]),
             "latent_shape": tuple(values["latent_shape"]),
@@ -198,7 +202,7 @@ class Recording:
 
 
 class OpenRecording:
-    """A recording whose networks are opened, of which a small denoiser is in a thread of its own.
+    """A recording whose networks are opened, a small denoiser and its decoder in a thread.
 
     That takes longer than all else of a drawing, and leaves the interpreter alone. Large networks
     are opened when it is their turn and then let go, so that they are not in memory together.
@@ -212,10 +216,11 @@ class OpenRecording:
 
         self.recording = recording
         self._core = Core()
-        self._opening: Future[tuple[OpenGraph | None, list[str]]] | None = None
-        if recording.steps is None:
+        self._opening: dict[str, Future[tuple[OpenGraph | None, list[str]]]] = {}
+        if not recording.is_large:
             pool = ThreadPoolExecutor(1)
-            self._opening = pool.submit(self._open_elsewhere, recording.denoiser)
+            for use in (recording.denoiser, recording.decoder):
+                self._opening[use.name] = pool.submit(self._open_elsewhere, use)
             pool.shutdown(wait=False)
 
     def text(self, place: int) -> OpenGraph | None:
@@ -224,18 +229,23 @@ class OpenRecording:
 
     def denoiser(self) -> OpenGraph | None:
         """Return the denoiser; None where it is not there any more."""
-        if self._opening is None:
-            return self._open(self.recording.denoiser)
-        denoiser, notes = self._opening.result()
-        for note in notes:
-            say(note)
-        return denoiser
+        return self._open(self.recording.denoiser)
 
     def decoder(self) -> OpenGraph | None:
         """Return the decoder; None where it is not there any more."""
         return self._open(self.recording.decoder)
 
     def _open(self, use: GraphUse) -> OpenGraph | None:
+        """Return a network, waiting for it if it is being opened already."""
+        opening = self._opening.pop(use.name, None)
+        if opening is None:
+            return self._open_here(use)
+        network, notes = opening.result()
+        for note in notes:
+            say(note)
+        return network
+
+    def _open_here(self, use: GraphUse) -> OpenGraph | None:
         def load(blob: Blob) -> OpenGraph:
             from openvino import Tensor
 
@@ -249,7 +259,7 @@ class OpenRecording:
 
     def _open_elsewhere(self, use: GraphUse) -> tuple[OpenGraph | None, list[str]]:
         """Return a network, and what there is to say of it, which a thread has for itself."""
-        return self._open(use), take_notes()
+        return self._open_here(use), take_notes()
 
 
 class OpenGraph:

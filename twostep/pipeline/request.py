@@ -392,7 +392,8 @@ class Result:
 
     - `images`: one for each seed, as the model's codec gives them: of pictures, 8-bit images.
     - `seconds`: per stage ("text", "encode", "denoise", "decode"). Of a batch that several requests
-      shared, each has the share of its images.
+      shared, each has the share of its images. An engine that decodes with the steps, in one, does
+      so in "denoise".
     - `warnings`: sentences for a person.
     - `request`: has every default filled in, with the guidance and strength that were really used.
     - `origin`: the model and its LoRAs as they were named when the bundle was loaded.

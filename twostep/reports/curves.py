@@ -53,9 +53,12 @@ def plot_curves(rows: Sequence[Row], starts: Sequence[Start] = ()) -> str | None
 
     None where no axis has more than one value.
     """
+    unit, per_second = ("s", 1.0)
+    if all(row.total.median < 1 for row in rows):
+        unit, per_second = ("ms", 1e3)
     seconds: dict[str, list[tuple[Case, float]]] = {}
     for row in rows:
-        seconds.setdefault(row.name, []).append((row.case, 1e3 * row.total.median))
+        seconds.setdefault(row.name, []).append((row.case, per_second * row.total.median))
     memory: dict[str, list[tuple[Case, float]]] = {}
     for start in starts:
         if start.name != TORCH:
@@ -63,7 +66,7 @@ def plot_curves(rows: Sequence[Row], starts: Sequence[Start] = ()) -> str | None
     names = list(dict.fromkeys([*seconds, *memory]))
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     lines: list[list[str]] = []
-    for what, costs in (("ms a drawing", seconds), ("MiB of a process", memory)):
+    for what, costs in ((f"{unit} a drawing", seconds), ("MiB of a process", memory)):
         line = []
         for axis in AXES:
             curves = along(axis, costs)
@@ -106,7 +109,8 @@ def _panel(title: str, curves: Mapping[str, Points], colours: Mapping[str, str])
     """Return one plot: axes from the least to the largest value, and a line for each curve."""
     xs = sorted({x for points in curves.values() for x, _ in points})
     ys = [y for points in curves.values() for _, y in points]
-    low, high = _whole_powers(min(ys), max(ys))
+    ticks = _ticks(min(ys), max(ys))
+    low, high = ticks[0], ticks[-1]
 
     def across(x: float) -> float:
         return _LEFT + _WIDE * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
@@ -115,18 +119,15 @@ def _panel(title: str, curves: Mapping[str, Points], colours: Mapping[str, str])
         return _TOP + _HIGH * (1 - math.log(y / low) / math.log(high / low))
 
     parts = [f'<text x="{_LEFT}" y="{_TOP - 12}" font-weight="bold">{title}</text>']
-    tick = low
-    while tick <= high * 1.001:
+    for tick in ticks:
         y = down(tick)
         parts.append(
             f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_LEFT + _WIDE}" y2="{y:.1f}" stroke="#ddd"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>'
         )
-        tick *= 2
+    under = _TOP + _HIGH + 18
     for x in xs:
-        parts.append(
-            f'<text x="{across(x):.1f}" y="{_TOP + _HIGH + 18}" text-anchor="middle">{x:g}</text>'
-        )
+        parts.append(f'<text x="{across(x):.1f}" y="{under}" text-anchor="middle">{x:,.0f}</text>')
     for name, points in curves.items():
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
         parts.append(
@@ -139,7 +140,11 @@ def _panel(title: str, curves: Mapping[str, Points], colours: Mapping[str, str])
     return "".join(parts)
 
 
-def _whole_powers(least: float, most: float) -> tuple[float, float]:
-    """Return the powers of two around values."""
-    low = 2.0 ** math.floor(math.log2(least))
-    return low, max(2 * low, 2.0 ** math.ceil(math.log2(most)))
+def _ticks(least: float, most: float) -> list[float]:
+    """Return the numbers 1, 2 and 5 times powers of ten around and between values."""
+    first = math.floor(math.log10(least))
+    last = math.ceil(math.log10(most)) + 1
+    numbers = [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5)]
+    start = max(i for i, number in enumerate(numbers) if number <= least)
+    end = min(i for i, number in enumerate(numbers) if number >= most)
+    return numbers[start : max(end, start + 1) + 1]
