@@ -51,6 +51,7 @@ from twostep.pretrain.latents import LatentCache, LatentSource, builtin
 from twostep.pretrain.prompt_sets import open_tasks
 from twostep.reports.benchmark import Bench, evaluate_student
 from twostep.training.device import find_device
+from twostep.training.halves import halved
 from twostep.training.loop import Randomness
 from twostep.training.run_folder import RunFolder
 
@@ -353,9 +354,8 @@ def run_arm(arm: str, steps: int, seed: int, options: argparse.Namespace, clock:
         note_looks(start_grid)
 
     def on_checkpoint(iteration: int) -> dict[str, float]:
-        weights = {key: value.half() for key, value in student.network.state_dict().items()}
         with write_atomically(folder / "student.safetensors") as file:
-            file.write(save(weights))
+            file.write(save(halved(student.network.state_dict())))
         return note_looks(folder / "grid.png")
 
     run_folder = RunFolder(folder, stage)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from twostep.cli.units import size_in_pixels
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -59,7 +61,6 @@ def bench(
     """Time engines, beside diffusers and bare OpenVINO calls, in turns on this machine."""
     from rich.console import Console
 
-    from twostep.cli.draw import _parse_size
     from twostep.files import write_atomically
     from twostep.formats import read_contracts
     from twostep.reports import speed
@@ -67,12 +68,9 @@ def bench(
     from twostep.reports.starts import time_starts
     from twostep.training.device import find_device
 
-    sizes = [_parse_size(each) for each in size or ()]
+    sizes = [size_in_pixels(each) for each in size or ()]
     cases = speed.every_case(
-        steps or [1, 2, 4],
-        [(width, height) for width, height in sizes if width and height]
-        or [read_contracts(model)[0].sizes[0]],
-        batch or [1],
+        steps or [1, 2, 4], sizes or [read_contracts(model)[0].sizes[0]], batch or [1]
     )
     machine = speed.machine(find_device(device))
     engines = engine or ["eager", "openvino"]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twostep.cli.units import size_in_pixels
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -104,7 +106,7 @@ def generate(
     out: _Folder = Path("out"),
 ) -> None:
     """Draw a prompt and write PNGs, or clips, that say how they were made."""
-    width, height = _parse_size(size)
+    width, height = (None, None) if size is None else size_in_pixels(size)
     _check_steps(model, steps)
     opened = None
     if num_images == 1 and not (lora or control or negative):
@@ -453,15 +455,3 @@ def _parse_seed(seed: str, num_images: int) -> int:
     picked = secrets.randbelow(NUM_DISTINCT_SEEDS - min(num_images, NUM_DISTINCT_SEEDS - 1))
     typer.echo(f"seed {picked}", err=True)
     return picked
-
-
-def _parse_size(size: str | None) -> tuple[int, int] | tuple[None, None]:
-    """Read WIDTHxHEIGHT."""
-    if size is None:
-        return None, None
-    from twostep.pipeline.request import RequestError
-
-    match = re.fullmatch(r"(\d+)[xX](\d+)", size.strip())
-    if match is None:
-        raise RequestError(f"size is {size!r}; expected WIDTHxHEIGHT in pixels, such as 64x64.")
-    return int(match[1]), int(match[2])

@@ -16,6 +16,17 @@ def size_in_bytes(text: str) -> float:
         raise typer.BadParameter(f"{error}.") from error
 
 
+def size_in_pixels(text: str) -> tuple[int, int]:
+    """Return the width and height of a size like 64x64; RequestError for anything else."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    if match is None:
+        # This brings more of the package, which a size that is right does without.
+        from twostep.pipeline.request import RequestError
+
+        raise RequestError(f"size is {text!r}; expected WIDTHxHEIGHT in pixels, such as 64x64.")
+    return int(match[1]), int(match[2])
+
+
 def duration_in_seconds(text: str) -> float:
     """Return the seconds of a time like 3h, 90m, 1h30m or 45s."""
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m)?(?:(\d+)s)?", text)

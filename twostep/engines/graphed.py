@@ -8,14 +8,15 @@ is.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from twostep.engines.blobs import fingerprint
+from twostep.engines.blobs import Blob, fingerprint, has_room, restored, write_blob
 from twostep.engines.calls import Call, with_forward
 from twostep.engines.converting import ConvertingEngine, converted_codec, decoding_at_once
 from twostep.engines.errors import EngineError
@@ -25,8 +26,31 @@ from twostep.models.runtime import RunsAllSteps, Runtime
 from twostep.networks.digest import digest_of_tensors
 
 
+@dataclass(frozen=True, eq=False)
+class TracedGraph:
+    """A graph that was just traced, and what of it is kept on the disk.
+
+    Args:
+        graph: It.
+        num_bytes: About how many bytes are kept.
+        body: Returns them.
+    """
+
+    graph: Graph
+    num_bytes: int
+    body: Callable[[], bytes]
+
+
 class GraphEngine(ConvertingEngine):
-    """An engine that runs networks from graphs."""
+    """An engine that runs networks from graphs.
+
+    Attributes:
+        kept_as: What it keeps on the disk, for a person.
+        unusable: What its runtime raises of what was kept and cannot be used.
+    """
+
+    kept_as: str
+    unusable: tuple[type[Exception], ...]
 
     @property
     @abstractmethod
@@ -38,14 +62,57 @@ class GraphEngine(ConvertingEngine):
         """Raise EngineError where a bundle cannot be run."""
 
     @abstractmethod
+    def facts(self, network: nn.Module) -> dict[str, object]:
+        """Return what a graph depends on, beside the network's weights and the call."""
+
+    @abstractmethod
+    def reopen(self, name: str, blob: Blob, network: nn.Module, answer_spec: Any) -> Graph:
+        """Return the graph that was kept under a fingerprint.
+
+        Args:
+            name: The fingerprint.
+            blob: What was kept.
+            network: What it was built from.
+            answer_spec: How the tensors of an answer are put together.
+        """
+
+    @abstractmethod
+    def trace(self, name: str, network: nn.Module, call: Call) -> TracedGraph:
+        """Trace a network and compare the graph with it, on the values of a call.
+
+        Args:
+            name: The fingerprint under which the graph is kept.
+            network: Whose call it is.
+            call: The call.
+
+        Raises:
+            GraphError: The graph does not compute what the network does.
+        """
+
     def build(self, network: nn.Module, call: Call, digest: str) -> Graph:
-        """Return the graph of a call.
+        """Return the graph of a call, from the disk if it was built before.
 
         Args:
             network: Whose call it is.
             call: The call.
             digest: Of the network's weights and of how it is built.
         """
+        facts = {**self.facts(network), "weights": digest, "call": str(call.signature)}
+        name = fingerprint(facts)
+
+        def load(blob: Blob) -> Graph:
+            spec = pytree.treespec_loads(blob.description["answer"])
+            return self.reopen(name, blob, network, spec)
+
+        graph = restored(name, load, what=self.kept_as, errors=self.unusable)
+        if graph is not None:
+            return graph
+        traced = self.trace(name, network, call)
+        # Asked before there are any bytes, for they may take as much memory again, twice.
+        if has_room(traced.num_bytes):
+            description = {"answer": pytree.treespec_dumps(traced.graph.answer_spec)}
+            write_blob(name, description, traced.body())
+        return traced.graph
 
     @property
     def exact(self) -> GraphEngine:

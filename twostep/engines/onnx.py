@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from twostep import __version__
-from twostep.engines.blobs import Blob, fingerprint, restored, write_blob
+from twostep.engines.blobs import Blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
-from twostep.engines.graphed import GraphEngine, check_on_the_cpu
+from twostep.engines.graphed import GraphEngine, TracedGraph, check_on_the_cpu
 from twostep.engines.graphs import Graph, check_graph
 from twostep.models.bundle import Bundle
 
@@ -41,6 +40,10 @@ _LOCATION = "weights"
 class Onnx(GraphEngine):
     """Runs every network with ONNX Runtime, in float32."""
 
+    kept_as = "an exported network"
+    # What ONNX Runtime raises derives from nothing in common.
+    unusable = (Exception,)
+
     @property
     def name(self) -> str:
         """The name by which the engine is chosen."""
@@ -55,19 +58,16 @@ class Onnx(GraphEngine):
             )
         check_on_the_cpu(bundle, self.name)
 
-    def build(self, network: nn.Module, call: Call, digest: str) -> Graph:
-        """Return the graph of a call, from the disk if it was made before."""
-        facts = {"weights": digest, "call": str(call.signature), "engine": "onnx"}
-        name = fingerprint({**facts, "versions": versions()})
+    def facts(self, network: nn.Module) -> dict[str, object]:
+        """Return what a graph depends on, beside the network's weights and the call."""
+        return {"engine": self.name, "versions": versions()}
 
-        def load(blob: Blob) -> Graph:
-            spec = pytree.treespec_loads(blob.description["answer"])
-            return _OnnxGraph(blob.body.tobytes(), network, spec)
+    def reopen(self, name: str, blob: Blob, network: nn.Module, answer_spec: Any) -> Graph:
+        """Return the graph that was kept under a fingerprint."""
+        return _OnnxGraph(blob.body.tobytes(), network, answer_spec)
 
-        # What ONNX Runtime raises derives from nothing in common.
-        graph = restored(name, load, what="an exported network")
-        if graph is not None:
-            return graph
+    def trace(self, name: str, network: nn.Module, call: Call) -> TracedGraph:
+        """Export a network and compare the graph with it, on the values of a call."""
         model, spec = _exported(network, call)
         model = _without(model, _weights(network))
         graph = _OnnxGraph(model, network, spec)
@@ -77,8 +77,7 @@ class Onnx(GraphEngine):
             # Right for a tensor that a network never reads; wrong where the exporter took the
             # values of this one call for constants.
             check_graph(graph, network, call.with_others_at(left_out), TOLERANCE)
-        write_blob(name, {"answer": pytree.treespec_dumps(spec)}, model)
-        return graph
+        return TracedGraph(graph, len(model), lambda: model)
 
 
 class _OnnxGraph:

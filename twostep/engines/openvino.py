@@ -24,15 +24,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from twostep import __version__
 from twostep.engines.accuracy import judge_change, picture_change
-from twostep.engines.blobs import Blob, fingerprint, has_room, restored, write_blob
+from twostep.engines.blobs import Blob
 from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
 from twostep.engines.fixed_run import FixedRuns
-from twostep.engines.graphed import GraphEngine, check_on_the_cpu, digest_of
+from twostep.engines.graphed import GraphEngine, TracedGraph, check_on_the_cpu, digest_of
 from twostep.engines.graphs import LARGE_BYTES, Graph, check_graph
 from twostep.engines.measured import measured_once
 from twostep.models.bundle import Bundle
@@ -60,6 +59,9 @@ class OpenVino(GraphEngine):
             autoencoder in 8 bits is seen in every picture. Whether a model bears them is measured
             by two pictures of each model, once.
     """
+
+    kept_as = "a compiled network"
+    unusable = (KeyError, RuntimeError, ValueError)
 
     def __init__(self, precision: str = "f32") -> None:
         super().__init__()
@@ -107,9 +109,45 @@ class OpenVino(GraphEngine):
                 "`pip install 'twostep[openvino]'`, or use openvino."
             )
 
-    def build(self, network: nn.Module, call: Call, digest: str) -> Graph:
-        """Return the graph of a call, from the disk if it was made before."""
-        return _graph(network, call, self.precision, digest)
+    def facts(self, network: nn.Module) -> dict[str, object]:
+        """Return what a graph depends on, beside the network's weights and the call."""
+        facts: dict[str, object] = {
+            "precision": self.precision,
+            "settings": settings(self.precision),
+            "versions": versions(),
+        }
+        if self.precision == "int8":
+            facts["kept whole"] = kept_whole(network)
+        return facts
+
+    def reopen(self, name: str, blob: Blob, network: nn.Module, answer_spec: Any) -> Graph:
+        """Return the graph that was kept under a fingerprint."""
+        from openvino import Tensor as OpenVinoTensor
+
+        compiled_as = settings(self.precision)
+        body = OpenVinoTensor(blob.body, shared_memory=True)
+        compiled = _core().import_model(body, "CPU", compiled_as)
+        return OpenVinoGraph(name, compiled, compiled_as, answer_spec, memory=(body, blob))
+
+    def trace(self, name: str, network: nn.Module, call: Call) -> TracedGraph:
+        """Trace and compile a network, and compare an exact graph with it on the values of a call.
+
+        What the inexact precisions change is judged by pictures instead.
+        """
+        # Tensors that were made for inference alone cannot be traced.
+        with torch.inference_mode(False), torch.no_grad():
+            plain = call.rows(slice(None)) if call.batch is not None else call
+            tensors = [tensor.clone() for tensor in plain.tensors]
+            model, spec = _traced(network, call, tensors)
+        if self.precision == "int8":
+            model = _in_eight_bits(model, kept_whole(network))
+        compiled_as = settings(self.precision)
+        compiled = _core().compile_model(model, "CPU", compiled_as)
+        graph = OpenVinoGraph(name, compiled, compiled_as, spec)
+        if self.precision == "f32":
+            check_graph(graph, network, call, TOLERANCE)
+        num_bytes = _num_bytes(network, self.precision)
+        return TracedGraph(graph, num_bytes, lambda: compiled.export_model().getvalue())
 
     def _run(self, bundle: Bundle) -> RunsAllSteps | None:
         """Return what runs all steps together, for networks that are not large."""
@@ -263,51 +301,6 @@ def graph_calls() -> Iterator[list[GraphCall]]:
         yield calls
     finally:
         _graph_calls.reset(token)
-
-
-def _graph(network: nn.Module, call: Call, precision: str, digest: str) -> OpenVinoGraph:
-    """Return the graph of a call, from the disk if it was made before."""
-    compiled_as = settings(precision)
-    facts = {
-        "weights": digest,
-        "call": str(call.signature),
-        "precision": precision,
-        "settings": compiled_as,
-        "versions": versions(),
-    }
-    if precision == "int8":
-        facts["kept whole"] = kept_whole(network)
-    name = fingerprint(facts)
-
-    def load(blob: Blob) -> OpenVinoGraph:
-        from openvino import Tensor as OpenVinoTensor
-
-        spec = pytree.treespec_loads(blob.description["answer"])
-        body = OpenVinoTensor(blob.body, shared_memory=True)
-        compiled = _core().import_model(body, "CPU", compiled_as)
-        return OpenVinoGraph(name, compiled, compiled_as, spec, memory=(body, blob))
-
-    graph = restored(
-        name, load, what="a compiled network", errors=(KeyError, RuntimeError, ValueError)
-    )
-    if graph is not None:
-        return graph
-    # Tensors that were made for inference alone cannot be traced.
-    with torch.inference_mode(False), torch.no_grad():
-        plain = call.rows(slice(None)) if call.batch is not None else call
-        tensors = [tensor.clone() for tensor in plain.tensors]
-        model, spec = _traced(network, call, tensors)
-    if precision == "int8":
-        model = _in_eight_bits(model, kept_whole(network))
-    compiled = _core().compile_model(model, "CPU", compiled_as)
-    graph = OpenVinoGraph(name, compiled, compiled_as, spec)
-    if precision == "f32":
-        check_graph(graph, network, call, TOLERANCE)
-    # Asked before, for exporting takes as much memory again, twice.
-    if has_room(_num_bytes(network, precision)):
-        description = {"answer": pytree.treespec_dumps(spec)}
-        write_blob(name, description, compiled.export_model().getvalue())
-    return graph
 
 
 def _num_bytes(network: nn.Module, precision: str) -> int:

@@ -25,6 +25,7 @@ from twostep.errors import TwostepError
 from twostep.evaluate.attributes import Concept
 from twostep.evaluate.frechet import FeatureStatistics, fit_features
 from twostep.files import write_atomically
+from twostep.training.halves import halved
 
 BUILT_IN = Path(__file__).parents[1] / "weights" / "nano" / "judge.safetensors"
 """The judge that ships with the nano models."""
@@ -210,10 +211,7 @@ def load_judge(path: Path = BUILT_IN, *, outline: bool = False) -> Judge:
 
 def save_judge(judge: Judge, path: Path) -> None:
     """Write a judge to one fp16 safetensors file, with classes and origin as metadata."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in judge.state_dict().items():
-        half = tensor.half() if tensor.is_floating_point() else tensor
-        tensors[name] = half.contiguous()
+    tensors = halved(judge.state_dict())
     if judge.real is not None:
         tensors["real.mean"] = judge.real.mean.float().contiguous()
         tensors["real.covariance"] = judge.real.covariance.float().contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from twostep.errors import TwostepError
 from twostep.files import write_atomically
+from twostep.training.halves import halved
 
 _METADATA_KEY = "twostep.sound_judge"
 _WIDTHS = (32, 64, 96, 128)
@@ -86,9 +87,8 @@ def save_sound_judge(judge: SoundJudge, path: Path) -> None:
         "loudnesses": judge.loudnesses,
         "accuracy": dict(judge.accuracy),
     }
-    weights = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
     with write_atomically(path) as file:
-        file.write(save(weights, {_METADATA_KEY: json.dumps(described)}))
+        file.write(save(halved(judge.state_dict()), {_METADATA_KEY: json.dumps(described)}))
 
 
 def load_sound_judge(path: Path) -> SoundJudge:

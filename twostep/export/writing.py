@@ -34,6 +34,7 @@ from twostep.models.loading import load_with_loras
 from twostep.models.saving import save_bundle
 from twostep.models.sdxl import SDXL_CHANNELS, autoencoder, base_folder, embed_no_guidance, is_sdxl
 from twostep.models.sdxl_networks import hollow_networks
+from twostep.training.halves import halved
 
 TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
 """The forms that a model can be exported to."""
@@ -249,7 +250,7 @@ def _write_file(bundle: Bundle, job: ExportJob) -> Path:
     weights = bundle.denoiser.network.state_dict()
     if job.to == "comfyui":
         weights = whole_weights({**bundle.parts, "vae": vae})
-    halves = {key: value.half() for key, value in weights.items()}
+    halves = halved(weights)
     for key, value in halves.items():
         if not value.isfinite().all():
             raise ModelError(

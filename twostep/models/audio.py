@@ -11,9 +11,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from twostep.models.bundle import Bundle
 from twostep.networks.audio_dit import AudioDit, AudioDitConfig
 from twostep.networks.denoiser import Denoiser
 from twostep.text.attributes import AttributePrompts
+from twostep.training.halves import halved
 
 CONFIG_FILE = "config.json"
 NETWORK_FILE = "network.safetensors"
@@ -107,7 +107,7 @@ class AudioFamily:
             "vocabulary": text.vocabulary,
             "synonyms": dict(text.synonyms),
         }
-        _write(folder / NETWORK_FILE, save(_halves(network.state_dict())))
+        _write(folder / NETWORK_FILE, save(halved(network.state_dict())))
         # In full precision: it is small, and latents that were cached depend on it.
         _write(folder / CODEC_FILE, save(components.state_dict()))
         _write(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
@@ -116,7 +116,7 @@ class AudioFamily:
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
         """Write a student's network in fp16 into the folder of its teacher; returns the file."""
         path = student_path(contract, folder)
-        _write(path, save(_halves(weights), contract.to_metadata()))
+        _write(path, save(halved(weights), contract.to_metadata()))
         return path
 
 
@@ -151,10 +151,6 @@ def _read_weights(module: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{path} cannot be loaded ({reason}). Fetch that model again.") from error
-
-
-def _halves(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,7 +16,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
@@ -40,6 +39,7 @@ from twostep.models.sdxl import SdxlFamily, base_folder, is_sdxl
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.lean import LeanUnet
 from twostep.networks.motion import MotionModule, MotionUnet
+from twostep.training.halves import halved
 
 SETTINGS_FILE = "motion.json"
 ADAPTER = "motion_adapter"
@@ -123,7 +123,8 @@ class MotionFamily:
             frames=codec.length,
             frames_per_second=codec.frames_per_second,
         )
-        weights = _in_half_precision(backbone.network.state_dict(), config)
+        # The positions are added afterwards: they stay in full precision.
+        weights = to_diffusers(halved(backbone.network.state_dict()), config)
         (adapter / _CONFIG).write_text(json.dumps(config.to_diffusers(), indent=2))
         with write_atomically(adapter / _WEIGHTS) as file:
             file.write(save(weights, {"format": "pt"}))
@@ -139,7 +140,7 @@ class MotionFamily:
         path = student_path(contract, folder)
         with write_atomically(path) as file:
             metadata = {"format": "pt", **contract.to_metadata()}
-            file.write(save(_in_half_precision(weights, config), metadata))
+            file.write(save(to_diffusers(halved(weights), config), metadata))
         return path
 
 
@@ -310,13 +311,6 @@ def _load_module(config: MotionConfig, file: Path | None) -> MotionModule:
         accounted = account(weights, expected, names, str(file))
         network.load_state_dict({key: value.float() for key, value in accounted.items()})
     return network.eval().requires_grad_(False)
-
-
-def _in_half_precision(weights: Mapping[str, Tensor], config: MotionConfig) -> dict[str, Tensor]:
-    """Return weights in fp16 by diffusers' names, with the positions in full precision."""
-    halves: dict[str, Any] = {key: value.half() for key, value in weights.items()}
-    written = to_diffusers(halves, config)
-    return {key: value.contiguous() for key, value in written.items()}
 
 
 def _spelled(name: str, folder: Path) -> str:

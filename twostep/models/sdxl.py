@@ -46,6 +46,7 @@ from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.sdxl_unet import SdxlUnet
 from twostep.text.clip import TextEncoders, quiet_transformers
+from twostep.training.halves import halved
 
 SDXL_CHANNELS = (320, 640, 1280)
 """The channels of SDXL's own UNet, by level, by which ComfyUI knows it."""
@@ -147,9 +148,8 @@ class SdxlFamily:
         path = student_path(contract, folder)
         if contract.lora_rank is not None:
             weights = {f"{PREFIX}{key}": value for key, value in weights.items()}
-        halves = {key: value.half() for key, value in weights.items()}
         with write_atomically(path) as file:
-            file.write(save(halves, contract.to_metadata()))
+            file.write(save(halved(weights), contract.to_metadata()))
         return path
 
 

@@ -33,6 +33,7 @@ from twostep.media.codec import FULL, TINY, TinyDecoder
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
 from twostep.networks.lean.autoencoders import TinyDecoder as Network
+from twostep.training.halves import halved
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 """The weights in a folder of diffusers."""
@@ -153,7 +154,8 @@ def save_own_decoder(bundle: Bundle, folder: Path) -> None:
 
 def write_decoder(network: nn.Module, metadata: Mapping[str, str], path: Path) -> None:
     """Write a decoder in 16 bits, by the names that TAESD's own files have."""
-    _write({file_name(name): value for name, value in _halves(network).items()}, metadata, path)
+    weights = {file_name(name): value for name, value in network.state_dict().items()}
+    _write(weights, metadata, path)
 
 
 def write_for_diffusers(
@@ -169,24 +171,20 @@ def write_for_diffusers(
     class. Of any other there is none that fits: diffusers then says that it is not trained.
     """
     config = diffusers_config(layout)
-    weights = {f"decoder.{name}": value for name, value in _halves(network).items()}
+    weights = {f"decoder.{name}": value for name, value in network.state_dict().items()}
     if _ENCODER_WIDTHS in vae.config:
         config |= {key: vae.config[key] for key in (_ENCODER_WIDTHS, "num_encoder_blocks")}
-        weights |= {f"encoder.{name}": value for name, value in _halves(vae.encoder).items()}
+        encoder = vae.encoder.state_dict()
+        weights |= {f"encoder.{name}": value for name, value in encoder.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode())
     _write(weights, {"format": "pt", **metadata}, folder / DIFFUSERS_FILE)
 
 
-def _halves(network: nn.Module) -> dict[str, Tensor]:
-    state = network.state_dict()
-    return {name: value.half().cpu().contiguous() for name, value in state.items()}
-
-
 def _write(weights: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
     with write_atomically(path) as file:
-        file.write(save(dict(weights), dict(metadata)))
+        file.write(save(halved(weights), dict(metadata)))
 
 
 def _check_layout(found: DecoderFile, codec: ImageCodec, contract: Contract) -> None:

@@ -25,6 +25,7 @@ from twostep import __version__
 from twostep.engines.blobs import Blob, fingerprint, restored
 from twostep.files import WriteError, cache_folder, write_atomically
 from twostep.models.runtime import say, take_notes
+from twostep.training.cpu import num_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -324,7 +325,7 @@ def recording_path(key: RecordingKey) -> Path:
         "folder": str(here.resolve()) if here.exists() else None,
         "steps": key.steps,
         "size": [key.width, key.height],
-        "threads": [os.environ.get("OMP_NUM_THREADS"), _num_cores()],
+        "threads": [os.environ.get("OMP_NUM_THREADS"), num_cores()],
     }
     return cache_folder() / "recordings" / f"{fingerprint(facts)}.json"
 
@@ -336,10 +337,3 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _num_cores() -> int | None:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()

@@ -31,7 +31,8 @@ from twostep.pretrain.scene_captions import caption_table
 from twostep.pretrain.scenes import SceneTable, compose, random_scenes
 from twostep.pretrain.sizes import find_size
 from twostep.text.clip import TextEncoders
-from twostep.training.device import computes_bfloat16, num_cores
+from twostep.training.cpu import num_cores
+from twostep.training.device import computes_bfloat16
 from twostep.training.loop import hashed_seed
 
 _AT_ONCE = 64

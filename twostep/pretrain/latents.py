@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float16, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from twostep.pretrain.drawings import (
     load_drawings,
     random_backgrounds,
 )
-from twostep.training.processes import wait, world
+from twostep.pretrain.kept import made_once, refusing_damage
 
 _METADATA_KEY = "twostep.latents"
 _ENCODE_BATCH = 128
@@ -178,19 +178,16 @@ def builtin(
 
 def load_latents(path: Path) -> LatentCache:
     """Read a cache; DrawingsError if it is missing, damaged or holds NaN."""
-    try:
-        with safe_open(path, "pt") as file:
-            listing = json.loads((file.metadata() or {})[_METADATA_KEY])
-            latents = file.get_tensor("latents")
-            labels = file.get_tensor("labels")
-    except (FileNotFoundError, SafetensorError, KeyError) as error:
-        raise DrawingsError(
-            f"{path} is no latent cache ({error!r}). Delete it; it is built again from drawings."
-        ) from error
+    remedy = "it is built again from drawings"
+    with (
+        refusing_damage(path, DrawingsError, "is no latent cache", remedy),
+        safe_open(path, "pt") as file,
+    ):
+        listing = json.loads((file.metadata() or {})[_METADATA_KEY])
+        latents = file.get_tensor("latents")
+        labels = file.get_tensor("labels")
     if not torch.isfinite(latents).all():
-        raise DrawingsError(
-            f"{path} holds values that are no numbers. Delete it; it is built again from drawings."
-        )
+        raise DrawingsError(f"{path} holds values that are no numbers. Delete it; {remedy}.")
     names = tuple((tuple(group), subgroup) for group, subgroup in listing["names"])
     return LatentCache(latents, labels, names, tuple(listing["styles"]))
 
@@ -214,13 +211,13 @@ def find_latents(
         variants: pictures of every drawing.
         on_variant: called with the number of variants that are done, and of all.
     """
-    if world().is_first and not path.exists():
-        cache = cache_latents(
+
+    def make() -> LatentCache:
+        return cache_latents(
             drawings(), codec, pixels=pixels, variants=variants, on_variant=on_variant
         )
-        cache.save(path)
-    wait()
-    return load_latents(path)
+
+    return made_once(path, make, load_latents)
 
 
 def cache_latents(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float16, Integer, UInt8
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -22,11 +21,11 @@ from twostep.files import write_atomically
 from twostep.media.audio import AudioCodec
 from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
+from twostep.pretrain.kept import made_once, refusing_damage
 from twostep.pretrain.latents import KeptLatents, LatentSource
 from twostep.pretrain.soundfont import NUM_SAMPLES, NotesError, Player, amplified, find_soundfont
 from twostep.text.attributes import AttributePrompts, pitch_name, pitch_words
 from twostep.training.loop import Randomness
-from twostep.training.processes import wait, world
 
 INSTRUMENTS = {
     "piano": (0, 1),
@@ -212,13 +211,9 @@ class NoteCache:
 
 def load_notes(path: Path) -> NoteCache:
     """Read cached notes; NotesError if they are missing or damaged."""
-    try:
+    with refusing_damage(path, NotesError, "holds no notes", "they are rendered again"):
         tensors = load_file(path)
         latents, labels = tensors["latents"], tensors["labels"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise NotesError(
-            f"{path} holds no notes ({error!r}). Delete it; they are rendered again."
-        ) from error
     if len(latents) != len(labels) or not bool(latents.isfinite().all()):
         raise NotesError(f"{path} is damaged. Delete it; its notes are rendered again.")
     return NoteCache(latents, labels)
@@ -281,12 +276,13 @@ def find_notes(
         on_sound: called with the number of notes that are done, and of all.
         seed: of what is random.
     """
-    if world().is_first and not path.exists():
+
+    def make() -> NoteCache:
         labels = random_labels(count, Randomness.at(seed, 0).tensors)
         sounds = render_notes(labels, seed, soundfont=soundfont, on_sound=on_sound)
-        NoteCache(encoded(sounds, codec), labels).save(path)
-    wait()
-    return load_notes(path)
+        return NoteCache(encoded(sounds, codec), labels)
+
+    return made_once(path, make, load_notes)
 
 
 def encoded(sounds: Tensor, codec: Codec) -> Float16[Tensor, "notes components blocks"]:

@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float16, UInt8
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from twostep.pretrain.drums import (
     random_hits,
     render_hits,
 )
+from twostep.pretrain.kept import made_once, refusing_damage
 from twostep.pretrain.latents import LatentSource
 from twostep.pretrain.notes import (
     SYNONYMS,
@@ -49,7 +49,6 @@ from twostep.pretrain.notes import (
 from twostep.pretrain.soundfont import NotesError
 from twostep.text.attributes import AttributePrompts
 from twostep.training.loop import Randomness
-from twostep.training.processes import wait, world
 
 _MOST_COLUMNS = 4
 """The longest labels, those of chords; shorter ones are filled up with zeros."""
@@ -134,13 +133,9 @@ class Sounds:
 
 def load_sounds(path: Path) -> Sounds:
     """Read cached sounds; NotesError if they are missing or damaged."""
-    try:
+    with refusing_damage(path, NotesError, "holds no sounds", "they are rendered again"):
         tensors = load_file(path)
         latents, kinds, labels = (tensors[name] for name in ("latents", "kinds", "labels"))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise NotesError(
-            f"{path} holds no sounds ({error!r}). Delete it; they are rendered again."
-        ) from error
     is_whole = len(latents) == len(kinds) == len(labels)
     if not is_whole or not bool(latents.isfinite().all()) or int(kinds.max()) >= len(KINDS):
         raise NotesError(f"{path} is damaged. Delete it; its sounds are rendered again.")
@@ -200,11 +195,12 @@ def find_sounds(
         on_sound: called with the number of sounds that are done, and of all.
         seed: of what is random.
     """
-    if world().is_first and not path.exists():
+
+    def make() -> Sounds:
         sounds, kinds, labels = render_all(count, seed, soundfont=soundfont, on_sound=on_sound)
-        Sounds(encoded(sounds, codec), kinds, labels).save(path)
-    wait()
-    return load_sounds(path)
+        return Sounds(encoded(sounds, codec), kinds, labels)
+
+    return made_once(path, make, load_sounds)
 
 
 def rendered(

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from twostep.evaluate.attributes import Concept
@@ -30,7 +30,8 @@ from twostep.pretrain.drawings import (
     write_listing,
 )
 from twostep.pretrain.icons import ICON_SETS, load_icons, render, svg_of
-from twostep.training.device import num_cores
+from twostep.pretrain.kept import refusing_damage
+from twostep.training.cpu import num_cores
 
 MINI = Path(__file__).with_name("art") / "mini"
 """The folder of the vector drawings that mini learns from: 991 things in 4 styles."""
@@ -141,11 +142,11 @@ def load_rendered(
         rendered = render_vectors(vectors, pixels, on_drawing=on_drawing)
         with write_atomically(path) as file:
             file.write(save({_TENSOR: rendered.drawings}))
-    try:
-        with safe_open(path, "pt") as opened:
-            drawings = opened.get_tensor(_TENSOR)
-    except (SafetensorError, OSError) as error:
-        raise DrawingsError(f"{path} is damaged ({error}). Delete it; it is made anew.") from error
+    with (
+        refusing_damage(path, DrawingsError, "is damaged", "it is made anew"),
+        safe_open(path, "pt") as opened,
+    ):
+        drawings = opened.get_tensor(_TENSOR)
     return DrawingSet(drawings, vectors.concepts, vectors.styles)
 
 

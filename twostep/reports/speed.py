@@ -39,6 +39,7 @@ from twostep.reports.genai import (
     open_pipeline,
     write_folder,
 )
+from twostep.training.cpu import num_cores
 
 PROMPT = "a 3d red apple on a blue background"
 
@@ -188,7 +189,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     return {
         **accelerator,
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),

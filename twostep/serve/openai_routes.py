@@ -12,11 +12,12 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
@@ -24,7 +25,7 @@ from starlette.responses import Response
 
 from twostep.contract import ContractError
 from twostep.pipeline.request import Picture, RequestError, Result
-from twostep.serve.catalogue import Fitted, Wish, random_seed
+from twostep.serve.catalogue import Fitted, Wish
 from twostep.serve.document import DRAWING, form_body, json_body, refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
@@ -38,6 +39,7 @@ from twostep.serve.following import (
     server_sent,
 )
 from twostep.serve.items import encode
+from twostep.serve.openai_bodies import OpenAiBody
 from twostep.serve.refusals import code_of
 from twostep.serve.serving import (
     Serving,
@@ -61,13 +63,10 @@ _IMAGE_FIELD = re.compile(r"images?(\[\d*\])?")
 _Kind = Literal["image_generation", "image_edit"]
 
 
-class ImagesBody(BaseModel):
+class ImagesBody(OpenAiBody):
     """What is read of a request; other fields are let through unread."""
 
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
-
     prompt: str
-    model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_IMAGES)
     size: str | None = None
     quality: str | None = None
@@ -77,14 +76,6 @@ class ImagesBody(BaseModel):
     background: Literal["auto", "opaque", "transparent"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=3)
-    seed: int | None = Field(default=None, ge=0)
-    steps: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("steps", "num_inference_steps")
-    )
-    guidance: float | None = Field(
-        default=None, ge=0, validation_alias=AliasChoices("guidance_scale", "guidance")
-    )
-    negative_prompt: str | None = None
     strength: float | None = None
     frames: int | None = Field(default=None, ge=1, le=MAX_FRAMES)
     loras: tuple[str, ...] = ()
@@ -105,15 +96,10 @@ class ImagesBody(BaseModel):
         steps = self.steps
         if steps is None and self.quality is not None:
             steps = QUALITY_STEPS.get(self.quality)
-        seed = random_seed() if self.seed is None else self.seed
-        return Wish(
-            self.prompt,
-            model=self.model,
+        return replace(
+            self.plain_wish(self.prompt),
             num_images=1 if self.n is None else self.n,
-            seed=seed,
             steps=steps,
-            guidance=self.guidance,
-            negative_prompt=self.negative_prompt or "",
             width=width,
             height=height,
             image=image,

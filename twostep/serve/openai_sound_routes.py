@@ -11,37 +11,26 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from twostep.contract import ContractError
-from twostep.serve.catalogue import Wish, random_seed
+from twostep.serve.catalogue import Wish
 from twostep.serve.document import DRAWING, json_body, refusals
 from twostep.serve.following import ended, in_header
 from twostep.serve.items import FORMATS, encode
+from twostep.serve.openai_bodies import OpenAiBody
 from twostep.serve.serving import Serving, client_of, json_of, validated
 from twostep.serve.shapes import SPEECH_PATH, SUFFIXES, file_stem
 
 
-class SpeechBody(BaseModel):
+class SpeechBody(OpenAiBody):
     """What is read of a request; other fields are let through unread."""
 
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
-
     input: str
-    model: str | None = None
     response_format: str | None = None
     speed: float | None = None
-    seed: int | None = Field(default=None, ge=0)
-    steps: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("steps", "num_inference_steps")
-    )
-    guidance: float | None = Field(
-        default=None, ge=0, validation_alias=AliasChoices("guidance_scale", "guidance")
-    )
-    negative_prompt: str | None = None
 
     @property
     def format(self) -> str:
@@ -61,14 +50,7 @@ class SpeechBody(BaseModel):
 
     def wish(self) -> Wish:
         """Return what is to be made; a seed that is left out is picked."""
-        return Wish(
-            self.input,
-            model=self.model,
-            seed=random_seed() if self.seed is None else self.seed,
-            steps=self.steps,
-            guidance=self.guidance,
-            negative_prompt=self.negative_prompt or "",
-        )
+        return self.plain_wish(self.input)
 
 
 def openai_sound_routes(serving: Serving) -> APIRouter:

@@ -1,6 +1,5 @@
 """Finding the device that a recipe names, and knowing what it computes well."""
 
-import os
 from functools import cache
 
 import torch
@@ -25,13 +24,6 @@ def find_device(name: str) -> torch.device:
             f'device "{name}" is not to be had ({reason}). Use "cpu", or "auto".'
         ) from error
     return torch.device(name)
-
-
-def num_cores() -> int:
-    """Return how many cores of the CPU this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def drawing_dtype(device: torch.device) -> torch.dtype:
