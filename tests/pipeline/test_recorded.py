@@ -109,7 +109,7 @@ def test_networks_that_are_called_once_a_step_are_recorded_too(
 ) -> None:
     pytest.importorskip("nncf")
     # As of a network that is large.
-    monkeypatch.setattr(openvino, "LARGE_BYTES", 0)
+    monkeypatch.setattr(openvino, "is_large", lambda network: True)
     request = Request(PROMPT, engine=engine, decoder=decoder, steps=2, width=64, height=64)
     bundle = Studio(device="cpu").load(request)
     assert record(bundle, request, generate(bundle, request))

@@ -41,6 +41,23 @@ def time_tensor(times: Sequence[Time]) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+def time_table(times: Sequence[Time], schedule: Schedule) -> torch.Tensor:
+    """Return what a run of steps must know of its times, [3, times] in float32, on the CPU.
+
+    Rows are the numbers that a network is fed, signal and noise. A network is not called at the
+    landing, the last time, where the first row is 0.
+
+    Args:
+        times: falling, the landing included.
+        schedule: whose times they are.
+    """
+    all_times = time_tensor(times)
+    signal, noise = schedule.coefficients(all_times, torch.zeros(len(times)))
+    fed = torch.zeros(len(times))
+    fed[:-1] = schedule.network_time(all_times[:-1])
+    return torch.stack([fed, signal, noise])
+
+
 def trailing_times(num_steps: int, schedule: Schedule | None = None) -> tuple[Time, ...]:
     """Return the times of the trailing grid, falling from the top, without the landing 0.
 

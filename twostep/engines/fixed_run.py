@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from twostep.diffusion import prediction_from_output
-from twostep.diffusion.grid import time_tensor
+from twostep.diffusion.grid import time_table
 from twostep.diffusion.shapes import Latents, Time
 from twostep.media.codec import FULL, Codec
 from twostep.media.image import ImageCodec
@@ -72,8 +72,7 @@ class FixedRun(nn.Module):
             text: As in `Conditioning`, like the next two.
             pooled: One embedding per prompt as a whole.
             sizes: SDXL's micro-conditioning.
-            table: Of all times, the landing included, [3, times]: how a network reads them, and
-                their signal and noise.
+            table: Of all times, the landing included, as `time_table` returns it.
         """
         conditioning = Conditioning(text, pooled, sizes)
         ones = [1] * (noise.ndim - 1)
@@ -116,7 +115,7 @@ class Decoder(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what a graph of it depends on beside weights."""
-        return f"scaling={self._codec.scaling}"
+        return f"scaling={self._codec.scaling_numbers}"
 
     def forward(self, latents: Latents) -> Tensor:
         """Return pictures in -1..1."""
@@ -221,6 +220,7 @@ class FixedRuns:
         """Return what the graph of so many steps gives; None where there can be none."""
         codec = self._codec
         if codec is not None:
+            # In a tuple, for None also says that there is no graph.
             tried = if_it_fits(lambda: (self._run(num_steps, codec).graphed(*inputs),))
             if tried is not None:
                 return tried[0]
@@ -241,14 +241,9 @@ class FixedRuns:
             return self._runs[key]
 
     def _table(self, times: tuple[Time, ...]) -> Tensor:
-        """Return all that a run must know of some times, [3, times], on the denoiser's device."""
+        """Return the table of some times on the denoiser's device."""
         with self._lock:
             if times not in self._tables:
-                schedule = self._denoiser.schedule
-                all_times = time_tensor(times)
-                signal, noise = schedule.coefficients(all_times, torch.zeros(len(times)))
-                # A network is not called at the landing.
-                read = torch.zeros(len(times))
-                read[:-1] = schedule.network_time(all_times[:-1])
-                self._tables[times] = torch.stack([read, signal, noise]).to(self._denoiser.device)
+                table = time_table(times, self._denoiser.schedule)
+                self._tables[times] = table.to(self._denoiser.device)
             return self._tables[times]

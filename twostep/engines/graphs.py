@@ -31,6 +31,11 @@ _MAX_GRAPHS = 8
 _MAX_LARGE_GRAPHS = 1
 
 
+def is_large(network: nn.Module) -> bool:
+    """Tell whether a network's weights should be in memory no more often than need be."""
+    return num_weight_bytes(network) >= LARGE_BYTES
+
+
 class GraphError(TwostepError):
     """A graph that does not compute what its network does."""
 
@@ -71,9 +76,9 @@ class GraphedForward:
         self._lock = Lock()
         self._graphs: OrderedDict[Signature, Graph] = OrderedDict()
         self._refused = False
-        is_large = num_weight_bytes(network) >= LARGE_BYTES
-        self._largest_batch = 1 if is_large else _MAX_BATCH
-        self._max_graphs = _MAX_LARGE_GRAPHS if is_large else _MAX_GRAPHS
+        large = is_large(network)
+        self._largest_batch = 1 if large else _MAX_BATCH
+        self._max_graphs = _MAX_LARGE_GRAPHS if large else _MAX_GRAPHS
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the network would."""

@@ -32,12 +32,11 @@ from twostep.engines.calls import Call, Flat
 from twostep.engines.errors import EngineError
 from twostep.engines.fixed_run import FixedRuns
 from twostep.engines.graphed import GraphEngine, TracedGraph, check_on_the_cpu, digest_of
-from twostep.engines.graphs import LARGE_BYTES, Graph, check_graph
+from twostep.engines.graphs import Graph, check_graph, is_large
 from twostep.engines.measured import measured_once
 from twostep.models.bundle import Bundle
 from twostep.models.lora_stack import fused
 from twostep.models.runtime import RunsAllSteps
-from twostep.networks.digest import num_weight_bytes
 from twostep.text.clip import quiet_transformers
 
 PRECISIONS = ("f32", "bf16", "int8")
@@ -151,7 +150,7 @@ class OpenVino(GraphEngine):
 
     def _run(self, bundle: Bundle) -> RunsAllSteps | None:
         """Return what runs all steps together, for networks that are not large."""
-        if self.precision != "f32" or num_weight_bytes(bundle.denoiser.network) >= LARGE_BYTES:
+        if self.precision != "f32" or is_large(bundle.denoiser.network):
             return None
         otherwise = "its steps are run one by one"
         return FixedRuns(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -15,6 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from twostep.diffusion.shapes import Latents
 from twostep.media.codec import FULL, Encoded, TinyDecoder
+from twostep.media.eight_bits import eight_bits, images
 from twostep.media.png import png_file
 
 _LARGEST_PREVIEW = 512
@@ -61,7 +61,7 @@ class ImageCodec:
     def encode(self, media: Float[Tensor, "batch 3 height width"]) -> Latents:
         """Return the scaled latents; of a variational autoencoder, the mean of the posterior."""
         latents = self._without_overflow(lambda vae: _latents(vae.encode(media.to(_dtype(vae)))))
-        mean, scale = self._scaling(media)
+        mean, scale = self.mean_and_factor(media)
         return ((latents.to(media.dtype) - mean) * scale).contiguous()
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class ImageCodec:
         return png_file(item, metadata)
 
     @property
-    def scaling(self) -> tuple[Any, ...]:
+    def scaling_numbers(self) -> tuple[Any, ...]:
         """All numbers that lie between latents and what the decoder reads."""
         config = self.vae.config
         return (
@@ -139,7 +139,7 @@ class ImageCodec:
             None if self.decoder == FULL or self.tiny is None else self.tiny.scaling_factor,
         )
 
-    def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def mean_and_factor(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Return mean and factor m and f: latents are f (z - m) of the autoencoder's own z."""
         config = self.vae.config
         factor = float(config.scaling_factor) / self.deviation
@@ -152,7 +152,7 @@ class ImageCodec:
 
     def _unscaled(self, latents: Latents) -> Latents:
         """Return the autoencoder's own z of latents."""
-        mean, scale = self._scaling(latents)
+        mean, scale = self.mean_and_factor(latents)
         return latents / scale + mean
 
     @cached_property
@@ -198,9 +198,6 @@ def to_images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
     if pictures.device.type == "cpu":
         # PyTorch rounds a small picture with all of its threads, and wakes them for it: that takes
         # longer than the rounding, and from an engine with threads of its own a core.
-        levels = np.rint((pictures.float().numpy() + np.float32(1)) * np.float32(127.5))
-        bytes_ = levels.clip(0, 255).astype(np.uint8)
-    else:
-        on_device = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        bytes_ = on_device.cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in bytes_]
+        return images(eight_bits(pictures.float().numpy()))
+    levels = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return images(levels.cpu().numpy())

@@ -20,6 +20,7 @@ from PIL import Image
 from twostep.contract import Contract
 from twostep.formats import few_step
 from twostep.media.codec import FULL, TINY
+from twostep.media.eight_bits import eight_bits, images
 from twostep.models.runtime import take_notes
 from twostep.pipeline.noise import torch_noise
 from twostep.pipeline.recordings import (
@@ -143,9 +144,8 @@ def _drawn(
     if not (np.isfinite(latents).all() and np.isfinite(pictures).all()):
         return None  # PyTorch says what is wrong
     with timed(seconds, "decode"):
-        levels = np.rint((pictures.clip(-1, 1) + np.float32(1)) * np.float32(127.5))
-        pixels = levels[0].clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-        return Image.fromarray(np.ascontiguousarray(pixels))
+        (image,) = images(eight_bits(pictures))
+        return image
 
 
 def _decoded(opened: OpenRecording, latents: Array, seconds: dict[str, float]) -> Array | None:

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from twostep.diffusion.grid import time_tensor
+from twostep.diffusion.grid import time_table, time_tensor
 from twostep.engines.fixed_run import FixedRuns
-from twostep.engines.graphs import LARGE_BYTES
+from twostep.engines.graphs import is_large
 from twostep.engines.openvino import GraphCall, graph_calls
 from twostep.formats import resolve
 from twostep.media.codec import FULL
 from twostep.media.image import ImageCodec
 from twostep.models.bundle import Bundle
-from twostep.networks.digest import num_weight_bytes
 from twostep.pipeline.generation import generate
 from twostep.pipeline.prepare import Prepared, prepare
 from twostep.pipeline.recorded import MEANINGS, NEXT, NEXT_INPUTS, draw_recorded, is_plain, key_of
@@ -130,20 +129,14 @@ def _noted(bundle: Bundle, request: Request, result: Result) -> Recording | None
         files=files,
         tokenizers=(str(text.tokenizers[0].folder), str(text.tokenizers[1].folder)),
         texts=(texts[0], replace(texts[1], outputs=(*texts[1].outputs, *pooled.outputs))),
-        denoiser=uses.denoiser,
-        steps=uses.steps,
-        decoder=uses.decoder,
         sizes=tuple(prepared.guided.positive.sizes[0].tolist()),
         latent_shape=tuple(prepared.x0.shape[1:]),
-        latent_mean=uses.latent_mean,
-        latent_scale=uses.latent_scale,
-        tiny_factor=uses.tiny_factor,
-        tiny_divisor=uses.tiny_divisor,
         contract=bundle.contract.to_json(),
         settled={name: getattr(result.request, name) for name in _SETTLED},
         origin=result.origin,
         zeros_for_empty=result.traits.zeros_for_empty,
-        is_large=num_weight_bytes(bundle.denoiser.network) >= LARGE_BYTES,
+        is_large=is_large(bundle.denoiser.network),
+        **vars(uses),
     )
 
 
@@ -197,7 +190,7 @@ def _step_uses(bundle: Bundle, prepared: Prepared, calls: Sequence[GraphCall]) -
         return None
     inputs = _inputs(bundle, prepared, denoisers[0])
     codec: Any = bundle.codec
-    mean, scale = codec._scaling(prepared.x0)
+    mean, scale = codec.mean_and_factor(prepared.x0)
     if inputs is None or not isinstance(mean, float) or not isinstance(scale, float):
         return None
     time_type = str(denoisers[0].tensors[inputs.index("time")].numpy().dtype)
@@ -217,15 +210,13 @@ def _steps(
     bundle: Bundle, prepared: Prepared, inputs: Sequence[str], time_type: str, prediction: str
 ) -> Steps:
     """Return how a network is called once for each step."""
-    times = time_tensor(prepared.times)
-    alphas, sigmas = bundle.denoiser.schedule.coefficients(times, times.float())
+    times, alphas, sigmas = time_table(prepared.times, bundle.denoiser.schedule).tolist()
     return Steps(
         inputs=tuple(inputs),
-        # It is not called at the landing.
-        network_times=(*bundle.denoiser.schedule.network_time(times[:-1]).tolist(), 0),
+        network_times=tuple(times),
         time_type=time_type,
-        alphas=tuple(alphas.flatten().tolist()),
-        sigmas=tuple(sigmas.flatten().tolist()),
+        alphas=tuple(alphas),
+        sigmas=tuple(sigmas),
         prediction=prediction,
     )
 

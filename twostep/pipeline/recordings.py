@@ -105,8 +105,8 @@ class Steps:
 
     Args:
         inputs: What it is given, in order: "x", "time", "text", "pooled" and "sizes", or in the
-            place of the time a "table": how it reads two times, and their signal and noise.
-        network_times: The times as it reads them ...
+            place of the time a "table" of two times (`diffusion.grid.time_table`).
+        network_times: The numbers that it is fed for the times, 0 at the landing ...
         time_type: ... and how numpy calls their type.
         alphas: Signal at all times, the landing included.
         sigmas: Noise at all times, the landing included.
@@ -115,7 +115,7 @@ class Steps:
     """
 
     inputs: tuple[str, ...]
-    network_times: tuple[int | float, ...]
+    network_times: tuple[float, ...]
     time_type: str
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]

@@ -53,9 +53,9 @@ def plot_curves(rows: Sequence[Row], starts: Sequence[Start] = ()) -> str | None
 
     None where no axis has more than one value.
     """
-    unit, per_second = ("s", 1.0)
+    unit, per_second = "seconds", 1.0
     if all(row.total.median < 1 for row in rows):
-        unit, per_second = ("ms", 1e3)
+        unit, per_second = "ms", 1e3
     seconds: dict[str, list[tuple[Case, float]]] = {}
     for row in rows:
         seconds.setdefault(row.name, []).append((row.case, per_second * row.total.median))
