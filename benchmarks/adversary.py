@@ -126,6 +126,15 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
             "time_weights": FROM_NOISE,
         },
     ),
+    "both-bank": (
+        5e-5,
+        {
+            **RELATIVISTIC,
+            "matching_weight": 5.0,
+            "matching_guidance": 2.0,
+            "fake_score_learning_rate": 1e-4,
+        },
+    ),
     # What each piece of the method pays: one thing changed of "adversarial".
     "without-levels": (5e-5, {**RELATIVISTIC, "levels": "mid"}),
     "without-pairs": (5e-5, {**RELATIVISTIC, "loss": "non-saturating"}),
