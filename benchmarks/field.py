@@ -292,7 +292,7 @@ def _figure(values: dict[str, float], key: str) -> float | None:
     """Return a figure, or the share of a score; None where nothing was asked."""
     if key in values:
         return values[key]
-    num_asked = values[f"{key}.num_asked"]
+    num_asked = values.get(f"{key}.num_asked")
     return values[f"{key}.num_right"] / num_asked if num_asked else None
 
 
