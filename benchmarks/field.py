@@ -1,10 +1,10 @@
 """Few-step methods on one bench: one teacher, one start, one budget of time, rates tuned alike.
 
-    python benchmarks/field.py --out runs/field --steps 2 --minutes 6   # 3 hours of one core
+    python benchmarks/field.py --out runs/field --steps 2 --minutes 5   # 2.5 hours of one core
     python benchmarks/field.py --out runs/field --methods lcm,dmd2 --factors 1
 
 Every method trains the shipped student of twice as many steps on, in float32, on the same examples,
-for so many minutes by the clock. Who teaches is what the method's paper says: the first teacher
+for so many minutes by the clock (at the first rate, the others for as many iterations). Who teaches is what the method's paper says: the first teacher
 with its guidance, or, where landings on a grid are learnt, the student that is trained on, as in a
 progressive chain. Each method is trained with three rates, those below times 1, 0.33 and 3. All are
 measured on open and on complete prompts; of a method's three, the one whose pictures are nearest to
@@ -143,10 +143,21 @@ class Job:
         return f"{self.method}-{self.steps}step-x{self.factor:.2g}-seed{self.seed}"
 
 
-def make_recipe(job: Job, minutes: float, batch: int) -> DistillRecipe:
-    """Return the stages of a method, each of which ends by the clock."""
+def report_path(job: Job, out: Path) -> Path:
+    """Return where the figures of a training stand."""
+    return out / "reports" / f"{job.name}.json"
+
+
+def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
+    """Return the stages of a method.
+
+    Each ends by the clock, or after as many iterations as the clock gave to the first rate, so that
+    the other rates may be trained while the machine is busy.
+    """
+    first = report_path(replace(job, factor=1.0), options.out)
+    known = json.loads(first.read_text())["iterations"] if first.exists() else []
     stages = []
-    for given in METHODS[job.method]:
+    for position, given in enumerate(METHODS[job.method]):
         values: dict[str, Any] = {key: given[key] for key in given if key != "share"}
         method = dict(values["method"])
         for key in _RATES:
@@ -162,9 +173,9 @@ def make_recipe(job: Job, minutes: float, batch: int) -> DistillRecipe:
                 "method": method,
                 "learning_rate": values["learning_rate"] * job.factor,
                 "student_steps": job.steps,
-                "iterations": 1_000_000,
-                "limit_seconds": 60 * minutes * given.get("share", 1.0),
-                "batch_size": batch,
+                "iterations": known[position] if known else 1_000_000,
+                "limit_seconds": None if known else 60 * options.minutes * given.get("share", 1.0),
+                "batch_size": options.batch,
                 "precision": "fp32",
                 "warmup_iterations": 20,
                 "ema_decay": 0.99,
@@ -187,7 +198,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
     cache = replace(made.latents, omission=replace(CAPTIONS, background=0.5))
     source = DeviceSource.of(cache, teacher, 4)
     start = load_bundle("nano", steps=2 * job.steps).denoiser
-    recipe = make_recipe(job, options.minutes, options.batch)
+    recipe = make_recipe(job, options)
     folder = options.out / job.name
     num_iterations = []
     for prepared in prepared_stages(recipe, teacher, start=start.standalone()):
@@ -239,7 +250,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         "seconds": round(seconds),
         **values,
     }
-    with write_atomically(options.out / "reports" / f"{job.name}.json") as file:
+    with write_atomically(report_path(job, options.out)) as file:
         file.write(json.dumps(found, indent=2).encode())
 
 
@@ -317,7 +328,9 @@ def main() -> None:
     parser.add_argument("--steps", default="2")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--factors", default=",".join(f"{each:.4g}" for each in FACTORS))
-    parser.add_argument("--minutes", type=float, default=6, help="of every training")
+    parser.add_argument(
+        "--minutes", type=float, default=5, help="of every training at the first rate"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=256, help="of each set of prompts")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -328,8 +341,7 @@ def main() -> None:
         run(Job(method, int(steps), float(factor), int(seed)), options)
         return
     for job in jobs(options):
-        claim = options.out / "reports" / f"{job.name}.json"
-        if claim.exists():
+        if report_path(job, options.out).exists():
             continue
         words = f"{job.method}:{job.steps}:{job.factor}:{job.seed}"
         finished = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--job", words])
