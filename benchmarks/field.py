@@ -4,12 +4,12 @@
     python benchmarks/field.py --out runs/field --methods lcm,dmd2 --factors 1
 
 Every method trains the shipped student of twice as many steps on, in float32, on the same examples,
-for so many minutes by the clock (at the first rate, the others for as many iterations). Who teaches is what the method's paper says: the first teacher
-with its guidance, or, where landings on a grid are learnt, the student that is trained on, as in a
-progressive chain. Each method is trained with three rates, those below times 1, 0.33 and 3. All are
-measured on open and on complete prompts; of a method's three, the one whose pictures are nearest to
-the teacher's fresh ones on open prompts counts, and `table.md` says which. What is finished stays;
-the same command goes on.
+at the first rate for so many minutes by the clock and at the others for as many iterations. Who
+teaches is what the method's paper says: the first teacher with its guidance, or, where landings on
+a grid are learnt, the student that is trained on, as in a progressive chain. Each method is trained
+with three rates, those below times 1, 3 and 0.33. All are measured on open and on complete prompts;
+of a method's three, the one whose pictures are nearest to the teacher's fresh ones on open prompts
+counts, and `table.md` says which. What is finished stays; the same command goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from twostep.reports.benchmark import Bench, draw_student
 from twostep.training.halves import halved
 from twostep.training.run_folder import RunFolder
 
-FACTORS = (1.0, 0.33, 3.0)
+FACTORS = (1.0, 3.0, 0.33)
 """Of the learning rates of a recipe, the student's and all others."""
 
 WARM: dict[str, Any] = {"method": {"name": "regression"}, "learning_rate": 1e-4, "share": 0.25}
