@@ -23,10 +23,10 @@ _MEL_CORNER = 700.0
 _MOMENTUM = 0.99
 """Of the fast Griffin-Lim algorithm."""
 
-_ROUNDS = 10
+_ROUNDS = 5
 """Of it: from guessed phases these come nearer than 32 from random ones."""
 
-_UNMIX_ROUNDS = 20
+_UNMIX_ROUNDS = 8
 """Rounds in which magnitudes of frequencies are found that sum up to those of the bands."""
 
 _TINY = 1e-9
@@ -127,19 +127,26 @@ class Spectrogram:
     def _magnitudes(self, log_mel: Tensor) -> Tensor:
         """Return magnitudes, none below zero, whose bands are nearest to those of spectrograms.
 
-        The multiplicative updates of Lee and Seung (2001), which keep what is zero at zero, so that
-        frequencies between two bands are told by how loud these are.
+        The multiplicative updates of Lee and Seung (2001) for the Kullback-Leibler divergence,
+        which take a quarter of the rounds of those for squares and hear quiet bands too. They keep
+        what is zero at zero, so that frequencies between two bands are told by how loud these are.
         """
         quietest = 10 ** (-self.floor_db / 20)
         bands = 10 ** ((log_mel.float() - 1) * self.floor_db / 40)
         # Silence is silence, not noise of the quietest level.
         bands = torch.where(bands > 1.001 * quietest, bands, torch.zeros_like(bands))
         filters = self._filters.to(bands.device)
-        wanted = filters.T @ bands
-        magnitudes = wanted
+        spread = self._spread.to(bands.device)
+        magnitudes = spread @ (bands / (filters.sum(dim=1, keepdim=True) + _TINY))
         for _ in range(_UNMIX_ROUNDS):
-            magnitudes = magnitudes * wanted / (filters.T @ (filters @ magnitudes) + _TINY)
+            magnitudes = magnitudes * (spread @ (bands / (filters @ magnitudes + _TINY)))
         return magnitudes
+
+    @cached_property
+    def _spread(self) -> Float[Tensor, "frequencies bands"]:
+        """How much of each band every frequency gets: shares of 1, or nothing."""
+        weights = self._filters.T
+        return (weights / weights.sum(dim=1, keepdim=True).clamp(min=_TINY)).contiguous()
 
     @cached_property
     def _filters(self) -> Float[Tensor, "bands frequencies"]:
