@@ -187,7 +187,8 @@ class Spectrogram:
         half = self.window // 2
         padded = torch.nn.functional.pad(sounds, (half, half))
         frames = padded.unfold(-1, self.window, self.hop) * self._window.to(sounds.device)
-        return torch.fft.rfft(frames)
+        spectra: Tensor = torch.fft.rfft(frames)
+        return spectra
 
     def _overlapped(
         self,
@@ -203,7 +204,8 @@ class Spectrogram:
             overlaps: as `_overlaps` returns them.
         """
         frames = torch.fft.irfft(spectra, n=self.window) * self._window.to(spectra.device)
-        return self._added_up(frames) / overlaps
+        sounds: Tensor = self._added_up(frames) / overlaps
+        return sounds
 
     def _added_up(self, frames: Float[Tensor, "batch frames window"]) -> Tensor:
         """Lay frames over each other, and cut off what lies before the first middle's and after."""
@@ -214,7 +216,8 @@ class Spectrogram:
         for part in range(parts):
             whole[:, part : part + count] += pieces[:, :, part]
         half = self.window // 2
-        return whole.flatten(1)[:, half : half + (count - 1) * self.hop]
+        added: Tensor = whole.flatten(1)[:, half : half + (count - 1) * self.hop]
+        return added
 
     def _overlaps(self, num_frames: int, device: torch.device) -> Float[Tensor, " samples"]:
         """Return what a waveform is divided by after frames were laid over each other."""
