@@ -96,14 +96,24 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     ],
     "add": [
         {
-            "method": {"name": "add", "features": "judge", "heads_learning_rate": 2e-4},
+            "method": {
+                "name": "add",
+                "features": "judge",
+                "heads_learning_rate": 2e-4,
+                "heads_warmup": 25,
+            },
             "learning_rate": 5e-5,
             "guidance": 3.0,
         }
     ],
     "ladd": [
         {
-            "method": {"name": "ladd", "heads_learning_rate": 2e-4, "low_noise_iterations": 50},
+            "method": {
+                "name": "ladd",
+                "heads_learning_rate": 2e-4,
+                "low_noise_iterations": 50,
+                "heads_warmup": 50,
+            },
             "learning_rate": 5e-5,
         }
     ],

@@ -34,7 +34,7 @@ def test_what_is_told_apart_is_judged_by_all_heads_together() -> None:
 
 
 def test_r1_is_the_squared_gradient_at_the_heads_inputs() -> None:
-    """A head that is linear, w . f at each of n places and then their mean: |w|^2 / n."""
+    """A head that is linear, w . f at each of n places and then their sum: n |w|^2."""
 
     class Linear(Heads):
         def __init__(self) -> None:
@@ -50,11 +50,11 @@ def test_r1_is_the_squared_gradient_at_the_heads_inputs() -> None:
     heads = Linear()
     features = [torch.randn(5, 2, 2, 2), torch.randn(5, 1, 1, 1)]
     logits, penalty = r1_penalty(heads, features)
-    assert penalty.item() == pytest.approx(25 / 4 + 4, rel=1e-4)
+    assert penalty.item() == pytest.approx(4 * 25 + 4, rel=1e-4)
     torch.testing.assert_close(logits, heads(features, None))
     penalty.backward()
-    # d/dw |w|^2 / n
-    torch.testing.assert_close(heads.weights[0].grad, torch.tensor([1.5, 2.0]))
+    # d/dw n |w|^2
+    torch.testing.assert_close(heads.weights[0].grad, torch.tensor([24.0, 32.0]))
 
 
 def test_a_condition_turns_the_logits_and_nothing_else_is_added(

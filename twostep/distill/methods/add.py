@@ -103,6 +103,7 @@ class Add(Method[Answer]):
         assert isinstance(stage.method, AddSettings)
         self.stage = stage
         self.settings = stage.method
+        self.settings.check_warmup(stage.iterations)
         self._frozen: JudgeFeatures | TeacherFeatures | None = None
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:
@@ -131,9 +132,11 @@ class Add(Method[Answer]):
         x_s = schedule.add_noise(x0, batches.noise(x0, random), s)
         t = batches.share(draw_uniform_times(batches.batch_size, random.tensors, schedule))
         eps = batches.noise(x0, random)
+        with torch.set_grad_enabled("student" in self.turns(iteration)):
+            fake = student(x_s, s, conditioning).x0
         return Answer(
             x0=x0,
-            fake=student(x_s, s, conditioning).x0,
+            fake=fake,
             t=t,
             eps=eps,
             conditioning=conditioning,
@@ -142,8 +145,8 @@ class Add(Method[Answer]):
         )
 
     def turns(self, iteration: int) -> Sequence[str]:
-        """Return the heads, then the student, which faces those that have just learned."""
-        return ("heads", "student")
+        """Return the heads, and after their warm-up the student."""
+        return self.settings.turns_at(iteration)
 
     def loss(self, role: str, pair: Answer, models: Models) -> Mapping[str, Tensor]:
         """Return the hinge loss of either side, the student's with the teacher's pull."""

@@ -60,6 +60,24 @@ class HeadSettings(MethodSettings):
         json_schema_extra=WHILE_RUNNING,
     )
     head_width: int = Field(64, gt=0, multiple_of=8, description="channels inside every head")
+    heads_warmup: int = Field(
+        0,
+        ge=0,
+        description="iterations at the start in which the heads learn alone; the papers have none, "
+        "but a student that follows fresh heads at once may collapse",
+    )
+
+    def turns_at(self, iteration: int) -> tuple[str, ...]:
+        """Return the heads, then the student, which faces those that have just learned."""
+        return ("heads",) if iteration < self.heads_warmup else ("heads", "student")
+
+    def check_warmup(self, iterations: int) -> None:
+        """Refuse a warm-up that takes all iterations of a stage: ValueError."""
+        if self.heads_warmup >= iterations:
+            raise ValueError(
+                f"heads_warmup {self.heads_warmup} leaves the student none of the {iterations} "
+                "iterations"
+            )
 
 
 class Head(nn.Module):
@@ -277,13 +295,14 @@ def r1_penalty(
 ) -> tuple[Logits, Tensor]:
     """Return the logits of real features, and the R1 penalty of the heads at them.
 
-    That is the sum over the heads of E |d D_k / d F_k|^2 (arXiv 1801.04406), where D_k is a head's
-    mean logit of an item, and F_k its features: the frozen network before them is left out, as in
-    arXiv 2311.17042.
+    That is the sum over the heads of E |d D_k / d F_k|^2 (arXiv 1801.04406), where D_k is the sum
+    of a head's logits of an item, and F_k its features: the frozen network before them is left out,
+    as in arXiv 2311.17042. Of the mean logit the penalty would be smaller by the square of the
+    number of places, and the paper's weight of 1e-5 without any effect.
     """
     inputs = [level.detach().float().requires_grad_(True) for level in features]
     logits = heads(inputs, condition)
-    total = torch.stack([one.mean(dim=1).sum() for one in logits]).sum()
+    total = torch.stack([one.sum() for one in logits]).sum()
     gradients = torch.autograd.grad(total, inputs, create_graph=True)
     squares = [gradient.square().flatten(1).sum(dim=1).mean() for gradient in gradients]
     return logits, torch.stack(squares).sum()

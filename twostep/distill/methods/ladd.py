@@ -100,6 +100,7 @@ class Ladd(Method[JudgedLatents]):
         assert isinstance(stage.method, LaddSettings)
         self.stage = stage
         self.settings = stage.method
+        self.settings.check_warmup(stage.iterations)
         if self.settings.real == "data":
             refuse_teacher_steps(stage)
         elif stage.teacher_steps is None:
@@ -133,7 +134,8 @@ class Ladd(Method[JudgedLatents]):
         )
         s = batches.share(draw_weighted_times(times, weights, batches.batch_size, random.tensors))
         x_s = schedule.add_noise(x0, batches.noise(x0, random), s)
-        fake = student(x_s, s, conditioning).x0
+        with torch.set_grad_enabled("student" in self.turns(iteration)):
+            fake = student(x_s, s, conditioning).x0
         t = batches.share(self._judged_times(batches.batch_size, random.tensors, schedule))
         eps = batches.noise(x0, random)
         return JudgedLatents(
@@ -169,8 +171,8 @@ class Ladd(Method[JudgedLatents]):
         )
 
     def turns(self, iteration: int) -> Sequence[str]:
-        """Return the heads, then the student, which faces those that have just learned."""
-        return ("heads", "student")
+        """Return the heads, and after their warm-up the student."""
+        return self.settings.turns_at(iteration)
 
     def loss(self, role: str, pair: JudgedLatents, models: Models) -> Mapping[str, Tensor]:
         """Return the hinge loss of either side."""
