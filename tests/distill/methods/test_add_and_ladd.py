@@ -136,3 +136,33 @@ def test_the_students_declare_the_trailing_grid_and_fresh_noise() -> None:
         assert changes.sampling_times == ()
         assert changes.trained_times == (1000, 750, 500, 250)
         assert changes.prediction_type == "eps"
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "add"}, {"name": "ladd", "low_noise_iterations": 0}], ids=["add", "ladd"]
+)
+def test_the_student_waits_for_the_heads_as_long_as_they_warm_up(
+    method: dict[str, object], bundle: Bundle
+) -> None:
+    training = trainer(bundle, {**method, "heads_warmup": 1}, iterations=2)
+    student = training.models["student"].network
+    heads = training.models["heads"]
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    heads_before = {key: value.clone() for key, value in heads.state_dict().items()}
+    figures = training.iterate(0, Randomness.at(0, 0))
+    assert "student_loss" not in figures
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert any(
+        not torch.equal(value, heads_before[key]) for key, value in heads.state_dict().items()
+    )
+    assert "student_loss" in training.iterate(1, Randomness.at(0, 1))
+    assert any(not torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Add, Ladd])
+def test_a_warmup_of_the_whole_stage_is_refused(kind: type) -> None:
+    stage = make_stage({"name": kind.name, "heads_warmup": 5}, iterations=6)
+    assert kind(stage).turns(4) == ("heads",)
+    assert kind(stage).turns(5) == ("heads", "student")
+    with pytest.raises(ValueError, match="heads_warmup 5 leaves the student none of the 5"):
+        kind(make_stage({"name": kind.name, "heads_warmup": 5}, iterations=5))
