@@ -56,7 +56,7 @@ RELATIVISTIC: dict[str, Any] = {
     "fake_score_learning_rate": 1e-4,
 }
 # At pure noise a student that predicts eps says an x0 that moves 15 times as far as its output, so
-# adversaries of x0 need slow students: with 5e-5 those of `add` and `ladd` collapsed in 100 iterations.
+# adversaries of x0 need slow students: with 5e-5 `add` and `ladd` collapsed in 100 iterations.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "regression": [{"method": {"name": "regression"}, "learning_rate": 1e-4}],
     "lightning": [
