@@ -39,14 +39,14 @@ _SCHEDULER_DEFAULTS: dict[str, Any] = {
     "rho": 7.0,
     "prediction_type": "v_prediction",
 }
-_TRANSFORMER_DEFAULTS = {
+_TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "sample_size": 1024,
     "in_channels": 64,
     "out_channels": 64,
     "cross_attention_input_dim": 768,
     "global_states_input_dim": 1536,
 }
-_VAE_DEFAULTS = {
+_VAE_DEFAULTS: dict[str, Any] = {
     "downsampling_ratios": (2, 4, 4, 8, 8),
     "decoder_input_channels": 64,
     "sampling_rate": 44_100,

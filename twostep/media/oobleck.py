@@ -109,7 +109,8 @@ class OobleckCodec:
     ) -> Float[Tensor, "batch 3 bands frames"]:
         """Return spectrograms as pictures in -1..1, of the mean of all channels.
 
-        One sound is decoded after the other: the decoder takes a GiB for every 10 s.
+        One sound is decoded after the other: in the end the decoder has 128 numbers for every
+        sample.
         """
         mixed = torch.cat([self.decode(item).mean(dim=1) for item in latents.split(1)])
         spectrogram = picture_spectrogram(self.rate, mixed.shape[1], _PREVIEW_COLUMNS)
