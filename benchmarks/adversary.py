@@ -126,6 +126,15 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
             "time_weights": FROM_NOISE,
         },
     ),
+    "both-bank": (
+        5e-5,
+        {
+            **RELATIVISTIC,
+            "matching_weight": 5.0,
+            "matching_guidance": 2.0,
+            "fake_score_learning_rate": 1e-4,
+        },
+    ),
     # What each piece of the method pays: one thing changed of "adversarial".
     "without-levels": (5e-5, {**RELATIVISTIC, "levels": "mid"}),
     "without-pairs": (5e-5, {**RELATIVISTIC, "loss": "non-saturating"}),
@@ -227,13 +236,14 @@ def make_stage(arm: str, steps: int, seed: int, options: argparse.Namespace) -> 
             method["discriminator_warmup"], options.iterations // 10
         )
     if needs_bank(arm):
-        method |= {"bank": options.out / f"bank-{steps}step", "bank_size": options.bank}
+        by = f"-by-{options.taught_by}" if options.taught_by else ""
+        method |= {"bank": options.out / f"bank-{steps}step{by}", "bank_size": options.bank}
     return Stage.model_validate(
         {
             "student_steps": steps,
-            "teacher_steps": TEACHER_STEPS,
+            "teacher_steps": options.taught_by or TEACHER_STEPS,
             "teacher": "first",
-            "guidance": GUIDANCE,
+            "guidance": 1.0 if options.taught_by else GUIDANCE,
             "iterations": options.iterations,
             "batch_size": options.batch,
             "learning_rate": rate,
@@ -260,19 +270,28 @@ def prepare(options: argparse.Namespace) -> tuple[Bundle, DeviceSource]:
     return teacher, DeviceSource.of(cache, teacher, options.captions)
 
 
+def teaches(teacher: Bundle, options: argparse.Namespace) -> Denoiser:
+    """Return who teaches: the first teacher, or its shipped student of so many steps."""
+    if not options.taught_by:
+        return teacher.denoiser
+    student = load_bundle("nano", steps=options.taught_by)
+    return student.to(teacher.denoiser.device).denoiser
+
+
 def fill_bank(steps: int, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Compute the landings that are missing, as long as there is time; return what was done."""
     teacher, source = prepare(options)
     stage = make_stage("mse", steps, 0, options)
     settings = stage.method
     assert isinstance(settings, LandingSettings)
-    landings = Landings(stage, settings, steps, TEACHER_STEPS)
+    landings = Landings(stage, settings, steps, options.taught_by or TEACHER_STEPS)
     batches = Batches(source, stage.batch_size, teacher.denoiser.device)
     begun = time.monotonic()
     number = 0
+    taught_by = teaches(teacher, options)
     with stage.autocast(teacher.denoiser.device.type):
         for number in range(landings.num_batches):
-            landings.draw(number, batches, teacher.denoiser, Randomness.at(0, number))
+            landings.draw(number, batches, taught_by, Randomness.at(0, number))
             if clock.left < 0:
                 break
     return {
@@ -363,7 +382,7 @@ def run_arm(arm: str, steps: int, seed: int, options: argparse.Namespace, clock:
         train_stage(
             stage,
             source,
-            teacher=teacher.denoiser,
+            teacher=teaches(teacher, options),
             student=student,
             folder=run_folder,
             on_iteration=on_iteration,
@@ -460,6 +479,13 @@ def main() -> None:
     parser.add_argument("--bank", type=int, default=65_536, help="landings of each grid")
     parser.add_argument(
         "--bank-share", type=float, default=0.3, help="of the budget that the bank may take"
+    )
+    parser.add_argument(
+        "--taught-by",
+        type=int,
+        default=0,
+        help="learn from the landings of the shipped student of so many steps, an eighth of the "
+        "cost at 8; not with distribution matching, which asks the first teacher",
     )
     parser.add_argument("--variants", type=int, default=16, help="pictures of every drawing")
     parser.add_argument("--captions", type=int, default=4, help="captions of every picture")

@@ -215,3 +215,23 @@ def test_runs_that_differ_in_their_seed_alone_share_a_line(tmp_path: Path) -> No
     labels = [line.label for line in lines(comparison, "open")]
     assert "tiny, 2 steps, 2 seeds" in labels
     assert len(labels) == len(comparison.rows) - 1
+
+
+def test_a_student_is_drawn_at_the_times_of_its_contract(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_recipe(stage(2, 4, REGRESSION), release=[2]))
+    path = run / "model"
+    at_grid = compare([str(path)], num_pictures=2)
+    student = load_bundle(str(path), steps=2)
+    contract = replace(student.contract, sampler="renoise", trained_times=(1000, 250))
+    for times in ((1000, 250), ()):
+        changed = replace(contract, sampling_times=times)
+        save_student(student.denoiser.network.state_dict(), changed, path)
+        compared = compare([str(path)], num_pictures=2)
+        row = compared.rows[1].row
+        assert row.sampler == "renoise"
+        assert row.times == ((*times, 0) if times else None)
+        shown = compared.rows[1].shown["open"]
+        assert not torch.equal(shown, at_grid.rows[1].shown["open"])
+        if times:
+            apart = shown
+    assert not torch.equal(shown, apart)

@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from twostep.diffusion.samplers import Sampler
+from twostep.diffusion.shapes import Time
 from twostep.errors import TwostepError
 from twostep.evaluate.judge import Judge, check_pictures, load_judge
 from twostep.evaluate.measurements import Measurements, SecondJudge, measure
@@ -179,6 +180,7 @@ class Bench:
         tasks: Sequence[Task],
         *,
         steps: int,
+        times: Sequence[Time] | None = None,
         scale: float = 1.0,
         sampler: str | Sampler = "euler",
     ) -> Pictures:
@@ -188,6 +190,7 @@ class Bench:
             tasks,
             denoiser=denoiser,
             steps=steps,
+            times=times,
             scale=scale,
             sampler=sampler,
             batch_size=self.batch_size,
@@ -236,6 +239,7 @@ def evaluate_student(
     bench: Bench,
     *,
     steps: int,
+    times: Sequence[Time] | None = None,
     scale: float = 1.0,
     sampler: str | Sampler = "euler",
 ) -> dict[str, Report]:
@@ -246,6 +250,8 @@ def evaluate_student(
             It is put in evaluation mode while it draws.
         bench: what it is measured on.
         steps: that the student was trained for, along the trailing grid.
+        times: falling, that it visits in place of that grid, the landing 0 included; such as
+            `models.sampling.sampling_times` reads from a contract.
         scale: of the guidance, which is distilled into students: 1.
         sampler: by name, as contracts have it ("euler", "renoise"), or one itself.
 
@@ -255,7 +261,7 @@ def evaluate_student(
     return {
         name: bench.report(pictures, name)
         for name, pictures in draw_student(
-            student, bench, steps=steps, scale=scale, sampler=sampler
+            student, bench, steps=steps, times=times, scale=scale, sampler=sampler
         ).items()
     }
 
@@ -265,6 +271,7 @@ def draw_student(
     bench: Bench,
     *,
     steps: int,
+    times: Sequence[Time] | None = None,
     scale: float = 1.0,
     sampler: str | Sampler = "euler",
 ) -> dict[str, Pictures]:
@@ -273,7 +280,9 @@ def draw_student(
     student.network.eval()
     try:
         return {
-            name: bench.draw(student, bench.tasks[name], steps=steps, scale=scale, sampler=sampler)
+            name: bench.draw(
+                student, bench.tasks[name], steps=steps, times=times, scale=scale, sampler=sampler
+            )
             for name in SETS
         }
     finally:
@@ -287,6 +296,7 @@ def draw_tasks(
     *,
     denoiser: Denoiser | None = None,
     steps: int | None = None,
+    times: Sequence[Time] | None = None,
     scale: float | None = None,
     sampler: str | Sampler = "euler",
     batch_size: int = _BATCH,
@@ -300,6 +310,7 @@ def draw_tasks(
         tasks: prompts and seeds.
         denoiser: draws; None for the bundle's own.
         steps: along the trailing grid; None for the contract's number.
+        times: falling, visited in place of that grid, the landing 0 included.
         scale: of the guidance; None for the contract's, 1 for none.
         sampler: its name, or one itself.
         batch_size: pictures that are drawn at once.
@@ -314,7 +325,8 @@ def draw_tasks(
     scale = bundle.contract.guidance if scale is None else scale
     origin = None
     if cache is not None and isinstance(sampler, str):
-        origin = [weights_digest(bundle, denoiser), steps, scale, sampler]
+        grid = steps if times is None else list(times)
+        origin = [weights_digest(bundle, denoiser), grid, scale, sampler]
     parts = []
     for start in range(0, len(tasks), batch_size):
         batch = tasks[start : start + batch_size]
@@ -326,7 +338,12 @@ def draw_tasks(
             pictures = _read(path)
         else:
             pictures = _draw_batch(
-                bundle, denoiser, batch, steps=steps, scale=scale, sampler=sampler
+                bundle,
+                denoiser,
+                batch,
+                times=steps if times is None else times,
+                scale=scale,
+                sampler=sampler,
             )
             if path is not None:
                 with write_atomically(path) as file:
@@ -351,7 +368,7 @@ def _draw_batch(
     denoiser: Denoiser,
     batch: Sequence[Task],
     *,
-    steps: int,
+    times: Sequence[Time] | int,
     scale: float,
     sampler: str | Sampler,
 ) -> Pictures:
@@ -359,7 +376,7 @@ def _draw_batch(
     seeds = [task.seed for task in batch]
     guided = encode_prompts(bundle, [task.prompt for task in batch], size, scale=scale)
     noise = draw_noise(seeds, bundle.latent_shape(*size), denoiser.device)
-    latents = sample_latents(denoiser, guided, noise, steps, seeds, sampler=sampler)
+    latents = sample_latents(denoiser, guided, noise, times, seeds, sampler=sampler)
     on_cpu = denoiser.device.type == "cpu"
     pixels = decode(bundle, latents, at_once=_DECODED_AT_ONCE_ON_CPU if on_cpu else None)
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()

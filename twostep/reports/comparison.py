@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from jaxtyping import UInt8
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.diffusion.samplers import SOLVERS
+from twostep.diffusion.shapes import Time
 from twostep.distill.recipe import DistillRecipe, Stage
 from twostep.errors import TwostepError
 from twostep.evaluate.judge import load_judge
@@ -84,6 +86,7 @@ class Row:
         group: equal for trainings that differ in their seed alone.
         is_student: whether it was trained for its steps.
         steps: along the trailing grid.
+        times: that are visited in place of that grid, falling, with the landing; None for the grid.
         scale: of the guidance.
         sampler: by name.
         load: reads the denoiser.
@@ -99,6 +102,7 @@ class Row:
     sampler: str
     load: Callable[[], Denoiser]
     training: TrainingCost | None = None
+    times: tuple[Time, ...] | None = None
 
     @property
     def calls(self) -> int:
@@ -308,6 +312,7 @@ def _students(entry: _Entry) -> Iterator[Row]:
             sampler=contract.sampler,
             load=partial(_load, checkpoint),
             training=None if recipe is None else _training(recipe, contract.steps, entry.run),
+            times=(*contract.sampling_times, 0) if contract.sampling_times else None,
         )
 
 
@@ -356,13 +361,23 @@ def _measure(row: Row, bench: Bench) -> Measured:
     denoiser = row.load()
     # The rest of what was loaded with it is the teacher's, which is there already.
     denoiser.network.to(bench.teacher.denoiser.device)
-    drawn = draw_student(denoiser, bench, steps=row.steps, scale=row.scale, sampler=row.sampler)
+    drawn = draw_student(denoiser, bench, **_way(row))
     return Measured(
         row,
         reports={name: bench.report(pictures, name) for name, pictures in drawn.items()},
         seconds=_seconds(row, denoiser, bench),
         shown={name: pictures[:NUM_SHOWN] for name, pictures in drawn.items()},
     )
+
+
+def _way(row: Row) -> dict[str, Any]:
+    """Return how a row is drawn, as the bench takes it."""
+    return {
+        "steps": row.steps,
+        "times": row.times,
+        "scale": row.scale,
+        "sampler": row.sampler,
+    }
 
 
 def _seconds(row: Row, denoiser: Denoiser, bench: Bench) -> float:
@@ -372,7 +387,7 @@ def _seconds(row: Row, denoiser: Denoiser, bench: Bench) -> float:
     times = []
     for _ in range(_NUM_TIMED):
         began = time.perf_counter()
-        uncached.draw(denoiser, task, steps=row.steps, scale=row.scale, sampler=row.sampler)
+        uncached.draw(denoiser, task, **_way(row))
         times.append(time.perf_counter() - began)
     return median(times)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -26,15 +25,12 @@ from twostep.text.prompt_weights import (
     parse_prompt,
     without_weights,
 )
-from twostep.text.words import words_in_pieces
+from twostep.text.words import TOKENIZING, words_in_pieces
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
 
 _Finding = TypeVar("_Finding")
-
-_TOKENIZING = RLock()
-"""Tokenizers keep settings between calls, so one thread at a time uses them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +114,7 @@ class TextEncoders:
         These would be written into their files, which would then depend on whether the process that
         writes them has encoded anything.
         """
-        with _TOKENIZING:
+        with TOKENIZING:
             for tokenizer in self.tokenizers:
                 tokenizer.backend_tokenizer.no_truncation()
                 tokenizer.backend_tokenizer.no_padding()
@@ -128,7 +124,7 @@ class TextEncoders:
         """Encode prompts; what is longer than the tokenizer's limit is cut off there."""
         tokens = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            with _TOKENIZING:
+            with TOKENIZING:
                 numbers = tokenizer(
                     list(prompts), padding="max_length", truncation=True, return_tensors="pt"
                 ).input_ids
@@ -210,13 +206,13 @@ class TextEncoders:
     def _is_long(self, text: str) -> bool:
         """Whether a text is longer than the tokenizer's limit."""
         tokenizer = self.tokenizers[0]
-        with _TOKENIZING:
+        with TOKENIZING:
             length = len(tokenizer(text, verbose=False).input_ids)
         return length > int(tokenizer.model_max_length)
 
     def _words_in_pieces(self, prompt: str) -> tuple[str, ...]:
         text = TOKEN.sub(" ", without_weights(place_embeddings(prompt, self.embeddings)))
-        with _TOKENIZING:
+        with TOKENIZING:
             return words_in_pieces(text, self.tokenizers[0].tokenize)
 
     def _is_whole(self, prompt: str) -> bool:
@@ -229,7 +225,7 @@ class TextEncoders:
             _compel(tokenizer, encoder)
             for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
         ]
-        with _TOKENIZING, quiet_transformers():
+        with TOKENIZING, quiet_transformers():
             try:
                 encoded = [weigher.of(prompt) for weigher in weighers]
             except PromptError:

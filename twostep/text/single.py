@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twostep.networks.conditioning import Conditioning, image_sizes
-from twostep.text.words import words_in_pieces
+from twostep.text.words import TOKENIZING, words_in_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,10 @@ class SingleTextEncoder:
         self, prompts: Sequence[str]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch 0"]]:
         """Encode prompts; the pooled embeddings are empty."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        with TOKENIZING:
+            tokens = self.tokenizer(
+                list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
         output = self.encoder(tokens.to(self.encoder.device), output_hidden_states=True)
         text: Tensor = self.encoder.final_layer_norm(output.hidden_states[-1])
         return text, torch.zeros(len(text), 0, device=text.device, dtype=text.dtype)
@@ -58,4 +59,5 @@ class SingleTextEncoder:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of the prompt that the vocabulary holds only in pieces, in order."""
-        return list(words_in_pieces(prompt, self.tokenizer.tokenize))
+        with TOKENIZING:
+            return list(words_in_pieces(prompt, self.tokenizer.tokenize))

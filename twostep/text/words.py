@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from tokenizers import (
@@ -25,6 +26,9 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from twostep.formats.locate import read_json
+
+TOKENIZING = RLock()
+"""Tokenizers of transformers keep settings between calls, so one thread at a time uses them."""
 
 _END_OF_WORD = "</w>"
 
