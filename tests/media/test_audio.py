@@ -17,6 +17,7 @@ from twostep.media.audio import (
     check_usable,
     read_sound,
     sound_file,
+    sound_picture,
 )
 from twostep.media.codec import Codec
 from twostep.media.spectrogram import Spectrogram
@@ -159,3 +160,29 @@ def test_an_unknown_format_and_a_missing_library_are_told(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(AudioError, match=r"pip install 'twostep\[media\]'"):
         sound_file(tone(), {})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_channels_come_back(format: str, tmp_path: Path) -> None:
+    left, right = tone().samples, tone(amplitude=0.25).samples
+    stereo = Sound(torch.stack([left, right]), 16_000)
+    assert (stereo.num_channels, len(stereo), stereo.seconds) == (2, 2048, 0.128)
+    path = tmp_path / f"stereo.{format}"
+    path.write_bytes(sound_file(stereo, {"prompt": "rain"}, format).data)
+    sound, metadata = read_sound(path, mixed=False)
+    assert metadata == {"prompt": "rain"}
+    tolerance = 0.05 if format == "ogg" else 1 / 32_768
+    assert float((sound.samples - stereo.samples).abs().max()) <= tolerance
+    mixed, _ = read_sound(path)
+    assert mixed.samples.shape == (2048,)
+    assert float((mixed.samples - (left + right) / 2).abs().max()) <= tolerance
+    assert torch.equal(stereo.mixed, stereo.samples.mean(dim=0))
+    check_usable(stereo)
+    with pytest.raises(AudioError, match=r"\[3, 2048\]; expected one channel, or two"):
+        sound_file(Sound(torch.zeros(3, 2048), 16_000), {})
+
+
+def test_the_picture_of_a_long_sound_stays_small() -> None:
+    long = Sound(torch.zeros(2, 44_100 * 30), 44_100)
+    assert sound_picture(long).size == (2051, 128)
+    assert sound_picture(tone(16_384)).size == (256, 128)

@@ -27,6 +27,7 @@ NAMES = {
     "nano-motion-chain",
     "animatediff-sd15",
     "animatediff-sdxl",
+    "stable-audio",
     *(f"nano-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
     *(f"sdxl-{method}" for method in ("lcm", "lcm-lora", "add", "ladd", "dmd2")),
 }

@@ -2,7 +2,7 @@
 
 Folders that were written here carry a contract in `twostep.json`, students one in the metadata of
 their file, and official SDXL-Lightning files are known by name. For every other SDXL folder or
-single file, a contract is derived from the configs.
+single file, and folders of Stable Audio, a contract is derived from the configs.
 """
 
 import math
@@ -24,6 +24,7 @@ from twostep.formats.identify import DOWN, LORA, UNET_ALONE, WHOLE, kind_of
 from twostep.formats.lightning import NAMED, TRAINED_TIMES, UNETS
 from twostep.formats.locate import CONTRACT_FILE, INDEX_FILE, ModelError, read_json
 from twostep.formats.single_header import config_folder, config_of, noise_of
+from twostep.formats.stable_audio import is_stable_audio, stable_audio_contract
 
 SDXL = Contract.from_json(Path(__file__).with_name("sdxl.json").read_text(encoding="utf-8"))
 """The contract of SDXL itself; steps and guidance are those of arXiv 2402.13929, section 3.6."""
@@ -129,6 +130,8 @@ def single_file_contract(header: Header) -> Contract:
 def folder_contract(folder: Path) -> Contract:
     """Read the contract of a model folder, or derive it from the configs; raises ModelError."""
     path = folder / CONTRACT_FILE
+    if not path.is_file() and is_stable_audio(folder):
+        return stable_audio_contract(folder)
     if not path.is_file():
         contract = derived_contract(folder)
         found = few_step.detect(contract.name, {})

@@ -36,6 +36,14 @@ SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_CONFIGS = Path(__file__).parent / "sdxl"
 """The configs of SDXL's networks, so that nothing is fetched for files that have none."""
 
+STABLE_AUDIO_OPEN = "stabilityai/stable-audio-open-1.0"
+"""The repository of Stable Audio Open 1.0 on the hub."""
+
+STABLE_AUDIO_CONFIGS = Path(__file__).parent / "stable_audio_open"
+"""The configs of its networks, of which plans are made."""
+
+_CONFIGS_HERE = {SDXL_BASE: SDXL_CONFIGS, STABLE_AUDIO_OPEN: STABLE_AUDIO_CONFIGS}
+
 HUB = "hf:"
 """What may stand before a hub id, to say that it is no path."""
 
@@ -62,8 +70,8 @@ def find_model(
     Arguments:
         model: a built-in name, a path, an official SDXL-Lightning name, or a hub id.
         steps: picks the file of ByteDance's repository; of no effect on other models.
-        only: patterns of what to fetch of a hub repository; configs and weights by default. SDXL's
-            own configs are here already.
+        only: patterns of what to fetch of a hub repository; configs and weights by default. Those
+            of SDXL and Stable Audio Open are here already.
 
     Raises ModelError if there is no such model, with what was found instead.
     """
@@ -78,8 +86,8 @@ def find_model(
         if official is not None:
             return fetch(LIGHTNING[0], file=official)
         repository = hub_id(model)
-        if repository == SDXL_BASE and only == CONFIGS:
-            return SDXL_CONFIGS
+        if repository in _CONFIGS_HERE and only == CONFIGS:
+            return _CONFIGS_HERE[repository]
         if repository is not None:
             return fetch(repository, only=only or (*CONFIGS, "*/*.safetensors"))
     raise NoModelFolderError(_no_model(path))

@@ -187,6 +187,32 @@ class FolderFiles:
         return account(weights, expected, naming(expected), str(folder))
 
 
+def folder_weights(
+    folder: Path,
+    network: nn.Module,
+    dtype: torch.dtype | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """Return the weights of a network in the folder of that one part, by the network's own names.
+
+    Arguments:
+        folder: of the part, as `vae` in a model folder.
+        network: says which weights there are to be, and their shapes.
+        dtype: their precision; None leaves the files'.
+        tied: further names of weights, with the name that files have.
+
+    Raises ModelError unless every weight is accounted for.
+    """
+    tied = tied or {}
+    weights = _read_parts(folder, dtype)
+    for again, name in tied.items():
+        if name in weights:
+            weights.pop(again, None)
+    expected = network.state_dict()
+    names = {key: tied.get(key, key) for key in expected}
+    return account(weights, expected, names, str(folder))
+
+
 def read_tensors(
     path: Path, keys: Iterable[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:

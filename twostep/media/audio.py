@@ -8,6 +8,7 @@ Files are written and read by soundfile, with what a sound says of its origin in
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import SEEK_CUR, BytesIO
@@ -38,6 +39,9 @@ LEVELS = 32_768
 CLIPPED_SHARE = 0.001
 """Share of a sound's samples at its largest value above which it counts as clipped."""
 
+_MOST_CHANNELS = 2
+"""Of a sound that is written: left and right."""
+
 _SILENCE = 1e-4
 """Amplitude below which all of a sound counts as silent, -80 dB."""
 
@@ -46,6 +50,15 @@ _FULL_SCALE = 0.999
 
 _PICTURE_HOP = 64
 """Samples from column to column of a spectrogram that is shown: finer than what codecs keep."""
+
+_PICTURE_COLUMNS = 2048
+"""Of the spectrogram of a long sound, at most about so many; its hop is longer then."""
+
+_PICTURE_WINDOW = 1024
+_PICTURE_RATE = 16_000
+"""Samples of one transform where there are so many a second; at higher rates it is longer, or
+the lowest bands would lie between two frequencies.
+"""
 
 _LEAST_DEVIATION = 1e-3
 """Of a component; directions in which spectrograms do not vary would be blown up."""
@@ -57,15 +70,34 @@ class AudioError(TwostepError):
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """A waveform: samples in -1..1 on the CPU, and how many there are a second."""
+    """A waveform: samples in -1..1 on the CPU, and how many there are a second.
 
-    samples: Float[Tensor, " samples"] = field(repr=False)
+    Args:
+        samples: Of one channel [samples], of two, left and right, [2, samples].
+        rate: Samples a second in each channel.
+    """
+
+    samples: Float[Tensor, "*channels samples"] = field(repr=False)
     rate: int
 
     @property
     def seconds(self) -> float:
         """How long it lasts."""
-        return len(self.samples) / self.rate
+        return len(self) / self.rate
+
+    @property
+    def num_channels(self) -> int:
+        """How many channels it has."""
+        return 1 if self.samples.ndim == 1 else len(self.samples)
+
+    @property
+    def mixed(self) -> Float[Tensor, " samples"]:
+        """The mean of all channels."""
+        return self.samples if self.samples.ndim == 1 else self.samples.mean(dim=0)
+
+    def __len__(self) -> int:
+        """Return how many samples each channel has."""
+        return int(self.samples.shape[-1])
 
 
 class BlockComponents(nn.Module):
@@ -227,11 +259,25 @@ def spectrogram_pictures(
 def sound_picture(sound: Sound) -> Image:
     """Return the spectrogram of a sound as a picture: time from left to right, low tones below.
 
-    It has 128 rows, and a column for every 4 ms of a sound of 16 kHz.
+    It has 128 rows, and a column for every 4 ms of a sound of 16 kHz, of a long one about 2,048.
+    Several channels are shown as their mean.
     """
-    spectrogram = Spectrogram(rate=sound.rate, hop=_PICTURE_HOP)
-    (picture,) = to_images(spectrogram_pictures(spectrogram.log_mel(sound.samples[None])))
+    spectrogram = picture_spectrogram(sound.rate, len(sound), _PICTURE_COLUMNS)
+    (picture,) = to_images(spectrogram_pictures(spectrogram.log_mel(sound.mixed[None])))
     return picture
+
+
+def picture_spectrogram(rate: int, num_samples: int, columns: int) -> Spectrogram:
+    """Return the spectrogram by which a sound of so many samples is shown.
+
+    Args:
+        rate: samples a second.
+        num_samples: of the sound.
+        columns: about the most that a long sound has.
+    """
+    octaves = max(0, math.ceil(math.log2(rate / _PICTURE_RATE)))
+    hop = max(_PICTURE_HOP, num_samples // columns)
+    return Spectrogram(rate=rate, window=_PICTURE_WINDOW * 2**octaves, hop=hop)
 
 
 def sound_file(sound: Sound, metadata: Mapping[str, str], format: str = "wav") -> Encoded:
@@ -249,19 +295,27 @@ def sound_file(sound: Sound, metadata: Mapping[str, str], format: str = "wav") -
     buffer = BytesIO()
     library = _soundfile()
     with library.SoundFile(
-        buffer, "w", sound.rate, channels=1, subtype=subtype, format=format.upper()
+        buffer,
+        "w",
+        sound.rate,
+        channels=sound.num_channels,
+        subtype=subtype,
+        format=format.upper(),
     ) as file:
         file.comment = json.dumps(dict(metadata), ensure_ascii=True)
-        file.write(sound.samples.numpy())
+        file.write(torch.atleast_2d(sound.samples).T.numpy())
     return Encoded(buffer.getvalue(), f".{format}", mime)
 
 
-def read_sound(path: str | Path, *, rate: int | None = None) -> tuple[Sound, dict[str, str]]:
-    """Read a WAV, FLAC or OGG file: its sound, the mean of its channels, and its metadata.
+def read_sound(
+    path: str | Path, *, rate: int | None = None, mixed: bool = True
+) -> tuple[Sound, dict[str, str]]:
+    """Read a WAV, FLAC or OGG file: its sound and its metadata.
 
     Args:
         path: of the file.
         rate: samples a second that it must have; None for any.
+        mixed: whether the sound is the mean of all channels; otherwise it has those of the file.
 
     Raises:
         AudioError: the file cannot be read, is empty, or has another rate.
@@ -269,7 +323,7 @@ def read_sound(path: str | Path, *, rate: int | None = None) -> tuple[Sound, dic
     library = _soundfile()
     try:
         with library.SoundFile(path) as file:
-            samples = torch.from_numpy(file.read(dtype="float32", always_2d=True)).mean(dim=1)
+            samples = torch.from_numpy(file.read(dtype="float32", always_2d=True))
             found = int(file.samplerate)
             comment = _riff_comment(Path(path)) if file.format == "WAV" else str(file.comment)
     except (OSError, library.SoundFileError) as error:
@@ -283,7 +337,11 @@ def read_sound(path: str | Path, *, rate: int | None = None) -> tuple[Sound, dic
             f"{path} has {found} samples a second; expected {rate}. Convert it first: "
             f"ffmpeg -i {path} -ar {rate} converted.wav."
         )
-    return Sound(samples, found), {key: str(value) for key, value in object_in(comment).items()}
+    if mixed or samples.shape[1] == 1:
+        sound = Sound(samples.mean(dim=1), found)
+    else:
+        sound = Sound(samples.T.contiguous(), found)
+    return sound, {key: str(value) for key, value in object_in(comment).items()}
 
 
 def check_usable(sound: Sound) -> None:
@@ -307,8 +365,10 @@ def check_usable(sound: Sound) -> None:
 
 def _unwritable(sound: Sound) -> str | None:
     """Return why a sound has no meaning as a file, None if it has one."""
-    if len(sound.samples) == 0:
+    if sound.samples.numel() == 0:
         return "it has no samples"
+    if sound.samples.ndim > 2 or sound.num_channels > _MOST_CHANNELS:
+        return f"its samples are {list(sound.samples.shape)}; expected one channel, or two"
     if not bool(sound.samples.isfinite().all()):
         return "it holds NaN or infinity"
     largest = float(sound.samples.abs().max())

@@ -66,7 +66,10 @@ class LoadsToDraw(Protocol):
 
 _FAMILIES: dict[str, Family] = {"sdxl": SdxlFamily(), "motion": MotionFamily()}
 
-_BUILT_IN = {"nano-audio": "twostep.models.audio:AudioFamily"}
+_BUILT_IN = {
+    "nano-audio": "twostep.models.audio:AudioFamily",
+    "stable-audio": "twostep.models.stable_audio:StableAudioFamily",
+}
 """Further families of the package, which are imported when the first model names them."""
 
 

@@ -233,10 +233,15 @@ def difference(first: Path, second: Path) -> Difference:
         return Difference(max(apart.tobytes()), 255, "pixel")
     from twostep.media.audio import LEVELS, read_sound
 
-    one, other = (read_sound(path)[0].samples for path in (first, second))
-    if one.shape != other.shape:
+    one, other = (read_sound(path, mixed=False)[0] for path in (first, second))
+    if one.num_channels != other.num_channels:
+        raise ProvenanceError(
+            f"{second} has {other.num_channels} channels, and {first} has {one.num_channels}."
+        )
+    if len(one) != len(other):
         raise ProvenanceError(f"{second} has {len(other)} samples, and {first} has {len(one)}.")
-    return Difference(round(float((one - other).abs().max()) * LEVELS), LEVELS, "sample")
+    furthest = float((one.samples - other.samples).abs().max())
+    return Difference(round(furthest * LEVELS), LEVELS, "sample")
 
 
 def _chunks_of(path: str | Path) -> dict[str, Any]:

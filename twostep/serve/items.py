@@ -98,5 +98,5 @@ def seconds_of(item: object) -> float | None:
 def num_values(item: object) -> int:
     """Return how many pixels or samples an item keeps in memory, 0 where that is not known."""
     if isinstance(item, Sound):
-        return len(item.samples)
+        return item.samples.numel()
     return sum(picture.width * picture.height for picture in pictures_in(item))
