@@ -42,8 +42,6 @@ STABLE_AUDIO_OPEN = "stabilityai/stable-audio-open-1.0"
 STABLE_AUDIO_CONFIGS = Path(__file__).parent / "stable_audio_open"
 """The configs of its networks, of which plans are made."""
 
-_CONFIGS_HERE = {SDXL_BASE: SDXL_CONFIGS, STABLE_AUDIO_OPEN: STABLE_AUDIO_CONFIGS}
-
 HUB = "hf:"
 """What may stand before a hub id, to say that it is no path."""
 
@@ -86,8 +84,10 @@ def find_model(
         if official is not None:
             return fetch(LIGHTNING[0], file=official)
         repository = hub_id(model)
-        if repository in _CONFIGS_HERE and only == CONFIGS:
-            return _CONFIGS_HERE[repository]
+        if repository == SDXL_BASE and only == CONFIGS:
+            return SDXL_CONFIGS
+        if repository == STABLE_AUDIO_OPEN and only == CONFIGS:
+            return STABLE_AUDIO_CONFIGS
         if repository is not None:
             return fetch(repository, only=only or (*CONFIGS, "*/*.safetensors"))
     raise NoModelFolderError(_no_model(path))
