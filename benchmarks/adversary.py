@@ -85,6 +85,13 @@ MATCHING: dict[str, Any] = {
     "discriminator_steps": 2,
     "fake_score_learning_rate": 5e-5,
 }
+BOTH: dict[str, Any] = {
+    **RELATIVISTIC,
+    "matching_weight": 5.0,
+    "matching_guidance": 2.0,
+    "fake_score_learning_rate": 1e-4,
+}
+"""Relativistic pairs and distribution matching together."""
 MOSTLY: dict[str, Any] = {"matching_weight": 20.0, "discriminator_warmup": 50}
 """Distribution matching that outweighs the discriminator's loss."""
 ARMS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -115,26 +122,8 @@ ARMS: dict[str, tuple[float, dict[str, Any]]] = {
         3e-5,
         {**STRONG, **MATCHING, **MOSTLY, "real": "data", "matching_guidance": 1.0},
     ),
-    "both": (
-        5e-5,
-        {
-            **RELATIVISTIC,
-            "real": "data",
-            "matching_weight": 5.0,
-            "matching_guidance": 2.0,
-            "fake_score_learning_rate": 1e-4,
-            "time_weights": FROM_NOISE,
-        },
-    ),
-    "both-bank": (
-        5e-5,
-        {
-            **RELATIVISTIC,
-            "matching_weight": 5.0,
-            "matching_guidance": 2.0,
-            "fake_score_learning_rate": 1e-4,
-        },
-    ),
+    "both": (5e-5, {**BOTH, "real": "data", "time_weights": FROM_NOISE}),
+    "both-bank": (5e-5, BOTH),
     # What each piece of the method pays: one thing changed of "adversarial".
     "without-levels": (5e-5, {**RELATIVISTIC, "levels": "mid"}),
     "without-pairs": (5e-5, {**RELATIVISTIC, "loss": "non-saturating"}),

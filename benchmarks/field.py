@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adversary import CAPTIONS, DeviceSource, flatten, save_grid
+from adversary import BOTH, CAPTIONS, DeviceSource, flatten, save_grid
 from safetensors.torch import save
 
 from twostep.distill.chain import prepared_stages
@@ -44,58 +44,35 @@ FACTORS = (1.0, 3.0, 0.33)
 WARM: dict[str, Any] = {"method": {"name": "regression"}, "learning_rate": 1e-4, "share": 0.25}
 """What the adversarial methods begin with: a quarter of their time."""
 
-RELATIVISTIC: dict[str, Any] = {
-    "name": "adversarial",
-    "real": "data",
-    "r1_weight": 0.05,
-    "discriminator_learning_rate": 2e-4,
-    "head_learning_rate": 8e-4,
-    "discriminator_warmup": 20,
-    "matching_weight": 5.0,
-    "matching_guidance": 2.0,
-    "fake_score_learning_rate": 1e-4,
+OURS: dict[str, Any] = {**BOTH, "real": "data", "discriminator_warmup": 20}
+LCM: dict[str, Any] = {
+    "method": {"name": "lcm", "least_guidance": 2.0},
+    "learning_rate": 1e-4,
+    "guidance": 5.0,
 }
+
+
+def lightning(objective: str, share: float) -> dict[str, Any]:
+    """Return a stage by the paper to the letter."""
+    return {
+        "method": {
+            "name": "lightning",
+            "objective": objective,
+            "discriminator_learning_rate": 1e-4,
+        },
+        "learning_rate": 3e-5,
+        "share": share,
+    }
+
+
 # At pure noise a student that predicts eps says an x0 that moves 15 times as far as its output, so
 # adversaries of x0 need slow students: with 5e-5 `add` and `ladd` collapsed in 100 iterations.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "regression": [{"method": {"name": "regression"}, "learning_rate": 1e-4}],
-    "lightning": [
-        WARM,
-        {
-            "method": {
-                "name": "lightning",
-                "objective": "conditional",
-                "discriminator_learning_rate": 1e-4,
-            },
-            "learning_rate": 3e-5,
-            "share": 0.4,
-        },
-        {
-            "method": {
-                "name": "lightning",
-                "objective": "unconditional",
-                "discriminator_learning_rate": 1e-4,
-            },
-            "learning_rate": 3e-5,
-            "share": 0.35,
-        },
-    ],
-    "adversarial": [WARM, {"method": RELATIVISTIC, "learning_rate": 5e-5, "share": 0.75}],
-    "lcm": [
-        {
-            "method": {"name": "lcm", "least_guidance": 2.0},
-            "learning_rate": 1e-4,
-            "guidance": 5.0,
-        }
-    ],
-    "lcm-lora": [
-        {
-            "method": {"name": "lcm", "least_guidance": 2.0},
-            "learning_rate": 1e-4,
-            "guidance": 5.0,
-            "lora_rank": 16,
-        }
-    ],
+    "lightning": [WARM, lightning("conditional", 0.4), lightning("unconditional", 0.35)],
+    "adversarial": [WARM, {"method": OURS, "learning_rate": 5e-5, "share": 0.75}],
+    "lcm": [LCM],
+    "lcm-lora": [{**LCM, "lora_rank": 16}],
     "add": [
         {
             "method": {
@@ -137,6 +114,9 @@ _RATES = (
     "fake_learning_rate",
     "fake_score_learning_rate",
 )
+_WALKING = ("regression", "lightning")
+"""Methods that learn the landings of the student that is trained on."""
+
 _NUM_SHOWN = 48
 
 
@@ -175,7 +155,7 @@ def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
         for key in _RATES:
             if key in method:
                 method[key] *= job.factor
-        if method["name"] in ("regression", "lightning"):
+        if method["name"] in _WALKING:
             values |= {"teacher": "first", "teacher_steps": 2 * job.steps}
         elif method["name"] == "adversarial":
             values |= {"teacher": "first", "teacher_steps": 32}
@@ -215,7 +195,6 @@ def run(job: Job, options: argparse.Namespace) -> None:
     num_iterations = []
     for prepared in prepared_stages(recipe, teacher, start=start.standalone()):
         stage = prepared.stage
-        walks = stage.method.name in ("regression", "lightning")
         done = 0
 
         def count(iteration: int, figures: Any) -> None:
@@ -225,7 +204,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         train_stage(
             stage,
             source,
-            teacher=start if walks else prepared.teacher,
+            teacher=start if stage.method.name in _WALKING else prepared.teacher,
             student=prepared.student,
             folder=RunFolder(folder, recipe),
             codec=teacher.codec,
@@ -249,7 +228,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         student,
         replace(bench, cache=None),
         steps=job.steps,
-        times=(*changes.sampling_times, 0) if changes.sampling_times else None,
+        times=changes.times_from_noise(job.steps, start.schedule),
         sampler=changes.sampler,
     )
     for name, pictures in drawn.items():

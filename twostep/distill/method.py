@@ -76,6 +76,12 @@ class ContractChanges:
         return falling_times(schedule.top, steps, schedule)
 
 
+def check_warmup(name: str, warmup: int, iterations: int) -> None:
+    """Refuse a setting by which the student waits as long as its stage lasts: ValueError."""
+    if warmup >= iterations:
+        raise ValueError(f"{name} {warmup} leaves the student none of the {iterations} iterations")
+
+
 @dataclass(frozen=True)
 class Limit:
     """A bound on a figure, beyond which a stage counts as unhealthy.

@@ -130,9 +130,9 @@ def single_file_contract(header: Header) -> Contract:
 def folder_contract(folder: Path) -> Contract:
     """Read the contract of a model folder, or derive it from the configs; raises ModelError."""
     path = folder / CONTRACT_FILE
-    if not path.is_file() and is_stable_audio(folder):
-        return stable_audio_contract(folder)
     if not path.is_file():
+        if is_stable_audio(folder):
+            return stable_audio_contract(folder)
         contract = derived_contract(folder)
         found = few_step.detect(contract.name, {})
         return contract if found is None else few_step.drawn_as(contract, *found)

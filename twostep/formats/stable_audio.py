@@ -1,5 +1,6 @@
 """Folders of Stable Audio as diffusers saves them, and the sampling contract of such a folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,9 @@ def stable_audio_contract(folder: Path) -> Contract:
     Raises ModelError where a part is missing, of another class, or does not fit another one.
     """
     check_parts(folder)
-    transformer = _TRANSFORMER_DEFAULTS | read_json(folder / "transformer" / "config.json")
-    vae = _VAE_DEFAULTS | read_json(folder / "vae" / "config.json")
+    transformer, vae = _configs(folder)
     prediction_type, schedule = _noise(folder)
-    hop = 1
-    for ratio in vae["downsampling_ratios"]:
-        hop *= int(ratio)
+    hop = math.prod(int(ratio) for ratio in vae["downsampling_ratios"])
     name = folder.resolve().name
     return Contract(
         name=name,
@@ -104,38 +102,45 @@ def check_parts(folder: Path) -> None:
                 f"{folder} has {found or 'nothing'} as its {part}; expected {expected}. Stable "
                 f"Audio's folders have {', '.join(PARTS)}, a tokenizer and a scheduler."
             )
-    transformer = _TRANSFORMER_DEFAULTS | read_json(folder / "transformer" / "config.json")
-    vae = _VAE_DEFAULTS | read_json(folder / "vae" / "config.json")
+    transformer, vae = _configs(folder)
     text = read_json(folder / "text_encoder" / "config.json")
     projection = read_json(folder / "projection_model" / "config.json")
-    widths = projection["conditioning_dim"]
+    width = projection["conditioning_dim"]
+    latents = (vae["decoder_input_channels"], "components of latents")
     fits = [
-        ("the transformer's in_channels", transformer["in_channels"], "components of latents"),
-        ("the transformer's out_channels", transformer["out_channels"], "components of latents"),
+        ("the transformer's in_channels", transformer["in_channels"], *latents),
+        ("the transformer's out_channels", transformer["out_channels"], *latents),
         (
             "the transformer's cross_attention_input_dim",
             transformer["cross_attention_input_dim"],
+            width,
             "numbers of a token",
         ),
         (
             "the transformer's global_states_input_dim",
             transformer["global_states_input_dim"],
+            2 * width,
             "numbers of two seconds",
         ),
-        ("the projection's text_encoder_dim", projection["text_encoder_dim"], "numbers of T5"),
+        (
+            "the projection's text_encoder_dim",
+            projection["text_encoder_dim"],
+            text.get("d_model", 512),
+            "numbers of T5",
+        ),
     ]
-    made = {
-        "components of latents": vae["decoder_input_channels"],
-        "numbers of a token": widths,
-        "numbers of two seconds": 2 * widths,
-        "numbers of T5": text.get("d_model", 512),
-    }
-    for what, taken, given in fits:
-        if taken != made[given]:
+    for what, taken, given, of_what in fits:
+        if taken != given:
             raise ModelError(
-                f"{folder}: {what} is {taken}, and there are {made[given]} {given}. Its parts are "
-                "of different models: fetch all of one."
+                f"{folder}: {what} is {taken}, and there are {given} {of_what}. Its parts are of "
+                "different models: fetch all of one."
             )
+
+
+def _configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configs of transformer and autoencoder, with what they leave out."""
+    transformer = _TRANSFORMER_DEFAULTS | read_json(folder / "transformer" / "config.json")
+    return transformer, _VAE_DEFAULTS | read_json(folder / "vae" / "config.json")
 
 
 def _noise(folder: Path) -> tuple[PredictionType, EdmSpec]:

@@ -221,8 +221,7 @@ class AudioCodec:
     ) -> Float[Tensor, "batch samples"]:
         """Return waveforms, turned down where they would reach beyond -1 and 1."""
         sounds = self.spectrogram.sounds(self._spectrograms(latents))
-        peaks = sounds.abs().amax(dim=1, keepdim=True)
-        return sounds / peaks.clamp(min=1)
+        return turned_down(sounds)
 
     @torch.no_grad()
     def preview(
@@ -242,6 +241,14 @@ class AudioCodec:
     def _spectrograms(self, latents: Tensor) -> Tensor:
         """Return the spectrograms of latents, in float32."""
         return self.network.decode(latents.to(self.network.mean.dtype)).float()
+
+
+def turned_down(
+    sounds: Float[Tensor, "batch *channels samples"],
+) -> Float[Tensor, "batch *channels samples"]:
+    """Return waveforms, each as a whole turned down where it would reach beyond -1 and 1."""
+    peaks = sounds.abs().flatten(1).amax(dim=1)
+    return sounds / peaks.clamp(min=1).view(-1, *[1] * (sounds.ndim - 1))
 
 
 def spectrogram_pictures(

@@ -20,6 +20,7 @@ from twostep.media.audio import (
     picture_spectrogram,
     sound_file,
     spectrogram_pictures,
+    turned_down,
 )
 from twostep.media.codec import Encoded
 
@@ -101,8 +102,7 @@ class OobleckCodec:
     ) -> Float[Tensor, "batch channels samples"]:
         """Return waveforms, turned down where they would reach beyond -1 and 1."""
         sounds: Tensor = self.network.decode(latents.to(self.network.dtype)).sample.float()
-        peaks = sounds.abs().amax(dim=(1, 2), keepdim=True)
-        return sounds / peaks.clamp(min=1)
+        return turned_down(sounds)
 
     def preview(
         self, latents: Float[Tensor, "batch components time"]

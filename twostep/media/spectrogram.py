@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 _MEL_SLOPE = 2595.0
 _MEL_CORNER = 700.0
@@ -60,7 +61,8 @@ class Spectrogram:
         self, sounds: Float[Tensor, "batch samples"]
     ) -> Float[Tensor, "batch bands frames"]:
         """Return spectrograms: -1 is silence, 1 a sine of amplitude 1."""
-        magnitudes = self._transform(sounds).abs()[..., : self.frames(sounds.shape[1])]
+        scaled = self._frames(sounds.float()).transpose(1, 2) * (2 / self._window.sum())
+        magnitudes = scaled.abs()[..., : self.frames(sounds.shape[1])]
         bands = self._filters.to(sounds.device) @ magnitudes
         decibels = 20 * bands.clamp(min=10 ** (-self.floor_db / 20)).log10()
         return 1 + 2 * decibels / self.floor_db
@@ -111,8 +113,8 @@ class Spectrogram:
         curvature = (below - 2 * middle + above).clamp(max=-_TINY)
         offsets = ((below - above) / (2 * curvature)).clamp(-0.5, 0.5)
         # The ends, which have one neighbour, count as peaks: no frequency is without one.
-        is_peak = torch.nn.functional.pad(is_peak, (1, 1), value=True)
-        peaks = numbers + torch.nn.functional.pad(offsets, (1, 1))
+        is_peak = pad(is_peak, (1, 1), value=True)
+        peaks = numbers + pad(offsets, (1, 1))
         last = torch.where(is_peak, numbers, 0).cummax(dim=-1).values
         after = torch.where(is_peak, numbers, num_frequencies - 1).flip(-1).cummin(dim=-1).values
         after = after.flip(-1)
@@ -120,7 +122,7 @@ class Spectrogram:
         turns = peaks.gather(-1, nearest) * self.hop / self.window
         steps = (turns[:, 1:] + turns[:, :-1]) / 2
         # In double precision, for hundreds of turns are added up of which a fraction counts.
-        turned = torch.nn.functional.pad(steps.double().cumsum(dim=1), (0, 0, 1, 0))
+        turned = pad(steps.double().cumsum(dim=1), (0, 0, 1, 0))
         # Frames begin half a window before their middle, which is half a turn more a frequency.
         return (2 * math.pi * ((turned + numbers / 2) % 1)).to(magnitudes.dtype)
 
@@ -167,25 +169,12 @@ class Spectrogram:
     def _window(self) -> Float[Tensor, " window"]:
         return torch.hann_window(self.window)
 
-    def _transform(self, sounds: Tensor) -> Tensor:
-        """Return the short-time Fourier transform; the magnitude of a sine is its amplitude."""
-        window = self._window.to(sounds.device)
-        spectrum = torch.stft(
-            sounds.float(),
-            self.window,
-            self.hop,
-            window=window,
-            pad_mode="constant",
-            return_complex=True,
-        )
-        return spectrum * (2 / window.sum())
-
     def _frames(
         self, sounds: Float[Tensor, "batch samples"]
     ) -> Complex[Tensor, "batch frames frequencies"]:
-        """Return the spectrum of every frame, as `_transform` has it but for its scale."""
+        """Return the short-time Fourier transform, that of torch.stft with silence around."""
         half = self.window // 2
-        padded = torch.nn.functional.pad(sounds, (half, half))
+        padded = pad(sounds, (half, half))
         frames = padded.unfold(-1, self.window, self.hop) * self._window.to(sounds.device)
         spectra: Tensor = torch.fft.rfft(frames)
         return spectra
@@ -200,7 +189,7 @@ class Spectrogram:
         What torch.istft does, which takes five times as long for a sound of a second.
 
         Args:
-            spectra: magnitudes are those of `_transform`, or of `_frames` with `overlaps` as it is.
+            spectra: of frames, in which the magnitude of a sine is its amplitude.
             overlaps: as `_overlaps` returns them.
         """
         frames = torch.fft.irfft(spectra, n=self.window) * self._window.to(spectra.device)

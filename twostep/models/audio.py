@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 
 from twostep.contract import Contract
 from twostep.diffusion import make_schedule
-from twostep.files import write_atomically
-from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
-from twostep.formats.locate import CONTRACT_FILE, ModelError, model_of_student, read_json
+from twostep.formats.checkpoint import Checkpoint, student_path
+from twostep.formats.locate import CONTRACT_FILE, ModelError, read_json
 from twostep.media.audio import AudioCodec, BlockComponents
 from twostep.media.spectrogram import Spectrogram
 from twostep.models.bundle import Bundle
+from twostep.models.family_files import expected_part, folder_of, write_file
 from twostep.networks.audio_dit import AudioDit, AudioDitConfig
 from twostep.networks.denoiser import Denoiser
 from twostep.text.attributes import AttributePrompts
@@ -37,7 +36,8 @@ CODEC_FILE = "codec.safetensors"
 FAMILY = "nano-audio"
 """The name of the family in contracts."""
 
-PartT = TypeVar("PartT")
+_PLURAL = "models of sounds"
+"""How messages call its models."""
 
 
 class AudioFamily:
@@ -58,7 +58,7 @@ class AudioFamily:
         Raises ModelError if weights or configs are missing or damaged.
         """
         contract = checkpoint.contract_for(steps)
-        folder = _folder_of(checkpoint, contract)
+        folder = folder_of(checkpoint, contract, part=CONFIG_FILE, network="network")
         file = folder.path / NETWORK_FILE
         if contract.role == "student":
             student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
@@ -92,9 +92,9 @@ class AudioFamily:
     def save(self, bundle: Bundle, folder: Path) -> None:
         """Write a model folder; raises ModelError for a bundle of another family's parts."""
         name = bundle.contract.name
-        network = _expected(bundle.denoiser.backbone, AudioDit, name)
-        codec = _expected(bundle.codec, AudioCodec, name)
-        text = _expected(bundle.text, AttributePrompts, name)
+        network = expected_part(bundle.denoiser.backbone, AudioDit, name, family=_PLURAL)
+        codec = expected_part(bundle.codec, AudioCodec, name, family=_PLURAL)
+        text = expected_part(bundle.text, AttributePrompts, name, family=_PLURAL)
         components = codec.network
         config = {
             "network": asdict(network.config),
@@ -107,40 +107,17 @@ class AudioFamily:
             "vocabulary": text.vocabulary,
             "synonyms": dict(text.synonyms),
         }
-        _write(folder / NETWORK_FILE, save(halved(network.state_dict())))
+        write_file(folder / NETWORK_FILE, save(halved(network.state_dict())))
         # In full precision: it is small, and latents that were cached depend on it.
-        _write(folder / CODEC_FILE, save(components.state_dict()))
-        _write(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
-        _write(folder / CONTRACT_FILE, bundle.contract.to_json().encode())
+        write_file(folder / CODEC_FILE, save(components.state_dict()))
+        write_file(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
+        write_file(folder / CONTRACT_FILE, bundle.contract.to_json().encode())
 
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
         """Write a student's network in fp16 into the folder of its teacher; returns the file."""
         path = student_path(contract, folder)
-        _write(path, save(halved(weights), contract.to_metadata()))
+        write_file(path, save(halved(weights), contract.to_metadata()))
         return path
-
-
-def _folder_of(checkpoint: Checkpoint, contract: Contract) -> Checkpoint:
-    """Return the folder of a model, of a student's file the one that it lies in."""
-    if checkpoint.is_folder:
-        return checkpoint
-    path = model_of_student(checkpoint.path, contract.base, part=CONFIG_FILE)
-    if path is not None:
-        return look_at_folder(path, known=(checkpoint,))
-    raise ModelError(
-        f"{checkpoint.path} holds only the network of a student of {contract.base}. Put it into "
-        "the folder `students` of that model."
-    )
-
-
-def _expected(part: object, kind: type[PartT], name: str) -> PartT:
-    """Return a part of a bundle; ModelError if it is of another kind than models of sounds have."""
-    if not isinstance(part, kind):
-        raise ModelError(
-            f"{name} has {type(part).__name__} where models of sounds have {kind.__name__}. Save "
-            "it with its own family."
-        )
-    return part
 
 
 def _read_weights(module: nn.Module, path: Path) -> None:
@@ -151,8 +128,3 @@ def _read_weights(module: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{path} cannot be loaded ({reason}). Fetch that model again.") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    with write_atomically(path) as file:
-        file.write(data)

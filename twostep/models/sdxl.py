@@ -122,7 +122,7 @@ class SdxlFamily:
 
         with quiet_transformers():
             pipeline = StableDiffusionXLPipeline(
-                **{name: _in_half_precision(network) for name, network in networks.items()},
+                **{name: in_half_precision(network) for name, network in networks.items()},
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
                 scheduler=diffusers_scheduler(bundle.contract),
@@ -276,7 +276,7 @@ def clean_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2))
 
 
-def _in_half_precision(network: nn.Module) -> Any:
+def in_half_precision(network: nn.Module) -> Any:
     """Return a copy in float16 with the usual layout of memory."""
     halved = copy.deepcopy(network).half()
     return halved.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -7,27 +7,24 @@ example, with a sampling contract in `twostep.json` where it was written here. S
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from twostep.contract import Contract
 from twostep.diffusion import make_schedule
-from twostep.files import write_atomically
-from twostep.formats.checkpoint import Checkpoint, look_at_folder, student_path
+from twostep.formats.checkpoint import Checkpoint, student_path
 from twostep.formats.locate import (
     CONTRACT_FILE,
     INDEX_FILE,
     ModelError,
-    model_of_student,
     read_json,
 )
 from twostep.formats.single_file import account, folder_weights, read_tensors
@@ -41,7 +38,8 @@ from twostep.formats.stable_audio import (
 )
 from twostep.media.oobleck import OobleckCodec
 from twostep.models.bundle import Bundle
-from twostep.models.sdxl import clean_configs
+from twostep.models.family_files import expected_part, folder_of, write_file
+from twostep.models.sdxl import clean_configs, in_half_precision
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.stable_audio import StableAudioDit
 from twostep.text.clip import quiet_transformers
@@ -56,7 +54,8 @@ _MOST_TOKENS = 4096
 _TIED = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
 """T5 has its table of tokens by two names, and files by one."""
 
-PartT = TypeVar("PartT")
+_PLURAL = "models of Stable Audio"
+"""How messages call its models."""
 
 
 class StableAudioFamily:
@@ -77,7 +76,7 @@ class StableAudioFamily:
         Raises ModelError if a part is missing or damaged, or does not fit the others.
         """
         contract = checkpoint.contract_for(steps)
-        folder = _folder_of(checkpoint, contract)
+        folder = folder_of(checkpoint, contract, part=_TRANSFORMER_CONFIG, network="transformer")
         check_parts(folder.path)
         student = None
         if contract.role == "student":
@@ -113,10 +112,10 @@ class StableAudioFamily:
         `StableAudioPipeline` loads it. Raises ModelError for a bundle of another family's parts.
         """
         name = bundle.contract.name
-        backbone = _expected(bundle.denoiser.backbone, StableAudioDit, name)
-        codec = _expected(bundle.codec, OobleckCodec, name)
-        text = _expected(bundle.text, TimedPrompts, name)
-        tokens = _expected(text.tokens, FilledTokens, name)
+        backbone = expected_part(bundle.denoiser.backbone, StableAudioDit, name, family=_PLURAL)
+        codec = expected_part(bundle.codec, OobleckCodec, name, family=_PLURAL)
+        text = expected_part(bundle.text, TimedPrompts, name, family=_PLURAL)
+        tokens = expected_part(text.tokens, FilledTokens, name, family=_PLURAL)
         parts = {
             "transformer": backbone.network,
             "vae": codec.network,
@@ -128,12 +127,12 @@ class StableAudioFamily:
         scheduler = scheduler_config(bundle.contract)
         with quiet_transformers():
             for part, network in parts.items():
-                _in_half_precision(network).save_pretrained(folder / part)
+                in_half_precision(network).save_pretrained(folder / part)
             tokens.to_save().save_pretrained(folder / "tokenizer")
         clean_configs(folder)
         _write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler)
         _write_json(folder / INDEX_FILE, index_of(type(tokens.tokenizer).__name__))
-        _write(folder / CONTRACT_FILE, bundle.contract.to_json().encode())
+        write_file(folder / CONTRACT_FILE, bundle.contract.to_json().encode())
 
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
         """Write a student's transformer in fp16 into the folder of its teacher; returns the file.
@@ -141,21 +140,8 @@ class StableAudioFamily:
         Its weights have diffusers' names.
         """
         path = student_path(contract, folder)
-        _write(path, save(halved(weights), {"format": "pt", **contract.to_metadata()}))
+        write_file(path, save(halved(weights), {"format": "pt", **contract.to_metadata()}))
         return path
-
-
-def _folder_of(checkpoint: Checkpoint, contract: Contract) -> Checkpoint:
-    """Return the folder of a model, of a student's file the one that it lies in."""
-    if checkpoint.is_folder:
-        return checkpoint
-    path = model_of_student(checkpoint.path, contract.base, part=_TRANSFORMER_CONFIG)
-    if path is not None:
-        return look_at_folder(path, known=(checkpoint,))
-    raise ModelError(
-        f"{checkpoint.path} holds only the transformer of a student of {contract.base}. Put it "
-        "into the folder `students` of that model."
-    )
 
 
 def _load_part(folder: Path, part: str, *, outline: bool, file: Checkpoint | None) -> Any:
@@ -226,25 +212,6 @@ def _tokens(folder: Path, *, outline: bool) -> Tokenizer:
         ) from error
 
 
-def _expected(part: object, kind: type[PartT], name: str) -> PartT:
-    """Return a part of a bundle; ModelError if it is none of this family's."""
-    if not isinstance(part, kind):
-        raise ModelError(
-            f"{name} has {type(part).__name__} where models of Stable Audio have {kind.__name__}. "
-            "Save it with its own family."
-        )
-    return part
-
-
-def _in_half_precision(network: nn.Module) -> Any:
-    return copy.deepcopy(network).half()
-
-
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    _write(path, json.dumps(values, indent=2).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with write_atomically(path) as file:
-        file.write(data)
+    write_file(path, json.dumps(values, indent=2).encode())

@@ -25,7 +25,7 @@ from twostep.text.prompt_weights import (
     parse_prompt,
     without_weights,
 )
-from twostep.text.words import TOKENIZING, words_in_pieces
+from twostep.text.words import TOKENIZING, forget_lengths, words_in_pieces
 
 Embeddings = tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch pooled"]]
 """Text embeddings and pooled embeddings."""
@@ -109,15 +109,9 @@ class TextEncoders:
         )
 
     def tokenizers_to_save(self) -> tuple[Any, Any]:
-        """Return the tokenizers without the lengths of their last call.
-
-        These would be written into their files, which would then depend on whether the process that
-        writes them has encoded anything.
-        """
-        with TOKENIZING:
-            for tokenizer in self.tokenizers:
-                tokenizer.backend_tokenizer.no_truncation()
-                tokenizer.backend_tokenizer.no_padding()
+        """Return the tokenizers without the lengths of their last call."""
+        for tokenizer in self.tokenizers:
+            forget_lengths(tokenizer)
         return self.tokenizers
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:

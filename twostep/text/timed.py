@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.networks.conditioning import Conditioning, image_sizes
-
-_TOKENIZING = Lock()
-"""Tokenizers change themselves while they fill up and cut off."""
+from twostep.text.words import TOKENIZING, forget_lengths
 
 
 @runtime_checkable
@@ -45,17 +42,15 @@ class FilledTokens:
     tokenizer: Any
 
     def to_save(self) -> Any:
-        """Return the tokenizer without the lengths of its last call, which its file would keep."""
-        with _TOKENIZING:
-            self.tokenizer.backend_tokenizer.no_truncation()
-            self.tokenizer.backend_tokenizer.no_padding()
+        """Return the tokenizer without the lengths of its last call."""
+        forget_lengths(self.tokenizer)
         return self.tokenizer
 
     def __call__(
         self, prompts: Sequence[str]
     ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
         """Return the ids of tokens, and 1 where a token is a prompt's."""
-        with _TOKENIZING:
+        with TOKENIZING:
             tokens = self.tokenizer(
                 list(prompts), padding="max_length", truncation=True, return_tensors="pt"
             )

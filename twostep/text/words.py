@@ -30,6 +30,18 @@ from twostep.formats.locate import read_json
 TOKENIZING = RLock()
 """Tokenizers of transformers keep settings between calls, so one thread at a time uses them."""
 
+
+def forget_lengths(tokenizer: Any) -> None:
+    """Take the lengths of its last call off a tokenizer of transformers, before it is saved.
+
+    They would be written into its file, which would then depend on whether the process that writes
+    it has encoded anything.
+    """
+    with TOKENIZING:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+
+
 _END_OF_WORD = "</w>"
 
 _WORDS = "|".join(

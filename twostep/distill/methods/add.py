@@ -31,7 +31,14 @@ from torch import Tensor
 
 from twostep.diffusion import trailing_times
 from twostep.diffusion.shapes import Batch, Times, as_column
-from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings, Models
+from twostep.distill.method import (
+    ContractChanges,
+    Cost,
+    Method,
+    MethodSettings,
+    Models,
+    check_warmup,
+)
 from twostep.distill.methods.heads import (
     Heads,
     HeadSettings,
@@ -103,7 +110,7 @@ class Add(Method[Answer]):
         assert isinstance(stage.method, AddSettings)
         self.stage = stage
         self.settings = stage.method
-        self.settings.check_warmup(stage.iterations)
+        check_warmup("heads_warmup", self.settings.heads_warmup, stage.iterations)
         self._frozen: JudgeFeatures | TeacherFeatures | None = None
 
     def roles(self, teacher: Denoiser, student: Denoiser) -> Mapping[str, Role]:

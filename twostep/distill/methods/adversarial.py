@@ -28,6 +28,7 @@ from twostep.distill.method import (
     Method,
     MethodSettings,
     Models,
+    check_warmup,
     few_step_prediction,
 )
 from twostep.distill.methods.discriminator import (
@@ -230,11 +231,7 @@ class Adversarial(Method[JudgedPair]):
             raise ValueError(
                 "discriminator_lora without lora_rank: only LoRA students share a base with it"
             )
-        if settings.discriminator_warmup >= stage.iterations:
-            raise ValueError(
-                f"discriminator_warmup {settings.discriminator_warmup} leaves the student none of "
-                f"the {stage.iterations} iterations"
-            )
+        check_warmup("discriminator_warmup", settings.discriminator_warmup, stage.iterations)
         if settings.head_learning_rate is not None and stage.optimiser == "prodigy":
             raise ValueError(
                 "head_learning_rate: prodigy finds one rate for all of a network; leave it out"

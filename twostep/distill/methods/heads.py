@@ -71,14 +71,6 @@ class HeadSettings(MethodSettings):
         """Return the heads, then the student, which faces those that have just learned."""
         return ("heads",) if iteration < self.heads_warmup else ("heads", "student")
 
-    def check_warmup(self, iterations: int) -> None:
-        """Refuse a warm-up that takes all iterations of a stage: ValueError."""
-        if self.heads_warmup >= iterations:
-            raise ValueError(
-                f"heads_warmup {self.heads_warmup} leaves the student none of the {iterations} "
-                "iterations"
-            )
-
 
 class Head(nn.Module):
     """Maps one level of features to a logit at every place."""

@@ -30,7 +30,14 @@ from torch import Tensor
 
 from twostep.diffusion import Schedule, sample, trailing_times
 from twostep.diffusion.shapes import Batch, Time, Times
-from twostep.distill.method import ContractChanges, Cost, Method, MethodSettings, Models
+from twostep.distill.method import (
+    ContractChanges,
+    Cost,
+    Method,
+    MethodSettings,
+    Models,
+    check_warmup,
+)
 from twostep.distill.methods.heads import (
     NUM_TIME_FEATURES,
     Heads,
@@ -100,7 +107,7 @@ class Ladd(Method[JudgedLatents]):
         assert isinstance(stage.method, LaddSettings)
         self.stage = stage
         self.settings = stage.method
-        self.settings.check_warmup(stage.iterations)
+        check_warmup("heads_warmup", self.settings.heads_warmup, stage.iterations)
         if self.settings.real == "data":
             refuse_teacher_steps(stage)
         elif stage.teacher_steps is None:
