@@ -4,12 +4,13 @@
     python benchmarks/field.py --out runs/field --methods lcm,dmd2 --factors 1
 
 Every method trains the shipped student of twice as many steps on, in float32, on the same examples,
-at the first rate for so many minutes by the clock and at the others for as many iterations. Who
-teaches is what the method's paper says: the first teacher with its guidance, or, where landings on
-a grid are learnt, the student that is trained on, as in a progressive chain. Each method is trained
-with three rates, those below times 1, 3 and 0.33. All are measured on open and on complete prompts;
-of a method's three, the one whose pictures are nearest to the teacher's fresh ones on open prompts
-counts, and `table.md` says which. What is finished stays; the same command goes on.
+at the first rate with seed 0 for so many minutes by the clock, and at other rates and seeds for as
+many iterations. Who teaches is what the method's paper says: the first teacher with its guidance,
+or, where landings on a grid are learnt, the student that is trained on, as in a progressive chain.
+Each method is trained with three rates, those below times 1, 3 and 0.33. All are measured on open
+and on complete prompts; of a method's three, the one whose pictures are nearest to the teacher's
+fresh ones on open prompts counts, and `table.md` says which. What is finished stays; the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adversary import BOTH, CAPTIONS, DeviceSource, flatten, save_grid
+from adversary import BOTH, CAPTIONS, RELATIVISTIC, DeviceSource, flatten, save_grid
 from safetensors.torch import save
 
 from twostep.distill.chain import prepared_stages
@@ -45,6 +46,8 @@ WARM: dict[str, Any] = {"method": {"name": "regression"}, "learning_rate": 1e-4,
 """What the adversarial methods begin with: a quarter of their time."""
 
 OURS: dict[str, Any] = {**BOTH, "real": "data", "discriminator_warmup": 20}
+PAIRS: dict[str, Any] = {**RELATIVISTIC, "discriminator_warmup": 20}
+"""Of landings, as in a progressive chain: the student's beside the one that it should make."""
 LCM: dict[str, Any] = {
     "method": {"name": "lcm", "least_guidance": 2.0},
     "learning_rate": 1e-4,
@@ -71,6 +74,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "regression": [{"method": {"name": "regression"}, "learning_rate": 1e-4}],
     "lightning": [WARM, lightning("conditional", 0.4), lightning("unconditional", 0.35)],
     "adversarial": [WARM, {"method": OURS, "learning_rate": 5e-5, "share": 0.75}],
+    "adversarial-landings": [WARM, {"method": PAIRS, "learning_rate": 5e-5, "share": 0.75}],
     "lcm": [LCM],
     "lcm-lora": [{**LCM, "lora_rank": 16}],
     "add": [
@@ -115,7 +119,7 @@ _RATES = (
     "fake_score_learning_rate",
 )
 _WALKING = ("regression", "lightning")
-"""Methods that learn the landings of the student that is trained on."""
+"""Methods that learn the landings of the student that is trained on, as all of a job's may."""
 
 _NUM_SHOWN = 48
 
@@ -140,13 +144,18 @@ def report_path(job: Job, out: Path) -> Path:
     return out / "reports" / f"{job.name}.json"
 
 
+def is_walking(job: Job, method: str) -> bool:
+    """Return whether a stage of a job learns the landings of the student that is trained on."""
+    return method in _WALKING or job.method == "adversarial-landings"
+
+
 def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
     """Return the stages of a method.
 
-    Each ends by the clock, or after as many iterations as the clock gave to the first rate, so that
-    the other rates may be trained while the machine is busy.
+    Each ends by the clock, or after as many iterations as the clock gave to the first rate with
+    seed 0, so that the other rates and seeds may be trained while the machine is busy.
     """
-    first = report_path(replace(job, factor=1.0), options.out)
+    first = report_path(replace(job, factor=1.0, seed=0), options.out)
     known = json.loads(first.read_text())["iterations"] if first.exists() else []
     stages = []
     for position, given in enumerate(METHODS[job.method]):
@@ -155,7 +164,7 @@ def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
         for key in _RATES:
             if key in method:
                 method[key] *= job.factor
-        if method["name"] in _WALKING:
+        if is_walking(job, method["name"]):
             values |= {"teacher": "first", "teacher_steps": 2 * job.steps}
         elif method["name"] == "adversarial":
             values |= {"teacher": "first", "teacher_steps": 32}
@@ -204,7 +213,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         train_stage(
             stage,
             source,
-            teacher=start if stage.method.name in _WALKING else prepared.teacher,
+            teacher=start if is_walking(job, stage.method.name) else prepared.teacher,
             student=prepared.student,
             folder=RunFolder(folder, recipe),
             codec=teacher.codec,
