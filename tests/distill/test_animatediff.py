@@ -1,6 +1,6 @@
 """The recipes of AnimateDiff's real sizes are planned, from configs alone."""
 
-import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,116 +8,83 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from twostep import __version__
 from twostep.cli import app
-from twostep.contract import Contract
-from twostep.formats.contracts import SDXL
-from twostep.formats.locate import SDXL_BASE
+from twostep.distill.plan import metering
+from twostep.formats import read_contracts
+from twostep.formats.locate import CONFIGS, ModelError, find_model, read_json
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.loading import load_bundle
-from twostep.models.motion import ANIMATEDIFF_NOISE, motion_contract
+from twostep.models.motion import (
+    ANIMATEDIFF_NOISE,
+    load_pictures,
+    motion_contract,
+    read_settings,
+)
 from twostep.networks.motion import MotionModule
 
-SD15 = {
-    "model_index.json": {"_class_name": "StableDiffusionPipeline"},
-    "unet/config.json": {
-        "sample_size": 64,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "norm_num_groups": 32,
-        "layers_per_block": 2,
-    },
-    "vae/config.json": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-    },
-    "text_encoder/config.json": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-    },
-    "scheduler/scheduler_config.json": {
-        "_class_name": "PNDMScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-    },
-}
 SHAPES = {
     "animatediff-sd15": MotionConfig(),
     "animatediff-sdxl": MotionConfig(channels=(320, 640, 1280), has_middle=False),
 }
+FOLDERS = {name: f"models/{name}" for name in SHAPES}
 
 
-def write(folder: Path, files: dict[str, object]) -> None:
-    for name, values in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_recipes_are_planned_by_is_what_their_folders_will_be(name: str) -> None:
+    """The configs here are those that `adopt_motion_module` writes."""
+    folder = find_model(FOLDERS[name], only=CONFIGS)
+    shape = MotionConfig.from_diffusers(read_json(folder / "motion_adapter/config.json"))
+    assert shape == SHAPES[name]
+    settings = read_settings(folder)
+    (contract,) = read_contracts(folder)
+    with metering(on_cpu=True):
+        (picture, *_) = load_pictures(settings.bases, folder, outline=True)
+    adopted = motion_contract(picture.contract, name, recipe="", version=__version__)
+    assert contract == replace(adopted, schedule=ANIMATEDIFF_NOISE[shape.channels])
 
 
-def outlined(place: Path, name: str, bases: int) -> Path:
-    """Write the configs of a model of clips of real size, without weights."""
-    base = SDXL_BASE
-    size = ((1024, 1024),)
-    if name == "animatediff-sd15":
-        write(place / "sd15", SD15)
-        base = str(place / "sd15")
-        size = ((512, 512),)
-    shape = SHAPES[name]
-    contract: Contract = replace(
-        motion_contract(SDXL, name, recipe="none", version="0"),
-        steps=32,
-        sizes=size,
-        schedule=ANIMATEDIFF_NOISE[shape.channels],
-    )
-    folder = place / name
-    files = {
-        "motion.json": {"bases": [base] * bases},
-        "motion_adapter/config.json": shape.to_diffusers(),
-        "twostep.json": json.loads(contract.to_json()),
-    }
-    write(folder, files)
-    return folder
+def test_a_folder_that_is_there_is_planned_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = Path(FOLDERS["animatediff-sd15"])
+    shutil.copytree(find_model(str(mine), only=CONFIGS), mine)
+    assert find_model(str(mine), only=CONFIGS) == mine
+
+
+def test_weights_are_not_looked_for_among_the_configs_of_plans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def fetched(repository: str, **others: object) -> Path:
+        asked.append(repository)
+        raise ModelError("not here")
+
+    monkeypatch.setattr("twostep.formats.locate.fetch", fetched)
+    with pytest.raises(ModelError, match="not here"):
+        find_model(FOLDERS["animatediff-sdxl"])
+    assert asked == [FOLDERS["animatediff-sdxl"]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
-def test_recipes_of_real_sizes_are_planned(name: str, tmp_path: Path) -> None:
-    folder = outlined(tmp_path, name, bases=1)
+def test_recipes_of_real_sizes_are_planned(name: str) -> None:
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in MotionModule(SHAPES[name]).parameters())
-    arguments = ["plan", name, "-o", f'model="{folder}"', "--device", "cuda"]
-    answer = CliRunner().invoke(app, arguments)
+    answer = CliRunner().invoke(app, ["plan", name, "--device", "cuda"])
     assert answer.exit_code == 0, answer.output
     assert f"student {count:,}" in answer.output
     # One clip of 16 frames in 16 bits, and what is written beside it.
-    side = bundle_side(name)
+    side = {"animatediff-sd15": 64, "animatediff-sdxl": 128}[name]
     assert f"data: {2 * 4 * 16 * side * side + 3:,} bytes" in answer.output
-    print(answer.output)
-
-
-def bundle_side(name: str) -> int:
-    """Return the side of the latents."""
-    return {"animatediff-sd15": 64, "animatediff-sdxl": 128}[name]
 
 
 @pytest.mark.slow
-def test_sd15_outline_has_its_shapes(tmp_path: Path) -> None:
-    from twostep.distill.plan import metering
-
+def test_sd15_outline_has_its_shapes() -> None:
     with metering(on_cpu=True):
-        bundle = load_bundle(outlined(tmp_path, "animatediff-sd15", bases=2), outline=True)
+        bundle = load_bundle(FOLDERS["animatediff-sd15"], outline=True)
         assert bundle.latent_shape(512, 512) == (4, 16, 64, 64)
         unet = bundle.denoiser.backbone.bases[0]
         # 859.5 million parameters, as is said of Stable Diffusion 1.5's UNet.

@@ -1,10 +1,16 @@
 """The meter of fake tensors: bytes of what lives, and the peak of them."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from twostep.training.memory import Meter, computing_off_cpu
 
@@ -65,3 +71,68 @@ def test_norms_off_the_cpu_compute_in_float32_under_autocast() -> None:
     with computing_off_cpu():
         assert functional.scaled_dot_product_attention is not attention
     assert functional.scaled_dot_product_attention is attention
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
+    "new": lambda x: x + 1,
+    "of whole numbers": lambda x: x.long() + 1,
+    "of fractions": lambda x: x.long() + 1.0,
+    "mixed": lambda x: x.half() * torch.ones((), dtype=torch.float32),
+    "several": lambda x: x.max(dim=1),
+    "written": lambda x: x.mul_(2),
+    "written in part": lambda x: x[1:].zero_(),
+    "view": lambda x: x.view(6, 4),
+    "transposed": lambda x: x.t(),
+    "view of the transposed": lambda x: x.t()[1:].unsqueeze(0),
+    "of the transposed": lambda x: x.t().relu(),
+    "dense again": lambda x: x.t().reshape(24),
+    "parts": lambda x: x.split(2),
+    "expanded": lambda x: x[:1].expand(5, 6),
+    "detached": lambda x: x.detach(),
+    "another dtype": lambda x: x.to(torch.bfloat16),
+    "the same dtype": lambda x: x.to(torch.float32),
+    "joined": lambda x: torch.cat([x, x[:2]]),
+    "convolved": lambda x: functional.conv1d(x[None], torch.ones(3, 4, 1)),
+    "normed": lambda x: functional.layer_norm(x, [6]),
+    "nothing": lambda x: x[:0] + 1,
+}
+
+
+def layouts(operation: Callable[[Tensor], Any], meter: Meter) -> list[tuple[Any, ...]]:
+    """Return how the results of an operation lie, and the bytes that it adds."""
+    x = torch.ones(4, 6)
+    before = meter.living
+    result = operation(x)
+    return [
+        (
+            each.size(),
+            each.stride(),
+            each.storage_offset(),
+            each.dtype,
+            each.device,
+            each.untyped_storage()._cdata == x.untyped_storage()._cdata,
+            meter.living - before,
+        )
+        for each in tree_leaves(result)
+    ]
+
+
+def test_what_a_meter_remembers_is_what_torch_computes() -> None:
+    expected = {}
+    for name, operation in OPERATIONS.items():
+        with Meter() as fresh:
+            expected[name] = layouts(operation, fresh)
+    with Meter() as meter:
+        for _ in range(2):
+            found = {name: layouts(operation, meter) for name, operation in OPERATIONS.items()}
+            assert found == expected
+
+
+def test_what_torch_computed_once_it_is_not_asked_again() -> None:
+    with Meter():
+        x, y = torch.ones(4, 6), torch.ones(6, 2)
+        assert (x @ y).shape == (4, 2)
+        with patch.object(FakeTensorMode, "dispatch", side_effect=AssertionError):
+            assert (x @ y).shape == (4, 2)
+            with pytest.raises(AssertionError):
+                x @ x.t()

@@ -42,6 +42,18 @@ STABLE_AUDIO_OPEN = "stabilityai/stable-audio-open-1.0"
 STABLE_AUDIO_CONFIGS = Path(__file__).parent / "stable_audio_open"
 """The configs of its networks, of which plans are made."""
 
+STABLE_DIFFUSION_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""The repository of Stable Diffusion 1.5 on the hub."""
+
+STABLE_DIFFUSION_15_CONFIGS = Path(__file__).parent / "stable_diffusion_15"
+"""The configs of its networks."""
+
+_PLANNED_BEFORE = {
+    "models/animatediff-sd15": Path(__file__).parent / "animatediff_sd15",
+    "models/animatediff-sdxl": Path(__file__).parent / "animatediff_sdxl",
+}
+"""Folders that recipes need and say how to make, and configs by which they are planned before."""
+
 HUB = "hf:"
 """What may stand before a hub id, to say that it is no path."""
 
@@ -69,7 +81,7 @@ def find_model(
         model: a built-in name, a path, an official SDXL-Lightning name, or a hub id.
         steps: picks the file of ByteDance's repository; of no effect on other models.
         only: patterns of what to fetch of a hub repository; configs and weights by default. Those
-            of SDXL and Stable Audio Open are here already.
+            of SDXL, Stable Audio Open and Stable Diffusion 1.5 are here already.
 
     Raises ModelError if there is no such model, with what was found instead.
     """
@@ -88,6 +100,10 @@ def find_model(
             return SDXL_CONFIGS
         if repository == STABLE_AUDIO_OPEN and only == CONFIGS:
             return STABLE_AUDIO_CONFIGS
+        if repository == STABLE_DIFFUSION_15 and only == CONFIGS:
+            return STABLE_DIFFUSION_15_CONFIGS
+        if repository in _PLANNED_BEFORE and only == CONFIGS:
+            return _PLANNED_BEFORE[repository]
         if repository is not None:
             return fetch(repository, only=only or (*CONFIGS, "*/*.safetensors"))
     raise NoModelFolderError(_no_model(path))

@@ -124,5 +124,11 @@ class Loss:
         text, pooled = self.text.encode_tokens(tokens, tokens)
         conditioning = Conditioning(text, pooled, self._sizes.expand(len(text), -1))
         return noise_loss(
-            self.denoiser, x0[share], conditioning, t, eps, snr_limit=self.settings.snr_limit
+            self.denoiser,
+            x0[share],
+            conditioning,
+            t,
+            eps,
+            snr_limit=self.settings.snr_limit,
+            snr_floor=self.settings.snr_floor,
         )

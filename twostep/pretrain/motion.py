@@ -110,6 +110,7 @@ def train_motion(
         batch_size=settings.loop.batch_size,
         size=teacher.contract.sizes[0],
         snr_limit=settings.snr_limit,
+        snr_floor=settings.snr_floor,
     )
     train_network(
         denoiser.network,

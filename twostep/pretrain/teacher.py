@@ -37,6 +37,12 @@ class DenoiserSettings(PartSettings):
     snr_limit: float = Field(
         5.0, gt=0, description="gamma of the min-SNR weight, min(snr, gamma) / snr"
     )
+    snr_floor: float = Field(
+        0.0,
+        ge=0,
+        description="below this snr as well, the weight is that of an error in x0, as with "
+        "max(snr, 1) in arXiv 2202.00512: 1 lets what only text can tell be learned sooner",
+    )
     gradient_checkpointing: bool = Field(
         False, description="less memory for activations, about a third slower"
     )
@@ -71,8 +77,9 @@ def noise_loss(
     eps: Batch,
     *,
     snr_limit: float,
+    snr_floor: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Return the squared error of the predicted eps, weighted by min(snr, snr_limit) / snr.
+    """Return the squared error of the predicted eps, weighted by clamp(snr, floor, limit) / snr.
 
     Args:
         denoiser: predicts.
@@ -81,11 +88,13 @@ def noise_loss(
         t: times, 1..1000.
         eps: noise of unit variance.
         snr_limit: gamma of arXiv 2303.09556.
+        snr_floor: where noise outweighs the signal by more, errors in x0 count alike (the truncated
+            weight of arXiv 2202.00512); 0 for none.
     """
     alpha, sigma = denoiser.schedule.coefficients(t, x0)
     predicted = denoiser(alpha * x0 + sigma * eps, t, conditioning)
     snr = (alpha / sigma) ** 2
-    weight = snr.clamp(max=snr_limit) / snr
+    weight = snr.clamp(min=snr_floor, max=snr_limit) / snr
     loss: Tensor = (weight * (predicted.eps - eps) ** 2).mean()
     return loss
 
@@ -98,6 +107,7 @@ def noise_loss_on_latents(
     batch_size: int,
     size: tuple[int, int],
     snr_limit: float,
+    snr_floor: float = 0.0,
 ) -> Loss:
     """Return the loss of an iteration: `noise_loss` on a batch of captioned latents.
 
@@ -108,6 +118,7 @@ def noise_loss_on_latents(
         batch_size: of all processes together; each takes its share.
         size: (width, height) of the latents' pictures in pixels.
         snr_limit: as in `noise_loss`.
+        snr_floor: likewise.
     """
     device = denoiser.device
     width, height = size
@@ -128,6 +139,7 @@ def noise_loss_on_latents(
             t=t[share],
             eps=sent(eps[share], device),
             snr_limit=snr_limit,
+            snr_floor=snr_floor,
         )
 
     return loss
@@ -175,6 +187,7 @@ def train_teacher(
         batch_size=settings.loop.batch_size,
         size=(pixels, pixels),
         snr_limit=settings.snr_limit,
+        snr_floor=settings.snr_floor,
     )
     train_network(
         denoiser.network,
