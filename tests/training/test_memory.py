@@ -1,7 +1,9 @@
 """The meter of fake tensors: bytes of what lives, and the peak of them."""
 
+import ast
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+import twostep
+from twostep.networks.lean.blocks import Attention
 from twostep.training.memory import Meter, computing_off_cpu
 
 
@@ -60,6 +64,26 @@ def test_attention_off_the_cpu_needs_no_matrix_of_scores() -> None:
     with computing_off_cpu():
         fused = attention_peak()
     assert plain > 2 * 512 * 512 * 4 > fused
+
+
+def test_networks_call_what_is_patched() -> None:
+    """Whoever imports one of these functions by its name has torch's own, whatever is patched."""
+    patched = {"scaled_dot_product_attention", "group_norm", "layer_norm"}
+    imported = {
+        (path.name, alias.name)
+        for path in Path(twostep.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "torch.nn.functional"
+        for alias in node.names
+    }
+    assert len(imported) > 5
+    assert not [name for name in imported if name[1] in patched]
+
+
+def test_the_attention_of_lean_networks_needs_no_matrix_of_scores_off_the_cpu() -> None:
+    with computing_off_cpu(), Meter() as meter:
+        Attention(16, 2)(torch.zeros(1, 512, 16))
+    assert meter.peak < 512 * 512 * 4
 
 
 def test_norms_off_the_cpu_compute_in_float32_under_autocast() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from twostep.networks.backbone import BackboneSpec
@@ -180,7 +180,9 @@ class Block(nn.Module):
     def _attend(self, tokens: Tensor) -> Tensor:
         split = self.to_attention(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind()
-        mixed = scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value)
+        mixed = functional.scaled_dot_product_attention(
+            self.query_norm(query), self.key_norm(key), value
+        )
         attended: Tensor = self.from_attention(mixed.transpose(1, 2).flatten(2))
         return attended
 

@@ -231,7 +231,8 @@ def computing_off_cpu() -> Iterator[None]:
 
     There bfloat16 is computed, whatever this CPU can do, attention is fused, and norms under
     autocast compute in float32. The functions of torch are patched, because a mode of torch's would
-    be off in backward passes, in which blocks under gradient checkpointing are computed again.
+    be off in backward passes, in which blocks under gradient checkpointing are computed again. So
+    networks must look them up in `torch.nn.functional` whenever they call them.
     """
     attention = functional.scaled_dot_product_attention
 

@@ -5,15 +5,27 @@ Attributes have the names that the weights have in files, and LoRAs call the lay
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, pad, scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import gelu, interpolate, pad, silu
+from torch.utils.checkpoint import checkpoint
 
 from twostep.diffusion.shapes import Latents
 
 Tokens = Float[Tensor, "batch tokens width"]
 """Vectors of tokens, or of the positions of a picture in rows."""
+
+
+def computed(layer: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:
+    """Return what a layer makes of inputs, which it may compute again in the backward pass."""
+    if recompute:
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
 
 
 class Resnet(nn.Module):
@@ -73,7 +85,7 @@ class Attention(nn.Module):
         """Return what `x` sees in the context [batch, others, context width], or in itself."""
         context = x if context is None else context
         heads = (self._heads(self.to_q(x)), self._heads(self.to_k(context)))
-        seen = scaled_dot_product_attention(*heads, self._heads(self.to_v(context)))
+        seen = functional.scaled_dot_product_attention(*heads, self._heads(self.to_v(context)))
         joined = seen.transpose(1, 2).reshape(x.shape)
         answer: Tensor = self.to_out[0](joined)
         return answer
@@ -164,14 +176,14 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out: nn.Module = nn.Linear(width, width) if is_linear else _pointwise(width)
 
-    def forward(self, x: Latents, text: Tensor) -> Tensor:
-        """Return features of the same shape."""
+    def forward(self, x: Latents, text: Tensor, recompute: bool = False) -> Tensor:
+        """Return features of the same shape; blocks may be computed again going back."""
         hidden = self.norm(x)
         hidden = (
             self.proj_in(_as_tokens(hidden)) if self.is_linear else _as_tokens(self.proj_in(hidden))
         )
         for block in self.transformer_blocks:
-            hidden = block(hidden, text)
+            hidden = computed(block, recompute, hidden, text)
         if self.is_linear:
             return _as_picture(self.proj_out(hidden), x) + x
         out: Tensor = self.proj_out(_as_picture(hidden, x)) + x

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import gelu
 from torch.utils import _pytree as pytree
 
 from twostep.networks.lean.config import LeanNetwork, has_entries
@@ -182,7 +183,7 @@ class ClipAttention(nn.Module):
             layer(x).view(shape).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        seen = scaled_dot_product_attention(
+        seen = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None
         )
         out: Tensor = self.out_proj(seen.transpose(1, 2).reshape(x.shape))

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
-from twostep.networks.lean.blocks import Downsample, Resnet, SpatialTransformer, Upsample
+from twostep.networks.lean.blocks import (
+    Downsample,
+    Resnet,
+    SpatialTransformer,
+    Upsample,
+    computed,
+)
 from twostep.networks.lean.config import LeanNetwork, has_entries, per_level
 
 _CROSS_DOWN = "CrossAttnDownBlock2D"
@@ -172,7 +177,7 @@ class LeanUnet(LeanNetwork):
             down_block_additional_residuals: What ControlNets add to each skip, in order.
             mid_block_additional_residual: What they add in the middle.
             inserted: What is computed after the layers.
-            recompute: Whether blocks are computed again in the backward pass.
+            recompute: Whether layers are computed again in the backward pass, one at a time.
             return_dict: False, as diffusers' callers say it: nothing else is there.
         """
         text = encoder_hidden_states
@@ -191,7 +196,7 @@ class LeanUnet(LeanNetwork):
             taken, skips = skips[-upper.count :], skips[: -upper.count]
             size = skips[-1].shape[-2:] if skips else None
             after = inserted.on_way_up(position)
-            x = _computed(upper, recompute, x, encoded.time, text, taken, size, after)
+            x = upper(x, encoded.time, text, taken, size, after, recompute=recompute)
         return (self.conv_out(silu(self.conv_norm_out(x))),)
 
     def encode(
@@ -213,7 +218,7 @@ class LeanUnet(LeanNetwork):
             text: The text [batch, tokens, width].
             added: "text_embeds" and "time_ids".
             inserted: What is computed after the layers.
-            recompute: Whether blocks are computed again in the backward pass.
+            recompute: Whether layers are computed again in the backward pass, one at a time.
             beside_time: What is added to the embedding of times [batch, time width].
         """
         time = self._time(sample, timestep, added)
@@ -223,11 +228,12 @@ class LeanUnet(LeanNetwork):
         skips = [x]
         levels = []
         for level, block in enumerate(self.down_blocks):
-            x, passed = _computed(block, recompute, x, time, text, inserted.on_way_down(level))
+            after = inserted.on_way_down(level)
+            x, passed = block(x, time, text, after, recompute=recompute)
             skips += passed
             is_halved = level + 1 < len(self.down_blocks)
             levels.append(passed[-2] if is_halved else passed[-1])
-        x = _computed(self.mid_block, recompute, x, time, text, inserted.middle)
+        x = self.mid_block(x, time, text, inserted.middle, recompute=recompute)
         return Encoded(x, skips, levels, time)
 
     def _time(self, sample: Tensor, timestep: Tensor, added: Mapping[str, Tensor]) -> Tensor:
@@ -242,13 +248,6 @@ class LeanUnet(LeanNetwork):
         beside = torch.cat([pooled, sizes.reshape(len(pooled), -1)], dim=-1).to(time.dtype)
         embedded: Tensor = time + self.add_embedding(beside)
         return embedded
-
-
-def _computed(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
-    """Return what a block makes of inputs, which it may compute again in the backward pass."""
-    if recompute:
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
 
 
 class _Plan:
@@ -303,16 +302,22 @@ class DownBlock(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(width, padding=1)])
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Tensor, after: Sequence[Layer] = ()
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        after: Sequence[Layer] = (),
+        *,
+        recompute: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return features, and what is passed on to the way up."""
         passed = []
         for number, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = computed(resnet, recompute, x, time)
             if self.attentions is not None:
-                x = self.attentions[number](x, text)
+                x = self.attentions[number](x, text, recompute)
             if after:
-                x = after[number](x)
+                x = computed(after[number], recompute, x)
             passed.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
@@ -329,13 +334,21 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(plan.resnet(width, width) for _ in range(2))
         self.attentions = plan.transformers(len(plan.widths) - 1, 1)
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, after: Sequence[Layer] = ()) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        after: Sequence[Layer] = (),
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """Return features of the same shape."""
         first, second = self.resnets
-        x = self.attentions[0](first(x, time), text)
+        x = self.attentions[0](computed(first, recompute, x, time), text, recompute)
         for layer in after:
-            x = layer(x)
-        out: Tensor = second(x, time)
+            x = computed(layer, recompute, x)
+        out: Tensor = computed(second, recompute, x, time)
         return out
 
 
@@ -366,14 +379,16 @@ class UpBlock(nn.Module):
         skips: Sequence[Tensor],
         size: Any,
         after: Sequence[Layer] = (),
+        *,
+        recompute: bool = False,
     ) -> Tensor:
         """Return features, at the size (h, w) of the next level's skips."""
         for number, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x = resnet(torch.cat([x, skip], dim=1), time)
+            x = computed(resnet, recompute, torch.cat([x, skip], dim=1), time)
             if self.attentions is not None:
-                x = self.attentions[number](x, text)
+                x = self.attentions[number](x, text, recompute)
             if after:
-                x = after[number](x)
+                x = computed(after[number], recompute, x)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, size)
         return x
