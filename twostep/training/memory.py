@@ -160,7 +160,7 @@ class Meter(FakeTensorMode):
         self.living -= num_bytes
 
 
-def _described(value: Any) -> Iterator[Hashable]:
+def _described(value: Any) -> Iterator[Any]:
     """Yield what the shape of a result depends on; raises _Undescribed for what it cannot tell."""
     if isinstance(value, FakeTensor):
         if value.constant is not None or value.layout != torch.strided:
