@@ -145,6 +145,20 @@ def test_one_of_two_processes_takes_what_was_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_student_that_stays_as_a_teacher_keeps_no_gradients() -> None:
+    stages = [
+        {"method": REGRESSION},
+        {"method": REGRESSION, "student_steps": 4, "teacher_steps": 8},
+        {"method": REGRESSION, "student_steps": 2, "teacher_steps": 4},
+    ]
+    settings = recipe(*stages)
+    alone = [stage.memory["frozen weights"] for stage in plan(settings).stages]
+    shared = [stage.memory["frozen weights"] for stage in plan(settings, processes=2).stages]
+    assert shared == alone
+    assert alone[2] > alone[1]
+
+
+@pytest.mark.slow
 def test_evaluations_parameters_and_bytes_are_counted() -> None:
     guided = {"method": {**REGRESSION, "reuse": 2}, "guidance": 3.0, "iterations": 10}
     planned = plan(recipe(guided, {"method": CONDITIONAL}))

@@ -438,6 +438,10 @@ def measure(
     trainer.iterate(0, Randomness.at(0, 0))
     batch = meter.living - standing
     shapes = {name: _shapes(trainer.roles[name].weights) for name in trainer.optimisers}
+    for name in trainer.optimisers:
+        # A student may stay, to teach a later stage; its gradients do not.
+        for parameter in trainer.roles[name].weights.parameters():
+            parameter.grad = None
     trainer.remove_roles()
     return Measured(shapes, meter.peak - before, batch)
 
