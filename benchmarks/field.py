@@ -42,7 +42,12 @@ from twostep.training.run_folder import RunFolder
 FACTORS = (1.0, 3.0, 0.33)
 """Of the learning rates of a recipe, the student's and all others."""
 
-WARM: dict[str, Any] = {"method": {"name": "regression"}, "learning_rate": 1e-4, "share": 0.25}
+WARM: dict[str, Any] = {
+    "method": {"name": "regression"},
+    "learning_rate": 1e-4,
+    "taught_by": "start",
+    "share": 0.25,
+}
 """What the adversarial methods begin with: a quarter of their time."""
 
 OURS: dict[str, Any] = {**BOTH, "real": "data", "discriminator_warmup": 20}
@@ -64,6 +69,7 @@ def lightning(objective: str, share: float) -> dict[str, Any]:
             "discriminator_learning_rate": 1e-4,
         },
         "learning_rate": 3e-5,
+        "taught_by": "start",
         "share": share,
     }
 
@@ -71,10 +77,13 @@ def lightning(objective: str, share: float) -> dict[str, Any]:
 # At pure noise a student that predicts eps says an x0 that moves 15 times as far as its output, so
 # adversaries of x0 need slow students: with 5e-5 `add` and `ladd` collapsed in 100 iterations.
 METHODS: dict[str, list[dict[str, Any]]] = {
-    "regression": [{"method": {"name": "regression"}, "learning_rate": 1e-4}],
+    "regression": [{**WARM, "share": 1.0}],
     "lightning": [WARM, lightning("conditional", 0.4), lightning("unconditional", 0.35)],
     "adversarial": [WARM, {"method": OURS, "learning_rate": 5e-5, "share": 0.75}],
-    "adversarial-landings": [WARM, {"method": PAIRS, "learning_rate": 5e-5, "share": 0.75}],
+    "adversarial-landings": [
+        WARM,
+        {"method": PAIRS, "learning_rate": 5e-5, "taught_by": "start", "share": 0.75},
+    ],
     "lcm": [LCM],
     "lcm-lora": [{**LCM, "lora_rank": 16}],
     "add": [
@@ -108,7 +117,11 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         }
     ],
 }
-"""Stages of every method, each with its share of the time."""
+"""Stages of every method, each with its share of the time, and who teaches if it is the student
+that is trained on, whose landings are learnt then."""
+
+_OURS = ("share", "taught_by")
+"""What is said of stages here, and no setting of a recipe."""
 
 _RATES = (
     "learning_rate",
@@ -118,9 +131,6 @@ _RATES = (
     "fake_learning_rate",
     "fake_score_learning_rate",
 )
-_WALKING = ("regression", "lightning")
-"""Methods that learn the landings of the student that is trained on, as all of a job's may."""
-
 _NUM_SHOWN = 48
 
 
@@ -144,11 +154,6 @@ def report_path(job: Job, out: Path) -> Path:
     return out / "reports" / f"{job.name}.json"
 
 
-def is_walking(job: Job, method: str) -> bool:
-    """Return whether a stage of a job learns the landings of the student that is trained on."""
-    return method in _WALKING or job.method == "adversarial-landings"
-
-
 def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
     """Return the stages of a method.
 
@@ -159,12 +164,12 @@ def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
     known = json.loads(first.read_text())["iterations"] if first.exists() else []
     stages = []
     for position, given in enumerate(METHODS[job.method]):
-        values: dict[str, Any] = {key: given[key] for key in given if key != "share"}
+        values: dict[str, Any] = {key: given[key] for key in given if key not in _OURS}
         method = dict(values["method"])
         for key in _RATES:
             if key in method:
                 method[key] *= job.factor
-        if is_walking(job, method["name"]):
+        if given.get("taught_by") == "start":
             values |= {"teacher": "first", "teacher_steps": 2 * job.steps}
         elif method["name"] == "adversarial":
             values |= {"teacher": "first", "teacher_steps": 32}
@@ -202,7 +207,8 @@ def run(job: Job, options: argparse.Namespace) -> None:
     recipe = make_recipe(job, options)
     folder = options.out / job.name
     num_iterations = []
-    for prepared in prepared_stages(recipe, teacher, start=start.standalone()):
+    prepared_ones = prepared_stages(recipe, teacher, start=start.standalone())
+    for given, prepared in zip(METHODS[job.method], prepared_ones, strict=True):
         stage = prepared.stage
         done = 0
 
@@ -213,7 +219,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
         train_stage(
             stage,
             source,
-            teacher=start if is_walking(job, stage.method.name) else prepared.teacher,
+            teacher=start if given.get("taught_by") == "start" else prepared.teacher,
             student=prepared.student,
             folder=RunFolder(folder, recipe),
             codec=teacher.codec,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from tests.answering import Answering
 from twostep.distill.methods.adversarial import Adversarial, JudgedPair
 from twostep.distill.methods.discriminator import Discriminator, LoraDiscriminator
 from twostep.distill.pairs import Batches, Transition
@@ -15,7 +16,6 @@ from twostep.distill.recipe import Stage
 from twostep.distill.trainer import StageTrainer
 from twostep.models.bundle import Bundle
 from twostep.networks.adapters import Lora, add_lora
-from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness, TrainingError
@@ -212,19 +212,6 @@ def test_real_may_be_the_data(teacher: Bundle, source: object) -> None:
     x0, _ = trainer.batches.examples(Randomness.at(0, 0))
     assert torch.equal(pair.taken.x_s, x0)
     assert trainer.method.cost().teacher_evaluations == 0
-
-
-class Answering(nn.Module):
-    """A backbone that answers with what it was given."""
-
-    spec = BackboneSpec(family="toy", in_channels=4, out_channels=4)
-
-    def __init__(self, answer: Tensor) -> None:
-        super().__init__()
-        self.answer = nn.Parameter(answer, requires_grad=False)
-
-    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.answer
 
 
 def test_a_student_that_lands_where_data_lie_is_told_from_them_by_nothing(

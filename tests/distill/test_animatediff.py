@@ -44,6 +44,15 @@ def test_what_recipes_are_planned_by_is_what_their_folders_will_be(name: str) ->
     assert contract == replace(adopted, schedule=ANIMATEDIFF_NOISE[shape.channels])
 
 
+def test_a_folder_of_other_models_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = find_model(FOLDERS["animatediff-sdxl"], only=CONFIGS)
+    Path("models").mkdir()
+    assert find_model(FOLDERS["animatediff-sdxl"], only=CONFIGS) == expected
+
+
 def test_a_folder_that_is_there_is_planned_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

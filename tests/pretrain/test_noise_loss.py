@@ -2,29 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from tests.answering import Answering
 from twostep.diffusion.schedule import VariancePreserving
-from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.pretrain.teacher import noise_loss
 
 OFF = 0.5
 SCHEDULE = VariancePreserving.scaled_linear()
-
-
-class Answering(nn.Module):
-    """A backbone that answers with what it was given."""
-
-    spec = BackboneSpec(family="toy", in_channels=4, out_channels=4)
-
-    def __init__(self, answer: Tensor) -> None:
-        super().__init__()
-        self.answer = nn.Parameter(answer, requires_grad=False)
-
-    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.answer
 
 
 @pytest.mark.parametrize(("floor", "limit"), [(0.0, 5.0), (1.0, 5.0), (0.1, 100.0)])

@@ -95,18 +95,23 @@ def find_model(
         official = official_file(model, steps)
         if official is not None:
             return fetch(LIGHTNING[0], file=official)
+        here = _configs_here(model) if only == CONFIGS else None
+        if here is not None:
+            return here
         repository = hub_id(model)
-        if repository == SDXL_BASE and only == CONFIGS:
-            return SDXL_CONFIGS
-        if repository == STABLE_AUDIO_OPEN and only == CONFIGS:
-            return STABLE_AUDIO_CONFIGS
-        if repository == STABLE_DIFFUSION_15 and only == CONFIGS:
-            return STABLE_DIFFUSION_15_CONFIGS
-        if repository in _PLANNED_BEFORE and only == CONFIGS:
-            return _PLANNED_BEFORE[repository]
         if repository is not None:
             return fetch(repository, only=only or (*CONFIGS, "*/*.safetensors"))
     raise NoModelFolderError(_no_model(path))
+
+
+def _configs_here(model: str | Path) -> Path | None:
+    """Return the configs in the package by which a model is planned, None if there are none."""
+    repositories = {
+        SDXL_BASE: SDXL_CONFIGS,
+        STABLE_AUDIO_OPEN: STABLE_AUDIO_CONFIGS,
+        STABLE_DIFFUSION_15: STABLE_DIFFUSION_15_CONFIGS,
+    }
+    return _PLANNED_BEFORE.get(str(model)) or repositories.get(hub_id(model) or "")
 
 
 def hub_id(name: str | Path) -> str | None:

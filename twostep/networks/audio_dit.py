@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.recomputing import computed
 
 Sequences = Float[Tensor, "batch channels time"]
 """Latents of sounds."""
@@ -147,10 +147,8 @@ class AudioDit(nn.Module):
         return modulation[:, None]
 
     def _through(self, block: nn.Module, hidden: Tensor, modulation: Tensor) -> Tensor:
-        if self.checkpoints and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(block, hidden, modulation, use_reentrant=False)
-            return recomputed
-        through: Tensor = block(hidden, modulation)
+        recompute = self.checkpoints and torch.is_grad_enabled()
+        through: Tensor = computed(block, recompute, hidden, modulation)
         return through
 
 

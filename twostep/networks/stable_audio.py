@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from twostep.diffusion.shapes import Batch
 from twostep.networks.audio_dit import Sequences
 from twostep.networks.backbone import BackboneSpec, standalone
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.recomputing import computed
 
 _ROTARY_BASE = 10_000.0
 """Of the frequencies by which queries and keys are turned (arXiv 2104.09864)."""
@@ -133,11 +133,8 @@ class StableAudioDit:
         turns = rotations(half, tokens.shape[1], tokens.device)
 
         def run(block: Any, hidden: Tensor) -> Tensor:
-            arguments = (hidden, None, text, None, turns)
-            if network.gradient_checkpointing and torch.is_grad_enabled():
-                recomputed: Tensor = checkpoint(block, *arguments, use_reentrant=False)
-                return recomputed
-            through: Tensor = block(*arguments)
+            recompute = network.gradient_checkpointing and torch.is_grad_enabled()
+            through: Tensor = computed(block, recompute, hidden, None, text, None, turns)
             return through
 
         return tokens, run

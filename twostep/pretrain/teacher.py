@@ -40,8 +40,7 @@ class DenoiserSettings(PartSettings):
     snr_floor: float = Field(
         0.0,
         ge=0,
-        description="below this snr as well, the weight is that of an error in x0, as with "
-        "max(snr, 1) in arXiv 2202.00512: 1 lets what only text can tell be learned sooner",
+        description="least snr in that weight, as in max(snr, 1) of arXiv 2202.00512; 0 for none",
     )
     gradient_checkpointing: bool = Field(
         False, description="less memory for activations, about a third slower"

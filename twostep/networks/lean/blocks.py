@@ -5,27 +5,17 @@ Attributes have the names that the weights have in files, and LoRAs call the lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import gelu, interpolate, pad, silu
-from torch.utils.checkpoint import checkpoint
 
 from twostep.diffusion.shapes import Latents
+from twostep.networks.recomputing import computed
 
 Tokens = Float[Tensor, "batch tokens width"]
 """Vectors of tokens, or of the positions of a picture in rows."""
-
-
-def computed(layer: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:
-    """Return what a layer makes of inputs, which it may compute again in the backward pass."""
-    if recompute:
-        return checkpoint(layer, *inputs, use_reentrant=False)
-    return layer(*inputs)
 
 
 class Resnet(nn.Module):

@@ -12,14 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from twostep.networks.lean.blocks import (
-    Downsample,
-    Resnet,
-    SpatialTransformer,
-    Upsample,
-    computed,
-)
+from twostep.networks.lean.blocks import Downsample, Resnet, SpatialTransformer, Upsample
 from twostep.networks.lean.config import LeanNetwork, has_entries, per_level
+from twostep.networks.recomputing import computed
 
 _CROSS_DOWN = "CrossAttnDownBlock2D"
 _CROSS_UP = "CrossAttnUpBlock2D"
@@ -314,15 +309,28 @@ class DownBlock(nn.Module):
         passed = []
         for number, resnet in enumerate(self.resnets):
             x = computed(resnet, recompute, x, time)
-            if self.attentions is not None:
-                x = self.attentions[number](x, text, recompute)
-            if after:
-                x = computed(after[number], recompute, x)
+            x = _after_resnet(x, text, number, self.attentions, after, recompute)
             passed.append(x)
         if self.downsamplers is not None:
             x = self.downsamplers[0](x)
             passed.append(x)
         return x, passed
+
+
+def _after_resnet(
+    x: Tensor,
+    text: Tensor,
+    number: int,
+    attentions: nn.ModuleList | None,
+    after: Sequence[Layer],
+    recompute: bool,
+) -> Tensor:
+    """Return what the rest of a layer computes: its transformer, and what is inserted."""
+    if attentions is not None:
+        x = attentions[number](x, text, recompute)
+    if after:
+        x = computed(after[number], recompute, x)
+    return x
 
 
 class MidBlock(nn.Module):
@@ -385,10 +393,7 @@ class UpBlock(nn.Module):
         """Return features, at the size (h, w) of the next level's skips."""
         for number, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             x = computed(resnet, recompute, torch.cat([x, skip], dim=1), time)
-            if self.attentions is not None:
-                x = self.attentions[number](x, text, recompute)
-            if after:
-                x = computed(after[number], recompute, x)
+            x = _after_resnet(x, text, number, self.attentions, after, recompute)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, size)
         return x
