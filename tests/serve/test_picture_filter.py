@@ -21,7 +21,7 @@ from twostep.pipeline.request import Request, Result
 from twostep.serve.app import create_app
 from twostep.serve.catalogue import Catalogue
 from twostep.serve.config import FilterSettings, ServeError, Verdict
-from twostep.serve.engine import Engine, EngineError
+from twostep.serve.engine import Engine, EngineError, Job
 from twostep.serve.gate import Rules
 from twostep.serve.metrics import Metrics
 from twostep.serve.picture_filter import (
@@ -237,3 +237,25 @@ def test_what_is_blurred_is_told_as_a_warning(client: TestClient) -> None:
     image = opened(answer["data"][0]["b64_json"])
     assert image.tobytes() == blurred(picture("blue")).tobytes()
     assert "picture 1 of 1 was blurred" in answer["twostep"]["warnings"][1]
+
+
+class EndsAtOnce(Engine):
+    """Gives jobs out when they have ended: whoever follows them then is as late as can be."""
+
+    def submit(self, *args: Any, **wishes: Any) -> Job:
+        job = super().submit(*args, **wishes)
+        job.wait(10.0)
+        return job
+
+
+def test_a_stream_has_its_partial_images_however_soon_the_job_ends(painter: Painter) -> None:
+    engine = EndsAtOnce([FilteredStudio(painter, by_colour, lambda verdict: None)])
+    serving = Serving(engine, Catalogue(["nano"]))
+    body = {"prompt": "green", "stream": True, "partial_images": 1}
+    with TestClient(create_app(serving, Rules()), base_url="http://127.0.0.1") as client:
+        answer = client.post("/v1/images/generations", json=body).text
+    events = answer.strip().split("\n\n")
+    assert events[0].startswith("event: image_generation.partial_image")
+    assert events[1].startswith("event: image_generation.completed")
+    partial = json.loads(events[0].partition("data: ")[2])["b64_json"]
+    assert opened(partial).tobytes() == picture("green").tobytes()

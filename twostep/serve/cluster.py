@@ -111,10 +111,12 @@ class Drawer:
         try:
             for place, call in enumerate(calls):
                 job = self._engine.submit(
-                    call.request, client=call.client, wants_previews=call.wants_previews
+                    call.request,
+                    client=call.client,
+                    wants_previews=call.wants_previews,
+                    listener=partial(listen, place),
                 )
                 jobs.append(job)
-                job.follow(partial(listen, place))
             num_left = len(jobs)
             while num_left:
                 place, event = await queue.get()

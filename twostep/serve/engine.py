@@ -319,6 +319,7 @@ class Engine:
         wants_previews: bool = False,
         seconds: float | None = None,
         even_if_full: bool = False,
+        listener: Listener | None = None,
     ) -> Job:
         """Accept a request; from then on it is drawn or its end is reported.
 
@@ -329,6 +330,8 @@ class Engine:
             wants_previews: whether steps bring previews, which costs a little.
             seconds: after how many the job fails if it is not done.
             even_if_full: whether it may be one more than may wait, as it was accepted before.
+            listener: follows the job from before anything happens to it. Who follows a job that was
+                accepted already may find that it has ended, and its previews are gone.
 
         Raises:
             QueueFullError: as many jobs wait as may.
@@ -346,7 +349,9 @@ class Engine:
                 raise QueueFullError(position, self._retry_after(position))
             self._jobs[job.id] = job
             self._waiting.setdefault(client, deque()).append(job)
-            # Before any thread may take it, so that this is its first event.
+            # Before any thread may take it, so that nothing is missed and this is its first event.
+            if listener is not None:
+                job.follow(listener)
             job._publish(Event("queued", position=position))
             self._changed.notify()
         return job

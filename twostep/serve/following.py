@@ -25,14 +25,37 @@ PictureFormat = Literal["png", "jpeg", "webp"]
 """What pictures are sent as."""
 
 
+class Hearing:
+    """Brings the events of a job into the loop that was running when it was made.
+
+    As the `listener` of `Engine.submit` it misses none.
+    """
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event, in the thread in which it happens."""
+        # The loop is closed where the server has stopped: then nobody listens any more.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.queue.put_nowait, event)
+
+
 async def follow(
-    engine: Engine, job: Job, http: HttpRequest, *, is_owner: bool
+    engine: Engine,
+    job: Job,
+    http: HttpRequest,
+    *,
+    is_owner: bool,
+    hearing: Hearing | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Yield the events of a job until it ends or the client has gone.
 
-    With `is_owner` nobody else waits for the job: it is cancelled when the client goes.
+    With `is_owner` nobody else waits for the job: it is cancelled when the client goes. With the
+    `hearing` that was given to `Engine.submit`, no previews are missed.
     """
-    with _heard(job) as queue:
+    with _heard(job, hearing) as queue:
 
         async def until_gone() -> None:
             while (await http.receive())["type"] != "http.disconnect":
@@ -61,21 +84,15 @@ async def events_of(job: Job) -> AsyncGenerator[Event, None]:
 
 
 @contextlib.contextmanager
-def _heard(job: Job) -> Iterator[asyncio.Queue[Event | None]]:
+def _heard(job: Job, hearing: Hearing | None = None) -> Iterator[asyncio.Queue[Event | None]]:
     """Put the events of a job into a queue of the running loop."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Event | None] = asyncio.Queue()
-
-    def listen(event: Event) -> None:
-        # The loop is closed where the server has stopped: then nobody listens any more.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(queue.put_nowait, event)
-
-    job.follow(listen)
+    if hearing is None:
+        hearing = Hearing()
+        job.follow(hearing)
     try:
-        yield queue
+        yield hearing.queue
     finally:
-        job.unfollow(listen)
+        job.unfollow(hearing)
 
 
 async def ended(engine: Engine, job: Job, http: HttpRequest) -> bool:

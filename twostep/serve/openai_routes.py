@@ -29,6 +29,7 @@ from twostep.serve.catalogue import Fitted, Wish
 from twostep.serve.document import DRAWING, form_body, json_body, refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
+    Hearing,
     PictureFormat,
     drawing_of,
     ended,
@@ -236,13 +237,17 @@ async def _answer(
     if serving.strict and notes:
         raise ContractError(f"{notes[0]}. This server is strict.")
     num_partials = (body.partial_images or 0) if body.stream else 0
-    job = serving.submit(fitted, client=client_of(http), wants_previews=num_partials > 0)
+    # Made before the job, which may be drawn before the first line of the answer is sent.
+    hearing = Hearing() if body.stream else None
+    job = serving.submit(
+        fitted, client=client_of(http), wants_previews=num_partials > 0, listener=hearing
+    )
     changes = [*notes, *fitted.changes]
     headers = {"X-Twostep-Job": job.id}
     if changes:
         headers["X-Twostep-Changes"] = in_header(changes)
-    if body.stream:
-        events = _stream(serving, http, kind, body, job, fitted, changes)
+    if hearing is not None:
+        events = _stream(serving, http, kind, body, job, hearing, fitted, changes)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     if not await ended(serving.engine, job, http):
         return Response(status_code=499)  # nobody reads it
@@ -264,12 +269,13 @@ async def _stream(
     kind: _Kind,
     body: ImagesBody,
     job: Job,
+    hearing: Hearing,
     fitted: Fitted,
     changes: list[str],
 ) -> AsyncIterator[str]:
     """Yield a partial image for each picture at chosen steps, then each picture, as events."""
     index = 0
-    events = follow(serving.engine, job, http, is_owner=True)
+    events = follow(serving.engine, job, http, is_owner=True, hearing=hearing)
     async with contextlib.aclosing(events):
         async for event in events:
             if event.kind == "step" and _is_partial(event, body.partial_images or 0):
