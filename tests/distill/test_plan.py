@@ -20,7 +20,7 @@ from twostep.cli import app
 from twostep.distill import DistillRecipe
 from twostep.distill.chain import prepared_stages
 from twostep.distill.methods.discriminator import Discriminator
-from twostep.distill.plan import advise, plan
+from twostep.distill.plan import advise, plan, try_changes
 from twostep.distill.trainer import StageTrainer
 from twostep.formats.locate import WEIGHTS
 from twostep.models.loading import load_bundle
@@ -152,7 +152,10 @@ def test_a_student_that_stays_as_a_teacher_keeps_no_gradients() -> None:
         {"method": REGRESSION, "student_steps": 2, "teacher_steps": 4},
     ]
     settings = recipe(*stages)
-    alone = [stage.memory["frozen weights"] for stage in plan(settings).stages]
+    said: list[tuple[int, int, str]] = []
+    planned = plan(settings, advance=lambda *step: said.append(step))
+    assert said == [(i, 3, stage.name) for i, stage in enumerate(settings.stages)]
+    alone = [stage.memory["frozen weights"] for stage in planned.stages]
     shared = [stage.memory["frozen weights"] for stage in plan(settings, processes=2).stages]
     assert shared == alone
     assert alone[2] > alone[1]
@@ -274,6 +277,20 @@ def test_offloaded_moments_are_on_disk_and_not_on_the_accelerator() -> None:
     assert sum(there.memory.values()) == there.peak
     on_cpu = plan(recipe({**stage, "offload": True}, device="cpu")).stages[0]
     assert "moments, of one portion" not in on_cpu.memory
+
+
+def test_changes_are_tried_one_by_one_and_then_all_together() -> None:
+    peaks = {"batch_size": 7, "precision": 3}
+    said: list[tuple[int, int, str]] = []
+    tried = try_changes(
+        [{"batch_size": 1}, {"precision": "bf16"}],
+        lambda change: sum(peaks[key] for key in change),
+        lambda *step: said.append(step),
+    )
+    both = {"batch_size": 1, "precision": "bf16"}
+    assert tried == [({"precision": "bf16"}, 3), ({"batch_size": 1}, 7), (both, 10)]
+    names = ("batch_size", "precision", "batch_size, precision")
+    assert said == [(i, 3, name) for i, name in enumerate(names)]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from twostep.distill import DistillRecipe
     from twostep.distill.decoder import DecoderRecipe
     from twostep.distill.pairs import Source
-    from twostep.distill.plan import Plan, StagePlan
+    from twostep.distill.plan import Advice, Plan, StagePlan
     from twostep.distill.recipe import RunRecipe, TrainedStage
     from twostep.models.bundle import Bundle
     from twostep.training.run_folder import RunFolder
@@ -114,7 +114,8 @@ def plan(
     settings = _load_recipe(recipe, override)
     if device is not None:
         settings = settings.model_copy(update={"device": device})
-    planned = _kind_of(settings).plan(settings, processes=processes)
+    with progress_bar("plan") as advance:
+        planned = _kind_of(settings).plan(settings, processes=processes, advance=advance)
     other = "" if device or planned.device != "cpu" else "; for a GPU: --device cuda"
     many = f", one of {processes} processes" if processes > 1 else ""
     typer.echo(f"planned for: {planned.device}{many}{other}")
@@ -160,7 +161,9 @@ def _print_advice(
     large = ", ".join(entry.stage.name for entry in planned if entry.highest > memory)
     name = planned[worst].stage.name
     typer.echo(f"{_gib(memory)} are too little for {large}. {name} would take:")
-    for change, peak in _kind_of(settings).advise(settings, worst, processes):
+    with progress_bar("try") as advance:
+        advice = _kind_of(settings).advise(settings, worst, processes, advance)
+    for change, peak in advice:
         changes = ", ".join(f"{key} = {value}" for key, value in change.items())
         fits = " (fits)" if peak <= memory else ""
         typer.echo(f"  {_gib(peak)} with {changes}{fits}")
@@ -238,14 +241,14 @@ class _Kind(NamedTuple):
     """What is done with the recipes of one kind.
 
     Attributes:
-        plan: says what a recipe takes, in one of so many processes.
+        plan: says what a recipe takes, in one of so many processes, and how far it has come.
         advise: returns what would make the stage of a place smaller in one of so many processes,
-            and its highest memory then.
+            and its highest memory then; says likewise how far it has come.
         distil: trains, and returns the files that it wrote.
     """
 
     plan: Callable[..., Plan]
-    advise: Callable[[Any, int, int], Sequence[tuple[Mapping[str, Any], int]]]
+    advise: Callable[[Any, int, int, OnProgress], Sequence[Advice]]
     distil: Callable[..., list[Path]]
 
 
@@ -257,7 +260,7 @@ def _kind_of(settings: DistillRecipe | DecoderRecipe) -> _Kind:
     if isinstance(settings, DecoderRecipe):
         return _Kind(
             plan_decoder,
-            lambda recipe, _, processes: advise_decoder(recipe, processes),
+            lambda recipe, _, processes, advance: advise_decoder(recipe, processes, advance),
             _distil_decoder,
         )
     return _Kind(plan, advise, _distil_chain)

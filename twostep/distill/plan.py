@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,12 @@ _MEASURED_WITH: OptimiserName = "adamw"
 _BYTES_IN_SNAPSHOT = 2
 """Of a weight; they are in fp16."""
 
+OnPlanned = Callable[[int, int, str], None]
+"""Called with how much of a plan is done, of how much, and what comes next."""
+
+Advice = tuple[Mapping[str, Any], int]
+"""Changes of a recipe's settings, and the peak after them in bytes."""
+
 _KIND = {
     "batch_size",
     "accumulate",
@@ -59,6 +65,10 @@ _KIND = {
     "method",
 }
 """The settings on which memory depends; stages that share them are measured once."""
+
+
+def unheard(done: int, total: int, text: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +171,21 @@ class Measured:
         return max(bytes_at_once(optimiser, shapes) for shapes in self.shapes.values())
 
 
-def plan(recipe: DistillRecipe, *, only: int | None = None, processes: int = 1) -> Plan:
+def plan(
+    recipe: DistillRecipe,
+    *,
+    only: int | None = None,
+    processes: int = 1,
+    advance: OnPlanned = unheard,
+) -> Plan:
     """Return the plan of a recipe, of all its stages or of one.
 
     Args:
         recipe: what would be run; only the configs of its model are read.
         only: the position of the only stage that is planned; None for all.
         processes: how many train together, of which one is planned.
+        advance: called before each stage with how many are planned, of how many, and its name; at
+            SDXL's size one that is measured takes half a minute.
 
     Raises:
         ModelError: not even the model's configs can be found.
@@ -194,6 +212,7 @@ def plan(recipe: DistillRecipe, *, only: int | None = None, processes: int = 1) 
         for position, prepared in enumerate(prepared_stages(recipe, teacher, start=start)):
             if only not in (None, position):
                 continue
+            advance(len(planned), len(recipe.stages) if only is None else 1, prepared.stage.name)
             gc.collect()
             standing = meter.living
             kind = _kind(prepared.stage)
@@ -234,20 +253,33 @@ def metering(*, on_cpu: bool) -> Iterator[Meter]:
 
 
 def advise(
-    recipe: DistillRecipe, position: int, processes: int = 1
-) -> list[tuple[dict[str, Any], int]]:
+    recipe: DistillRecipe, position: int, processes: int = 1, advance: OnPlanned = unheard
+) -> list[Advice]:
     """Return changes that make a stage smaller, with its peak after each.
 
     The best comes first, and all together last. What begins with "method." is a setting of the
-    stage's method.
+    stage's method. `advance` is called before each change is tried, as `plan` calls it.
     """
     changes = _possible_changes(recipe, recipe.stages[position], processes)
+    return try_changes(
+        changes, lambda change: _changed_peak(recipe, position, change, processes), advance
+    )
+
+
+def try_changes(
+    changes: Sequence[Mapping[str, Any]],
+    peak_with: Callable[[Mapping[str, Any]], int],
+    advance: OnPlanned,
+) -> list[Advice]:
+    """Return changes with the peak after each: the best first, and all of them together last."""
     together: dict[str, Any] = {}
     for change in changes:
         together |= change
-    peaks = [(change, _changed_peak(recipe, position, change, processes)) for change in changes]
-    peaks.sort(key=lambda entry: entry[1])
-    return [*peaks, (together, _changed_peak(recipe, position, together, processes))]
+    peaks: list[Advice] = []
+    for change in (*changes, together):
+        advance(len(peaks), len(changes) + 1, ", ".join(change))
+        peaks.append((change, peak_with(change)))
+    return [*sorted(peaks[:-1], key=lambda entry: entry[1]), peaks[-1]]
 
 
 def _possible_changes(recipe: DistillRecipe, stage: Stage, processes: int) -> list[dict[str, Any]]:

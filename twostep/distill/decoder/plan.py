@@ -11,6 +11,8 @@ from twostep.distill.beginning import check_shares
 from twostep.distill.decoder.recipe import DecoderRecipe
 from twostep.distill.decoder.run import TrainedDecoder, codec_of, fresh_decoder
 from twostep.distill.plan import (
+    Advice,
+    OnPlanned,
     Plan,
     blank_source,
     device_type,
@@ -19,18 +21,23 @@ from twostep.distill.plan import (
     metering,
     plan_stage,
     read_cache,
+    try_changes,
+    unheard,
 )
 from twostep.models.bundle import modules_of
 from twostep.models.loading import load_bundle
 from twostep.networks.digest import num_weight_bytes
 
 
-def plan_decoder(recipe: DecoderRecipe, *, processes: int = 1) -> Plan:
+def plan_decoder(
+    recipe: DecoderRecipe, *, processes: int = 1, advance: OnPlanned = unheard
+) -> Plan:
     """Return the plan of a recipe; only the configs of its model are read.
 
     Args:
         recipe: what would be run.
         processes: how many train together, of which one is planned.
+        advance: called once before the stage, as `plan` calls it.
 
     Raises:
         ModelError: not even these can be found, or the model does not make pictures.
@@ -38,6 +45,7 @@ def plan_decoder(recipe: DecoderRecipe, *, processes: int = 1) -> Plan:
             a batch alike.
     """
     stage = recipe.decoder
+    advance(0, 1, stage.name)
     check_shares([stage], processes)
     sizes, num_items = read_cache(recipe)
     device = device_type(recipe)
@@ -62,11 +70,11 @@ def plan_decoder(recipe: DecoderRecipe, *, processes: int = 1) -> Plan:
 
 
 def advise_decoder(
-    recipe: DecoderRecipe, processes: int = 1
-) -> list[tuple[Mapping[str, Any], int]]:
+    recipe: DecoderRecipe, processes: int = 1, advance: OnPlanned = unheard
+) -> list[Advice]:
     """Return changes of the decoder's training that make it smaller, with its peak after each.
 
-    The best comes first, and all together last.
+    As `advise` does for a stage of a chain.
     """
     stage = recipe.decoder
     changes: list[dict[str, Any]] = []
@@ -77,12 +85,7 @@ def advise_decoder(
         changes.append({"crop": (stage.crop or latents) // 2})
     if stage.precision == "fp32":
         changes.append({"precision": "bf16"})
-    together: dict[str, Any] = {}
-    for change in changes:
-        together |= change
-    peaks = [(change, _changed_peak(recipe, change, processes)) for change in changes]
-    peaks.sort(key=lambda entry: entry[1])
-    return [*peaks, (together, _changed_peak(recipe, together, processes))]
+    return try_changes(changes, lambda change: _changed_peak(recipe, change, processes), advance)
 
 
 def load_latent_side(recipe: DecoderRecipe) -> int:
