@@ -1,5 +1,7 @@
 """Picture models of Stable Diffusion 1.5's kind, under a motion module, against diffusers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import (
@@ -13,12 +15,14 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
+from typer.testing import CliRunner
 
 from twostep import Request, generate
+from twostep.cli import app
 from twostep.formats.locate import ModelError
 from twostep.formats.motion_files import MotionConfig, MotionError, to_animatediff
 from twostep.models.loading import load_bundle
-from twostep.models.motion import adopt_motion_module, load_pictures
+from twostep.models.motion import adopt_motion_module, load_pictures, picture_unet
 from twostep.networks.motion import MotionModule
 from twostep.pretrain.model import TEST_CORPUS
 from twostep.pretrain.tokenizer import build_tokenizer
@@ -138,3 +142,18 @@ def test_what_does_not_fit_is_refused(pipeline, module_file, tmp_path) -> None:
         adopt_motion_module(tmp_path / "missing.safetensors", [str(folder)], tmp_path / "none")
     with pytest.raises(ModelError):
         load_pictures([str(tmp_path)])
+
+
+def test_the_command_makes_a_model_of_clips_that_draws(tmp_path: Path) -> None:
+    shape = MotionConfig.on(picture_unet(load_pictures(["nano"], outline=True)[0]).config, heads=8)
+    weights = MotionModule(shape).state_dict()
+    save_file(to_animatediff(weights, shape), tmp_path / "mm.safetensors")
+    folder = tmp_path / "moving"
+    given = ["adopt", str(tmp_path / "mm.safetensors"), "--base", "nano", "--out", str(folder)]
+    answer = CliRunner().invoke(app, [*given, "--frames", "4"])
+    assert answer.exit_code == 0, answer.output
+    assert answer.output.strip() == str(folder)
+    (clip,) = generate(load_bundle(folder), Request("a red fox", steps=1, guidance=1.0)).images
+    assert len(clip.frames) == 4
+    missing = CliRunner().invoke(app, ["adopt", "missing.safetensors", *given[2:]])
+    assert missing.exit_code == 1 and "No such file" in missing.output

@@ -94,7 +94,15 @@ def main(
 
 _DRAWING = (draw.generate, draw.edit, draw.replay, draw.info)
 _TRAINING = (train.recipes, train.recipe, cache.cache, train.plan, train.distill, train.report)
-_FILES = (files.export, files.convert, files.inspect, files.verify, files.extract, files.push)
+_FILES = (
+    files.export,
+    files.convert,
+    files.adopt,
+    files.inspect,
+    files.verify,
+    files.extract,
+    files.push,
+)
 _BUILT_IN = (pretrain.drawings, pretrain.pretrain, evaluate.evaluate)
 _MEASURING = (compare.compare, compare.reproduce, bench.bench)
 _SERVING = (serve.serve,)

@@ -1,4 +1,4 @@
-"""Verbs on files: export, inspect, convert, verify, extract, push."""
+"""Verbs on files: export, inspect, convert, adopt, verify, extract, push."""
 
 import json
 from pathlib import Path
@@ -133,6 +133,31 @@ def convert(
     from twostep.export.conversion import convert as write
 
     typer.echo(write(model, to, out, base=base))
+
+
+def adopt(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="An AnimateDiff motion module by its own names or diffusers', as .safetensors."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write.")],
+    base: Annotated[
+        list[str],
+        typer.Option(
+            help="The picture model that draws; more of the same shape to distil students on."
+        ),
+    ],
+    frames: Annotated[int, typer.Option(min=2, help="Of a clip that says no other length.")] = 16,
+) -> None:
+    """Make a model of clips of somebody's motion module, to draw with and to distil.
+
+    Its noise is AnimateDiff's for Stable Diffusion 1.5 and SDXL, and else the picture model's.
+    """
+    from twostep.models.motion import adopt_motion_module
+
+    typer.echo(adopt_motion_module(file, base, out, frames=frames))
 
 
 def verify(
