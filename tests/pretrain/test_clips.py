@@ -10,7 +10,13 @@ from twostep.evaluate.tracking import motion_figures, motion_kinds, track
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.motion import load_pictures, motion_contract, with_motion
 from twostep.networks.motion import MotionModule
-from twostep.pretrain.clips import MovingDrawings, moving_caption, moving_drawings, random_paths
+from twostep.pretrain.clips import (
+    MovingDrawings,
+    animate,
+    moving_caption,
+    moving_drawings,
+    random_paths,
+)
 from twostep.pretrain.drawings import load_drawings
 
 
@@ -80,3 +86,12 @@ def test_paths_are_those_of_their_kinds() -> None:
     heights = paths.centre[bounce, :, 1]
     assert 0.75 * 0.25 * 0.95 <= heights.max() - heights.min() <= 1.25 * 0.25
     assert torch.isfinite(random_paths(["left"], 1, torch.Generator()).centre).all()
+
+
+def test_clips_are_composed_where_the_drawings_are() -> None:
+    """Not on the CPU: there a GPU would wait for every batch. Whatever mixes devices fails here."""
+    somewhere = torch.device("meta")
+    drawings = torch.zeros(2, 4, 32, 32, dtype=torch.uint8, device=somewhere)
+    paths = random_paths(["left", "spin"], 4, torch.Generator()).to(somewhere)
+    clips = animate(drawings, torch.tensor([0, 5]).to(somewhere), paths, pixels=16)
+    assert clips.shape == (2, 3, 4, 16, 16) and clips.device == somewhere

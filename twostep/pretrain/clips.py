@@ -61,6 +61,10 @@ class Paths:
     angle: Float[Tensor, "clips frames"]
     scale: Float[Tensor, "clips frames"]
 
+    def to(self, device: torch.device) -> Paths:
+        """Return the same paths on a device."""
+        return Paths(self.centre.to(device), self.angle.to(device), self.scale.to(device))
+
 
 def random_paths(kinds: Sequence[str], num_frames: int, generator: torch.Generator) -> Paths:
     """Draw one path of each of the kinds of motion.
@@ -159,7 +163,7 @@ class MovingDrawings:
     def compose(
         self, count: int, tensors: torch.Generator
     ) -> tuple[Float[Tensor, "count 3 frames height width"], list[ClipLabels]]:
-        """Return random clips in -1..1, and what is on each."""
+        """Return random clips in -1..1, composed on the bundle's device, and what is on each."""
         num_concepts, num_styles = self.drawings.drawings.shape[:2]
         concept = torch.randint(num_concepts, (count,), generator=tensors)
         style = torch.randint(num_styles, (count,), generator=tensors)
@@ -169,8 +173,9 @@ class MovingDrawings:
         pixels = self.bundle.contract.sizes[0][0]
         _, num_frames, *_ = self.bundle.latent_shape(pixels, pixels)
         paths = random_paths(kinds, num_frames, tensors)
-        chosen = self.drawings.drawings[concept, style]
-        clips = animate(chosen, background, paths, pixels=pixels)
+        device = self.bundle.denoiser.device
+        chosen = self.drawings.drawings[concept, style].to(device)
+        clips = animate(chosen, background.to(device), paths.to(device), pixels=pixels)
         numbers = zip(concept.tolist(), style.tolist(), background.tolist(), kinds, strict=True)
         return clips, [ClipLabels(*each) for each in numbers]
 
@@ -181,8 +186,7 @@ class MovingDrawings:
         """Return latents of random clips with captions, which often say less than there is."""
         clips, labels = self.compose(count, tensors)
         captions = [self.caption(each, words) for each in labels]
-        device = self.bundle.denoiser.device
-        return self.bundle.codec.encode(clips.to(device)).float().cpu(), captions
+        return self.bundle.codec.encode(clips).float().cpu(), captions
 
     def caption(self, labels: ClipLabels, words: Random) -> str:
         """Return a caption of one clip: what a picture of it is called, and how it moves."""

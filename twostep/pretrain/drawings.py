@@ -185,6 +185,7 @@ def lay_on(
 ) -> Float[Tensor, "batch 3 height width"]:
     """Put what `place_drawings` returned on plain backgrounds; return pictures in -1..1."""
     colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32) / 255
+    colours = colours.to(placed.device)
     picture = placed[:, :3] + (1 - placed[:, 3:]) * colours[background][:, :, None, None]
     return picture * 2 - 1
 
