@@ -18,6 +18,7 @@ from twostep.pretrain.clips import (
     random_paths,
 )
 from twostep.pretrain.drawings import load_drawings
+from twostep.training.recipe import RecipeError
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,37 @@ def test_paths_are_those_of_their_kinds() -> None:
     heights = paths.centre[bounce, :, 1]
     assert 0.75 * 0.25 * 0.95 <= heights.max() - heights.min() <= 1.25 * 0.25
     assert torch.isfinite(random_paths(["left"], 1, torch.Generator()).centre).all()
+
+
+def test_kinds_together_differ_in_nothing_else(teacher) -> None:
+    clips = MovingDrawings(load_drawings(), teacher, together=True)
+    kinds = list(MOTIONS)
+    composed, labels = clips.compose(18, torch.Generator().manual_seed(1))
+    assert [each.kind for each in labels] == 2 * kinds
+    for group in (labels[:9], labels[9:]):
+        assert len({(each.concept, each.style, each.background) for each in group}) == 1
+    assert motion_kinds(motion_figures(track(composed))) == 2 * kinds
+    paths = random_paths(2 * kinds, 8, torch.Generator().manual_seed(1), alike=9)
+    moved = paths.centre[:, -1] - paths.centre[:, 0]
+    left, right = kinds.index("left"), kinds.index("right")
+    assert moved[left, 0] == -moved[right, 0] != -moved[9 + right, 0]
+    _, captions, said = clips.draw_frames(
+        90, torch.Generator().manual_seed(2), random.Random(3), torch.tensor([0])
+    )
+    assert said == 10 * kinds
+    for place in range(0, 90, 9):
+        pictures = {caption.rpartition(", ")[0] for caption in captions[place + 1 : place + 9]}
+        assert pictures == {captions[place]} or not any(captions[place : place + 9])
+    with pytest.raises(RecipeError, match="multiple of 9"):
+        clips.compose(10, torch.Generator())
+
+
+def test_some_frames_of_a_clip_are_those_of_the_whole(teacher) -> None:
+    clips = MovingDrawings(load_drawings(), teacher)
+    whole, labels = clips.compose(3, torch.Generator().manual_seed(4))
+    some, same = clips.compose(3, torch.Generator().manual_seed(4), torch.tensor([1, 6]))
+    assert same == labels
+    assert torch.allclose(some, whole[:, :, [1, 6]], atol=1e-6)
 
 
 def test_clips_are_composed_where_the_drawings_are() -> None:

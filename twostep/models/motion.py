@@ -6,7 +6,8 @@ A model folder has the sampling contract in `twostep.json`; `motion.json`, which
 models and says how long clips are; and the motion module in `motion_adapter`, a folder that
 diffusers' `MotionAdapter.from_pretrained` reads. Students lie in `students/` as motion modules by
 diffusers' names, as AnimateDiff-Lightning's files have them. The picture models are not copied into
-the folder: they are loaded by their own names.
+the folder: they are loaded by their own names. `domain_adapter.safetensors`, where there is one, is
+a LoRA that is merged into them first, teacher and students alike; its names are diffusers'.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from twostep import __version__
 from twostep.contract import Contract, VariancePreservingSpec
@@ -29,6 +30,7 @@ from twostep.formats.checkpoint import Checkpoint, look_at_folder, resolve, stud
 from twostep.formats.folders import weights_folder
 from twostep.formats.header import read_header
 from twostep.formats.locate import CONFIGS, CONTRACT_FILE, ModelError, read_json
+from twostep.formats.lora_files import merge_lora, read_lora, write_lora
 from twostep.formats.motion_files import MotionConfig, MotionError, our_names, to_diffusers
 from twostep.formats.single_file import account, read_tensors
 from twostep.media.image import ImageCodec
@@ -37,12 +39,14 @@ from twostep.models.bundle import Bundle
 from twostep.models.sd15 import is_sd15, load_sd15
 from twostep.models.sdxl import SdxlFamily, base_folder, is_sdxl
 from twostep.networks.denoiser import Denoiser
+from twostep.networks.domain_adapter import DomainAdapter
 from twostep.networks.lean import LeanUnet
 from twostep.networks.motion import MotionModule, MotionUnet
 from twostep.training.halves import halved
 
 SETTINGS_FILE = "motion.json"
 ADAPTER = "motion_adapter"
+DOMAIN_ADAPTER = "domain_adapter.safetensors"
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -93,12 +97,15 @@ class MotionFamily:
             file = file if student is None else student.path
         config = MotionConfig.from_diffusers(read_json(folder.path / ADAPTER / _CONFIG))
         network = _load_module(config, None if outline else file)
+        file = folder.path / DOMAIN_ADAPTER
+        has_adapter = file.exists() and not outline
         bundle = with_motion(
             pictures,
             network,
             contract,
             frames=settings.frames,
             frames_per_second=settings.frames_per_second,
+            adapter=_merged(file, pictures) if has_adapter else None,
         )
         students = tuple(sorted(folder.students, reverse=True))
         return replace(bundle, students=students, origin=(checkpoint.name,))
@@ -128,6 +135,11 @@ class MotionFamily:
         (adapter / _CONFIG).write_text(json.dumps(config.to_diffusers(), indent=2))
         with write_atomically(adapter / _WEIGHTS) as file:
             file.write(save(weights, {"format": "pt"}))
+        if backbone.adapter is not None:
+            unets: dict[str, nn.Module] = {"unet": backbone.bases[0]}
+            tensors, metadata = write_lora(backbone.adapter.changes(), unets, "peft")
+            with write_atomically(folder / DOMAIN_ADAPTER) as file:
+                file.write(save(halved(tensors), {"format": "pt", **metadata}))
         (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2))
         (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
 
@@ -203,6 +215,7 @@ def with_motion(
     *,
     frames: int = 16,
     frames_per_second: float = 8.0,
+    adapter: DomainAdapter | None = None,
 ) -> Bundle:
     """Put a motion module on picture models.
 
@@ -213,13 +226,15 @@ def with_motion(
         contract: how the clips are sampled; see `motion_contract`.
         frames: of a clip, where a request does not say it.
         frames_per_second: of what is written.
+        adapter: that was added to the picture models, or is while it is trained.
 
     Raises MotionError if the module does not fit.
     """
     first = pictures[0]
     assert isinstance(first.codec, ImageCodec)
     unets = tuple(map(picture_unet, pictures))
-    backbone = MotionUnet(network, unets, tuple(picture.origin[0] for picture in pictures))
+    names = tuple(picture.origin[0] for picture in pictures)
+    backbone = MotionUnet(network, unets, names, adapter)
     codec = VideoCodec(
         first.codec,
         length=min(frames, network.shape.max_frames),
@@ -292,6 +307,15 @@ def motion_contract(base: Contract, name: str, *, recipe: str, version: str) -> 
         recipe=recipe,
         version=version,
     )
+
+
+def _merged(file: Path, pictures: Sequence[Bundle]) -> DomainAdapter:
+    """Merge a domain adapter into picture models; LoraError where it does not fit them."""
+    unets = [picture_unet(picture) for picture in pictures]
+    for unet in unets:
+        changes = read_lora(file, {"unet": unet})
+        merge_lora(changes, {"unet": unet})
+    return DomainAdapter.of(changes)
 
 
 def _load_module(config: MotionConfig, file: Path | None) -> MotionModule:

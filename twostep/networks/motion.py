@@ -18,18 +18,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from twostep.formats.motion_files import MotionConfig, MotionError, frame_positions
 from twostep.networks.backbone import BackboneError, BackboneSpec
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.domain_adapter import DomainAdapter
 from twostep.networks.lean import Inserted, LeanUnet
 from twostep.networks.lean.blocks import Attention, FeedForward
 from twostep.networks.sdxl_unet import pooled_width_of
 
 Clips = Float[Tensor, "batch c frames h w"]
 """Latents of clips."""
+
+FrameNumbers = Int[Tensor, " frames"]
+"""Which frames of a clip are there, rising from 0."""
 
 Times = Shaped[Tensor, " batch"]
 """Times as the UNet reads them, one per clip."""
@@ -57,9 +61,12 @@ class TimeBlock(nn.Module):
         # Computed, so not kept with the weights.
         self.register_buffer("positions", frame_positions(max_frames, width), persistent=False)
 
-    def forward(self, x: Float[Tensor, "places frames width"]) -> Tensor:
-        """Return vectors of the same shape."""
-        positions = self.positions[: x.shape[1]].to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "places frames width"], numbers: FrameNumbers | None = None
+    ) -> Tensor:
+        """Return vectors of the same shape, of the first frames of a clip or of those numbers."""
+        chosen = self.positions[: x.shape[1]] if numbers is None else self.positions[numbers]
+        positions = chosen.to(x.dtype)
         x = self.attn1(self.norm1(x) + positions) + x
         x = self.attn2(self.norm2(x) + positions) + x
         out: Tensor = self.ff(self.norm3(x)) + x
@@ -85,7 +92,12 @@ class TimeTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x: Float[Tensor, "pictures width h w"], num_frames: int) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "pictures width h w"],
+        num_frames: int,
+        numbers: FrameNumbers | None = None,
+    ) -> Tensor:
         """Return features of the same shape; the frames of a clip lie one after the other."""
         # What is trained may have another precision than the picture model.
         clips = x.unflatten(0, (-1, num_frames)).transpose(1, 2).to(self.norm.weight.dtype)
@@ -95,7 +107,7 @@ class TimeTransformer(nn.Module):
         places = normed.permute(0, 3, 4, 2, 1)
         hidden = self.proj_in(places.flatten(0, 2))
         for block in self.transformer_blocks:
-            hidden = block(hidden)
+            hidden = block(hidden, numbers)
         changed = self.proj_out(hidden).view(places.shape).permute(0, 3, 4, 1, 2)
         out: Tensor = x + changed.flatten(0, 1).to(x.dtype)
         return out
@@ -114,9 +126,14 @@ class TimeTransformers(nn.Module):
         super().__init__()
         self.motion_modules = nn.ModuleList(TimeTransformer(width, config) for _ in range(count))
 
-    def layers(self, num_frames: int) -> list[Callable[[Tensor], Tensor]]:
+    def layers(
+        self, num_frames: int, numbers: FrameNumbers | None
+    ) -> list[Callable[[Tensor], Tensor]]:
         """Return what a UNet computes after its layers, for clips of so many frames."""
-        return [partial(module, num_frames=num_frames) for module in self.motion_modules]
+        return [
+            partial(module, num_frames=num_frames, numbers=numbers)
+            for module in self.motion_modules
+        ]
 
 
 class MotionModule(nn.Module):
@@ -139,21 +156,26 @@ class MotionModule(nn.Module):
             TimeTransformers(width, config.layers + 1, config) for width in reversed(widths)
         )
 
-    def inserted(self, num_frames: int) -> Inserted:
+    def inserted(self, num_frames: int, numbers: FrameNumbers | None = None) -> Inserted:
         """Return what is inserted into a UNet for clips of so many frames.
 
-        Raises MotionError for clips that are too long, which a module knows no positions of.
+        Args:
+            num_frames: How many there are.
+            numbers: Which of a clip these are; the first ones if not given.
+
+        Raises:
+            MotionError: Clips are too long, so that a module knows no positions of them.
         """
         if num_frames > self.shape.max_frames:
             raise MotionError(
                 f"{num_frames} frames are too many: this motion module knows 1 to "
                 f"{self.shape.max_frames}. Ask for fewer."
             )
-        middle = [] if self.mid_block is None else self.mid_block.layers(num_frames)
+        middle = [] if self.mid_block is None else self.mid_block.layers(num_frames, numbers)
         return Inserted(
-            down=[block.layers(num_frames) for block in _blocks(self.down_blocks)],
+            down=[block.layers(num_frames, numbers) for block in _blocks(self.down_blocks)],
             middle=middle,
-            up=[block.layers(num_frames) for block in _blocks(self.up_blocks)],
+            up=[block.layers(num_frames, numbers) for block in _blocks(self.up_blocks)],
         )
 
 
@@ -173,11 +195,15 @@ class MotionUnet:
         network: The motion module.
         bases: The picture UNets, of one shape; the first draws.
         names: Of the models that these are from, to find them again.
+        adapter: What has been added to the picture UNets so that they know the words of motion.
+        numbers: Which frames of a clip are there; the first ones if not given.
     """
 
     network: MotionModule
     bases: tuple[LeanUnet, ...]
     names: tuple[str, ...] = ()
+    adapter: DomainAdapter | None = None
+    numbers: FrameNumbers | None = None
 
     def __post_init__(self) -> None:
         """Refuse a module that does not fit a picture model: MotionError."""
@@ -241,7 +267,7 @@ class MotionUnet:
             times,
             text,
             added_cond_kwargs=added,
-            inserted=self.network.inserted(num_frames),
+            inserted=self.network.inserted(num_frames, self.numbers),
             recompute=self.network.recompute and torch.is_grad_enabled(),
         )[0]
         clips: Tensor = output.unflatten(0, (-1, num_frames)).transpose(1, 2)

@@ -32,6 +32,7 @@ from twostep.pretrain.drawings import (
     random_backgrounds,
 )
 from twostep.pretrain.latents import CaptionedSource
+from twostep.training.recipe import RecipeError
 
 _SCALE = (0.55, 0.7)
 """Side of a drawing in the middle of its clip, as a share of the picture's; it needs room to move.
@@ -65,16 +66,30 @@ class Paths:
         """Return the same paths on a device."""
         return Paths(self.centre.to(device), self.angle.to(device), self.scale.to(device))
 
+    def at(self, numbers: Int[Tensor, " chosen"]) -> Paths:
+        """Return where the drawings are in some of the frames."""
+        return Paths(self.centre[:, numbers], self.angle[:, numbers], self.scale[:, numbers])
 
-def random_paths(kinds: Sequence[str], num_frames: int, generator: torch.Generator) -> Paths:
+
+def random_paths(
+    kinds: Sequence[str], num_frames: int, generator: torch.Generator, *, alike: int = 1
+) -> Paths:
     """Draw one path of each of the kinds of motion.
 
     Paths of a kind differ in size, place and, by a quarter each way, in how far they go. Sizes stay
     so small that drawings hardly leave the picture.
+
+    Args:
+        kinds: one for each path.
+        num_frames: of a clip.
+        generator: of the random numbers.
+        alike: so many in a row differ in nothing but their kind.
     """
-    count = len(kinds)
-    size, speed, start = torch.rand(3, count, 1, generator=generator)
+    count = len(kinds) // alike
+    numbers = torch.rand(3, count, 1, generator=generator).repeat_interleave(alike, dim=1)
+    size, speed, start = numbers
     shift = 2 * torch.rand(count, 1, 2, generator=generator) - 1
+    shift = shift.repeat_interleave(alike, dim=0)
     motions = [find_motion(kind) for kind in kinds]
     speed = _SPEED[0] + speed * (_SPEED[1] - _SPEED[0])
     time = torch.linspace(0, 1, num_frames) if num_frames > 1 else torch.full((1,), 0.5)
@@ -153,52 +168,102 @@ class MovingDrawings:
         bundle: whose codec encodes, and says how long clips are.
         kinds: of motion.
         omission: how often captions leave something out.
+        together: whether every drawing comes in all kinds one after the other, along paths that
+            differ in nothing else, with captions that do not either.
     """
 
     drawings: DrawingSet
     bundle: Bundle
     kinds: tuple[str, ...] = tuple(MOTIONS)
     omission: Omission = field(default_factory=Omission)
+    together: bool = False
+
+    @property
+    def alike(self) -> int:
+        """How many clips in a row differ in nothing but their kind of motion."""
+        return len(self.kinds) if self.together else 1
 
     def compose(
-        self, count: int, tensors: torch.Generator
+        self,
+        count: int,
+        tensors: torch.Generator,
+        numbers: Int[Tensor, " chosen"] | None = None,
     ) -> tuple[Float[Tensor, "count 3 frames height width"], list[ClipLabels]]:
-        """Return random clips in -1..1, composed on the bundle's device, and what is on each."""
+        """Return random clips in -1..1, composed on the bundle's device, and what is on each.
+
+        Args:
+            count: of clips; a multiple of `alike`.
+            tensors: what is drawn comes from it.
+            numbers: of the frames that are wanted; all if not given.
+        """
+        if count % self.alike:
+            raise RecipeError(
+                f"{count} clips are not the {self.alike} kinds of motion of any number of "
+                f"drawings. Give a batch_size that is a multiple of {self.alike}."
+            )
+        num_drawings = count // self.alike
         num_concepts, num_styles = self.drawings.drawings.shape[:2]
-        concept = torch.randint(num_concepts, (count,), generator=tensors)
-        style = torch.randint(num_styles, (count,), generator=tensors)
-        background = random_backgrounds(count, tensors)
-        kind = torch.randint(len(self.kinds), (count,), generator=tensors)
-        kinds = [self.kinds[number] for number in kind.tolist()]
+        concept = torch.randint(num_concepts, (num_drawings,), generator=tensors)
+        style = torch.randint(num_styles, (num_drawings,), generator=tensors)
+        background = random_backgrounds(num_drawings, tensors)
+        concept, style, background = (
+            each.repeat_interleave(self.alike) for each in (concept, style, background)
+        )
+        if self.together:
+            kinds = list(self.kinds) * num_drawings
+        else:
+            kind = torch.randint(len(self.kinds), (count,), generator=tensors)
+            kinds = [self.kinds[number] for number in kind.tolist()]
         pixels = self.bundle.contract.sizes[0][0]
         _, num_frames, *_ = self.bundle.latent_shape(pixels, pixels)
-        paths = random_paths(kinds, num_frames, tensors)
+        paths = random_paths(kinds, num_frames, tensors, alike=self.alike)
+        if numbers is not None:
+            paths = paths.at(numbers)
         device = self.bundle.denoiser.device
         chosen = self.drawings.drawings[concept, style].to(device)
         clips = animate(chosen, background.to(device), paths.to(device), pixels=pixels)
-        numbers = zip(concept.tolist(), style.tolist(), background.tolist(), kinds, strict=True)
-        return clips, [ClipLabels(*each) for each in numbers]
+        labels = zip(concept.tolist(), style.tolist(), background.tolist(), kinds, strict=True)
+        return clips, [ClipLabels(*each) for each in labels]
 
     @torch.no_grad()
     def draw(
         self, count: int, tensors: torch.Generator, words: Random
     ) -> tuple[Float[Tensor, "count c frames h w"], list[str]]:
         """Return latents of random clips with captions, which often say less than there is."""
-        clips, labels = self.compose(count, tensors)
-        captions = [self.caption(each, words) for each in labels]
-        return self.bundle.codec.encode(clips).float().cpu(), captions
+        latents, captions, _ = self.draw_frames(count, tensors, words)
+        return latents, captions
+
+    @torch.no_grad()
+    def draw_frames(
+        self,
+        count: int,
+        tensors: torch.Generator,
+        words: Random,
+        numbers: Int[Tensor, " chosen"] | None = None,
+    ) -> tuple[Float[Tensor, "count c chosen h w"], list[str], list[str]]:
+        """Return latents of random clips, of some frames or all, with captions and kinds."""
+        clips, labels = self.compose(count, tensors, numbers)
+        captions = []
+        for place, each in enumerate(labels):
+            if place % self.alike == 0:
+                picture = self._picture_caption(each, words)
+            captions.append(moving_caption(picture, each.kind, words))
+        latents = self.bundle.codec.encode(clips).float().cpu()
+        return latents, captions, [each.kind for each in labels]
 
     def caption(self, labels: ClipLabels, words: Random) -> str:
         """Return a caption of one clip: what a picture of it is called, and how it moves."""
+        return moving_caption(self._picture_caption(labels, words), labels.kind, words)
+
+    def _picture_caption(self, labels: ClipLabels, words: Random) -> str:
         names, subgroup = self._names[labels.concept]
-        picture = self.omission.caption(
+        return self.omission.caption(
             names,
             subgroup,
             style=self.drawings.styles[labels.style],
             background=list(BACKGROUNDS)[labels.background],
             rng=words,
         )
-        return moving_caption(picture, labels.kind, words)
 
     @cached_property
     def _names(self) -> tuple[tuple[tuple[str, ...], str], ...]:

@@ -1,28 +1,54 @@
 """A teacher of clips: a motion module that learns on a frozen picture teacher.
 
 As in arXiv 2307.04725: the picture model stays as it is, and the module learns from clips by the
-noise that it has to predict.
+noise that it has to predict. Before that, a domain adapter may learn the words of motion on single
+frames, for a module hears of a caption only what the picture model makes of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal, cast
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
 
+from twostep.diffusion.shapes import sent
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.bundle import Bundle
 from twostep.models.motion import load_pictures, motion_contract, picture_unet, with_motion
-from twostep.networks.motion import MotionModule
+from twostep.networks.domain_adapter import DomainAdapter
+from twostep.networks.motion import MotionModule, MotionUnet, TimeTransformer
 from twostep.pretrain.clips import MovingDrawings
 from twostep.pretrain.drawings import DrawingSet
-from twostep.pretrain.loop import silent, train_network
-from twostep.pretrain.teacher import DenoiserSettings, noise_loss_on_latents
-from twostep.training.loop import OnIteration
+from twostep.pretrain.loop import NetworkLoopSettings, silent, train_network
+from twostep.pretrain.teacher import DenoiserSettings, noise_loss
+from twostep.training.loop import OnIteration, Randomness
+from twostep.training.processes import world
+from twostep.training.recipe import Settings
 from twostep.training.run_folder import RunFolder
+
+
+class WordsSettings(Settings):
+    """How a domain adapter learns the words of motion."""
+
+    rank: int = Field(16, gt=0, description="of the adapter's matrices")
+    weight: float = Field(
+        0.1,
+        gt=0,
+        description="of telling kinds of motion by what the picture model makes of the caption, "
+        "beside the predicted noise, on single frames",
+    )
+    weight_on_clips: float = Field(
+        0.03, ge=0, description="the same while the motion module learns with the adapter"
+    )
+    loop: NetworkLoopSettings = Field(description="the training on single frames")
 
 
 class MotionSettings(DenoiserSettings):
@@ -39,6 +65,27 @@ class MotionSettings(DenoiserSettings):
     frames: int = Field(16, ge=2, description="of the clips that it learns from")
     max_frames: int = Field(32, ge=2, description="the longest clip that it can draw")
     frames_per_second: float = Field(8.0, gt=0, description="of the clips that it draws")
+    frames_seen: int | None = Field(
+        None,
+        ge=1,
+        description="frames of each clip that an iteration computes, drawn anew; all if not given",
+    )
+    kinds_together: bool = Field(
+        False,
+        description="every drawing of a batch comes in all kinds of motion, from the same noise: "
+        "what they have in common cancels out of what a caption's words of motion learn; "
+        "batch_size is then a multiple of the number of kinds",
+    )
+    high_noise_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the times that are drawn from the fifth of most noise, where only "
+        "the caption can tell what moves where",
+    )
+    words: WordsSettings | None = Field(
+        None, description="a domain adapter that learns the words of motion; none if not given"
+    )
     heads: int = Field(8, gt=0, description="of each attention along time")
     guidance: float | None = Field(
         None, ge=1, description="that the teacher recommends; the picture teacher's if not given"
@@ -72,12 +119,16 @@ def new_motion_teacher(settings: MotionSettings, *, recipe: str, version: str) -
     contract = motion_contract(pictures[0].contract, settings.name, recipe=recipe, version=version)
     if settings.guidance is not None:
         contract = replace(contract, guidance=settings.guidance)
+    adapter = None
+    if settings.words is not None:
+        adapter = DomainAdapter.on(picture_unet(pictures[0]), settings.words.rank)
     return with_motion(
         pictures,
         MotionModule(shape),
         contract,
         frames=settings.frames,
         frames_per_second=settings.frames_per_second,
+        adapter=adapter,
     )
 
 
@@ -101,23 +152,180 @@ def train_motion(
         on_checkpoint: called before every checkpoint with the averaged weights in the teacher.
     """
     denoiser = teacher.denoiser
-    denoiser.network.requires_grad_(True)
+    backbone = denoiser.backbone
+    assert isinstance(backbone, MotionUnet)
+    clips = MovingDrawings(drawings, teacher, together=settings.kinds_together)
     denoiser.checkpoint_gradients(settings.gradient_checkpointing)
-    loss = noise_loss_on_latents(
-        denoiser,
-        MovingDrawings(drawings, teacher),
-        teacher.text,
-        batch_size=settings.loop.batch_size,
-        size=teacher.contract.sizes[0],
-        snr_limit=settings.snr_limit,
-        snr_floor=settings.snr_floor,
-    )
-    train_network(
-        denoiser.network,
-        loss,
-        settings.loop,
-        folder,
-        name="motion",
-        on_iteration=on_iteration,
-        on_checkpoint=on_checkpoint,
-    )
+    words = settings.words
+    adapter = backbone.adapter
+    if words is None or adapter is None:
+        backbone.network.requires_grad_(True)
+        train_network(
+            backbone.network,
+            _ClipLoss(teacher, clips, settings, settings.loop.batch_size, settings.frames_seen),
+            settings.loop,
+            folder,
+            name="motion",
+            on_iteration=on_iteration,
+            on_checkpoint=on_checkpoint,
+        )
+        return
+    adapter.to(denoiser.device)
+    telling = Telling.of(backbone.network, clips.kinds)
+    with ExitStack() as stack:
+        for base in backbone.bases:
+            stack.enter_context(adapter.applied(base))
+        train_network(
+            adapter,
+            # The motion module is fresh and changes nothing yet.
+            _ClipLoss(teacher, clips, settings, words.loop.batch_size, 1, telling, words.weight),
+            words.loop,
+            folder,
+            name="words",
+            on_iteration=on_iteration,
+        )
+        backbone.network.requires_grad_(True)
+        train_network(
+            nn.ModuleDict({"motion": backbone.network, "adapter": adapter}),
+            _ClipLoss(
+                teacher,
+                clips,
+                settings,
+                settings.loop.batch_size,
+                settings.frames_seen,
+                telling if words.weight_on_clips else None,
+                words.weight_on_clips,
+            ),
+            settings.loop,
+            folder,
+            name="motion",
+            on_iteration=on_iteration,
+            on_checkpoint=on_checkpoint,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Telling:
+    """How well the kind of motion can be told where the motion module reads the picture model.
+
+    At every place a kind has a direction, drawn once. The kind is told by which of them the mean of
+    what the module reads points to, so what is learnt is strong, not only there.
+
+    Attributes:
+        norms: what the layers of the module read, each once it is normed.
+        directions: of the kinds, for each of these.
+        kinds: their names.
+    """
+
+    norms: tuple[nn.Module, ...]
+    directions: tuple[Float[Tensor, "_ kinds"], ...]
+    kinds: tuple[str, ...]
+
+    SHARPNESS: ClassVar[float] = 2.0
+
+    @classmethod
+    def of(cls, network: MotionModule, kinds: Sequence[str]) -> Telling:
+        """Return how it is told for a motion module, with the same directions in every run."""
+        norms = [each.norm for each in network.modules() if isinstance(each, TimeTransformer)]
+        generator = torch.Generator().manual_seed(0)
+        directions = []
+        for norm in norms:
+            width = len(norm.weight)
+            rows = torch.randn(width, width, generator=generator)
+            directions.append(torch.linalg.qr(rows)[0][:, : len(kinds)].to(norm.weight.device))
+        return cls(tuple(norms), tuple(directions), tuple(kinds))
+
+    @contextmanager
+    def read(self) -> Iterator[list[Float[Tensor, "clips kinds"]]]:
+        """Yield a list that has, after a call in the block, the scores of the kinds everywhere."""
+        scores: list[Tensor] = []
+
+        def score(place: int, norm: nn.Module, inputs: object, out: Tensor) -> None:
+            scores.append(self.SHARPNESS * out.mean((2, 3, 4)) @ self.directions[place])
+
+        handles = [
+            norm.register_forward_hook(partial(score, place))
+            for place, norm in enumerate(self.norms)
+        ]
+        try:
+            yield scores
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(
+        self, scores: Sequence[Tensor], kinds: Sequence[str], captions: Sequence[str]
+    ) -> Float[Tensor, ""]:
+        """Return the mean cross-entropy of what captions say; empty ones say nothing."""
+        rows = [place for place, caption in enumerate(captions) if caption]
+        told = torch.tensor([self.kinds.index(kinds[row]) for row in rows], dtype=torch.long)
+        losses = [
+            functional.cross_entropy(each[rows], told.to(each.device), reduction="sum")
+            for each in scores
+        ]
+        return torch.stack(losses).mean() / len(captions)
+
+
+@dataclass(frozen=True, eq=False)
+class _ClipLoss:
+    """The loss of an iteration: `noise_loss` on clips, and how well kinds can be told."""
+
+    teacher: Bundle
+    clips: MovingDrawings
+    settings: MotionSettings
+    batch_size: int
+    frames_seen: int | None
+    telling: Telling | None = None
+    weight: float = 0.0
+
+    def __call__(self, iteration: int, randomness: Randomness) -> Tensor:
+        generator = randomness.tensors
+        denoiser = self.teacher.denoiser
+        device = denoiser.device
+        share = world().share(self.batch_size)
+        numbers = self._numbers(generator)
+        x0, captions, kinds = self.clips.draw_frames(
+            self.batch_size, generator, randomness.words, numbers
+        )
+        alike = self.clips.alike
+        t = self._times(len(x0) // alike, generator).repeat_interleave(alike)
+        eps = torch.randn(x0[::alike].shape, generator=generator).repeat_interleave(alike, dim=0)
+        width, height = self.teacher.contract.sizes[0]
+        with torch.no_grad():
+            conditioning = self.teacher.text.conditioning(captions[share], width, height)
+        if numbers is not None:
+            backbone = cast("MotionUnet", denoiser.backbone)
+            backbone = replace(backbone, numbers=numbers.to(device))
+            denoiser = replace(denoiser, backbone=backbone)
+        reading: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self.telling is not None:
+            reading = self.telling.read()
+        with reading as scores:
+            loss = noise_loss(
+                denoiser,
+                sent(x0[share], device),
+                conditioning,
+                t=t[share],
+                eps=sent(eps[share], device),
+                snr_limit=self.settings.snr_limit,
+                snr_floor=self.settings.snr_floor,
+            )
+        if self.telling is not None:
+            loss = loss + self.weight * self.telling.loss(scores, kinds[share], captions[share])
+        return loss
+
+    def _numbers(self, generator: torch.Generator) -> Int[Tensor, " chosen"] | None:
+        """Return which frames are computed, rising; None for all."""
+        num_frames = self.settings.frames
+        if self.frames_seen is None or self.frames_seen >= num_frames:
+            return None
+        return torch.randperm(num_frames, generator=generator)[: self.frames_seen].sort().values
+
+    def _times(self, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+        top = int(self.teacher.denoiser.schedule.top)  # the times of SDXL's schedule are integers
+        anywhere = torch.randint(1, top + 1, (count,), generator=generator)
+        if self.settings.high_noise_share == 0:
+            return anywhere
+        high = torch.randint(top - top // 5 + 1, top + 1, (count,), generator=generator)
+        is_high = torch.rand(count, generator=generator) < self.settings.high_noise_share
+        return torch.where(is_high, high, anywhere)

@@ -1,0 +1,105 @@
+"""A teacher of clips: what an iteration draws, and how the words of motion are learnt."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twostep.models.loading import load_bundle
+from twostep.models.saving import save_bundle
+from twostep.networks.motion import MotionUnet
+from twostep.pretrain.drawings import load_drawings
+from twostep.pretrain.loop import NetworkLoopSettings
+from twostep.pretrain.motion import (
+    MotionSettings,
+    Telling,
+    WordsSettings,
+    new_motion_teacher,
+    train_motion,
+)
+from twostep.training.run_folder import RunFolder
+
+LOOP: dict[str, Any] = {
+    "precision": "fp32",
+    "batch_size": 9,
+    "warmup_iterations": 1,
+    "log_every": 1,
+    "ema_decay": 0.5,
+}
+
+
+def settings(**others) -> MotionSettings:
+    loop = NetworkLoopSettings(**LOOP, iterations=2, learning_rate=1e-3)
+    # So fast that three iterations are seen.
+    fast = NetworkLoopSettings(**LOOP, iterations=3, learning_rate=0.1)
+    words = WordsSettings(rank=4, loop=fast)
+    given = {"frames": 4, "frames_seen": 2, "kinds_together": True, "words": words} | others
+    return MotionSettings(loop=loop, high_noise_share=0.5, **given)
+
+
+def test_words_are_learnt_first_and_travel_beside_the_module(tmp_path: Path) -> None:
+    chosen = settings()
+    torch.manual_seed(0)
+    teacher = new_motion_teacher(chosen, recipe="none", version="0")
+    backbone = teacher.denoiser.backbone
+    assert isinstance(backbone, MotionUnet) and backbone.adapter is not None
+    lines: list[dict] = []
+    folder = RunFolder(tmp_path / "run", chosen)
+    folder.listeners.append(lines.append)
+
+    def keep(iteration: int) -> None:
+        save_bundle(teacher, tmp_path / "model")
+
+    train_motion(load_drawings(), teacher, chosen, folder, on_checkpoint=keep)
+    parts = [line["part"] for line in lines if "loss" in line]
+    assert parts == sorted(parts, reverse=True) and set(parts) == {"words", "motion"}
+    assert all(up.abs().max() > 0 for up in backbone.adapter.up)
+    assert (tmp_path / "model" / "domain_adapter.safetensors").exists()
+
+    loaded = load_bundle(tmp_path / "model")
+    x = torch.randn(1, 4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    conditioning = teacher.conditioning(["a red fox, moving left"], 64, 64)
+    with torch.no_grad():
+        merged = loaded.denoiser(x, torch.tensor([900]), conditioning).eps
+        with backbone.adapter.applied(backbone.bases[0]):
+            trained = teacher.denoiser(x, torch.tensor([900]), conditioning).eps
+        without = teacher.denoiser(x, torch.tensor([900]), conditioning).eps
+    # Both files are in 16 bits.
+    assert torch.allclose(merged, trained, atol=2e-3)
+    assert (merged - without).abs().max() > 0.05
+    assert load_bundle(tmp_path / "model", outline=True).contract == loaded.contract
+
+
+def test_a_module_alone_learns_too(tmp_path: Path) -> None:
+    chosen = settings(words=None, kinds_together=False, frames_seen=None)
+    teacher = new_motion_teacher(chosen, recipe="none", version="0")
+    before = {key: value.clone() for key, value in teacher.denoiser.network.state_dict().items()}
+    train_motion(load_drawings(), teacher, chosen, RunFolder(tmp_path / "run", chosen))
+    after = teacher.denoiser.network.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    save_bundle(teacher, tmp_path / "model")
+    assert not (tmp_path / "model" / "domain_adapter.safetensors").exists()
+
+
+def test_the_kind_is_told_by_the_direction_of_what_is_read() -> None:
+    chosen = settings()
+    network = new_motion_teacher(chosen, recipe="none", version="0").denoiser.network
+    kinds = ("left", "right", "spin")
+    telling = Telling.of(network, kinds)
+    norm, directions = telling.norms[0], telling.directions[0]
+    assert torch.allclose(directions.mT @ directions, torch.eye(3), atol=1e-5)
+    torch.nn.init.zeros_(norm.weight)
+    said = [2, 0]
+    with torch.no_grad(), telling.read() as scores:
+        for kind in said:
+            norm.bias.data = 5 * directions[:, kind]
+            norm(torch.randn(1, len(norm.weight), 2, 4, 4))
+    assert [int(each.argmax()) for each in scores] == said
+    rows = [torch.cat(scores)]
+    right = telling.loss(rows, ["spin", "left"], ["a fox, spinning", "a fox, moving left"])
+    wrong = telling.loss(rows, ["left", "spin"], ["a fox, moving left", "a fox, spinning"])
+    assert right < 0.01 and wrong == pytest.approx(10, abs=0.1)
+    empty = telling.loss(rows, ["left", "left"], ["", "a fox, moving left"])
+    assert empty == pytest.approx(float(right) / 2, abs=0.01)
+    assert telling.loss(rows, ["left", "spin"], ["", ""]) == 0
