@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 
+from twostep.evaluate.motions import MOTIONS, MotionNameError
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
 from twostep.networks.motion import MotionUnet
+from twostep.pretrain.clips import ClipLabels, MovingDrawings
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.loop import NetworkLoopSettings
 from twostep.pretrain.motion import (
+    LessonSettings,
     MotionSettings,
     Telling,
     WordsSettings,
@@ -80,6 +83,30 @@ def test_a_module_alone_learns_too(tmp_path: Path) -> None:
     assert any(not torch.equal(before[key], after[key]) for key in before)
     save_bundle(teacher, tmp_path / "model")
     assert not (tmp_path / "model" / "domain_adapter.safetensors").exists()
+
+
+def test_lessons_show_less_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lesson = {"iterations": 1, "kinds": ["left", "grow"], "concepts": 1, "styles": 2}
+    first = LessonSettings.model_validate({**lesson, "backgrounds": 1, "batch_size": 4})
+    chosen = settings(words=None, lessons=(first,))
+    teacher = new_motion_teacher(chosen, recipe="none", version="0")
+    drawn: list[list[ClipLabels]] = []
+    compose = MovingDrawings.compose
+
+    def watched(self: MovingDrawings, *given: Any) -> Any:
+        clips, labels = compose(self, *given)
+        drawn.append(labels)
+        return clips, labels
+
+    monkeypatch.setattr(MovingDrawings, "compose", watched)
+    train_motion(load_drawings(), teacher, chosen, RunFolder(tmp_path / "run", chosen))
+    less, all_of_it = drawn
+    assert [each.kind for each in less] == ["left", "grow"] * 2
+    assert {(each.concept, each.background) for each in less} == {(0, 0)}
+    assert {each.style for each in less} <= {0, 1}
+    assert [each.kind for each in all_of_it] == list(MOTIONS)
+    with pytest.raises(MotionNameError, match="'sideways' is none of still"):
+        LessonSettings.model_validate({**lesson, "kinds": ["sideways"], "batch_size": 4})
 
 
 def test_the_kind_is_told_by_the_direction_of_what_is_read() -> None:

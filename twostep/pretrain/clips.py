@@ -29,7 +29,6 @@ from twostep.pretrain.drawings import (
     lay_on,
     listed_names,
     load_drawings,
-    random_backgrounds,
 )
 from twostep.pretrain.latents import CaptionedSource
 from twostep.training.recipe import RecipeError
@@ -170,6 +169,7 @@ class MovingDrawings:
         omission: how often captions leave something out.
         together: whether every drawing comes in all kinds one after the other, along paths that
             differ in nothing else, with captions that do not either.
+        backgrounds: the first so many of BACKGROUNDS are drawn.
     """
 
     drawings: DrawingSet
@@ -177,6 +177,7 @@ class MovingDrawings:
     kinds: tuple[str, ...] = tuple(MOTIONS)
     omission: Omission = field(default_factory=Omission)
     together: bool = False
+    backgrounds: int = len(BACKGROUNDS)
 
     @property
     def alike(self) -> int:
@@ -205,7 +206,7 @@ class MovingDrawings:
         num_concepts, num_styles = self.drawings.drawings.shape[:2]
         concept = torch.randint(num_concepts, (num_drawings,), generator=tensors)
         style = torch.randint(num_styles, (num_drawings,), generator=tensors)
-        background = random_backgrounds(num_drawings, tensors)
+        background = torch.randint(self.backgrounds, (num_drawings,), generator=tensors)
         concept, style, background = (
             each.repeat_interleave(self.alike) for each in (concept, style, background)
         )

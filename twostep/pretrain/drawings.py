@@ -6,6 +6,8 @@ travels with the package; `twostep drawings` renders it anew from the icon sets 
 The words of its concepts were chosen from emojibase's keywords.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Sequence
@@ -52,6 +54,12 @@ class DrawingSet:
     def subgroups(self) -> tuple[str, ...]:
         """The subgroups of the concepts, in order of first appearance."""
         return tuple(dict.fromkeys(concept.subgroup for concept in self.concepts))
+
+    def first(self, concepts: int | None, styles: int | None) -> DrawingSet:
+        """Return the first so many concepts in the first so many styles; None for all."""
+        return DrawingSet(
+            self.drawings[:concepts, :styles], self.concepts[:concepts], self.styles[:styles]
+        )
 
 
 def load_drawings(folder: Path = BUILT_IN) -> DrawingSet:

@@ -15,11 +15,12 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from twostep.diffusion.shapes import sent
+from twostep.evaluate.motions import find_motion
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.bundle import Bundle
 from twostep.models.motion import load_pictures, motion_contract, picture_unet, with_motion
@@ -49,6 +50,29 @@ class WordsSettings(Settings):
         0.03, ge=0, description="the same while the motion module learns with the adapter"
     )
     loop: NetworkLoopSettings = Field(description="the training on single frames")
+
+
+class LessonSettings(Settings):
+    """Iterations with fewer kinds of motion and fewer drawings, at the beginning.
+
+    What to do with a word of motion is found within some hundred iterations for two kinds of motion
+    of one drawing, and was not within as many for all kinds of all drawings (docs/log.md).
+    """
+
+    iterations: int = Field(gt=0, description="how many")
+    kinds: tuple[str, ...] = Field(min_length=1, description="of motion")
+    concepts: int | None = Field(None, gt=0, description="the first so many; all if not given")
+    styles: int | None = Field(None, gt=0, description="likewise")
+    backgrounds: int | None = Field(None, gt=0, description="likewise")
+    batch_size: int = Field(gt=0, description="examples per iteration")
+
+    @field_validator("kinds")
+    @classmethod
+    def _check_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse kinds that there are not."""
+        for kind in kinds:
+            find_motion(kind)
+        return kinds
 
 
 class MotionSettings(DenoiserSettings):
@@ -85,6 +109,9 @@ class MotionSettings(DenoiserSettings):
     )
     words: WordsSettings | None = Field(
         None, description="a domain adapter that learns the words of motion; none if not given"
+    )
+    lessons: tuple[LessonSettings, ...] = Field(
+        (), description="iterations of the loop, the first ones, that show less; in their order"
     )
     heads: int = Field(8, gt=0, description="of each attention along time")
     guidance: float | None = Field(
@@ -155,6 +182,7 @@ def train_motion(
     backbone = denoiser.backbone
     assert isinstance(backbone, MotionUnet)
     clips = MovingDrawings(drawings, teacher, together=settings.kinds_together)
+    lessons = _lessons(clips, settings)
     denoiser.checkpoint_gradients(settings.gradient_checkpointing)
     words = settings.words
     adapter = backbone.adapter
@@ -162,7 +190,7 @@ def train_motion(
         backbone.network.requires_grad_(True)
         train_network(
             backbone.network,
-            _ClipLoss(teacher, clips, settings, settings.loop.batch_size, settings.frames_seen),
+            _ClipLoss(teacher, lessons, settings, settings.frames_seen),
             settings.loop,
             folder,
             name="motion",
@@ -178,7 +206,9 @@ def train_motion(
         train_network(
             adapter,
             # The motion module is fresh and changes nothing yet.
-            _ClipLoss(teacher, clips, settings, words.loop.batch_size, 1, telling, words.weight),
+            _ClipLoss(
+                teacher, [_Lesson(clips, words.loop.batch_size)], settings, 1, telling, words.weight
+            ),
             words.loop,
             folder,
             name="words",
@@ -189,9 +219,8 @@ def train_motion(
             nn.ModuleDict({"motion": backbone.network, "adapter": adapter}),
             _ClipLoss(
                 teacher,
-                clips,
+                lessons,
                 settings,
-                settings.loop.batch_size,
                 settings.frames_seen,
                 telling if words.weight_on_clips else None,
                 words.weight_on_clips,
@@ -267,13 +296,37 @@ class Telling:
 
 
 @dataclass(frozen=True, eq=False)
+class _Lesson:
+    """What iterations learn from, until the one of a number; None for the last lesson."""
+
+    clips: MovingDrawings
+    batch_size: int
+    until: int | None = None
+
+
+def _lessons(clips: MovingDrawings, settings: MotionSettings) -> list[_Lesson]:
+    """Return what is learnt from in turn, all clips last."""
+    lessons: list[_Lesson] = []
+    until = 0
+    for each in settings.lessons:
+        until += each.iterations
+        fewer = replace(
+            clips,
+            drawings=clips.drawings.first(each.concepts, each.styles),
+            kinds=each.kinds,
+            backgrounds=each.backgrounds or clips.backgrounds,
+        )
+        lessons.append(_Lesson(fewer, each.batch_size, until))
+    return [*lessons, _Lesson(clips, settings.loop.batch_size)]
+
+
+@dataclass(frozen=True, eq=False)
 class _ClipLoss:
     """The loss of an iteration: `noise_loss` on clips, and how well kinds can be told."""
 
     teacher: Bundle
-    clips: MovingDrawings
+    lessons: Sequence[_Lesson]
     settings: MotionSettings
-    batch_size: int
     frames_seen: int | None
     telling: Telling | None = None
     weight: float = 0.0
@@ -282,12 +335,13 @@ class _ClipLoss:
         generator = randomness.tensors
         denoiser = self.teacher.denoiser
         device = denoiser.device
-        share = world().share(self.batch_size)
+        lesson = next(each for each in self.lessons if each.until is None or iteration < each.until)
+        share = world().share(lesson.batch_size)
         numbers = self._numbers(generator)
-        x0, captions, kinds = self.clips.draw_frames(
-            self.batch_size, generator, randomness.words, numbers
+        x0, captions, kinds = lesson.clips.draw_frames(
+            lesson.batch_size, generator, randomness.words, numbers
         )
-        alike = self.clips.alike
+        alike = lesson.clips.alike
         t = self._times(len(x0) // alike, generator).repeat_interleave(alike)
         eps = torch.randn(x0[::alike].shape, generator=generator).repeat_interleave(alike, dim=0)
         width, height = self.teacher.contract.sizes[0]
