@@ -7,6 +7,7 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 
+from twostep.formats.lora_files import write_lora
 from twostep.formats.motion_files import (
     MotionConfig,
     MotionError,
@@ -17,6 +18,7 @@ from twostep.formats.motion_files import (
 )
 from twostep.networks.backbone import HasFeatures, HasFrozen, modules_of
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.domain_adapter import DomainAdapter
 from twostep.networks.lean import LeanUnet
 from twostep.networks.motion import MotionModule, MotionUnet, check_fit
 from twostep.pretrain.model import build_unet
@@ -60,9 +62,8 @@ def added_of(conditioning):
     return {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
 
 
-def test_output_is_that_of_diffusers_with_our_file(pictures, tmp_path) -> None:
-    theirs, ours = pictures
-    module = lively()
+def in_diffusers(theirs, module, tmp_path):
+    """Return diffusers' UNet for clips, with our file of a motion module."""
     save_file(to_diffusers(module.state_dict(), CONFIG), tmp_path / "mm.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_diffusers()))
     (tmp_path / "mm.safetensors").rename(tmp_path / "diffusion_pytorch_model.safetensors")
@@ -71,6 +72,13 @@ def test_output_is_that_of_diffusers_with_our_file(pictures, tmp_path) -> None:
     unet = UNetMotionModel.from_unet2d(theirs, adapter, load_weights=True).eval()
     # diffusers 0.42 leaves these two layers of SDXL's as they are initialised.
     unet.add_embedding.load_state_dict(theirs.add_embedding.state_dict())
+    return unet
+
+
+def test_output_is_that_of_diffusers_with_our_file(pictures, tmp_path) -> None:
+    theirs, ours = pictures
+    module = lively()
+    unet = in_diffusers(theirs, module, tmp_path)
     x, times, conditioning = wishes(2)
     with torch.no_grad():
         expected = unet(
@@ -83,6 +91,31 @@ def test_output_is_that_of_diffusers_with_our_file(pictures, tmp_path) -> None:
         still = MotionUnet(MotionModule(CONFIG), (ours,))(x, times, conditioning)
     assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
     assert (drawn - still).abs().max() > 0.01
+
+
+def test_diffusers_reads_the_domain_adapter(pictures, tmp_path) -> None:
+    """By what `load_lora_weights` of its pipelines calls."""
+    theirs, ours = pictures
+    module = lively()
+    unet = in_diffusers(theirs, module, tmp_path)
+    adapter = DomainAdapter.on(ours, 4)
+    for up in adapter.up:
+        torch.nn.init.normal_(up, std=0.2)
+    tensors, _ = write_lora(adapter.changes(), {"unet": ours}, "peft")
+    unet.load_lora_adapter(tensors, prefix="unet")
+    x, times, conditioning = wishes(1)
+    with torch.no_grad():
+        expected = unet(
+            x,
+            times,
+            conditioning.text.repeat_interleave(FRAMES, dim=0),
+            added_cond_kwargs=added_of(conditioning),
+        ).sample
+        without = MotionUnet(module, (ours,))(x, times, conditioning)
+        with adapter.applied(ours):
+            drawn = MotionUnet(module, (ours,))(x, times, conditioning)
+    assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
+    assert (drawn - without).abs().max() > 0.01
 
 
 def test_fresh_module_draws_every_frame_as_the_picture_model(pictures) -> None:
