@@ -10,6 +10,7 @@ from twostep.evaluate.motions import MOTIONS, MotionNameError
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
 from twostep.networks.motion import MotionUnet
+from twostep.pretrain import motion
 from twostep.pretrain.clips import ClipLabels, MovingDrawings
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.loop import NetworkLoopSettings
@@ -17,6 +18,7 @@ from twostep.pretrain.motion import (
     LessonSettings,
     MotionSettings,
     Telling,
+    WholeSettings,
     WordsSettings,
     new_motion_teacher,
     train_motion,
@@ -38,7 +40,7 @@ def settings(**others) -> MotionSettings:
     fast = NetworkLoopSettings(**LOOP, iterations=3, learning_rate=0.1)
     words = WordsSettings(rank=4, loop=fast)
     given = {"frames": 4, "frames_seen": 2, "kinds_together": True, "words": words} | others
-    return MotionSettings(loop=loop, high_noise_share=0.5, **given)
+    return MotionSettings(loop=loop, **given)
 
 
 def test_words_are_learnt_first_and_travel_beside_the_module(tmp_path: Path) -> None:
@@ -74,6 +76,23 @@ def test_words_are_learnt_first_and_travel_beside_the_module(tmp_path: Path) -> 
     assert load_bundle(tmp_path / "model", outline=True).contract == loaded.contract
 
 
+def test_a_longer_run_goes_on_with_the_words_that_were_learnt(tmp_path: Path) -> None:
+    chosen = settings()
+    first = new_motion_teacher(chosen, recipe="none", version="0")
+    train_motion(load_drawings(), first, chosen, RunFolder(tmp_path / "run", chosen))
+    loop = chosen.loop.model_copy(update={"iterations": 3, "learning_rate": 1e-9})
+    longer = chosen.model_copy(update={"loop": loop})
+    again = new_motion_teacher(longer, recipe="none", version="0")
+    lines: list[dict[str, Any]] = []
+    folder = RunFolder(tmp_path / "run", longer)
+    folder.listeners.append(lines.append)
+    train_motion(load_drawings(), again, longer, folder)
+    assert [line["part"] for line in lines if "loss" in line] == ["motion"]
+    learnt, loaded = first.denoiser.backbone.adapter, again.denoiser.backbone.adapter
+    for before, after in zip(learnt.up, loaded.up, strict=True):
+        assert after.abs().max() > 0.01 and torch.allclose(before, after, atol=1e-2)
+
+
 def test_a_module_alone_learns_too(tmp_path: Path) -> None:
     chosen = settings(words=None, kinds_together=False, frames_seen=None)
     teacher = new_motion_teacher(chosen, recipe="none", version="0")
@@ -107,6 +126,26 @@ def test_lessons_show_less_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [each.kind for each in all_of_it] == list(MOTIONS)
     with pytest.raises(MotionNameError, match="'sideways' is none of still"):
         LessonSettings.model_validate({**lesson, "kinds": ["sideways"], "batch_size": 4})
+
+
+def test_whole_clips_come_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = WholeSettings(every=2, batch_size=3)
+    chosen = settings(words=None, whole_clips=whole, high_noise_share=1.0)
+    chosen = chosen.model_copy(update={"loop": chosen.loop.model_copy(update={"iterations": 4})})
+    teacher = new_motion_teacher(chosen, recipe="none", version="0")
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    loss = motion.noise_loss
+
+    def watched(denoiser: Any, x0: Any, conditioning: Any, *, t: Any, **others: Any) -> Any:
+        seen.append((tuple(x0.shape[:3]), bool((t > 800).all())))
+        return loss(denoiser, x0, conditioning, t=t, **others)
+
+    monkeypatch.setattr(motion, "noise_loss", watched)
+    train_motion(load_drawings(), teacher, chosen, RunFolder(tmp_path / "run", chosen))
+    some = ((9, 4, 2), True)
+    assert [shape for shape, _ in seen] == [(9, 4, 2), (3, 4, 4)] * 2
+    assert seen[0] == seen[2] == some
+    assert not all(is_high for _, is_high in seen[1::2])
 
 
 def test_the_kind_is_told_by_the_direction_of_what_is_read() -> None:

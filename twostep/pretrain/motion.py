@@ -75,6 +75,13 @@ class LessonSettings(Settings):
         return kinds
 
 
+class WholeSettings(Settings):
+    """Iterations in between that compute all frames of a clip, at times of any noise."""
+
+    every: int = Field(2, ge=1, description="after the lessons, one iteration of so many")
+    batch_size: int = Field(gt=0, description="examples of such an iteration, of random kinds")
+
+
 class MotionSettings(DenoiserSettings):
     """The recipe of a motion module."""
 
@@ -112,6 +119,11 @@ class MotionSettings(DenoiserSettings):
     )
     lessons: tuple[LessonSettings, ...] = Field(
         (), description="iterations of the loop, the first ones, that show less; in their order"
+    )
+    whole_clips: WholeSettings | None = Field(
+        None,
+        description="iterations in between with whole clips, from which frames learn to be alike; "
+        "none if not given",
     )
     heads: int = Field(8, gt=0, description="of each attention along time")
     guidance: float | None = Field(
@@ -297,11 +309,26 @@ class Telling:
 
 @dataclass(frozen=True, eq=False)
 class _Lesson:
-    """What iterations learn from, until the one of a number; None for the last lesson."""
+    """What iterations learn from.
+
+    Attributes:
+        clips: what is drawn.
+        batch_size: how many of them.
+        until: the iteration before which the lesson ends; None for one that does not.
+        every: it comes every so many iterations.
+        is_whole: whether all frames are computed, at times of any noise.
+    """
 
     clips: MovingDrawings
     batch_size: int
     until: int | None = None
+    every: int = 1
+    is_whole: bool = False
+
+    def comes_at(self, iteration: int) -> bool:
+        """Tell whether it is an iteration's turn, if no lesson before has taken it."""
+        has_time = self.until is None or iteration < self.until
+        return has_time and iteration % self.every == self.every - 1
 
 
 def _lessons(clips: MovingDrawings, settings: MotionSettings) -> list[_Lesson]:
@@ -317,6 +344,10 @@ def _lessons(clips: MovingDrawings, settings: MotionSettings) -> list[_Lesson]:
             backgrounds=each.backgrounds or clips.backgrounds,
         )
         lessons.append(_Lesson(fewer, each.batch_size, until))
+    whole = settings.whole_clips
+    if whole is not None:
+        mixed = replace(clips, together=False)
+        lessons.append(_Lesson(mixed, whole.batch_size, every=whole.every, is_whole=True))
     return [*lessons, _Lesson(clips, settings.loop.batch_size)]
 
 
@@ -335,14 +366,15 @@ class _ClipLoss:
         generator = randomness.tensors
         denoiser = self.teacher.denoiser
         device = denoiser.device
-        lesson = next(each for each in self.lessons if each.until is None or iteration < each.until)
+        lesson = next(each for each in self.lessons if each.comes_at(iteration))
         share = world().share(lesson.batch_size)
-        numbers = self._numbers(generator)
+        numbers = None if lesson.is_whole else self._numbers(generator)
         x0, captions, kinds = lesson.clips.draw_frames(
             lesson.batch_size, generator, randomness.words, numbers
         )
         alike = lesson.clips.alike
-        t = self._times(len(x0) // alike, generator).repeat_interleave(alike)
+        high_noise_share = 0.0 if lesson.is_whole else self.settings.high_noise_share
+        t = self._times(len(x0) // alike, high_noise_share, generator).repeat_interleave(alike)
         eps = torch.randn(x0[::alike].shape, generator=generator).repeat_interleave(alike, dim=0)
         width, height = self.teacher.contract.sizes[0]
         with torch.no_grad():
@@ -375,11 +407,13 @@ class _ClipLoss:
             return None
         return torch.randperm(num_frames, generator=generator)[: self.frames_seen].sort().values
 
-    def _times(self, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    def _times(
+        self, count: int, high_noise_share: float, generator: torch.Generator
+    ) -> Int[Tensor, " count"]:
         top = int(self.teacher.denoiser.schedule.top)  # the times of SDXL's schedule are integers
         anywhere = torch.randint(1, top + 1, (count,), generator=generator)
-        if self.settings.high_noise_share == 0:
+        if high_noise_share == 0:
             return anywhere
         high = torch.randint(top - top // 5 + 1, top + 1, (count,), generator=generator)
-        is_high = torch.rand(count, generator=generator) < self.settings.high_noise_share
+        is_high = torch.rand(count, generator=generator) < high_noise_share
         return torch.where(is_high, high, anywhere)
