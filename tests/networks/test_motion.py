@@ -75,18 +75,18 @@ def in_diffusers(theirs, module, tmp_path):
     return unet
 
 
+def drawn_by_diffusers(unet, x, times, conditioning):
+    text = conditioning.text.repeat_interleave(FRAMES, dim=0)
+    return unet(x, times, text, added_cond_kwargs=added_of(conditioning)).sample
+
+
 def test_output_is_that_of_diffusers_with_our_file(pictures, tmp_path) -> None:
     theirs, ours = pictures
     module = lively()
     unet = in_diffusers(theirs, module, tmp_path)
     x, times, conditioning = wishes(2)
     with torch.no_grad():
-        expected = unet(
-            x,
-            times,
-            conditioning.text.repeat_interleave(FRAMES, dim=0),
-            added_cond_kwargs=added_of(conditioning),
-        ).sample
+        expected = drawn_by_diffusers(unet, x, times, conditioning)
         drawn = MotionUnet(module, (ours,))(x, times, conditioning)
         still = MotionUnet(MotionModule(CONFIG), (ours,))(x, times, conditioning)
     assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
@@ -105,12 +105,7 @@ def test_diffusers_reads_the_domain_adapter(pictures, tmp_path) -> None:
     unet.load_lora_adapter(tensors, prefix="unet")
     x, times, conditioning = wishes(1)
     with torch.no_grad():
-        expected = unet(
-            x,
-            times,
-            conditioning.text.repeat_interleave(FRAMES, dim=0),
-            added_cond_kwargs=added_of(conditioning),
-        ).sample
+        expected = drawn_by_diffusers(unet, x, times, conditioning)
         without = MotionUnet(module, (ours,))(x, times, conditioning)
         with adapter.applied(ours):
             drawn = MotionUnet(module, (ours,))(x, times, conditioning)

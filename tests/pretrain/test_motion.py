@@ -15,9 +15,9 @@ from twostep.pretrain.clips import ClipLabels, MovingDrawings
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.loop import NetworkLoopSettings
 from twostep.pretrain.motion import (
+    KindProbes,
     LessonSettings,
     MotionSettings,
-    Telling,
     WholeSettings,
     WordsSettings,
     new_motion_teacher,
@@ -152,20 +152,20 @@ def test_the_kind_is_told_by_the_direction_of_what_is_read() -> None:
     chosen = settings()
     network = new_motion_teacher(chosen, recipe="none", version="0").denoiser.network
     kinds = ("left", "right", "spin")
-    telling = Telling.of(network, kinds)
-    norm, directions = telling.norms[0], telling.directions[0]
+    probes = KindProbes.on(network, kinds)
+    norm, directions = probes.norms[0], probes.directions[0]
     assert torch.allclose(directions.mT @ directions, torch.eye(3), atol=1e-5)
     torch.nn.init.zeros_(norm.weight)
     said = [2, 0]
-    with torch.no_grad(), telling.read() as scores:
+    with torch.no_grad(), probes.read() as scores:
         for kind in said:
             norm.bias.data = 5 * directions[:, kind]
             norm(torch.randn(1, len(norm.weight), 2, 4, 4))
     assert [int(each.argmax()) for each in scores] == said
     rows = [torch.cat(scores)]
-    right = telling.loss(rows, ["spin", "left"], ["a fox, spinning", "a fox, moving left"])
-    wrong = telling.loss(rows, ["left", "spin"], ["a fox, moving left", "a fox, spinning"])
+    right = probes.loss(rows, ["spin", "left"], ["a fox, spinning", "a fox, moving left"])
+    wrong = probes.loss(rows, ["left", "spin"], ["a fox, moving left", "a fox, spinning"])
     assert right < 0.01 and wrong == pytest.approx(10, abs=0.1)
-    empty = telling.loss(rows, ["left", "left"], ["", "a fox, moving left"])
+    empty = probes.loss(rows, ["left", "left"], ["", "a fox, moving left"])
     assert empty == pytest.approx(float(right) / 2, abs=0.01)
-    assert telling.loss(rows, ["left", "spin"], ["", ""]) == 0
+    assert probes.loss(rows, ["left", "spin"], ["", ""]) == 0

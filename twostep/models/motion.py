@@ -97,15 +97,15 @@ class MotionFamily:
             file = file if student is None else student.path
         config = MotionConfig.from_diffusers(read_json(folder.path / ADAPTER / _CONFIG))
         network = _load_module(config, None if outline else file)
-        file = folder.path / DOMAIN_ADAPTER
-        has_adapter = file.exists() and not outline
+        adapter_file = folder.path / DOMAIN_ADAPTER
+        has_adapter = adapter_file.exists() and not outline
         bundle = with_motion(
             pictures,
             network,
             contract,
             frames=settings.frames,
             frames_per_second=settings.frames_per_second,
-            adapter=_merged(file, pictures) if has_adapter else None,
+            adapter=_merged(adapter_file, pictures) if has_adapter else None,
         )
         students = tuple(sorted(folder.students, reverse=True))
         return replace(bundle, students=students, origin=(checkpoint.name,))

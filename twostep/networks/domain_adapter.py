@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from twostep.formats.lora_kinds import LowRank
 from twostep.formats.peft_config import LoraError
+from twostep.networks.adapters import PREFIX
 
 _READS_TEXT = (
     ".attn2.to_q",
@@ -30,8 +31,6 @@ _READS_TEXT = (
     "add_embedding.linear_2",
 )
 """Endings of the names of the layers that have to do with the caption."""
-
-_PART = "unet."
 
 
 class DomainAdapter(nn.Module):
@@ -70,9 +69,9 @@ class DomainAdapter(nn.Module):
         Raises LoraError for one that is none of the UNet alone, or has several ranks.
         """
         products = {
-            name.removeprefix(_PART): change
+            name.removeprefix(PREFIX): change
             for name, change in changes.items()
-            if name.startswith(_PART) and isinstance(change, LowRank)
+            if name.startswith(PREFIX) and isinstance(change, LowRank)
         }
         ranks = {change.rank for change in products.values()}
         if len(products) < len(changes) or len(ranks) != 1:
@@ -92,7 +91,7 @@ class DomainAdapter(nn.Module):
         """Return it as a LoRA, as `formats.lora_files.write_lora` writes it."""
         pairs = zip(self.layers, self.down, self.up, strict=True)
         return {
-            f"{_PART}{name}": LowRank(down.detach(), up.detach(), float(self.rank))
+            f"{PREFIX}{name}": LowRank(down.detach(), up.detach(), float(self.rank))
             for name, down, up in pairs
         }
 

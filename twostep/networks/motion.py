@@ -235,7 +235,12 @@ class MotionUnet:
         """Return the levels of the way down before they are halved, and the mid-block's output."""
         groups = _by_variant(conditioning, len(self.bases))
         parts = [
-            encoded_clips(self.bases[variant], self.network, *_rows(rows, x, time, conditioning))
+            encoded_clips(
+                self.bases[variant],
+                self.network,
+                *_rows(rows, x, time, conditioning),
+                numbers=self.numbers,
+            )
             for variant, rows in groups
         ]
         return [_in_order(list(levels), groups) for levels in zip(*parts, strict=True)]
@@ -353,6 +358,7 @@ def encoded_clips(
     time: Times,
     conditioning: Conditioning,
     *,
+    numbers: FrameNumbers | None = None,
     beside_time: Float[Tensor, "batch width"] | None = None,
 ) -> list[Float[Tensor, "batch _ frames _ _"]]:
     """Return what the way down and the mid-block of a picture UNet make of clips.
@@ -363,6 +369,7 @@ def encoded_clips(
         x: Noisy latents of clips.
         time: One per clip.
         conditioning: One item per clip.
+        numbers: Which frames of the clips these are; the first ones if not given.
         beside_time: What is added to the embedding of the times.
     """
     num_frames = x.shape[2]
@@ -374,7 +381,7 @@ def encoded_clips(
         times,
         text,
         added,
-        inserted=replace(motion.inserted(num_frames), up=()),
+        inserted=replace(motion.inserted(num_frames, numbers), up=()),
         recompute=motion.recompute and torch.is_grad_enabled(),
         beside_time=beside_time,
     )

@@ -29,6 +29,7 @@ from twostep.pretrain.drawings import (
     lay_on,
     listed_names,
     load_drawings,
+    random_backgrounds,
 )
 from twostep.pretrain.latents import CaptionedSource
 from twostep.training.recipe import RecipeError
@@ -206,7 +207,7 @@ class MovingDrawings:
         num_concepts, num_styles = self.drawings.drawings.shape[:2]
         concept = torch.randint(num_concepts, (num_drawings,), generator=tensors)
         style = torch.randint(num_styles, (num_drawings,), generator=tensors)
-        background = torch.randint(self.backgrounds, (num_drawings,), generator=tensors)
+        background = random_backgrounds(num_drawings, tensors, among=self.backgrounds)
         concept, style, background = (
             each.repeat_interleave(self.alike) for each in (concept, style, background)
         )

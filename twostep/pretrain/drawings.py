@@ -241,9 +241,11 @@ def _random_transforms(
     return torch.cat([rotation, -(rotation @ shift[:, :, None])], dim=2)
 
 
-def random_backgrounds(count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
-    """Draw numbers of BACKGROUNDS."""
-    return torch.randint(len(BACKGROUNDS), (count,), generator=generator)
+def random_backgrounds(
+    count: int, generator: torch.Generator, *, among: int = len(BACKGROUNDS)
+) -> Int[Tensor, " count"]:
+    """Draw numbers of BACKGROUNDS, of all or of the first so many."""
+    return torch.randint(among, (count,), generator=generator)
 
 
 def listed_names(concepts: Sequence[Concept]) -> tuple[tuple[tuple[str, ...], str], ...]:

@@ -43,8 +43,8 @@ class WordsSettings(Settings):
     weight: float = Field(
         0.1,
         gt=0,
-        description="of telling kinds of motion by what the picture model makes of the caption, "
-        "beside the predicted noise, on single frames",
+        description="of the cross-entropy of linear probes, which tell the kind of motion from the "
+        "features that the motion module reads, beside the predicted noise, on single frames",
     )
     weight_on_clips: float = Field(
         0.03, ge=0, description="the same while the motion module learns with the adapter"
@@ -196,64 +196,58 @@ def train_motion(
     clips = MovingDrawings(drawings, teacher, together=settings.kinds_together)
     lessons = _lessons(clips, settings)
     denoiser.checkpoint_gradients(settings.gradient_checkpointing)
-    words = settings.words
     adapter = backbone.adapter
-    if words is None or adapter is None:
-        backbone.network.requires_grad_(True)
-        train_network(
-            backbone.network,
-            _ClipLoss(teacher, lessons, settings, settings.frames_seen),
-            settings.loop,
-            folder,
-            name="motion",
-            on_iteration=on_iteration,
-            on_checkpoint=on_checkpoint,
-        )
-        return
-    adapter.to(denoiser.device)
-    telling = Telling.of(backbone.network, clips.kinds)
+    trained: nn.Module = backbone.network
+    loss = _ClipLoss(teacher, lessons, settings, settings.frames_seen)
     with ExitStack() as stack:
-        for base in backbone.bases:
-            stack.enter_context(adapter.applied(base))
-        train_network(
-            adapter,
-            # The motion module is fresh and changes nothing yet.
-            _ClipLoss(
-                teacher, [_Lesson(clips, words.loop.batch_size)], settings, 1, telling, words.weight
-            ),
-            words.loop,
-            folder,
-            name="words",
-            on_iteration=on_iteration,
-        )
+        if settings.words is not None and adapter is not None:
+            adapter.to(denoiser.device)
+            for base in backbone.bases:
+                stack.enter_context(adapter.applied(base))
+            probes = KindProbes.on(backbone.network, clips.kinds)
+            _train_words(adapter, probes, clips, teacher, settings, folder, on_iteration)
+            trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
+            if settings.words.weight_on_clips:
+                loss = replace(loss, probes=probes, weight=settings.words.weight_on_clips)
         backbone.network.requires_grad_(True)
         train_network(
-            nn.ModuleDict({"motion": backbone.network, "adapter": adapter}),
-            _ClipLoss(
-                teacher,
-                lessons,
-                settings,
-                settings.frames_seen,
-                telling if words.weight_on_clips else None,
-                words.weight_on_clips,
-            ),
+            trained,
+            loss,
             settings.loop,
             folder,
             name="motion",
             on_iteration=on_iteration,
             on_checkpoint=on_checkpoint,
         )
+
+
+def _train_words(
+    adapter: DomainAdapter,
+    probes: KindProbes,
+    clips: MovingDrawings,
+    teacher: Bundle,
+    settings: MotionSettings,
+    folder: RunFolder,
+    on_iteration: OnIteration,
+) -> None:
+    """Train a domain adapter on single frames; the motion module is fresh and changes nothing."""
+    words = settings.words
+    assert words is not None
+    lessons = [_Lesson(clips, words.loop.batch_size)]
+    loss = _ClipLoss(teacher, lessons, settings, 1, probes, words.weight)
+    train_network(adapter, loss, words.loop, folder, name="words", on_iteration=on_iteration)
 
 
 @dataclass(frozen=True, eq=False)
-class Telling:
-    """How well the kind of motion can be told where the motion module reads the picture model.
+class KindProbes:
+    """Linear probes of the kind of motion, at every place where the motion module reads features.
 
-    At every place a kind has a direction, drawn once. The kind is told by which of them the mean of
-    what the module reads points to, so what is learnt is strong, not only there.
+    At each place every kind has a direction, drawn once and fixed. Its score is the component along
+    it of the features' mean, so to be told apart kinds must be strong in the features, not only
+    separable.
 
     Attributes:
-        norms: what the layers of the module read, each once it is normed.
+        norms: the first layers of the module's transformers, whose output is probed.
         directions: of the kinds, for each of these.
         kinds: their names.
     """
@@ -262,11 +256,12 @@ class Telling:
     directions: tuple[Float[Tensor, "_ kinds"], ...]
     kinds: tuple[str, ...]
 
-    SHARPNESS: ClassVar[float] = 2.0
+    SCALE: ClassVar[float] = 2.0
+    """Of the scores, which are logits."""
 
     @classmethod
-    def of(cls, network: MotionModule, kinds: Sequence[str]) -> Telling:
-        """Return how it is told for a motion module, with the same directions in every run."""
+    def on(cls, network: MotionModule, kinds: Sequence[str]) -> KindProbes:
+        """Return the probes of a motion module, with the same directions in every run."""
         norms = [each.norm for each in network.modules() if isinstance(each, TimeTransformer)]
         generator = torch.Generator().manual_seed(0)
         directions = []
@@ -278,11 +273,11 @@ class Telling:
 
     @contextmanager
     def read(self) -> Iterator[list[Float[Tensor, "clips kinds"]]]:
-        """Yield a list that has, after a call in the block, the scores of the kinds everywhere."""
+        """Yield a list that has, after a call in the block, the scores of every place."""
         scores: list[Tensor] = []
 
         def score(place: int, norm: nn.Module, inputs: object, out: Tensor) -> None:
-            scores.append(self.SHARPNESS * out.mean((2, 3, 4)) @ self.directions[place])
+            scores.append(self.SCALE * out.mean((2, 3, 4)) @ self.directions[place])
 
         handles = [
             norm.register_forward_hook(partial(score, place))
@@ -297,7 +292,7 @@ class Telling:
     def loss(
         self, scores: Sequence[Tensor], kinds: Sequence[str], captions: Sequence[str]
     ) -> Float[Tensor, ""]:
-        """Return the mean cross-entropy of what captions say; empty ones say nothing."""
+        """Return the mean cross-entropy of the kinds; clips with an empty caption count as 0."""
         rows = [place for place, caption in enumerate(captions) if caption]
         told = torch.tensor([self.kinds.index(kinds[row]) for row in rows], dtype=torch.long)
         losses = [
@@ -353,13 +348,13 @@ def _lessons(clips: MovingDrawings, settings: MotionSettings) -> list[_Lesson]:
 
 @dataclass(frozen=True, eq=False)
 class _ClipLoss:
-    """The loss of an iteration: `noise_loss` on clips, and how well kinds can be told."""
+    """The loss of an iteration: `noise_loss` on clips, and that of the probes with a weight."""
 
     teacher: Bundle
     lessons: Sequence[_Lesson]
     settings: MotionSettings
     frames_seen: int | None
-    telling: Telling | None = None
+    probes: KindProbes | None = None
     weight: float = 0.0
 
     def __call__(self, iteration: int, randomness: Randomness) -> Tensor:
@@ -384,8 +379,8 @@ class _ClipLoss:
             backbone = replace(backbone, numbers=numbers.to(device))
             denoiser = replace(denoiser, backbone=backbone)
         reading: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if self.telling is not None:
-            reading = self.telling.read()
+        if self.probes is not None:
+            reading = self.probes.read()
         with reading as scores:
             loss = noise_loss(
                 denoiser,
@@ -396,8 +391,8 @@ class _ClipLoss:
                 snr_limit=self.settings.snr_limit,
                 snr_floor=self.settings.snr_floor,
             )
-        if self.telling is not None:
-            loss = loss + self.weight * self.telling.loss(scores, kinds[share], captions[share])
+        if self.probes is not None:
+            loss = loss + self.weight * self.probes.loss(scores, kinds[share], captions[share])
         return loss
 
     def _numbers(self, generator: torch.Generator) -> Int[Tensor, " chosen"] | None:

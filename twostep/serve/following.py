@@ -25,21 +25,21 @@ PictureFormat = Literal["png", "jpeg", "webp"]
 """What pictures are sent as."""
 
 
-class Hearing:
-    """Brings the events of a job into the loop that was running when it was made.
+class EventQueue(asyncio.Queue[Event | None]):
+    """The events of a job, for the loop that was running when it was made.
 
-    As the `listener` of `Engine.submit` it misses none.
+    With `listen` as the `listener` of `Engine.submit` it misses none.
     """
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
+        self._running = asyncio.get_running_loop()
 
-    def __call__(self, event: Event) -> None:
+    def listen(self, event: Event) -> None:
         """Take an event, in the thread in which it happens."""
         # The loop is closed where the server has stopped: then nobody listens any more.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.queue.put_nowait, event)
+            self._running.call_soon_threadsafe(self.put_nowait, event)
 
 
 async def follow(
@@ -48,14 +48,14 @@ async def follow(
     http: HttpRequest,
     *,
     is_owner: bool,
-    hearing: Hearing | None = None,
+    queue: EventQueue | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Yield the events of a job until it ends or the client has gone.
 
-    With `is_owner` nobody else waits for the job: it is cancelled when the client goes. With the
-    `hearing` that was given to `Engine.submit`, no previews are missed.
+    With `is_owner` nobody else waits for the job: it is cancelled when the client goes. With a
+    `queue` that listens since the job was submitted, no previews are missed.
     """
-    with _heard(job, hearing) as queue:
+    with _listening(job, queue) as queue:
 
         async def until_gone() -> None:
             while (await http.receive())["type"] != "http.disconnect":
@@ -76,7 +76,7 @@ async def follow(
 
 async def events_of(job: Job) -> AsyncGenerator[Event, None]:
     """Yield the events of a job until it ends."""
-    with _heard(job) as queue:
+    with _listening(job) as queue:
         while (event := await queue.get()) is not None:
             yield event
             if event.is_end:
@@ -84,15 +84,15 @@ async def events_of(job: Job) -> AsyncGenerator[Event, None]:
 
 
 @contextlib.contextmanager
-def _heard(job: Job, hearing: Hearing | None = None) -> Iterator[asyncio.Queue[Event | None]]:
-    """Put the events of a job into a queue of the running loop."""
-    if hearing is None:
-        hearing = Hearing()
-        job.follow(hearing)
+def _listening(job: Job, queue: EventQueue | None = None) -> Iterator[EventQueue]:
+    """Let a queue listen to a job in the block; one that listens already may be given."""
+    if queue is None:
+        queue = EventQueue()
+        job.follow(queue.listen)
     try:
-        yield hearing.queue
+        yield queue
     finally:
-        job.unfollow(hearing)
+        job.unfollow(queue.listen)
 
 
 async def ended(engine: Engine, job: Job, http: HttpRequest) -> bool:

@@ -29,7 +29,7 @@ from twostep.serve.catalogue import Fitted, Wish
 from twostep.serve.document import DRAWING, form_body, json_body, refusals
 from twostep.serve.engine import Event, Job
 from twostep.serve.following import (
-    Hearing,
+    EventQueue,
     PictureFormat,
     drawing_of,
     ended,
@@ -238,16 +238,19 @@ async def _answer(
         raise ContractError(f"{notes[0]}. This server is strict.")
     num_partials = (body.partial_images or 0) if body.stream else 0
     # Made before the job, which may be drawn before the first line of the answer is sent.
-    hearing = Hearing() if body.stream else None
+    queue = EventQueue() if body.stream else None
     job = serving.submit(
-        fitted, client=client_of(http), wants_previews=num_partials > 0, listener=hearing
+        fitted,
+        client=client_of(http),
+        wants_previews=num_partials > 0,
+        listener=None if queue is None else queue.listen,
     )
     changes = [*notes, *fitted.changes]
     headers = {"X-Twostep-Job": job.id}
     if changes:
         headers["X-Twostep-Changes"] = in_header(changes)
-    if hearing is not None:
-        events = _stream(serving, http, kind, body, job, hearing, fitted, changes)
+    if queue is not None:
+        events = _stream(serving, http, kind, body, job, queue, fitted, changes)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     if not await ended(serving.engine, job, http):
         return Response(status_code=499)  # nobody reads it
@@ -269,13 +272,13 @@ async def _stream(
     kind: _Kind,
     body: ImagesBody,
     job: Job,
-    hearing: Hearing,
+    queue: EventQueue,
     fitted: Fitted,
     changes: list[str],
 ) -> AsyncIterator[str]:
     """Yield a partial image for each picture at chosen steps, then each picture, as events."""
     index = 0
-    events = follow(serving.engine, job, http, is_owner=True, hearing=hearing)
+    events = follow(serving.engine, job, http, is_owner=True, queue=queue)
     async with contextlib.aclosing(events):
         async for event in events:
             if event.kind == "step" and _is_partial(event, body.partial_images or 0):
