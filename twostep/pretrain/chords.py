@@ -7,7 +7,6 @@ twelfth combination of instrument, root and kind is held out: training never hea
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from twostep.pretrain.notes import INSTRUMENTS, LOUDNESSES, LOWEST_PITCH, VELOCITIES, Naming
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.soundfont import Player, amplified, find_soundfont
 from twostep.text.attributes import pitch_name, pitch_words
 
@@ -105,7 +105,7 @@ def render_chords(
     seed: int,
     *,
     soundfont: Path | None = None,
-    on_sound: Callable[[int, int], None] = lambda done, total: None,
+    on_sound: OnDone = untold,
 ) -> Float[Tensor, "chords samples"]:
     """Play chords; which of an instrument's programs plays, how hard and how long is random.
 

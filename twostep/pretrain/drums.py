@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from twostep.pretrain.notes import LOUDNESSES, VELOCITIES, Naming
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.soundfont import Player, amplified, find_soundfont
 
 DRUMS = {
@@ -51,7 +51,7 @@ def render_hits(
     seed: int,
     *,
     soundfont: Path | None = None,
-    on_sound: Callable[[int, int], None] = lambda done, total: None,
+    on_sound: OnDone = untold,
 ) -> Float[Tensor, "hits samples"]:
     """Strike drums; which of a drum's keys in which kit, how hard and when is random.
 

@@ -27,6 +27,7 @@ from twostep.models.sdxl import text_encoders
 from twostep.networks.conditioning import Conditioning, image_sizes
 from twostep.pretrain.art_of_sizes import find_drawings
 from twostep.pretrain.drawings import DrawingSet
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.scene_captions import caption_table
 from twostep.pretrain.scenes import SceneTable, compose, random_scenes
 from twostep.pretrain.sizes import find_size
@@ -95,7 +96,7 @@ def make_encoded_scenes(
     captions: int,
     seed: int,
     device: torch.device,
-    on_scene: Callable[[int, int], None] = lambda done, total: None,
+    on_scene: OnDone = untold,
 ) -> EncodedScenes:
     """Lay out, caption, compose and encode random scenes.
 
@@ -125,7 +126,7 @@ def encode_scenes(
     codec: Codec,
     *,
     pixels: int,
-    on_scene: Callable[[int, int], None] = lambda done, total: None,
+    on_scene: OnDone = untold,
 ) -> Float16[Tensor, "scenes c h w"]:
     """Compose all scenes of a table and return their latents; everything lies on one device."""
     device_type = drawings.device.type

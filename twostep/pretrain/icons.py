@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from twostep.evaluate.attributes import Concept
 from twostep.pretrain.drawings import DRAWING_PIXELS, DrawingsError, DrawingSet
+from twostep.pretrain.progress import OnDone
 
 ICON_SETS = {
     "flat": "fluent-emoji-flat",
@@ -31,9 +32,7 @@ ICON_SETS = {
 """Word of each drawing style -> the icon set it comes from."""
 
 
-def render_built_in(
-    cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]
-) -> DrawingSet:
+def render_built_in(cache: Path, concepts: Sequence[Concept], *, on_drawing: OnDone) -> DrawingSet:
     """Render every concept in every style of the built-in set.
 
     Args:

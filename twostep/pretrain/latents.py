@@ -35,6 +35,7 @@ from twostep.pretrain.drawings import (
     random_backgrounds,
 )
 from twostep.pretrain.kept import made_once, refusing_damage
+from twostep.pretrain.progress import OnDone, untold
 
 _METADATA_KEY = "twostep.latents"
 _ENCODE_BATCH = 128
@@ -199,7 +200,7 @@ def find_latents(
     *,
     pixels: int,
     variants: int,
-    on_variant: Callable[[int, int], None],
+    on_variant: OnDone,
 ) -> LatentCache:
     """Read the cache at `path`, after the first process has made it there if it is missing.
 
@@ -227,7 +228,7 @@ def cache_latents(
     pixels: int,
     variants: int = 96,
     seed: int = 0,
-    on_variant: Callable[[int, int], None] = lambda done, total: None,
+    on_variant: OnDone = untold,
 ) -> LatentCache:
     """Compose every drawing `variants` times, each on a random background, and encode it."""
     num_concepts, num_styles = drawings.drawings.shape[:2]

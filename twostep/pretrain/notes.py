@@ -23,6 +23,7 @@ from twostep.media.codec import Codec
 from twostep.models.bundle import Bundle, PromptEncoder
 from twostep.pretrain.kept import made_once, refusing_damage
 from twostep.pretrain.latents import KeptLatents, LatentSource
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.soundfont import NUM_SAMPLES, NotesError, Player, amplified, find_soundfont
 from twostep.text.attributes import AttributePrompts, pitch_name, pitch_words
 from twostep.training.loop import Randomness
@@ -107,7 +108,7 @@ def render_notes(
     seed: int,
     *,
     soundfont: Path | None = None,
-    on_sound: Callable[[int, int], None] = lambda done, total: None,
+    on_sound: OnDone = untold,
 ) -> Float[Tensor, "notes samples"]:
     """Play notes; which of an instrument's programs plays, how hard and how long is random.
 
@@ -263,7 +264,7 @@ def find_notes(
     *,
     count: int,
     soundfont: Path | None,
-    on_sound: Callable[[int, int], None],
+    on_sound: OnDone,
     seed: int = 0,
 ) -> NoteCache:
     """Read cached notes, after the first process has made them there if they are missing.

@@ -5,7 +5,7 @@ trained on them is derived from them, so it stays out of the package and keeps t
 """
 
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -15,14 +15,13 @@ import torch
 from twostep.evaluate.attributes import Concept
 from twostep.pretrain.drawings import DrawingsError, DrawingSet
 from twostep.pretrain.icons import fetch_icons, read_member, render
+from twostep.pretrain.progress import OnDone
 
 STYLE = "openmoji"
 """What the set calls its only style."""
 
 
-def render_openmoji(
-    cache: Path, concepts: Sequence[Concept], *, on_drawing: Callable[[int, int], None]
-) -> DrawingSet:
+def render_openmoji(cache: Path, concepts: Sequence[Concept], *, on_drawing: OnDone) -> DrawingSet:
     """Render every concept as OpenMoji draws it.
 
     Args:

@@ -1,13 +1,12 @@
 """The judge of mini's scenes, which knows the drawings that mini learns from."""
 
-from collections.abc import Callable
-
 from twostep.evaluate.scene_judge import FINE, SceneJudge
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.vectors import load_rendered, load_vectors
 
 
 def load_scene_judge(
-    on_drawing: Callable[[int, int], None] = lambda done, total: None,
+    on_drawing: OnDone = untold,
 ) -> SceneJudge:
     """Return the judge of mini's scenes.
 

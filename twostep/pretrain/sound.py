@@ -35,6 +35,7 @@ from twostep.pretrain.notes import (
     render_notes,
     sound_source,
 )
+from twostep.pretrain.progress import OnDone
 from twostep.pretrain.sound_kinds import all_prompts, find_sounds, render_all
 from twostep.pretrain.soundfont import NUM_SAMPLES, RATE
 from twostep.training.loop import OnIteration, Randomness
@@ -110,9 +111,7 @@ def new_sound_teacher(settings: SoundSettings, recipe: str) -> Bundle:
     return Bundle(Denoiser(network, RectifiedFlow(), "flow"), codec, prompts, contract)
 
 
-def fit_codec(
-    teacher: Bundle, settings: SoundSettings, on_sound: Callable[[int, int], None]
-) -> None:
+def fit_codec(teacher: Bundle, settings: SoundSettings, on_sound: OnDone) -> None:
     """Fit a teacher's codec to sounds of its own, in place."""
     assert isinstance(teacher.codec, AudioCodec)
     random = Randomness.at(settings.loop.seed, _FITTING)
@@ -134,7 +133,7 @@ def sound_cache(settings: SoundSettings, folder: Path) -> Path:
 
 
 def find_source(
-    teacher: Bundle, settings: SoundSettings, folder: Path, on_sound: Callable[[int, int], None]
+    teacher: Bundle, settings: SoundSettings, folder: Path, on_sound: OnDone
 ) -> LatentSource:
     """Return what a teacher learns from, which is rendered where it is not there yet.
 

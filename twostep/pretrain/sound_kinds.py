@@ -46,15 +46,13 @@ from twostep.pretrain.notes import (
     render_notes,
     sound_source,
 )
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.soundfont import NotesError
 from twostep.text.attributes import AttributePrompts
 from twostep.training.loop import Randomness
 
 _MOST_COLUMNS = 4
 """The longest labels, those of chords; shorter ones are filled up with zeros."""
-
-OnSound = Callable[[int, int], None]
-"""Called with the number of sounds that are done, and of all."""
 
 
 @runtime_checkable
@@ -147,7 +145,7 @@ def render_all(
     seed: int,
     *,
     soundfont: Path | None = None,
-    on_sound: OnSound = lambda done, total: None,
+    on_sound: OnDone = untold,
 ) -> tuple[Float[Tensor, "sounds samples"], UInt8[Tensor, " sounds"], UInt8[Tensor, "sounds 4"]]:
     """Render random sounds, of each kind as many.
 
@@ -182,7 +180,7 @@ def find_sounds(
     *,
     count: int,
     soundfont: Path | None,
-    on_sound: OnSound,
+    on_sound: OnDone,
     seed: int = 0,
 ) -> Sounds:
     """Read cached sounds, after the first process has made them there if they are missing.

@@ -6,7 +6,6 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +18,7 @@ from twostep.pretrain.captions import Omission
 from twostep.pretrain.drawings import DrawingsError, DrawingSet
 from twostep.pretrain.latents import LatentCache, cache_latents
 from twostep.pretrain.loop import PartSettings, silent, train_network
+from twostep.pretrain.progress import OnDone, untold
 from twostep.pretrain.teacher import noise_loss_on_latents
 from twostep.training.loop import OnIteration, Randomness
 from twostep.training.run_folder import RunFolder
@@ -49,7 +49,7 @@ def style_latents(
     bundle: Bundle,
     settings: StyleSettings,
     *,
-    on_variant: Callable[[int, int], None] = lambda done, total: None,
+    on_variant: OnDone = untold,
 ) -> LatentCache:
     """Return the drawings of one style as latents, with captions that do not name it."""
     if settings.style not in drawings.styles:

@@ -8,7 +8,7 @@ thousand things in four styles take 3.4 MB so, and a hundred as bitmaps of 256 p
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from twostep.pretrain.drawings import (
 )
 from twostep.pretrain.icons import ICON_SETS, load_icons, render, svg_of
 from twostep.pretrain.kept import refusing_damage
+from twostep.pretrain.progress import OnDone, untold
 from twostep.training.cpu import num_cores
 
 MINI = Path(__file__).with_name("art") / "mini"
@@ -120,7 +121,7 @@ def load_rendered(
     pixels: int,
     *,
     cache: Path | None = None,
-    on_drawing: Callable[[int, int], None] = lambda done, total: None,
+    on_drawing: OnDone = untold,
 ) -> DrawingSet:
     """Return the drawings as bitmaps, rendered the first time and read from a file afterwards.
 
@@ -155,7 +156,7 @@ def render_vectors(
     pixels: int,
     *,
     workers: int | None = None,
-    on_drawing: Callable[[int, int], None] = lambda done, total: None,
+    on_drawing: OnDone = untold,
 ) -> DrawingSet:
     """Render every drawing as a bitmap; DrawingsError if resvg is not installed.
 
