@@ -21,13 +21,13 @@ from twostep.evaluate.attributes import Attributes
 from twostep.evaluate.judge import load_judge
 from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import evaluate
-from twostep.media.image import to_images
+from twostep.media.image import from_levels, to_images
 from twostep.models.loading import load_with_loras
 from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.prompt_sets import FIRST_SEED, Task, complete_tasks
-from twostep.reports.benchmark import draw_tasks, to_float
+from twostep.reports.benchmark import draw_tasks
 
 STYLE = "noto"
 STYLED_TEACHER = "teacher with the style, 32 steps"
@@ -57,7 +57,7 @@ def main(
     pictures: dict[str, Tensor] = {}
     for label, loras, steps in rows:
         bundle = load_with_loras("nano", loras, steps=steps)
-        pictures[label] = to_float(draw_tasks(bundle, tasks, steps=steps))
+        pictures[label] = from_levels(draw_tasks(bundle, tasks, steps=steps))
     typer.echo("| | concept | style | background | distance to the styled teacher |")
     typer.echo("|---|---:|---:|---:|---:|")
     reference = measure(pictures[STYLED_TEACHER], attributes, judge)

@@ -31,7 +31,7 @@ from twostep.evaluate.judge import Judge, load_judge
 from twostep.evaluate.likeness import looks
 from twostep.evaluate.measurements import measure
 from twostep.evaluate.metrics import evaluate
-from twostep.media.image import to_images
+from twostep.media.image import from_levels, to_images
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.lora_stack import LoraCache
@@ -39,7 +39,7 @@ from twostep.pretrain.captions import with_article
 from twostep.pretrain.drawings import BUILT_IN as DRAWINGS
 from twostep.pretrain.drawings import load_drawings
 from twostep.pretrain.prompt_sets import Task, complete_tasks
-from twostep.reports.benchmark import draw_tasks, to_float
+from twostep.reports.benchmark import draw_tasks
 from twostep.reports.portability import SCALES
 
 STEPS = (8, 4, 2)
@@ -100,12 +100,12 @@ def main(
         return draw_tasks(row.load(), wanted, steps=row.steps, scale=row.guidance, cache=cache)
 
     variant_row = _row_without_lora(base, TEACHER_STEPS, guidance)
-    reference_of_first = to_float(pictures_of(variant_row, first))
+    reference_of_first = from_levels(pictures_of(variant_row, first))
     rows = [variant_row]
     sweep: list[dict[str, Any]] = []
     for steps in STEPS:
         first_pictures = {
-            scale: to_float(pictures_of(_row_with_lora(loras, steps, scale), first))
+            scale: from_levels(pictures_of(_row_with_lora(loras, steps, scale), first))
             for scale in SCALES
         }
         figures_by_scale = {
@@ -121,10 +121,10 @@ def main(
         if best != 1:
             rows.append(_row_with_lora(loras, steps, best))
     pictures = {row.key: pictures_of(row, tasks) for row in rows}
-    reference = to_float(pictures[variant_row.key])
+    reference = from_levels(pictures[variant_row.key])
     table = []
     for row in rows:
-        drawn = to_float(pictures[row.key])
+        drawn = from_levels(pictures[row.key])
         figures = _figures(drawn, reference, tasks, judge=judge, style=style)
         evaluations = row.num_evaluations
         table.append({"label": row.label, "evaluations": evaluations, **figures})
@@ -140,7 +140,7 @@ def _write_sheet(
 ) -> None:
     """Lay the same prompts of every row out, from the same noise."""
     chosen = list(range(0, len(tasks), max(1, len(tasks) // SHEET_COLUMNS)))[:SHEET_COLUMNS]
-    lines = [(row.label, to_images(to_float(pictures[row.key][chosen]))) for row in rows]
+    lines = [(row.label, to_images(from_levels(pictures[row.key][chosen]))) for row in rows]
     contact_sheet(lines, [tasks[i].prompt for i in chosen], scale=2).save(path)
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
@@ -19,6 +19,8 @@ from twostep.media.png import png_file
 
 _LARGEST_PREVIEW = 512
 """Pixels of the longer side of a preview; larger ones are halved until they fit."""
+
+Levels = UInt8[Tensor, "*batch 3 height width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,5 +201,14 @@ def to_images(pictures: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
         # PyTorch rounds a small picture with all of its threads, and wakes them for it: that takes
         # longer than the rounding, and from an engine with threads of its own a core.
         return images(eight_bits(pictures.float().numpy()))
-    levels = ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return images(levels.cpu().numpy())
+    return images(to_levels(pictures).cpu().numpy())
+
+
+def to_levels(pictures: Float[Tensor, "*batch 3 height width"]) -> Levels:
+    """Return pictures in -1..1 in levels of 0..255, as PNGs hold them; the rest is cut off."""
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_levels(levels: Levels) -> Float[Tensor, "*batch 3 height width"]:
+    """Return levels of 0..255 as pictures in -1..1."""
+    return levels.float() / 127.5 - 1

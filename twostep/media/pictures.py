@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from twostep.errors import TwostepError
+from twostep.media.image import from_levels
 
 MIN_INPUT_SIDE = 8
 """The least width and height, in pixels, of a picture that a drawing is made of."""
@@ -271,7 +272,7 @@ def crop_to_size(
     """
     width, height = nearest_size(picture, sizes)
     middle, left, top = _middle(picture, (width, height), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = from_levels(torch.from_numpy(np.array(middle)).permute(2, 0, 1))
     return pixels, (picture.height, picture.width, top, left, height, width)
 
 

@@ -33,6 +33,7 @@ from twostep.evaluate.judge import Judge, check_pictures, load_judge
 from twostep.evaluate.measurements import Measurements, SecondJudge, measure
 from twostep.evaluate.metrics import Report, summarise
 from twostep.files import write_atomically
+from twostep.media.image import from_levels, to_levels
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.sampling import decode, draw_noise, encode_prompts, sample_latents
 from twostep.networks.denoiser import Denoiser
@@ -204,7 +205,7 @@ class Bench:
         parts = []
         for start in range(0, len(pictures), self.batch_size):
             chosen = slice(start, start + self.batch_size)
-            images = to_float(pictures[chosen])
+            images = from_levels(pictures[chosen])
             parts.append(measure(images, attributes[chosen], self.judge, second=self.second))
         return Measurements.cat(parts)
 
@@ -212,7 +213,7 @@ class Bench:
         """Return the figures of pictures of the tasks of a set."""
         return summarise(
             self.measure(pictures, name),
-            to_float(pictures),
+            from_levels(pictures),
             reference=self.fresh[name],
             same_noise=self.own[name],
         )
@@ -226,7 +227,7 @@ class Bench:
         return {
             name: summarise(
                 self.own[name],
-                to_float(self.own_pictures[name]),
+                from_levels(self.own_pictures[name]),
                 reference=self.fresh[name],
                 same_noise=self.own[name],
             )
@@ -379,12 +380,7 @@ def _draw_batch(
     latents = sample_latents(denoiser, guided, noise, times, seeds, sampler=sampler)
     on_cpu = denoiser.device.type == "cpu"
     pixels = decode(bundle, latents, at_once=_DECODED_AT_ONCE_ON_CPU if on_cpu else None)
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def to_float(pictures: Pictures) -> Tensor:
-    """Return levels of 0..255 as pictures in -1..1."""
-    return pictures.float() / 127.5 - 1
+    return to_levels(pixels).cpu()
 
 
 def weights_digest(teacher: Bundle, denoiser: Denoiser) -> str:

@@ -18,6 +18,7 @@ from twostep.evaluate.judge import BUILT_IN, Judge, load_judge
 from twostep.evaluate.measurements import Measurements, SecondJudge, measure
 from twostep.evaluate.metrics import Report, evaluate
 from twostep.evaluate.prompts import attributes_from_prompt
+from twostep.media.image import from_levels
 from twostep.media.pictures import UnusablePictureError, open_picture
 from twostep.pipeline.provenance import ProvenanceError, read_provenance
 
@@ -108,7 +109,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def load_pictures(paths: Sequence[Path], pixels: int) -> Float[Tensor, "pictures 3 height width"]:
     """Read PNGs as pictures in -1..1; FolderError if one is damaged or of another size."""
     pictures = [_load_picture(path, pixels) for path in paths]
-    return torch.stack(pictures).float() / 127.5 - 1
+    return from_levels(torch.stack(pictures))
 
 
 def _load_picture(path: Path, pixels: int) -> UInt8[Tensor, "3 height width"]:
