@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import affine_grid, grid_sample
 
 from twostep.errors import TwostepError
 from twostep.evaluate.motions import MOTIONS
@@ -59,6 +59,11 @@ class Tracks:
     size: Float[Tensor, "clips frames"]
     turn: Float[Tensor, "clips steps"]
     share: Float[Tensor, "clips frames"]
+
+    def of(self, clip: int) -> Tracks:
+        """Return the tracks of one clip."""
+        one = slice(clip, clip + 1)
+        return Tracks(self.centre[one], self.size[one], self.turn[one], self.share[one])
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +175,29 @@ def motion_kinds(figures: MotionFigures) -> list[str]:
     largest, place = table.max(dim=1)
     kinds = zip(largest.tolist(), place.tolist(), strict=True)
     return [names[which] if amount >= _LEAST_MOTION else "still" for amount, which in kinds]
+
+
+def settled(
+    clips: Clips, tracks: Tracks, *, size: float, angle: float = 0.0
+) -> Float[Tensor, "frames 3 height width"]:
+    """Return all frames with their foreground in the middle, in one size, as pictures show it.
+
+    Args:
+        clips: in -1..1.
+        tracks: as `track` finds them.
+        size: of the foreground, as `Tracks.size` measures it; it is enlarged or reduced to that
+            by a factor of 4 at most.
+        angle: in radians; everything is turned by so much, too.
+    """
+    frames = clips.float().transpose(1, 2).flatten(0, 1)
+    centre = 2 * tracks.centre.flatten(0, 1)
+    found = tracks.size.flatten()
+    scale = torch.where(found > 0, (found / size).clamp(0.25, 4), torch.ones_like(found))
+    across = torch.stack([scale * math.cos(angle), -scale * math.sin(angle), centre[:, 0]], dim=1)
+    along = torch.stack([scale * math.sin(angle), scale * math.cos(angle), centre[:, 1]], dim=1)
+    theta = torch.stack([across, along], dim=1)
+    grid = affine_grid(theta, list(frames.shape), align_corners=False)
+    return grid_sample(frames, grid, align_corners=False, padding_mode="border")
 
 
 def motion_amount(clips: Clips) -> Float[Tensor, " clips"]:
