@@ -46,10 +46,25 @@ def test_layers_are_those_that_read_captions_and_fresh_ones_change_nothing(pictu
         assert torch.equal(output(picture), before)
 
 
-def test_applied_merged_and_read_again_it_draws_the_same(picture, tmp_path: Path) -> None:
+def test_on_all_layers_there_are_convolutions_too(picture) -> None:
+    unet = picture_unet(picture)
+    adapter = DomainAdapter.on(unet, 4, layers="all")
+    assert set(adapter.layers) > set(DomainAdapter.on(unet, 4).layers)
+    changes = adapter.changes()
+    weight = unet.get_parameter("down_blocks.0.resnets.0.conv1.weight")
+    change = changes["unet.down_blocks.0.resnets.0.conv1"]
+    assert change.down.shape == (4, *weight.shape[1:])
+    assert change.up.shape == (len(weight), 4, 1, 1)
+    assert all(
+        changes[f"unet.{name}"].fits(unet.get_submodule(name).weight) for name in adapter.layers
+    )
+
+
+@pytest.mark.parametrize("layers", ["captions", "all"])
+def test_applied_merged_and_read_again_it_draws_the_same(picture, tmp_path: Path, layers) -> None:
     unet = picture_unet(picture)
     before = output(picture)
-    adapter = moved(DomainAdapter.on(unet, 4))
+    adapter = moved(DomainAdapter.on(unet, 4, layers=layers))
     with adapter.applied(unet):
         applied = output(picture)
     assert torch.equal(output(picture), before)

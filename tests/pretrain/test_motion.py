@@ -18,7 +18,7 @@ from twostep.pretrain.motion import (
     KindProbes,
     LessonSettings,
     MotionSettings,
-    WholeSettings,
+    TurnSettings,
     WordsSettings,
     new_motion_teacher,
     train_motion,
@@ -128,24 +128,36 @@ def test_lessons_show_less_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         LessonSettings.model_validate({**lesson, "kinds": ["sideways"], "batch_size": 4})
 
 
-def test_whole_clips_come_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = WholeSettings(every=2, batch_size=3)
-    chosen = settings(words=None, whole_clips=whole, high_noise_share=1.0)
-    chosen = chosen.model_copy(update={"loop": chosen.loop.model_copy(update={"iterations": 4})})
+def test_iterations_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All frames at any time, single ones without the module, some of all kinds at high noise."""
+    shown = [("clips", 3), ("frames", 5), ("kinds", 9)]
+    turns = tuple(TurnSettings(shows=shows, batch_size=size) for shows, size in shown)
+    chosen = settings(turns=turns, high_noise_share=1.0)
+    chosen = chosen.model_copy(update={"loop": chosen.loop.model_copy(update={"iterations": 6})})
     teacher = new_motion_teacher(chosen, recipe="none", version="0")
     seen: list[tuple[tuple[int, ...], bool]] = []
+    has_module: list[bool] = []
     loss = motion.noise_loss
 
     def watched(denoiser: Any, x0: Any, conditioning: Any, *, t: Any, **others: Any) -> Any:
         seen.append((tuple(x0.shape[:3]), bool((t > 800).all())))
+        has_module.append(denoiser.backbone.network is teacher.denoiser.network)
         return loss(denoiser, x0, conditioning, t=t, **others)
 
     monkeypatch.setattr(motion, "noise_loss", watched)
     train_motion(load_drawings(), teacher, chosen, RunFolder(tmp_path / "run", chosen))
-    some = ((9, 4, 2), True)
-    assert [shape for shape, _ in seen] == [(9, 4, 2), (3, 4, 4)] * 2
-    assert seen[0] == seen[2] == some
-    assert not all(is_high for _, is_high in seen[1::2])
+    words, rounds = seen[:3], seen[3:]
+    assert [shape for shape, _ in words] == [(9, 4, 1)] * 3
+    assert [shape for shape, _ in rounds] == [(3, 4, 4), (5, 4, 1), (9, 4, 2)] * 2
+    assert has_module == [False] * 3 + [True, False, True] * 2
+    assert rounds[2][1] and rounds[5][1]
+    assert not all(is_high for _, is_high in (*words, *rounds[:2], *rounds[3:5]))
+
+
+def test_single_frames_need_an_adapter() -> None:
+    turn = TurnSettings(shows="frames", batch_size=4)
+    with pytest.raises(ValueError, match="the domain adapter alone learns, and there is none"):
+        settings(words=None, turns=(turn,))
 
 
 def test_the_kind_is_told_by_the_direction_of_what_is_read() -> None:

@@ -144,7 +144,9 @@ def score_clips(
 
 def _features(clips: Clips, judge: Judge) -> Float[Tensor, "clips frames features"]:
     frames = clips.transpose(1, 2).flatten(0, 1).to(judge.device)
-    return judge.judge(frames).features.cpu().unflatten(0, (-1, clips.shape[2]))
+    verdict = judge.judge(frames)
+    features: Tensor = verdict.features.cpu().unflatten(0, (-1, clips.shape[2]))
+    return features
 
 
 def _changes(features: Float[Tensor, "clips frames features"]) -> Tensor:

@@ -1,26 +1,31 @@
 """A domain adapter: a small LoRA on a picture UNet, below a motion module (section 4.1 of arXiv
 2307.04725).
 
-AnimateDiff's takes up what sets single frames apart from the pictures that the model learnt from.
-Here it takes up words, too: a picture model that has never read "moving left" overlooks it, and a
-motion module sees nothing but what the picture model makes of a caption. So the adapter changes
-what reads captions: the attentions to the text, and the embedding of the pooled text.
+AnimateDiff's takes up what sets single frames apart from the pictures that the model learnt from:
+things beside the middle, small ones, turned ones. Here it takes up words, too: a picture model that
+has never read "moving left" overlooks it, and a motion module sees nothing but what the picture
+model makes of a caption. An adapter is on all layers, or on those alone that read captions: the
+attentions to the text, and the embedding of the pooled text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from twostep.formats.lora_kinds import LowRank
 from twostep.formats.peft_config import LoraError
 from twostep.networks.adapters import PREFIX
+
+Layers = Literal["captions", "all"]
+"""Which layers of a UNet an adapter is on."""
 
 _READS_TEXT = (
     ".attn2.to_q",
@@ -34,33 +39,42 @@ _READS_TEXT = (
 
 
 class DomainAdapter(nn.Module):
-    """Two matrices for each of the layers of a UNet that read the caption.
+    """Two matrices for each of some layers of a UNet; two convolutions for a convolution.
 
     Args:
-        layers: Their names, with how many values come in and go out.
+        layers: Their names, with the shapes of their weights.
         rank: Of the matrices.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[int, int]], rank: int) -> None:
+    def __init__(self, layers: Mapping[str, Sequence[int]], rank: int) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self.rank = rank
         generator = torch.Generator().manual_seed(0)
         self.down = nn.ParameterList(
-            torch.randn(rank, width_in, generator=generator) / math.sqrt(width_in)
-            for width_in, _ in layers.values()
+            torch.randn(rank, *read, generator=generator) / math.sqrt(math.prod(read))
+            for _, *read in layers.values()
         )
-        self.up = nn.ParameterList(torch.zeros(width, rank) for _, width in layers.values())
+        self.up = nn.ParameterList(
+            torch.zeros(width, rank, *(1 for _ in kernel)) for width, _, *kernel in layers.values()
+        )
 
     @classmethod
-    def on(cls, unet: nn.Module, rank: int) -> DomainAdapter:
-        """Return a fresh adapter for a UNet, which changes nothing yet."""
-        layers = {
-            name: (module.in_features, module.out_features)
+    def on(cls, unet: nn.Module, rank: int, *, layers: Layers = "captions") -> DomainAdapter:
+        """Return a fresh adapter for a UNet, which changes nothing yet.
+
+        Args:
+            unet: A picture UNet by diffusers' names.
+            rank: Of the matrices.
+            layers: Those that read captions, or all linear layers and convolutions.
+        """
+        shapes = {
+            name: tuple(module.weight.shape)
             for name, module in unet.named_modules()
-            if name.endswith(_READS_TEXT) and isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | nn.Conv2d)
+            and (layers == "all" or name.endswith(_READS_TEXT))
         }
-        return cls(layers, rank)
+        return cls(shapes, rank)
 
     @classmethod
     def of(cls, changes: Mapping[str, Any]) -> DomainAdapter:
@@ -79,7 +93,7 @@ class DomainAdapter(nn.Module):
                 "a domain adapter is a LoRA of one rank on the UNet alone, and this is another."
             )
         shapes = {
-            name: (change.down.shape[1], change.up.shape[0]) for name, change in products.items()
+            name: (len(change.up), *change.down.shape[1:]) for name, change in products.items()
         }
         adapter = cls(shapes, ranks.pop())
         for place, change in enumerate(products.values()):
@@ -109,5 +123,8 @@ class DomainAdapter(nn.Module):
                 handle.remove()
 
     def _add(self, place: int, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        changed: Tensor = out + (inputs[0] @ self.down[place].mT) @ self.up[place].mT
-        return changed
+        down, up = self.down[place], self.up[place]
+        if isinstance(layer, nn.Conv2d):
+            fewer = functional.conv2d(inputs[0], down, stride=layer.stride, padding=layer.padding)
+            return out + functional.conv2d(fewer, up)
+        return out + functional.linear(functional.linear(inputs[0], down), up)

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +24,8 @@ from twostep.evaluate.motions import find_motion
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.bundle import Bundle
 from twostep.models.motion import load_pictures, motion_contract, picture_unet, with_motion
-from twostep.networks.domain_adapter import DomainAdapter
+from twostep.networks.denoiser import Denoiser
+from twostep.networks.domain_adapter import DomainAdapter, Layers
 from twostep.networks.motion import MotionModule, MotionUnet, TimeTransformer
 from twostep.pretrain.clips import MovingDrawings
 from twostep.pretrain.drawings import DrawingSet
@@ -40,6 +41,12 @@ class WordsSettings(Settings):
     """How a domain adapter learns the words of motion."""
 
     rank: int = Field(16, gt=0, description="of the adapter's matrices")
+    layers: Layers = Field(
+        "captions",
+        description="of the picture UNet that the adapter is on: those that read captions, or all "
+        "linear layers and convolutions; then it learns what moving things look like, too, which "
+        "are small, beside the middle, and turned",
+    )
     weight: float = Field(
         0.1,
         gt=0,
@@ -75,11 +82,18 @@ class LessonSettings(Settings):
         return kinds
 
 
-class WholeSettings(Settings):
-    """Iterations in between that compute all frames of a clip, at times of any noise."""
+Shows = Literal["kinds", "clips", "frames"]
 
-    every: int = Field(2, ge=1, description="after the lessons, one iteration of so many")
-    batch_size: int = Field(gt=0, description="examples of such an iteration, of random kinds")
+
+class TurnSettings(Settings):
+    """What every so-manieth iteration learns from."""
+
+    shows: Shows = Field(
+        description="`kinds`: what iterations show without turns; `clips`: all frames of clips of "
+        "random kinds at times of any noise, from which frames learn to be alike; `frames`: single "
+        "frames without the motion module, from which the domain adapter alone learns"
+    )
+    batch_size: int = Field(gt=0, description="examples per iteration")
 
 
 class MotionSettings(DenoiserSettings):
@@ -120,10 +134,10 @@ class MotionSettings(DenoiserSettings):
     lessons: tuple[LessonSettings, ...] = Field(
         (), description="iterations of the loop, the first ones, that show less; in their order"
     )
-    whole_clips: WholeSettings | None = Field(
-        None,
-        description="iterations in between with whole clips, from which frames learn to be alike; "
-        "none if not given",
+    turns: tuple[TurnSettings, ...] = Field(
+        (),
+        description="what iterations after the lessons show, one after the other and again; always "
+        "`kinds` with the loop's batch_size if not given",
     )
     heads: int = Field(8, gt=0, description="of each attention along time")
     guidance: float | None = Field(
@@ -135,6 +149,16 @@ class MotionSettings(DenoiserSettings):
         description="drawn at every checkpoint",
     )
     sample_seeds: tuple[int, ...] = Field((0,), min_length=1, description="of each of these")
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> MotionSettings:
+        """Refuse single frames where nothing learns from them."""
+        if self.words is None and any(turn.shows == "frames" for turn in self.turns):
+            raise ValueError(
+                "from single frames the domain adapter alone learns, and there is none: give "
+                "`words`, or leave the turn that shows frames out"
+            )
+        return self
 
 
 def new_motion_teacher(settings: MotionSettings, *, recipe: str, version: str) -> Bundle:
@@ -160,7 +184,8 @@ def new_motion_teacher(settings: MotionSettings, *, recipe: str, version: str) -
         contract = replace(contract, guidance=settings.guidance)
     adapter = None
     if settings.words is not None:
-        adapter = DomainAdapter.on(picture_unet(pictures[0]), settings.words.rank)
+        words = settings.words
+        adapter = DomainAdapter.on(picture_unet(pictures[0]), words.rank, layers=words.layers)
     return with_motion(
         pictures,
         MotionModule(shape),
@@ -194,21 +219,34 @@ def train_motion(
     backbone = denoiser.backbone
     assert isinstance(backbone, MotionUnet)
     clips = MovingDrawings(drawings, teacher, together=settings.kinds_together)
-    lessons = _lessons(clips, settings)
     denoiser.checkpoint_gradients(settings.gradient_checkpointing)
     adapter = backbone.adapter
     trained: nn.Module = backbone.network
-    loss = _ClipLoss(teacher, lessons, settings, settings.frames_seen)
+    loss = _ClipLoss(teacher, settings, _lessons(clips, settings), _turns(clips, settings))
     with ExitStack() as stack:
         if settings.words is not None and adapter is not None:
             adapter.to(denoiser.device)
             for base in backbone.bases:
                 stack.enter_context(adapter.applied(base))
-            probes = KindProbes.on(backbone.network, clips.kinds)
-            _train_words(adapter, probes, clips, teacher, settings, folder, on_iteration)
+            still = MotionModule(backbone.network.shape).requires_grad_(False).to(denoiser.device)
+            loss = replace(
+                loss,
+                still=still,
+                on_frames=_Probing(KindProbes.on(still, clips.kinds), settings.words.weight),
+            )
+            frames = [_Turn(clips, settings.words.loop.batch_size, "frames")]
+            train_network(
+                adapter,
+                replace(loss, lessons=(), turns=frames),
+                settings.words.loop,
+                folder,
+                name="words",
+                on_iteration=on_iteration,
+            )
             trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
             if settings.words.weight_on_clips:
-                loss = replace(loss, probes=probes, weight=settings.words.weight_on_clips)
+                probes = KindProbes.on(backbone.network, clips.kinds)
+                loss = replace(loss, on_clips=_Probing(probes, settings.words.weight_on_clips))
         backbone.network.requires_grad_(True)
         train_network(
             trained,
@@ -219,23 +257,6 @@ def train_motion(
             on_iteration=on_iteration,
             on_checkpoint=on_checkpoint,
         )
-
-
-def _train_words(
-    adapter: DomainAdapter,
-    probes: KindProbes,
-    clips: MovingDrawings,
-    teacher: Bundle,
-    settings: MotionSettings,
-    folder: RunFolder,
-    on_iteration: OnIteration,
-) -> None:
-    """Train a domain adapter on single frames; the motion module is fresh and changes nothing."""
-    words = settings.words
-    assert words is not None
-    lessons = [_Lesson(clips, words.loop.batch_size)]
-    loss = _ClipLoss(teacher, lessons, settings, 1, probes, words.weight)
-    train_network(adapter, loss, words.loop, folder, name="words", on_iteration=on_iteration)
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,87 +324,97 @@ class KindProbes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Lesson:
-    """What iterations learn from.
+class _Turn:
+    """What an iteration learns from.
 
     Attributes:
         clips: what is drawn.
         batch_size: how many of them.
-        until: the iteration before which the lesson ends; None for one that does not.
-        every: it comes every so many iterations.
-        is_whole: whether all frames are computed, at times of any noise.
+        shows: some frames of each, all, or one without the motion module.
     """
 
     clips: MovingDrawings
     batch_size: int
-    until: int | None = None
-    every: int = 1
-    is_whole: bool = False
-
-    def comes_at(self, iteration: int) -> bool:
-        """Tell whether it is an iteration's turn, if no lesson before has taken it."""
-        has_time = self.until is None or iteration < self.until
-        return has_time and iteration % self.every == self.every - 1
+    shows: Shows = "kinds"
 
 
-def _lessons(clips: MovingDrawings, settings: MotionSettings) -> list[_Lesson]:
-    """Return what is learnt from in turn, all clips last."""
-    lessons: list[_Lesson] = []
-    until = 0
+def _lessons(clips: MovingDrawings, settings: MotionSettings) -> list[_Turn]:
+    """Return what each of the first iterations learns from."""
+    turns: list[_Turn] = []
     for each in settings.lessons:
-        until += each.iterations
         fewer = replace(
             clips,
             drawings=clips.drawings.first(each.concepts, each.styles),
             kinds=each.kinds,
             backgrounds=each.backgrounds or clips.backgrounds,
         )
-        lessons.append(_Lesson(fewer, each.batch_size, until))
-    whole = settings.whole_clips
-    if whole is not None:
-        mixed = replace(clips, together=False)
-        lessons.append(_Lesson(mixed, whole.batch_size, every=whole.every, is_whole=True))
-    return [*lessons, _Lesson(clips, settings.loop.batch_size)]
+        turns.extend([_Turn(fewer, each.batch_size)] * each.iterations)
+    return turns
+
+
+def _turns(clips: MovingDrawings, settings: MotionSettings) -> list[_Turn]:
+    """Return what the iterations after these learn from in turn."""
+    mixed = replace(clips, together=False)
+    turns = [
+        _Turn(clips if each.shows == "kinds" else mixed, each.batch_size, each.shows)
+        for each in settings.turns
+    ]
+    return turns or [_Turn(clips, settings.loop.batch_size)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Probing:
+    """Probes, and the weight of their loss."""
+
+    probes: KindProbes
+    weight: float
 
 
 @dataclass(frozen=True, eq=False)
 class _ClipLoss:
-    """The loss of an iteration: `noise_loss` on clips, and that of the probes with a weight."""
+    """The loss of an iteration: `noise_loss` on clips, and that of probes with a weight.
+
+    Attributes:
+        teacher: predicts, and whatever of it is trained is the caller's choice.
+        settings: the recipe.
+        lessons: what the first iterations learn from.
+        turns: what the others learn from.
+        still: a motion module that changes nothing, for single frames.
+        on_frames: the probes where it is in the motion module's place.
+        on_clips: the probes of the motion module.
+    """
 
     teacher: Bundle
-    lessons: Sequence[_Lesson]
     settings: MotionSettings
-    frames_seen: int | None
-    probes: KindProbes | None = None
-    weight: float = 0.0
+    lessons: Sequence[_Turn]
+    turns: Sequence[_Turn]
+    still: MotionModule | None = None
+    on_frames: _Probing | None = None
+    on_clips: _Probing | None = None
 
     def __call__(self, iteration: int, randomness: Randomness) -> Tensor:
         generator = randomness.tensors
-        denoiser = self.teacher.denoiser
-        device = denoiser.device
-        lesson = next(each for each in self.lessons if each.comes_at(iteration))
-        share = world().share(lesson.batch_size)
-        numbers = None if lesson.is_whole else self._numbers(generator)
-        x0, captions, kinds = lesson.clips.draw_frames(
-            lesson.batch_size, generator, randomness.words, numbers
+        device = self.teacher.denoiser.device
+        turn = self._turn_of(iteration)
+        share = world().share(turn.batch_size)
+        numbers = self._numbers(turn.shows, generator)
+        x0, captions, kinds = turn.clips.draw_frames(
+            turn.batch_size, generator, randomness.words, numbers
         )
-        alike = lesson.clips.alike
-        high_noise_share = 0.0 if lesson.is_whole else self.settings.high_noise_share
+        alike = turn.clips.alike
+        high_noise_share = self.settings.high_noise_share if turn.shows == "kinds" else 0.0
         t = self._times(len(x0) // alike, high_noise_share, generator).repeat_interleave(alike)
         eps = torch.randn(x0[::alike].shape, generator=generator).repeat_interleave(alike, dim=0)
         width, height = self.teacher.contract.sizes[0]
         with torch.no_grad():
             conditioning = self.teacher.text.conditioning(captions[share], width, height)
-        if numbers is not None:
-            backbone = cast("MotionUnet", denoiser.backbone)
-            backbone = replace(backbone, numbers=numbers.to(device))
-            denoiser = replace(denoiser, backbone=backbone)
+        probing = self.on_frames if turn.shows == "frames" else self.on_clips
         reading: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if self.probes is not None:
-            reading = self.probes.read()
+        if probing is not None:
+            reading = probing.probes.read()
         with reading as scores:
             loss = noise_loss(
-                denoiser,
+                self._denoiser(turn.shows, numbers),
                 sent(x0[share], device),
                 conditioning,
                 t=t[share],
@@ -391,16 +422,34 @@ class _ClipLoss:
                 snr_limit=self.settings.snr_limit,
                 snr_floor=self.settings.snr_floor,
             )
-        if self.probes is not None:
-            loss = loss + self.weight * self.probes.loss(scores, kinds[share], captions[share])
+        if probing is not None:
+            told = probing.probes.loss(scores, kinds[share], captions[share])
+            loss = loss + probing.weight * told
         return loss
 
-    def _numbers(self, generator: torch.Generator) -> Int[Tensor, " chosen"] | None:
+    def _turn_of(self, iteration: int) -> _Turn:
+        if iteration < len(self.lessons):
+            return self.lessons[iteration]
+        return self.turns[iteration % len(self.turns)]
+
+    def _denoiser(self, shows: Shows, numbers: Int[Tensor, " chosen"] | None) -> Denoiser:
+        """Return what predicts these frames of clips, or single frames without motion."""
+        denoiser = self.teacher.denoiser
+        backbone = cast("MotionUnet", denoiser.backbone)
+        if numbers is not None:
+            backbone = replace(backbone, numbers=numbers.to(denoiser.device))
+        if shows == "frames":
+            assert self.still is not None
+            backbone = replace(backbone, network=self.still)
+        return replace(denoiser, backbone=backbone)
+
+    def _numbers(self, shows: Shows, generator: torch.Generator) -> Int[Tensor, " chosen"] | None:
         """Return which frames are computed, rising; None for all."""
         num_frames = self.settings.frames
-        if self.frames_seen is None or self.frames_seen >= num_frames:
+        wanted = {"frames": 1, "clips": None, "kinds": self.settings.frames_seen}[shows]
+        if wanted is None or wanted >= num_frames:
             return None
-        return torch.randperm(num_frames, generator=generator)[: self.frames_seen].sort().values
+        return torch.randperm(num_frames, generator=generator)[:wanted].sort().values
 
     def _times(
         self, count: int, high_noise_share: float, generator: torch.Generator
