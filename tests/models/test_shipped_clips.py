@@ -1,0 +1,26 @@
+"""The model of clips in twostep-media: what it says of itself, and that it moves what it is told."""
+
+from pathlib import Path
+
+import torch
+
+from twostep.evaluate.tracking import motion_figures, motion_kinds, track
+from twostep.models.loading import load_bundle
+from twostep.models.sampling import decode, encode_prompts, sample_prompts
+
+NANO_MOTION = Path(__file__).parents[2] / "distributions/media/twostep_media/nano-motion"
+SIZE = (64, 64)
+
+
+def test_watermelons_go_where_they_are_told() -> None:
+    bundle = load_bundle(NANO_MOTION)
+    assert (bundle.contract.role, bundle.contract.media) == ("teacher", "video")
+    kinds = {"left": "moving left", "right": "moving right", "up": "moving up", "grow": "growing"}
+    prompts = [f"a 3d watermelon on a blue background, {words}" for words in kinds.values()]
+    with torch.no_grad():
+        guided = encode_prompts(bundle, prompts, SIZE, scale=3.0)
+        # The same noise for all of them: only the words differ.
+        latents = sample_prompts(bundle, guided, [5] * 4, SIZE, steps=8, sampler="dpmpp-2m")
+        clips = decode(bundle, latents)
+    assert clips.shape == (4, 3, 16, *SIZE)
+    assert motion_kinds(motion_figures(track(clips))) == list(kinds)
