@@ -1,4 +1,4 @@
-"""The model of clips in twostep-media: what it says of itself, and that it moves what it is told."""
+"""The model of clips in twostep-media: what it says of itself, and that things go as told."""
 
 from pathlib import Path
 
