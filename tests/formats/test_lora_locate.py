@@ -67,6 +67,17 @@ def test_a_repository_or_a_file_in_one(name: str, lora: Path, hub: list[tuple[st
     assert hub == [("me/style", "ink.safetensors"), ("me/style", "adapter_config.json")]
 
 
+def test_what_was_removed_from_the_cache_is_fetched_again(
+    lora: Path, hub: list[tuple[str, str]]
+) -> None:
+    assert find_lora_file("me/style") == lora
+    fetched = list(hub)
+    assert find_lora_file("me/style") == lora and hub == fetched
+    lora.unlink()
+    find_lora_file("me/style")
+    assert hub == 2 * fetched
+
+
 def test_a_missing_local_path_is_not_asked_of_the_hub(
     lora: Path, hub: list[tuple[str, str]]
 ) -> None:

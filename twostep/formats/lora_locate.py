@@ -43,7 +43,12 @@ def find_lora_file(name: str) -> Path:
         return with_suffix
     on_hub = _HUB.fullmatch(name)
     if on_hub and (on_hub["marked"] or not Path(on_hub["owner"]).exists()):
-        return _on_hub(on_hub["repository"], on_hub["file"])
+        found = _on_hub(on_hub["repository"], on_hub["file"])
+        if not found.is_file():
+            # It has been removed from the hub's cache since it was found there.
+            _on_hub.cache_clear()
+            found = _on_hub(on_hub["repository"], on_hub["file"])
+        return found
     if "/" in name or "\\" in name:
         # A path that is missing is never asked of the hub.
         raise ModelError(
