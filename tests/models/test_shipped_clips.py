@@ -1,5 +1,6 @@
 """The model of clips in twostep-media: what it says of itself, and that things go as told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,9 +8,19 @@ import torch
 from twostep.evaluate.tracking import motion_figures, motion_kinds, track
 from twostep.models.loading import load_bundle
 from twostep.models.sampling import decode, encode_prompts, sample_prompts
+from twostep.pipeline.request import Request
+from twostep.pipeline.studio import Studio
 
 NANO_MOTION = Path(__file__).parents[2] / "distributions/media/twostep_media/nano-motion"
 SIZE = (64, 64)
+
+
+def test_words_of_motion_are_known_to_it_and_others_are_not() -> None:
+    studio = Studio("cpu")
+    moved = Request("a red apple, moving left", model=str(NANO_MOTION), steps=2, frames=2)
+    assert "vocabulary" not in " ".join(studio.draw(moved).warnings)
+    warnings = studio.draw(replace(moved, prompt="a red apple, yodelling")).warnings
+    assert "not in the vocabulary of nano-motion: yodelling" in " ".join(warnings)
 
 
 def test_watermelons_go_where_they_are_told() -> None:

@@ -43,6 +43,11 @@ MOTIONS: dict[str, Motion] = {
 }
 """Name of each kind -> what it is."""
 
+MOTION_WORDS = frozenset(
+    word for motion in MOTIONS.values() for words in motion.words for word in words.split()
+)
+"""Every word that says how something moves."""
+
 
 class MotionNameError(TwostepError):
     """A kind of motion that there is not."""
