@@ -23,11 +23,11 @@ from twostep.evaluate.motions import MOTIONS
 from twostep.evaluate.tracking import (
     Tracks,
     agreement,
+    aligned,
     motion_amount,
     motion_figures,
     motion_kinds,
     motion_ratio,
-    settled,
     track,
 )
 
@@ -118,9 +118,9 @@ def score_clips(
     tracks = track(clips)
     kinds = motion_kinds(motion_figures(tracks))
     wanted = [each.kind for each in asked]
-    rows: dict[str, list[int]] = {}
-    for place, kind in enumerate(wanted):
-        rows.setdefault(kind, []).append(place)
+    shown: dict[str, list[str]] = {}
+    for found, kind in zip(kinds, wanted, strict=True):
+        shown.setdefault(kind, []).append(found)
     compared: dict[str, float] = {}
     if reference is not None:
         features, others = _features(clips, judge), _features(reference, judge)
@@ -133,8 +133,7 @@ def score_clips(
         num_clips=len(clips),
         motion=agreement(kinds, wanted),
         motion_by_kind={
-            kind: agreement([kinds[place] for place in places], [kind] * len(places))
-            for kind, places in rows.items()
+            kind: agreement(found, [kind] * len(found)) for kind, found in shown.items()
         },
         concept=_concept_share(clips, tracks, asked, judge),
         motion_amount=float(motion_amount(clips).mean()),
@@ -180,7 +179,7 @@ def _surest(
 ) -> Int[Tensor, " frames"]:
     """Return the concept of every frame, from the orientation in which the judge is surest."""
     chances = [
-        judge.judge(settled(clip, tracks, size=_SIZE, angle=angle).to(judge.device))
+        judge.judge(aligned(clip, tracks, size=_SIZE, angle=angle).to(judge.device))
         .concept.softmax(dim=1)
         .cpu()
         for angle in angles

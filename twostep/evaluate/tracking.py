@@ -177,7 +177,7 @@ def motion_kinds(figures: MotionFigures) -> list[str]:
     return [names[which] if amount >= _LEAST_MOTION else "still" for amount, which in kinds]
 
 
-def settled(
+def aligned(
     clips: Clips, tracks: Tracks, *, size: float, angle: float = 0.0
 ) -> Float[Tensor, "frames 3 height width"]:
     """Return all frames with their foreground in the middle, in one size, as pictures show it.

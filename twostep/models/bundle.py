@@ -63,7 +63,8 @@ class Bundle:
 
     `students` are the step counts of the students that lie in the same folder. `origin` is the
     model, followed by its LoRAs, as they were named when it was loaded. `runtime` is what runs its
-    networks.
+    networks. `learnt_words` are those that its networks know although the vocabulary of the text
+    encoders holds them only in pieces.
     """
 
     denoiser: Denoiser
@@ -73,6 +74,7 @@ class Bundle:
     students: tuple[int, ...] = ()
     origin: tuple[str, ...] = ()
     runtime: Runtime = field(default_factory=Runtime)
+    learnt_words: frozenset[str] = frozenset()
 
     def conditioning(
         self, prompts: Sequence[str], width: int, height: int, *, whole: bool = False
@@ -83,6 +85,10 @@ class Bundle:
         not cut off.
         """
         return self.text.conditioning(prompts, width, height, whole=whole)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that neither the vocabulary holds nor a network learnt."""
+        return [word for word in self.text.unknown_words(prompt) if word not in self.learnt_words]
 
     @property
     def is_inpainting(self) -> bool:

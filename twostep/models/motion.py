@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from twostep import __version__
 from twostep.contract import Contract, VariancePreservingSpec
 from twostep.diffusion import make_schedule
+from twostep.evaluate.motions import MOTION_WORDS
 from twostep.files import write_atomically
 from twostep.formats.checkpoint import Checkpoint, look_at_folder, resolve, student_path
 from twostep.formats.folders import weights_folder
@@ -243,7 +244,7 @@ def with_motion(
     )
     schedule = make_schedule(**asdict(contract.schedule))
     denoiser = Denoiser(backbone, schedule, contract.prediction_type)
-    return Bundle(denoiser, codec, first.text, contract)
+    return Bundle(denoiser, codec, first.text, contract, learnt_words=MOTION_WORDS)
 
 
 ANIMATEDIFF_NOISE = {

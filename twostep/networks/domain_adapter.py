@@ -56,7 +56,7 @@ class DomainAdapter(nn.Module):
             for _, *read in layers.values()
         )
         self.up = nn.ParameterList(
-            torch.zeros(width, rank, *(1 for _ in kernel)) for width, _, *kernel in layers.values()
+            torch.zeros(width, rank, *[1] * len(kernel)) for width, _, *kernel in layers.values()
         )
 
     @classmethod

@@ -20,7 +20,6 @@ from twostep.contract import Contract
 from twostep.diffusion import Schedule, trailing_times
 from twostep.diffusion.grid import time_tensor
 from twostep.diffusion.shapes import Batch, Latents, Time
-from twostep.evaluate.motions import MOTION_WORDS
 from twostep.formats import few_step
 from twostep.media.codec import FULL, Codec, HasLength
 from twostep.media.image import ImageCodec
@@ -401,10 +400,7 @@ def _warnings(
         warnings.append(
             "the negative prompt has no effect: it acts through guidance, and there is none here."
         )
-    unknown = [word for text in texts for word in bundle.text.unknown_words(text)]
-    if contract.media == "video":
-        # Models of clips learn these by a domain adapter, in the pieces that encoders make of them.
-        unknown = [word for word in unknown if word not in MOTION_WORDS]
+    unknown = [word for text in texts for word in bundle.unknown_words(text)]
     if unknown:
         warnings.append(unknown_words_warning(contract.name, unknown))
     if any(is_composable(text) for text in texts):

@@ -86,7 +86,7 @@ Shows = Literal["kinds", "clips", "frames"]
 
 
 class TurnSettings(Settings):
-    """What every so-manieth iteration learns from."""
+    """What one of the iterations learns from that come round in turn."""
 
     shows: Shows = Field(
         description="`kinds`: what iterations show without turns; `clips`: all frames of clips of "
@@ -229,11 +229,8 @@ def train_motion(
             for base in backbone.bases:
                 stack.enter_context(adapter.applied(base))
             still = MotionModule(backbone.network.shape).requires_grad_(False).to(denoiser.device)
-            loss = replace(
-                loss,
-                still=still,
-                on_frames=_Probing(KindProbes.on(still, clips.kinds), settings.words.weight),
-            )
+            probes = KindProbes.on(still, clips.kinds, weight=settings.words.weight)
+            loss = replace(loss, still=still, on_frames=probes)
             frames = [_Turn(clips, settings.words.loop.batch_size, "frames")]
             train_network(
                 adapter,
@@ -244,9 +241,10 @@ def train_motion(
                 on_iteration=on_iteration,
             )
             trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
-            if settings.words.weight_on_clips:
-                probes = KindProbes.on(backbone.network, clips.kinds)
-                loss = replace(loss, on_clips=_Probing(probes, settings.words.weight_on_clips))
+            weight = settings.words.weight_on_clips
+            if weight:
+                probes = KindProbes.on(backbone.network, clips.kinds, weight=weight)
+                loss = replace(loss, on_clips=probes)
         backbone.network.requires_grad_(True)
         train_network(
             trained,
@@ -271,17 +269,19 @@ class KindProbes:
         norms: the first layers of the module's transformers, whose output is probed.
         directions: of the kinds, for each of these.
         kinds: their names.
+        weight: of the cross-entropy beside the predicted noise.
     """
 
     norms: tuple[nn.Module, ...]
     directions: tuple[Float[Tensor, "_ kinds"], ...]
     kinds: tuple[str, ...]
+    weight: float = 1.0
 
     SCALE: ClassVar[float] = 2.0
     """Of the scores, which are logits."""
 
     @classmethod
-    def on(cls, network: MotionModule, kinds: Sequence[str]) -> KindProbes:
+    def on(cls, network: MotionModule, kinds: Sequence[str], *, weight: float = 1.0) -> KindProbes:
         """Return the probes of a motion module, with the same directions in every run."""
         norms = [each.norm for each in network.modules() if isinstance(each, TimeTransformer)]
         generator = torch.Generator().manual_seed(0)
@@ -290,7 +290,7 @@ class KindProbes:
             width = len(norm.weight)
             rows = torch.randn(width, width, generator=generator)
             directions.append(torch.linalg.qr(rows)[0][:, : len(kinds)].to(norm.weight.device))
-        return cls(tuple(norms), tuple(directions), tuple(kinds))
+        return cls(tuple(norms), tuple(directions), tuple(kinds), weight)
 
     @contextmanager
     def read(self) -> Iterator[list[Float[Tensor, "clips kinds"]]]:
@@ -363,16 +363,8 @@ def _turns(clips: MovingDrawings, settings: MotionSettings) -> list[_Turn]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Probing:
-    """Probes, and the weight of their loss."""
-
-    probes: KindProbes
-    weight: float
-
-
-@dataclass(frozen=True, eq=False)
 class _ClipLoss:
-    """The loss of an iteration: `noise_loss` on clips, and that of probes with a weight.
+    """The loss of an iteration: `noise_loss` on clips, and that of probes with their weight.
 
     Attributes:
         teacher: predicts, and whatever of it is trained is the caller's choice.
@@ -389,8 +381,8 @@ class _ClipLoss:
     lessons: Sequence[_Turn]
     turns: Sequence[_Turn]
     still: MotionModule | None = None
-    on_frames: _Probing | None = None
-    on_clips: _Probing | None = None
+    on_frames: KindProbes | None = None
+    on_clips: KindProbes | None = None
 
     def __call__(self, iteration: int, randomness: Randomness) -> Tensor:
         generator = randomness.tensors
@@ -408,10 +400,10 @@ class _ClipLoss:
         width, height = self.teacher.contract.sizes[0]
         with torch.no_grad():
             conditioning = self.teacher.text.conditioning(captions[share], width, height)
-        probing = self.on_frames if turn.shows == "frames" else self.on_clips
+        probes = self.on_frames if turn.shows == "frames" else self.on_clips
         reading: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if probing is not None:
-            reading = probing.probes.read()
+        if probes is not None:
+            reading = probes.read()
         with reading as scores:
             loss = noise_loss(
                 self._denoiser(turn.shows, numbers),
@@ -422,9 +414,8 @@ class _ClipLoss:
                 snr_limit=self.settings.snr_limit,
                 snr_floor=self.settings.snr_floor,
             )
-        if probing is not None:
-            told = probing.probes.loss(scores, kinds[share], captions[share])
-            loss = loss + probing.weight * told
+        if probes is not None:
+            loss = loss + probes.weight * probes.loss(scores, kinds[share], captions[share])
         return loss
 
     def _turn_of(self, iteration: int) -> _Turn:
