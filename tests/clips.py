@@ -1,12 +1,15 @@
 """Small models of clips: nano with a motion module of random weights."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from twostep.contract import student_name
+from twostep.contract import Contract, student_name
+from twostep.formats.checkpoint import read_contracts
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.bundle import Bundle
 from twostep.models.motion import load_pictures, motion_contract, with_motion
@@ -33,14 +36,30 @@ def save_clip_model(path: Path) -> Path:
         if "proj_out" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     save_bundle(bundle, path)
-    contract = replace(
-        bundle.contract,
+    weights = {key: 2 * value for key, value in bundle.denoiser.network.state_dict().items()}
+    save_student(weights, _of_two_steps(bundle.contract), path)
+    return path
+
+
+def save_lora_student(
+    model: Path, weights: Mapping[str, Tensor], apart: Path, *, rank: int = 2
+) -> Path:
+    """Write a LoRA that makes a student of two steps of a model of clips, without its others.
+
+    Returns its file, in the folder of students of a copy of the model.
+    """
+    others = shutil.ignore_patterns("students")
+    folder = Path(shutil.copytree(model, apart / model.name, ignore=others))
+    contract = _of_two_steps(read_contracts(folder)[0])
+    return save_student(weights, replace(contract, lora_rank=rank, lora_alpha=float(rank)), folder)
+
+
+def _of_two_steps(teacher: Contract) -> Contract:
+    return replace(
+        teacher,
         name=student_name("clips", 2),
         role="student",
         steps=2,
         trained_times=(500, 1000),
         guidance=1.0,
     )
-    weights = {key: 2 * value for key, value in bundle.denoiser.network.state_dict().items()}
-    save_student(weights, contract, path)
-    return path

@@ -18,6 +18,7 @@ from twostep.formats.motion_files import MotionConfig
 from twostep.models.loading import load_bundle
 from twostep.models.motion import load_pictures, motion_contract, with_motion
 from twostep.models.saving import save_bundle
+from twostep.networks.adapters import add_lora, remove_loras
 from twostep.networks.backbone import BackboneError
 from twostep.networks.motion import MotionModule
 from twostep.pretrain.clips import moving_drawings
@@ -179,6 +180,46 @@ def test_motion_module_alone_learns(folder, tmp_path, method) -> None:
     assert sum(p.numel() for p in trainer.roles["student"].weights.parameters()) == sum(
         value.numel() for value in start.values()
     )
+
+
+@pytest.mark.parametrize("method", [{"name": "regression"}, ADVERSARIAL])
+def test_a_lora_on_the_module_learns_alone(folder, tmp_path, method) -> None:
+    teacher = load_bundle(folder)
+    stage = recipe(folder, {**STAGE, "lora_rank": 2, "method": method}).stages[0]
+    network = teacher.denoiser.network
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    lora = add_lora(network, "fast", rank=2, targets=teacher.denoiser.backbone.spec.lora_targets)
+    student = replace(teacher.denoiser, lora="fast")
+    source = moving_drawings(teacher, tmp_path, lambda done, total, words: None)
+    trainer = StageTrainer(stage, source, teacher.denoiser, student)
+    assert trainer.iterate(0, Randomness.at(0, 0))["student_grad_norm"] > 0
+    ups = [value for name, value in lora.state_dict().items() if "lora_B" in name]
+    assert all(value.abs().max() > 0 for value in ups)
+    remove_loras(network)
+    ended = network.state_dict()
+    assert all(torch.equal(start[name], value) for name, value in ended.items())
+
+
+@pytest.mark.slow
+def test_chain_ends_in_loras_that_draw(folder, tmp_path) -> None:
+    shared = {**STAGE, "lora_rank": 2, "method": {"name": "regression"}}
+    stages = [shared, {**shared, "student_steps": 2, "teacher_steps": 4}]
+    settings = recipe(folder, *stages, release=[4, 2])
+    teacher = load_bundle(folder)
+    run = RunFolder(tmp_path / "run", settings)
+    source = moving_drawings(teacher, tmp_path, lambda done, total, words: None)
+    written = distil(settings, teacher, source, run, version="0", recipe_name="test")
+    assert {path.name for path in written.values()} == {
+        "clips_4step_lora.safetensors",
+        "clips_2step_lora.safetensors",
+    }
+    from twostep import Request, Studio
+
+    model = str(tmp_path / "run" / "model")
+    for steps, path in written.items():
+        request = Request("a fox", model=model, loras=(str(path),), steps=steps)
+        (clip,) = Studio(device="cpu").draw(request).images
+        assert len(clip) == FRAMES and clip.size == (16, 16)
 
 
 def test_heads_on_pictures_are_refused(folder) -> None:

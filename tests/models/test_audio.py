@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.sounds import tiny_sound_model
-from twostep.contract import student_name
+from twostep.contract import Contract, student_name
 from twostep.formats import locate
 from twostep.formats.locate import ModelError
 from twostep.models.audio import CODEC_FILE, CONFIG_FILE, NETWORK_FILE, AudioFamily
@@ -74,19 +74,23 @@ def test_a_model_comes_back(teacher: Bundle, folder: Path) -> None:
     assert outline.contract == teacher.contract
 
 
-def test_a_student_is_found_in_the_folder_and_by_its_file(
-    teacher: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Not even where a larger teacher of that name is installed.
-    monkeypatch.setattr(locate, "entry_points", lambda **_: EntryPoints(()))
-    contract = replace(
+def contract_of_student(teacher: Bundle, name: str) -> Contract:
+    return replace(
         teacher.contract,
-        name=student_name("nano-audio", 2),
+        name=student_name(name, 2),
         role="student",
         steps=2,
         guidance=1.0,
         trained_times=(1.0, 0.75, 0.5, 0.25),
     )
+
+
+def test_a_student_is_found_in_the_folder_and_by_its_file(
+    teacher: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not even where a larger teacher of that name is installed.
+    monkeypatch.setattr(locate, "entry_points", lambda **_: EntryPoints(()))
+    contract = contract_of_student(teacher, "nano-audio")
     weights = {name: 2 * value for name, value in teacher.denoiser.network.state_dict().items()}
     path = save_student(weights, contract, folder)
     for student in (load_bundle(folder, steps=2), load_bundle(path)):
@@ -123,7 +127,7 @@ def test_damage_is_told(teacher: Bundle, folder: Path) -> None:
 
 
 def test_an_installed_package_declares_models(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As twostep-media does: an entry point names an attribute that is the model's folder."""
     site = tmp_path / "site"
@@ -138,6 +142,9 @@ def test_an_installed_package_declares_models(
         load_bundle("chime")
     monkeypatch.syspath_prepend(site)
     assert load_bundle("chime").contract.family == "nano-audio"
-    with pytest.raises(ModelError, match=r"built-in name \(nano, .*chime"):
+    contract = contract_of_student(teacher, "chime")
+    save_student(teacher.denoiser.network.state_dict(), contract, folder)
+    assert load_bundle("chime_2step_unet").contract == contract
+    with pytest.raises(ModelError, match=r"built-in name \(nano, .*chime, .*chime_2step_unet"):
         load_bundle("chimes")
     sys.modules.pop("sounds_for_tests", None)

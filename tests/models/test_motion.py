@@ -1,23 +1,27 @@
 """Models of clips: drawn, saved, loaded, and refused where they do not fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from tests.clips import clips_of, save_clip_model
+from tests.clips import clips_of, save_clip_model, save_lora_student
 from twostep import Request, Studio, generate
 from twostep.cli import app
-from twostep.contract import Contract
+from twostep.contract import Contract, ContractError
 from twostep.formats.locate import ModelError
 from twostep.formats.motion_files import MotionConfig, MotionError
+from twostep.formats.peft_config import LoraError
 from twostep.media.clip import Clip, read_clip, read_texts
 from twostep.media.codec import CodecError
-from twostep.models.loading import load_bundle
+from twostep.models.loading import load_bundle, load_with_loras
 from twostep.models.motion import load_pictures
 from twostep.models.sampling import draw_noise
+from twostep.networks.adapters import add_lora
 from twostep.networks.motion import MotionModule
 from twostep.pipeline.provenance import save_images
 from twostep.pipeline.request import RequestError
@@ -94,6 +98,55 @@ def test_student_is_another_module_on_the_same_pictures(folder) -> None:
     teacher = load_bundle(folder).denoiser.network.state_dict()[name]
     assert torch.allclose(doubled, 2 * teacher, rtol=2e-3, atol=1e-6)
     assert torch.equal(student.denoiser.network.state_dict()[name], doubled)
+
+
+def test_a_lora_makes_a_student_of_the_module(folder, pictures, tmp_path) -> None:
+    """By itself, on the teacher, and merged, it is the same student."""
+    teacher = load_bundle(folder)
+    module = load_bundle(folder).denoiser.network
+    lora = add_lora(module, "fast", rank=2, targets=teacher.denoiser.backbone.spec.lora_targets)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    path = save_lora_student(folder, lora.scaled_state_dict(), tmp_path)
+    alone = load_bundle(path)
+    beside = load_with_loras(folder, [str(path)], steps=2)
+    assert alone.contract.steps == beside.contract.steps == 2
+    assert beside.contract.media == "video"
+    expected = alone.denoiser.network.state_dict()
+    changed = [
+        name
+        for name, value in teacher.denoiser.network.state_dict().items()
+        if not torch.equal(value, expected[name])
+    ]
+    assert len(changed) == len(lora.layers)
+    for name, value in beside.denoiser.network.state_dict().items():
+        assert torch.equal(value, expected[name])
+    studio = Studio(device="cpu")
+    request = Request(PROMPT, frames=2, seed=3)
+    (expected_clip,) = generate(alone, request).images
+    for wish in (
+        replace(request, model=str(folder), loras=(str(path),)),
+        replace(request, model=str(path.parent.parent), steps=2),
+    ):
+        drawn = studio.draw(wish)
+        assert drawn.contract.steps == 2
+        (clip,) = drawn.images
+        for one, other in zip(clip.frames, expected_clip.frames, strict=True):
+            assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
+
+
+def test_a_lora_that_makes_students_of_pictures_makes_none_of_clips(folder) -> None:
+    with pytest.raises(ContractError, match=r"students that draw pictures, and clips makes clips"):
+        load_with_loras(folder, ["nano_2step_lora"])
+
+
+def test_loras_of_pictures_are_refused_on_motion_modules(folder, tmp_path) -> None:
+    name = "unet.down_blocks.0.resnets.0.conv1"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(2, 48, 3, 3)}
+    tensors[f"{name}.lora_B.weight"] = torch.zeros(48, 2, 1, 1)
+    save_file(tensors, tmp_path / "style.safetensors")
+    with pytest.raises(LoraError, match=r"no layer of unet.* is called so"):
+        load_with_loras(folder, [str(tmp_path / "style.safetensors")])
 
 
 def test_command_line_draws_clips_and_refuses_what_cannot_be(folder, tmp_path) -> None:

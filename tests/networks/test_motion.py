@@ -1,13 +1,15 @@
 """The motion module against diffusers' own, its shapes, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 
-from twostep.formats.lora_files import write_lora
+from twostep.diffusion import VariancePreserving
+from twostep.formats.lora_files import merge_lora, read_lora, write_lora
 from twostep.formats.motion_files import (
     MotionConfig,
     MotionError,
@@ -16,11 +18,13 @@ from twostep.formats.motion_files import (
     to_animatediff,
     to_diffusers,
 )
+from twostep.networks.adapters import add_lora
 from twostep.networks.backbone import HasFeatures, HasFrozen, modules_of
 from twostep.networks.conditioning import Conditioning
+from twostep.networks.denoiser import Denoiser
 from twostep.networks.domain_adapter import DomainAdapter
 from twostep.networks.lean import LeanUnet
-from twostep.networks.motion import MotionModule, MotionUnet, check_fit
+from twostep.networks.motion import LORA_TARGETS, MotionModule, MotionUnet, check_fit
 from twostep.pretrain.model import build_unet
 from twostep.pretrain.sizes import NANO
 
@@ -111,6 +115,79 @@ def test_diffusers_reads_the_domain_adapter(pictures, tmp_path) -> None:
             drawn = MotionUnet(module, (ours,))(x, times, conditioning)
     assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
     assert (drawn - without).abs().max() > 0.01
+
+
+def with_lora(module, name="fast"):
+    """Put a LoRA that does something on a motion module."""
+    lora = add_lora(module, name, rank=3, targets=LORA_TARGETS)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in lora.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return lora
+
+
+def test_diffusers_draws_with_our_lora_on_the_module(pictures, tmp_path) -> None:
+    theirs, ours = pictures
+    module = lively()
+    unet = in_diffusers(theirs, module, tmp_path)
+    lora = with_lora(module)
+    unet.load_lora_adapter(
+        {f"unet.{name}": value.clone() for name, value in lora.state_dict().items()}, prefix="unet"
+    )
+    x, times, conditioning = wishes(1)
+    denoiser = Denoiser(MotionUnet(module, (ours,)), VariancePreserving.scaled_linear(), "eps")
+    with torch.no_grad():
+        expected = drawn_by_diffusers(unet, x, times - 1, conditioning)
+        drawn = replace(denoiser, lora="fast")(x, times, conditioning).eps
+        merged = replace(denoiser, lora="fast").standalone()(x, times, conditioning).eps
+        without = denoiser(x, times, conditioning).eps
+        plain = denoiser.standalone()(x, times, conditioning).eps
+    assert torch.allclose(drawn, expected, atol=2e-5, rtol=0)
+    assert torch.allclose(merged, drawn, atol=2e-5, rtol=0)
+    assert torch.equal(plain, without)
+    assert (drawn - without).abs().max() > 0.01
+
+
+def test_animatediffs_own_motion_loras_are_read(tmp_path) -> None:
+    """By the names that the files of its authors have."""
+    module = lively()
+    layer = "up_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0"
+    down, up = torch.randn(4, 96), torch.randn(96, 4)
+    tensors = {}
+    for part in ("to_q", "to_out"):
+        name = f"{layer}.attention_blocks.1.processor.{part}_lora"
+        tensors |= {f"{name}.down.weight": down.clone(), f"{name}.up.weight": up.clone()}
+    save_file(tensors, tmp_path / "v2_lora_ZoomIn.safetensors")
+    parts = {"unet": module}
+    changes = read_lora(tmp_path / "v2_lora_ZoomIn.safetensors", parts)
+    ours = "unet.up_blocks.1.motion_modules.0.transformer_blocks.0.attn2"
+    assert set(changes) == {f"{ours}.to_q", f"{ours}.to_out.0"}
+    before = module.state_dict()[f"{ours}.to_q.weight".removeprefix("unet.")].clone()
+    merge_lora(changes, parts)
+    after = module.state_dict()[f"{ours}.to_q.weight".removeprefix("unet.")]
+    assert torch.allclose(after - before, up @ down, atol=1e-5)
+
+
+def test_recomputing_is_done_with_the_lora_of_then(pictures) -> None:
+    """Another one may be at work when the backward pass comes."""
+    _, ours = pictures
+    module = lively()
+    lora = with_lora(module)
+    denoiser = Denoiser(MotionUnet(module, (ours,)), VariancePreserving.scaled_linear(), "eps")
+    student = replace(denoiser, lora="fast")
+    x, times, conditioning = wishes(1)
+    lora.requires_grad_(True)
+
+    def gradients(recompute):
+        denoiser.checkpoint_gradients(recompute)
+        loss = student(x, times, conditioning).eps.square().mean()
+        with torch.no_grad():
+            denoiser(x, times, conditioning)  # leaves none at work
+        return torch.autograd.grad(loss, list(lora.parameters()))
+
+    for one, other in zip(gradients(False), gradients(True), strict=True):
+        assert one.abs().max() > 0
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-9)
 
 
 def test_fresh_module_draws_every_frame_as_the_picture_model(pictures) -> None:

@@ -213,12 +213,12 @@ def _diffusers_pipeline(checkpoint: Checkpoint, contract: Contract) -> Any:
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         folder.path, torch_dtype=torch.float32, variant=weights_variant(folder.path / "unet")
     )
-    if contract.lora_rank is not None:
-        pipeline.load_lora_weights(path)
-        return pipeline
     student = checkpoint
     if checkpoint.is_folder and contract.steps in folder.students:
         student = folder.students[contract.steps]
+    if contract.lora_rank is not None:
+        pipeline.load_lora_weights(student.path)
+        return pipeline
     if not student.is_folder and folder.contract != contract:
         pipeline.unet.load_state_dict(load_file(student.path))
     return pipeline

@@ -116,11 +116,9 @@ class Checkpoint:
 
     @cached_property
     def students(self) -> dict[int, Checkpoint]:
-        """The whole students in a model folder, by their steps."""
-        students = {}
-        for student in self._student_files("unet"):
-            students[_contract_of(student).steps] = student
-        return students
+        """The students in a model folder, by their steps: whole ones, and LoRAs where there is none."""
+        whole = {_contract_of(student).steps: student for student in self._student_files("unet")}
+        return self.student_loras | whole
 
     @cached_property
     def student_loras(self) -> dict[int, Checkpoint]:

@@ -89,7 +89,7 @@ def find_model(
     if _is_model(path):
         return path
     if not path.exists():
-        installed = _installed_model(str(model))
+        installed = _installed_model(str(model)) or _installed_students().get(str(model))
         if installed is not None:
             return installed
         official = official_file(model, steps)
@@ -170,6 +170,13 @@ def _installed_model(name: str) -> Path | None:
     return None
 
 
+def _installed_students() -> dict[str, Path]:
+    """Return the files of the students of models that installed packages declare, by name."""
+    folders = [Path(entry.load()) for entry in entry_points(group=ENTRY_POINTS)]
+    files = [path for folder in folders for path in sorted(folder.glob("students/*.safetensors"))]
+    return {path.stem: path for path in files}
+
+
 def _is_model(path: Path) -> bool:
     if path.is_file():
         return True
@@ -183,7 +190,7 @@ def _no_model(path: Path) -> str:
         problem = f"has neither {CONTRACT_FILE} nor {INDEX_FILE}, so it is no model folder"
     elif _HUB_ID.fullmatch(str(path)) and path.parent.is_dir():
         problem += f" in the folder {path.parent} here (the hub's is {HUB}{path})"
-    installed = sorted(entry_points(group=ENTRY_POINTS).names)
+    installed = [*sorted(entry_points(group=ENTRY_POINTS).names), *_installed_students()]
     names = ", ".join([*_built_in_models(), *_built_in_students(), *installed])
     return (
         f"{path} {problem}. Give a model folder, a .safetensors file, a hub id (owner/name) or a "

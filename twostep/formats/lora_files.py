@@ -35,6 +35,7 @@ from twostep.formats.lora_kinds import (
     WeightChange,
     without_core,
 )
+from twostep.formats.motion_files import animatediff_name
 from twostep.formats.peft_config import LoraError, PeftConfig, read_peft_configs
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -616,12 +617,17 @@ def _written_names(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
 
 
 def _layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, str]]:
-    """Yield part and name of every layer, and its name in the first latent diffusion code."""
+    """Yield part and name of every layer, and its name in the first latent diffusion code.
+
+    Of a motion module, it is the name that AnimateDiff has for it.
+    """
     for part, network in parts.items():
         layers = _layers_with_weights(network)
         old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
         for layer in layers:
             name = old.get(f"{layer}.weight", _full_name(part, layer)).removesuffix(".weight")
+            if ".motion_modules." in layer:
+                name = animatediff_name(layer)
             yield part, layer, name
 
 

@@ -205,13 +205,16 @@ def to_diffusers(weights: Mapping[str, Tensor], config: MotionConfig) -> dict[st
 def to_animatediff(weights: Mapping[str, Tensor], config: MotionConfig) -> dict[str, Tensor]:
     """Return the weights of a motion module by AnimateDiff's own names."""
     places = tuple(f".attention_blocks.{number}.pos_encoder.pe" for number in range(2))
-    renamed = {}
-    for name, value in {**weights, **_positions(weights, config, places)}.items():
-        name = _MODULE.sub(rf"\1{_MARK}.", name)
-        for ours, theirs in _ANIMATEDIFF.items():
-            name = name.replace(ours, theirs)
-        renamed[name] = value
-    return renamed
+    named = {**weights, **_positions(weights, config, places)}
+    return {animatediff_name(name): value for name, value in named.items()}
+
+
+def animatediff_name(name: str) -> str:
+    """Return AnimateDiff's own name of a weight or a layer; others stay as they are."""
+    name = _MODULE.sub(rf"\1{_MARK}.", name)
+    for ours, theirs in _ANIMATEDIFF.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _positions(

@@ -100,6 +100,11 @@ class LoraFile:
                 f"is one of {model.steps} steps already: it would be distilled twice. Load its "
                 "teacher, or leave this LoRA out."
             )
+        if contract.media != model.media:
+            raise ContractError(
+                f"{self.path} makes students that draw {contract.things}, and {model.name} makes "
+                f"{model.things}. Use a LoRA that was distilled from {model.base}."
+            )
         if contract.prediction_type != model.prediction_type:
             raise ContractError(
                 f"{self.path} was distilled where {contract.prediction_type} is predicted; "

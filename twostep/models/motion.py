@@ -39,6 +39,7 @@ from twostep.media.video import VideoCodec
 from twostep.models.bundle import Bundle
 from twostep.models.sd15 import is_sd15, load_sd15
 from twostep.models.sdxl import SdxlFamily, base_folder, is_sdxl
+from twostep.networks.adapters import PREFIX
 from twostep.networks.denoiser import Denoiser
 from twostep.networks.domain_adapter import DomainAdapter
 from twostep.networks.lean import LeanUnet
@@ -91,13 +92,20 @@ class MotionFamily:
             folder = look_at_folder(path, known=(checkpoint,))
         settings = read_settings(folder.path)
         pictures = load_pictures(settings.bases, folder.path, outline=outline)
-        file = folder.path / ADAPTER / _WEIGHTS
+        config = MotionConfig.from_diffusers(read_json(folder.path / ADAPTER / _CONFIG))
+        module = folder.path / ADAPTER / _WEIGHTS
+        lora = None
         if contract.role == "student":
             student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
             # An exported student is a folder of its own, with its module in the teacher's place.
-            file = file if student is None else student.path
-        config = MotionConfig.from_diffusers(read_json(folder.path / ADAPTER / _CONFIG))
-        network = _load_module(config, None if outline else file)
+            if student is not None and contract.lora_rank is None:
+                module = student.path
+            elif student is not None:
+                lora = student
+        network = _load_module(config, None if outline else module)
+        if lora is not None and not outline:
+            parts = {"unet": network}
+            merge_lora(read_lora(lora, parts, alpha=contract.lora_alpha), parts)
         adapter_file = folder.path / DOMAIN_ADAPTER
         has_adapter = adapter_file.exists() and not outline
         bundle = with_motion(
@@ -145,15 +153,19 @@ class MotionFamily:
         (folder / CONTRACT_FILE).write_text(bundle.contract.to_json())
 
     def save_student(self, weights: Mapping[str, Tensor], contract: Contract, folder: Path) -> Path:
-        """Write a student's motion module in fp16 into the folder of its teacher.
+        """Write a student's motion module, or its LoRA on one, in fp16 into its teacher's folder.
 
-        Returns the file, which diffusers reads as it reads AnimateDiff-Lightning's.
+        Returns the file. diffusers reads a module as it reads AnimateDiff-Lightning's, and a LoRA,
+        whose weights are by PEFT's names, by `load_lora_weights` as any motion LoRA.
         """
-        config = MotionConfig.from_diffusers(read_json(folder / ADAPTER / _CONFIG))
+        if contract.lora_rank is None:
+            config = MotionConfig.from_diffusers(read_json(folder / ADAPTER / _CONFIG))
+            halves = to_diffusers(halved(weights), config)
+        else:
+            halves = halved({f"{PREFIX}{key}": value for key, value in weights.items()})
         path = student_path(contract, folder)
         with write_atomically(path) as file:
-            metadata = {"format": "pt", **contract.to_metadata()}
-            file.write(save(to_diffusers(halved(weights), config), metadata))
+            file.write(save(halves, {"format": "pt", **contract.to_metadata()}))
         return path
 
 

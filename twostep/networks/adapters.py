@@ -9,7 +9,7 @@ import copy
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,7 +191,7 @@ def add_lora(
     whatever the base's precision is.
 
     Args:
-        network: A network with diffusers' adapter methods.
+        network: Any network; PEFT puts its layers around those that are meant.
         name: The adapter's name, new on this network.
         rank: The rank of its matrices.
         alpha: What it is multiplied with, times the rank; the rank if not given.
@@ -201,10 +201,10 @@ def add_lora(
     Raises:
         LoraError: If the network takes no LoRA.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(targets)
-    if not targets or not hasattr(network, "add_adapter"):
+    if not targets:
         raise LoraError(
             f"{type(network).__name__} takes no LoRA. Train the whole network: leave lora_rank out."
         )
@@ -215,13 +215,12 @@ def add_lora(
         target_modules=targets,
         exclude_modules=r"up_blocks\..*" if encoder_only else None,
     )
-    adaptable: Any = network
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # A starts at random: the same in every run, without advancing the global generator.
         torch.manual_seed(0)
         # PEFT warns of a second adapter; here several on one base are the normal case.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        adaptable.add_adapter(config, adapter_name=name)
+        inject_adapter_in_model(config, network, adapter_name=name)
     activate(network, name)
     lora = Lora(network, name)
     for parameter in lora.parameters():
@@ -271,7 +270,7 @@ def load_lora(
     """Add an adapter from a file, on the file's layers and at the file's rank.
 
     Args:
-        network: A network with diffusers' adapter methods.
+        network: Any network.
         name: The adapter's name, new on this network.
         path: The file.
         alpha: Of the adapter, which does not change what it does at first: the file's own alpha is
@@ -320,19 +319,31 @@ def remove_lora(network: nn.Module, name: str) -> None:
     """Remove one adapter, if the network carries it."""
     if not has_lora(network, name):
         return
-    adaptable: Any = network
     with warnings.catch_warnings():
         # PEFT says which adapter it activates instead; here every forward pass chooses its own.
         warnings.filterwarnings("ignore", message="Adapter .* was active")
-        adaptable.delete_adapters(name)
+        for layer in _layers(network):
+            layer.delete_adapter(name)
+    del _peft_configs(network)[name]
 
 
 def remove_loras(network: nn.Module) -> None:
     """Remove every adapter; the base is as it was before the first."""
-    if _peft_configs(network):
-        adaptable: Any = network
-        adaptable.unload_lora()
-        adaptable.peft_config = {}
+    if not _peft_configs(network):
+        return
+    from diffusers.utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(network)
+    adaptable: Any = network
+    adaptable.peft_config = {}
+
+
+def fuse(network: nn.Module, name: str | None) -> None:
+    """Merge one adapter into the weights, or none, and remove all, in place."""
+    if name is not None:
+        for layer in _layers(network):
+            layer.merge(adapter_names=[name])
+    remove_loras(network)
 
 
 def activate(network: nn.Module, name: str | None) -> None:
@@ -377,19 +388,24 @@ def checkpoint_gradients(network: Any) -> None:
     from torch.utils.checkpoint import checkpoint
 
     def run_block(block: nn.Module, *inputs: Any) -> Any:
-        name = active(network)
-
-        def compute(*inputs: Any) -> Any:
-            activate(network, name)
-            return block(*inputs)
-
-        return checkpoint(compute, *inputs, use_reentrant=False)
+        return checkpoint(as_now(network, block), *inputs, use_reentrant=False)
 
     network.enable_gradient_checkpointing(run_block)
 
 
+def as_now(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that computes with the adapter of now, whichever is active by then."""
+    name = active(network)
+
+    def compute_so(*inputs: Any) -> Any:
+        activate(network, name)
+        return compute(*inputs)
+
+    return compute_so
+
+
 def merge(network: Any, name: str | None) -> Any:
-    """Return a float32 copy without adapters, the named one merged into the copy's weights."""
+    """Return a float32 copy of diffusers' UNet without adapters, the named one merged into the copy's weights."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(next(network.parameters()), DTensor):
@@ -403,9 +419,7 @@ def merge(network: Any, name: str | None) -> Any:
         return whole.eval()
     merged = copy.deepcopy(network).float()
     merged.disable_gradient_checkpointing()
-    if name is not None:
-        merged.fuse_lora(adapter_names=[name])
-    remove_loras(merged)
+    fuse(merged, name)
     return merged
 
 

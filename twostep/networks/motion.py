@@ -22,7 +22,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from twostep.formats.motion_files import MotionConfig, MotionError, frame_positions
-from twostep.networks.backbone import BackboneError, BackboneSpec
+from twostep.networks.adapters import as_now, fuse
+from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.domain_adapter import DomainAdapter
 from twostep.networks.lean import Inserted, LeanUnet
@@ -31,6 +32,20 @@ from twostep.networks.sdxl_unet import pooled_width_of
 
 Clips = Float[Tensor, "batch c frames h w"]
 """Latents of clips."""
+
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+"""Endings of the names of the layers that a LoRA changes: attentions, and the layers after them.
+
+Not the first and the last of a transformer: diffusers 0.42 calls them in a way that PEFT's layers
+do not take.
+"""
 
 FrameNumbers = Int[Tensor, " frames"]
 """Which frames of a clip are there, rising from 0."""
@@ -159,6 +174,8 @@ class MotionModule(nn.Module):
     def inserted(self, num_frames: int, numbers: FrameNumbers | None = None) -> Inserted:
         """Return what is inserted into a UNet for clips of so many frames.
 
+        While activations are recomputed, it computes with the LoRA of now whenever it is called.
+
         Args:
             num_frames: How many there are.
             numbers: Which of a clip these are; the first ones if not given.
@@ -171,17 +188,16 @@ class MotionModule(nn.Module):
                 f"{num_frames} frames are too many: this motion module knows 1 to "
                 f"{self.shape.max_frames}. Ask for fewer."
             )
-        middle = [] if self.mid_block is None else self.mid_block.layers(num_frames, numbers)
+
+        def layers(block: Any) -> list[Callable[[Tensor], Tensor]]:
+            computed: list[Callable[[Tensor], Tensor]] = block.layers(num_frames, numbers)
+            return [as_now(self, layer) for layer in computed] if self.recompute else computed
+
         return Inserted(
-            down=[block.layers(num_frames, numbers) for block in _blocks(self.down_blocks)],
-            middle=middle,
-            up=[block.layers(num_frames, numbers) for block in _blocks(self.up_blocks)],
+            down=[layers(block) for block in self.down_blocks],
+            middle=[] if self.mid_block is None else layers(self.mid_block),
+            up=[layers(block) for block in self.up_blocks],
         )
-
-
-def _blocks(modules: nn.ModuleList) -> list[Any]:
-    """Return the blocks of a list, of which torch forgets the type."""
-    return list(modules)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,11 +264,11 @@ class MotionUnet:
     def standalone(self, lora: str | None = None) -> MotionUnet:
         """Return the same with a float32 copy of the motion module, on the same picture models.
 
-        Raises BackboneError for a LoRA, which motion modules do not take here.
+        The copy carries no LoRA; the named one is merged into its weights.
         """
-        if lora is not None:
-            raise BackboneError(f"a motion module takes no LoRA; leave {lora!r} out.")
-        return replace(self, network=copy.deepcopy(self.network).float())
+        copied = copy.deepcopy(self.network).float()
+        fuse(copied, lora)
+        return replace(self, network=copied)
 
     def encoder_copy(self, lora: str | None = None) -> ClipEncoder:
         """Return an encoder of clips to be trained as a whole, which starts as this one."""
@@ -398,6 +414,7 @@ def _spec_of(base: LeanUnet, shape: MotionConfig) -> BackboneSpec:
         latent_ndim=4,
         feature_widths=(*shape.channels, shape.channels[-1]),
         feature_sides=3,
+        lora_targets=LORA_TARGETS,
         pooled_width=pooled_width_of(config),
     )
 

@@ -189,11 +189,11 @@ def _loaded(graph: Graph, contract: Contract, request: Request) -> tuple[Link, L
     if any(map(_makes_students, loras)):
         pass  # of the teacher, which the model is
     elif contract.lora_rank is not None:
-        # The model itself is a LoRA on its base.
-        loras = [LoraChoice(request.model), *loras]
+        # The model itself is a LoRA on its base, or its student of these steps is one.
+        loras = [LoraChoice(_student_file(request) or request.model), *loras]
         checkpoint = contract.base
     elif contract.role == "student":
-        student = _unet_alone(request)
+        student = _student_file(request)
         checkpoint = checkpoint if student is None else contract.base
     loader = graph.add("CheckpointLoaderSimple", ckpt_name=_file_name(checkpoint))
     model = loader
@@ -219,8 +219,8 @@ def _loaded(graph: Graph, contract: Contract, request: Request) -> tuple[Link, L
     return model, clip, output(loader, 2)
 
 
-def _unet_alone(request: Request) -> str | None:
-    """Return the file with a student's UNet and nothing else; None if the model is one file."""
+def _student_file(request: Request) -> str | None:
+    """Return the file with a student's UNet or LoRA and nothing else; None if the model has all."""
     # This brings torch, which a picture that is only described does without.
     from twostep.formats.checkpoint import resolve
 
@@ -231,7 +231,7 @@ def _unet_alone(request: Request) -> str | None:
             return None if student is None else student.path.name
     except (TwostepError, OSError):
         return None
-    return None if checkpoint.is_whole or checkpoint.is_lora else checkpoint.path.name
+    return None if checkpoint.is_whole else checkpoint.path.name
 
 
 def _makes_students(lora: LoraChoice) -> bool:

@@ -293,10 +293,10 @@ def _rows(entries: Sequence[_Entry], teacher: Bundle) -> list[Row]:
 def _students(entry: _Entry) -> Iterator[Row]:
     """Yield the students of an entry, whole networks and LoRAs."""
     recipe = None if entry.run is None else _recipe(entry.run)
+    checkpoints = [entry.model]
     if entry.model.is_folder:
-        checkpoints = [*entry.model.students.values(), *entry.model.student_loras.values()]
-    else:
-        checkpoints = [entry.model]
+        found = [*entry.model.students.values(), *entry.model.student_loras.values()]
+        checkpoints = list({student.path: student for student in found}.values())
     for checkpoint in checkpoints:
         contract = checkpoint.contract
         if contract.role != "student" or (recipe and contract.steps not in recipe.release):
