@@ -13,7 +13,7 @@ from twostep.cli import app
 
 ROOT = Path(__file__).parents[2]
 LONG = ("pretrain", "distill", "cache", "report", "bench", "compare", "reproduce", "serve")
-OF_OTHERS = ("mm_sd15_v2.safetensors",)
+OF_OTHERS = ("mm_sd15_v2.safetensors", "v2_lora_ZoomIn.safetensors")
 """Files that a reader has, and tests have not."""
 
 PLANNED = set[str]()

@@ -15,7 +15,6 @@ from twostep.cli import app
 from twostep.contract import Contract, ContractError
 from twostep.formats.locate import ModelError
 from twostep.formats.motion_files import MotionConfig, MotionError
-from twostep.formats.peft_config import LoraError
 from twostep.media.clip import Clip, read_clip, read_texts
 from twostep.media.codec import CodecError
 from twostep.models.loading import load_bundle, load_with_loras
@@ -140,13 +139,33 @@ def test_a_lora_that_makes_students_of_pictures_makes_none_of_clips(folder) -> N
         load_with_loras(folder, ["nano_2step_lora"])
 
 
-def test_loras_of_pictures_are_refused_on_motion_modules(folder, tmp_path) -> None:
-    name = "unet.down_blocks.0.resnets.0.conv1"
-    tensors = {f"{name}.lora_A.weight": torch.zeros(2, 48, 3, 3)}
-    tensors[f"{name}.lora_B.weight"] = torch.zeros(48, 2, 1, 1)
-    save_file(tensors, tmp_path / "style.safetensors")
-    with pytest.raises(LoraError, match=r"no layer of unet.* is called so"):
-        load_with_loras(folder, [str(tmp_path / "style.safetensors")])
+def test_a_style_of_pictures_goes_on_what_draws_the_frames(folder, tmp_path) -> None:
+    """Beside the layers and merged it is the same, and the motion module stays as it is."""
+    teacher = load_bundle(folder)
+    base = teacher.denoiser.backbone.bases[0]
+    layer = "down_blocks.0.resnets.0.conv1"
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(2, 48, 3, 3, generator=generator)
+    up = 0.05 * torch.randn(48, 2, 1, 1, generator=generator)
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    style = tmp_path / "style.safetensors"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, style)
+    merged = load_with_loras(folder, [f"{style}:0.5"])
+    changed = merged.denoiser.backbone.bases[0].get_submodule(layer).weight
+    product = (up.flatten(1) @ down.flatten(1)).view_as(changed)
+    assert torch.allclose(changed, base.get_submodule(layer).weight + 0.5 * product, atol=1e-5)
+    kept = merged.denoiser.network.state_dict()
+    module = teacher.denoiser.network.state_dict()
+    assert all(torch.equal(module[name], value) for name, value in kept.items())
+    request = Request(PROMPT, frames=2, seed=3)
+    studio = Studio(device="cpu")
+    wish = replace(request, model=str(folder), loras=(f"{style}:0.5",), steps=2)
+    (clip,) = studio.draw(wish).images
+    (plain,) = studio.draw(replace(wish, loras=())).images
+    (expected,) = generate(load_with_loras(folder, [f"{style}:0.5"], steps=2), request).images
+    for one, other in zip(clip.frames, expected.frames, strict=True):
+        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
+    assert ImageChops.difference(clip.frames[0], plain.frames[0]).getbbox() is not None
 
 
 def test_command_line_draws_clips_and_refuses_what_cannot_be(folder, tmp_path) -> None:

@@ -116,7 +116,7 @@ class Checkpoint:
 
     @cached_property
     def students(self) -> dict[int, Checkpoint]:
-        """The students in a model folder, by their steps: whole ones, and LoRAs where there is none."""
+        """The students in a model folder, by their steps: LoRAs where there is no whole one."""
         whole = {_contract_of(student).steps: student for student in self._student_files("unet")}
         return self.student_loras | whole
 

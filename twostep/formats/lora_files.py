@@ -38,11 +38,27 @@ from twostep.formats.lora_kinds import (
 from twostep.formats.motion_files import animatediff_name
 from twostep.formats.peft_config import LoraError, PeftConfig, read_peft_configs
 
-KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+PICTURES = "pictures"
+"""What the UNet that draws the frames of clips is called here, whose motion module is the "unet".
+
+Files call both the unet.
+"""
+
+_UNETS = ("unet", PICTURES)
+
+KOHYA = {
+    "unet": "lora_unet_",
+    PICTURES: "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
 """What kohya puts before the names of the layers of each part."""
 
+_OF_UNETS = ("unet", "lora_unet", "diffusion_model", "model_diffusion_model", "lycoris", "")
+
 _PREFIXES = {
-    "unet": ("unet", "lora_unet", "diffusion_model", "model_diffusion_model", "lycoris", ""),
+    "unet": _OF_UNETS,
+    PICTURES: _OF_UNETS,
     "text_encoder": ("text_encoder", "lora_te1", "clip_l", "text_encoders_clip_l_transformer"),
     "text_encoder_2": ("text_encoder_2", "lora_te2", "clip_g", "text_encoders_clip_g_transformer"),
 }
@@ -413,7 +429,7 @@ def _layers_by_name(parts: Mapping[str, nn.Module], *, of_peft: str) -> dict[str
             names.add(f"text_model.{layer}")  # of the projection: what older versions wrote
         for name in list(names):  # attention, as diffusers called it in 2023
             names.add(re.sub(r"to_out\.0$", "to_out", name))
-            if part != "unet":
+            if part not in _UNETS:
                 names.add(re.sub(r"(q|k|v|out)_proj$", r"to_\1", name))
         prefixes = [f"{prefix}_" if prefix else "" for prefix in _PREFIXES[part]]
         if part == of_peft:
@@ -451,7 +467,7 @@ def write_lora(
         _check_words(layer, change, dialect)
         is_bias = layer.endswith(".bias")
         name = names[layer.removesuffix(".bias")][words.place]
-        is_text = not layer.startswith("unet.")
+        is_text = layer.partition(".")[0] not in _UNETS
         down = words.text_down if is_text and words.text_down else words.down
         up = words.text_up if is_text and words.text_up else words.up
         for ending, tensor in _written(change, down, up, words.has_alpha, is_bias).items():
@@ -612,7 +628,8 @@ def _written_names(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     for part, layer, old in _layers(parts):
         full = _full_name(part, layer)
         kohya = [KOHYA[part] + name.replace(".", "_") for name in (full, old)]
-        names[f"{part}.{layer}"] = [f"{part}.{full}", *kohya]
+        diffusers = "unet" if part in _UNETS else part
+        names[f"{part}.{layer}"] = [f"{diffusers}.{full}", *kohya]
     return names
 
 
@@ -623,7 +640,7 @@ def _layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, str]]:
     """
     for part, network in parts.items():
         layers = _layers_with_weights(network)
-        old = unet_names([f"{layer}.weight" for layer in layers]) if part == "unet" else {}
+        old = unet_names([f"{layer}.weight" for layer in layers]) if part in _UNETS else {}
         for layer in layers:
             name = old.get(f"{layer}.weight", _full_name(part, layer)).removesuffix(".weight")
             if ".motion_modules." in layer:
@@ -637,7 +654,7 @@ def _full_name(part: str, layer: str) -> str:
     Newer transformers dropped the first word of CLIP's names; files keep it. The projection never
     had it.
     """
-    if part == "unet" or layer.startswith(("text_model.", "text_projection")):
+    if part in _UNETS or layer.startswith(("text_model.", "text_projection")):
         return layer
     return f"text_model.{layer}"
 

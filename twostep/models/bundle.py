@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from twostep.contract import Contract
 from twostep.formats.embeddings import Embedding
 from twostep.formats.locate import ModelError
+from twostep.formats.lora_files import PICTURES
 from twostep.media.codec import Codec, HasTinyDecoder
 from twostep.models.runtime import Runtime
+from twostep.networks.backbone import HasFrozen
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 
@@ -106,22 +108,28 @@ class Bundle:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """The networks that a LoRA may change, by the names that diffusers gives them."""
-        return {"unet": self.denoiser.network, **self.text.networks}
+        """The networks that a LoRA may change, by the names that diffusers gives them.
+
+        The frozen network that draws, where there is one, is `PICTURES`.
+        """
+        network, *frozen = self.denoiser.networks
+        pictures = {PICTURES: frozen[0]} if frozen else {}
+        return {"unet": network, **pictures, **self.text.networks}
 
     @property
     def networks(self) -> list[nn.Module]:
         """All networks there are, a tiny decoder too."""
-        frozen = self.denoiser.networks[1:]
+        frozen = self.denoiser.networks[2:]
         return [*self.parts.values(), *frozen, *modules_of(self.codec), *_tiny_of(self.codec)]
 
     def with_parts(self, parts: Mapping[str, nn.Module]) -> Bundle:
         """Return the bundle with other networks in the place of its own, all of `parts`."""
-        return replace(
-            self,
-            denoiser=self.denoiser.with_network(parts["unet"]),
-            text=self.text.with_networks(parts),
-        )
+        denoiser = self.denoiser.with_network(parts["unet"])
+        backbone = denoiser.backbone
+        if isinstance(backbone, HasFrozen):
+            changed = backbone.with_frozen([parts[PICTURES], *backbone.frozen[1:]])
+            denoiser = replace(denoiser, backbone=changed)
+        return replace(self, denoiser=denoiser, text=self.text.with_networks(parts))
 
     def with_embeddings(self, embeddings: Sequence[Embedding]) -> Bundle:
         """Return the bundle with textual inversions, whose names then stand for them in prompts.

@@ -405,7 +405,7 @@ def as_now(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any
 
 
 def merge(network: Any, name: str | None) -> Any:
-    """Return a float32 copy of diffusers' UNet without adapters, the named one merged into the copy's weights."""
+    """Return a float32 copy of diffusers' UNet without adapters, the named one merged into it."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(next(network.parameters()), DTensor):

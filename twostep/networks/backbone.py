@@ -120,12 +120,16 @@ class Checkpoints(Protocol):
 class HasFrozen(Protocol):
     """A backbone that computes with further networks, which are never trained nor copied.
 
-    Where there are several of one kind, `Conditioning.variants` says which an item is for.
+    Where there are several of one kind, `Conditioning.variants` says which an item is for. The
+    first draws.
     """
 
     @property
     def frozen(self) -> Sequence[nn.Module]:
         """The further networks."""
+
+    def with_frozen(self, networks: Sequence[Any]) -> Backbone:
+        """Return the same with others in their place, as many."""
 
 
 def module_of(backbone: Backbone) -> nn.Module:

@@ -236,6 +236,10 @@ class MotionUnet:
         """The picture UNets."""
         return self.bases
 
+    def with_frozen(self, networks: Sequence[LeanUnet]) -> MotionUnet:
+        """Return the same motion module on other picture UNets."""
+        return replace(self, bases=tuple(networks))
+
     def __call__(self, x: Clips, time: Times, conditioning: Conditioning) -> Tensor:
         """Return the raw output [batch, c, frames, h, w]."""
         groups = _by_variant(conditioning, len(self.bases))
