@@ -28,7 +28,6 @@ from twostep.evaluate.clip_scores import AskedClip, ClipReport, score_clips
 from twostep.evaluate.judge import load_judge
 from twostep.evaluate.motions import MOTIONS
 from twostep.formats import resolve
-from twostep.media.clip import Clip, save_clip
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
@@ -156,8 +155,9 @@ def save_moving(
     """Write the first clips as a WebP in which they move beside each other."""
     shown = clips[: min(count, len(clips) // columns * columns)]
     rows = shown.unflatten(0, (-1, columns)).permute(3, 2, 0, 4, 1, 5)
-    frames = to_images(rows.flatten(4, 5).flatten(2, 3))
-    save_clip(Clip(tuple(frames), frames_per_second), path)
+    first, *others = to_images(rows.flatten(4, 5).flatten(2, 3))
+    duration = round(1000 / frames_per_second)
+    first.save(path, save_all=True, append_images=others, duration=duration, loop=0, quality=80)
 
 
 def line(name: str, report: ClipReport, seconds: float | None) -> str:
