@@ -43,8 +43,13 @@ def settings(**others) -> MotionSettings:
     return MotionSettings(loop=loop, **given)
 
 
-def test_words_are_learnt_first_and_travel_beside_the_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learns_on_clips", [True, False])
+def test_words_are_learnt_first_and_travel_beside_the_module(
+    tmp_path: Path, learns_on_clips: bool
+) -> None:
     chosen = settings()
+    words = chosen.words.model_copy(update={"learns_on_clips": learns_on_clips})
+    chosen = chosen.model_copy(update={"words": words})
     torch.manual_seed(0)
     teacher = new_motion_teacher(chosen, recipe="none", version="0")
     backbone = teacher.denoiser.backbone
@@ -65,9 +70,17 @@ def test_words_are_learnt_first_and_travel_beside_the_module(tmp_path: Path) -> 
     loaded = load_bundle(tmp_path / "model")
     x = torch.randn(1, 4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     conditioning = teacher.conditioning(["a red fox, moving left"], 64, 64)
+    base = backbone.bases[0]
     with torch.no_grad():
         merged = loaded.denoiser(x, torch.tensor([900]), conditioning).eps
-        with backbone.adapter.applied(backbone.bases[0]):
+        if not learns_on_clips:
+            # It has been merged already.
+            assert any(
+                not torch.equal(value, base.state_dict()[name])
+                for name, value in load_bundle("nano").denoiser.network.state_dict().items()
+            )
+            base.load_state_dict(load_bundle("nano").denoiser.network.state_dict())
+        with backbone.adapter.applied(base):
             trained = teacher.denoiser(x, torch.tensor([900]), conditioning).eps
         without = teacher.denoiser(x, torch.tensor([900]), conditioning).eps
     # Both files are in 16 bits.
@@ -158,6 +171,9 @@ def test_single_frames_need_an_adapter() -> None:
     turn = TurnSettings(shows="frames", batch_size=4)
     with pytest.raises(ValueError, match="the domain adapter alone learns, and there is none"):
         settings(words=None, turns=(turn,))
+    words = settings().words.model_copy(update={"learns_on_clips": False})
+    with pytest.raises(ValueError, match=r"set words\.learns_on_clips"):
+        settings(words=words, turns=(turn,))
 
 
 def test_the_kind_is_told_by_the_direction_of_what_is_read() -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from twostep.diffusion.shapes import sent
 from twostep.evaluate.motions import find_motion
+from twostep.formats.lora_files import merge_lora
 from twostep.formats.motion_files import MotionConfig
 from twostep.models.bundle import Bundle
 from twostep.models.motion import load_pictures, motion_contract, picture_unet, with_motion
@@ -53,8 +54,15 @@ class WordsSettings(Settings):
         description="of the cross-entropy of linear probes, which tell the kind of motion from the "
         "features that the motion module reads, beside the predicted noise, on single frames",
     )
+    learns_on_clips: bool = Field(
+        True,
+        description="whether the adapter goes on learning with the motion module; otherwise it is "
+        "merged into the picture model by then, as AnimateDiff's is, which takes less time",
+    )
     weight_on_clips: float = Field(
-        0.03, ge=0, description="the same while the motion module learns with the adapter"
+        0.03,
+        ge=0,
+        description="of the cross-entropy while the motion module learns with the adapter",
     )
     loop: NetworkLoopSettings = Field(description="the training on single frames")
 
@@ -153,10 +161,17 @@ class MotionSettings(DenoiserSettings):
     @model_validator(mode="after")
     def _check_turns(self) -> MotionSettings:
         """Refuse single frames where nothing learns from them."""
-        if self.words is None and any(turn.shows == "frames" for turn in self.turns):
+        if all(turn.shows != "frames" for turn in self.turns):
+            return self
+        if self.words is None:
             raise ValueError(
                 "from single frames the domain adapter alone learns, and there is none: give "
                 "`words`, or leave the turn that shows frames out"
+            )
+        if not self.words.learns_on_clips:
+            raise ValueError(
+                "from single frames the domain adapter alone learns, which it no longer does by "
+                "then: set words.learns_on_clips, or leave the turn that shows frames out"
             )
         return self
 
@@ -221,30 +236,36 @@ def train_motion(
     clips = MovingDrawings(drawings, teacher, together=settings.kinds_together)
     denoiser.checkpoint_gradients(settings.gradient_checkpointing)
     adapter = backbone.adapter
+    words = settings.words
     trained: nn.Module = backbone.network
     loss = _ClipLoss(teacher, settings, _lessons(clips, settings), _turns(clips, settings))
     with ExitStack() as stack:
-        if settings.words is not None and adapter is not None:
+        if words is not None and adapter is not None:
             adapter.to(denoiser.device)
-            for base in backbone.bases:
-                stack.enter_context(adapter.applied(base))
             still = MotionModule(backbone.network.shape).requires_grad_(False).to(denoiser.device)
-            probes = KindProbes.on(still, clips.kinds, weight=settings.words.weight)
+            probes = KindProbes.on(still, clips.kinds, weight=words.weight)
             loss = replace(loss, still=still, on_frames=probes)
-            frames = [_Turn(clips, settings.words.loop.batch_size, "frames")]
-            train_network(
-                adapter,
-                replace(loss, lessons=(), turns=frames),
-                settings.words.loop,
-                folder,
-                name="words",
-                on_iteration=on_iteration,
-            )
-            trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
-            weight = settings.words.weight_on_clips
-            if weight:
-                probes = KindProbes.on(backbone.network, clips.kinds, weight=weight)
-                loss = replace(loss, on_clips=probes)
+            frames = [_Turn(clips, words.loop.batch_size, "frames")]
+            with _applied(adapter, backbone):
+                train_network(
+                    adapter,
+                    replace(loss, lessons=(), turns=frames),
+                    words.loop,
+                    folder,
+                    name="words",
+                    on_iteration=on_iteration,
+                )
+            if words.learns_on_clips:
+                stack.enter_context(_applied(adapter, backbone))
+                trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
+                if words.weight_on_clips:
+                    probes = KindProbes.on(
+                        backbone.network, clips.kinds, weight=words.weight_on_clips
+                    )
+                    loss = replace(loss, on_clips=probes)
+            else:
+                for base in backbone.bases:
+                    merge_lora(adapter.changes(), {"unet": base})
         backbone.network.requires_grad_(True)
         train_network(
             trained,
@@ -255,6 +276,15 @@ def train_motion(
             on_iteration=on_iteration,
             on_checkpoint=on_checkpoint,
         )
+
+
+@contextmanager
+def _applied(adapter: DomainAdapter, backbone: MotionUnet) -> Iterator[None]:
+    """Let all picture UNets compute with an adapter in the block."""
+    with ExitStack() as stack:
+        for base in backbone.bases:
+            stack.enter_context(adapter.applied(base))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
