@@ -6,6 +6,7 @@ model lies, what it is, and how it is to be sampled. Every header is read once.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,27 +118,26 @@ class Checkpoint:
     @cached_property
     def students(self) -> dict[int, Checkpoint]:
         """The students in a model folder, by their steps: LoRAs where there is no whole one."""
-        whole = {_contract_of(student).steps: student for student in self._student_files("unet")}
-        return self.student_loras | whole
+        whole = self._student_files("unet")
+        # A LoRA beside a whole student of its name is of the same steps, and need not be read.
+        names = {student.path.name.replace("_unet.", "_lora.") for student in whole}
+        loras = _by_steps(self._student_files("lora", without=names))
+        return loras | {_contract_of(student).steps: student for student in whole}
 
     @cached_property
     def student_loras(self) -> dict[int, Checkpoint]:
         """The LoRAs in a model folder that make students, by the steps of these."""
-        loras = {}
-        for lora in self._student_files("lora"):
-            contract = _contract_of(lora)
-            if not goes_on_a_student(contract):
-                loras[contract.steps] = lora
-        return loras
+        return _by_steps(self._student_files("lora"))
 
-    def _student_files(self, kind: str) -> list[Checkpoint]:
-        """Look at the files of one kind in the folder `students`."""
+    def _student_files(self, kind: str, *, without: Collection[str] = ()) -> list[Checkpoint]:
+        """Look at the files of one kind in the folder `students`, but for those of some names."""
         if not self.is_folder:
             return []
         known = {file.path.resolve(): file for file in self.known}
         files = []
         for path in sorted(self.path.glob(f"students/*_{kind}.safetensors")):
-            files.append(known.get(path.resolve()) or _look_at_file(str(path), path))
+            if path.name not in without:
+                files.append(known.get(path.resolve()) or _look_at_file(str(path), path))
         return files
 
 
@@ -206,6 +206,12 @@ def student_path(contract: Contract, folder: Path) -> Path:
 def _look_at_file(name: str, path: Path) -> Checkpoint:
     header = read_header(path)
     return Checkpoint(name, path, header, kind_of(header))
+
+
+def _by_steps(loras: Iterable[Checkpoint]) -> dict[int, Checkpoint]:
+    """Return those LoRAs that make students, by the steps of these."""
+    contracts = [(_contract_of(lora), lora) for lora in loras]
+    return {contract.steps: lora for contract, lora in contracts if not goes_on_a_student(contract)}
 
 
 def _contract_of(student: Checkpoint) -> Contract:
