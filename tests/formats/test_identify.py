@@ -21,6 +21,10 @@ from twostep.formats.single_header import UNET
 
 SDXL = json.loads((Path(__file__).parents[2] / "benchmarks" / "sdxl_unet.json").read_text())
 ATTENTION = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+MOTION = "unet.up_blocks.0.motion_modules.1.transformer_blocks.0"
+ANIMATEDIFF = (
+    "up_blocks.0.motion_modules.1.temporal_transformer.transformer_blocks.0.attention_blocks.0"
+)
 ENCODERS = {"conditioner.embedders.0.transformer.x": (1,), "conditioner.embedders.1.model.x": (1,)}
 
 
@@ -166,6 +170,22 @@ def test_unets_are_told_by_their_shapes(
             {"image_proj.x": (1,), "ip_adapter.1.to_k_ip.weight": (1,)},
             "an IP-Adapter",
             "not twostep",
+        ),
+        (
+            {
+                f"{MOTION}.attn1.to_q.lora_A.weight": (4, 96),
+                f"{MOTION}.attn1.to_q.lora_B.weight": (96, 4),
+            },
+            "a LoRA for a motion module",
+            "twostep, on models of clips",
+        ),
+        (
+            {
+                f"{ANIMATEDIFF}.processor.to_q_lora.down.weight": (4, 320),
+                f"{ANIMATEDIFF}.processor.to_q_lora.up.weight": (320, 4),
+            },
+            "a LoRA for a motion module",
+            "AnimateDiff",
         ),
         ({"something": (1,)}, "no model that is known here", "not twostep"),
         ({}, "a file without any weights", "not twostep"),

@@ -25,6 +25,7 @@ NAMES = {
     "nano-audio-mse",
     "nano-audio-all",
     "nano-motion-chain",
+    "nano-motion-lora",
     "animatediff-sd15",
     "animatediff-sdxl",
     "stable-audio",

@@ -20,6 +20,7 @@ _KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 )
 _SMALLER = "SDXL's classes, in another size"
+_MOTION = "a motion module"
 
 DOWN = r"(lora_down|lora_A(\.\w+)?|lora(_linear_layer)?\.down)\.weight"
 """The first half of a LoRA's layer, in any dialect."""
@@ -55,6 +56,8 @@ class Kind:
     @property
     def readers(self) -> str:
         """The programs that load such a file."""
+        if self.architecture == _MOTION:
+            return "twostep, on models of clips; diffusers; AnimateDiff where it has its own names"
         if self.architecture is not None and not self.architecture.startswith("SDXL"):
             return "not twostep, which knows SDXL alone"
         if self.architecture == _SMALLER:
