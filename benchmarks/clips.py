@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -208,11 +208,11 @@ def main() -> None:
             of_truth = true_clips(asked, clips.shape[2], clips.shape[3])
             truth = score_clips(of_truth, wanted, judge, reference=reference)
             print(line("true clips", truth, None), flush=True)
-            figures["true clips"] = asdict(truth)
+            figures["true clips"] = truth.to_dict()
         compared = None if row.is_reference else reference
         report = score_clips(clips, wanted, judge, reference=compared)
         print(line(row.name, report, seconds), flush=True)
-        figures[row.name] = {**asdict(report), "seconds": seconds}
+        figures[row.name] = {**report.to_dict(), "seconds": seconds}
         stem = row.name.replace(", ", "-").replace(" ", "-")
         save_strips(clips, options.out / f"{stem}.png")
         save_moving(clips, options.out / f"{stem}.webp", row.bundle.codec.frames_per_second)

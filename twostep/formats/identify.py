@@ -57,7 +57,9 @@ class Kind:
     def readers(self) -> str:
         """The programs that load such a file."""
         if self.architecture == _MOTION:
-            return "twostep, on models of clips; diffusers; AnimateDiff where it has its own names"
+            return (
+                "twostep, on models of clips; diffusers; AnimateDiff, if it has AnimateDiff's names"
+            )
         if self.architecture is not None and not self.architecture.startswith("SDXL"):
             return "not twostep, which knows SDXL alone"
         if self.architecture == _SMALLER:

@@ -94,18 +94,16 @@ class MotionFamily:
         pictures = load_pictures(settings.bases, folder.path, outline=outline)
         config = MotionConfig.from_diffusers(read_json(folder.path / ADAPTER / _CONFIG))
         module = folder.path / ADAPTER / _WEIGHTS
-        lora = None
+        student = None
         if contract.role == "student":
-            student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
             # An exported student is a folder of its own, with its module in the teacher's place.
-            if student is not None and contract.lora_rank is None:
-                module = student.path
-            elif student is not None:
-                lora = student
+            student = folder.students.get(contract.steps) if checkpoint.is_folder else checkpoint
+        if student is not None and contract.lora_rank is None:
+            module = student.path
         network = _load_module(config, None if outline else module)
-        if lora is not None and not outline:
+        if student is not None and contract.lora_rank is not None and not outline:
             parts = {"unet": network}
-            merge_lora(read_lora(lora, parts, alpha=contract.lora_alpha), parts)
+            merge_lora(read_lora(student, parts, alpha=contract.lora_alpha), parts)
         adapter_file = folder.path / DOMAIN_ADAPTER
         has_adapter = adapter_file.exists() and not outline
         bundle = with_motion(

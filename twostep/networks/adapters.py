@@ -388,20 +388,20 @@ def checkpoint_gradients(network: Any) -> None:
     from torch.utils.checkpoint import checkpoint
 
     def run_block(block: nn.Module, *inputs: Any) -> Any:
-        return checkpoint(as_now(network, block), *inputs, use_reentrant=False)
+        return checkpoint(with_current_adapter(network, block), *inputs, use_reentrant=False)
 
     network.enable_gradient_checkpointing(run_block)
 
 
-def as_now(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that computes with the adapter of now, whichever is active by then."""
+def with_current_adapter(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that first activates the adapter that is active now, or none."""
     name = active(network)
 
-    def compute_so(*inputs: Any) -> Any:
+    def activate_and_compute(*inputs: Any) -> Any:
         activate(network, name)
         return compute(*inputs)
 
-    return compute_so
+    return activate_and_compute
 
 
 def merge(network: Any, name: str | None) -> Any:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from twostep.formats.motion_files import MotionConfig, MotionError, frame_positions
-from twostep.networks.adapters import as_now, fuse
+from twostep.networks.adapters import fuse, with_current_adapter
 from twostep.networks.backbone import BackboneSpec
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.domain_adapter import DomainAdapter
@@ -174,7 +174,8 @@ class MotionModule(nn.Module):
     def inserted(self, num_frames: int, numbers: FrameNumbers | None = None) -> Inserted:
         """Return what is inserted into a UNet for clips of so many frames.
 
-        While activations are recomputed, it computes with the LoRA of now whenever it is called.
+        Where activations are recomputed in the backward pass, another LoRA may be active by then:
+        every layer computes with the one that is active now.
 
         Args:
             num_frames: How many there are.
@@ -191,7 +192,9 @@ class MotionModule(nn.Module):
 
         def layers(block: Any) -> list[Callable[[Tensor], Tensor]]:
             computed: list[Callable[[Tensor], Tensor]] = block.layers(num_frames, numbers)
-            return [as_now(self, layer) for layer in computed] if self.recompute else computed
+            if not self.recompute:
+                return computed
+            return [with_current_adapter(self, layer) for layer in computed]
 
         return Inserted(
             down=[layers(block) for block in self.down_blocks],

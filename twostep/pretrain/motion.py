@@ -239,34 +239,33 @@ def train_motion(
     words = settings.words
     trained: nn.Module = backbone.network
     loss = _ClipLoss(teacher, settings, _lessons(clips, settings), _turns(clips, settings))
-    with ExitStack() as stack:
-        if words is not None and adapter is not None:
-            adapter.to(denoiser.device)
-            still = MotionModule(backbone.network.shape).requires_grad_(False).to(denoiser.device)
-            probes = KindProbes.on(still, clips.kinds, weight=words.weight)
-            loss = replace(loss, still=still, on_frames=probes)
-            frames = [_Turn(clips, words.loop.batch_size, "frames")]
-            with _applied(adapter, backbone):
-                train_network(
-                    adapter,
-                    replace(loss, lessons=(), turns=frames),
-                    words.loop,
-                    folder,
-                    name="words",
-                    on_iteration=on_iteration,
-                )
-            if words.learns_on_clips:
-                stack.enter_context(_applied(adapter, backbone))
-                trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
-                if words.weight_on_clips:
-                    probes = KindProbes.on(
-                        backbone.network, clips.kinds, weight=words.weight_on_clips
-                    )
-                    loss = replace(loss, on_clips=probes)
-            else:
-                for base in backbone.bases:
-                    merge_lora(adapter.changes(), {"unet": base})
-        backbone.network.requires_grad_(True)
+    applied: AbstractContextManager[None] = nullcontext()
+    if words is not None and adapter is not None:
+        adapter.to(denoiser.device)
+        still = MotionModule(backbone.network.shape).requires_grad_(False).to(denoiser.device)
+        probes = KindProbes.on(still, clips.kinds, weight=words.weight)
+        loss = replace(loss, still=still, on_frames=probes)
+        frames = [_Turn(clips, words.loop.batch_size, "frames")]
+        with _applied(adapter, backbone):
+            train_network(
+                adapter,
+                replace(loss, lessons=(), turns=frames),
+                words.loop,
+                folder,
+                name="words",
+                on_iteration=on_iteration,
+            )
+        if words.learns_on_clips:
+            applied = _applied(adapter, backbone)
+            trained = nn.ModuleDict({"motion": backbone.network, "adapter": adapter})
+            if words.weight_on_clips:
+                probes = KindProbes.on(backbone.network, clips.kinds, weight=words.weight_on_clips)
+                loss = replace(loss, on_clips=probes)
+        else:
+            for base in backbone.bases:
+                merge_lora(adapter.changes(), {"unet": base})
+    backbone.network.requires_grad_(True)
+    with applied:
         train_network(
             trained,
             loss,
