@@ -8,12 +8,19 @@ how near to it students could come; and the teacher in as many evaluations of it
 student has, with guidance (half as many steps) and without. `--control` names the folder of a
 matched run whose students are measured too. Seconds are those of one processor core, for one clip.
 
+    python benchmarks/clips.py --model nano-motion --base examples/openmoji \
+        --judge examples/openmoji/judge.safetensors --steps 12 --sampler dpmpp-2m --out runs/unseen
+
+`--base` puts the motion modules on another picture model than they were trained on, one that needs
+no word for its style; there are no true clips then.
+
 Figures are printed as a table and written as JSON, beside the first clips of every row, as a sheet
 of strips (PNG) and as one that moves (WebP).
 """
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,16 +30,17 @@ from random import Random
 import torch
 from torch import Tensor
 
-from twostep.evaluate.attributes import BACKGROUNDS, STYLES
+from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Attributes
 from twostep.evaluate.clip_scores import AskedClip, ClipReport, score_clips
-from twostep.evaluate.judge import load_judge
+from twostep.evaluate.judge import BUILT_IN, load_judge
 from twostep.evaluate.motions import MOTIONS
 from twostep.formats import resolve
 from twostep.media.image import to_images
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.motion import SETTINGS_FILE, read_settings
 from twostep.models.sampling import decode, encode_prompts, sample_prompts
-from twostep.pretrain.captions import complete_caption
+from twostep.pretrain.captions import open_caption
 from twostep.pretrain.clips import ClipLabels, animate, moving_caption, random_paths
 from twostep.pretrain.drawings import built_in_concepts, load_drawings
 
@@ -74,7 +82,7 @@ class Row:
     is_reference: bool = False
 
 
-def wishes(count: int) -> list[Wish]:
+def wishes(count: int, *, with_style: bool = True) -> list[Wish]:
     """Return complete prompts with every kind of motion in turn."""
     words = Random(0)
     concepts = built_in_concepts()
@@ -85,7 +93,8 @@ def wishes(count: int) -> list[Wish]:
         name = concept.names[0]
         style = words.choice(STYLES)
         background = words.choice(list(BACKGROUNDS))
-        picture = complete_caption(name, style, background)
+        named = Attributes((name,), style if with_style else None, background)
+        picture = open_caption(named)
         kind = kinds[number % len(kinds)]
         # The usual words, whatever the draw.
         usual = MOTIONS[kind].words[:1]
@@ -95,6 +104,17 @@ def wishes(count: int) -> list[Wish]:
         )
         made.append(Wish(prompt, AskedClip(kind, name), labels, FIRST_SEED + number))
     return made
+
+
+def on_base(model: str, base: Path, out: Path) -> str:
+    """Return a folder with the same motion modules on another picture model."""
+    folder = out / "on-base"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(resolve(model).path, folder)
+    settings = read_settings(folder)
+    changed = settings.model_copy(update={"bases": (str(base.resolve()),)})
+    (folder / SETTINGS_FILE).write_text(changed.model_dump_json())
+    return str(folder)
 
 
 def true_clips(asked: Sequence[Wish], num_frames: int, pixels: int) -> Tensor:
@@ -184,6 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="a model of clips, with its students")
     parser.add_argument("--control", help="a folder of students by another recipe")
+    parser.add_argument("--base", type=Path, help="another picture model, in the place of its own")
+    parser.add_argument("--judge", type=Path, default=BUILT_IN, help="of what pictures show")
     parser.add_argument("--count", type=int, default=36, help="prompts")
     parser.add_argument("--steps", type=int, help="of the teacher")
     parser.add_argument("--sampler", help="of the teacher")
@@ -194,8 +216,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    judge = load_judge()
-    asked = wishes(options.count)
+    if options.base:
+        options.model = on_base(options.model, options.base, options.out)
+    judge = load_judge(options.judge)
+    asked = wishes(options.count, with_style=options.base is None)
     wanted = [wish.asked for wish in asked]
     print("| model | motion | concept | amount | ratio | frames | changes | seconds |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
@@ -205,6 +229,7 @@ def main() -> None:
         clips, seconds = drawn(row, asked)
         if row.is_reference:
             reference = clips
+        if row.is_reference and options.base is None:
             of_truth = true_clips(asked, clips.shape[2], clips.shape[3])
             truth = score_clips(of_truth, wanted, judge, reference=reference)
             print(line("true clips", truth, None), flush=True)

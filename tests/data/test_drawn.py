@@ -6,9 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from twostep.data.drawn import DrawnItem, drawn_by_teacher, planned_items, read_prompts
+from twostep.data.drawn import (
+    DrawnItem,
+    drawn_by_teacher,
+    planned_items,
+    read_prompts,
+    walked_by_teacher,
+)
 from twostep.data.sources import DataError
-from twostep.models.sampling import encode_prompts, sample_prompts
+from twostep.diffusion.samplers import SamplerError
+from twostep.models.sampling import draw_noise, encode_prompts, sample_prompts
 from twostep.pretrain.model import random_bundle
 
 
@@ -45,6 +52,30 @@ def test_what_is_drawn_is_what_the_teacher_draws(teacher, tmp_path) -> None:
     path.write_bytes(b"x")
     with pytest.raises(DataError, match="is damaged"):
         drawn_by_teacher(teacher, tmp_path, lambda *each: None, **options)
+
+
+def test_whole_walks_are_kept_with_what_made_them(teacher, tmp_path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\n")
+    options = {"prompts": str(prompts), "count": 2, "steps": 4}
+    source = walked_by_teacher(teacher, tmp_path, lambda *_: None, **options, sampler="unipc")
+    assert source.walks.shape == (2, 5, 4, 16, 16) and source.walks.dtype == torch.float16
+    assert source.times == (1000, 750, 500, 250, 0)
+    item = source.items[1]
+    guided = encode_prompts(teacher, [item.prompt], (64, 64))
+    last = sample_prompts(teacher, guided, [item.seed], (64, 64), steps=4, sampler="unipc")
+    assert torch.equal(source.walks[1, -1], last[0].half())
+    assert torch.equal(source.walks[1, 0], draw_noise([item.seed], (4, 16, 16))[0].half())
+    # As examples they are where the walks end.
+    latents = source.draw_latents(3, torch.Generator().manual_seed(0))
+    walks = source.draw_walks(3, torch.Generator().manual_seed(0), random.Random(0))
+    assert torch.equal(latents, walks.states[:, -1].float())
+    again = walked_by_teacher(teacher, tmp_path, lambda *_: None, **options, sampler="unipc")
+    assert again.fingerprint() == source.fingerprint()
+    with pytest.raises(DataError, match=r"was drawn from .*unipc.*the recipe asks for"):
+        walked_by_teacher(teacher, tmp_path, lambda *_: None, **options)
+    with pytest.raises(SamplerError, match="dpm"):
+        walked_by_teacher(teacher, tmp_path / "new", lambda *_: None, **options, sampler="dpm")
 
 
 def test_every_network_draws_every_prompt_in_turn() -> None:

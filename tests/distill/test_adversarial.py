@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def judged_pair(perturbing: float | None = None) -> JudgedPair:
     return JudgedPair(
         taken=student,
         student=student,
+        landed=level(2 * FAKE).requires_grad_(),
         real=level(REAL),
         eps=x_t,
         perturbing=None if perturbing is None else torch.full((4, 4, 2, 2), perturbing),
@@ -77,7 +79,8 @@ def judged_pair(perturbing: float | None = None) -> JudgedPair:
 def loss(role: str, method: dict[str, object], perturbing: float | None = None) -> float:
     stage = make_stage(method)
     models = {"discriminator": Ruler()}
-    return float(Adversarial(stage).loss(role, judged_pair(perturbing), models)["total"])
+    total = Adversarial(stage).loss(role, judged_pair(perturbing), models)["total"]
+    return float(total.detach())
 
 
 def test_the_relativistic_loss_compares_real_and_fake_of_one_item() -> None:
@@ -111,6 +114,30 @@ def test_a_prompt_that_does_not_fit_is_a_further_fake() -> None:
     # Item i under the prompt of item i - 1: 10 less, and the first 30 more.
     told = (3 * softplus(torch.tensor(-10.0)) + softplus(torch.tensor(30.0))) / 4
     assert with_them - without == pytest.approx(0.5 * float(told), rel=1e-4)
+
+
+def test_the_students_landing_may_be_pulled_to_the_teachers_before_it_is_noised() -> None:
+    without = loss("student", {})
+    # `taken` of this pair lands on FAKE, the student on twice as much.
+    pulled = loss("student", {"regression_weight": 3.0})
+    assert pulled - without == pytest.approx(3.0 * float(FAKE.square().mean()), rel=1e-4)
+    assert loss("discriminator", {"regression_weight": 3.0}) == loss("discriminator", {})
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_pull_is_that_of_regression(teacher: Bundle, source: object, num_parts: int) -> None:
+    gradients = []
+    # In two parts the student's landing is computed a second time, in its turn.
+    for method in ({"regression_weight": 1e6}, {"name": "regression"}):
+        trainer = StageTrainer(make_stage(method), source, teacher.denoiser, make_student(teacher))
+        batches = replace(trainer.batches, num_parts=num_parts)
+        pair = trainer.method.draw(0, batches, trainer.models, Randomness.at(0, 0))
+        trainer.method.loss("student", pair, trainer.models)["total"].backward()
+        parameters = trainer.models["student"].network.parameters()
+        gradients.append(torch.cat([each.grad.flatten() for each in parameters]))
+    by_game, by_regression = gradients
+    assert torch.allclose(by_game / 1e6, by_regression, rtol=1e-3, atol=1e-6)
+    assert float(by_regression.norm()) > 1e-2
 
 
 def test_turns_follow_the_warmup_and_the_steps_of_the_discriminator() -> None:

@@ -16,6 +16,7 @@ from twostep.pretrain.clips import (
     moving_caption,
     moving_drawings,
     random_paths,
+    walked_drawings,
 )
 from twostep.pretrain.drawings import load_drawings
 from twostep.training.recipe import RecipeError
@@ -66,6 +67,16 @@ def test_source_shares_items_out_to_the_picture_models(teacher, tmp_path) -> Non
         firsts.add(conditioning.variants[0])
         assert source.empty(conditioning).variants == conditioning.variants
     assert firsts == {0, 1}
+
+
+def test_walks_to_the_drawings_are_shared_out_to_the_picture_models(teacher, tmp_path) -> None:
+    source = walked_drawings(teacher, tmp_path, lambda *_: None, count=3, steps=1, sampler="euler")
+    assert source.walks.shape == (3, 2, 4, 8, 16, 16) and source.times == (1000, 0)
+    moving = MovingDrawings(load_drawings(), teacher)
+    assert [item.prompt for item in source.items] == moving.captions(3, 900_000)
+    assert [item.variant for item in source.items] == [0, 1, 0]
+    walks = source.draw_walks(8, torch.Generator().manual_seed(0), random.Random(0))
+    assert set(walks.conditioning.variants) == {0, 1}
 
 
 def test_captions_end_with_the_motion() -> None:

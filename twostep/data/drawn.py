@@ -7,10 +7,15 @@ networks each draws its share, so that every item belongs to the network that it
 
 Latents are drawn once, kept in the run's folder, and read from there afterwards; what was drawn
 before an interruption is kept.
+
+A whole *walk* holds the latents at every point of the way too, from pure noise on. A student can
+learn its steps from these alone (`walks` of a method's landings): they start where it will start
+when it draws, the teacher need not be asked again, and may be as slow as it likes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +30,13 @@ from torch import Tensor
 
 from twostep.data.sources import DataError
 from twostep.data.texts import UnreadableTextError, read_lines
-from twostep.diffusion.shapes import Batch
+from twostep.data.walks import Walks
+from twostep.diffusion import find_sampler
+from twostep.diffusion.flow import Keep
+from twostep.diffusion.shapes import Batch, Time
 from twostep.files import write_atomically
 from twostep.models.bundle import Bundle, PromptEncoder
-from twostep.models.sampling import encode_prompts, sample_prompts
+from twostep.models.sampling import draw_noise, encode_prompts, sample_prompts, sampling_times
 from twostep.networks.backbone import num_variants
 from twostep.networks.conditioning import Conditioning
 from twostep.training.processes import wait, world
@@ -37,6 +45,7 @@ FIRST_SEED = 900_000
 """Seeds of what is drawn begin here; those of samples and of evaluation are others."""
 
 _FOLDER = "drawn"
+_WALKED = "walked"
 _METADATA_KEY = "twostep.drawn"
 
 
@@ -73,12 +82,7 @@ class DrawnSource:
     ) -> tuple[Batch, Conditioning]:
         """Return random latents and the conditioning of their prompts."""
         rows = torch.randint(len(self.items), (count,), generator=tensors)
-        chosen = [self.items[row] for row in rows.tolist()]
-        conditioning = self.text.conditioning([item.prompt for item in chosen], *self.size)
-        if self.has_variants:
-            variants = tuple(item.variant for item in chosen)
-            conditioning = replace(conditioning, variants=variants)
-        return self.latents[rows].float(), conditioning
+        return self.latents[rows].float(), self._conditioning(rows)
 
     def draw_latents(self, count: int, tensors: torch.Generator) -> Batch:
         """Return random latents alone."""
@@ -89,10 +93,40 @@ class DrawnSource:
         """Return the conditioning of the empty prompt for as many items, and the same networks."""
         return replace(self._empty.expand(len(like)), variants=like.variants)
 
+    def _conditioning(self, rows: Tensor) -> Conditioning:
+        chosen = [self.items[row] for row in rows.tolist()]
+        conditioning = self.text.conditioning([item.prompt for item in chosen], *self.size)
+        if not self.has_variants:
+            return conditioning
+        return replace(conditioning, variants=tuple(item.variant for item in chosen))
+
     @cached_property
     def _empty(self) -> Conditioning:
         with torch.no_grad():
             return self.text.conditioning([""], *self.size)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WalkedSource(DrawnSource):
+    """Whole walks of the teacher; as examples they are where these end.
+
+    Args:
+        walks: the latents at every point, in half precision [count, points, ...].
+        times: of the points, falling, the landing 0 included.
+    """
+
+    walks: Tensor
+    times: tuple[Time, ...]
+
+    @torch.no_grad()
+    def draw_walks(self, count: int, tensors: torch.Generator, words: Random) -> Walks:
+        """Return random walks and the conditioning of their prompts."""
+        rows = torch.randint(len(self.items), (count,), generator=tensors)
+        return Walks(self.walks[rows], self.times, self._conditioning(rows))
+
+    def fingerprint(self) -> str:
+        """Return a text that tells these walks from others."""
+        return hashlib.sha256(self.walks.numpy().tobytes()).hexdigest()
 
 
 def drawn_by_teacher(
@@ -119,21 +153,113 @@ def drawn_by_teacher(
     """
     variants = num_variants(teacher.denoiser.backbone)
     items = planned_items(read_prompts(Path(prompts)), count, variants)
-    folder = out / _FOLDER
+
+    def draw(item: DrawnItem) -> Tensor:
+        return _drawn(teacher, item, steps)
+
+    latents = _kept(out / _FOLDER, items, advance, draw=draw, made_by=[])
+    return DrawnSource(
+        latents[:, 0], items, teacher.text, teacher.contract.sizes[0], has_variants=variants > 1
+    )
+
+
+def walked_by_teacher(
+    teacher: Bundle,
+    out: Path,
+    advance: Callable[[int, int | None, str], None],
+    *,
+    prompts: str,
+    count: int = 512,
+    steps: int = 32,
+    sampler: str = "",
+) -> WalkedSource:
+    """Let the teacher walk from noise to what it draws: for `data` of a recipe with `walks`.
+
+    Args:
+        teacher: draws as its contract says, guidance included, where it is.
+        out: the run's folder; walks are kept in its folder `walked`.
+        advance: called with what is drawn, of how many, and a word on it.
+        prompts: a file with one prompt a line; they are taken in turns.
+        count: how many walks there are. Each holds a step of every student for every one of its
+            times, so few go far; what students learn of fewer than some hundreds is these.
+        steps: of the teacher, a multiple of every student's and of 4; `teacher_steps` in stages.
+        sampler: that the teacher walks by, `dpmpp-2m` or `unipc` for fewer steps; its own if empty.
+
+    Raises:
+        DataError: there are no prompts, or what lies in the folder was drawn from others.
+        SamplerError: the sampler's name is not known.
+    """
+    variants = num_variants(teacher.denoiser.backbone)
+    items = planned_items(read_prompts(Path(prompts)), count, variants)
+    return walks_of(teacher, items, out, advance, steps=steps, sampler=sampler)
+
+
+def walks_of(
+    teacher: Bundle,
+    items: tuple[DrawnItem, ...],
+    out: Path,
+    advance: Callable[[int, int | None, str], None],
+    *,
+    steps: int,
+    sampler: str,
+) -> WalkedSource:
+    """Return the teacher's walks to these items; arguments as of `walked_by_teacher`."""
+
+    def draw(item: DrawnItem) -> Tensor:
+        size = teacher.contract.sizes[0]
+        (noise,) = draw_noise([item.seed], teacher.latent_shape(*size))
+        points = [noise]
+
+        def keep(x: Tensor, s: Tensor) -> Tensor:
+            points.append(x[0].cpu())
+            return x
+
+        _drawn(teacher, item, steps, sampler=sampler or None, keep=keep)
+        return torch.stack(points)
+
+    if sampler:
+        find_sampler(sampler)
+    walks = _kept(out / _WALKED, items, advance, draw=draw, made_by=[steps, sampler])
+    return WalkedSource(
+        latents=walks[:, -1],
+        items=items,
+        text=teacher.text,
+        size=teacher.contract.sizes[0],
+        has_variants=num_variants(teacher.denoiser.backbone) > 1,
+        walks=walks,
+        times=sampling_times(teacher.contract, teacher.denoiser.schedule, steps=steps),
+    )
+
+
+def _kept(
+    folder: Path,
+    items: Sequence[DrawnItem],
+    advance: Callable[[int, int | None, str], None],
+    *,
+    draw: Callable[[DrawnItem], Tensor],
+    made_by: list[int | str],
+) -> Tensor:
+    """Return what is drawn of every item, from the folder where it was drawn before.
+
+    Args:
+        folder: takes a file of every item.
+        items: what is drawn.
+        advance: called with what is drawn, of how many, and a word on it.
+        draw: draws one.
+        made_by: what it depends on beside the item.
+    """
     if world().is_first:
         for number, item in enumerate(items):
             path = _path_of(folder, number)
             if not path.exists():
-                _write(path, _drawn(teacher, item, steps), item)
-            advance(number + 1, count, "drawn by the teacher")
+                _write(path, draw(item), _described(item, made_by))
+            advance(number + 1, len(items), "drawn by the teacher")
     wait()
-    latents = [_read(_path_of(folder, number), item) for number, item in enumerate(items)]
-    return DrawnSource(
-        torch.stack(latents),
-        items,
-        teacher.text,
-        teacher.contract.sizes[0],
-        has_variants=variants > 1,
+    return torch.stack(
+        [
+            _read(_path_of(folder, number), _described(item, made_by))
+            for number, item in enumerate(items)
+        ]
     )
 
 
@@ -165,7 +291,14 @@ def planned_items(prompts: Sequence[str], count: int, variants: int) -> tuple[Dr
     return tuple(items)
 
 
-def _drawn(teacher: Bundle, item: DrawnItem, steps: int) -> Tensor:
+def _drawn(
+    teacher: Bundle,
+    item: DrawnItem,
+    steps: int,
+    *,
+    sampler: str | None = None,
+    keep: Keep | None = None,
+) -> Tensor:
     """Return the latents of one item [1, ...]."""
     size = teacher.contract.sizes[0]
     with torch.no_grad():
@@ -177,34 +310,35 @@ def _drawn(teacher: Bundle, item: DrawnItem, steps: int) -> Tensor:
     guided = replace(
         guided, positive=replace(guided.positive, variants=variants), negative=negative
     )
-    return sample_prompts(teacher, guided, [item.seed], size, steps=steps)
+    return sample_prompts(
+        teacher, guided, [item.seed], size, steps=steps, sampler=sampler, keep=keep
+    )
 
 
 def _path_of(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.safetensors"
 
 
-def _write(path: Path, latents: Tensor, item: DrawnItem) -> None:
-    metadata = {_METADATA_KEY: _described(item)}
+def _write(path: Path, latents: Tensor, described: str) -> None:
     with write_atomically(path) as file:
-        file.write(save({"latents": latents.half().cpu().contiguous()}, metadata))
+        file.write(save({"latents": latents.half().cpu().contiguous()}, {_METADATA_KEY: described}))
 
 
-def _read(path: Path, item: DrawnItem) -> Tensor:
-    """Return the latents of one item without the batch; DataError if they are of another."""
+def _read(path: Path, described: str) -> Tensor:
+    """Return the latents of one item; DataError if they are of another."""
     try:
         with safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get(_METADATA_KEY)
-            latents: Tensor = file.get_tensor("latents")[0]
+            latents: Tensor = file.get_tensor("latents")
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is damaged ({error}). Delete it; it is drawn again.") from error
-    if found != _described(item):
+    if found != described:
         raise DataError(
-            f"{path} was drawn from {found}, and the recipe asks for {_described(item)}. Delete "
+            f"{path} was drawn from {found}, and the recipe asks for {described}. Delete "
             f"the folder {path.parent}, or start under another --out."
         )
     return latents
 
 
-def _described(item: DrawnItem) -> str:
-    return json.dumps([item.prompt, item.seed, item.variant])
+def _described(item: DrawnItem, made_by: Sequence[int | str] = ()) -> str:
+    return json.dumps([item.prompt, item.seed, item.variant, *made_by])

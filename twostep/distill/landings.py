@@ -16,15 +16,23 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
-from twostep.diffusion import trained_times
+from twostep.diffusion import Schedule, landing, trained_times
 from twostep.diffusion.shapes import sent
 from twostep.distill.bank import CHUNK, Bank, digest_of_examples, digest_of_weights
 from twostep.distill.method import Cost, MethodSettings
-from twostep.distill.pairs import Batches, Start, Transition, draw_start, teacher_step
+from twostep.distill.pairs import (
+    Batches,
+    Start,
+    Transition,
+    draw_start,
+    draw_times,
+    teacher_step,
+)
 from twostep.networks.conditioning import Conditioning
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
 from twostep.training.processes import world
+from twostep.training.recipe import RecipeError
 
 if TYPE_CHECKING:
     from twostep.distill.recipe import Stage
@@ -46,6 +54,11 @@ class LandingSettings(MethodSettings):
     )
     bank_size: int = Field(
         16_384, gt=0, description="examples that are drawn from the bank; a multiple of batch_size"
+    )
+    walks: bool = Field(
+        False,
+        description="learn steps of the teacher's whole walks from pure noise, which the data "
+        "hold, in the place of steps from noised examples; the teacher is not asked again",
     )
     time_weights: tuple[float, ...] | None = Field(
         None,
@@ -86,8 +99,16 @@ class Landings:
         if self.settings.time_weights is not None:
             count = len(trained_times(self.stage.student_steps))
             check_weights("time_weights", self.settings.time_weights, count)
+        if self.settings.walks:
+            self._check_walk_settings()
         if self.settings.bank is not None:
             self._check_bank_settings()
+
+    def _check_walk_settings(self) -> None:
+        if self.settings.bank is not None or self.settings.reuse > 1:
+            raise ValueError("walks are kept already: leave bank and reuse out")
+        if self.stage.guidance > 1:
+            raise ValueError("walks were guided when they were made: leave guidance out")
 
     def _check_bank_settings(self) -> None:
         batch_size = self.stage.batch_size
@@ -116,8 +137,11 @@ class Landings:
         """Return the teacher's step of an iteration.
 
         Raises:
-            RecipeError: the bank holds landings of another teacher, other data or another grid.
+            RecipeError: the bank holds landings of another teacher, other data or another grid, or
+                the data no walks, or walks on another grid.
         """
+        if self.settings.walks:
+            return self._from_walks(batches, teacher.schedule, random)
         if self.settings.bank is not None:
             return self._from_bank(iteration, batches, teacher)
         number = iteration % self.num_batches
@@ -133,6 +157,8 @@ class Landings:
 
     def cost(self) -> Cost:
         """Return the teacher's calls per example, and how many batches stay in memory."""
+        if self.settings.walks:
+            return Cost(0)
         num_calls = self.teacher_steps // self.student_steps
         if self.stage.guidance > 1:
             num_calls *= 2
@@ -161,6 +187,26 @@ class Landings:
             teacher_steps=self.teacher_steps,
             guidance=self.stage.guidance,
         )
+
+    def _from_walks(self, batches: Batches, schedule: Schedule, random: Randomness) -> Transition:
+        """Return a step of every walk, from a time that is drawn for it."""
+        walks = batches.walks(random)
+        if len(walks.times) != self.teacher_steps + 1:
+            raise RecipeError(
+                f"stage {self.stage.name} has teacher_steps {self.teacher_steps}, and the data "
+                f"hold walks of {len(walks.times) - 1} steps: give the same number."
+            )
+        drawn = draw_times(
+            self.stage.student_steps,
+            batches.batch_size,
+            random.tensors,
+            schedule,
+            weights=self.settings.time_weights,
+        )
+        t = batches.share(drawn)
+        s = landing(t, self.student_steps, schedule)
+        x_t, x_s = (sent(walks.at(times).float(), batches.device) for times in (t, s))
+        return Transition(x_t=x_t, x_s=x_s, t=t, s=s, conditioning=walks.conditioning)
 
     def _from_bank(self, iteration: int, batches: Batches, teacher: Denoiser) -> Transition:
         """Return a batch of the bank; every pass over it goes in an order of its own."""

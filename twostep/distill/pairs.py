@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
+from twostep.data.walks import Walks
 from twostep.diffusion import Denoise, Schedule, landing, solve, step, trained_times
 from twostep.diffusion.shapes import Batch, Times, as_column, sent
 from twostep.distill.times import draw_weighted_times
@@ -24,6 +25,7 @@ from twostep.networks.denoiser import Denoiser
 from twostep.training.device import has_own_memory
 from twostep.training.loop import Randomness
 from twostep.training.processes import World, world
+from twostep.training.recipe import RecipeError
 
 NOISED_SHARES = (0.01, 0.25, 0.5, 0.75)
 """Where t* lies, to which clean landings are noised before they are judged (section 3.7.2).
@@ -51,6 +53,14 @@ class DrawsLatents(Protocol):
 
     def draw_latents(self, count: int, tensors: torch.Generator) -> Tensor:
         """Return `count` latents of one size."""
+
+
+@runtime_checkable
+class HasWalks(Protocol):
+    """A source of whole walks of the teacher."""
+
+    def draw_walks(self, count: int, tensors: torch.Generator, words: Random) -> Walks:
+        """Return `count` random walks, on the CPU."""
 
 
 @runtime_checkable
@@ -110,6 +120,17 @@ class Batches:
             return self.source.draw_latents(self.batch_size, random.tensors)
         x0, _ = self.source.draw(self.batch_size, random.tensors, random.words)
         return x0
+
+    def walks(self, random: Randomness) -> Walks:
+        """Draw walks of the teacher, which stay on the CPU; RecipeError if there are none."""
+        if not isinstance(self.source, HasWalks):
+            raise RecipeError(
+                "walks: the data hold examples, and no walks of the teacher. Give data that do, as "
+                '"twostep.data.drawn:walked_by_teacher", or leave walks out.'
+            )
+        drawn = self.source.draw_walks(self.batch_size, random.tensors, random.words)
+        conditioning = drawn.conditioning[self.slice].to(self.device)
+        return Walks(drawn.states[self.slice], drawn.times, conditioning)
 
     def expect(self, random: Randomness) -> None:
         """Let the source read ahead what an iteration of this randomness will draw.

@@ -230,6 +230,7 @@ def sample_prompts(
     steps: int | None = None,
     sampler: str | Sampler | None = None,
     on_step: OnStep | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Draw latents from pure noise, one for each item of `guided`, without gradients.
 
@@ -241,6 +242,7 @@ def sample_prompts(
         steps: Network calls; None is the contract's number.
         sampler: A sampler or its name; None is the contract's.
         on_step: Called after every network call.
+        keep: Called with the latents of every point, as in `sample_latents`.
     """
     contract = bundle.contract
     noise = draw_noise(seeds, bundle.latent_shape(*size), bundle.denoiser.device)
@@ -253,6 +255,7 @@ def sample_prompts(
             seeds=seeds,
             sampler=sampler or contract.sampler,
             on_step=on_step,
+            keep=keep,
         )
 
 

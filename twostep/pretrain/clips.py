@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from twostep.data.drawn import FIRST_SEED, WalkedSource, planned_items, walks_of
 from twostep.evaluate.attributes import BACKGROUNDS
 from twostep.evaluate.motions import MOTIONS, find_motion
 from twostep.models.bundle import Bundle
@@ -253,6 +254,13 @@ class MovingDrawings:
         latents = self.bundle.codec.encode(clips).float().cpu()
         return latents, captions, [each.kind for each in labels]
 
+    def captions(self, count: int, seed: int) -> list[str]:
+        """Return captions of random clips, which nobody draws; the same ones of a seed."""
+        words = Random(seed)
+        tensors = torch.Generator().manual_seed(seed)
+        _, labels = self.compose(count, tensors, numbers=torch.tensor([0]))
+        return [self.caption(each, words) for each in labels]
+
     def caption(self, labels: ClipLabels, words: Random) -> str:
         """Return a caption of one clip: what a picture of it is called, and how it moves."""
         return moving_caption(self._picture_caption(labels, words), labels.kind, words)
@@ -337,3 +345,28 @@ def moving_drawings(
     width, height = teacher.contract.sizes[0]
     variants = num_variants(teacher.denoiser.backbone)
     return ClipSource(clips, teacher.text, width, height, num_variants=variants)
+
+
+def walked_drawings(
+    teacher: Bundle,
+    out: Path,
+    advance: Callable[[int, int | None, str], None],
+    *,
+    drawings: str = str(BUILT_IN),
+    count: int = 256,
+    steps: int = 16,
+    sampler: str = "dpmpp-2m",
+) -> WalkedSource:
+    """Let the teacher walk from noise to clips with the captions of moving drawings, for `data`.
+
+    Args:
+        teacher: a model of clips.
+        out: the run's folder; walks are kept in its folder `walked`.
+        advance: called with what is drawn, of how many, and a word on it.
+        drawings: folder of the drawings whose captions are taken; the built-in ones if not given.
+        count, steps, sampler: as of `data.drawn.walked_by_teacher`.
+    """
+    clips = MovingDrawings(load_drawings(Path(drawings)), teacher)
+    prompts = clips.captions(count, FIRST_SEED)
+    items = planned_items(prompts, count, num_variants(teacher.denoiser.backbone))
+    return walks_of(teacher, items, out, advance, steps=steps, sampler=sampler)

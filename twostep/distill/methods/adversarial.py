@@ -162,6 +162,12 @@ class AdversarialSettings(DiscriminatorSettings):
         description="how often clean landings are noised to t* = 10, 250, 500, 750 before they "
         "are judged (section 3.7.2), for one and two steps",
     )
+    regression_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean squared error between the two landings, beside the game, "
+        "as in regression alone; it costs no call of a network",
+    )
     matching_weight: float = Field(
         0.0, ge=0, description="weight of distribution matching (arXiv 2405.14867) for the student"
     )
@@ -203,6 +209,7 @@ class JudgedPair:
         taken: the step from x_t to what counts as real, before it is noised.
         student: the step from x_t to where the student landed, as it is judged: a clean landing is
             noised to t*, and s is then t*. It has a graph if the student's turn follows at once.
+        landed: where the student landed, before it is noised; with a graph if `student` has one.
         real: where the teacher landed, noised alike.
         eps: the noise of t*.
         perturbing: small noise for the penalties; None without them.
@@ -211,6 +218,7 @@ class JudgedPair:
 
     taken: Transition
     student: Transition
+    landed: Batch
     real: Batch
     eps: Batch
     perturbing: Batch | None = None
@@ -332,14 +340,14 @@ class Adversarial(Method[JudgedPair]):
         eps = batches.noise(taken.x_t, random)
         real = noise_landed(taken.x_s, taken.s, seen_at, eps, schedule)
         with torch.set_grad_enabled(has_graph):
-            judged, x0 = _land(student, taken, seen_at, eps)
+            judged, landed, x0 = _land(student, taken, seen_at, eps)
         perturbing = None
         if self.settings.r1_weight > 0 or self.settings.r2_weight > 0:
             perturbing = self.settings.perturbation * batches.noise(real, random)
         matched = None
         if self.settings.matching_weight > 0:
             matched = self._draw_matched(x0, taken, batches, student, random)
-        return JudgedPair(taken, judged, real, eps, perturbing, matched)
+        return JudgedPair(taken, judged, landed, real, eps, perturbing, matched)
 
     def _real_step(
         self, iteration: int, batches: Batches, teacher: Denoiser, random: Randomness
@@ -410,9 +418,9 @@ class Adversarial(Method[JudgedPair]):
         judge: Judge = models[DISCRIMINATOR]
         matched = pair.matched
         if not pair.student.x_s.requires_grad:
-            judged, x0 = _land(models["student"], pair.taken, pair.student.s, pair.eps)
+            judged, landed, x0 = _land(models["student"], pair.taken, pair.student.s, pair.eps)
             matched = matched and replace(matched, x0=x0)
-            pair = replace(pair, student=judged)
+            pair = replace(pair, student=judged, landed=landed)
         if self.settings.loss == "relativistic":
             fake, real = judge_fake(judge, pair.student, beside=[pair.real])
             adversarial = softplus(real - fake).mean()
@@ -420,20 +428,27 @@ class Adversarial(Method[JudgedPair]):
             # -log D(fake) (equation 12 of arXiv 2402.13929).
             (fake,) = judge_fake(judge, pair.student)
             adversarial = softplus(-fake).mean()
-        if matched is None:
-            return {"total": adversarial}
-        matching = distribution_matching_loss(
-            matched.x0,
-            pair.student.conditioning,
-            matched.t,
-            matched.eps,
-            teacher=models["teacher"],
-            fake=models[FAKE_SCORE],
-            guidance=self.settings.matching_guidance,
-            empty=matched.empty,
-        )
-        total = adversarial + self.settings.matching_weight * matching
-        return {"total": total, "adversarial": adversarial, "matching": matching}
+        total = adversarial
+        terms = {}
+        if self.settings.regression_weight > 0:
+            difference = pair.landed - pair.taken.x_s
+            terms["regression"] = (difference.float() ** 2).mean()
+            total = total + self.settings.regression_weight * terms["regression"]
+        if matched is not None:
+            terms["matching"] = distribution_matching_loss(
+                matched.x0,
+                pair.student.conditioning,
+                matched.t,
+                matched.eps,
+                teacher=models["teacher"],
+                fake=models[FAKE_SCORE],
+                guidance=self.settings.matching_guidance,
+                empty=matched.empty,
+            )
+            total = total + self.settings.matching_weight * terms["matching"]
+        if not terms:
+            return {"total": total}
+        return {"total": total, "adversarial": adversarial, **terms}
 
     def _discriminator_loss(self, judge: Judge, pair: JudgedPair) -> Mapping[str, Tensor]:
         settings = self.settings
@@ -500,8 +515,8 @@ class Adversarial(Method[JudgedPair]):
 
 def _land(
     student: Denoiser, taken: Transition, seen_at: Times, eps: Batch
-) -> tuple[Transition, Batch]:
-    """Return the student's step as it is judged, and the clean latents that it predicts.
+) -> tuple[Transition, Batch, Batch]:
+    """Return the student's step as it is judged, where it landed, and the x0 that it predicts.
 
     Args:
         student: takes one step.
@@ -512,7 +527,7 @@ def _land(
     prediction = student(taken.x_t, taken.t, taken.conditioning)
     landed = step(prediction, taken.s, student.schedule)
     seen = noise_landed(landed, taken.s, seen_at, eps, student.schedule)
-    return replace(taken, x_s=seen, s=seen_at), prediction.x0
+    return replace(taken, x_s=seen, s=seen_at), landed, prediction.x0
 
 
 def judge_landings(judge: Judge, step: Transition, landings: Sequence[Batch]) -> list[Tensor]:

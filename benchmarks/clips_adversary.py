@@ -1,0 +1,281 @@
+"""Does a discriminator do for clips what regression cannot? Arms of one start, teacher and time.
+
+    python benchmarks/clips_adversary.py --out runs/clips-adversary --prepare
+    python benchmarks/clips_adversary.py --out runs/clips-adversary --arms regression,both \\
+        --seeds 0,1,2 --minutes 15
+
+Every arm trains nano-motion's 2-step student on, a LoRA on the motion module, for so many minutes
+of one processor core, everything its own networks and the teacher compute included.
+
+With `--data walks` all learn steps of the teacher's whole walks (16 guided steps of DPM-Solver++),
+which `--prepare` makes; the teacher is not asked again. With `drawn` the shipped 4-step student
+teaches, as in a chain, from clips that it drew itself (as arXiv 2403.12706 does), and with
+`drawings` from moving drawings.
+
+Measured are the same prompts as `benchmarks/clips.py` has, against the teacher's clips of the same
+noise. What is finished stays; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from clips import Row, Wish, drawn, line, save_moving, save_strips, wishes
+from safetensors.torch import load_file, save, save_file
+
+from twostep.data.drawn import FIRST_SEED, DrawnItem, DrawnSource
+from twostep.distill.chain import prepared_stages
+from twostep.distill.pairs import Source
+from twostep.distill.recipe import DistillRecipe
+from twostep.distill.roles import file_weights
+from twostep.distill.trainer import train_stage
+from twostep.evaluate.clip_scores import score_clips
+from twostep.evaluate.judge import load_judge
+from twostep.files import write_atomically
+from twostep.formats import resolve
+from twostep.models.bundle import Bundle
+from twostep.models.loading import load_bundle
+from twostep.models.sampling import encode_prompts, sample_prompts
+from twostep.pretrain.clips import MovingDrawings, moving_drawings, walked_drawings
+from twostep.pretrain.drawings import load_drawings
+from twostep.training.run_folder import RunFolder
+
+MODEL = "nano-motion"
+STEPS = 2
+WALK = 16
+"""Steps of the teacher's walks."""
+
+GUIDANCE = 3.0
+
+TIMES = (3.0, 1.0, 3.0, 1.0)
+"""How often each trained time is drawn: more often those at which two steps begin."""
+
+GAME: dict[str, Any] = {
+    "name": "adversarial",
+    "objective": "unconditional",
+    "time_weights": TIMES,
+    "discriminator_learning_rate": 2e-4,
+    "head_learning_rate": 1e-3,
+    "r1_weight": 0.05,
+    "discriminator_warmup": 15,
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "regression": {
+        "method": {"name": "regression", "time_weights": TIMES},
+        "learning_rate": 5e-4,
+    },
+    "both": {"method": {**GAME, "regression_weight": 300.0}, "learning_rate": 3e-4},
+    "both-less": {"method": {**GAME, "regression_weight": 1000.0}, "learning_rate": 3e-4},
+    "adversarial": {"method": GAME, "learning_rate": 1e-4},
+    "lightning": {
+        "method": {
+            "name": "lightning",
+            "objective": "conditional",
+            "time_weights": TIMES,
+            "discriminator_learning_rate": 2e-4,
+        },
+        "learning_rate": 1e-4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    arm: str
+    data: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its figures."""
+        return f"{self.arm}-{self.data}-seed{self.seed}"
+
+
+def reference(out: Path, asked: Sequence[Wish]) -> torch.Tensor:
+    """Return the first teacher's clips, from the folder if they are there."""
+    path = out / f"reference-{len(asked)}.safetensors"
+    if not path.exists():
+        row = Row("teacher", load_bundle(MODEL), steps=12, sampler="dpmpp-2m", guidance=GUIDANCE)
+        clips, _ = drawn(row, asked)
+        save_file({"clips": clips}, path)
+    return load_file(path)["clips"]
+
+
+def drawn_source(out: Path, teacher: Bundle, count: int) -> DrawnSource:
+    """Return clips that the 4-step student drew, from the folder if they are there."""
+    path = out / f"drawn-{count}.safetensors"
+    words = Random(0)
+    tensors = torch.Generator().manual_seed(FIRST_SEED)
+    moving = MovingDrawings(load_drawings(), teacher)
+    _, labels = moving.compose(count, tensors, torch.tensor([0]))
+    prompts = [moving.caption(each, words) for each in labels]
+    items = tuple(DrawnItem(each, FIRST_SEED + place) for place, each in enumerate(prompts))
+    size = teacher.contract.sizes[0]
+    if not path.exists():
+        student = load_bundle(MODEL, steps=2 * STEPS)
+        latents = []
+        with torch.no_grad():
+            for item in items:
+                guided = encode_prompts(student, [item.prompt], size)
+                latents.append(sample_prompts(student, guided, [item.seed], size).half())
+        save_file({"latents": torch.cat(latents)}, path)
+    return DrawnSource(load_file(path)["latents"], items, teacher.text, size)
+
+
+def source_of(job: Job, options: argparse.Namespace, teacher: Bundle) -> Source:
+    """Return the examples of a training."""
+    if job.data == "walks":
+        return walked_drawings(teacher, options.out, print_progress, count=options.walks)
+    if job.data == "drawn":
+        return drawn_source(options.out, teacher, options.drawn)
+    return moving_drawings(teacher, options.out, lambda *_: None)
+
+
+def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
+    """Return the one stage of a training, which ends by the clock."""
+    shipped = resolve(MODEL).path / "students" / f"nano-motion_{STEPS}step_lora.safetensors"
+    start = options.start or shipped
+    arm = ARMS[job.arm]
+    is_walked = job.data == "walks"
+    stage = {
+        "student_steps": STEPS,
+        "teacher": "first",
+        "teacher_steps": WALK if is_walked else 2 * STEPS,
+        "iterations": options.iterations or 1_000_000,
+        "limit_seconds": None if options.iterations else 60 * options.minutes,
+        "batch_size": options.batch,
+        "lora_rank": 32,
+        "lora_start": str(start),
+        "precision": "fp32",
+        "warmup_iterations": 10,
+        "ema_decay": 0.98,
+        "decay_share": 0.5,
+        "log_every": 5,
+        "checkpoint_every": 1_000_000,
+        "checkpoint_seconds": 300,
+        "seed": job.seed,
+        **arm,
+        "method": {**arm["method"], "walks": is_walked},
+    }
+    return DistillRecipe.model_validate(
+        {"model": MODEL, "data": "builtin", "sample_prompts": ["a fox"], "stages": [stage]}
+    )
+
+
+def run(job: Job, options: argparse.Namespace) -> None:
+    """Train one student and measure it."""
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    teacher = load_bundle(MODEL)
+    recipe = make_recipe(job, options)
+    folder = options.out / job.name
+    (prepared,) = prepared_stages(recipe, teacher.as_teacher())
+    done = 0
+
+    def count(iteration: int, figures: Any) -> None:
+        nonlocal done
+        done = iteration
+
+    train_stage(
+        prepared.stage,
+        source_of(job, options, teacher),
+        teacher=load_bundle(MODEL, steps=2 * STEPS).denoiser.standalone(),
+        student=prepared.student,
+        folder=RunFolder(folder, recipe),
+        codec=teacher.codec,
+        on_iteration=count,
+    )
+    seconds = time.monotonic() - began
+    shipped = load_bundle(MODEL, steps=STEPS).contract
+    with write_atomically(folder / "student.safetensors") as file:
+        file.write(save(file_weights(prepared.student)))
+    student = replace(teacher, denoiser=prepared.student, contract=shipped)
+    report(job.name, student, options, job=asdict(job), iterations=done, trained=round(seconds))
+
+
+def report(name: str, bundle: Bundle, options: argparse.Namespace, **beside: Any) -> None:
+    """Draw the clips of a model, measure them, and write figures and sheets."""
+    asked = wishes(options.count)
+    truth = reference(options.out, asked)
+    clips, seconds = drawn(Row(name, bundle), asked)
+    wanted = [wish.asked for wish in asked]
+    found = score_clips(clips, wanted, load_judge(), reference=truth)
+    print(line(name, found, seconds), flush=True)
+    folder = options.out / "clips"
+    folder.mkdir(exist_ok=True)
+    save_strips(clips, folder / f"{name}.png")
+    save_moving(clips, folder / f"{name}.webp", bundle.codec.frames_per_second)
+    save_file({"clips": clips.half()}, folder / f"{name}.safetensors")
+    with write_atomically(report_path(name, options.out)) as file:
+        file.write(json.dumps({**found.to_dict(), **beside}, indent=2).encode())
+
+
+def print_progress(done: int, total: int | None, words: str) -> None:
+    """Say what is done, now and then."""
+    if done % 16 == 0:
+        print(f"{done} of {total} {words}", flush=True)
+
+
+def report_path(name: str, out: Path) -> Path:
+    """Return where the figures of a training stand."""
+    return out / f"{name}.json"
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Measure what ships, and compute what the arms share."""
+    torch.set_num_threads(1)
+    walked_drawings(load_bundle(MODEL), options.out, print_progress, count=options.walks)
+    reference(options.out, wishes(options.count))
+    for steps in resolve(MODEL).students:
+        report(f"shipped-{steps}", load_bundle(MODEL, steps=steps), options)
+
+
+def main() -> None:
+    """Train and measure what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--data", default="walks", choices=("walks", "drawn", "drawings"))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--minutes", type=float, default=15, help="of every training")
+    parser.add_argument("--iterations", type=int, help="in the place of minutes")
+    parser.add_argument("--batch", type=int, default=2, help="clips an iteration")
+    parser.add_argument(
+        "--drawn", type=int, default=240, help="clips that the 4-step student draws"
+    )
+    parser.add_argument("--count", type=int, default=54, help="prompts to measure on")
+    parser.add_argument("--prepare", action="store_true", help="what the arms share, and no more")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.prepare:
+        prepare(options)
+        return
+    if options.job is not None:
+        arm, seed = options.job.split(":")
+        run(Job(arm, options.data, int(seed)), options)
+        return
+    for seed in map(int, options.seeds.split(",")):
+        for arm in options.arms.split(","):
+            job = Job(arm, options.data, seed)
+            if report_path(job.name, options.out).exists():
+                continue
+            words = [*sys.argv[1:], "--job", f"{arm}:{seed}"]
+            if subprocess.run([sys.executable, __file__, *words]).returncode:
+                print(f"{job.name} failed", flush=True)
+
+
+if __name__ == "__main__":
+    main()
