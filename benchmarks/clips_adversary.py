@@ -64,9 +64,8 @@ GAME: dict[str, Any] = {
     "name": "adversarial",
     "objective": "unconditional",
     "time_weights": TIMES,
-    "discriminator_learning_rate": 2e-4,
+    "discriminator_learning_rate": 1e-4,
     "head_learning_rate": 1e-3,
-    "r1_weight": 0.05,
     "discriminator_warmup": 15,
 }
 ARMS: dict[str, dict[str, Any]] = {
@@ -74,8 +73,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "method": {"name": "regression", "time_weights": TIMES},
         "learning_rate": 5e-4,
     },
-    "both": {"method": {**GAME, "regression_weight": 300.0}, "learning_rate": 3e-4},
-    "both-less": {"method": {**GAME, "regression_weight": 1000.0}, "learning_rate": 3e-4},
+    "both": {"method": {**GAME, "regression_weight": 300.0}, "learning_rate": 5e-4},
     "adversarial": {"method": GAME, "learning_rate": 1e-4},
     "lightning": {
         "method": {
@@ -252,6 +250,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15, help="of every training")
     parser.add_argument("--iterations", type=int, help="in the place of minutes")
     parser.add_argument("--batch", type=int, default=2, help="clips an iteration")
+    parser.add_argument("--start", type=Path, help="the LoRA that is trained on; else what ships")
+    parser.add_argument("--walks", type=int, default=256, help="walks of the teacher")
     parser.add_argument(
         "--drawn", type=int, default=240, help="clips that the 4-step student draws"
     )

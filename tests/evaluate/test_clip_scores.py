@@ -46,6 +46,31 @@ def test_the_same_clips_are_at_no_distance(judge, clips) -> None:
     assert set(report.to_dict()) >= {"motion", "motion_ratio", "frechet_changes"}
 
 
+def test_intervals_are_over_clips(judge, clips) -> None:
+    moving, asked = clips
+    # Another clip in the place of each of the last four.
+    changed = torch.cat([moving[:12], moving[:4]])
+    report = score_clips(changed, asked, judge, reference=moving)
+    for name, (low, high) in report.intervals.items():
+        assert low <= getattr(report, name) <= high, name
+    assert set(report.intervals) == {
+        "motion",
+        "concept",
+        "motion_amount",
+        "motion_ratio",
+        "frechet_frames",
+        "frechet_changes",
+    }
+    low, high = report.intervals["frechet_frames"]
+    assert low < report.frechet_frames < high
+    same = score_clips(moving, asked, judge, reference=moving)
+    # Ratios to oneself do not vary, whatever the prompts.
+    assert same.intervals["motion_ratio"] == (1, 1)
+    # One with others than its own prompts' has no ratio of pairs to resample.
+    fewer = score_clips(moving, asked, judge, reference=moving[:8])
+    assert fewer.intervals["motion_ratio"] == (None, None)
+
+
 def test_frozen_clips_are_near_in_frames_and_far_in_changes(judge, clips) -> None:
     """What few-step video loses: every frame is right, and nothing moves."""
     moving, asked = clips

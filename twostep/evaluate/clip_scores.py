@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twostep.evaluate.frechet import fit_features, frechet_distance
+from twostep.evaluate.bootstrap import Estimate, Resamples
+from twostep.evaluate.frechet import fit_features, frechet_distance, frechet_influences
 from twostep.evaluate.judge import Judge
 from twostep.evaluate.measurements import EvaluationError
 from twostep.evaluate.motions import MOTIONS
@@ -70,16 +71,18 @@ class ClipReport:
         frechet_frames: Frechet distance to the reference in the judge's features of frames.
         frechet_changes: the same of the differences of these from frame to frame, which do not
             depend on what is shown but on how it moves.
+        intervals: by the names of the figures above, the 95 % interval over clips.
     """
 
     num_clips: int
     motion: float
     motion_by_kind: dict[str, float]
-    concept: float | None
     motion_amount: float
+    concept: float | None = None
     motion_ratio: float | None = None
     frechet_frames: float | None = None
     frechet_changes: float | None = None
+    intervals: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures by their names, for JSON."""
@@ -121,23 +124,28 @@ def score_clips(
     shown: dict[str, list[str]] = {}
     for found, kind in zip(kinds, wanted, strict=True):
         shown.setdefault(kind, []).append(found)
-    compared: dict[str, float] = {}
+    right = torch.tensor([float(a == b) for a, b in zip(kinds, wanted, strict=True)])
+    amounts = motion_amount(clips)
+    resamples = Resamples(range(len(clips)))
+    estimates = {"motion": resamples.mean(right), "motion_amount": resamples.mean(amounts)}
+    concepts = _concept_shares(clips, tracks, asked, judge)
+    if concepts is not None:
+        estimates["concept"] = Resamples(range(len(concepts))).mean(concepts)
     if reference is not None:
         features, others = _features(clips, judge), _features(reference, judge)
-        compared = {
-            "motion_ratio": motion_ratio(clips, reference),
-            "frechet_frames": _distance(features.flatten(0, 1), others.flatten(0, 1)),
-            "frechet_changes": _distance(_changes(features), _changes(others)),
-        }
+        estimates["frechet_frames"] = _distance(features, others)
+        estimates["frechet_changes"] = _distance(_changes(features), _changes(others))
+        ratio = motion_ratio(clips, reference)
+        estimates["motion_ratio"] = Estimate(ratio, None, None)
+        if len(reference) == len(clips):
+            estimates["motion_ratio"] = resamples.ratio(amounts, motion_amount(reference))
     return ClipReport(
         num_clips=len(clips),
-        motion=agreement(kinds, wanted),
         motion_by_kind={
             kind: agreement(found, [kind] * len(found)) for kind, found in shown.items()
         },
-        concept=_concept_share(clips, tracks, asked, judge),
-        motion_amount=float(motion_amount(clips).mean()),
-        **compared,
+        intervals={name: (each.low, each.high) for name, each in estimates.items()},
+        **{name: each.value for name, each in estimates.items()},
     )
 
 
@@ -148,19 +156,33 @@ def _features(clips: Clips, judge: Judge) -> Float[Tensor, "clips frames feature
     return features
 
 
-def _changes(features: Float[Tensor, "clips frames features"]) -> Tensor:
-    """Return the differences from frame to frame [changes, features]."""
-    return (features[:, 1:] - features[:, :-1]).flatten(0, 1)
+def _changes(
+    features: Float[Tensor, "clips frames features"],
+) -> Float[Tensor, "clips changes features"]:
+    """Return the differences from frame to frame."""
+    return features[:, 1:] - features[:, :-1]
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return frechet_distance(fit_features(a), fit_features(b))
+def _distance(
+    ours: Float[Tensor, "clips frames features"], theirs: Float[Tensor, "others frames features"]
+) -> Estimate:
+    """Return a Frechet distance; as many others are clips of the same prompts, drawn together."""
+    a, b = ours.flatten(0, 1), theirs.flatten(0, 1)
+    value = frechet_distance(fit_features(a), fit_features(b))
+    influences, of_others = frechet_influences(a, b)
+    if len(theirs) == len(ours):
+        influences = influences + of_others
+    clips = torch.arange(len(ours)).repeat_interleave(ours.shape[1])
+    return Resamples(clips.tolist()).moved(value, influences)
 
 
-def _concept_share(
+def _concept_shares(
     clips: Clips, tracks: Tracks, asked: Sequence[AskedClip], judge: Judge
-) -> float | None:
-    """Return in how many frames the concept is seen that was asked for, None if none was."""
+) -> Float[Tensor, " asked"] | None:
+    """Return in how many frames of each clip the concept is seen that was asked for.
+
+    Of clips whose prompts name one; None where none does.
+    """
     names = [concept.names[0] for concept in judge.classes.concepts]
     shares = []
     for place, wish in enumerate(asked):
@@ -171,7 +193,7 @@ def _concept_share(
         angles = _ANGLES if MOTIONS[wish.kind].turns else (0.0,)
         shown = _surest(clips[place : place + 1], tracks.of(place), angles, judge)
         shares.append((shown == names.index(wish.concept)).float().mean())
-    return float(torch.stack(shares).mean()) if shares else None
+    return torch.stack(shares) if shares else None
 
 
 def _surest(
