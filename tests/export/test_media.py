@@ -16,7 +16,7 @@ from twostep.export.conversion import convert
 from twostep.export.extraction import extract
 from twostep.export.hub import files_to_push
 from twostep.export.verification import verify
-from twostep.export.writing import TARGETS, export
+from twostep.export.writing import MOTION_LORA, TARGETS, export
 from twostep.formats import resolve
 from twostep.formats.locate import ModelError
 from twostep.formats.lora_files import DIALECTS
@@ -44,12 +44,12 @@ REFUSED: dict[str, Callable[[Path, Path], object]] = {
     **{
         f"export-{to}": lambda model, out, to=to: export(model, to, out, steps=2)
         for to in TARGETS
-        if to != "diffusers"
+        if to not in ("diffusers", MOTION_LORA)
     },
     **{
         f"export-{to}-file": lambda model, out, to=to: export(student_of(model), to, out)
         for to in TARGETS
-        if to != "diffusers"
+        if to not in ("diffusers", MOTION_LORA)
     },
     "export-diffusers-with-lora": lambda model, out: export(
         model, "diffusers", out.with_suffix(""), loras=("nano_4step_lora",)

@@ -16,7 +16,8 @@ def export(
         ),
     ],
     to: Annotated[
-        str | None, typer.Option(help="diffusers, comfyui, unet, lora-kohya or lora-peft.")
+        str | None,
+        typer.Option(help="diffusers, comfyui, unet, lora-kohya, lora-peft or lora-animatediff."),
     ] = None,
     out: Annotated[
         Path | None,

@@ -7,7 +7,8 @@ from twostep.formats.locate import ModelError
 _INSTEAD = {
     "video": (
         "Export it to diffusers; the motion modules in it and in `students` are those that "
-        "diffusers' MotionAdapter and AnimateDiff-Evolved in ComfyUI load as they are."
+        "diffusers' MotionAdapter and AnimateDiff-Evolved in ComfyUI load as they are. LoRAs on "
+        "them go to lora-animatediff."
     ),
     "audio": (
         "Export it to diffusers, which writes the folder of its own family; `twostep generate` and "

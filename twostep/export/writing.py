@@ -26,17 +26,21 @@ from twostep.formats.diffusers_names import DIFFUSERS_NAMES
 from twostep.formats.folders import weights_folder
 from twostep.formats.ldm_names import clip_l_names
 from twostep.formats.locate import SDXL_BASE, ModelError
-from twostep.formats.lora_files import read_lora, write_lora
+from twostep.formats.lora_files import read_lora, write_lora, write_motion_lora
 from twostep.formats.lora_kinds import WeightChange
 from twostep.formats.single_file import Naming, noise_marks, whole_weights
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_with_loras
+from twostep.models.motion import open_motion_lora
 from twostep.models.saving import save_bundle
 from twostep.models.sdxl import SDXL_CHANNELS, autoencoder, base_folder, embed_no_guidance, is_sdxl
 from twostep.models.sdxl_networks import hollow_networks
 from twostep.training.halves import halved
 
-TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft")
+MOTION_LORA = "lora-animatediff"
+"""A LoRA on a motion module by the names of AnimateDiff's own."""
+
+TARGETS = ("diffusers", "comfyui", "unet", "lora-kohya", "lora-peft", MOTION_LORA)
 """The forms that a model can be exported to."""
 
 
@@ -134,7 +138,10 @@ def export(
     if to != "diffusers" or loras:
         what = "LoRAs" if to == "diffusers" else f"{to} files"
         model = resolve(model, steps=None if to.startswith("lora") else steps)
-        check_is_of_pictures(model, what)
+        if to != MOTION_LORA:
+            check_is_of_pictures(model, what)
+    if to == MOTION_LORA:
+        return _export_motion_lora(resolve(model), steps, out, base=base, card=card)
     if to.startswith("lora"):
         return _export_lora(_find_lora(model, steps), to, out, base=base, card=card)
     bundle = load_with_loras(model, loras, steps=steps)
@@ -174,6 +181,35 @@ def _export_lora(lora: Checkpoint, to: str, out: Path, *, base: str | None, card
     _check_file(contract, to)
     job = ExportJob(contract=contract, to=to, out=out, network=networks["unet"], card=card)
     return job.write(tensors, more | metadata)
+
+
+def _export_motion_lora(
+    model: Checkpoint, steps: int | None, out: Path, *, base: str | None, card: Card
+) -> Path:
+    """Write a LoRA on a motion module as AnimateDiff-Evolved in ComfyUI reads it.
+
+    Returns the file. Raises ModelError for what is no such LoRA.
+    """
+    contract = model.contract if model.is_folder else model.carried
+    if contract is not None and contract.media != "video":
+        raise ModelError(
+            f"{contract.name} makes {contract.things}, and {MOTION_LORA} files are for LoRAs on "
+            "the motion modules of clips."
+        )
+    lora = _find_lora(model, steps)
+    carried = lora.carried
+    if carried is not None and carried.lora_rank is None:
+        raise ModelError(
+            f"{lora.path} is a student's whole motion module, no LoRA. AnimateDiff-Evolved in "
+            "ComfyUI loads it as it is."
+        )
+    tensors = write_motion_lora(open_motion_lora(lora, base))
+    metadata = {} if carried is None else carried.to_metadata()
+    file = save({name: value.contiguous() for name, value in tensors.items()})
+    stamp(file, out, {"format": "pt", **metadata})
+    if carried is not None:
+        card.write(carried, MOTION_LORA, out, full_size=False)
+    return out
 
 
 def open_lora(

@@ -479,6 +479,35 @@ def write_lora(
     return tensors, {}
 
 
+def write_motion_lora(lora: Mapping[str, WeightChange]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA on a motion module by the names of AnimateDiff's motion LoRAs.
+
+    These have no alpha, so its factor goes into the half that is called up. AnimateDiff's own are
+    on attentions alone; what it says of them ("processor", "to_q_lora") says of other layers the
+    same, and programs that take a layer's name from it find these too.
+
+    Args:
+        lora: by layers of the motion module ("unet.down_blocks.0.motion_modules.0...").
+
+    Raises:
+        LoraError: what it does to a layer is no LoRA, for which there are no names.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer, change in lora.items():
+        if not isinstance(change, LowRank):
+            raise LoraError(
+                f"AnimateDiff's motion LoRAs hold LoRA alone, and {layer} has a {change.kind}. "
+                "Take the file as it is."
+            )
+        name = animatediff_name(layer.partition(".")[2])
+        name = re.sub(r"(\.attention_blocks\.\d+)\.", r"\1.processor.", name)
+        name = name.replace(".to_out.0", ".to_out")
+        factor = change.alpha / change.rank
+        tensors[f"{name}_lora.down.weight"] = change.down
+        tensors[f"{name}_lora.up.weight"] = (factor * change.up.float()).to(change.up.dtype)
+    return tensors
+
+
 def _check_words(layer: str, change: WeightChange, dialect: str) -> None:
     """Raise LoraError if a dialect has no words for a change."""
     if dialect in ("kohya", "kohya-diffusers"):

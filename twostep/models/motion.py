@@ -32,6 +32,7 @@ from twostep.formats.folders import weights_folder
 from twostep.formats.header import read_header
 from twostep.formats.locate import CONFIGS, CONTRACT_FILE, ModelError, read_json
 from twostep.formats.lora_files import merge_lora, read_lora, write_lora
+from twostep.formats.lora_kinds import WeightChange
 from twostep.formats.motion_files import MotionConfig, MotionError, our_names, to_diffusers
 from twostep.formats.single_file import account, read_tensors
 from twostep.media.image import ImageCodec
@@ -176,6 +177,31 @@ def read_settings(folder: Path) -> ClipSettings:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ModelError(f"{path}: {place}: {first['msg']}. Mend it by hand.") from error
+
+
+def open_motion_lora(lora: Checkpoint, model: str | Path | None = None) -> dict[str, WeightChange]:
+    """Read a LoRA on a motion module, by the module's layers.
+
+    Arguments:
+        lora: the file.
+        model: a model of clips with these layers; the one that the file's contract names if not
+            given.
+
+    Raises ModelError if no model is known, or the file is of other layers.
+    """
+    contract = lora.carried
+    if model is None and contract is None:
+        raise ModelError(
+            f"{lora.path} does not say which motion module it is for; give a model of clips with "
+            "one of that kind as the base."
+        )
+    folder = resolve(model).path if model is not None else None
+    if folder is None:
+        assert contract is not None
+        folder = base_folder(lora.path, contract)
+    config = MotionConfig.from_diffusers(read_json(folder / ADAPTER / _CONFIG))
+    parts: dict[str, nn.Module] = {"unet": _load_module(config, None)}
+    return read_lora(lora, parts, alpha=None if contract is None else contract.lora_alpha)
 
 
 def load_pictures(
