@@ -21,6 +21,7 @@ HOISTED = {
     "comfyui/README.md": "comfyui-nodes.md",
     "examples/openmoji/README.md": "openmoji.md",
     "examples/openmoji/sheet.jpg": "openmoji-sheet.jpg",
+    "examples/openmoji/clips-2step.webp": "openmoji-clips-2step.webp",
     "NOTICE": "notice.md",
     "CITATION.cff": "citation.md",
 }
