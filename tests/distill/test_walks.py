@@ -106,6 +106,10 @@ def test_what_does_not_fit_walks_is_refused(
         make_stage({"walks": True, "bank": "bank"})
     with pytest.raises(ValueError, match="leave guidance out"):
         make_stage({"walks": True}, guidance=2.0)
+    with pytest.raises(ValueError, match="walks are the teacher's"):
+        make_stage({"name": "adversarial", "real": "data", "walks": True})
+    with pytest.raises(ValueError, match="walks in a conversion"):
+        make_stage({"name": "conversion", "walks": True}, teacher_steps=None)
     random = Randomness.at(0, 0)
     landings = landings_of(make_stage({"walks": True}))
     with pytest.raises(RecipeError, match="walked_by_teacher"):

@@ -257,6 +257,8 @@ class Adversarial(Method[JudgedPair]):
             self.landings = Landings(stage, settings, stage.student_steps, stage.teacher_steps)
         elif settings.bank is not None:
             raise ValueError('a bank holds the teacher\'s landings: real = "data" has none')
+        elif settings.walks:
+            raise ValueError('walks are the teacher\'s: real = "data" asks for examples instead')
 
     def settings_of(self, stage: Stage) -> AdversarialSettings:
         """Return the settings of this method in a stage."""

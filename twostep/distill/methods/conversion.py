@@ -38,6 +38,11 @@ class Conversion(Regression):
                 "own frozen copy teaches: leave teacher_steps out"
             )
         super().__init__(stage)
+        if self.landings.settings.walks:
+            raise ValueError(
+                "walks in a conversion, which keeps what the student predicts itself: leave walks "
+                "out"
+            )
 
     @property
     def grids(self) -> tuple[int, int]:
