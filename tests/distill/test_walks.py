@@ -10,6 +10,8 @@ from twostep.data.drawn import WalkedSource, walked_by_teacher
 from twostep.diffusion import trained_times
 from twostep.distill.methods.adversarial import Adversarial
 from twostep.distill.pairs import Batches
+from twostep.distill.plan import plan
+from twostep.distill.recipe import DistillRecipe
 from twostep.distill.trainer import StageTrainer
 from twostep.models.bundle import Bundle
 from twostep.models.sampling import encode_prompts, sample_prompts
@@ -121,6 +123,14 @@ def test_what_does_not_fit_walks_is_refused(
     assert 750 in trained_times(2)
     with pytest.raises(RecipeError, match=r"6 steps do not come by the time (750|250)"):
         landings.draw(0, Batches(walks, 16, CPU), teacher.denoiser, random)
+
+
+@pytest.mark.parametrize("method", ["regression", "adversarial"])
+def test_a_stage_that_learns_from_walks_is_planned(method: str) -> None:
+    stage = make_stage({"name": method, "walks": True}, batch_size=2)
+    recipe = DistillRecipe(model="nano", sample_prompts=["a fox"], stages=(stage,))
+    (planned,) = plan(recipe).stages
+    assert planned.evaluations == 0
 
 
 def test_walks_cost_no_call_of_the_teacher() -> None:

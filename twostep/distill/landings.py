@@ -269,6 +269,9 @@ def _bank_randomness(number: int) -> Randomness:
     return Randomness.at(_BANK_SEED, number, "bank")
 
 
-def without_bank(settings: MethodSettings) -> dict[str, object]:
-    """Return the changes of a method's settings after which nothing is read from a bank."""
-    return {"bank": None} if isinstance(settings, LandingSettings) else {}
+def without_kept(settings: MethodSettings) -> dict[str, object]:
+    """Return the changes of a method's settings after which no landings are read that are kept.
+
+    Neither those of a bank nor those of walks.
+    """
+    return {"bank": None, "walks": False} if isinstance(settings, LandingSettings) else {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from twostep.data.cache import read_shard
 from twostep.distill.beginning import check_shares
 from twostep.distill.chain import PreparedStage, prepared_stages, sample_examples
-from twostep.distill.landings import without_bank
+from twostep.distill.landings import without_kept
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe, RunRecipe, Stage, TrainedStage
 from twostep.distill.roles import Weights
@@ -407,8 +407,8 @@ def _measure(
 ) -> Measured:
     """Take one iteration of a stage, as if it were not the first."""
     stage = prepared.stage
-    # Nothing is read from a bank: there are no landings of tensors without memory.
-    method = stage.method.model_copy(update=without_bank(stage.method))
+    # Nothing is read from a bank or from walks: there are no landings of tensors without memory.
+    method = stage.method.model_copy(update=without_kept(stage.method))
     stage = stage.model_copy(update={"method": method})
     if stage.teacher_steps is not None:
         # A teacher keeps nothing but latents from one of its evaluations to the next, so one will
