@@ -20,32 +20,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
+from arms import run_apart, train_and_count
 from clips import Row, Wish, drawn, line, save_moving, save_strips, wishes
 from safetensors.torch import load_file, save, save_file
 
-from twostep.data.drawn import FIRST_SEED, DrawnItem, DrawnSource
+from twostep.data.drawn import FIRST_SEED, DrawnSource, latents_of, planned_items
 from twostep.distill.chain import prepared_stages
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe
 from twostep.distill.roles import file_weights
-from twostep.distill.trainer import train_stage
 from twostep.evaluate.clip_scores import score_clips
 from twostep.evaluate.judge import load_judge
 from twostep.files import write_atomically
 from twostep.formats import resolve
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
-from twostep.models.sampling import encode_prompts, sample_prompts
 from twostep.pretrain.clips import MovingDrawings, moving_drawings, walked_drawings
 from twostep.pretrain.drawings import load_drawings
 from twostep.training.run_folder import RunFolder
@@ -113,23 +109,10 @@ def reference(out: Path, asked: Sequence[Wish]) -> torch.Tensor:
 
 def drawn_source(out: Path, teacher: Bundle, count: int) -> DrawnSource:
     """Return clips that the 4-step student drew, from the folder if they are there."""
-    path = out / f"drawn-{count}.safetensors"
-    words = Random(0)
-    tensors = torch.Generator().manual_seed(FIRST_SEED)
-    moving = MovingDrawings(load_drawings(), teacher)
-    _, labels = moving.compose(count, tensors, torch.tensor([0]))
-    prompts = [moving.caption(each, words) for each in labels]
-    items = tuple(DrawnItem(each, FIRST_SEED + place) for place, each in enumerate(prompts))
-    size = teacher.contract.sizes[0]
-    if not path.exists():
-        student = load_bundle(MODEL, steps=2 * STEPS)
-        latents = []
-        with torch.no_grad():
-            for item in items:
-                guided = encode_prompts(student, [item.prompt], size)
-                latents.append(sample_prompts(student, guided, [item.seed], size).half())
-        save_file({"latents": torch.cat(latents)}, path)
-    return DrawnSource(load_file(path)["latents"], items, teacher.text, size)
+    prompts = MovingDrawings(load_drawings(), teacher).captions(count, FIRST_SEED)
+    student = load_bundle(MODEL, steps=2 * STEPS)
+    items = planned_items(prompts, count, variants=1)
+    return latents_of(student, items, out, print_progress, steps=2 * STEPS)
 
 
 def source_of(job: Job, options: argparse.Namespace, teacher: Bundle) -> Source:
@@ -180,20 +163,13 @@ def run(job: Job, options: argparse.Namespace) -> None:
     recipe = make_recipe(job, options)
     folder = options.out / job.name
     (prepared,) = prepared_stages(recipe, teacher.as_teacher())
-    done = 0
-
-    def count(iteration: int, figures: Any) -> None:
-        nonlocal done
-        done = iteration
-
-    train_stage(
+    done = train_and_count(
         prepared.stage,
         source_of(job, options, teacher),
         teacher=load_bundle(MODEL, steps=2 * STEPS).denoiser.standalone(),
         student=prepared.student,
         folder=RunFolder(folder, recipe),
         codec=teacher.codec,
-        on_iteration=count,
     )
     seconds = time.monotonic() - began
     shipped = load_bundle(MODEL, steps=STEPS).contract
@@ -272,9 +248,7 @@ def main() -> None:
             job = Job(arm, options.data, seed)
             if report_path(job.name, options.out).exists():
                 continue
-            words = [*sys.argv[1:], "--job", f"{arm}:{seed}"]
-            if subprocess.run([sys.executable, __file__, *words]).returncode:
-                print(f"{job.name} failed", flush=True)
+            run_apart(job.name, f"{arm}:{seed}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from adversary import BOTH, CAPTIONS, RELATIVISTIC, DeviceSource, flatten, save_grid
+from arms import run_apart, train_and_count
 from safetensors.torch import save
 
 from twostep.distill.chain import prepared_stages
 from twostep.distill.recipe import DistillRecipe
 from twostep.distill.roles import weights_of
-from twostep.distill.trainer import train_stage
 from twostep.files import write_atomically
 from twostep.models.loading import load_bundle
 from twostep.pretrain.latents import LatentSource, builtin
@@ -210,13 +208,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
     prepared_ones = prepared_stages(recipe, teacher, start=start.standalone())
     for given, prepared in zip(METHODS[job.method], prepared_ones, strict=True):
         stage = prepared.stage
-        done = 0
-
-        def count(iteration: int, figures: Any) -> None:
-            nonlocal done
-            done = iteration
-
-        train_stage(
+        done = train_and_count(
             stage,
             source,
             teacher=start if given.get("taught_by") == "start" else prepared.teacher,
@@ -225,7 +217,6 @@ def run(job: Job, options: argparse.Namespace) -> None:
             codec=teacher.codec,
             continues=prepared.continues,
             is_continued=prepared.is_continued,
-            on_iteration=count,
         )
         num_iterations.append(done)
         student = prepared.student
@@ -350,9 +341,7 @@ def main() -> None:
         if report_path(job, options.out).exists():
             continue
         words = f"{job.method}:{job.steps}:{job.factor}:{job.seed}"
-        finished = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--job", words])
-        if finished.returncode:
-            print(f"{job.name} failed", flush=True)
+        run_apart(job.name, words)
         write_table(options.out)
 
 

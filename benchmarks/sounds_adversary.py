@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,13 +25,13 @@ from statistics import mean
 from typing import Any
 
 import torch
+from arms import run_apart, train_and_count
 from audio import figures_of, play, spread_labels
 from safetensors.torch import save
 
 from twostep.distill.chain import prepared_stages
 from twostep.distill.recipe import DistillRecipe
 from twostep.distill.roles import weights_of
-from twostep.distill.trainer import train_stage
 from twostep.evaluate.pitch import sound_features
 from twostep.evaluate.sound_judge import load_sound_judge
 from twostep.evaluate.sounds import note_diversity
@@ -114,21 +112,14 @@ def run(job: Job, options: argparse.Namespace) -> None:
     recipe = make_recipe(job, options)
     (prepared,) = prepared_stages(recipe, teacher, start=start.denoiser.standalone())
     folder = options.out / job.name
-    done = 0
-
-    def count(iteration: int, figures: Any) -> None:
-        nonlocal done
-        done = iteration
-
     began = time.monotonic()
-    train_stage(
+    done = train_and_count(
         prepared.stage,
         source,
         teacher=load_bundle(MODEL, steps=2 * job.steps).denoiser.standalone(),
         student=prepared.student,
         folder=RunFolder(folder, recipe),
         codec=teacher.codec,
-        on_iteration=count,
     )
     seconds = round(time.monotonic() - began)
     with write_atomically(folder / "student.safetensors") as file:
@@ -218,8 +209,7 @@ def main() -> None:
         name = f"shipped-{steps}step" if arm == "shipped" else Job(arm, int(steps), int(seed)).name
         if report_path(name, options.out).exists():
             continue
-        if subprocess.run([sys.executable, __file__, *sys.argv[1:], "--job", job]).returncode:
-            print(f"{name} failed", flush=True)
+        run_apart(name, job)
 
 
 if __name__ == "__main__":

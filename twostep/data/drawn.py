@@ -8,7 +8,8 @@ networks each draws its share, so that every item belongs to the network that it
 Latents are drawn once, kept in the run's folder, and read from there afterwards; what was drawn
 before an interruption is kept.
 
-A whole *walk* holds the latents at every point of the way too, from pure noise on. A student can
+A whole *walk*, a sampling trajectory, holds the latents at every point of the way too, from pure
+noise on. A student can
 learn its steps from these alone (`walks` of a method's landings): they start where it will start
 when it draws, the teacher need not be asked again, and may be as slow as it likes.
 """
@@ -151,16 +152,7 @@ def drawn_by_teacher(
     Raises:
         DataError: there are no prompts, or what lies in the folder was drawn from others.
     """
-    variants = num_variants(teacher.denoiser.backbone)
-    items = planned_items(read_prompts(Path(prompts)), count, variants)
-
-    def draw(item: DrawnItem) -> Tensor:
-        return _drawn(teacher, item, steps)
-
-    latents = _kept(out / _FOLDER, items, advance, draw=draw, made_by=[])
-    return DrawnSource(
-        latents[:, 0], items, teacher.text, teacher.contract.sizes[0], has_variants=variants > 1
-    )
+    return latents_of(teacher, _items(teacher, prompts, count), out, advance, steps=steps)
 
 
 def walked_by_teacher(
@@ -180,8 +172,8 @@ def walked_by_teacher(
         out: the run's folder; walks are kept in its folder `walked`.
         advance: called with what is drawn, of how many, and a word on it.
         prompts: a file with one prompt a line; they are taken in turns.
-        count: how many walks there are. Each holds a step of every student for every one of its
-            times, so few go far; what students learn of fewer than some hundreds is these.
+        count: how many walks there are. Each holds a step of every student from each of its times;
+            of a few alone a student would learn nothing but them by heart.
         steps: of the teacher, a multiple of every student's and of 4; `teacher_steps` in stages.
         sampler: that the teacher walks by, `dpmpp-2m` or `unipc` for fewer steps; its own if empty.
 
@@ -189,9 +181,31 @@ def walked_by_teacher(
         DataError: there are no prompts, or what lies in the folder was drawn from others.
         SamplerError: the sampler's name is not known.
     """
-    variants = num_variants(teacher.denoiser.backbone)
-    items = planned_items(read_prompts(Path(prompts)), count, variants)
+    items = _items(teacher, prompts, count)
     return walks_of(teacher, items, out, advance, steps=steps, sampler=sampler)
+
+
+def latents_of(
+    teacher: Bundle,
+    items: tuple[DrawnItem, ...],
+    out: Path,
+    advance: Callable[[int, int | None, str], None],
+    *,
+    steps: int,
+) -> DrawnSource:
+    """Return what the teacher draws of these items; arguments as of `drawn_by_teacher`."""
+
+    def draw(item: DrawnItem) -> Tensor:
+        return _drawn(teacher, item, steps)
+
+    latents = _kept(out / _FOLDER, items, advance, draw=draw, made_by=[])
+    return DrawnSource(
+        latents[:, 0],
+        items,
+        teacher.text,
+        teacher.contract.sizes[0],
+        has_variants=num_variants(teacher.denoiser.backbone) > 1,
+    )
 
 
 def walks_of(
@@ -229,6 +243,12 @@ def walks_of(
         walks=walks,
         times=sampling_times(teacher.contract, teacher.denoiser.schedule, steps=steps),
     )
+
+
+def _items(teacher: Bundle, prompts: str, count: int) -> tuple[DrawnItem, ...]:
+    """Return what is drawn of a file of prompts, shared out to the teacher's frozen networks."""
+    variants = num_variants(teacher.denoiser.backbone)
+    return planned_items(read_prompts(Path(prompts)), count, variants)
 
 
 def _kept(

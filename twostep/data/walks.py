@@ -1,4 +1,7 @@
-"""How a teacher went from noise to what it drew, which a student can learn its steps from."""
+"""A teacher's sampling trajectories, here called walks, which students can learn their steps from.
+
+Pairs of their points are known as ODE pairs.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
-from twostep.diffusion import Schedule, landing, trained_times
+from twostep.diffusion import Schedule, trained_times
 from twostep.diffusion.shapes import sent
 from twostep.distill.bank import CHUNK, Bank, digest_of_examples, digest_of_weights
 from twostep.distill.method import Cost, MethodSettings
@@ -25,7 +25,7 @@ from twostep.distill.pairs import (
     Start,
     Transition,
     draw_start,
-    draw_times,
+    draw_step_times,
     teacher_step,
 )
 from twostep.networks.conditioning import Conditioning
@@ -57,8 +57,8 @@ class LandingSettings(MethodSettings):
     )
     walks: bool = Field(
         False,
-        description="learn steps of the teacher's whole walks from pure noise, which the data "
-        "hold, in the place of steps from noised examples; the teacher is not asked again",
+        description="learn steps of the teacher's whole sampling trajectories (ODE pairs), which "
+        "the data hold, in the place of steps from noised examples; the teacher is not asked again",
     )
     time_weights: tuple[float, ...] | None = Field(
         None,
@@ -196,15 +196,14 @@ class Landings:
                 f"stage {self.stage.name} has teacher_steps {self.teacher_steps}, and the data "
                 f"hold walks of {len(walks.times) - 1} steps: give the same number."
             )
-        drawn = draw_times(
-            self.stage.student_steps,
-            batches.batch_size,
-            random.tensors,
+        t, s = draw_step_times(
+            batches,
+            random,
             schedule,
-            weights=self.settings.time_weights,
+            drawn_steps=self.stage.student_steps,
+            student_steps=self.student_steps,
+            time_weights=self.settings.time_weights,
         )
-        t = batches.share(drawn)
-        s = landing(t, self.student_steps, schedule)
         x_t, x_s = (sent(walks.at(times).float(), batches.device) for times in (t, s))
         return Transition(x_t=x_t, x_s=x_s, t=t, s=s, conditioning=walks.conditioning)
 

@@ -231,19 +231,43 @@ def draw_start(
         time_weights: as in `draw_times`.
     """
     x0, conditioning = batches.examples(random)
-    drawn = draw_times(
-        drawn_steps, batches.batch_size, random.tensors, schedule, weights=time_weights
+    t, s = draw_step_times(
+        batches,
+        random,
+        schedule,
+        drawn_steps=drawn_steps,
+        student_steps=student_steps,
+        time_weights=time_weights,
     )
-    t = batches.share(drawn)
     eps = batches.noise(x0, random)
     return Start(
         x0=x0,
         eps=eps,
         x_t=schedule.add_noise(x0, eps, t),
         t=t,
-        s=landing(t, student_steps, schedule),
+        s=s,
         conditioning=conditioning,
     )
+
+
+def draw_step_times(
+    batches: Batches,
+    random: Randomness,
+    schedule: Schedule,
+    *,
+    drawn_steps: int,
+    student_steps: int,
+    time_weights: Sequence[float] | None = None,
+) -> tuple[Times, Times]:
+    """Draw where a step of every item starts, and return that and where it lands, on the CPU.
+
+    Arguments are those of `draw_start`.
+    """
+    drawn = draw_times(
+        drawn_steps, batches.batch_size, random.tensors, schedule, weights=time_weights
+    )
+    t = batches.share(drawn)
+    return t, landing(t, student_steps, schedule)
 
 
 def teacher_step(
@@ -318,6 +342,11 @@ def student_landing(student: Denoiser, taken: Transition) -> Batch:
     """Return where the student lands in one step from where the teacher started."""
     prediction = student(taken.x_t, taken.t, taken.conditioning)
     return step(prediction, taken.s, student.schedule)
+
+
+def squared_error(landed: Batch, taken: Transition) -> Tensor:
+    """Return the mean squared error of where a student landed to where a step did, in float32."""
+    return ((landed - taken.x_s).float() ** 2).mean()
 
 
 def draw_times(

@@ -135,10 +135,7 @@ def score_clips(
         features, others = _features(clips, judge), _features(reference, judge)
         estimates["frechet_frames"] = _distance(features, others)
         estimates["frechet_changes"] = _distance(_changes(features), _changes(others))
-        ratio = motion_ratio(clips, reference)
-        estimates["motion_ratio"] = Estimate(ratio, None, None)
-        if len(reference) == len(clips):
-            estimates["motion_ratio"] = resamples.ratio(amounts, motion_amount(reference))
+        estimates["motion_ratio"] = _ratio(clips, reference, resamples)
     return ClipReport(
         num_clips=len(clips),
         motion_by_kind={
@@ -161,6 +158,16 @@ def _changes(
 ) -> Float[Tensor, "clips changes features"]:
     """Return the differences from frame to frame."""
     return features[:, 1:] - features[:, :-1]
+
+
+def _ratio(
+    clips: Clips, reference: Float[Tensor, "others 3 _ _ _"], resamples: Resamples
+) -> Estimate:
+    """Return the motion ratio; its interval only if the reference is of the same prompts."""
+    value = motion_ratio(clips, reference)
+    if len(reference) != len(clips):
+        return Estimate(value, None, None)
+    return resamples.ratio(motion_amount(clips), motion_amount(reference))
 
 
 def _distance(

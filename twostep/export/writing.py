@@ -135,13 +135,12 @@ def export(
     """
     _check_target(to, out)
     card = card or Card()
+    if to == MOTION_LORA:
+        return _export_motion_lora(resolve(model), steps, out, base=base, card=card)
     if to != "diffusers" or loras:
         what = "LoRAs" if to == "diffusers" else f"{to} files"
         model = resolve(model, steps=None if to.startswith("lora") else steps)
-        if to != MOTION_LORA:
-            check_is_of_pictures(model, what)
-    if to == MOTION_LORA:
-        return _export_motion_lora(resolve(model), steps, out, base=base, card=card)
+        check_is_of_pictures(model, what)
     if to.startswith("lora"):
         return _export_lora(_find_lora(model, steps), to, out, base=base, card=card)
     bundle = load_with_loras(model, loras, steps=steps)

@@ -190,15 +190,15 @@ def open_motion_lora(lora: Checkpoint, model: str | Path | None = None) -> dict[
     Raises ModelError if no model is known, or the file is of other layers.
     """
     contract = lora.carried
-    if model is None and contract is None:
+    if model is not None:
+        folder = resolve(model).path
+    elif contract is not None:
+        folder = base_folder(lora.path, contract)
+    else:
         raise ModelError(
             f"{lora.path} does not say which motion module it is for; give a model of clips with "
             "one of that kind as the base."
         )
-    folder = resolve(model).path if model is not None else None
-    if folder is None:
-        assert contract is not None
-        folder = base_folder(lora.path, contract)
     config = MotionConfig.from_diffusers(read_json(folder / ADAPTER / _CONFIG))
     parts: dict[str, nn.Module] = {"unet": _load_module(config, None)}
     return read_lora(lora, parts, alpha=None if contract is None else contract.lora_alpha)

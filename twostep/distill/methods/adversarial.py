@@ -51,6 +51,7 @@ from twostep.distill.pairs import (
     draw_noised_times,
     draw_start,
     noise_landed,
+    squared_error,
 )
 from twostep.distill.roles import OptimiserSettings, Role, adapter_on, copy_of, learner
 from twostep.distill.times import draw_uniform_times
@@ -349,7 +350,15 @@ class Adversarial(Method[JudgedPair]):
         matched = None
         if self.settings.matching_weight > 0:
             matched = self._draw_matched(x0, taken, batches, student, random)
-        return JudgedPair(taken, judged, landed, real, eps, perturbing, matched)
+        return JudgedPair(
+            taken=taken,
+            student=judged,
+            landed=landed,
+            real=real,
+            eps=eps,
+            perturbing=perturbing,
+            matched=matched,
+        )
 
     def _real_step(
         self, iteration: int, batches: Batches, teacher: Denoiser, random: Randomness
@@ -433,8 +442,7 @@ class Adversarial(Method[JudgedPair]):
         total = adversarial
         terms = {}
         if self.settings.regression_weight > 0:
-            difference = pair.landed - pair.taken.x_s
-            terms["regression"] = (difference.float() ** 2).mean()
+            terms["regression"] = squared_error(pair.landed, pair.taken)
             total = total + self.settings.regression_weight * terms["regression"]
         if matched is not None:
             terms["matching"] = distribution_matching_loss(

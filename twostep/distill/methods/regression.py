@@ -21,7 +21,7 @@ from twostep.distill.method import (
     Models,
     few_step_prediction,
 )
-from twostep.distill.pairs import Batches, Pair, student_landing
+from twostep.distill.pairs import Batches, Pair, squared_error, student_landing
 from twostep.distill.roles import OptimiserSettings, Role, learner
 from twostep.networks.denoiser import Denoiser
 from twostep.training.loop import Randomness
@@ -68,8 +68,7 @@ class Regression(Method[Pair]):
 
     def loss(self, role: str, pair: Pair, models: Models) -> Mapping[str, Tensor]:
         """Return the mean squared error, in float32."""
-        difference = pair.student - pair.teacher.x_s
-        return {"total": (difference.float() ** 2).mean()}
+        return {"total": squared_error(pair.student, pair.teacher)}
 
     def describe(self, last_student: Denoiser) -> ContractChanges:
         """Return the contract's changes: a student of one step predicts x0 instead of eps."""
