@@ -106,13 +106,12 @@ def wishes(count: int, *, with_style: bool = True) -> list[Wish]:
     return made
 
 
-def on_base(model: str, base: Path, out: Path) -> str:
-    """Return a folder with the same motion modules on another picture model."""
-    folder = out / "on-base"
+def on_bases(model: str, bases: Sequence[str], folder: Path) -> str:
+    """Write a folder with the same motion modules on other picture models; return its path."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(resolve(model).path, folder)
     settings = read_settings(folder)
-    changed = settings.model_copy(update={"bases": (str(base.resolve()),)})
+    changed = settings.model_copy(update={"bases": tuple(bases)})
     (folder / SETTINGS_FILE).write_text(changed.model_dump_json())
     return str(folder)
 
@@ -217,7 +216,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if options.base:
-        options.model = on_base(options.model, options.base, options.out)
+        base = str(options.base.resolve())
+        options.model = on_bases(options.model, [base], options.out / "on-base")
     judge = load_judge(options.judge)
     asked = wishes(options.count, with_style=options.base is None)
     wanted = [wish.asked for wish in asked]

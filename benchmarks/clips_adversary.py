@@ -12,6 +12,14 @@ which `--prepare` makes; the teacher is not asked again. With `drawn` the shippe
 teaches, as in a chain, from clips that it drew itself (as arXiv 2403.12706 does), and with
 `drawings` from moving drawings.
 
+    python benchmarks/clips_adversary.py --out runs/clips-two-models --arms regression \
+        --data walks-of-two --further examples/openmoji \
+        --further-judge examples/openmoji/judge.safetensors
+
+`--further` names another picture model. Students are measured on it as well, and with
+`walks-of-two` every second walk is that model's, so that they learn from both, as
+AnimateDiff-Lightning does: an iteration's gradient is the mean over the models of its clips.
+
 Measured are the same prompts as `benchmarks/clips.py` has, against the teacher's clips of the same
 noise. What is finished stays; the same command goes on.
 """
@@ -28,7 +36,7 @@ from typing import Any
 
 import torch
 from arms import run_apart, train_and_count
-from clips import Row, Wish, drawn, line, save_moving, save_strips, wishes
+from clips import Row, Wish, drawn, line, on_bases, save_moving, save_strips, wishes
 from safetensors.torch import load_file, save, save_file
 
 from twostep.data.drawn import FIRST_SEED, DrawnSource, latents_of, planned_items
@@ -42,6 +50,7 @@ from twostep.files import write_atomically
 from twostep.formats import resolve
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
+from twostep.models.motion import read_settings
 from twostep.pretrain.clips import MovingDrawings, moving_drawings, walked_drawings
 from twostep.pretrain.drawings import load_drawings
 from twostep.training.run_folder import RunFolder
@@ -52,6 +61,8 @@ WALK = 16
 """Steps of the teacher's walks."""
 
 GUIDANCE = 3.0
+
+DATA = ("walks", "walks-of-two", "drawn", "drawings")
 
 TIMES = (3.0, 1.0, 3.0, 1.0)
 """How often each trained time is drawn: more often those at which two steps begin."""
@@ -96,12 +107,29 @@ class Job:
         """Of its folder and its figures."""
         return f"{self.arm}-{self.data}-seed{self.seed}"
 
+    @property
+    def is_walked(self) -> bool:
+        """Whether steps of whole walks are learnt."""
+        return self.data.startswith("walks")
 
-def reference(out: Path, asked: Sequence[Wish]) -> torch.Tensor:
+
+def two_models(options: argparse.Namespace) -> str:
+    """Return a folder of the model that has a further picture model beside its own."""
+    own = read_settings(resolve(MODEL).path).bases
+    bases = [*own, str(options.further.resolve())]
+    return on_bases(MODEL, bases, options.out / "two-models")
+
+
+def on_further(options: argparse.Namespace) -> str:
+    """Return a folder of the model that has the further picture model alone."""
+    return on_bases(MODEL, [str(options.further.resolve())], options.out / "on-further")
+
+
+def reference(name: str, model: str, out: Path, asked: Sequence[Wish]) -> torch.Tensor:
     """Return the first teacher's clips, from the folder if they are there."""
-    path = out / f"reference-{len(asked)}.safetensors"
+    path = out / f"{name}-{len(asked)}.safetensors"
     if not path.exists():
-        row = Row("teacher", load_bundle(MODEL), steps=12, sampler="dpmpp-2m", guidance=GUIDANCE)
+        row = Row("teacher", load_bundle(model), steps=12, sampler="dpmpp-2m", guidance=GUIDANCE)
         clips, _ = drawn(row, asked)
         save_file({"clips": clips}, path)
     return load_file(path)["clips"]
@@ -115,25 +143,30 @@ def drawn_source(out: Path, teacher: Bundle, count: int) -> DrawnSource:
     return latents_of(student, items, out, print_progress, steps=2 * STEPS)
 
 
+def walks_folder(data: str, out: Path) -> Path:
+    """Return the folder in whose subfolder the walks are kept."""
+    return out / "of-two" if data == "walks-of-two" else out
+
+
 def source_of(job: Job, options: argparse.Namespace, teacher: Bundle) -> Source:
     """Return the examples of a training."""
-    if job.data == "walks":
-        return walked_drawings(teacher, options.out, print_progress, count=options.walks)
+    if job.is_walked:
+        folder = walks_folder(job.data, options.out)
+        return walked_drawings(teacher, folder, print_progress, count=options.walks)
     if job.data == "drawn":
         return drawn_source(options.out, teacher, options.drawn)
     return moving_drawings(teacher, options.out, lambda *_: None)
 
 
-def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
-    """Return the one stage of a training, which ends by the clock."""
+def make_recipe(job: Job, options: argparse.Namespace, start: Path | None = None) -> DistillRecipe:
+    """Return the one stage of a training, which ends by the clock, from the LoRA `start`."""
     shipped = resolve(MODEL).path / "students" / f"nano-motion_{STEPS}step_lora.safetensors"
-    start = options.start or shipped
+    start = start or options.start or shipped
     arm = ARMS[job.arm]
-    is_walked = job.data == "walks"
     stage = {
         "student_steps": STEPS,
         "teacher": "first",
-        "teacher_steps": WALK if is_walked else 2 * STEPS,
+        "teacher_steps": WALK if job.is_walked else 2 * STEPS,
         "iterations": options.iterations or 1_000_000,
         "limit_seconds": None if options.iterations else 60 * options.minutes,
         "batch_size": options.batch,
@@ -148,7 +181,7 @@ def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
         "checkpoint_seconds": 300,
         "seed": job.seed,
         **arm,
-        "method": {**arm["method"], "walks": is_walked},
+        "method": {**arm["method"], "walks": job.is_walked},
     }
     return DistillRecipe.model_validate(
         {"model": MODEL, "data": "builtin", "sample_prompts": ["a fox"], "stages": [stage]}
@@ -159,33 +192,54 @@ def run(job: Job, options: argparse.Namespace) -> None:
     """Train one student and measure it."""
     torch.set_num_threads(1)
     began = time.monotonic()
-    teacher = load_bundle(MODEL)
+    model = two_models(options) if job.data == "walks-of-two" else MODEL
+    teacher = load_bundle(model)
     recipe = make_recipe(job, options)
     folder = options.out / job.name
     (prepared,) = prepared_stages(recipe, teacher.as_teacher())
     done = train_and_count(
         prepared.stage,
         source_of(job, options, teacher),
-        teacher=load_bundle(MODEL, steps=2 * STEPS).denoiser.standalone(),
+        teacher=load_bundle(model, steps=2 * STEPS).denoiser.standalone(),
         student=prepared.student,
         folder=RunFolder(folder, recipe),
         codec=teacher.codec,
     )
     seconds = time.monotonic() - began
-    shipped = load_bundle(MODEL, steps=STEPS).contract
-    with write_atomically(folder / "student.safetensors") as file:
+    weights = folder / "student.safetensors"
+    with write_atomically(weights) as file:
         file.write(save(file_weights(prepared.student)))
+    shipped = load_bundle(MODEL, steps=STEPS).contract
     student = replace(teacher, denoiser=prepared.student, contract=shipped)
-    report(job.name, student, options, job=asdict(job), iterations=done, trained=round(seconds))
+    beside = {"job": asdict(job), "iterations": done, "trained": round(seconds)}
+    report(job.name, student, options, **beside)
+    if options.further:
+        other = load_bundle(on_further(options))
+        (prepared,) = prepared_stages(make_recipe(job, options, weights), other.as_teacher())
+        student = replace(other, denoiser=prepared.student, contract=shipped)
+        report(f"{job.name}-further", student, options, is_further=True, **beside)
 
 
-def report(name: str, bundle: Bundle, options: argparse.Namespace, **beside: Any) -> None:
+def report(
+    name: str,
+    bundle: Bundle,
+    options: argparse.Namespace,
+    *,
+    is_further: bool = False,
+    **beside: Any,
+) -> None:
     """Draw the clips of a model, measure them, and write figures and sheets."""
-    asked = wishes(options.count)
-    truth = reference(options.out, asked)
+    count = options.further_count if is_further else options.count
+    asked = wishes(count, with_style=not is_further)
+    if is_further:
+        truth = reference("further", on_further(options), options.out, asked)
+        judge = load_judge(options.further_judge)
+    else:
+        truth = reference("reference", MODEL, options.out, asked)
+        judge = load_judge()
     clips, seconds = drawn(Row(name, bundle), asked)
     wanted = [wish.asked for wish in asked]
-    found = score_clips(clips, wanted, load_judge(), reference=truth)
+    found = score_clips(clips, wanted, judge, reference=truth)
     print(line(name, found, seconds), flush=True)
     folder = options.out / "clips"
     folder.mkdir(exist_ok=True)
@@ -210,10 +264,14 @@ def report_path(name: str, out: Path) -> Path:
 def prepare(options: argparse.Namespace) -> None:
     """Measure what ships, and compute what the arms share."""
     torch.set_num_threads(1)
-    walked_drawings(load_bundle(MODEL), options.out, print_progress, count=options.walks)
-    reference(options.out, wishes(options.count))
+    model = two_models(options) if options.data == "walks-of-two" else MODEL
+    folder = walks_folder(options.data, options.out)
+    walked_drawings(load_bundle(model), folder, print_progress, count=options.walks)
     for steps in resolve(MODEL).students:
         report(f"shipped-{steps}", load_bundle(MODEL, steps=steps), options)
+        if options.further:
+            student = load_bundle(on_further(options), steps=steps)
+            report(f"shipped-{steps}-further", student, options, is_further=True)
 
 
 def main() -> None:
@@ -221,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--data", default="walks", choices=("walks", "drawn", "drawings"))
+    parser.add_argument("--data", default="walks", choices=DATA)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--minutes", type=float, default=15, help="of every training")
     parser.add_argument("--iterations", type=int, help="in the place of minutes")
@@ -232,9 +290,16 @@ def main() -> None:
         "--drawn", type=int, default=240, help="clips that the 4-step student draws"
     )
     parser.add_argument("--count", type=int, default=54, help="prompts to measure on")
+    parser.add_argument("--further", type=Path, help="another picture model")
+    parser.add_argument("--further-judge", type=Path, help="of what its pictures show")
+    parser.add_argument("--further-count", type=int, default=27, help="prompts to measure it on")
     parser.add_argument("--prepare", action="store_true", help="what the arms share, and no more")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.data == "walks-of-two" and not options.further:
+        parser.error("walks-of-two are of a picture model that --further names")
+    if options.further and not options.further_judge:
+        parser.error("what --further shows is told by a judge of its own: --further-judge")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.prepare:
         prepare(options)
