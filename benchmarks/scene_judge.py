@@ -9,12 +9,17 @@ noise). Each is judged against its own prompt, for the share that is rightly cal
 against prompts that are wrong in one respect, for the share that is wrongly called right: another
 thing, another style, things that changed places, another ground. Noise and bare grounds should show
 nothing at all.
+
+    python benchmarks/scene_judge.py --autoencoder examples/mini --out runs/mini-vae-judged.json
+
+The same scenes, whole, after they went through an autoencoder: what it takes away of what a picture
+shows is the most that a model on its latents can have. Also said is how near its pictures are.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +33,8 @@ from twostep.evaluate.attributes import BACKGROUNDS, STYLES, Concept, SceneAttri
 from twostep.evaluate.scene_judge import ALIKE, SCENE_PIXELS, SceneJudge, Sight
 from twostep.evaluate.scene_scores import ROWS, SceneReport, judge_scene, summarise_scenes
 from twostep.files import write_atomically
+from twostep.media.image import ImageCodec
+from twostep.models.sdxl_networks import load_codec
 from twostep.pretrain.degradation import Degradation, blur, degrade
 from twostep.pretrain.drawings import DrawingSet
 from twostep.pretrain.scene_judging import load_scene_judge
@@ -53,17 +60,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=NUM_SCENES, help="scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/scene-judge.json"))
+    parser.add_argument("--autoencoder", type=Path, help="folder that holds `vae`; no damage then")
     arguments = parser.parse_args()
+    damages = _DAMAGES
+    passed = None
+    if arguments.autoencoder:
+        passed = Passed(load_codec(arguments.autoencoder))
+        damages = {"through the autoencoder": passed}
     drawings = load_rendered(load_vectors(), SCENE_PIXELS)
     judge = load_scene_judge()
     tasks = scene_tasks(drawings.concepts, arguments.count)
-    sights, seconds = look(tasks, drawings, judge)
+    sights, seconds = look(tasks, drawings, judge, damages)
     figures = {
-        **report(tasks, sights, judge),
+        **report(tasks, sights, judge, damages),
         "seconds_per_picture": seconds / len(tasks),
         "things_seen_where_there_are_none": count_unreadable(judge),
         "drawings_with_a_look_alike": count_look_alikes(drawings),
     }
+    if passed:
+        psnr = sum(passed.psnr) / len(passed.psnr)
+        figures["psnr"] = psnr
+        print(f"psnr: {psnr:.2f} dB, the mean over pictures")
     with write_atomically(arguments.out) as file:
         file.write(json.dumps(figures, indent=1).encode())
     for name in ("seconds_per_picture", "things_seen_where_there_are_none"):
@@ -71,8 +88,29 @@ def main() -> None:
     print(f"drawings with a look-alike, on gray: {figures['drawings_with_a_look_alike']}")
 
 
+class Passed:
+    """Pictures after they went through an autoencoder, and how near they are to those before."""
+
+    def __init__(self, codec: ImageCodec) -> None:
+        """Take the autoencoder."""
+        self.codec = codec
+        self.psnr: list[float] = []
+
+    def __call__(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what it makes of pictures in -1..1, of which nothing is random."""
+        with torch.no_grad():
+            made = self.codec.decode(self.codec.encode(pictures)).clamp(-1, 1)
+        square = (made - pictures).square().mean(dim=(1, 2, 3))
+        # A signal of 2, from -1 to 1.
+        self.psnr += (10 * (4 / square).log10()).tolist()
+        return made
+
+
 def look(
-    tasks: Sequence[SceneTask], drawings: DrawingSet, judge: SceneJudge
+    tasks: Sequence[SceneTask],
+    drawings: DrawingSet,
+    judge: SceneJudge,
+    damages: Mapping[str, Damage],
 ) -> tuple[list[Sight], float]:
     """Look at the damaged real pictures of tasks; return the seconds of the processor too."""
     sights = []
@@ -81,8 +119,8 @@ def look(
         part = tasks[start : start + _BATCH]
         generator = torch.Generator().manual_seed(part[0].seed)
         pictures = real_scenes(part, drawings, pixels=SCENE_PIXELS)
-        for number, damage in enumerate(_DAMAGES.values()):
-            chosen = slice(number, None, len(_DAMAGES))
+        for number, damage in enumerate(damages.values()):
+            chosen = slice(number, None, len(damages))
             pictures[chosen] = damage(pictures[chosen], generator)
         began = time.process_time()
         sights += judge.look(pictures)
@@ -91,12 +129,15 @@ def look(
 
 
 def report(
-    tasks: Sequence[SceneTask], sights: Sequence[Sight], judge: SceneJudge
+    tasks: Sequence[SceneTask],
+    sights: Sequence[Sight],
+    judge: SceneJudge,
+    damages: Mapping[str, Damage],
 ) -> dict[str, object]:
     """Return the figures of all pictures and of each kind of damage, and print them."""
     asked = {"real": [task.attributes for task in tasks], **_wrong_prompts(tasks, judge)}
     parts = {"all": slice(None)}
-    parts |= {name: slice(number, None, len(_DAMAGES)) for number, name in enumerate(_DAMAGES)}
+    parts |= {name: slice(number, None, len(damages)) for number, name in enumerate(damages)}
     figures: dict[str, object] = {"missed": _missed(tasks, sights, judge)}
     for name, part in parts.items():
         reports = {
