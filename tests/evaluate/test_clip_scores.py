@@ -69,6 +69,16 @@ def test_intervals_are_over_clips(judge, clips) -> None:
     # One with others than its own prompts' has no ratio of pairs to resample.
     fewer = score_clips(moving, asked, judge, reference=moving[:8])
     assert fewer.intervals["motion_ratio"] == (None, None)
+    # And the fewer others there are, the less sure is how far they are: the same three six times
+    # lie where the three do.
+    few = score_clips(moving, asked, judge, reference=moving[:3])
+    many = score_clips(moving, asked, judge, reference=moving[:3].repeat(6, 1, 1, 1, 1))
+    assert _width(few, "frechet_changes") > 1.2 * _width(many, "frechet_changes")
+
+
+def _width(report, name):
+    low, high = report.intervals[name]
+    return high - low
 
 
 def test_frozen_clips_are_near_in_frames_and_far_in_changes(judge, clips) -> None:

@@ -165,3 +165,20 @@ def test_a_moved_figure_has_the_spread_of_its_influences():
     assert estimate.value == 7
     error = float(influences.std()) / 500**0.5
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_a_figure_of_two_sets_varies_with_both_unless_they_have_the_same_prompts():
+    generator = torch.Generator().manual_seed(2)
+    ours = torch.randn(400, generator=generator)
+    theirs = torch.randn(100, generator=generator)
+    ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+    resamples = Resamples(range(400), count=4000)
+    others = Resamples(range(100), count=4000, seed=1)
+    apart = resamples.moved_by_both(7.0, ours, theirs, others)
+    # Standard errors of 1/20 and 1/10 are those of two means that vary apart.
+    expected = 1.96 * (float(ours.var()) / 400 + float(theirs.var()) / 100) ** 0.5
+    assert (apart.low, apart.high) == pytest.approx((7 - expected, 7 + expected), rel=0.01)
+    assert apart.high - apart.low == pytest.approx(2 * expected, rel=0.08)
+    # What each prompt moves in one set it takes back in the other.
+    together = resamples.moved_by_both(7.0, ours, -ours)
+    assert (together.low, together.high) == (7.0, 7.0)

@@ -87,6 +87,26 @@ class Resamples:
         everything = torch.ones(len(influences), dtype=torch.bool)
         return self._percentiles(value, value + self._means(influences[:, None], everything)[:, 0])
 
+    def moved_by_both(
+        self,
+        value: float,
+        ours: Float[Tensor, " items"],
+        theirs: Float[Tensor, " others"],
+        others: Resamples | None = None,
+    ) -> Estimate:
+        """Return a figure of two sets that each picture of both moves, to first order.
+
+        Args:
+            value: the figure.
+            ours: influences of the pictures of these resamples.
+            theirs: influences of the other set's pictures.
+            others: resamples of the other set; None where it has the same prompts in the same
+                order, whose pictures are then drawn together.
+        """
+        if others is None:
+            return self.moved(value, ours + theirs)
+        return _independent_sum(value, self.moved(0.0, ours), others.moved(0.0, theirs))
+
     def variation(
         self,
         classes: Int[Tensor, " items"],
@@ -139,3 +159,12 @@ class Resamples:
         # A resample may hold none of the pictures that count.
         low, high = torch.nanquantile(resampled, tails).tolist()
         return Estimate(value, low, high)
+
+
+def _independent_sum(value: float, first: Estimate, second: Estimate) -> Estimate:
+    """Return a value whose two independent parts have intervals about 0: their squares add up."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return Estimate(value, None, None)
+    low = (first.low**2 + second.low**2) ** 0.5
+    high = (first.high**2 + second.high**2) ** 0.5
+    return Estimate(value, value - low, value + high)

@@ -176,11 +176,16 @@ def _distance(
     """Return a Frechet distance; as many others are clips of the same prompts, drawn together."""
     a, b = ours.flatten(0, 1), theirs.flatten(0, 1)
     value = frechet_distance(fit_features(a), fit_features(b))
-    influences, of_others = frechet_influences(a, b)
-    if len(theirs) == len(ours):
-        influences = influences + of_others
-    clips = torch.arange(len(ours)).repeat_interleave(ours.shape[1])
-    return Resamples(clips.tolist()).moved(value, influences)
+    others = None if len(theirs) == len(ours) else Resamples(_clips_of_frames(theirs), seed=1)
+    resamples = Resamples(_clips_of_frames(ours))
+    return resamples.moved_by_both(value, *frechet_influences(a, b), others)
+
+
+def _clips_of_frames(features: Float[Tensor, "clips frames features"]) -> list[int]:
+    """Return the number of the clip that each frame is of; frames of a clip are drawn together."""
+    clips = torch.arange(len(features)).repeat_interleave(features.shape[1])
+    numbers: list[int] = clips.tolist()
+    return numbers
 
 
 def _concept_shares(

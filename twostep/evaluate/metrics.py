@@ -268,55 +268,28 @@ def _distances(
     ours = measured.features
     theirs = reference.features
     paired = reference.attributes == measured.attributes
+    others = None if paired else Resamples(_prompts(reference), seed=1)
     frechet = frechet_distance(fit_features(ours), fit_features(theirs))
     estimates: list[Estimate | None] = [
-        _moved(frechet, frechet_influences(ours, theirs), measured, reference, resamples),
-        _moved(
-            kernel_distance(ours, theirs, paired=paired),
-            kernel_influences(ours, theirs, paired=paired),
-            measured,
-            reference,
-            resamples,
-        ),
+        resamples.moved_by_both(frechet, *frechet_influences(ours, theirs), others),
+        _kernel(ours, theirs, resamples, others),
         None,
     ]
     second = measured.second_features
     other_second = reference.second_features
     if second is not None and other_second is not None:
-        estimates[2] = _moved(
-            kernel_distance(second, other_second, paired=paired),
-            kernel_influences(second, other_second, paired=paired),
-            measured,
-            reference,
-            resamples,
-        )
+        estimates[2] = _kernel(second, other_second, resamples, others)
     return dict(zip(names, estimates, strict=True))
 
 
-def _moved(
-    value: float,
-    influences: tuple[Tensor, Tensor],
-    measured: Measurements,
-    reference: Measurements,
-    resamples: Resamples,
+def _kernel(
+    ours: Tensor, theirs: Tensor, resamples: Resamples, others: Resamples | None
 ) -> Estimate:
-    """Return a distance with its interval, over the prompts of both sets."""
-    ours, theirs = influences
-    if reference.attributes == measured.attributes:
-        # Pictures of one prompt are drawn together in both sets.
-        return resamples.moved(value, ours + theirs)
-    of_ours = resamples.moved(0.0, ours)
-    of_theirs = Resamples(_prompts(reference), seed=1).moved(0.0, theirs)
-    return _independent_sum(value, of_ours, of_theirs)
-
-
-def _independent_sum(value: float, first: Estimate, second: Estimate) -> Estimate:
-    """Return a value whose two independent parts have intervals about 0: their squares add up."""
-    if first.low is None or first.high is None or second.low is None or second.high is None:
-        return Estimate(value, None, None)
-    low = (first.low**2 + second.low**2) ** 0.5
-    high = (first.high**2 + second.high**2) ** 0.5
-    return Estimate(value, value - low, value + high)
+    """Return the kernel distance; `others` are None where both sets have the same prompts."""
+    paired = others is None
+    value = kernel_distance(ours, theirs, paired=paired)
+    influences = kernel_influences(ours, theirs, paired=paired)
+    return resamples.moved_by_both(value, *influences, others)
 
 
 def _details(
