@@ -78,6 +78,34 @@ def test_whole_walks_are_kept_with_what_made_them(teacher, tmp_path) -> None:
         walked_by_teacher(teacher, tmp_path / "new", lambda *_: None, **options, sampler="dpm")
 
 
+def test_several_at_once_are_what_each_is_by_itself(teacher, tmp_path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\na red bird on a blue background\n")
+    options = {"prompts": str(prompts), "count": 5, "steps": 4}
+    alone = walked_by_teacher(teacher, tmp_path / "alone", lambda *_: None, **options)
+    # One that was drawn before stays, and what is missing is drawn beside others than it was.
+    kept = tmp_path / "together" / "walked" / "000001.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes((tmp_path / "alone" / "walked" / kept.name).read_bytes())
+    told = []
+    together = walked_by_teacher(
+        teacher,
+        tmp_path / "together",
+        lambda *each: told.append(each[:2]),
+        **options,
+        batch_size=3,
+    )
+    # Both were rounded to half precision, which has steps of 0.016 at the largest values here.
+    near = {"rtol": 1e-3, "atol": 2e-3}
+    assert torch.allclose(together.walks.float(), alone.walks.float(), **near)
+    assert not torch.allclose(alone.walks[0].float(), alone.walks[2].float(), atol=0.1)
+    assert told == [(1, 5), (4, 5), (5, 5)]
+    drawn = drawn_by_teacher(teacher, tmp_path / "three", lambda *_: None, **options, batch_size=3)
+    assert torch.allclose(drawn.latents.float(), alone.walks[:, -1].float(), **near)
+    with pytest.raises(DataError, match="batch_size is 0"):
+        drawn_by_teacher(teacher, tmp_path, lambda *_: None, **options, batch_size=0)
+
+
 def test_every_network_draws_every_prompt_in_turn() -> None:
     items = planned_items(["a", "b", "c"], 12, 2)
     assert items[:4] == (

@@ -138,6 +138,7 @@ def drawn_by_teacher(
     prompts: str,
     count: int = 512,
     steps: int = 32,
+    batch_size: int = 1,
 ) -> DrawnSource:
     """Let the teacher draw what a student learns from: for `data` of a recipe.
 
@@ -148,11 +149,13 @@ def drawn_by_teacher(
         prompts: a file with one prompt a line; they are taken in turns.
         count: how many items are drawn.
         steps: of the teacher.
+        batch_size: how many are drawn at once: more are faster where there is memory for them.
 
     Raises:
         DataError: there are no prompts, or what lies in the folder was drawn from others.
     """
-    return latents_of(teacher, _items(teacher, prompts, count), out, advance, steps=steps)
+    items = _items(teacher, prompts, count)
+    return latents_of(teacher, items, out, advance, steps=steps, batch_size=batch_size)
 
 
 def walked_by_teacher(
@@ -164,6 +167,7 @@ def walked_by_teacher(
     count: int = 512,
     steps: int = 32,
     sampler: str = "",
+    batch_size: int = 1,
 ) -> WalkedSource:
     """Let the teacher walk from noise to what it draws: for `data` of a recipe with `walks`.
 
@@ -176,13 +180,16 @@ def walked_by_teacher(
             of a few alone a student would learn nothing but them by heart.
         steps: of the teacher, a multiple of every student's and of 4; `teacher_steps` in stages.
         sampler: that the teacher walks by, `dpmpp-2m` or `unipc` for fewer steps; its own if empty.
+        batch_size: how many are drawn at once: more are faster where there is memory for them.
 
     Raises:
         DataError: there are no prompts, or what lies in the folder was drawn from others.
         SamplerError: the sampler's name is not known.
     """
     items = _items(teacher, prompts, count)
-    return walks_of(teacher, items, out, advance, steps=steps, sampler=sampler)
+    return walks_of(
+        teacher, items, out, advance, steps=steps, sampler=sampler, batch_size=batch_size
+    )
 
 
 def latents_of(
@@ -192,13 +199,15 @@ def latents_of(
     advance: Callable[[int, int | None, str], None],
     *,
     steps: int,
+    batch_size: int = 1,
 ) -> DrawnSource:
     """Return what the teacher draws of these items; arguments as of `drawn_by_teacher`."""
 
-    def draw(item: DrawnItem) -> Tensor:
-        return _drawn(teacher, item, steps)
+    def draw(chosen: Sequence[DrawnItem]) -> Tensor:
+        # Files have a dimension for one item.
+        return _drawn(teacher, chosen, steps).unsqueeze(1)
 
-    latents = _kept(out / _FOLDER, items, advance, draw=draw, made_by=[])
+    latents = _kept(out / _FOLDER, items, advance, draw=draw, batch_size=batch_size, made_by=[])
     return DrawnSource(
         latents[:, 0],
         items,
@@ -216,24 +225,31 @@ def walks_of(
     *,
     steps: int,
     sampler: str,
+    batch_size: int = 1,
 ) -> WalkedSource:
     """Return the teacher's walks to these items; arguments as of `walked_by_teacher`."""
 
-    def draw(item: DrawnItem) -> Tensor:
+    def draw(chosen: Sequence[DrawnItem]) -> Tensor:
         size = teacher.contract.sizes[0]
-        (noise,) = draw_noise([item.seed], teacher.latent_shape(*size))
-        points = [noise]
+        points = [draw_noise([item.seed for item in chosen], teacher.latent_shape(*size))]
 
         def keep(x: Tensor, s: Tensor) -> Tensor:
-            points.append(x[0].cpu())
+            points.append(x.cpu())
             return x
 
-        _drawn(teacher, item, steps, sampler=sampler or None, keep=keep)
-        return torch.stack(points)
+        _drawn(teacher, chosen, steps, sampler=sampler or None, keep=keep)
+        return torch.stack(points, dim=1)
 
     if sampler:
         find_sampler(sampler)
-    walks = _kept(out / _WALKED, items, advance, draw=draw, made_by=[steps, sampler])
+    walks = _kept(
+        out / _WALKED,
+        items,
+        advance,
+        draw=draw,
+        batch_size=batch_size,
+        made_by=[steps, sampler],
+    )
     return WalkedSource(
         latents=walks[:, -1],
         items=items,
@@ -256,7 +272,8 @@ def _kept(
     items: Sequence[DrawnItem],
     advance: Callable[[int, int | None, str], None],
     *,
-    draw: Callable[[DrawnItem], Tensor],
+    draw: Callable[[Sequence[DrawnItem]], Tensor],
+    batch_size: int,
     made_by: list[int | str],
 ) -> Tensor:
     """Return what is drawn of every item, from the folder where it was drawn before.
@@ -265,15 +282,25 @@ def _kept(
         folder: takes a file of every item.
         items: what is drawn.
         advance: called with what is drawn, of how many, and a word on it.
-        draw: draws one.
+        draw: draws some of them at once, the items first in what it returns.
+        batch_size: how many at once; 1 or more.
         made_by: what it depends on beside the item.
+
+    Raises:
+        DataError: the batch size is not positive.
     """
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; let the teacher draw at least one at once.")
     if world().is_first:
-        for number, item in enumerate(items):
-            path = _path_of(folder, number)
-            if not path.exists():
-                _write(path, draw(item), _described(item, made_by))
-            advance(number + 1, len(items), "drawn by the teacher")
+        missing = [n for n in range(len(items)) if not _path_of(folder, n).exists()]
+        num_done = len(items) - len(missing)
+        for start in range(0, len(missing), batch_size):
+            advance(num_done + start, len(items), "drawn by the teacher")
+            numbers = missing[start : start + batch_size]
+            drawn = draw([items[number] for number in numbers])
+            for number, latents in zip(numbers, drawn, strict=True):
+                _write(_path_of(folder, number), latents, _described(items[number], made_by))
+        advance(len(items), len(items), "drawn by the teacher")
     wait()
     return torch.stack(
         [
@@ -313,26 +340,25 @@ def planned_items(prompts: Sequence[str], count: int, variants: int) -> tuple[Dr
 
 def _drawn(
     teacher: Bundle,
-    item: DrawnItem,
+    items: Sequence[DrawnItem],
     steps: int,
     *,
     sampler: str | None = None,
     keep: Keep | None = None,
 ) -> Tensor:
-    """Return the latents of one item [1, ...]."""
+    """Return the latents of some items [items, ...]."""
     size = teacher.contract.sizes[0]
     with torch.no_grad():
-        guided = encode_prompts(teacher, [item.prompt], size)
-    variants = (item.variant,)
-    negative = guided.negative
+        guided = encode_prompts(teacher, [item.prompt for item in items], size)
+    variants = tuple(item.variant for item in items)
+    negative = guided.matched_negative
     if negative is not None:
         negative = replace(negative, variants=variants)
     guided = replace(
         guided, positive=replace(guided.positive, variants=variants), negative=negative
     )
-    return sample_prompts(
-        teacher, guided, [item.seed], size, steps=steps, sampler=sampler, keep=keep
-    )
+    seeds = [item.seed for item in items]
+    return sample_prompts(teacher, guided, seeds, size, steps=steps, sampler=sampler, keep=keep)
 
 
 def _path_of(folder: Path, number: int) -> Path:

@@ -356,6 +356,7 @@ def walked_drawings(
     count: int = 256,
     steps: int = 16,
     sampler: str = "dpmpp-2m",
+    batch_size: int = 1,
 ) -> WalkedSource:
     """Let the teacher walk from noise to clips with the captions of moving drawings, for `data`.
 
@@ -364,9 +365,11 @@ def walked_drawings(
         out: the run's folder; walks are kept in its folder `walked`.
         advance: called with what is drawn, of how many, and a word on it.
         drawings: folder of the drawings whose captions are taken; the built-in ones if not given.
-        count, steps, sampler: as of `data.drawn.walked_by_teacher`.
+        count, steps, sampler, batch_size: as of `data.drawn.walked_by_teacher`.
     """
     clips = MovingDrawings(load_drawings(Path(drawings)), teacher)
     prompts = clips.captions(count, FIRST_SEED)
     items = planned_items(prompts, count, num_variants(teacher.denoiser.backbone))
-    return walks_of(teacher, items, out, advance, steps=steps, sampler=sampler)
+    return walks_of(
+        teacher, items, out, advance, steps=steps, sampler=sampler, batch_size=batch_size
+    )
