@@ -7,6 +7,10 @@ Every method trains the shipped student of twice as many steps on, in float32, o
 at the first rate with seed 0 for so many minutes by the clock, and at other rates and seeds for as
 many iterations. Who teaches is what the method's paper says: the first teacher with its guidance,
 or, where landings on a grid are learnt, the student that is trained on, as in a progressive chain.
+The methods whose names end in `-walks` learn steps of the guided teacher's own whole walks from
+noise in the place of that. There are `--walks` of them, which are walked once, before, and not
+counted in the time of the trainings.
+
 Each method is trained with three rates, those below times 1, 3 and 0.33. All are measured on open
 and on complete prompts; of a method's three, the one whose pictures are nearest to the teacher's
 fresh ones on open prompts counts, and `table.md` says which. What is finished stays; the same
@@ -21,18 +25,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import torch
 from adversary import BOTH, CAPTIONS, RELATIVISTIC, DeviceSource, flatten, save_grid
 from arms import run_apart, train_and_count
 from safetensors.torch import save
 
+from twostep.data.drawn import WalkedSource, walked_by_teacher
 from twostep.distill.chain import prepared_stages
+from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe
 from twostep.distill.roles import weights_of
 from twostep.files import write_atomically
+from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
-from twostep.pretrain.latents import LatentSource, builtin
+from twostep.pretrain.latents import LatentCache, LatentSource, builtin
 from twostep.reports.benchmark import Bench, draw_student
 from twostep.training.halves import halved
 from twostep.training.run_folder import RunFolder
@@ -51,6 +60,16 @@ WARM: dict[str, Any] = {
 OURS: dict[str, Any] = {**BOTH, "real": "data", "discriminator_warmup": 20}
 PAIRS: dict[str, Any] = {**RELATIVISTIC, "discriminator_warmup": 20}
 """Of landings, as in a progressive chain: the student's beside the one that it should make."""
+WALKED: dict[str, Any] = {
+    "method": {"name": "regression", "walks": True},
+    "learning_rate": 1e-4,
+    "share": 0.25,
+}
+"""As `WARM`, but taught by the teacher's whole walks."""
+
+WALKED_PAIRS: dict[str, Any] = {**PAIRS, "walks": True, "regression_weight": 10.0}
+"""Of landings on the teacher's walks: what is real is what the teacher draws."""
+
 LCM: dict[str, Any] = {
     "method": {"name": "lcm", "least_guidance": 2.0},
     "learning_rate": 1e-4,
@@ -81,6 +100,11 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "adversarial-landings": [
         WARM,
         {"method": PAIRS, "learning_rate": 5e-5, "taught_by": "start", "share": 0.75},
+    ],
+    "regression-walks": [{**WALKED, "share": 1.0}],
+    "adversarial-walks": [
+        WALKED,
+        {"method": WALKED_PAIRS, "learning_rate": 5e-5, "share": 0.75},
     ],
     "lcm": [LCM],
     "lcm-lora": [{**LCM, "lora_rank": 16}],
@@ -117,6 +141,9 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 }
 """Stages of every method, each with its share of the time, and who teaches if it is the student
 that is trained on, whose landings are learnt then."""
+
+WALK = 16
+"""Steps of the teacher's walks."""
 
 _OURS = ("share", "taught_by")
 """What is said of stages here, and no setting of a recipe."""
@@ -167,7 +194,9 @@ def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
         for key in _RATES:
             if key in method:
                 method[key] *= job.factor
-        if given.get("taught_by") == "start":
+        if method.get("walks"):
+            values |= {"teacher": "first", "teacher_steps": WALK}
+        elif given.get("taught_by") == "start":
             values |= {"teacher": "first", "teacher_steps": 2 * job.steps}
         elif method["name"] == "adversarial":
             values |= {"teacher": "first", "teacher_steps": 32}
@@ -193,6 +222,33 @@ def make_recipe(job: Job, options: argparse.Namespace) -> DistillRecipe:
     )
 
 
+def walks(cache: LatentCache, teacher: Bundle, options: argparse.Namespace) -> WalkedSource:
+    """Return the teacher's walks to captions as the other methods' examples have them."""
+    words = Random(8)
+    order = torch.randperm(len(cache.latents), generator=torch.Generator().manual_seed(8))
+    captions = [cache.caption(int(row), words) for row in order.repeat(2)]
+    # One in twenty is empty, which is no prompt; as many as are left are taken in turns.
+    captions = [each for each in captions if each][: options.walks]
+    path = options.out / "walked-prompts.txt"
+    with write_atomically(path) as file:
+        file.write("\n".join(captions).encode())
+    return walked_by_teacher(
+        teacher,
+        options.out,
+        print_progress,
+        prompts=str(path),
+        count=options.walks,
+        steps=WALK,
+        sampler="dpmpp-2m",
+        batch_size=64,
+    )
+
+
+def print_progress(done: int, total: int | None, words: str) -> None:
+    """Say what is done."""
+    print(f"{done} of {total} {words}", flush=True)
+
+
 def run(job: Job, options: argparse.Namespace) -> None:
     """Train one student and measure it."""
     began = time.monotonic()
@@ -200,7 +256,10 @@ def run(job: Job, options: argparse.Namespace) -> None:
     made = builtin(teacher, options.out, lambda *_: None, variants=16)
     assert isinstance(made, LatentSource)
     cache = replace(made.latents, omission=replace(CAPTIONS, background=0.5))
-    source = DeviceSource.of(cache, teacher, 4)
+    is_walked = any(given["method"].get("walks") for given in METHODS[job.method])
+    source: Source = DeviceSource.of(cache, teacher, 4)
+    if is_walked:
+        source = walks(cache, teacher, options)
     start = load_bundle("nano", steps=2 * job.steps).denoiser
     recipe = make_recipe(job, options)
     folder = options.out / job.name
@@ -328,6 +387,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=5, help="of every training at the first rate"
     )
+    parser.add_argument("--walks", type=int, default=4096, help="walks of the teacher")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=256, help="of each set of prompts")
     parser.add_argument("--job", help=argparse.SUPPRESS)
