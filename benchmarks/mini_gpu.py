@@ -28,7 +28,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Job:
         verb: the command that runs it.
         recipe: its name, and that of its run's folder.
         needs: keys of the recipe that name the results of other parts, relative to all runs.
+        made: where a result lies that was made before, by its key; taken where no run has it.
         kept: patterns of what comes back, within the run's model folder; of a pattern's files the
             newest come first, and none for which there is no room.
     """
@@ -66,20 +67,28 @@ class Job:
     verb: str
     recipe: str
     needs: Mapping[str, str]
+    made: Mapping[str, Path] = field(default_factory=dict)
     kept: tuple[str, ...] = ("**/*",)
 
     def overrides(self, runs: Path) -> list[str]:
         """Return where the recipe finds what it needs."""
-        return [f'{key}="{(runs / place).as_posix()}"' for key, place in self.needs.items()]
+        found = {key: runs / place for key, place in self.needs.items()}
+        found |= {key: path for key, path in self.made.items() if not found[key].exists()}
+        return [f'{key}="{path.as_posix()}"' for key, path in found.items()]
 
 
 JOBS = {
     "vae": Job("pretrain", "mini-vae", {}),
-    "teacher": Job("pretrain", "mini-teacher", {"autoencoder": "mini-vae/model"}),
+    "teacher": Job(
+        "pretrain",
+        "mini-teacher",
+        {"autoencoder": "mini-vae/model"},
+        made={"autoencoder": Path(__file__).parents[1] / "examples" / "mini"},
+    ),
     "silhouette": Job("pretrain", "mini-silhouette", {"model": "mini-teacher/model"}),
     # The teacher is in their folders too; it came back by itself.
-    "lora": Job("distill", "mini-lora", {"model": "mini-teacher/model"}, ("students/*",)),
-    "full": Job("distill", "mini", {"model": "mini-teacher/model"}, ("students/*",)),
+    "lora": Job("distill", "mini-lora", {"model": "mini-teacher/model"}, kept=("students/*",)),
+    "full": Job("distill", "mini", {"model": "mini-teacher/model"}, kept=("students/*",)),
 }
 
 

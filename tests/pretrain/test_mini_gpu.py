@@ -42,6 +42,17 @@ def mini_gpu() -> Iterator[ModuleType]:
     del sys.modules["mini_gpu"]
 
 
+def test_the_teacher_takes_the_autoencoder_that_was_made_before(
+    mini_gpu: ModuleType, tmp_path: Path
+) -> None:
+    teacher = mini_gpu.JOBS["teacher"]
+    before = SCRIPT.parents[1] / "examples" / "mini"
+    assert teacher.overrides(tmp_path) == [f'autoencoder="{before.as_posix()}"']
+    own = tmp_path / "mini-vae" / "model"
+    own.mkdir(parents=True)
+    assert teacher.overrides(tmp_path) == [f'autoencoder="{own.as_posix()}"']
+
+
 def test_what_was_packed_is_unpacked_as_it_was(
     mini_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
