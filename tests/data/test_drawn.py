@@ -49,6 +49,15 @@ def test_what_is_drawn_is_what_the_teacher_draws(teacher, tmp_path) -> None:
     prompts.write_text("a fox\na cat\n")
     with pytest.raises(DataError, match=r"000001.* was drawn from .*a bird"):
         drawn_by_teacher(teacher, tmp_path, lambda *each: None, **options)
+    # Told before any more is drawn beside it.
+    more = {**options, "count": 5}
+    with pytest.raises(DataError, match=r"000001.* was drawn from .*a bird"):
+        drawn_by_teacher(teacher, tmp_path, lambda *each: None, **more)
+    assert len(list(path.parent.iterdir())) == 3
+    prompts.write_text("a fox\n a bird \n")
+    longer = drawn_by_teacher(teacher, tmp_path, lambda *each: None, **more)
+    assert torch.equal(longer.latents[:3], source.latents)
+    assert path.stat().st_mtime_ns == before
     path.write_bytes(b"x")
     with pytest.raises(DataError, match="is damaged"):
         drawn_by_teacher(teacher, tmp_path, lambda *each: None, **options)

@@ -74,6 +74,9 @@ def test_walks_to_the_drawings_are_shared_out_to_the_picture_models(teacher, tmp
     assert source.walks.shape == (3, 2, 4, 8, 16, 16) and source.times == (1000, 0)
     moving = MovingDrawings(load_drawings(), teacher)
     assert [item.prompt for item in source.items] == moving.captions(3, 900_000)
+    # Three are the first of five, so walks to them stay good.
+    assert moving.captions(5, 900_000)[:3] == moving.captions(3, 900_000)
+    assert len(set(moving.captions(5, 900_000))) > 1
     assert [item.variant for item in source.items] == [0, 1, 0]
     walks = source.draw_walks(8, torch.Generator().manual_seed(0), random.Random(0))
     assert set(walks.conditioning.variants) == {0, 1}

@@ -292,6 +292,10 @@ def _kept(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; let the teacher draw at least one at once.")
     if world().is_first:
+        # Before hours of drawing beside what could not be used.
+        for number, item in enumerate(items):
+            if _path_of(folder, number).exists():
+                _read(_path_of(folder, number), _described(item, made_by))
         missing = [n for n in range(len(items)) if not _path_of(folder, n).exists()]
         num_done = len(items) - len(missing)
         for start in range(0, len(missing), batch_size):

@@ -255,11 +255,16 @@ class MovingDrawings:
         return latents, captions, [each.kind for each in labels]
 
     def captions(self, count: int, seed: int) -> list[str]:
-        """Return captions of random clips, which nobody draws; the same ones of a seed."""
+        """Return captions of random clips, which nobody draws; the same ones of a seed.
+
+        Fewer are the first of more, so what was drawn of them is still good when more are wanted.
+        """
         words = Random(seed)
         tensors = torch.Generator().manual_seed(seed)
-        _, labels = self.compose(count, tensors, numbers=torch.tensor([0]))
-        return [self.caption(each, words) for each in labels]
+        labels: list[ClipLabels] = []
+        while len(labels) < count:
+            labels += self.compose(self.alike, tensors, numbers=torch.tensor([0]))[1]
+        return [self.caption(each, words) for each in labels[:count]]
 
     def caption(self, labels: ClipLabels, words: Random) -> str:
         """Return a caption of one clip: what a picture of it is called, and how it moves."""
