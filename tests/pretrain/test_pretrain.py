@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.evaluate.judge import load_judge
+from twostep.formats.locate import ModelError
+from twostep.media.image import ImageCodec
 from twostep.models.loading import load_bundle, load_with_loras
 from twostep.pipeline.generation import generate
 from twostep.pipeline.request import Request
@@ -32,6 +34,8 @@ from twostep.training.run_folder import RunFolder
 
 from .conftest import tiny_loop
 
+MINI = Path(__file__).parents[2] / "examples" / "mini"
+
 Weights = dict[str, torch.Tensor]
 Run = Callable[..., Weights]
 
@@ -43,6 +47,26 @@ def run_vae(
     return train_vae(
         emoji, settings, RunFolder(folder, settings), on_iteration=on_iteration
     ).vae.state_dict()
+
+
+def test_an_autoencoder_is_trained_on_from_another_run(emoji: DrawingSet, tmp_path: Path) -> None:
+    def train(out: str, **changes: Any) -> ImageCodec:
+        settings = VaeSettings.model_validate(
+            {"num_pictures": 8, "loop": {**tiny_loop(), "warmup_iterations": 0}, **changes}
+        )
+        return train_vae(emoji, settings, RunFolder(tmp_path / out, settings))
+
+    first = train("first")
+    first.vae.save_pretrained(tmp_path / "model" / "vae")
+    # At a rate of next to nothing it is what it began with, to a rounding.
+    still = tiny_loop(learning_rate=1e-12, weight_decay=0.0)
+    second = train("second", start=str(tmp_path / "model"), loop=still)
+    for name, value in second.vae.state_dict().items():
+        assert torch.allclose(value, first.vae.state_dict()[name], atol=1e-6), name
+    with pytest.raises(ModelError, match="missing"):
+        train("third", start=str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match="foreign"):
+        train("fourth", start=str(MINI))
 
 
 def run_text(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Protocol, runtime_checkable
 
 from twostep.diffusion.shapes import sent
+from twostep.formats.single_file import PARTS, FolderFiles
 from twostep.media.image import ImageCodec
 from twostep.media.patches import edge_loss, random_crop
 from twostep.pretrain.drawings import DrawingSet, Placement, compose, random_backgrounds
@@ -43,6 +45,9 @@ class VaeSettings(PartSettings):
     """The recipe of an autoencoder."""
 
     part: Literal["vae"] = "vae"
+    start: Path | None = Field(
+        None, description="folder that holds `vae`, which is trained on; a fresh one if not given"
+    )
     num_pictures: int = Field(
         8192, gt=0, description="composed pictures, or scenes, that crops are cut from"
     )
@@ -142,11 +147,19 @@ def train_vae(
     """Train an autoencoder on composed pictures; return it with its averaged weights.
 
     `on_checkpoint` is called before every checkpoint with the averaged weights in it.
+
+    Raises:
+        ModelError: the weights that the recipe starts from are missing, damaged, or of another
+            shape than its size has.
     """
     size = find_size(settings.size)
     device = find_device(settings.device)
     torch.manual_seed(settings.loop.seed)
-    vae = build_vae(size).to(device, memory_format=torch.channels_last)
+    vae = build_vae(size)
+    if settings.start is not None:
+        found = FolderFiles(settings.start).weights(vae, PARTS["vae"], torch.float32)
+        vae.load_state_dict(found)
+    vae = vae.to(device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(vae)
     if settings.compile:
