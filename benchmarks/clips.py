@@ -172,6 +172,7 @@ def save_moving(
     clips: Tensor, path: Path, frames_per_second: float, count: int = SHOWN, columns: int = COLUMNS
 ) -> None:
     """Write the first clips as a WebP in which they move beside each other."""
+    columns = min(columns, len(clips))
     shown = clips[: min(count, len(clips) // columns * columns)]
     rows = shown.unflatten(0, (-1, columns)).permute(3, 2, 0, 4, 1, 5)
     first, *others = to_images(rows.flatten(4, 5).flatten(2, 3))
