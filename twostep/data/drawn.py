@@ -9,20 +9,22 @@ Latents are drawn once, kept in the run's folder, and read from there afterwards
 before an interruption is kept.
 
 A whole *walk*, a sampling trajectory, holds the latents at every point of the way too, from pure
-noise on. A student can
-learn its steps from these alone (`walks` of a method's landings): they start where it will start
-when it draws, the teacher need not be asked again, and may be as slow as it likes.
+noise on. A student can learn its steps from these alone (`walks` of a method's landings): they
+start where it will start when it draws, the teacher need not be asked again, and may be as slow as
+it likes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -287,31 +289,34 @@ def _kept(
         made_by: what it depends on beside the item.
 
     Raises:
-        DataError: the batch size is not positive.
+        DataError: the batch size is not positive, or a file in the folder is damaged or of another
+            item.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; let the teacher draw at least one at once.")
+    files = [
+        (_path_of(folder, number), _described(item, made_by)) for number, item in enumerate(items)
+    ]
+    missing = []
+    for number, (path, described) in enumerate(files):
+        if not path.exists():
+            missing.append(number)
+            continue
+        # Told before hours of drawing beside what could not be used.
+        with _opened(path, described):
+            pass
     if world().is_first:
-        # Before hours of drawing beside what could not be used.
-        for number, item in enumerate(items):
-            if _path_of(folder, number).exists():
-                _read(_path_of(folder, number), _described(item, made_by))
-        missing = [n for n in range(len(items)) if not _path_of(folder, n).exists()]
         num_done = len(items) - len(missing)
         for start in range(0, len(missing), batch_size):
             advance(num_done + start, len(items), "drawn by the teacher")
             numbers = missing[start : start + batch_size]
             drawn = draw([items[number] for number in numbers])
             for number, latents in zip(numbers, drawn, strict=True):
-                _write(_path_of(folder, number), latents, _described(items[number], made_by))
+                path, described = files[number]
+                _write(path, latents, described)
         advance(len(items), len(items), "drawn by the teacher")
     wait()
-    return torch.stack(
-        [
-            _read(_path_of(folder, number), _described(item, made_by))
-            for number, item in enumerate(items)
-        ]
-    )
+    return torch.stack([_read(path, described) for path, described in files])
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -374,19 +379,26 @@ def _write(path: Path, latents: Tensor, described: str) -> None:
         file.write(save({"latents": latents.half().cpu().contiguous()}, {_METADATA_KEY: described}))
 
 
-def _read(path: Path, described: str) -> Tensor:
-    """Return the latents of one item; DataError if they are of another."""
+@contextmanager
+def _opened(path: Path, described: str) -> Iterator[Any]:
+    """Open the file of an item; DataError if it is damaged or of another."""
     try:
         with safe_open(path, "pt") as file:
             found = (file.metadata() or {}).get(_METADATA_KEY)
-            latents: Tensor = file.get_tensor("latents")
+            if found != described:
+                raise DataError(
+                    f"{path} was drawn from {found}, and the recipe asks for {described}. Delete "
+                    f"the folder {path.parent}, or start under another --out."
+                )
+            yield file
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is damaged ({error}). Delete it; it is drawn again.") from error
-    if found != described:
-        raise DataError(
-            f"{path} was drawn from {found}, and the recipe asks for {described}. Delete "
-            f"the folder {path.parent}, or start under another --out."
-        )
+
+
+def _read(path: Path, described: str) -> Tensor:
+    """Return the latents of one item; raises as `_opened`."""
+    with _opened(path, described) as file:
+        latents: Tensor = file.get_tensor("latents")
     return latents
 
 
