@@ -12,8 +12,8 @@ nothing at all.
 
     python benchmarks/scene_judge.py --autoencoder examples/mini --out runs/mini-vae-judged.json
 
-The same scenes, whole, after they went through an autoencoder: what it takes away of what a picture
-shows is the most that a model on its latents can have. Also said is how near its pictures are.
+The same scenes, encoded and decoded instead of damaged: a model on the latents of this autoencoder
+cannot do better than it. The peak signal-to-noise ratio of its pictures is printed too.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from rich.console import Console
@@ -34,6 +35,7 @@ from twostep.evaluate.scene_judge import ALIKE, SCENE_PIXELS, SceneJudge, Sight
 from twostep.evaluate.scene_scores import ROWS, SceneReport, judge_scene, summarise_scenes
 from twostep.files import write_atomically
 from twostep.media.image import ImageCodec
+from twostep.media.patches import psnr
 from twostep.models.sdxl_networks import load_codec
 from twostep.pretrain.degradation import Degradation, blur, degrade
 from twostep.pretrain.drawings import DrawingSet
@@ -63,10 +65,10 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="folder that holds `vae`; no damage then")
     arguments = parser.parse_args()
     damages = _DAMAGES
-    passed = None
+    reconstruction = None
     if arguments.autoencoder:
-        passed = Passed(load_codec(arguments.autoencoder))
-        damages = {"through the autoencoder": passed}
+        reconstruction = Reconstruction(load_codec(arguments.autoencoder))
+        damages = {"reconstruction": reconstruction}
     drawings = load_rendered(load_vectors(), SCENE_PIXELS)
     judge = load_scene_judge()
     tasks = scene_tasks(drawings.concepts, arguments.count)
@@ -77,10 +79,9 @@ def main() -> None:
         "things_seen_where_there_are_none": count_unreadable(judge),
         "drawings_with_a_look_alike": count_look_alikes(drawings),
     }
-    if passed:
-        psnr = sum(passed.psnr) / len(passed.psnr)
-        figures["psnr"] = psnr
-        print(f"psnr: {psnr:.2f} dB, the mean over pictures")
+    if reconstruction:
+        figures["psnr"] = mean(reconstruction.psnr)
+        print(f"psnr: {figures['psnr']:.2f} dB, the mean over pictures")
     with write_atomically(arguments.out) as file:
         file.write(json.dumps(figures, indent=1).encode())
     for name in ("seconds_per_picture", "things_seen_where_there_are_none"):
@@ -88,8 +89,8 @@ def main() -> None:
     print(f"drawings with a look-alike, on gray: {figures['drawings_with_a_look_alike']}")
 
 
-class Passed:
-    """Pictures after they went through an autoencoder, and how near they are to those before."""
+class Reconstruction:
+    """What an autoencoder makes of pictures, and how near that is to them."""
 
     def __init__(self, codec: ImageCodec) -> None:
         """Take the autoencoder."""
@@ -97,12 +98,10 @@ class Passed:
         self.psnr: list[float] = []
 
     def __call__(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
-        """Return what it makes of pictures in -1..1, of which nothing is random."""
+        """Return the decoded pictures in -1..1; nothing of them is random."""
         with torch.no_grad():
             made = self.codec.decode(self.codec.encode(pictures)).clamp(-1, 1)
-        square = (made - pictures).square().mean(dim=(1, 2, 3))
-        # A signal of 2, from -1 to 1.
-        self.psnr += (10 * (4 / square).log10()).tolist()
+        self.psnr += [psnr(a, b).item() for a, b in zip(made, pictures, strict=True)]
         return made
 
 
@@ -134,10 +133,11 @@ def report(
     judge: SceneJudge,
     damages: Mapping[str, Damage],
 ) -> dict[str, object]:
-    """Return the figures of all pictures and of each kind of damage, and print them."""
+    """Return the figures of all pictures, and of each kind of damage if there are several."""
     asked = {"real": [task.attributes for task in tasks], **_wrong_prompts(tasks, judge)}
     parts = {"all": slice(None)}
-    parts |= {name: slice(number, None, len(damages)) for number, name in enumerate(damages)}
+    if len(damages) > 1:
+        parts |= {name: slice(number, None, len(damages)) for number, name in enumerate(damages)}
     figures: dict[str, object] = {"missed": _missed(tasks, sights, judge)}
     for name, part in parts.items():
         reports = {

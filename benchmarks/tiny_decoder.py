@@ -23,7 +23,6 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from twostep.distill.decoder.method import psnr
 from twostep.engines.engine import registered_engine
 from twostep.evaluate.judge import load_judge
 from twostep.evaluate.measurements import measure
@@ -31,6 +30,7 @@ from twostep.evaluate.metrics import summarise
 from twostep.formats.locate import SDXL_CONFIGS, read_json
 from twostep.formats.tiny_decoder import TinyLayout
 from twostep.media.codec import FULL, TINY
+from twostep.media.patches import psnr
 from twostep.models.sampling import encode_prompts, sample_prompts
 from twostep.models.tiny_decoder import build_decoder
 from twostep.pipeline.request import Request

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from twostep.cli import app
 from twostep.distill.decoder import DecoderRecipe, distil_decoder
-from twostep.distill.decoder.method import DecodedPair, DecoderDistillation, psnr
+from twostep.distill.decoder.method import DecodedPair, DecoderDistillation
 from twostep.distill.decoder.plan import advise_decoder, plan_decoder
 from twostep.distill.decoder.recipe import is_decoder_recipe
 from twostep.distill.decoder.run import DIFFUSERS_FOLDER
 from twostep.distill.pairs import Batches
 from twostep.formats.header import read_header
 from twostep.formats.tiny_decoder import DECODER_FILE, DecoderNote, find_decoder
-from twostep.media.patches import edge_loss, random_crop
+from twostep.media.patches import edge_loss, psnr, random_crop
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.tiny_decoder import load_decoder

@@ -49,26 +49,6 @@ def run_vae(
     ).vae.state_dict()
 
 
-def test_an_autoencoder_is_trained_on_from_another_run(emoji: DrawingSet, tmp_path: Path) -> None:
-    def train(out: str, **changes: Any) -> ImageCodec:
-        settings = VaeSettings.model_validate(
-            {"num_pictures": 8, "loop": {**tiny_loop(), "warmup_iterations": 0}, **changes}
-        )
-        return train_vae(emoji, settings, RunFolder(tmp_path / out, settings))
-
-    first = train("first")
-    first.vae.save_pretrained(tmp_path / "model" / "vae")
-    # At a rate of next to nothing it is what it began with, to a rounding.
-    still = tiny_loop(learning_rate=1e-12, weight_decay=0.0)
-    second = train("second", start=str(tmp_path / "model"), loop=still)
-    for name, value in second.vae.state_dict().items():
-        assert torch.allclose(value, first.vae.state_dict()[name], atol=1e-6), name
-    with pytest.raises(ModelError, match="missing"):
-        train("third", start=str(tmp_path / "missing"))
-    with pytest.raises(ModelError, match="foreign"):
-        train("fourth", start=str(MINI))
-
-
 def run_text(
     emoji: DrawingSet, folder: Path, on_iteration: Callable[..., None], **changes: Any
 ) -> Weights:
@@ -235,6 +215,26 @@ def test_a_style_lora_is_trained_and_goes_on_the_teacher(emoji: DrawingSet, tmp_
     prompts = (tmp_path / "style" / "prompts.txt").read_text().splitlines()
     assert len(prompts) > 400
     assert not any("noto" in prompt for prompt in prompts)
+
+
+def test_an_autoencoder_is_trained_on_from_another_run(emoji: DrawingSet, tmp_path: Path) -> None:
+    def train(out: str, **changes: Any) -> ImageCodec:
+        settings = VaeSettings.model_validate(
+            {"num_pictures": 8, "loop": {**tiny_loop(), "warmup_iterations": 0}, **changes}
+        )
+        return train_vae(emoji, settings, RunFolder(tmp_path / out, settings))
+
+    first = train("first")
+    first.vae.save_pretrained(tmp_path / "model" / "vae")
+    # At a rate of next to nothing it is what it began with, to a rounding.
+    still = tiny_loop(learning_rate=1e-12, weight_decay=0.0)
+    second = train("second", start=str(tmp_path / "model"), loop=still)
+    for name, value in second.vae.state_dict().items():
+        assert torch.allclose(value, first.vae.state_dict()[name], atol=1e-6), name
+    with pytest.raises(ModelError, match="missing"):
+        train("third", start=str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match="foreign"):
+        train("fourth", start=str(MINI))
 
 
 def test_checkpointed_gradients_are_the_same(emoji: DrawingSet, tmp_path: Path) -> None:

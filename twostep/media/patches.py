@@ -1,4 +1,4 @@
-"""Pieces of pictures, and the loss on their edges, for what is trained on pictures."""
+"""Pieces of pictures, the loss on their edges, and how near they are to others."""
 
 import torch
 from jaxtyping import Float
@@ -21,3 +21,9 @@ def edge_loss(difference: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, ""]:
     horizontal = (difference[..., 1:] - difference[..., :-1]).abs().mean()
     vertical = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
     return horizontal + vertical
+
+
+def psnr(pictures: Tensor, others: Tensor) -> Tensor:
+    """Return how near pictures in -1..1 are to others, as a peak signal-to-noise ratio in dB."""
+    error = (pictures - others).float().square().mean()
+    return 10 * torch.log10(4 / error)

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from twostep.contract import Contract
 from twostep.files import write_atomically
 from twostep.formats.folders import weights_folder
 from twostep.media.image import ImageCodec
+from twostep.media.patches import psnr
 from twostep.models.bundle import Bundle
 from twostep.models.loading import load_bundle
 from twostep.models.saving import save_bundle
@@ -218,9 +220,8 @@ def _train_vae(settings: VaeSettings, run: PartRun) -> Path:
         codec = ImageCodec(vae)
         made = codec.decode(codec.encode(pictures.to(vae.device))).cpu()
         _write_sheet(torch.stack([pictures, made]), f"vae-{iteration:06d}.png", run, folder)
-        square = (made - pictures).square().mean(dim=(1, 2, 3))
-        # A signal of 2, from -1 to 1.
-        folder.log(part="vae", iteration=iteration, psnr=float((4 / square).log10().mean() * 10))
+        near = mean(psnr(a, b).item() for a, b in zip(made, pictures, strict=True))
+        folder.log(part="vae", iteration=iteration, psnr=near)
         _save_vae(vae, run)
 
     train_vae(

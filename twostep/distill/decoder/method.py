@@ -22,7 +22,7 @@ from twostep.distill.method import Cost, Models, Procedure
 from twostep.distill.pairs import Batches
 from twostep.distill.roles import OptimiserSettings, Role
 from twostep.media.image import ImageCodec
-from twostep.media.patches import edge_loss, random_crop
+from twostep.media.patches import edge_loss, psnr, random_crop
 from twostep.training.loop import Randomness
 from twostep.training.recipe import RecipeError
 
@@ -120,12 +120,6 @@ class DecoderDistillation(Procedure[DecodedPair]):
         if self.stage.jitter > 0:
             whole = whole + self.stage.jitter * torch.randn(whole.shape, generator=random.tensors)
         return sent(batches.share(whole), batches.device)
-
-
-def psnr(pictures: Tensor, others: Tensor) -> Tensor:
-    """Return how near pictures in -1..1 are to others, as a peak signal-to-noise ratio in dB."""
-    error = (pictures - others).float().square().mean()
-    return 10 * torch.log10(4 / error)
 
 
 def _told_apart(judge: Any, pair: DecodedPair) -> dict[str, Tensor]:

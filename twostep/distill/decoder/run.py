@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from twostep.data.cache import fingerprint_of
 from twostep.diffusion.shapes import Batch
 from twostep.distill.beginning import begin_run
-from twostep.distill.decoder.method import psnr
 from twostep.distill.decoder.recipe import DecoderRecipe, DecoderStage
 from twostep.distill.health import measure
 from twostep.distill.pairs import Batches, Fingerprinted, Source
@@ -23,6 +22,7 @@ from twostep.formats.locate import ModelError
 from twostep.formats.tiny_decoder import DECODER_FILE, DecoderNote, TinyLayout
 from twostep.media.codec import TinyDecoder
 from twostep.media.image import ImageCodec
+from twostep.media.patches import psnr
 from twostep.models.bundle import Bundle, modules_of
 from twostep.models.tiny_decoder import build_decoder, write_decoder, write_for_diffusers
 from twostep.training.loop import Randomness, hashed_seed
