@@ -1,4 +1,5 @@
-"""What benchmarks that compare trainings have in common: iterations counted, a process for each."""
+"""What benchmarks that compare trainings have in common: counting iterations, a process for each
+training, and saying how far the teacher is."""
 
 from __future__ import annotations
 
@@ -25,3 +26,9 @@ def run_apart(name: str, job: str) -> None:
     """Run this script once more for one job, in a process of its own; say so if it fails."""
     if subprocess.run([sys.executable, *sys.argv, "--job", job]).returncode:
         print(f"{name} failed", flush=True)
+
+
+def print_progress(done: int, total: int | None, words: str) -> None:
+    """Say what is done, now and then."""
+    if done % 16 == 0:
+        print(f"{done} of {total} {words}", flush=True)

@@ -35,17 +35,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import run_apart, train_and_count
+from arms import print_progress, run_apart, train_and_count
 from clips import Row, Wish, drawn, line, on_bases, save_moving, save_strips, wishes
 from safetensors.torch import load_file, save, save_file
 
-from twostep.data.drawn import FIRST_SEED, DrawnSource, latents_of, planned_items
+from twostep.data.drawn import FIRST_SEED, DrawnSource, WalkedSource, latents_of, planned_items
 from twostep.distill.chain import prepared_stages
 from twostep.distill.pairs import Source
 from twostep.distill.recipe import DistillRecipe
 from twostep.distill.roles import file_weights
 from twostep.evaluate.clip_scores import score_clips
-from twostep.evaluate.judge import load_judge
+from twostep.evaluate.judge import BUILT_IN, load_judge
 from twostep.files import write_atomically
 from twostep.formats import resolve
 from twostep.models.bundle import Bundle
@@ -62,7 +62,8 @@ WALK = 16
 
 GUIDANCE = 3.0
 
-DATA = ("walks", "walks-of-two", "drawn", "drawings")
+OF_TWO = "walks-of-two"
+DATA = ("walks", OF_TWO, "drawn", "drawings")
 
 TIMES = (3.0, 1.0, 3.0, 1.0)
 """How often each trained time is drawn: more often those at which two steps begin."""
@@ -113,24 +114,52 @@ class Job:
         return self.data.startswith("walks")
 
 
-def two_models(options: argparse.Namespace) -> str:
-    """Return a folder of the model that has a further picture model beside its own."""
+@dataclass(frozen=True)
+class Measured:
+    """What students are measured on.
+
+    Attributes:
+        suffix: of the names of their figures.
+        reference: name of the file that keeps the teacher's clips.
+        model: of clips, on one picture model.
+        asked: the prompts.
+        judge: of what its pictures show.
+    """
+
+    suffix: str
+    reference: str
+    model: str
+    asked: Sequence[Wish]
+    judge: Path
+
+
+def measured_on(options: argparse.Namespace) -> list[Measured]:
+    """Return the model's own picture model, and then the further one if there is one."""
+    found = [Measured("", "reference", MODEL, wishes(options.count), BUILT_IN)]
+    if options.further:
+        bases = [str(options.further.resolve())]
+        model = on_bases(MODEL, bases, options.out / "on-further")
+        asked = wishes(options.further_count, with_style=False)
+        found.append(Measured("-further", "further", model, asked, options.further_judge))
+    return found
+
+
+def teaching_model(options: argparse.Namespace) -> str:
+    """Return the model that teaches, for walks of two with the further picture model in it."""
+    if options.data != OF_TWO:
+        return MODEL
     own = read_settings(resolve(MODEL).path).bases
     bases = [*own, str(options.further.resolve())]
     return on_bases(MODEL, bases, options.out / "two-models")
 
 
-def on_further(options: argparse.Namespace) -> str:
-    """Return a folder of the model that has the further picture model alone."""
-    return on_bases(MODEL, [str(options.further.resolve())], options.out / "on-further")
-
-
-def reference(name: str, model: str, out: Path, asked: Sequence[Wish]) -> torch.Tensor:
+def reference(on: Measured, out: Path) -> torch.Tensor:
     """Return the first teacher's clips, from the folder if they are there."""
-    path = out / f"{name}-{len(asked)}.safetensors"
+    path = out / f"{on.reference}-{len(on.asked)}.safetensors"
     if not path.exists():
-        row = Row("teacher", load_bundle(model), steps=12, sampler="dpmpp-2m", guidance=GUIDANCE)
-        clips, _ = drawn(row, asked)
+        teacher = load_bundle(on.model)
+        row = Row("teacher", teacher, steps=12, sampler="dpmpp-2m", guidance=GUIDANCE)
+        clips, _ = drawn(row, on.asked)
         save_file({"clips": clips}, path)
     return load_file(path)["clips"]
 
@@ -143,16 +172,16 @@ def drawn_source(out: Path, teacher: Bundle, count: int) -> DrawnSource:
     return latents_of(student, items, out, print_progress, steps=2 * STEPS)
 
 
-def walks_folder(data: str, out: Path) -> Path:
-    """Return the folder in whose subfolder the walks are kept."""
-    return out / "of-two" if data == "walks-of-two" else out
+def walked_source(options: argparse.Namespace, teacher: Bundle) -> WalkedSource:
+    """Return walks of the teacher, from the folder if they are there."""
+    folder = options.out / "of-two" if options.data == OF_TWO else options.out
+    return walked_drawings(teacher, folder, print_progress, count=options.walks)
 
 
 def source_of(job: Job, options: argparse.Namespace, teacher: Bundle) -> Source:
     """Return the examples of a training."""
     if job.is_walked:
-        folder = walks_folder(job.data, options.out)
-        return walked_drawings(teacher, folder, print_progress, count=options.walks)
+        return walked_source(options, teacher)
     if job.data == "drawn":
         return drawn_source(options.out, teacher, options.drawn)
     return moving_drawings(teacher, options.out, lambda *_: None)
@@ -192,7 +221,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
     """Train one student and measure it."""
     torch.set_num_threads(1)
     began = time.monotonic()
-    model = two_models(options) if job.data == "walks-of-two" else MODEL
+    model = teaching_model(options)
     teacher = load_bundle(model)
     recipe = make_recipe(job, options)
     folder = options.out / job.name
@@ -212,48 +241,30 @@ def run(job: Job, options: argparse.Namespace) -> None:
     shipped = load_bundle(MODEL, steps=STEPS).contract
     student = replace(teacher, denoiser=prepared.student, contract=shipped)
     beside = {"job": asdict(job), "iterations": done, "trained": round(seconds)}
-    report(job.name, student, options, **beside)
-    if options.further:
-        other = load_bundle(on_further(options))
+    own, *others = measured_on(options)
+    report(job.name, student, own, options.out, **beside)
+    for on in others:
+        other = load_bundle(on.model)
         (prepared,) = prepared_stages(make_recipe(job, options, weights), other.as_teacher())
         student = replace(other, denoiser=prepared.student, contract=shipped)
-        report(f"{job.name}-further", student, options, is_further=True, **beside)
+        report(job.name, student, on, options.out, **beside)
 
 
-def report(
-    name: str,
-    bundle: Bundle,
-    options: argparse.Namespace,
-    *,
-    is_further: bool = False,
-    **beside: Any,
-) -> None:
+def report(name: str, bundle: Bundle, on: Measured, out: Path, **beside: Any) -> None:
     """Draw the clips of a model, measure them, and write figures and sheets."""
-    count = options.further_count if is_further else options.count
-    asked = wishes(count, with_style=not is_further)
-    if is_further:
-        truth = reference("further", on_further(options), options.out, asked)
-        judge = load_judge(options.further_judge)
-    else:
-        truth = reference("reference", MODEL, options.out, asked)
-        judge = load_judge()
-    clips, seconds = drawn(Row(name, bundle), asked)
-    wanted = [wish.asked for wish in asked]
-    found = score_clips(clips, wanted, judge, reference=truth)
+    name += on.suffix
+    truth = reference(on, out)
+    clips, seconds = drawn(Row(name, bundle), on.asked)
+    wanted = [wish.asked for wish in on.asked]
+    found = score_clips(clips, wanted, load_judge(on.judge), reference=truth)
     print(line(name, found, seconds), flush=True)
-    folder = options.out / "clips"
+    folder = out / "clips"
     folder.mkdir(exist_ok=True)
     save_strips(clips, folder / f"{name}.png")
     save_moving(clips, folder / f"{name}.webp", bundle.codec.frames_per_second)
     save_file({"clips": clips.half()}, folder / f"{name}.safetensors")
-    with write_atomically(report_path(name, options.out)) as file:
+    with write_atomically(report_path(name, out)) as file:
         file.write(json.dumps({**found.to_dict(), **beside}, indent=2).encode())
-
-
-def print_progress(done: int, total: int | None, words: str) -> None:
-    """Say what is done, now and then."""
-    if done % 16 == 0:
-        print(f"{done} of {total} {words}", flush=True)
 
 
 def report_path(name: str, out: Path) -> Path:
@@ -264,14 +275,10 @@ def report_path(name: str, out: Path) -> Path:
 def prepare(options: argparse.Namespace) -> None:
     """Measure what ships, and compute what the arms share."""
     torch.set_num_threads(1)
-    model = two_models(options) if options.data == "walks-of-two" else MODEL
-    folder = walks_folder(options.data, options.out)
-    walked_drawings(load_bundle(model), folder, print_progress, count=options.walks)
-    for steps in resolve(MODEL).students:
-        report(f"shipped-{steps}", load_bundle(MODEL, steps=steps), options)
-        if options.further:
-            student = load_bundle(on_further(options), steps=steps)
-            report(f"shipped-{steps}-further", student, options, is_further=True)
+    walked_source(options, load_bundle(teaching_model(options)))
+    for on in measured_on(options):
+        for steps in resolve(MODEL).students:
+            report(f"shipped-{steps}", load_bundle(on.model, steps=steps), on, options.out)
 
 
 def main() -> None:
@@ -296,8 +303,8 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="what the arms share, and no more")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.data == "walks-of-two" and not options.further:
-        parser.error("walks-of-two are of a picture model that --further names")
+    if options.data == OF_TWO and not options.further:
+        parser.error(f"{OF_TWO} are of a picture model that --further names")
     if options.further and not options.further_judge:
         parser.error("what --further shows is told by a judge of its own: --further-judge")
     options.out.mkdir(parents=True, exist_ok=True)

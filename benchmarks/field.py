@@ -7,9 +7,9 @@ Every method trains the shipped student of twice as many steps on, in float32, o
 at the first rate with seed 0 for so many minutes by the clock, and at other rates and seeds for as
 many iterations. Who teaches is what the method's paper says: the first teacher with its guidance,
 or, where landings on a grid are learnt, the student that is trained on, as in a progressive chain.
-The methods whose names end in `-walks` learn steps of the guided teacher's own whole walks from
-noise in the place of that. There are `--walks` of them, which are walked once, before, and not
-counted in the time of the trainings.
+The methods whose names end in `-walks` learn from `--walks` whole sampling trajectories of the
+guided teacher in the place of that, which are sampled once, before, and not counted in the time of
+the trainings.
 
 Each method is trained with three rates, those below times 1, 3 and 0.33. All are measured on open
 and on complete prompts; of a method's three, the one whose pictures are nearest to the teacher's
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from adversary import BOTH, CAPTIONS, RELATIVISTIC, DeviceSource, flatten, save_grid
-from arms import run_apart, train_and_count
+from arms import print_progress, run_apart, train_and_count
 from safetensors.torch import save
 
 from twostep.data.drawn import WalkedSource, walked_by_teacher
@@ -244,11 +244,6 @@ def walks(cache: LatentCache, teacher: Bundle, options: argparse.Namespace) -> W
     )
 
 
-def print_progress(done: int, total: int | None, words: str) -> None:
-    """Say what is done."""
-    print(f"{done} of {total} {words}", flush=True)
-
-
 def run(job: Job, options: argparse.Namespace) -> None:
     """Train one student and measure it."""
     began = time.monotonic()
@@ -256,10 +251,11 @@ def run(job: Job, options: argparse.Namespace) -> None:
     made = builtin(teacher, options.out, lambda *_: None, variants=16)
     assert isinstance(made, LatentSource)
     cache = replace(made.latents, omission=replace(CAPTIONS, background=0.5))
-    is_walked = any(given["method"].get("walks") for given in METHODS[job.method])
-    source: Source = DeviceSource.of(cache, teacher, 4)
-    if is_walked:
+    source: Source
+    if any(given["method"].get("walks") for given in METHODS[job.method]):
         source = walks(cache, teacher, options)
+    else:
+        source = DeviceSource.of(cache, teacher, 4)
     start = load_bundle("nano", steps=2 * job.steps).denoiser
     recipe = make_recipe(job, options)
     folder = options.out / job.name

@@ -11,8 +11,8 @@ within ten minutes (`limit_seconds` in the recipes). Whatever must come back lie
 renewed with every checkpoint, once a minute: the weights in pieces of less than 16 MiB, the newest
 sheet of pictures, the log and the figures, eight files at most and less than 64 MiB together. So a
 machine that is taken away costs a minute. `--take` unpacks what earlier parts brought back; without
-an autoencoder among it the teacher takes the one in `examples/mini`. On the same
-machine the same call goes on where it stopped.
+an autoencoder among it the teacher takes the one in `examples/mini`. On the same machine the same
+call goes on where it stopped.
 
 `--scale 100 --device cpu` rehearses a part at a hundredth of its size.
 """

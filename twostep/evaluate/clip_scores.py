@@ -135,7 +135,7 @@ def score_clips(
         features, others = _features(clips, judge), _features(reference, judge)
         estimates["frechet_frames"] = _distance(features, others)
         estimates["frechet_changes"] = _distance(_changes(features), _changes(others))
-        estimates["motion_ratio"] = _ratio(clips, reference, resamples)
+        estimates["motion_ratio"] = _ratio(clips, reference, amounts, resamples)
     return ClipReport(
         num_clips=len(clips),
         motion_by_kind={
@@ -161,13 +161,16 @@ def _changes(
 
 
 def _ratio(
-    clips: Clips, reference: Float[Tensor, "others 3 _ _ _"], resamples: Resamples
+    clips: Clips,
+    reference: Float[Tensor, "others 3 _ _ _"],
+    amounts: Float[Tensor, " clips"],
+    resamples: Resamples,
 ) -> Estimate:
     """Return the motion ratio; its interval only if the reference is of the same prompts."""
     value = motion_ratio(clips, reference)
     if len(reference) != len(clips):
         return Estimate(value, None, None)
-    return resamples.ratio(motion_amount(clips), motion_amount(reference))
+    return resamples.ratio(amounts, motion_amount(reference))
 
 
 def _distance(
